@@ -1,0 +1,115 @@
+"""Ways of making `localhost` work in a pod: one file each, all with the interface below.
+
+A datapath is told the finished wiring as plain data and attaches itself; it never builds links.
+To add one: a module here with a `DATAPATH` that satisfies `Datapath`, at most one file in `bpf/`,
+and its name in `NAMES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol, cast
+
+from testbed.ledger import Owner
+from testbed.model import Cell, Error, Pair, Transport
+
+NAMES = ("loopback", "direct", "bridge", "capture")
+
+
+class Layout(StrEnum):
+    """Where the host's end of a guest's link lives."""
+
+    POD = "pod"
+    """In the pod's namespace: the pod routes between its guests."""
+    BRIDGE = "bridge"
+    """In the node's namespace, ports of the pod's bridge, as the pod's own veth is."""
+
+
+@dataclass(frozen=True)
+class Port:
+    """The host's end of guest n's link (a tap, or a veth for a stand-in)."""
+
+    n: int
+    ifname: str
+    ifindex: int
+    """In the namespace that `Layout` says."""
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """A pod's finished links. Interface indices are per namespace."""
+
+    pod: str
+    netns: str
+    """Name of the pod's namespace (under /run/netns)."""
+    node: str
+    """Name of the namespace in the place of the host's own: bridges and, in `bridge`, ports."""
+    layout: Layout
+    uplink_ifindex: int
+    """The pod's veth in `netns`; 0 in layout `pod`."""
+    uplink_peer_ifindex: int
+    """Its other end in `node`, a port of the pod's bridge; 0 in layout `pod`."""
+    ports: tuple[Port, ...]
+    owners: Mapping[tuple[Transport, int], int]
+    """(transport, port) → n of the guest that serves it; what is not here is native."""
+    cgroup: Path
+    """cgroup2 directory that native workloads of the pod join."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """Packets and layer 3 bytes. A GSO packet counts once, with all its bytes."""
+
+    packets: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Count) -> Count:
+        return Count(self.packets + other.packets, self.bytes + other.bytes)
+
+    def __sub__(self, other: Count) -> Count:
+        return Count(self.packets - other.packets, self.bytes - other.bytes)
+
+
+class Attachment(Protocol):
+    """A datapath at work in one pod."""
+
+    def carried(self, client: int | None, server: int | None) -> Count:
+        """Traffic between two workloads, both directions, since attaching: guest numbers, None for native."""
+
+    def counters(self) -> dict[str, Count]:
+        """Everything the programs counted for this pod, by reason."""
+
+    def rewire(self, wiring: Wiring) -> None:
+        """Attach again after links were replaced; counters go on."""
+
+    def detach(self) -> None:
+        """Remove everything that attaching made."""
+
+
+class Datapath(Protocol):
+    """A way of making `localhost` work."""
+
+    name: str
+    layout: Layout
+    reference: str
+    """The datapath whose cells these are divided by; its own name for a reference."""
+    localhost: bool
+    """Clients dial `localhost`; else the server's link address."""
+    pairs: frozenset[Pair]
+
+    def unsupported(self, cell: Cell) -> str | None:
+        """Why this cell cannot be measured here, or None."""
+
+    def attach(self, wiring: Wiring, owner: Owner) -> Attachment:
+        """Make it work. What is made is in the owner's ledger first."""
+
+
+def get(name: str) -> Datapath:
+    """The datapath of that name. Raises `Error` if there is none."""
+    if name not in NAMES:
+        raise Error(f"no datapath {name!r}", hint=f"choose from {', '.join(NAMES)}")
+    return cast(Datapath, import_module(f"{__name__}.{name}").DATAPATH)

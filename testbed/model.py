@@ -1,0 +1,257 @@
+"""What everybody agrees on: errors, the words of the field as types, the address plan, cells and trials.
+
+Plain frozen data; no input or output, nothing of the project is imported here. The same plan of
+addresses stands in `bpf/addresses.h`, and a test holds the two together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Any
+
+Address = IPv4Address | IPv6Address
+
+
+class Error(Exception):
+    """A fault that a user can act on: what is wrong and where, then what to type.
+
+    Raised by every layer, printed by the command line as one line (traceback with `--debug`).
+    """
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
+
+class Family(StrEnum):
+    """IP version."""
+
+    IPV4 = "ipv4"
+    IPV6 = "ipv6"
+
+
+class Transport(StrEnum):
+    """Layer 4 protocol."""
+
+    TCP = "tcp"
+    UDP = "udp"
+
+
+class Runtime(StrEnum):
+    """What runs a workload. Guests have a network stack of their own."""
+
+    PROCESS = "process"
+    STANDIN = "standin"
+    LINUX = "linux"
+    OSV = "osv"
+
+    @property
+    def is_guest(self) -> bool:
+        return self is not Runtime.PROCESS
+
+
+class Pair(StrEnum):
+    """Client role and server role of a cell. `guest-self` is a guest that dials itself."""
+
+    NATIVE_NATIVE = "native-native"
+    NATIVE_GUEST = "native-guest"
+    GUEST_NATIVE = "guest-native"
+    GUEST_GUEST = "guest-guest"
+    GUEST_SELF = "guest-self"
+
+    @property
+    def guests(self) -> int:
+        """Number of guests that the pair needs."""
+        return {"native-native": 0, "guest-guest": 2}.get(self.value, 1)
+
+    def label(self, guest: str) -> str:
+        """The pair as people read it, for one guest runtime: `process→osv`."""
+        client, server = self.value.split("-")
+        names = {"native": "process", "guest": guest, "self": "itself"}
+        return f"{names[client]}→{names[server]}"
+
+
+class Metric(StrEnum):
+    """What a trial measures; the unit of its value is `unit`."""
+
+    THROUGHPUT = "throughput"
+    LATENCY = "latency"
+    CONNECTIONS = "connections"
+
+    @property
+    def unit(self) -> str:
+        return {"throughput": "bps", "latency": "us", "connections": "per_s"}[self.value]
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self is not Metric.LATENCY
+
+
+# --- address plan ---------------------------------------------------------------------------
+#
+# One plan for every pod: pods never share a link, so the same addresses may stand in each.
+# Guests are numbered from 1; everything about guest n is arithmetic in n.
+
+MAX_GUESTS = 250
+
+LINK_PREFIX = {Family.IPV4: 20, Family.IPV6: 64}
+"""Prefix length of the guest link, 169.254.64.0/20 and fd77::/64. It holds alias, native source,
+links and guest views, so that a guest needs no route; it does not hold 169.254.169.254."""
+
+_ALIAS = {Family.IPV4: "169.254.77.1", Family.IPV6: "fd77::1"}
+_NATIVE_SOURCE = {Family.IPV4: "169.254.77.2", Family.IPV6: "fd77::2"}
+_POD_LINK = {Family.IPV4: "169.254.77.3", Family.IPV6: "fd77::3"}
+_GUEST_LINK = {Family.IPV4: "169.254.78.0", Family.IPV6: "fd77::78:0"}
+_GUEST_VIEW = {Family.IPV4: "169.254.79.0", Family.IPV6: "fd77::79:0"}
+_NATIVE_VIEW = {Family.IPV4: "127.77.0.0", Family.IPV6: "fd77:0:0:127::"}
+_LOOPBACK = {Family.IPV4: "127.0.0.1", Family.IPV6: "::1"}
+
+NATIVE_VIEW_NET6 = "fd77:0:0:127::/64"
+"""Routed to `lo` in the pod's namespace (127.77.0.0 is there by nature)."""
+
+
+def loopback(family: Family) -> Address:
+    """127.0.0.1 or ::1."""
+    return ip_address(_LOOPBACK[family])
+
+
+def alias(family: Family) -> Address:
+    """What `localhost` resolves to in a guest."""
+    return ip_address(_ALIAS[family])
+
+
+def native_source(family: Family) -> Address:
+    """Source address of native clients as a guest sees them; never the alias."""
+    return ip_address(_NATIVE_SOURCE[family])
+
+
+def pod_link(family: Family) -> Address:
+    """The pod's own address on the guest link (control connections, `direct`, `bridge`)."""
+    return ip_address(_POD_LINK[family])
+
+
+def guest_link(family: Family, n: int) -> Address:
+    """Guest n's own address on the guest link."""
+    return ip_address(_GUEST_LINK[family]) + n
+
+
+def guest_view(family: Family, n: int) -> Address:
+    """Guest n as guests (itself too) see it when it dials `localhost`."""
+    return ip_address(_GUEST_VIEW[family]) + n
+
+
+def native_view(family: Family, n: int) -> Address:
+    """Guest n as native servers see it when it dials `localhost`."""
+    return ip_address(_NATIVE_VIEW[family]) + n
+
+
+ALIAS_MAC = "02:77:00:00:00:01"
+"""Answered for alias, native source and guest views; source MAC of translated frames."""
+POD_MAC = "02:77:00:00:00:03"
+"""The pod's own interface on the guest link."""
+
+
+def guest_mac(n: int) -> str:
+    """MAC of guest n's interface."""
+    return f"02:77:00:00:01:{n:02x}"
+
+
+CONTROL_PORT = 4700
+"""TCP port on which a traffic agent takes its orders, at the workload's own address."""
+
+
+# --- cells and trials -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One point of an experiment."""
+
+    datapath: str
+    pair: Pair
+    family: Family
+    transport: Transport
+    metric: Metric
+    size_bytes: int
+    """Message size: bytes per write (throughput), per request and response (latency)."""
+    streams: int = 1
+
+    @property
+    def id(self) -> str:
+        """Stable name, matched by `--cells GLOB`, e.g. `capture/native-guest/ipv4/tcp/latency/64x1`."""
+        return "/".join(
+            (self.datapath, self.pair, self.family, self.transport, self.metric,
+             f"{self.size_bytes}x{self.streams}")
+        )  # fmt: skip
+
+    @classmethod
+    def parse(cls, id: str) -> Cell:
+        """The cell of an `id`. Raises `Error` if it is none."""
+        try:
+            datapath, pair, family, transport, metric, params = id.split("/")
+            size, streams = params.split("x")
+            return cls(datapath, Pair(pair), Family(family), Transport(transport),
+                       Metric(metric), int(size), int(streams))  # fmt: skip
+        except ValueError as e:
+            raise Error(f"not a cell: {id!r} ({e})") from e
+
+
+class Status(StrEnum):
+    """How a trial ended."""
+
+    OK = "ok"
+    FAILED = "failed"
+    UNSUPPORTED = "unsupported"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One measured run of a cell in a block: a line of `trials.jsonl`.
+
+    `value` is in `metric.unit`: bits per second of goodput at the receiver, microseconds of median
+    round-trip time, connections per second.
+    """
+
+    cell: str
+    block: int
+    order: int
+    """Position in the block's random order."""
+    status: Status
+    reason: str | None = None
+    """Why it failed or is unsupported."""
+    value: float | None = None
+    duration_s: float | None = None
+    payload_bytes: int = 0
+    transactions: int = 0
+    errors: int = 0
+    histogram_us: tuple[tuple[float, int], ...] = ()
+    """Round-trip times (or connect/request/close times): (upper bound of bucket in µs, count)."""
+    dialed: str | None = None
+    """The name or address that the client was told to dial."""
+    carried: dict[str, int] = field(default_factory=dict)
+    """What the datapath under test counted during the trial: packets, bytes."""
+    counters: dict[str, int] = field(default_factory=dict)
+    """Packets per reason of the datapath's programs during the trial (only those that moved)."""
+    machine: dict[str, float] = field(default_factory=dict)
+    """cpu_s, steal_s, load1 of the host during the trial; clock_skew of a guest."""
+    started: str = ""
+    """UTC, ISO 8601."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for one line of `trials.jsonl`, defaults left out."""
+        default = Trial(cell="", block=-1, order=-1, status=Status.OK)
+        return {k: v for k, v in vars(self).items()
+                if k in ("cell", "block", "order", "status") or v != getattr(default, k)}  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Trial:
+        """The inverse of `as_json`."""
+        data = dict(data, status=Status(data["status"]))
+        data["histogram_us"] = tuple((float(u), int(c)) for u, c in data.get("histogram_us", ()))
+        return cls(**data)
