@@ -1,0 +1,116 @@
+"""bootstrap in a clone of its own, where nothing is ever installed: what it would do, and says."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ENTRIES = [
+    line.partition("#")
+    for line in (ROOT / "packages.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+]
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A clone that was bootstrapped, as far as can be told: all but what goes into .venv."""
+    for name in ("bootstrap", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "packages.txt").write_text("python3  /usr/bin/python3  # the language\n")
+    venv = tmp_path / ".venv"
+    python = "/usr/bin/python3"
+    subprocess.run(
+        [python, "-m", "venv", "--without-pip", "--system-site-packages", venv], check=True
+    )
+    # bootstrap compares with what venv writes when it brings pip along
+    config = venv / "pyvenv.cfg"
+    config.write_text(config.read_text().replace(" --without-pip", ""))
+    pip = venv / "bin/pip"
+    pip.write_text('#!/bin/sh\necho "pip $*" >&2\n')
+    pip.chmod(0o755)
+    return tmp_path
+
+
+def bootstrap(clone: Path, *args: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PATH": path or os.environ["PATH"]}
+    return subprocess.run(
+        [shutil.which("bash") or "bash", clone / "bootstrap", *args],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def tools(directory: Path, *names: str) -> str:
+    """A PATH that holds these commands of the system and no others."""
+    directory.mkdir()
+    for name in (*names, "dirname", "flock", "bash"):
+        (directory / name).symlink_to(shutil.which(name) or f"/usr/bin/{name}")
+    return str(directory)
+
+
+def test_the_second_run_does_nothing_in_under_a_second(clone: Path) -> None:
+    assert "installing the project" in bootstrap(clone).stderr
+    start = time.monotonic()
+    again = bootstrap(clone)
+    assert time.monotonic() - start < 1
+    assert again.returncode == 0
+    assert again.stderr.splitlines() == [
+        "bootstrap: ready: ./bootstrap nox -l shows what there is to run"
+    ]
+
+
+def test_the_command_runs_where_the_caller_is_with_venv_first(clone: Path) -> None:
+    bootstrap(clone)
+    ran = bootstrap(clone, "sh", "-c", 'command -v python; pwd; echo "$1"; exit 7', "-", "a b")
+    assert ran.stdout.splitlines() == [f"{clone}/.venv/bin/python", str(Path.cwd()), "a b"]
+    assert ran.returncode == 7
+    assert ran.stderr == ""
+
+
+def test_changed_dependencies_are_installed(clone: Path) -> None:
+    bootstrap(clone)
+    with (clone / "pyproject.toml").open("a") as file:
+        file.write("\n")
+    assert f"--editable {clone}[dev]" in bootstrap(clone).stderr
+    assert "installing" not in bootstrap(clone).stderr
+
+
+def test_a_failed_installation_is_tried_again(clone: Path) -> None:
+    (clone / ".venv/bin/pip").write_text("#!/bin/sh\nexit 1\n")
+    assert bootstrap(clone, "true").returncode == 1
+    assert "installing the project" in bootstrap(clone, "true").stderr
+
+
+def test_without_apt_the_missing_packages_are_named(clone: Path, tmp_path: Path) -> None:
+    (clone / "packages.txt").write_text("there  bash  # why\naway  /nowhere/*,no-such  # why\n")
+    ran = bootstrap(clone, "true", path=tools(tmp_path / "bin"))
+    assert ran.returncode == 1
+    assert ran.stderr == ("bootstrap: no apt here; install what these Debian packages hold: away\n")
+
+
+def test_without_root_the_command_to_type_is_said(clone: Path, tmp_path: Path) -> None:
+    (clone / "packages.txt").write_text("away  no-such-command  # why\n")
+    path = tools(tmp_path / "bin", "true")
+    (tmp_path / "bin/apt-get").symlink_to("/bin/false")
+    nobody = ["unshare", "--user"]  # a user namespace without a mapping: nobody is root in it
+    if subprocess.run([*nobody, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no user namespaces here")
+    ran = subprocess.run(
+        [*nobody, "env", f"PATH={path}", "bash", clone / "bootstrap"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 1
+    assert "sudo apt-get install --no-install-recommends away" in ran.stderr
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e[0].split()[0])
+def test_every_system_package_has_a_sign_and_a_reason(entry: tuple[str, str, str]) -> None:
+    words, _, reason = entry
+    assert len(words.split()) == 2
+    assert reason.strip()

@@ -1,0 +1,61 @@
+"""The noxfile is a table of contents: it must read well, and what names it must be true."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SESSIONS = {
+    node.name: node
+    for node in ast.parse((ROOT / "noxfile.py").read_text()).body
+    if isinstance(node, ast.FunctionDef)
+    and any(ast.unparse(d).startswith("nox.session") for d in node.decorator_list)
+}
+
+
+def test_what_the_project_promises_is_there() -> None:
+    assert set(SESSIONS) >= {"experiments", "figures", "tests", "lint", "bench"}
+
+
+@pytest.mark.parametrize("name", SESSIONS)
+def test_a_session_has_a_docstring_of_one_line(name: str) -> None:
+    docstring = ast.get_docstring(SESSIONS[name])
+    assert docstring is not None
+    assert "\n" not in docstring
+    assert docstring.endswith((".", ")."))
+
+
+@pytest.mark.parametrize("name", SESSIONS)
+def test_a_session_is_a_few_lines_and_only_runs_tools(name: str) -> None:
+    session = SESSIONS[name]
+    assert session.end_lineno is not None
+    assert session.end_lineno - session.lineno < 10
+    calls = [ast.unparse(c.func) for c in ast.walk(session) if isinstance(c, ast.Call)]
+    assert "run" in calls
+    assert not any(call.startswith("session.install") for call in calls)
+
+
+@pytest.mark.parametrize("text", ["README.md", ".ci/run", "bootstrap", "packages.txt"])
+def test_texts_name_only_sessions_that_exist(text: str) -> None:
+    path = ROOT / text
+    if not path.exists():
+        pytest.skip(f"no {text}")
+    named = re.findall(r"nox (?:-\w+ )*-s (\w+)", path.read_text())
+    assert set(named) <= set(SESSIONS)
+
+
+def test_ci_runs_what_the_readme_says() -> None:
+    assert "./bootstrap nox -s tests" in (ROOT / ".ci/run").read_text()
+
+
+def test_every_python_dependency_says_why() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    lines = (ROOT / "pyproject.toml").read_text().splitlines()
+    for requirement in wanted:
+        assert any(re.match(rf'\s*"{re.escape(requirement)}",\s*# \w', line) for line in lines)
