@@ -3,7 +3,8 @@
 A ledger is one file per owner (a process that builds: a campaign's worker, a test run) under
 `/run/testbed`, which lives exactly as long as the kernel objects that it lists. An entry is a call
 to make later: a module-level function of this package and its arguments as JSON. Undoing is
-idempotent and goes backwards; whatever was never made is no error. `clean` does it for owners that died.
+idempotent and goes backwards; whatever was never made is no error. `clean` does it for owners that
+died: a living one holds a lock on its file.
 """
 
 from __future__ import annotations
@@ -11,37 +12,71 @@ from __future__ import annotations
 import fcntl
 import importlib
 import json
-import os
 import secrets
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from testbed.model import Error
 
 ROOT = Path("/run/testbed")
 
 
-def start_time(pid: int) -> int | None:
-    """Start of a process in clock ticks since boot; None if there is no such process.
-
-    With the pid it names a process for good (proc(5), field 22 of /proc/PID/stat).
-    """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
+class Undoable(Protocol):
+    def undo(self) -> None: ...
 
 
-@dataclass
+class _Ledger:
+    """The file. Its open lock says that the owner lives."""
+
+    def __init__(self, path: Path, file: TextIOWrapper) -> None:
+        self.path, self._file = path, file
+        self._numbers = 0
+        self._lock = threading.Lock()
+
+    def record(self, undo: Callable[..., None], arguments: dict[str, Any]) -> Deferred:
+        call = f"{undo.__module__}:{undo.__qualname__}"
+        with self._lock:
+            self._numbers += 1
+            entry = Deferred(self, self._numbers, call, arguments)
+            self._write({"n": entry.number, "call": call, "arguments": arguments})
+        return entry
+
+    def strike(self, entry: Deferred) -> None:
+        with self._lock:
+            self._write({"struck": entry.number})
+
+    def remove(self) -> None:
+        self.path.unlink()
+        self._file.close()
+
+    def entries(self) -> list[Deferred]:
+        """What a dead owner left, in the order of making."""
+        left: dict[int, Deferred] = {}
+        for text in self._file:
+            if not text.endswith("\n"):
+                break  # killed in mid-line: that thing was not made yet
+            line = json.loads(text)
+            if "struck" in line:
+                del left[line["struck"]]
+            else:
+                left[line["n"]] = Deferred(self, line["n"], line["call"], line["arguments"])
+        return list(left.values())
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+
+@dataclass(frozen=True)
 class Deferred:
     """One entry of a ledger."""
 
-    owner: Owner
+    ledger: _Ledger
     number: int
     call: str
     arguments: dict[str, Any]
@@ -50,56 +85,49 @@ class Deferred:
         """Take the thing back now, and strike the entry."""
         module, _, name = self.call.partition(":")
         getattr(importlib.import_module(module), name)(**self.arguments)
-        self.owner._strike(self)
+        self.ledger.strike(self)
 
     def __str__(self) -> str:
-        words = " ".join(f"{v}" for v in self.arguments.values())
+        words = " ".join(str(v) for v in self.arguments.values())
         return f"{self.call.rpartition(':')[2].removeprefix('remove_')} {words}"
 
 
-class Owner:
-    """Everything that one process made, as a context manager: leaving it takes all of it down.
+class Scope:
+    """Things of one owner that are taken down together, as a context manager."""
 
-    `Owner.id` marks the names of what is made.
-    """
+    def __init__(self, ledger: _Ledger) -> None:
+        self._ledger = ledger
+        self._entries: list[Undoable] = []
 
-    def __init__(self) -> None:
-        ROOT.mkdir(mode=0o700, exist_ok=True)
-        self.id = secrets.token_hex(3)
-        self._path = ROOT / f"{self.id}.ledger"
-        self._entries: list[Deferred] = []
-        self._numbers = 0
-        self._lock = threading.RLock()
-        self._file = self._path.open("x")
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-        self._write({"pid": os.getpid(), "start": start_time(os.getpid())})
+    @property
+    def id(self) -> str:
+        """The owner's mark, for the names of what is made."""
+        return self._ledger.path.stem
 
     def defer(self, undo: Callable[..., None], **arguments: Any) -> Deferred:
         """Write down how to undo what is about to be made. Call it before making it."""
-        with self._lock:
-            self._numbers += 1
-            call = f"{undo.__module__}:{undo.__qualname__}"
-            entry = Deferred(self, self._numbers, call, arguments)
-            self._write({"n": entry.number, "call": call, "arguments": arguments})
-            self._entries.append(entry)
-            return entry
+        entry = self._ledger.record(undo, arguments)
+        self._entries.append(entry)
+        return entry
 
-    def close(self) -> None:
-        """Undo everything, latest first, and remove the ledger.
+    def part(self) -> Scope:
+        """A part that can be taken down by itself, and goes with the whole at the latest."""
+        part = Scope(self._ledger)
+        self._entries.append(part)
+        return part
 
-        Goes on past entries that fail; these stay in the ledger, and `Error` names them.
+    def undo(self) -> None:
+        """Undo everything, latest first.
+
+        Goes on past what fails; that stays in the ledger, and `Error` names it.
         """
-        if self._file.closed:
-            return
         failures = []
-        for entry in reversed(self._entries.copy()):
+        while self._entries:
+            entry = self._entries.pop()
             try:
                 entry.undo()
             except Exception as e:
                 failures.append(f"{entry}: {e}")
-        if not failures:
-            self._path.unlink()
-        self._file.close()
         if failures:
             raise Error(f"left behind: {'; '.join(failures)}", hint="run 'testbed clean'")
 
@@ -109,46 +137,34 @@ class Owner:
     def __exit__(
         self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
     ) -> None:
-        self.close()
+        self.undo()
 
-    def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
 
-    def _strike(self, entry: Deferred) -> None:
-        with self._lock:
-            self._write({"struck": entry.number})
-            self._entries.remove(entry)
+class Owner(Scope):
+    """Everything that this process made. Leaving it takes all of it down."""
 
-    @classmethod
-    def _inherit(cls, path: Path) -> Owner | None:
-        """Take over a dead owner's ledger; None if the owner lives or another clean is at it."""
-        self = cls.__new__(cls)
-        try:
-            self._file = path.open("r+")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, FileNotFoundError):
-            return None
-        self.id, self._path = path.stem, path
-        self._entries, self._numbers, self._lock = [], 0, threading.RLock()
-        for text in self._file:
-            if not text.endswith("\n"):
-                break  # killed in mid-line: that thing was not made yet
-            line = json.loads(text)
-            if "n" in line:
-                self._entries.append(Deferred(self, line["n"], line["call"], line["arguments"]))
-            elif "struck" in line:
-                self._entries = [e for e in self._entries if e.number != line["struck"]]
-        self._file.seek(0, os.SEEK_END)
-        return self
+    def __init__(self) -> None:
+        ROOT.mkdir(mode=0o700, exist_ok=True)
+        path = ROOT / f"{secrets.token_hex(3)}.ledger"
+        file = path.open("x")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        super().__init__(_Ledger(path, file))
+
+    def undo(self) -> None:
+        super().undo()
+        self._ledger.remove()
 
 
 def clean() -> Iterator[str]:
     """Take down what dead owners left, and only that. Yields a word on each thing removed."""
     for path in sorted(ROOT.glob("*.ledger")):
-        owner = Owner._inherit(path)
-        if owner is None:
-            continue
-        left = [str(e) for e in reversed(owner._entries)]
-        owner.close()
-        yield from left
+        try:
+            file = path.open("r+")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # alive, or another clean is at it
+        ledger = _Ledger(path, file)
+        for entry in reversed(ledger.entries()):
+            entry.undo()
+            yield str(entry)
+        ledger.remove()

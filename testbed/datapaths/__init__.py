@@ -14,7 +14,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
 
-from testbed.ledger import Owner
+from pyroute2 import IPRoute
+
+from testbed import netlink
+from testbed.ledger import Scope
 from testbed.model import Cell, Error, Pair, Transport
 
 NAMES = ("loopback", "direct", "bridge", "capture")
@@ -90,6 +93,33 @@ class Attachment(Protocol):
         """Remove everything that attaching made."""
 
 
+class LinkCounters:
+    """The attachment of datapaths without programs: there is nothing to attach, the links count."""
+
+    def __init__(self, wiring: Wiring) -> None:
+        self.wiring = wiring
+
+    def carried(self, client: int | None, server: int | None) -> Count:
+        """What the ports of the guests among the two have carried; between natives, what `lo` has."""
+        ports = {p.n: p.ifindex for p in self.wiring.ports}
+        ends = [ports[n] for n in (client, server) if n is not None]
+        native = not ends or self.wiring.layout is Layout.POD
+        with IPRoute(netns=self.wiring.netns if native else self.wiring.node) as ip:
+            total = sum((Count(*netlink.traffic(ip, i)) for i in ends or [1]), Count())
+        if not ends:
+            return Count(total.packets // 2, total.bytes // 2)  # lo receives all that it sends
+        return total
+
+    def counters(self) -> dict[str, Count]:
+        return {}
+
+    def rewire(self, wiring: Wiring) -> None:
+        self.wiring = wiring
+
+    def detach(self) -> None:
+        pass
+
+
 class Datapath(Protocol):
     """A way of making `localhost` work."""
 
@@ -104,7 +134,7 @@ class Datapath(Protocol):
     def unsupported(self, cell: Cell) -> str | None:
         """Why this cell cannot be measured here, or None."""
 
-    def attach(self, wiring: Wiring, owner: Owner) -> Attachment:
+    def attach(self, wiring: Wiring, owner: Scope) -> Attachment:
         """Make it work. What is made is in the owner's ledger first."""
 
 

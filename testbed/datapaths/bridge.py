@@ -1,0 +1,28 @@
+"""No `localhost`: the client dials the server's link address over a veth and a Linux bridge.
+
+The bridge is outside the pod, where container networks have it. What `capture`, which uses the same
+links, is divided by.
+"""
+
+from __future__ import annotations
+
+from testbed.datapaths import Attachment, Layout, LinkCounters, Wiring
+from testbed.ledger import Scope
+from testbed.model import Cell, Pair
+
+
+class Bridge:
+    name = "bridge"
+    layout = Layout.BRIDGE
+    reference = "direct"
+    localhost = False
+    pairs = frozenset({Pair.NATIVE_GUEST, Pair.GUEST_NATIVE, Pair.GUEST_GUEST})
+
+    def unsupported(self, cell: Cell) -> str | None:
+        return None
+
+    def attach(self, wiring: Wiring, owner: Scope) -> Attachment:
+        return LinkCounters(wiring)
+
+
+DATAPATH = Bridge()

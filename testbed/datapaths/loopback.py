@@ -1,0 +1,24 @@
+"""Both ends native: the kernel's own `lo`. The upper limit, and the control."""
+
+from __future__ import annotations
+
+from testbed.datapaths import Attachment, Layout, LinkCounters, Wiring
+from testbed.ledger import Scope
+from testbed.model import Cell, Pair
+
+
+class Loopback:
+    name = "loopback"
+    layout = Layout.POD
+    reference = "loopback"
+    localhost = True
+    pairs = frozenset({Pair.NATIVE_NATIVE})
+
+    def unsupported(self, cell: Cell) -> str | None:
+        return None
+
+    def attach(self, wiring: Wiring, owner: Scope) -> Attachment:
+        return LinkCounters(wiring)
+
+
+DATAPATH = Loopback()

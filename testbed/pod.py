@@ -1,0 +1,316 @@
+"""A pod: links, datapath and workloads, put together and taken down.
+
+Links are made by convergence: `_build_links` makes what is not there, so that building a pod and
+mending one whose tap or bridge vanished are the same code. Nothing here watches; `supervisor` does.
+
+    node's namespace (in the place of the host's own)        pod's namespace
+    ┌───────────────────────────────────────────────┐        ┌──────────────────────────┐
+    │ guest 1 ─tap─┐                                │        │ natives at lo            │
+    │ guest 2 ─tap─┴─ bridge ──── veth ─────────────┼─ veth ─┤ pod_link                 │  layout `bridge`
+    └───────────────────────────────────────────────┘        │                          │
+                                                             │ pod_link ─tap─ guest 1   │  layout `pod`
+                                                             └──────────────────────────┘
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pyroute2 import IPRoute
+
+from testbed import netlink, process
+from testbed.agent import Agent
+from testbed.datapaths import Attachment, Datapath, Layout, Port, Wiring
+from testbed.ledger import Scope
+from testbed.manifest import Manifest, Workload
+from testbed.model import (
+    LINK_PREFIX,
+    POD_MAC,
+    Address,
+    Error,
+    Family,
+    Runtime,
+    guest_link,
+    guest_mac,
+    loopback,
+    native_view,
+    pod_link,
+)
+from testbed.runtimes import Place, Prepared
+
+MTU = 1500
+"""Of every guest link (OSv's driver knows no other)."""
+
+
+class Node:
+    """A namespace in the place of the host's own, for any number of pods."""
+
+    def __init__(self, owner: Scope) -> None:
+        self.owner = owner
+        self.lock = threading.RLock()
+        """Held while links change: a netlink socket serves one thread at a time."""
+        self.netns = f"tb-{owner.id}-node"
+        self.ip = netlink.create_netns(owner, self.netns)
+        # Ports of bridges need no addresses; what a bridge itself would say to IPv6 routers is noise.
+        netlink.set_sysctls(self.netns, {"net/ipv6/conf/default/disable_ipv6": 1})
+
+
+class Pod:
+    """One pod. Made whole by `Pod(...)`, taken down by leaving the context.
+
+    Raises `Error` if a workload is not ready within its runtime's limit; what was made until then is
+    taken down, unless `keep`.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        name: str,
+        manifest: Manifest,
+        datapath: Datapath,
+        runtimes: Mapping[Runtime, Prepared],
+        consoles: Path,
+    ) -> None:
+        self.node, self.name, self.manifest, self.datapath = node, name, manifest, datapath
+        self.lock = node.lock
+        self.netns = f"tb-{node.owner.id}-{name}"
+        self._runtimes = runtimes
+        self._consoles = consoles
+        self._guest_netns: dict[int, IPRoute] = {}
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._owner = node.owner.part()
+        self.ip = netlink.create_netns(self._owner, self.netns)
+        for n, guest in manifest.guests.items():
+            if not runtimes[guest.runtime].uses_tap:
+                self._guest_netns[n] = netlink.create_netns(self._owner, f"{self.netns}-g{n}")
+        root = process.create_cgroup(self._owner, self.netns)
+        self.cgroup, self._guest_cgroup = root / "natives", root / "guests"
+        self.cgroup.mkdir()
+        self._guest_cgroup.mkdir()
+        self._build_links()
+        self.attachment: Attachment = datapath.attach(self.wiring(), self._owner)
+
+    # --- links ------------------------------------------------------------------------------
+
+    @property
+    def _bridge(self) -> str:
+        return f"br-{self.name}"
+
+    def _port(self, n: int) -> str:
+        return f"g{n}-{self.name}"
+
+    def _link_names(self) -> set[str]:
+        """Links whose loss breaks the pod: bridge and ports."""
+        names = {self._port(n) for n in self.manifest.guests}
+        return names | {self._bridge} if self.datapath.layout is Layout.BRIDGE else names
+
+    @property
+    def link_netns(self) -> tuple[str, IPRoute]:
+        """The namespace that holds bridge and ports, and its socket."""
+        if self.datapath.layout is Layout.BRIDGE:
+            return self.node.netns, self.node.ip
+        return self.netns, self.ip
+
+    def _build_links(self) -> None:
+        """Make every link that is not there."""
+        netns, ip = self.link_netns
+        bridge = None
+        if self.datapath.layout is Layout.BRIDGE:
+            if not (found := ip.link_lookup(ifname=self._bridge)):
+                found = [netlink.create_link(self._owner, ip, netns, self._bridge, kind="bridge",
+                                             br_stp_state=0, br_mcast_snooping=0, state="up")]  # fmt: skip
+            bridge = found[0]
+            uplink = f"u-{self.name}"
+            if not ip.link_lookup(ifname=uplink):
+                netlink.create_link(
+                    self._owner, ip, netns, uplink, kind="veth", state="up",
+                    peer={"ifname": "eth0", "net_ns_fd": self.netns, "address": POD_MAC},
+                )  # fmt: skip
+                eth0 = netlink.index(self.ip, "eth0")
+                for family in Family:
+                    netlink.add_address(self.ip, eth0, pod_link(family), LINK_PREFIX[family])
+                self.ip.link("set", index=eth0, state="up")
+            ip.link("set", index=netlink.index(ip, uplink), master=bridge)
+        for n, guest in self.manifest.guests.items():
+            self._build_port(n, guest, netns, ip, bridge)
+
+    def _build_port(
+        self, n: int, guest: Workload, netns: str, ip: IPRoute, bridge: int | None
+    ) -> None:
+        name = self._port(n)
+        if found := ip.link_lookup(ifname=name):
+            port = found[0]
+        elif self._runtimes[guest.runtime].uses_tap:
+            port = netlink.create_link(self._owner, ip, netns, name, kind="tuntap", mode="tap", vnet_hdr=1)
+        else:
+            guest_netns = self._guest_netns[n]
+            port = netlink.create_link(
+                self._owner, ip, netns, name, kind="veth",
+                peer={"ifname": "eth0", "net_ns_fd": f"{self.netns}-g{n}", "address": guest_mac(n)},
+            )  # fmt: skip
+            eth0 = netlink.index(guest_netns, "eth0")
+            for family in Family:
+                netlink.add_address(guest_netns, eth0, guest_link(family, n), LINK_PREFIX[family])
+            guest_netns.link("set", index=eth0, state="up")
+        ip.link("set", index=port, state="up", **({"master": bridge} if bridge else {}))
+        neighbors_at = netlink.index(self.ip, "eth0") if bridge else port
+        for family in Family:
+            if not bridge:
+                self._address_port(port, family, n)
+            netlink.add_neighbor(self.ip, neighbors_at, guest_link(family, n), guest_mac(n))
+
+    def _address_port(self, port: int, family: Family, n: int) -> None:
+        """In layout `pod` every port has the pod's address, and a route to its one guest."""
+        length = pod_link(family).max_prefixlen
+        if not self.ip.get_addr(index=port, address=str(pod_link(family))):
+            netlink.add_address(self.ip, port, pod_link(family), length)
+        self.ip.route("replace", dst=f"{guest_link(family, n)}/{length}", oif=port)
+
+    def wiring(self) -> Wiring:
+        """The links as they are now, for the datapath."""
+        bridged = self.datapath.layout is Layout.BRIDGE
+        _, ip = self.link_netns
+        return Wiring(
+            pod=self.name,
+            netns=self.netns,
+            node=self.node.netns,
+            layout=self.datapath.layout,
+            uplink_ifindex=netlink.index(self.ip, "eth0") if bridged else 0,
+            uplink_peer_ifindex=netlink.index(ip, f"u-{self.name}") if bridged else 0,
+            ports=tuple(
+                Port(n, self._port(n), netlink.index(ip, self._port(n))) for n in self.manifest.guests
+            ),
+            owners=self.manifest.owners,
+            cgroup=self.cgroup,
+        )
+
+    def missing_links(self) -> set[str]:
+        """Links that somebody took away."""
+        _, ip = self.link_netns
+        with self.lock:
+            return {name for name in self._link_names() if not ip.link_lookup(ifname=name)}
+
+    def mend(self) -> None:
+        """Make vanished links again, attach the datapath to them, restart guests that lost their tap."""
+        missing = self.missing_links()
+        with self.lock:
+            self._build_links()
+            self.attachment.rewire(self.wiring())
+        for n, guest in self.manifest.guests.items():
+            if self._port(n) in missing and guest.name in self.processes:
+                if self._runtimes[guest.runtime].uses_tap:
+                    self.stop_workload(guest.name)
+                    self.start_workload(guest.name)
+
+    # --- workloads --------------------------------------------------------------------------
+
+    def console(self, workload: str) -> Path:
+        """What the workload printed so far."""
+        return self._consoles / f"{self.name}-{workload}.log"
+
+    def start(self) -> None:
+        """Start all workloads at once and wait until each one's agent answers."""
+        self._consoles.mkdir(parents=True, exist_ok=True)
+        for workload in self.manifest.workloads:
+            self.start_workload(workload.name)
+        for workload in self.manifest.workloads:
+            self.wait_ready(workload.name)
+
+    def start_workload(self, name: str) -> None:
+        """Start one workload (again)."""
+        n, workload = self._find(name)
+        runtime = self._runtimes[workload.runtime]
+        if not n:
+            netns, cgroup = self.netns, self.cgroup
+        else:
+            netns = self.link_netns[0] if runtime.uses_tap else f"{self.netns}-g{n}"
+            cgroup = self._guest_cgroup
+        self.processes[name] = runtime.start(
+            Place(workload, n, netns, self._port(n) if runtime.uses_tap else "", cgroup,
+                  self.console(name), self._consoles)
+        )  # fmt: skip
+
+    def stop_workload(self, name: str) -> None:
+        """End one workload, and the connections that its peers in the pod still have with it."""
+        process.end(self.processes.pop(name))
+        self.end_peers(name)
+
+    def end_peers(self, name: str) -> None:
+        """End natives' TCP connections with a guest that is gone: it sent them neither FIN nor RST.
+
+        Connections of other guests are not this host's to end; their next segment is answered by the
+        next guest's kernel, or refused while there is none.
+        """
+        n, workload = self._find(name)
+        if not n:
+            return
+        ends = [f"dst {address(f, n)}" for f in Family for address in (guest_link, native_view)]
+        ends += [f"( dst {net} and dport = :{port} )" for _, port in workload.ports for net in ("127.0.0.0/8", "::1")]
+        process.kill_connections(self.netns, " or ".join(ends))
+
+    def wait_ready(self, name: str) -> None:
+        """Wait until the workload's agent answers. Raises `Error` with its last console lines."""
+        _, workload = self._find(name)
+        limit_s = self._runtimes[workload.runtime].ready_limit_s
+        deadline = time.monotonic() + limit_s
+        while True:
+            if (code := self.processes[name].poll()) is not None:
+                problem = f"{name} of {self.name} ended with status {code}"
+                break
+            try:
+                self.agent(name, timeout_s=1).close()
+                return
+            except OSError:
+                if time.monotonic() > deadline:
+                    problem = f"{name} of {self.name} was not ready within {limit_s:g} s"
+                    break
+                time.sleep(0.005)
+        lines = self.console(name).read_text(errors="replace").splitlines()[-8:]
+        raise Error(f"{problem}; its console's last lines: {' | '.join(lines) or 'none'}",
+                    hint=f"see {self.console(name)}")  # fmt: skip
+
+    def address(self, name: str, family: Family) -> Address:
+        """The workload's own address: a guest's on its link, loopback for a native one."""
+        n, _ = self._find(name)
+        return guest_link(family, n) if n else loopback(family)
+
+    def agent(self, name: str, timeout_s: float = 5) -> Agent:
+        """A control connection to the workload's agent, at its own address. Raises `OSError`."""
+        _, workload = self._find(name)
+        to = (str(self.address(name, Family.IPV4)), workload.control_port)
+        return Agent(netlink.inside(self.netns, lambda: socket.create_connection(to, timeout_s)))
+
+    def _find(self, name: str) -> tuple[int, Workload]:
+        for n, guest in self.manifest.guests.items():
+            if guest.name == name:
+                return n, guest
+        return 0, next(w for w in self.manifest.natives if w.name == name)
+
+    # --- the end ----------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Take the pod down; nothing of it stays."""
+        for running in self.processes.values():
+            running.terminate()
+        for running in self.processes.values():
+            process.end(running)
+        self.attachment.detach()
+        self.ip.close()
+        for ip in self._guest_netns.values():
+            ip.close()
+        self._owner.undo()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,122 @@
+"""Child processes in namespaces and cgroups, and their end.
+
+Processes are taken back by their cgroup, which is in the ledger before the first of them starts: a
+pid could be written down only after the fact, and would miss grandchildren.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from testbed.ledger import Scope
+from testbed.model import Error
+
+
+@functools.cache
+def cgroup_mount() -> Path:
+    """Where cgroup2 is mounted: /sys/fs/cgroup, or /sys/fs/cgroup/unified in hybrid setups."""
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, where, kind, options, *_ = line.split()
+        if kind == "cgroup2" and "rw" in options.split(","):
+            return Path(where)
+    raise Error("no writable cgroup2 is mounted", hint="mount -t cgroup2 none /sys/fs/cgroup")
+
+
+def create_cgroup(owner: Scope, name: str) -> Path:
+    """Make a cgroup below the mount. When it is taken back, the processes in it are killed."""
+    path = cgroup_mount() / name
+    owner.defer(remove_cgroup, path=str(path))
+    path.mkdir(parents=True)
+    return path
+
+
+def remove_cgroup(path: str) -> None:
+    """Kill what runs in the cgroup and below, then remove it."""
+    if not Path(path).exists():
+        return
+    empty_cgroup(Path(path))
+    groups = [Path(path), *(p for p in Path(path).rglob("*") if p.is_dir())]
+    for group in sorted(groups, reverse=True):
+        group.rmdir()
+
+
+def empty_cgroup(group: Path) -> None:
+    """Kill every process in the cgroup and below; returns when the last one is gone.
+
+    By pid and not by `cgroup.kill`, which kernels before 5.14 lack. New children of a dying process
+    are met in the next round.
+    """
+    deadline = time.monotonic() + 10
+    while pids := [int(pid) for procs in group.rglob("cgroup.procs") for pid in procs.read_text().split()]:
+        if time.monotonic() > deadline:
+            raise Error(f"processes {pids} in {group} do not die")
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                fd = os.pidfd_open(pid)
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
+                select.select([fd], [], [], 1)
+                os.close(fd)
+
+
+def spawn(
+    argv: Sequence[str | Path],
+    *,
+    cgroup: Path,
+    netns: str | None = None,
+    cpus: Sequence[int] = (),
+    binds: Mapping[Path, str] | None = None,
+    output: Path | None = None,
+) -> subprocess.Popen[bytes]:
+    """Start a program in a cgroup, a network namespace, on some CPUs, with files mounted over others.
+
+    `binds` maps files of the host to paths that they stand at for this program alone. `output`
+    receives what it prints. The command is a shell line that can be pasted (`shlex.join(p.args)`).
+    It joins its cgroup before it becomes the program, so that sockets belong to it from the start.
+    """
+    line = f"echo $$ > {shlex.quote(str(cgroup / 'cgroup.procs'))} && exec"
+    enter = ["nsenter", f"--net=/run/netns/{netns}"] if netns else []
+    if cpus:
+        enter += ["taskset", "--cpu-list", ",".join(map(str, cpus))]
+    if binds:
+        mounts = " && ".join(shlex.join(["mount", "--bind", str(f), at]) for f, at in binds.items())
+        enter += ["unshare", "--mount", "sh", "-c", f'{mounts} && exec "$@"', "sh"]
+    program = shutil.which(argv[0])
+    if program is None:
+        raise Error(f"no program {argv[0]}", hint="./bootstrap")
+    command = ["sh", "-c", f'{line} "$@"', "sh", *enter, program, *map(str, argv[1:])]
+    sink = output.open("ab") if output else subprocess.DEVNULL
+    try:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT
+        )
+    finally:
+        if output:
+            sink.close()  # type: ignore[union-attr]
+
+
+def end(process: subprocess.Popen[bytes], grace_s: float = 1.0) -> None:
+    """Ask a child to end (SIGTERM), insist after `grace_s`, and collect it."""
+    process.terminate()
+    try:
+        process.wait(grace_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def kill_connections(netns: str, *filters: str) -> None:
+    """End the TCP connections of a namespace that match an `ss` filter, as if a reset had come (SOCK_DESTROY)."""
+    subprocess.run(
+        ["nsenter", f"--net=/run/netns/{netns}", "ss", "--kill", "--no-header", *filters],
+        check=True, capture_output=True,
+    )  # fmt: skip

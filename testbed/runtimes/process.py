@@ -1,0 +1,12 @@
+"""A plain program in the pod's namespace, where `localhost` is loopback in both families."""
+
+from __future__ import annotations
+
+from testbed import images
+from testbed.model import Runtime
+from testbed.runtimes import Options, Program
+
+
+def prepare(options: Options) -> Program:
+    """Compiles the agent. The pod has a hosts file of its own: this host's may lack a family."""
+    return Program(Runtime.PROCESS, images.hosts_file(patched=False))
