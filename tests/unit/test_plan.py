@@ -78,7 +78,7 @@ def test_bad_input_is_refused_with_file_and_key(
 
 
 def test_what_is_no_plan_at_all_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Error, match="plans here: .*quick.*standard"):
+    with pytest.raises(Error, match=r"plans here: .*quick.*standard"):
         plan.load("nonsuch")
     with pytest.raises(Error, match="not TOML"):
         plan.parse("name = ", "bad.toml")
@@ -102,7 +102,7 @@ def test_shipped_plans_are_sound(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "minutes"), [("quick", 3), ("standard", 15)])
 def test_shipped_plans_fit_their_time(name: str, minutes: float) -> None:
-    """With 0.7 s around each trial, 2.5 s per guest and as many guests as its pairs need, 30 s besides."""
+    """0.7 s around each trial, 2.5 s per guest, as many guests as the pairs need, 30 s besides."""
     shipped = plan.load(name)
     guests = {c.datapath: 0 for c in shipped.cells}
     for cell in shipped.cells:

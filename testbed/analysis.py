@@ -1,0 +1,190 @@
+"""From trials to numbers that stand in a paper: means over blocks, ratios, intervals.
+
+A block is the unit of replication: within it pods and guests are built afresh, so one value per
+block is all that counts, however many packets stand behind it. Everything here is a function of the
+tidy table (`testbed.store.frame`) or of plain numbers; nothing is read, measured or drawn.
+
+Times and rates are positive and spread by factors, hence logarithms: means are geometric, intervals
+are Student's t on the logarithms of block values (95 %). A ratio is taken within each block, where
+both cells saw the same machine, and its interval is that of the logarithms of block ratios.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import ceil, exp, inf, log, nan, sqrt
+from statistics import fmean, stdev
+
+import pandas as pd
+from scipy.special import stdtrit
+
+CONFIDENCE = 0.95
+
+QUANTITIES = {
+    "throughput": ("value",),
+    "latency": ("p50_us", "p99_us"),
+    "connections": ("value",),
+}
+"""Metric → columns of the tidy table that are summarised."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A geometric mean over blocks and its 95 % interval (NaN where one block says nothing)."""
+
+    mean: float
+    low: float
+    high: float
+    blocks: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}] of {self.blocks} blocks"
+
+
+NOTHING = Estimate(nan, nan, nan, 0)
+
+
+def estimate(values: Iterable[float]) -> Estimate:
+    """Geometric mean and t-interval of positive block values.
+
+    exp(m ± t(0.975, n - 1) · s / √n) with m and s the mean and standard deviation of the n
+    logarithms (Student, 1908; on logarithms, as ratios of programs' times are to be averaged:
+    Fleming and Wallace, CACM 29(3), 1986). One value has no interval; no value gives NaN.
+    """
+    logs = [log(value) for value in values]
+    n = len(logs)
+    if n == 0:
+        return NOTHING
+    mean = fmean(logs)
+    if n == 1:
+        return Estimate(exp(mean), nan, nan, 1)
+    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * stdev(logs) / sqrt(n)
+    return Estimate(exp(mean), exp(mean - half), exp(mean + half), n)
+
+
+def percentile(histogram: Sequence[tuple[float, int]], percent: float) -> float:
+    """Value at a percentile, from (upper bound of bucket, count): nearest rank.
+
+    The upper bound of the bucket that holds the ⌈percent · n / 100⌉-th smallest sample, so it is
+    never below the sample itself and above it by no more than the bucket is wide (as HdrHistogram
+    does). NaN for an empty histogram.
+    """
+    samples = sum(count for _, count in histogram)
+    rank = max(1, ceil(percent * samples / 100))
+    seen = 0
+    for upper, count in sorted(histogram):
+        seen += count
+        if seen >= rank:
+            return upper
+    return nan
+
+
+def distribution(blocks: Sequence[Sequence[tuple[float, int]]]) -> list[tuple[float, float]]:
+    """Cumulative distribution of several blocks' histograms, each block with the same weight.
+
+    Points (upper bound of bucket, share of samples at or below it), ascending.
+    """
+    filled = [(block, sum(count for _, count in block)) for block in blocks]
+    shares: dict[float, float] = {}
+    for block, samples in filled:
+        for upper, count in block:
+            shares[upper] = shares.get(upper, 0.0) + count / samples / len(filled)
+    points, total = [], 0.0
+    for upper in sorted(shares):
+        total += shares[upper]
+        points.append((upper, min(total, 1.0)))
+    return points
+
+
+def reference(datapath: str, pair: str, references: Mapping[str, str]) -> str | None:
+    """The datapath that a cell is divided by, if it has one.
+
+    Native to native is the kernel's own loopback in every datapath, so that is what it is held to.
+    """
+    return "loopback" if pair == "native-native" else references.get(datapath)
+
+
+def summarise(trials: pd.DataFrame, references: Mapping[str, str]) -> pd.DataFrame:
+    """One row per cell and quantity, in the order in which cells first appear.
+
+    `trials` is the table of `testbed.store.frame`, `references` a campaign's. Columns: the cell's
+    fields; quantity (of `QUANTITIES`); status (`ok` if any block was) and reason (of the blocks
+    that were not, with how many they are if some were); mean, low, high, blocks; reference, ratio,
+    ratio_low, ratio_high, ratio_blocks, and no_ratio: why there is no ratio.
+    """
+    rows = []
+    cells = {str(cell): table for cell, table in trials.groupby("cell", sort=False)}
+    for cell, table in cells.items():
+        first = table.iloc[0]
+        divisor = reference(first.datapath, first.pair, references)
+        other = None if divisor is None else cells.get("/".join((divisor, *cell.split("/")[1:])))
+        for quantity in QUANTITIES[first.metric]:
+            values = block_values(table, quantity)
+            ratio, no_ratio = _ratio(values, divisor, other, quantity)
+            rows.append(
+                {
+                    **{name: first[name] for name in CELL_COLUMNS},
+                    "quantity": quantity,
+                    "status": _status(table, values),
+                    "reason": _reason(table, values),
+                    **asdict(estimate(values.values())),
+                    "reference": divisor,
+                    **{_RATIO_COLUMNS[name]: value for name, value in asdict(ratio).items()},
+                    "no_ratio": no_ratio,
+                }
+            )
+    return pd.DataFrame(rows, columns=SUMMARY_COLUMNS)
+
+
+CELL_COLUMNS = (
+    "cell", "datapath", "pair", "family", "transport", "metric", "size_bytes", "streams",
+)  # fmt: skip
+_RATIO_COLUMNS = {
+    "mean": "ratio", "low": "ratio_low", "high": "ratio_high", "blocks": "ratio_blocks",
+}  # fmt: skip
+SUMMARY_COLUMNS = (
+    *CELL_COLUMNS, "quantity", "status", "reason", "mean", "low", "high", "blocks",
+    "reference", *_RATIO_COLUMNS.values(), "no_ratio",
+)  # fmt: skip
+
+
+def block_values(table: pd.DataFrame, quantity: str) -> dict[int, float]:
+    """Block → value of one cell's trials that are ok and have a positive, finite one."""
+    rows = table[(table.status == "ok") & (table[quantity] > 0) & (table[quantity] < inf)]
+    return {
+        int(block): float(value) for block, value in zip(rows.block, rows[quantity], strict=True)
+    }
+
+
+def _ratio(
+    values: Mapping[int, float], divisor: str | None, other: pd.DataFrame | None, quantity: str
+) -> tuple[Estimate, str | None]:
+    """Ratio to the reference over the blocks that have both, or why there is none."""
+    if divisor is None:
+        return NOTHING, "no reference datapath"
+    if other is None:
+        return NOTHING, f"{divisor} has no such cell in this campaign"
+    others = block_values(other, quantity)
+    if values and not others:
+        return NOTHING, f"{divisor}: {_reason(other, others)}"
+    both = sorted(values.keys() & others.keys())
+    if values and not both:
+        return NOTHING, f"no block has both this and {divisor}"
+    return estimate(values[block] / others[block] for block in both), None
+
+
+def _status(table: pd.DataFrame, values: Mapping[int, float]) -> str:
+    if values:
+        return "ok"
+    return "unsupported" if (table.status == "unsupported").all() else "failed"
+
+
+def _reason(table: pd.DataFrame, values: Mapping[int, float]) -> str | None:
+    """Why blocks have no value: the commonest reason, led by how many blocks if some have one."""
+    without = table[~table.block.isin(list(values))]
+    if without.empty:
+        return None
+    reasons = without.reason.where(without.status != "ok").fillna("no value measured")
+    text = " ".join(str(reasons.mode().iloc[0]).split())
+    return text if not values else f"{len(without)} of {len(table)} blocks failed: {text}"

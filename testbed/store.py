@@ -1,0 +1,284 @@
+"""A campaign's directory: what was planned and where, every trial that was run, tables of them.
+
+    campaign.json    the plan and the circumstances (`Campaign`), written once
+    trials.jsonl     one line a trial, appended and on the disk before `append` returns
+    consoles/        serial consoles of guests
+    trials.parquet, trials.csv, histogram.parquet    derived: rewritten from trials.jsonl at will
+    figures/         derived as well (`testbed.report`)
+
+Whoever appends holds a lock on trials.jsonl that the kernel drops when the process ends, however it
+ends; reading takes no lock. Nothing is measured here and nothing summarised.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import pandas as pd
+
+from testbed.analysis import percentile
+from testbed.model import Cell, Error, Status, Trial
+
+FORMAT = 1
+"""Version of the directory's layout, in campaign.json."""
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """A plan's blocks on a host: everything that figures and tables say besides the trials."""
+
+    name: str
+    """The plan's name."""
+    plan: Mapping[str, Any]
+    """The plan as given."""
+    cells: tuple[str, ...]
+    """Ids of the cells to run in each block."""
+    blocks: int
+    seed: int
+    references: Mapping[str, str]
+    """Datapath → the datapath that its results are divided by; its own name means itself."""
+    guest: str
+    """Runtime of the guests."""
+    guest_kernel: str
+    accelerator: str
+    """`kvm`, `tcg`, or `none` where guests are no virtual machines."""
+    kernel: str
+    cpu: str
+    governor: str
+    host: str
+    revision: str
+    """Git revision of this project, with `-dirty` if it was."""
+    offloads: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    images: Mapping[str, str] = field(default_factory=dict)
+    """Image → digest."""
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    """Whatever else may explain a number."""
+    started: str = ""
+    """UTC, ISO 8601."""
+
+    @property
+    def functional(self) -> bool:
+        """Whether guests were emulated: their cells show function and make no claim of speed."""
+        return self.accelerator == "tcg"
+
+
+class Store:
+    """A campaign's directory, open for reading, or for appending too (`create`, `resume`)."""
+
+    def __init__(self, path: Path, campaign: Campaign, log: BinaryIO | None = None) -> None:
+        self.path = path
+        self.campaign = campaign
+        self._log = log
+
+    def append(self, trial: Trial) -> None:
+        """Add a trial; it is on the disk when this returns, or the file is as it was before."""
+        if self._log is None:
+            raise ValueError(f"{self.path} is open for reading only")
+        line = json.dumps(trial.as_json(), ensure_ascii=False, allow_nan=False) + "\n"
+        log, rest = self._log.fileno(), line.encode()
+        with _explained(self._log_path, resume=self.path):
+            end = os.fstat(log).st_size
+            try:
+                while rest:  # A disk that fills up takes a part before it refuses.
+                    rest = rest[os.write(log, rest) :]
+                os.fsync(log)
+            except OSError:
+                os.ftruncate(log, end)
+                raise
+
+    def trials(self) -> list[Trial]:
+        """One trial for each cell and block that was run, in the order of blocks.
+
+        Of several the last that is ok counts, else the last. A torn last line is left out. Raises
+        `Error` with the number of a line that is no trial.
+        """
+        with _explained(self._log_path):
+            lines = self._log_path.read_bytes().split(b"\n")[:-1]
+        kept: dict[tuple[str, int], Trial] = {}
+        for number, line in enumerate(lines, 1):
+            try:
+                trial = Trial.from_json(json.loads(line))
+                Cell.parse(trial.cell)
+            except (ValueError, TypeError, KeyError, AttributeError, Error) as e:
+                raise Error(
+                    f"{self._log_path} line {number}: not a trial ({e})",
+                    "delete that line; its trial is run again on --resume",
+                ) from e
+            key = (trial.cell, trial.block)
+            if trial.status is Status.OK or key not in kept or kept[key].status is not Status.OK:
+                kept[key] = trial
+        return sorted(kept.values(), key=lambda t: (t.block, t.order))
+
+    def done(self) -> set[tuple[str, int]]:
+        """(cell id, block) of what need not be run again; failed trials are worth another try."""
+        return {(t.cell, t.block) for t in self.trials() if t.status is not Status.FAILED}
+
+    def console(self, name: str) -> Path:
+        """Where a guest's serial console goes."""
+        return self.path / "consoles" / f"{name}.log"
+
+    def derive(self) -> list[Path]:
+        """Write the tables anew from trials.jsonl, and say which files they are."""
+        trials = self.trials()
+        table, histogram = frame(trials), histograms(trials)
+        written = []
+        for name, write in (
+            ("trials.parquet", table.to_parquet),
+            ("trials.csv", table.to_csv),
+            ("histogram.parquet", histogram.to_parquet),
+        ):
+            with _replacing(self.path / name) as beside:
+                write(beside, index=False)
+            written.append(self.path / name)
+        return written
+
+    def close(self) -> None:
+        """Let go of the lock, where there is one."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def _log_path(self) -> Path:
+        return self.path / "trials.jsonl"
+
+
+def directory(plan: str, now: datetime | None = None) -> Path:
+    """Where a campaign goes unless told otherwise: `results/<UTC time>-<plan>`."""
+    return Path("results") / f"{(now or datetime.now(UTC)).astimezone(UTC):%Y%m%dT%H%M%SZ}-{plan}"
+
+
+def create(path: Path, campaign: Campaign) -> Store:
+    """A new campaign at `path`, open for appending. Raises `Error` if one is there already."""
+    with _explained(path):
+        (path / "consoles").mkdir(parents=True, exist_ok=True)
+    log = _lock(path)
+    try:
+        if (path / "campaign.json").exists():
+            raise Error(f"{path}: there is a campaign already", f"continue it: --resume {path}")
+        with _replacing(path / "campaign.json") as beside:
+            text = json.dumps({"format": FORMAT, **asdict(campaign)}, indent=1, ensure_ascii=False)
+            beside.write_text(text + "\n")
+    except BaseException:
+        log.close()
+        raise
+    return Store(path, campaign, log)
+
+
+def resume(path: Path) -> Store:
+    """The campaign at `path`, open for appending. A last line torn by a kill is cut off."""
+    campaign = open(path).campaign
+    log = _lock(path)
+    with _explained(path):
+        text = (path / "trials.jsonl").read_bytes()
+        os.ftruncate(log.fileno(), text.rfind(b"\n") + 1)
+    return Store(path, campaign, log)
+
+
+def open(path: Path) -> Store:
+    """The campaign at `path`, for reading. Raises `Error` if there is none, or none we can read."""
+    file = path / "campaign.json"
+    if not file.exists():
+        raise Error(f"{path}: no campaign there (no campaign.json)", "campaigns are in results/")
+    with _explained(file):
+        text = file.read_text()
+    try:
+        data = json.loads(text)
+        if (found := data.pop("format")) != FORMAT:
+            raise Error(f"{file}: format {found}, and this testbed reads format {FORMAT}")
+        data["cells"] = tuple(data["cells"])
+        return Store(path, Campaign(**data))
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise Error(f"{file}: not a campaign ({e})") from e
+
+
+def frame(trials: Sequence[Trial]) -> pd.DataFrame:
+    """Tidy table: one row a trial.
+
+    Columns: the cell's fields; block, order, status, reason; value in the metric's unit; p50_us and
+    p99_us of the trial's histogram (NaN without one); what else the trial says. Dictionaries become
+    columns such as `carried.packets`.
+    """
+    rows = []
+    for trial in trials:
+        row = {**vars(Cell.parse(trial.cell)), **vars(trial)}
+        histogram = row.pop("histogram_us")
+        row["p50_us"], row["p99_us"] = percentile(histogram, 50), percentile(histogram, 99)
+        for name in ("carried", "counters", "machine"):
+            row.update({f"{name}.{key}": value for key, value in row.pop(name).items()})
+        rows.append({k: str(v) if isinstance(v, str) else v for k, v in row.items()})
+    table = pd.DataFrame(rows)
+    table = table.reindex(columns=[*_COLUMNS, *sorted(set(table.columns) - set(_COLUMNS))])
+    return table.astype({"value": float, "p50_us": float, "p99_us": float, "duration_s": float})
+
+
+_COLUMNS = (
+    "datapath", "pair", "family", "transport", "metric", "size_bytes", "streams",
+    "cell", "block", "order", "status", "reason", "value", "p50_us", "p99_us", "duration_s",
+    "payload_bytes", "transactions", "errors", "dialed", "started",
+)  # fmt: skip
+
+
+def histograms(trials: Sequence[Trial]) -> pd.DataFrame:
+    """Long table: cell, block, upper_us, count; one row per bucket of each trial that is ok."""
+    rows = [
+        (trial.cell, trial.block, upper_us, count)
+        for trial in trials
+        if trial.status is Status.OK
+        for upper_us, count in trial.histogram_us
+    ]
+    return pd.DataFrame(rows, columns=["cell", "block", "upper_us", "count"])
+
+
+def _lock(path: Path) -> BinaryIO:
+    """trials.jsonl, open for appending and locked as long as it is open (flock(2))."""
+    with _explained(path):
+        log = (path / "trials.jsonl").open("ab", buffering=0)
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        log.close()
+        raise Error(f"{path}: another process is writing this campaign", "wait for it") from e
+    return log
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, which takes the place of `path` when all went well."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with _explained(path):
+            yield beside
+            with beside.open("rb") as written:
+                os.fsync(written.fileno())
+            beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _explained(path: Path, resume: Path | None = None) -> Iterator[None]:
+    """Turns an OSError into one line about `path`."""
+    try:
+        yield
+    except OSError as e:
+        hint = f"then go on with --resume {resume}" if resume else None
+        raise Error(f"{path}: {e.strerror or e}", hint) from e

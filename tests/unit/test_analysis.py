@@ -1,0 +1,198 @@
+"""The statistics against values worked out by other means, and their coverage by simulation."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from testbed import analysis, store
+from testbed.model import Status, Trial
+
+positive = st.floats(1e-6, 1e12)
+histogram = st.lists(st.tuples(st.floats(0.1, 1e6), st.integers(1, 1000)), min_size=1)
+
+
+def test_estimate_of_hand_computed_values() -> None:
+    """ln of 1, e, e² has mean and deviation 1; t(0.975, 2) = 4.302653 (tables of Student's t)."""
+    e = analysis.estimate([1.0, math.e, math.e**2])
+    half = 4.302653 / math.sqrt(3)
+    assert e.blocks == 3
+    assert e.mean == pytest.approx(math.e)
+    assert e.low == pytest.approx(math.exp(1 - half), rel=1e-6)
+    assert e.high == pytest.approx(math.exp(1 + half), rel=1e-6)
+
+
+@given(st.lists(positive, min_size=2, max_size=40).filter(lambda v: len(set(v)) > 1))
+def test_estimate_is_scipys_t_interval_on_logarithms(values: list[float]) -> None:
+    logs = [math.log(v) for v in values]
+    low, high = stats.t.interval(
+        0.95, len(logs) - 1, loc=sum(logs) / len(logs), scale=stats.sem(logs)
+    )
+    e = analysis.estimate(values)
+    assert math.log(e.mean) == pytest.approx(sum(logs) / len(logs), abs=1e-9)
+    assert math.log(e.mean / e.low) == pytest.approx(math.log(e.high / e.mean), abs=1e-6)
+    assert math.log(e.low) == pytest.approx(low, rel=1e-6, abs=1e-6)
+    assert math.log(e.high) == pytest.approx(high, rel=1e-6, abs=1e-6)
+
+
+def test_intervals_cover_the_truth_nineteen_times_in_twenty() -> None:
+    """2,000 campaigns of 5 blocks: 95 % within three standard errors of the binomial, ±1.5 %."""
+    rng = random.Random(20)
+    hits = 0
+    for _ in range(2000):
+        e = analysis.estimate(rng.lognormvariate(math.log(3.5e9), 0.2) for _ in range(5))
+        hits += e.low <= 3.5e9 <= e.high
+    assert hits / 2000 == pytest.approx(0.95, abs=0.015)
+
+
+def test_one_block_has_no_interval_and_none_has_no_mean() -> None:
+    one, none = analysis.estimate([7.0]), analysis.estimate([])
+    assert one.mean == pytest.approx(7)
+    assert math.isnan(one.low)
+    assert math.isnan(one.high)
+    assert math.isnan(none.mean)
+    assert none.blocks == 0
+
+
+def test_percentile_of_known_samples() -> None:
+    """1 to 100, each once: the nearest rank of p is p."""
+    hundred = [(float(n), 1) for n in range(1, 101)]
+    assert [analysis.percentile(hundred, p) for p in (0, 1, 50, 99, 99.5, 100)] == [
+        1,
+        1,
+        50,
+        99,
+        100,
+        100,
+    ]
+    assert analysis.percentile([(10.0, 999), (500.0, 1)], 99) == 10.0
+    assert analysis.percentile([(10.0, 98), (500.0, 2)], 99) == 500.0
+    assert math.isnan(analysis.percentile([], 50))
+
+
+@given(histogram, st.floats(0.1, 100))
+def test_percentile_is_a_sample_with_enough_at_or_below_it(
+    buckets: list[tuple[float, int]], percent: float
+) -> None:
+    value = analysis.percentile(buckets, percent)
+    total = sum(c for _, c in buckets)
+    below = sum(c for u, c in buckets if u < value)
+    at_most = sum(c for u, c in buckets if u <= value)
+    assert below * 100 < percent * total * (1 + 1e-12) or below == 0
+    assert at_most * 100 >= percent * total * (1 - 1e-12)
+
+
+@given(st.lists(histogram, min_size=1, max_size=4))
+def test_distribution_climbs_to_one(blocks: list[list[tuple[float, int]]]) -> None:
+    points = analysis.distribution(blocks)
+    assert [x for x, _ in points] == sorted({u for block in blocks for u, _ in block})
+    assert [y for _, y in points] == sorted(y for _, y in points)
+    assert points[-1][1] == pytest.approx(1)
+
+
+def test_blocks_weigh_the_same_in_a_distribution_however_many_samples() -> None:
+    assert analysis.distribution([[(1.0, 1000)], [(2.0, 1)]]) == [(1.0, 0.5), (2.0, 1.0)]
+
+
+REFERENCES = {"capture": "bridge", "bridge": "direct", "direct": "direct", "loopback": "loopback"}
+
+
+def trials(
+    cell: str, values: dict[int, float | str | None], metric: str = "throughput"
+) -> list[Trial]:
+    """A float is a value, a string the reason of an unsupported block, None a failure."""
+    cell = f"{cell}/ipv4/tcp/{metric}/65536x1"
+    made = []
+    for block, v in values.items():
+        if isinstance(v, float):
+            made.append(
+                Trial(cell, block, 0, Status.OK, value=v, histogram_us=((v, 9), (9 * v, 1)))
+            )
+        elif v is None:
+            made.append(Trial(cell, block, 0, Status.FAILED, reason="guest not ready"))
+        else:
+            made.append(Trial(cell, block, 0, Status.UNSUPPORTED, reason=v))
+    return made
+
+
+def summary(*groups: list[Trial]) -> pd.DataFrame:
+    table = store.frame([t for group in groups for t in group])
+    return analysis.summarise(table, REFERENCES).set_index(["cell", "quantity"], drop=False)
+
+
+def test_ratios_are_taken_within_blocks() -> None:
+    """The machine is ten times slower in block 1: the ratio does not notice."""
+    s = summary(
+        trials("bridge/native-guest", {0: 4e9, 1: 4e8, 2: 4e9}),
+        trials("capture/native-guest", {0: 2e9, 1: 2e8, 2: 2e9}),
+    )
+    capture = s.loc["capture/native-guest/ipv4/tcp/throughput/65536x1"].iloc[0]
+    assert (capture.reference, capture.ratio_blocks) == ("bridge", 3)
+    assert (capture.ratio, capture.ratio_low, capture.ratio_high) == pytest.approx((0.5, 0.5, 0.5))
+    assert capture["mean"] == pytest.approx((2e9 * 2e8 * 2e9) ** (1 / 3))
+    assert capture.high / capture.low > 100
+
+
+def test_only_blocks_that_have_both_make_a_ratio() -> None:
+    s = summary(
+        trials("bridge/native-guest", {0: 4e9, 1: None, 2: 1e9}),
+        trials("capture/native-guest", {0: 2e9, 1: 2e9, 2: 1e9}),
+    )
+    bridge, capture = s.iloc[0], s.iloc[1]
+    assert capture.ratio == pytest.approx(math.sqrt(0.5 * 1))
+    assert (capture.blocks, capture.ratio_blocks) == (3, 2)
+    assert (bridge.status, bridge.blocks) == ("ok", 2)
+    assert bridge.reason == "1 of 3 blocks failed: guest not ready"
+
+
+def test_a_reference_is_one_to_itself_and_native_pairs_are_held_to_loopback() -> None:
+    s = summary(
+        trials("direct/native-guest", {0: 4e9, 1: 5e9}),
+        trials("loopback/native-native", {0: 4e10, 1: 5e10}),
+        trials("capture/native-native", {0: 3.6e10, 1: 4.5e10}),
+    )
+    assert list(s.ratio) == pytest.approx([1, 1, 0.9])
+    assert list(s.ratio_low) == pytest.approx([1, 1, 0.9])
+    assert list(s.reference) == ["direct", "loopback", "loopback"]
+
+
+def test_a_missing_ratio_says_why() -> None:
+    s = summary(
+        trials("capture/guest-guest", {0: 1e9}),
+        trials("bridge/native-guest", {0: "no IPv6 in this kernel"}),
+        trials("capture/native-guest", {0: 1e9}),
+        trials("bridge/guest-native", {0: 1e9}),
+        trials("direct/guest-native", {1: 1e9}),
+        trials("novel/native-guest", {0: 1e9}),
+    )
+    assert list(s.no_ratio[:4]) == [
+        "bridge has no such cell in this campaign",
+        "direct has no such cell in this campaign",
+        "bridge: no IPv6 in this kernel",
+        "no block has both this and direct",
+    ]
+    assert s.no_ratio.iloc[5] == "no reference datapath"
+    assert s.ratio.iloc[[0, 1, 2, 3, 5]].isna().all()
+    assert list(s.status) == ["ok", "unsupported", "ok", "ok", "ok", "ok"]
+
+
+def test_latency_is_summarised_by_median_and_99th_percentile_of_each_block() -> None:
+    s = summary(trials("direct/native-guest", {0: 10.0, 1: 40.0}, "latency"))
+    assert list(s.quantity) == ["p50_us", "p99_us"]
+    assert list(s["mean"]) == pytest.approx([20, 180])
+
+
+def test_ok_without_a_value_counts_as_failed() -> None:
+    cell = "direct/native-guest/ipv4/tcp/throughput/65536x1"
+    row = summary([Trial(cell, 0, 0, Status.OK, value=0.0)]).iloc[0]
+    assert (row.status, row.reason, row.blocks) == ("failed", "no value measured", 0)
+
+
+def test_no_trials_no_rows() -> None:
+    assert summary([]).empty
