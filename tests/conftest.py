@@ -1,0 +1,120 @@
+"""For all tests: `root` tests are skipped without root, and nothing may be left behind.
+
+What a run leaves is what is there after it and was not before: namespaces, links, cgroups, pins,
+eBPF objects, ledgers, child processes. Asked of the kernel directly, not through the code under
+test. What belongs to another testbed at work on this host is none of ours.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from testbed.ledger import ROOT
+
+KERNEL_PATIENCE_S = 10
+"""The kernel takes namespaces and programs down after the call that removed them returned."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.geteuid() != 0:
+        for item in items:
+            if item.get_closest_marker("root"):
+                item.add_marker(pytest.mark.skip(reason="needs root"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    before = snapshot()
+    yield
+    deadline = time.monotonic() + KERNEL_PATIENCE_S
+    while left := snapshot() - before - others():
+        if time.monotonic() > deadline:
+            pytest.fail("left behind: " + ", ".join(sorted(left)), pytrace=False)
+        gc.collect()  # a program that Python still holds is there until its object goes
+        time.sleep(0.1)
+
+
+def snapshot() -> set[str]:
+    """Everything of the kinds that a testbed makes, each as `kind name`."""
+    return {
+        *(f"netns {p.name}" for p in Path("/run/netns").glob("*")),
+        *(f"link {name}" for _, name in socket.if_nameindex()),
+        *(f"cgroup {p}" for mount in mounts("cgroup2") for p in mount.iterdir() if p.is_dir()),
+        *(f"pin {p}" for mount in mounts("bpf") for p in mount.rglob("*")),
+        *(f"ledger {p.name}" for p in ROOT.glob("*.ledger")),
+        *(f"process {pid} {name}" for pid, name in children()),
+        *bpf_objects(),
+    }
+
+
+def others() -> set[str]:
+    """What other living testbeds account for: by the id in its name, or where none tells whose."""
+    ours = {os.getpid(), *(pid for pid, _ in children())}
+    locks = (line.replace("-> ", "").split() for line in Path("/proc/locks").open())
+    foreign = {lock[5].rpartition(":")[2] for lock in locks if int(lock[4]) not in ours}
+    ids = {p.stem for p in ROOT.glob("*.ledger") if str(p.stat().st_ino) in foreign}
+    return {
+        thing
+        for thing in snapshot()
+        if any(id in thing for id in ids) or (ids and thing.startswith(("pin ", "bpf ")))
+    }
+
+
+def mounts(kind: str) -> list[Path]:
+    """Where file systems of a kind are mounted."""
+    lines = (line.split() for line in Path("/proc/mounts").read_text().splitlines())
+    return [Path(where) for _, where, fs, *_ in lines if fs == kind]
+
+
+def children() -> Iterator[tuple[int, str]]:
+    """(pid, name) of this process's living descendants."""
+    by_parent: dict[int, list[tuple[int, str]]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            head, _, tail = stat.read_text().rpartition(")")
+        except OSError:
+            continue  # it just ended
+        pid, _, name = head.partition(" (")
+        state, parent, *_ = tail.split()
+        if state not in "ZX":
+            by_parent.setdefault(int(parent), []).append((int(pid), name))
+    queue = [os.getpid()]
+    while queue:
+        for child, name in by_parent.get(queue.pop(), []):
+            yield child, name
+            queue.append(child)
+
+
+def bpf_objects() -> Iterator[str]:
+    """Every eBPF program and map of the kernel, by id and name (bpf(2)); none without root."""
+    libc = ctypes.CDLL(None)
+    buffer = ctypes.create_string_buffer(256)
+
+    def bpf(command: int, attributes: bytes) -> int:
+        ctypes.memset(buffer, 0, len(buffer))
+        ctypes.memmove(buffer, attributes, len(attributes))
+        return int(libc.syscall(321, command, buffer, 128))  # x86-64's number
+
+    # kind, BPF_*_GET_NEXT_ID, BPF_*_GET_FD_BY_ID, offset of `name` in struct bpf_*_info
+    for kind, next_id, fd_by_id, name_at in (("program", 11, 13, 64), ("map", 12, 14, 24)):
+        id = 0
+        while bpf(next_id, struct.pack("I", id)) == 0:
+            id = struct.unpack_from("I", buffer, 4)[0]
+            fd = bpf(fd_by_id, struct.pack("I", id))
+            if fd < 0:
+                continue  # it just went
+            info = ctypes.create_string_buffer(128)
+            bpf(15, struct.pack("IIQ", fd, len(info), ctypes.addressof(info)))  # …_INFO_BY_FD
+            os.close(fd)
+            name = info.raw[name_at : name_at + 16].partition(b"\0")[0].decode()
+            if not name.startswith("sd_"):  # systemd has programs for services that start
+                yield f"bpf {kind} {id} {name}"
