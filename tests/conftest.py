@@ -59,8 +59,9 @@ def snapshot() -> set[str]:
 def others() -> set[str]:
     """What other living testbeds account for: by the id in its name, or where none tells whose."""
     ours = {os.getpid(), *(pid for pid, _ in children())}
-    locks = (line.replace("-> ", "").split() for line in Path("/proc/locks").open())
-    foreign = {lock[5].rpartition(":")[2] for lock in locks if int(lock[4]) not in ours}
+    locks = Path("/proc/locks").read_text().replace("-> ", "").splitlines()  # "->": it waits
+    fields = [line.split() for line in locks]
+    foreign = {inode.rpartition(":")[2] for *_, pid, inode, _, _ in fields if int(pid) not in ours}
     ids = {p.stem for p in ROOT.glob("*.ledger") if str(p.stat().st_ino) in foreign}
     return {
         thing
