@@ -149,10 +149,17 @@ class Owner(Scope):
         file = path.open("x")
         fcntl.flock(file, fcntl.LOCK_EX)
         super().__init__(_Ledger(path, file))
+        self._kept = False
 
     def undo(self) -> None:
         super().undo()
-        self._ledger.remove()
+        if not self._kept:
+            self._ledger.remove()
+
+    def keep(self) -> None:
+        """Leave everything standing when this process ends; `clean` will take it down."""
+        self._entries.clear()
+        self._kept = True
 
 
 def clean() -> Iterator[str]:

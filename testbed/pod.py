@@ -14,6 +14,7 @@ mending one whose tap or bridge vanished are the same code. Nothing here watches
 
 from __future__ import annotations
 
+import itertools
 import socket
 import subprocess
 import threading
@@ -58,6 +59,8 @@ class Node:
         """Held while links change: a netlink socket serves one thread at a time."""
         self.netns = f"tb-{owner.id}-node"
         self.ip = netlink.create_netns(owner, self.netns)
+        self.numbers = itertools.count(1)
+        """Of pods, for the names of their links (15 characters at most)."""
         # Ports of bridges need no addresses; what a bridge itself would say to IPv6 routers is noise.
         netlink.set_sysctls(self.netns, {"net/ipv6/conf/default/disable_ipv6": 1})
 
@@ -86,30 +89,46 @@ class Pod:
         self._guest_netns: dict[int, IPRoute] = {}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._owner = node.owner.part()
+        try:
+            with self.lock:
+                self._build()
+        except BaseException:
+            self._owner.undo()
+            raise
+
+    def _build(self) -> None:
+        self.number = next(self.node.numbers)
         self.ip = netlink.create_netns(self._owner, self.netns)
-        for n, guest in manifest.guests.items():
-            if not runtimes[guest.runtime].uses_tap:
+        for n, guest in self.manifest.guests.items():
+            if not self._runtimes[guest.runtime].uses_tap:
                 self._guest_netns[n] = netlink.create_netns(self._owner, f"{self.netns}-g{n}")
         root = process.create_cgroup(self._owner, self.netns)
         self.cgroup, self._guest_cgroup = root / "natives", root / "guests"
         self.cgroup.mkdir()
         self._guest_cgroup.mkdir()
+        if self.datapath.layout is Layout.BRIDGE:
+            self._owner.defer(netlink.remove_links, netns=self.node.netns, group=self.number)
         self._build_links()
-        self.attachment: Attachment = datapath.attach(self.wiring(), self._owner)
+        self.attachment: Attachment = self.datapath.attach(self.wiring(), self._owner)
 
     # --- links ------------------------------------------------------------------------------
 
     @property
     def _bridge(self) -> str:
-        return f"br-{self.name}"
+        return f"br{self.number}"
+
+    @property
+    def _uplink(self) -> str:
+        return f"u{self.number}"
 
     def _port(self, n: int) -> str:
-        return f"g{n}-{self.name}"
+        return f"g{self.number}.{n}"
 
     def _link_names(self) -> set[str]:
-        """Links whose loss breaks the pod: bridge and ports."""
+        """Links whose loss breaks the pod."""
         names = {self._port(n) for n in self.manifest.guests}
-        return names | {self._bridge} if self.datapath.layout is Layout.BRIDGE else names
+        bridged = self.datapath.layout is Layout.BRIDGE
+        return names | {self._bridge, self._uplink} if bridged else names
 
     @property
     def link_netns(self) -> tuple[str, IPRoute]:
@@ -120,82 +139,72 @@ class Pod:
 
     def _build_links(self) -> None:
         """Make every link that is not there."""
-        netns, ip = self.link_netns
+        _, ip = self.link_netns
+        there = netlink.find(ip, *self._link_names())
         bridge = None
         if self.datapath.layout is Layout.BRIDGE:
-            if not (found := ip.link_lookup(ifname=self._bridge)):
-                found = [netlink.create_link(self._owner, ip, netns, self._bridge, kind="bridge",
-                                             br_stp_state=0, br_mcast_snooping=0, state="up")]  # fmt: skip
-            bridge = found[0]
-            uplink = f"u-{self.name}"
-            if not ip.link_lookup(ifname=uplink):
-                netlink.create_link(
-                    self._owner, ip, netns, uplink, kind="veth", state="up",
-                    peer={"ifname": "eth0", "net_ns_fd": self.netns, "address": POD_MAC},
-                )  # fmt: skip
-                eth0 = netlink.index(self.ip, "eth0")
-                for family in Family:
-                    netlink.add_address(self.ip, eth0, pod_link(family), LINK_PREFIX[family])
-                self.ip.link("set", index=eth0, state="up")
-            ip.link("set", index=netlink.index(ip, uplink), master=bridge)
-        for n, guest in self.manifest.guests.items():
-            self._build_port(n, guest, netns, ip, bridge)
-
-    def _build_port(
-        self, n: int, guest: Workload, netns: str, ip: IPRoute, bridge: int | None
-    ) -> None:
-        name = self._port(n)
-        if found := ip.link_lookup(ifname=name):
-            port = found[0]
-        elif self._runtimes[guest.runtime].uses_tap:
-            port = netlink.create_link(self._owner, ip, netns, name, kind="tuntap", mode="tap", vnet_hdr=1)
-        else:
-            guest_netns = self._guest_netns[n]
-            port = netlink.create_link(
-                self._owner, ip, netns, name, kind="veth",
-                peer={"ifname": "eth0", "net_ns_fd": f"{self.netns}-g{n}", "address": guest_mac(n)},
-            )  # fmt: skip
-            eth0 = netlink.index(guest_netns, "eth0")
+            bridge = there.get(self._bridge) or netlink.create_link(
+                ip, self._bridge, self.number, kind="bridge", br_stp_state=0, br_mcast_snooping=0, state="up"
+            )
+            uplink = there.get(self._uplink) or self._create_uplink(ip)
+            ip.link("set", index=uplink, master=bridge)
+        neighbors_at = netlink.find(self.ip, "eth0")["eth0"] if bridge else 0
+        for n in self.manifest.guests:
+            port = there.get(self._port(n)) or self._create_port(ip, n)
+            ip.link("set", index=port, state="up", **({"master": bridge} if bridge else {}))
             for family in Family:
-                netlink.add_address(guest_netns, eth0, guest_link(family, n), LINK_PREFIX[family])
-            guest_netns.link("set", index=eth0, state="up")
-        ip.link("set", index=port, state="up", **({"master": bridge} if bridge else {}))
-        neighbors_at = netlink.index(self.ip, "eth0") if bridge else port
-        for family in Family:
-            if not bridge:
-                self._address_port(port, family, n)
-            netlink.add_neighbor(self.ip, neighbors_at, guest_link(family, n), guest_mac(n))
+                netlink.add_neighbor(self.ip, neighbors_at or port, guest_link(family, n), guest_mac(n))
+                if not bridge:
+                    length = guest_link(family, n).max_prefixlen
+                    self.ip.route("replace", dst=f"{guest_link(family, n)}/{length}", oif=port)
 
-    def _address_port(self, port: int, family: Family, n: int) -> None:
-        """In layout `pod` every port has the pod's address, and a route to its one guest."""
-        length = pod_link(family).max_prefixlen
-        if not self.ip.get_addr(index=port, address=str(pod_link(family))):
-            netlink.add_address(self.ip, port, pod_link(family), length)
-        self.ip.route("replace", dst=f"{guest_link(family, n)}/{length}", oif=port)
+    def _create_uplink(self, ip: IPRoute) -> int:
+        peer = {"ifname": "eth0", "net_ns_fd": self.netns, "address": POD_MAC}
+        uplink = netlink.create_link(ip, self._uplink, self.number, kind="veth", state="up", peer=peer)
+        eth0 = netlink.find(self.ip, "eth0")["eth0"]
+        for family in Family:
+            netlink.add_address(self.ip, eth0, pod_link(family), LINK_PREFIX[family])
+        self.ip.link("set", index=eth0, state="up")
+        return uplink
+
+    def _create_port(self, ip: IPRoute, n: int) -> int:
+        """The host's end of guest n's link. In layout `pod` every port has the pod's address."""
+        name = self._port(n)
+        if guest_ip := self._guest_netns.get(n):
+            peer = {"ifname": "eth0", "net_ns_fd": f"{self.netns}-g{n}", "address": guest_mac(n)}
+            port = netlink.create_link(ip, name, self.number, kind="veth", peer=peer)
+            eth0 = netlink.find(guest_ip, "eth0")["eth0"]
+            for family in Family:
+                netlink.add_address(guest_ip, eth0, guest_link(family, n), LINK_PREFIX[family])
+            guest_ip.link("set", index=eth0, state="up")
+        else:
+            port = netlink.create_link(ip, name, self.number, kind="tuntap", mode="tap", vnet_hdr=1)
+        if self.datapath.layout is Layout.POD:
+            ip.link("set", index=port, state="up")
+            for family in Family:
+                netlink.add_address(ip, port, pod_link(family), pod_link(family).max_prefixlen)
+        return port
 
     def wiring(self) -> Wiring:
         """The links as they are now, for the datapath."""
+        there = netlink.find(self.link_netns[1], *self._link_names())
         bridged = self.datapath.layout is Layout.BRIDGE
-        _, ip = self.link_netns
         return Wiring(
             pod=self.name,
             netns=self.netns,
             node=self.node.netns,
             layout=self.datapath.layout,
-            uplink_ifindex=netlink.index(self.ip, "eth0") if bridged else 0,
-            uplink_peer_ifindex=netlink.index(ip, f"u-{self.name}") if bridged else 0,
-            ports=tuple(
-                Port(n, self._port(n), netlink.index(ip, self._port(n))) for n in self.manifest.guests
-            ),
+            uplink_ifindex=netlink.find(self.ip, "eth0")["eth0"] if bridged else 0,
+            uplink_peer_ifindex=there[self._uplink] if bridged else 0,
+            ports=tuple(Port(n, self._port(n), there[self._port(n)]) for n in self.manifest.guests),
             owners=self.manifest.owners,
             cgroup=self.cgroup,
         )
 
     def missing_links(self) -> set[str]:
         """Links that somebody took away."""
-        _, ip = self.link_netns
         with self.lock:
-            return {name for name in self._link_names() if not ip.link_lookup(ifname=name)}
+            return self._link_names() - netlink.find(self.link_netns[1], *self._link_names()).keys()
 
     def mend(self) -> None:
         """Make vanished links again, attach the datapath to them, restart guests that lost their tap."""
@@ -204,10 +213,9 @@ class Pod:
             self._build_links()
             self.attachment.rewire(self.wiring())
         for n, guest in self.manifest.guests.items():
-            if self._port(n) in missing and guest.name in self.processes:
-                if self._runtimes[guest.runtime].uses_tap:
-                    self.stop_workload(guest.name)
-                    self.start_workload(guest.name)
+            if self._port(n) in missing and n not in self._guest_netns and guest.name in self.processes:
+                self.stop_workload(guest.name)
+                self.start_workload(guest.name)
 
     # --- workloads --------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from typing import Protocol, cast
 
 from testbed import agent, process
 from testbed.manifest import Workload
-from testbed.model import Family, Runtime
+from testbed.model import Error, Family, Runtime
 
 
 @dataclass(frozen=True)
@@ -108,3 +108,19 @@ def prepare(runtime: Runtime, options: Options) -> Prepared:
     """Make a runtime ready. Raises `Error` with what to type if something is missing."""
     module = import_module(f"{__name__}.{runtime}")
     return cast(Callable[[Options], Prepared], module.prepare)(options)
+
+
+def choose(name: str, options: Options) -> tuple[Prepared, str]:
+    """The runtime of that name, or for `best` the first of OSv, Linux and stand-in that is there.
+
+    Second value: why it is not a better one, in a line; empty if it is the best or was asked for.
+    """
+    if name != "best":
+        return prepare(Runtime(name), options), ""
+    why: list[str] = []
+    for runtime in (Runtime.OSV, Runtime.LINUX):
+        try:
+            return prepare(runtime, options), "; ".join(why)
+        except Error as e:
+            why.append(f"no {runtime} guest: {e.message}")
+    return prepare(Runtime.STANDIN, options), "; ".join(why)

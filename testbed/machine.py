@@ -1,0 +1,50 @@
+"""What this machine is, and what it was busy with: read from /proc and /sys, nothing changed."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+
+def facts() -> dict[str, str]:
+    """What a result has to say about the machine: kernel, cpu, governor, host, and versions of tools."""
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    models = [line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
+    governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    return {
+        "kernel": platform.release(),
+        "cpu": f"{os.cpu_count()}x {models[0] if models else platform.machine()}",
+        "governor": governor.read_text().strip() if governor.exists() else "unknown",
+        "host": platform.node(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what takes part in a measurement."""
+    found = {"python": platform.python_version()}
+    for name in ("testbed", "pyroute2", "pandas", "scipy", "matplotlib"):
+        found[name] = metadata.version(name)
+    for name, command in (("qemu", ["qemu-system-x86_64", "--version"]), ("cc", ["cc", "--version"])):
+        try:
+            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        except (OSError, subprocess.CalledProcessError):
+            continue
+        found[name] = out.splitlines()[0].strip()
+    return found
+
+
+def cpus() -> list[int]:
+    """CPUs that this process may use."""
+    return sorted(os.sched_getaffinity(0))
+
+
+def busy() -> dict[str, float]:
+    """CPU seconds since boot over all CPUs: `cpu_s` not idle, `steal_s` taken by the hypervisor (proc(5), /proc/stat)."""
+    tick = os.sysconf("SC_CLK_TCK")
+    user, nice, system, _, _, irq, softirq, steal, *_ = (
+        int(word) / tick for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    )
+    return {"cpu_s": user + nice + system + irq + softirq, "steal_s": steal}
