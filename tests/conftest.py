@@ -23,6 +23,9 @@ from testbed.ledger import ROOT
 KERNEL_PATIENCE_S = 10
 """The kernel takes namespaces and programs down after the call that removed them returned."""
 
+PRELOAD = {"maps.debug", "progs.debug"}
+"""What a kernel with BPF_PRELOAD itself puts into a bpffs (names of files, as of 5.10)."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if os.geteuid() != 0:
@@ -49,7 +52,7 @@ def snapshot() -> set[str]:
         *(f"netns {p.name}" for p in Path("/run/netns").glob("*")),
         *(f"link {name}" for _, name in socket.if_nameindex()),
         *(f"cgroup {p}" for mount in mounts("cgroup2") for p in mount.iterdir() if p.is_dir()),
-        *(f"pin {p}" for mount in mounts("bpf") for p in mount.rglob("*")),
+        *(f"pin {p}" for mount in mounts("bpf") for p in mount.rglob("*") if p.name not in PRELOAD),
         *(f"ledger {p.name}" for p in ROOT.glob("*.ledger")),
         *(f"process {pid} {name}" for pid, name in children()),
         *bpf_objects(),

@@ -1,0 +1,239 @@
+"""What this machine can run, found out by doing it: links are made, programs loaded, guests booted.
+
+`missing` is what the main job cannot do without, `degraded` what it does worse without, and the
+finding says how much. Nothing is installed, downloaded or left behind.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from testbed import accelerator, bpf, kernels, netlink, process
+from testbed.ledger import Owner
+from testbed.model import Error, Family
+
+KERNEL_FLOOR = (5, 10)
+"""bpf_redirect_peer (`capture`) and getpeername hooks with it."""
+MEMORY_MIB = 1024
+DISK_MIB = 1024
+"""Two guests with everything around them; images, kernels and a campaign."""
+
+
+class State(StrEnum):
+    FINE = "fine"
+    MISSING = "missing"
+    DEGRADED = "degraded"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's."""
+
+    name: str
+    state: State
+    detail: str
+    """What was found."""
+    hint: str = ""
+    """Missing: what to type. Degraded: what it costs, and what to type."""
+
+    def __str__(self) -> str:
+        text = f"{self.state:<9} {self.name:<13} {self.detail}"
+        return f"{text}; {self.hint}" if self.hint else text
+
+
+def probe() -> Iterator[Finding]:
+    """Everything, each finding as soon as it is found. The first boot with KVM may take seconds."""
+    yield from host()
+    yield from guests()
+    yield from room()
+
+
+def ready(findings: Iterable[Finding]) -> bool:
+    """Whether the main job can run."""
+    return all(finding.state is not State.MISSING for finding in findings)
+
+
+def preflight() -> None:
+    """Raises `Error` if the main job cannot run here."""
+    for finding in list(host()):
+        if finding.state is State.MISSING:
+            raise Error(f"{finding.name}: {finding.detail}", hint=finding.hint)
+
+
+# --- what pods are made of ------------------------------------------------------------------
+
+
+def host() -> Iterator[Finding]:
+    """Kernel, links, eBPF, cgroups, compiler: without one of them there is no pod."""
+    yield _kernel()
+    if os.geteuid() != 0:
+        yield Finding("root", State.MISSING, "pods need root", "sudo, in front of the command")
+        return
+    with Owner() as owner:
+        netns = f"tb-{owner.id}-doctor"
+        with netlink.create_netns(owner, netns) as ip:
+            yield _try("veth", lambda: _link(ip, "veth", peer="peer"))
+            yield _try("bridge", lambda: _link(ip, "bridge"))
+            yield _try("tap", lambda: _link(ip, "tuntap", mode="tap"))
+        yield _try("cgroup2", lambda: _cgroup(owner, netns))
+        yield _try("headers", _headers)
+        yield _try("eBPF", lambda: _programs(owner, netns))
+    yield _try("C compiler", _compiler)
+
+
+def _kernel() -> Finding:
+    release = platform.release()
+    major, minor = re.findall(r"\d+", release)[:2]
+    if (int(major), int(minor)) >= KERNEL_FLOOR:
+        return Finding("kernel", State.FINE, f"Linux {release}")
+    floor = ".".join(map(str, KERNEL_FLOOR))
+    return Finding("kernel", State.MISSING, f"Linux {release}", f"boot Linux {floor} or later")
+
+
+def _try(name: str, work: Callable[[], str]) -> Finding:
+    """Fine if it works, with what it returned in words; else missing."""
+    try:
+        return Finding(name, State.FINE, work())
+    except Error as e:
+        return Finding(name, State.MISSING, e.message, e.hint or "")
+    except (OSError, NetlinkError) as e:
+        return Finding(name, State.MISSING, f"the kernel refuses: {e}",
+                       "load its module, or boot a kernel that has it")  # fmt: skip
+
+
+def _link(ip: IPRoute, kind: str, **options: Any) -> str:
+    needed_by = {
+        "veth": "stand-ins, and pods behind a bridge",
+        "bridge": "datapaths bridge and capture",
+        "tuntap": "links of OSv and Linux guests",
+    }
+    netlink.create_link(ip, f"{kind}0", kind=kind, **options)
+    return f"for {needed_by[kind]}"
+
+
+def _cgroup(owner: Owner, name: str) -> str:
+    process.create_cgroup(owner, name)
+    return f"at {process.cgroup_mount()}"
+
+
+def _headers() -> str:
+    found = bpf.headers()
+    if found.exact:
+        return f"of this kernel, {found.release}"
+    return f"of {found.release}, not of this kernel: serves for programs of the network"
+
+
+def _programs(owner: Owner, name: str) -> str:
+    """Compile, load, attach to `lo` of a namespace and to a cgroup, as `capture` does."""
+    cgroup = process.create_cgroup(owner, f"{name}-ebpf")
+    with closing(bpf.load("probe", owner)) as loaded:
+        bpf.attach_tc(owner, name, 1, bpf.INGRESS, loaded.program("redirect_peer"), "probe", 1)
+        bpf.attach_cgroup(owner, cgroup, "getpeername4", loaded.program("getpeername4"))
+    return "compiles, loads, attaches to links (clsact, redirect_peer) and cgroups (getpeername)"
+
+
+def _compiler() -> str:
+    if path := shutil.which("cc") or shutil.which("gcc"):
+        return path
+    raise Error("none, for the traffic agent", hint="apt-get install gcc libc6-dev")
+
+
+# --- what guests run on ---------------------------------------------------------------------
+
+
+def guests() -> Iterator[Finding]:
+    """Without these, stand-ins take the place of guests."""
+    try:
+        yield Finding("QEMU", State.FINE, accelerator.version())
+    except Error as e:
+        yield Finding("QEMU", State.DEGRADED, e.message, f"stand-ins only; {e.hint}")
+        return
+    kernel = None
+    try:
+        linux = kernels.linux_kernel(download=False)
+        kernel = linux.path
+        yield Finding("Linux kernel", State.FINE, f"{linux.release}, {linux.source}")
+    except Error as e:
+        yield Finding("Linux kernel", State.DEGRADED, e.message,
+                      "downloaded when first needed, else no Linux guests")  # fmt: skip
+    try:
+        osv = kernels.find_osv(download=False)
+        kernel = osv.path if osv else kernel
+        yield _osv(osv)
+    except Error as e:
+        yield Finding("OSv kernel", State.DEGRADED, e.message, f"Linux guests only; {e.hint}")
+    busybox = shutil.which("busybox")
+    yield (
+        Finding("busybox", State.FINE, busybox)
+        if busybox
+        else Finding(
+            "busybox", State.DEGRADED, "none", "no Linux guests; apt-get install busybox-static"
+        )
+    )
+    if kernel:
+        yield _accelerator(kernel)
+    yield _vhost_net()
+
+
+def _osv(kernel: kernels.OsvKernel | None) -> Finding:
+    if kernel is None:
+        return Finding("OSv kernel", State.DEGRADED, "none on this machine",
+                       "a run tries to download one, else Linux guests serve; "
+                       "give yours with --osv-kernel")  # fmt: skip
+    detail = f"{kernel.version}, {kernel.source}"
+    if not kernel.listed:
+        detail += " (not listed in osv/kernels.toml: flagged in results)"
+    if Family.IPV6 not in kernel.families:
+        return Finding("OSv kernel", State.DEGRADED, detail,
+                       "IPv6 cells are unsupported; OSv's branch ipv6 has them")  # fmt: skip
+    return Finding("OSv kernel", State.FINE, detail)
+
+
+def _accelerator(kernel: Path) -> Finding:
+    found = accelerator.accelerator(kernel)
+    if found.name == "kvm":
+        return Finding("accelerator", State.FINE, f"KVM: {found.why}")
+    return Finding("accelerator", State.DEGRADED, f"TCG: {found.why}",
+                   "guests prove function, not speed; speed needs a machine with KVM")  # fmt: skip
+
+
+def _vhost_net() -> Finding:
+    if accelerator.vhost_net():
+        return Finding("vhost-net", State.FINE, "/dev/vhost-net")
+    return Finding("vhost-net", State.DEGRADED, "no /dev/vhost-net",
+                   "packets of guests take the way through QEMU, which is slower; "
+                   "modprobe vhost_net")  # fmt: skip
+
+
+# --- room -----------------------------------------------------------------------------------
+
+
+def room() -> Iterator[Finding]:
+    """Memory and disk that are free."""
+    memory = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
+    assert memory is not None
+    yield _enough("memory", int(memory[1]) >> 10, MEMORY_MIB, "guests may not start")
+    folder = kernels.cache_folder()
+    while not folder.exists():
+        folder = folder.parent
+    yield _enough("disk", shutil.disk_usage(folder).free >> 20, DISK_MIB,
+                  f"images and kernels may not fit; make room at {folder}")  # fmt: skip
+
+
+def _enough(name: str, free_mib: int, wanted_mib: int, hint: str) -> Finding:
+    detail = f"{free_mib} MiB free"
+    if free_mib >= wanted_mib:
+        return Finding(name, State.FINE, detail)
+    return Finding(name, State.DEGRADED, f"{detail}, {wanted_mib} are wanted", hint)

@@ -1,0 +1,121 @@
+"""The doctor on this very machine, and on it with something taken away."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from testbed import accelerator, doctor, kernels
+from testbed.doctor import Finding, State
+from testbed.model import Error
+
+
+def by_name(findings: Iterable[Finding]) -> dict[str, Finding]:
+    return {finding.name: finding for finding in findings}
+
+
+@pytest.fixture
+def empty_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No command of the system is there."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel of a guest is there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TESTBED_OSV_KERNEL", raising=False)
+    monkeypatch.delenv("TESTBED_OSV_TREE", raising=False)
+
+
+@pytest.fixture
+def guest_kernel() -> Path:
+    try:
+        accelerator.version()
+        osv = kernels.find_osv(download=False)
+        return osv.path if osv else kernels.linux_kernel(download=False).path
+    except Error as e:
+        pytest.skip(str(e))
+
+
+@pytest.mark.root
+def test_a_machine_that_runs_these_tests_runs_the_main_job() -> None:
+    findings = list(doctor.host())
+    assert doctor.ready(findings), [str(f) for f in findings if f.state is not State.FINE]
+    assert set(by_name(findings)) >= {"kernel", "veth", "bridge", "tap", "cgroup2", "eBPF"}
+    doctor.preflight()
+
+
+@pytest.mark.root
+def test_whatever_is_not_fine_says_what_to_do_or_what_it_costs() -> None:
+    findings = list(doctor.probe())
+    assert len(by_name(findings)) == len(findings)
+    for finding in findings:
+        assert finding.detail
+        assert bool(finding.hint) == (finding.state is not State.FINE)
+        assert "\n" not in str(finding)
+
+
+def test_without_root_nothing_is_tried_and_the_main_job_cannot_run() -> None:
+    script = """if True:
+        from testbed import doctor
+        findings = list(doctor.host())
+        print([f.name for f in findings if f.state == "missing"], doctor.ready(findings))
+    """
+    nobody = ["unshare", "--user"]  # a user namespace without a mapping: nobody is root in it
+    if subprocess.run([*nobody, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no user namespaces here")
+    ran = subprocess.run(
+        [*nobody, sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout == "['root'] False\n"
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("empty_path")
+def test_without_a_compiler_the_main_job_is_refused_with_what_to_type() -> None:
+    with pytest.raises(Error, match="C compiler.*apt-get install gcc"):
+        doctor.preflight()
+
+
+@pytest.mark.usefixtures("empty_path")
+def test_without_qemu_there_are_only_standins() -> None:
+    (finding,) = doctor.guests()
+    assert finding.state is State.DEGRADED
+    assert "stand-ins only" in finding.hint
+    assert doctor.ready([finding])
+
+
+@pytest.mark.usefixtures("empty_cache")
+def test_without_kernels_of_guests_it_says_where_they_come_from() -> None:
+    findings = by_name(doctor.guests())
+    if "Linux kernel" not in findings:
+        pytest.skip("no QEMU")
+    assert findings["OSv kernel"].state is State.DEGRADED
+    assert "--osv-kernel" in findings["OSv kernel"].hint
+    assert findings["Linux kernel"].state is State.DEGRADED
+    assert "accelerator" not in findings
+
+
+def test_a_guests_kernel_boots_and_comes_to_its_end(guest_kernel: Path) -> None:
+    assert accelerator.boot(guest_kernel, "tcg", limit_s=20) is None
+
+
+def test_what_does_not_boot_is_found_out(guest_kernel: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "kernel"
+    broken.write_bytes(guest_kernel.read_bytes()[:4096])
+    assert accelerator.boot(broken, "tcg", limit_s=2)
+
+
+def test_the_accelerator_is_tried_once(guest_kernel: Path) -> None:
+    first = accelerator.accelerator(guest_kernel)
+    start = time.monotonic()
+    assert accelerator.accelerator(guest_kernel) == first
+    assert time.monotonic() - start < accelerator.PROBE_LIMIT_S / 5
+    assert first.name in ("kvm", "tcg")
+    assert first.why
