@@ -48,3 +48,8 @@ def busy() -> dict[str, float]:
         int(word) / tick for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:]
     )
     return {"cpu_s": user + nice + system + irq + softirq, "steal_s": steal}
+
+
+def load1() -> float:
+    """Load average over the last minute."""
+    return os.getloadavg()[0]

@@ -284,6 +284,18 @@ class Pod:
         raise Error(f"{problem}; its console's last lines: {' | '.join(lines) or 'none'}",
                     hint=f"see {self.console(name)}")  # fmt: skip
 
+    def revive(self) -> None:
+        """Start workloads again that ended, and wait for them. Raises `Error` if one does not come back."""
+        dead = [name for name, running in self.processes.items() if running.poll() is not None]
+        for name in dead:
+            self.start_workload(name)
+        for name in dead:
+            self.wait_ready(name)
+
+    def number_of(self, name: str) -> int | None:
+        """The guest's number, None for a native workload."""
+        return self._find(name)[0] or None
+
     def address(self, name: str, family: Family) -> Address:
         """The workload's own address: a guest's on its link, loopback for a native one."""
         n, _ = self._find(name)

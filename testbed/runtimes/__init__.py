@@ -14,9 +14,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
 
-from testbed import agent, process
+from testbed import agent
 from testbed.manifest import Workload
 from testbed.model import Error, Family, Runtime
+from testbed.process import spawn
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Program:
         return "localhost"
 
     def start(self, place: Place) -> subprocess.Popen[bytes]:
-        return process.spawn(
+        return spawn(
             [self._agent, "--control-port", str(place.workload.control_port)],
             cgroup=place.cgroup, netns=place.netns, cpus=place.workload.cpus,
             binds={self._hosts: "/etc/hosts"}, output=place.console,
