@@ -1,10 +1,14 @@
-/* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
-/*
+/* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
+ *
  * What `testbed doctor` loads and attaches: the youngest of the kernel's features that the
  * datapaths need. No traffic ever meets these programs.
  */
 #include <uapi/linux/bpf.h>
 #include <uapi/linux/pkt_cls.h>
+
+/* clang-format off: the kernel takes this spelling alone for GPL compatible */
+#define BPF_LICENSE Dual BSD/GPL
+/* clang-format on */
 
 /* Across a veth in one step: Linux 5.10. */
 int redirect_peer(struct __sk_buff *skb)
