@@ -1,21 +1,69 @@
-"""A microVM with a stock Linux kernel on QEMU, everything else in its initramfs."""
+"""A virtual machine with a stock Linux kernel on QEMU, everything else in its initramfs."""
 
 from __future__ import annotations
 
-from testbed import vm
+import subprocess
+from collections.abc import Sequence
+
+from testbed import accelerator, images, kernels, process, vm
 from testbed.images import Image
 from testbed.kernels import LinuxKernel
-from testbed.model import Error
+from testbed.model import Error, Family, Runtime, guest_mac
+from testbed.runtimes import Description, Options, Place
 from testbed.vm import Vm
 
 
-def command(machine: Vm, kernel: LinuxKernel, image: Image) -> list[str]:
-    """QEMU's argv."""
-    append = boot_line(machine, image.command)
-    return vm.command(machine, kernel.path, append, extra=("-initrd", str(image.path)))
+def prepare(options: Options) -> Linux:
+    """Gets the kernel and composes the initramfs. Raises `Error` if there is no kernel."""
+    kernel = kernels.linux_kernel()
+    image = images.compose_linux(images.load(images.AGENT), kernel, hosts_patch=options.hosts_patch)
+    return Linux(kernel, image)
 
 
-def boot_line(machine: Vm, command: tuple[str, ...]) -> str:
+class Linux:
+    """A kernel and an initramfs."""
+
+    families = frozenset(Family)
+    uses_tap = True
+    ready_limit_s = 30.0
+    """2.2 s where nothing else runs, emulated."""
+
+    def __init__(self, kernel: LinuxKernel, image: Image) -> None:
+        self.kernel, self.image = kernel, image
+        self.accelerator = accelerator.accelerator(kernel.path).name
+        self.vhost = self.accelerator == "kvm" and accelerator.vhost_net()
+        self.description = Description(
+            Runtime.LINUX,
+            kernel=kernel.release,
+            accelerator=self.accelerator,
+            digests={"kernel": kernel.sha256, "image": image.sha256},
+        )
+
+    def dialed(self, family: Family) -> str:
+        return "localhost"
+
+    def start(self, place: Place) -> subprocess.Popen[bytes]:
+        """Boot guest n of the pod."""
+        machine = Vm(
+            self.accelerator, place.tap, guest_mac(place.n), vm.link_addresses(place.n),
+            place.console, vhost=self.vhost,
+        )  # fmt: skip
+        port = ("--control-port", str(place.workload.control_port))
+        return process.spawn(
+            command(machine, self.kernel, self.image, port),
+            cgroup=place.cgroup, netns=place.netns, cpus=place.workload.cpus, output=place.console,
+        )  # fmt: skip
+
+
+def command(
+    machine: Vm, kernel: LinuxKernel, image: Image, arguments: Sequence[str] = ()
+) -> list[str]:
+    """QEMU's argv. `arguments` follow the image's own."""
+    line = boot_line(machine, (*image.command, *arguments))
+    return vm.command(machine, kernel.path, line, extra=("-initrd", str(image.path)))
+
+
+def boot_line(machine: Vm, words: Sequence[str]) -> str:
     """Linux's command line; a panic ends the machine.
 
     What the kernel does not know, /init of the image gets as environment, and the words after `--`
@@ -25,11 +73,11 @@ def boot_line(machine: Vm, command: tuple[str, ...]) -> str:
         "console=ttyS0 quiet panic=-1",
         _quoted(f"guest_addresses={' '.join(map(str, machine.addresses))}"),
         _quoted(f"guest_gateways={' '.join(map(str, machine.gateways))}"),
-        "--", *map(_quoted, command),
+        "--", *map(_quoted, words),
     ))  # fmt: skip
 
 
 def _quoted(word: str) -> str:
     if '"' in word or not word.isprintable():
-        raise Error(f"a Linux guest cannot be given the argument {word!r}", hint="put it into a file")
+        raise Error(f"a Linux guest cannot be given {word!r}", hint="put it into a file")
     return f'"{word}"'

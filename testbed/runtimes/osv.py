@@ -2,47 +2,103 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
-from testbed import vm
+from testbed import accelerator, images, kernels, process, vm
 from testbed.images import Image
 from testbed.kernels import OsvKernel
-from testbed.model import Error, Family
+from testbed.model import Error, Family, Runtime, guest_mac
+from testbed.runtimes import Description, Options, Place
 from testbed.vm import Vm
 
-READY = b"{"
-"""What OSv writes to the file `ready` when its network is set up; a program that listens says nothing."""
+
+def prepare(options: Options) -> Osv:
+    """Finds the kernel and composes the image. Raises `Error` if there is no kernel."""
+    kernel = kernels.find_osv(options.osv_kernel)
+    if kernel is None:
+        raise Error("no OSv kernel, and none can be downloaded", hint="give one by --osv-kernel")
+    return Osv(
+        kernel, images.compose_osv(images.load(images.AGENT), hosts_patch=options.hosts_patch)
+    )
 
 
-def command(machine: Vm, kernel: OsvKernel, image: Image, ready: Path) -> list[str]:
-    """QEMU's argv. Addresses of a family that the kernel does not speak are left out."""
-    return vm.command(
-        machine, kernel.path, boot_line(machine, kernel.families, image.command),
-        nic=kernel.virtio_net,
-        extra=(
-            "-drive", f"if=none,id=disk,format=raw,readonly=on,file={vm.value(image.path)}",
-            "-device", "virtio-blk-pci,drive=disk",
-            "-chardev", f"file,id=ready,path={vm.value(ready)}",
-            "-device", "isa-debugcon,iobase=0x3f0,chardev=ready",
-        ),
-    )  # fmt: skip
+class Osv:
+    """A kernel and an image."""
+
+    uses_tap = True
+    ready_limit_s = 15.0
+    """0.3 s where nothing else runs, a second more for IPv6's duplicate address detection."""
+
+    def __init__(self, kernel: OsvKernel, image: Image) -> None:
+        self.kernel, self.image = kernel, image
+        self.families = kernel.families
+        self.accelerator = accelerator.accelerator(kernel.path).name
+        self.vhost = self.accelerator == "kvm" and accelerator.vhost_net()
+        self.description = Description(
+            Runtime.OSV,
+            kernel=f"{kernel.flavor} {kernel.version}" + ("" if kernel.listed else ", unlisted"),
+            accelerator=self.accelerator,
+            digests={"kernel": kernel.sha256, "image": image.sha256},
+            offloads=",".join(kernel.virtio_net),
+        )
+
+    def dialed(self, family: Family) -> str:
+        """OSv's resolver gives one address a name, whatever the family: IPv6 has its own name."""
+        return "localhost" if family is Family.IPV4 else "ip6-localhost"
+
+    def start(self, place: Place) -> subprocess.Popen[bytes]:
+        """Boot guest n of the pod."""
+        machine = Vm(
+            self.accelerator, place.tap, guest_mac(place.n), vm.link_addresses(place.n),
+            place.console, vhost=self.vhost,
+        )  # fmt: skip
+        port = ("--control-port", str(place.workload.control_port))
+        return process.spawn(
+            command(machine, self.kernel, self.image, port),
+            cgroup=place.cgroup, netns=place.netns, cpus=place.workload.cpus, output=place.console,
+        )  # fmt: skip
 
 
-def boot_line(machine: Vm, families: frozenset[Family], command: tuple[str, ...]) -> str:
-    """OSv's command line: its own options, then the program's, word by word in quotes.
+def command(
+    machine: Vm,
+    kernel: OsvKernel,
+    image: Image,
+    arguments: Sequence[str] = (),
+    ready: Path | None = None,
+) -> list[str]:
+    """QEMU's argv. Addresses of a family that the kernel does not speak are left out.
+
+    `arguments` follow the image's own. `ready` gets the byte `{` when the guest's network is set
+    up; of a program that listens OSv tells nothing.
+    """
+    disk = vm.value(image.path)
+    extra = [
+        "-drive", f"if=none,id=disk,format=raw,readonly=on,file={disk}",
+        "-device", "virtio-blk-pci,drive=disk",
+    ]  # fmt: skip
+    if ready:
+        extra += ["-chardev", f"file,id=ready,path={vm.value(ready)}"]
+        extra += ["-device", "isa-debugcon,iobase=0x3f0,chardev=ready"]
+    line = boot_line(machine, kernel.families, (*image.command, *arguments))
+    return vm.command(machine, kernel.path, line, nic=kernel.virtio_net, extra=extra)
+
+
+def boot_line(machine: Vm, families: frozenset[Family], words: Sequence[str]) -> str:
+    """OSv's command line: its own options, then the program's words, in quotes.
 
     The mask of an IPv4 address is dotted, of an IPv6 address a length. Raises `Error` for a word
     with `$`, which OSv takes for a variable even in quotes.
     """
-    addresses = [a for a in machine.addresses if Family(f"ipv{a.version}") in families]
-    gateways = [g for g in machine.gateways if Family(f"ipv{g.version}") in families]
-    return " ".join((
-        "--rootfs=rofs",
-        *(f"--ip=eth0,{a.ip},{a.netmask if a.version == 4 else a.network.prefixlen}" for a in addresses),
-        *(f"--defaultgw={gateway}" for gateway in gateways),
-        "--power-off-on-abort",
-        *map(_quoted, command),
-    ))  # fmt: skip
+    options = ["--rootfs=rofs", "--power-off-on-abort"]
+    for address in machine.addresses:
+        if Family(f"ipv{address.version}") in families:
+            mask = address.netmask if address.version == 4 else address.network.prefixlen
+            options.append(f"--ip=eth0,{address.ip},{mask}")
+    gateways = (g for g in machine.gateways if Family(f"ipv{g.version}") in families)
+    options += (f"--defaultgw={gateway}" for gateway in gateways)
+    return " ".join((*options, *map(_quoted, words)))
 
 
 def _quoted(word: str) -> str:

@@ -1,0 +1,72 @@
+"""The virtual machine of a guest as a QEMU command line: the part that OSv and Linux share.
+
+A bare q35: it has the clocks that kernels calibrate by (microvm has none under TCG: Linux hangs
+there now and then, OSv always) and starts fast with its unused devices left out. Pure functions;
+starting it is left to `process`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Interface, IPv6Interface, ip_interface
+from pathlib import Path
+
+from testbed import images
+from testbed.accelerator import QEMU
+from testbed.model import LINK_PREFIX, Address, Family, guest_link
+
+
+@dataclass(frozen=True)
+class Vm:
+    """Where and as what a guest boots."""
+
+    accelerator: str
+    """`kvm` or `tcg`."""
+    tap: str
+    """Name of a tap device that exists in QEMU's network namespace."""
+    mac: str
+    addresses: tuple[IPv4Interface | IPv6Interface, ...]
+    """At most one of each family."""
+    console: Path
+    """File that the serial console is appended to."""
+    gateways: tuple[Address, ...] = ()
+    """Default routes; none is needed for what is on the link."""
+    memory_mib: int = 256
+    vhost: bool = False
+    qmp: Path | None = None
+    """Unix socket for QMP: `system_powerdown` (OSv alone heeds it), `quit`. SIGTERM ends it too."""
+
+
+def link_addresses(n: int) -> tuple[IPv4Interface | IPv6Interface, ...]:
+    """Guest n's addresses on its link, with their prefixes."""
+    return tuple(ip_interface(f"{guest_link(f, n)}/{LINK_PREFIX[f]}") for f in Family)
+
+
+def command(
+    vm: Vm, kernel: Path, append: str, *, nic: Sequence[str] = (), extra: Sequence[str] = ()
+) -> list[str]:
+    """The argv. `append` is the kernel's command line, `nic` properties of the network device.
+
+    Raises `Error` if an address is the alias.
+    """
+    images.check_alias(address.ip for address in vm.addresses)
+    vhost = "on" if vm.vhost else "off"
+    return [
+        QEMU, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
+        "-machine", f"q35,accel={vm.accelerator},sata=off,smbus=off,usb=off,vmport=off",
+        *(("-cpu", "host") if vm.accelerator == "kvm" else ()),
+        "-smp", "1", "-m", f"{vm.memory_mib}M",
+        "-kernel", str(kernel), "-append", append,
+        "-chardev", f"file,id=console,append=on,path={value(vm.console)}",
+        "-serial", "chardev:console",
+        *(("-qmp", f"unix:{value(vm.qmp)},server=on,wait=off") if vm.qmp else ()),
+        "-netdev", f"tap,id=net,ifname={vm.tap},script=no,downscript=no,vhost={vhost}",
+        "-device", ",".join(("virtio-net-pci,netdev=net", f"mac={vm.mac}", "romfile=", *nic)),
+        *extra,
+    ]  # fmt: skip
+
+
+def value(path: Path) -> str:
+    """A path as the value of a QEMU option, in which a comma is doubled."""
+    return str(path).replace(",", ",,")

@@ -1,0 +1,116 @@
+"""ELF: a program's closure is what ld.so would load, and unfit programs are refused in words."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from testbed import elf
+from testbed.model import Error
+
+MAIN = "int answer(void); int main(void) { return answer(); }"
+
+
+def cc(folder: Path, name: str, source: str, *options: str) -> Path:
+    """Compile C to `folder/name`."""
+    out = folder / name
+    out.parent.mkdir(parents=True, exist_ok=True)
+    (folder / "source.c").write_text(source)
+    subprocess.run(["cc", "-o", out, folder / "source.c", *options], check=True)
+    return out
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Path:
+    """A library in a folder that ld.so does not know, which needs another in that folder."""
+    inner = cc(tmp_path, "lib/libinner.so.1", "int inner(void) { return 0; }",
+               "-shared", "-fPIC", "-Wl,-soname,libinner.so.1")  # fmt: skip
+    outer = "int inner(void); int answer(void) { return inner(); }"
+    return cc(tmp_path, "lib/libouter.so.2", outer,
+              "-shared", "-fPIC", "-Wl,-soname,libouter.so.2", "-Wl,-rpath,$ORIGIN",
+              str(inner))  # fmt: skip
+
+
+def test_closure_is_what_ldd_says(tmp_path: Path) -> None:
+    program = Path("/usr/bin/python3").resolve()
+    listed = {}
+    for line in subprocess.check_output(["ldd", program], text=True).splitlines():
+        words = line.split()
+        if "=>" in words:
+            listed[words[0]] = Path(words[2]).resolve()
+    found = elf.closure(elf.read(program))
+    loader = {name for name in found if name.startswith("ld-linux")}
+    assert {n: p.resolve() for n, p in found.items() if n not in loader} == listed
+
+
+@pytest.mark.parametrize("tag", ["--enable-new-dtags", "--disable-new-dtags"])
+def test_origin_and_libraries_of_libraries_are_followed(
+    tmp_path: Path, library: Path, tag: str
+) -> None:
+    program = cc(tmp_path, "bin/main", MAIN, "-pie", "-fPIE", f"-Wl,{tag}",
+                 "-Wl,-rpath,$ORIGIN/../lib", f"-Wl,-rpath-link,{library.parent}",
+                 str(library))  # fmt: skip
+    closure = elf.closure(elf.read_program(program), provided={"libc.so.6"})
+    assert {name: path.resolve() for name, path in closure.items()} == {
+        "libinner.so.1": library.parent / "libinner.so.1",
+        "libouter.so.2": library,
+    }
+
+
+def test_missing_library_names_who_needs_it(tmp_path: Path, library: Path) -> None:
+    program = cc(tmp_path, "main", MAIN, "-pie", f"-Wl,-rpath-link,{library.parent}", str(library))
+    with pytest.raises(Error, match=r"main needs libouter\.so\.2, which is not found"):
+        elf.closure(elf.read(program), provided={"libc.so.6"})
+
+
+def test_library_of_another_machine_is_passed_over(tmp_path: Path, library: Path) -> None:
+    program = cc(tmp_path, "main", MAIN, "-pie", f"-Wl,-rpath,{library.parent}",
+                 f"-Wl,-rpath-link,{library.parent}", str(library))  # fmt: skip
+    as_machine(library, 183)
+    with pytest.raises(Error, match=r"libouter\.so\.2 is for aarch64"):
+        elf.closure(elf.read(program), provided={"libc.so.6"})
+
+
+def as_machine(path: Path, machine: int) -> Path:
+    """The same file, claiming to be for another machine (e_machine)."""
+    data = bytearray(path.read_bytes())
+    data[18:20] = machine.to_bytes(2, "little")
+    path.write_bytes(data)
+    return path
+
+
+def test_program_of_another_machine_is_refused(tmp_path: Path) -> None:
+    program = as_machine(cc(tmp_path, "main", "int main(void) { return 0; }", "-pie"), 183)
+    with pytest.raises(Error, match="is for aarch64, not x86_64"):
+        elf.read_program(program)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("-static",), "statically linked"),
+        (("-static-pie",), "statically linked"),
+        (("-no-pie",), "not position independent"),
+        (("-shared", "-fPIC"), "or a shared library"),
+        (("-c",), "an object file"),
+    ],
+)
+def test_program_that_no_guest_can_run_is_refused(
+    tmp_path: Path, options: tuple[str, ...], complaint: str
+) -> None:
+    program = cc(tmp_path, "main", "int main(void) { return 0; }", *options)
+    with pytest.raises(Error, match=complaint) as error:
+        elf.read_program(program)
+    assert error.value.hint
+
+
+def test_file_that_is_no_elf_is_refused(tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    for content in (b"", b"#!/bin/sh\n", b"\x7fELF\x02\x01\x01"):
+        script.write_bytes(content)
+        with pytest.raises(Error, match="not an ELF file"):
+            elf.read(script)
+    with pytest.raises(Error, match="No such file"):
+        elf.read(tmp_path / "nothing")
