@@ -12,19 +12,21 @@ both cells saw the same machine, and its interval is that of the logarithms of b
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from math import ceil, exp, inf, log, nan, sqrt
 from statistics import fmean, stdev
 
 import pandas as pd
 from scipy.special import stdtrit
 
+from testbed.model import Cell, Metric, Pair, Status
+
 CONFIDENCE = 0.95
 
 QUANTITIES = {
-    "throughput": ("value",),
-    "latency": ("p50_us", "p99_us"),
-    "connections": ("value",),
+    Metric.THROUGHPUT: ("value",),
+    Metric.LATENCY: ("p50_us", "p99_us"),
+    Metric.CONNECTIONS: ("value",),
 }
 """Metric → columns of the tidy table that are summarised."""
 
@@ -97,56 +99,58 @@ def distribution(blocks: Sequence[Sequence[tuple[float, int]]]) -> list[tuple[fl
     return points
 
 
-def reference(datapath: str, pair: str, references: Mapping[str, str]) -> str | None:
+def reference(datapath: str, pair: Pair, references: Mapping[str, str]) -> str | None:
     """The datapath that a cell is divided by, if it has one.
 
     Native to native is the kernel's own loopback in every datapath, so that is what it is held to.
     """
-    return "loopback" if pair == "native-native" else references.get(datapath)
+    return "loopback" if pair is Pair.NATIVE_NATIVE else references.get(datapath)
 
 
-def summarise(trials: pd.DataFrame, references: Mapping[str, str]) -> pd.DataFrame:
-    """One row per cell and quantity, in the order in which cells first appear.
+@dataclass(frozen=True)
+class Summary:
+    """One quantity of one cell over all blocks, and against its reference datapath."""
 
-    `trials` is the table of `testbed.store.frame`, `references` a campaign's. Columns: the cell's
-    fields; quantity (of `QUANTITIES`); status (`ok` if any block was) and reason (of the blocks
-    that were not, with how many they are if some were); mean, low, high, blocks; reference, ratio,
-    ratio_low, ratio_high, ratio_blocks, and no_ratio: why there is no ratio.
+    cell: Cell
+    quantity: str
+    """Column of the tidy table, one of `QUANTITIES`."""
+    status: Status
+    """`ok` if any block was."""
+    reason: str | None
+    """Of the blocks that were not ok, with how many they are if others were."""
+    estimate: Estimate
+    reference: str | None
+    ratio: Estimate
+    no_ratio: str | None
+    """Why there is no ratio."""
+
+
+def summarise(trials: pd.DataFrame, references: Mapping[str, str]) -> list[Summary]:
+    """One summary per cell and quantity, in the order in which cells first appear.
+
+    `trials` is the table of `testbed.store.frame`, `references` a campaign's.
     """
-    rows = []
-    cells = {str(cell): table for cell, table in trials.groupby("cell", sort=False)}
-    for cell, table in cells.items():
-        first = table.iloc[0]
-        divisor = reference(first.datapath, first.pair, references)
-        other = None if divisor is None else cells.get("/".join((divisor, *cell.split("/")[1:])))
-        for quantity in QUANTITIES[first.metric]:
+    summaries = []
+    tables = {Cell.parse(str(id)): table for id, table in trials.groupby("cell", sort=False)}
+    for cell, table in tables.items():
+        divisor = reference(cell.datapath, cell.pair, references)
+        other = tables.get(replace(cell, datapath=divisor)) if divisor else None
+        for quantity in QUANTITIES[cell.metric]:
             values = block_values(table, quantity)
             ratio, no_ratio = _ratio(values, divisor, other, quantity)
-            rows.append(
-                {
-                    **{name: first[name] for name in CELL_COLUMNS},
-                    "quantity": quantity,
-                    "status": _status(table, values),
-                    "reason": _reason(table, values),
-                    **asdict(estimate(values.values())),
-                    "reference": divisor,
-                    **{_RATIO_COLUMNS[name]: value for name, value in asdict(ratio).items()},
-                    "no_ratio": no_ratio,
-                }
+            summaries.append(
+                Summary(
+                    cell=cell,
+                    quantity=quantity,
+                    status=_status(table, values),
+                    reason=_reason(table, values),
+                    estimate=estimate(values.values()),
+                    reference=divisor,
+                    ratio=ratio,
+                    no_ratio=no_ratio,
+                )
             )
-    return pd.DataFrame(rows, columns=SUMMARY_COLUMNS)
-
-
-CELL_COLUMNS = (
-    "cell", "datapath", "pair", "family", "transport", "metric", "size_bytes", "streams",
-)  # fmt: skip
-_RATIO_COLUMNS = {
-    "mean": "ratio", "low": "ratio_low", "high": "ratio_high", "blocks": "ratio_blocks",
-}  # fmt: skip
-SUMMARY_COLUMNS = (
-    *CELL_COLUMNS, "quantity", "status", "reason", "mean", "low", "high", "blocks",
-    "reference", *_RATIO_COLUMNS.values(), "no_ratio",
-)  # fmt: skip
+    return summaries
 
 
 def block_values(table: pd.DataFrame, quantity: str) -> dict[int, float]:
@@ -174,10 +178,10 @@ def _ratio(
     return estimate(values[block] / others[block] for block in both), None
 
 
-def _status(table: pd.DataFrame, values: Mapping[int, float]) -> str:
+def _status(table: pd.DataFrame, values: Mapping[int, float]) -> Status:
     if values:
-        return "ok"
-    return "unsupported" if (table.status == "unsupported").all() else "failed"
+        return Status.OK
+    return Status.UNSUPPORTED if (table.status == "unsupported").all() else Status.FAILED
 
 
 def _reason(table: pd.DataFrame, values: Mapping[int, float]) -> str | None:

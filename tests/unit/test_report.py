@@ -1,0 +1,165 @@
+"""Table and figures say everything that was stored, and what is missing they say too."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from testbed import plan, report, store
+from testbed.model import Cell, Error, Family, Metric, Pair, Status, Trial
+
+PLAN = plan.parse(
+    """
+    name = "little"
+    blocks = 3
+    warmup_s = 0
+    duration_s = 1
+    [[cells]]
+    datapath = "loopback"
+    pair = "native-native"
+    family = ["ipv4", "ipv6"]
+    transport = "tcp"
+    metric = ["throughput", "latency"]
+    size_bytes = 64
+    [[cells]]
+    datapath = ["bridge", "capture"]
+    pair = ["native-guest", "guest-guest"]
+    family = ["ipv4", "ipv6"]
+    transport = "tcp"
+    metric = ["throughput", "latency", "connections"]
+    size_bytes = 64
+    """,
+    "little.toml",
+)
+CAMPAIGN = store.Campaign(
+    name="little", plan={}, cells=tuple(c.id for c in PLAN.cells), blocks=3, seed=1,
+    references={"bridge": "bridge", "capture": "bridge", "loopback": "loopback"},
+    guest="osv", guest_kernel="OSv master", accelerator="tcg", kernel="6.18", cpu="a CPU",
+    governor="none", host="here", revision="0" * 40,
+)  # fmt: skip
+LEVEL = {"loopback": 10.0, "bridge": 2.0, "capture": 1.0}
+SCALE = {Metric.THROUGHPUT: 1e9, Metric.LATENCY: 100.0, Metric.CONNECTIONS: 1e3}
+
+
+def trial(cell: Cell, block: int) -> Trial:
+    """IPv6 guests are unsupported, bridge never has two guests; else a value that jitters a bit."""
+    made = Trial(cell.id, block, 0, Status.OK)
+    if cell.family is Family.IPV6 and cell.pair is not Pair.NATIVE_NATIVE:
+        return replace(made, status=Status.UNSUPPORTED, reason="this OSv kernel speaks IPv4 only")
+    if cell.pair is Pair.GUEST_GUEST and cell.datapath == "bridge":
+        return replace(made, status=Status.FAILED, reason="guest 2 not ready:\n[booting] \n oops")
+    value = LEVEL[cell.datapath] * SCALE[cell.metric] * (1 + block / 100)
+    return replace(made, value=value, histogram_us=((value, 98), (3 * value, 2)))
+
+
+@pytest.fixture
+def little(tmp_path: Path) -> Iterator[store.Store]:
+    with store.create(tmp_path / "little", CAMPAIGN) as made:
+        for block in range(3):
+            for cell in PLAN.cells:
+                made.append(trial(cell, block))
+        yield made
+
+
+def printed(of: store.Store, width: int) -> str:
+    console = Console(file=StringIO(), width=width)
+    console.print(report.table(of, width))
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()
+
+
+def test_the_table_shows_values_intervals_and_ratios_in_human_units(little: store.Store) -> None:
+    text = printed(little, 120)
+    assert "process→osv" in text
+    assert re.search(r"bridge +2\.02 \[1\.97, 2\.07\] +202 \[197, 207\] +606 \[591, 621\]", text)
+    assert "×0.500 [0.500, 0.500]" in text
+    assert "Gbit/s" in text
+    assert "bridge by bridge" not in text
+    assert "capture by bridge" in text
+
+
+def test_what_is_missing_stands_there_with_its_reason_once(little: store.Store) -> None:
+    text = printed(little, 120)
+    number = re.search(r"(.) this OSv kernel speaks IPv4 only", text)
+    assert number
+    assert text.count(f"unsupported{number[1]}") == 16
+    assert text.count("this OSv kernel speaks IPv4 only") == 1
+    assert "guest 2 not ready: [booting] oops" in text
+    assert "no ratio" in text
+    assert "functional, not a speed claim" in text
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 160])
+def test_the_table_fits_and_nothing_is_cut_off(little: store.Store, width: int) -> None:
+    text = printed(little, width)
+    assert max(len(line) for line in text.splitlines()) <= width
+    assert "…" not in text
+    assert ("±" in text) == (width < 116)
+
+
+def test_cells_that_were_not_run_yet_are_in_the_table(tmp_path: Path) -> None:
+    with store.create(tmp_path / "empty", CAMPAIGN) as made:
+        text = printed(made, 120)
+        assert "not run yet" in text
+        assert "loopback" in text
+        assert report.draw(made)
+
+
+def test_data_is_strict_json_with_null_for_what_there_is_not(little: store.Store) -> None:
+    plain = json.loads(json.dumps(report.data(little), allow_nan=False))
+    assert plain["campaign"]["functional"] is True
+    by_id = {(row["id"], row["quantity"]): row for row in plain["cells"]}
+    capture = by_id["capture/native-guest/ipv4/tcp/latency/64x1", "p99_us"]
+    assert capture["estimate"]["mean"] == pytest.approx(303, rel=1e-3)
+    assert capture["ratio"]["mean"] == pytest.approx(0.5)
+    absent = by_id["capture/native-guest/ipv6/tcp/latency/64x1", "p99_us"]
+    assert (absent["status"], absent["estimate"]["mean"]) == ("unsupported", None)
+    assert len(plain["cells"]) == sum(2 if c.metric is Metric.LATENCY else 1 for c in PLAN.cells)
+
+
+def test_figures_come_out_the_same_bytes_from_stored_data(little: store.Store) -> None:
+    little.close()
+    stored = store.open(little.path)
+    files = report.draw(stored)
+    assert [f.name for f in files] == [
+        f"{name}-tcp.{kind}"
+        for name in ("throughput", "latency", "connections")
+        for kind in ("png", "pdf")
+    ]
+    first = [f.read_bytes() for f in files]
+    assert all(b.startswith((b"\x89PNG", b"%PDF")) for b in first)
+    assert [f.read_bytes() for f in report.draw(stored)] == first
+
+
+def test_sizes_get_figures_of_their_own(tmp_path: Path) -> None:
+    cells = [Cell.parse(f"bridge/native-guest/ipv4/udp/latency/{size}x1") for size in (64, 1400)]
+    campaign = replace(CAMPAIGN, cells=tuple(c.id for c in cells), blocks=1)
+    with store.create(tmp_path / "sizes", campaign) as made:
+        for cell in cells:
+            made.append(trial(cell, 0))
+        names = [f.name for f in report.draw(made) if f.suffix == ".png"]
+        assert names == ["latency-udp-64x1.png", "latency-udp-1400x1.png"]
+        text = printed(made, 120)
+        assert "1400 B" in text
+        assert "one block: no intervals" in text
+
+
+def test_a_place_that_cannot_be_drawn_into_is_one_line(little: store.Store) -> None:
+    (little.path / "figures").write_text("in the way")
+    with pytest.raises(Error, match="figures: File exists"):
+        report.draw(little)
+
+
+def test_every_datapath_of_the_design_has_a_look_of_its_own() -> None:
+    looks = [(s.color, s.hatch) for s in report.STYLES.values()]
+    lines = [(s.line, s.marker) for s in report.STYLES.values()]
+    assert len(set(looks)) == len(looks)
+    assert len(set(lines)) == len(lines)
+    assert len({s.color for s in report.STYLES.values()}) == len(looks)
