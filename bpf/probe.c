@@ -6,7 +6,8 @@
 #include <uapi/linux/bpf.h>
 #include <uapi/linux/pkt_cls.h>
 
-/* clang-format off: the kernel takes this spelling alone for GPL compatible */
+/* The kernel takes this spelling alone for GPL compatible. */
+/* clang-format off */
 #define BPF_LICENSE Dual BSD/GPL
 /* clang-format on */
 
