@@ -181,8 +181,8 @@ def _headline(campaign: Campaign) -> Text:
 
 
 def _legend(campaign: Campaign, rows: Iterable[Summary]) -> str:
-    pairs = {r.cell.datapath: r.reference for r in rows if r.reference != r.cell.datapath}
-    divided = ", ".join(f"{datapath} by {other}" for datapath, other in pairs.items() if other)
+    pairs = dict.fromkeys((r.cell.datapath, r.reference) for r in rows)
+    divided = ", ".join(f"{one} by {other}" for one, other in pairs if other not in (None, one))
     interval = "95 % intervals over blocks" if campaign.blocks > 1 else "one block: no intervals"
     return f"Geometric means, {interval}." + (f" × ratio in a block: {divided}." if divided else "")
 
