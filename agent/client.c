@@ -1,0 +1,459 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * The dialing end: resolves the name afresh, opens the run's streams one after the other, then
+ * drives each from a thread of its own. A stream or a request/response connection that fails fails
+ * the run. Of connect/request/close only the first must succeed: later failures are counted.
+ */
+#include <arpa/inet.h>
+#include <endian.h>
+#include <errno.h>
+#include <netdb.h>
+#include <netinet/tcp.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "agent.h"
+
+struct stream {
+	const struct run *run;
+	const union address *to;
+	struct order order;
+	uint32_t flow;
+	int fd;
+	void *buffer;
+	struct histogram *latency;
+	struct report is;
+	uint64_t transactions, errors;
+	char fault[256];	/* empty: none */
+	pthread_t thread;
+};
+
+static void fail(struct stream *s, const char *what, const char *why)
+{
+	const struct run *r = s->run;
+	bool literal = strchr(r->host, ':');
+
+	snprintf(s->fault, sizeof(s->fault), "%s %s%.200s%s:%u: %s", what, literal ? "[" : "",
+		 r->host, literal ? "]" : "", r->port, why);
+}
+
+/* --- streams --- */
+
+static void tcp_stream(struct stream *s, uint64_t until_ns)
+{
+	struct score score = { 0 };
+	int error;
+
+	if (s->order.mode == STREAM_UP) {
+		error = tcp_send(s->fd, &s->order, until_ns, NULL);
+		if (error)
+			return fail(s, "send to", reason(error));
+		shutdown(s->fd, SHUT_WR);
+		if (receive_all(s->fd, &s->is, sizeof(s->is)))
+			return fail(s, "score from", reason(errno));
+		report_swap(&s->is);
+	} else {
+		error = tcp_receive(s->fd, &s->order, s->order.bytes ? UINT64_MAX : until_ns,
+				    &score, s->buffer, NULL);
+		if (error)
+			return fail(s, "receive from", reason(error));
+		if (!s->order.bytes && score.last_ns < until_ns)
+			return fail(s, "receive from", "ended early");
+		s->is = score.is;
+	}
+	if (s->order.bytes && s->is.bytes != s->order.bytes)
+		fail(s, "stream to", "not all bytes arrived");
+}
+
+/* Length of the next datagram of this flow, 0 if a tick has passed without any, -1 and errno. */
+static ssize_t receive_datagram(struct stream *s, enum datagram_type *type)
+{
+	const struct datagram *head = s->buffer;
+
+	for (;;) {
+		ssize_t length = receive_some(s->fd, s->buffer, 1 << 16);
+
+		if (length < 0)
+			return errno == EAGAIN || errno == EWOULDBLOCK ? 0 : -1;
+		*type = datagram_type(head, length);
+		if (*type && ntohl(head->flow) == s->flow)
+			return length;
+	}
+}
+
+/* Sends a datagram until it is answered with `answer`. */
+static ssize_t ask(struct stream *s, enum datagram_type type, uint64_t sequence, const void *body,
+		   size_t size, enum datagram_type answer)
+{
+	enum datagram_type got;
+	ssize_t length;
+
+	for (uint64_t begin = now_ns(); now_ns() < begin + LIMIT_NS;) {
+		if (datagram_send(s->fd, NULL, type, s->flow, sequence, body, size))
+			return -1;
+		while ((length = receive_datagram(s, &got)) > 0)
+			if (got == answer)
+				return length;
+		if (length < 0)
+			return -1;
+	}
+	errno = EAGAIN;
+	return -1;
+}
+
+static void udp_up(struct stream *s, const struct order *wire)
+{
+	const struct order *o = &s->order;
+	struct sender sender = { .fd = s->fd, .order = *o, .flow = s->flow };
+	uint64_t until_ns = UINT64_MAX;
+	int error;
+
+	if (ask(s, OPEN, 0, wire, sizeof(*wire), READY) < 0)
+		return fail(s, "open", reason(errno));
+	if (!o->bytes)
+		until_ns = now_ns() + o->warmup_ns + s->run->duration_ns;
+	sender.heard_ns = now_ns();
+	error = udp_send(&sender, until_ns);
+	if (error)
+		return fail(s, "send to", reason(error));
+	if (ask(s, END, sender.sent, NULL, 0, REPORT) <
+	    (ssize_t)(sizeof(struct datagram) + sizeof(s->is)))
+		return fail(s, "score from", reason(errno));
+	memcpy(&s->is, (struct datagram *)s->buffer + 1, sizeof(s->is));
+	report_swap(&s->is);
+}
+
+static void udp_down(struct stream *s, const struct order *wire)
+{
+	const struct datagram *head = s->buffer;
+	const struct order *o = &s->order;
+	uint64_t now = now_ns(), heard = now, spoke = 0, sent = 0;
+	uint64_t until_ns = o->bytes ? UINT64_MAX : now + o->warmup_ns + s->run->duration_ns;
+	enum datagram_type type = 0;
+	struct score score;
+
+	score_start(&score, o);
+	for (; now < until_ns && type != END; now = now_ns()) {
+		ssize_t length;
+
+		if (!spoke || now - spoke >= (score.total ? SECOND_NS : TICK_NS)) {
+			if (datagram_send(s->fd, NULL, score.total ? ALIVE : OPEN, s->flow, 0, wire,
+					  score.total ? 0 : sizeof(*wire)))
+				return fail(s, "open", reason(errno));
+			spoke = now;
+		}
+		type = 0;
+		length = receive_datagram(s, &type);
+		if (length < 0)
+			return fail(s, "receive from", reason(errno));
+		if (type == DATA && length == (ssize_t)o->size)
+			score_datagram(&score, o, head, length);
+		if (type == END)
+			sent = be64toh(head->sequence);
+		if (length)
+			heard = now;
+		else if (now - heard > LIMIT_NS)
+			return fail(s, "receive from", reason(EAGAIN));
+	}
+	for (int i = 0; i < 3; i++) /* one may be lost */
+		datagram_send(s->fd, NULL, DONE, s->flow, 0, NULL, 0);
+	score_finish(&score, sent);
+	s->is = score.is;
+}
+
+static void stream(struct stream *s)
+{
+	struct order wire = s->order;
+
+	if (!s->run->endpoint.udp) {
+		tcp_stream(s, now_ns() + s->order.warmup_ns + s->run->duration_ns);
+	} else {
+		order_swap(&wire);
+		if (s->order.mode == STREAM_UP)
+			udp_up(s, &wire);
+		else
+			udp_down(s, &wire);
+	}
+	if (!*s->fault && !s->is.bytes)
+		fail(s, "stream to", "nothing arrived after the warm-up");
+}
+
+/* --- transactions --- */
+
+enum outcome { DONE_RIGHT, DONE_CORRUPT, LOST, FAILED };
+
+static enum outcome exchange_tcp(struct stream *s, uint64_t nth, bool first, bool fully)
+{
+	uint64_t offset = s->order.phase + nth * s->order.size;
+	const void *request = pattern_at(offset);
+	struct order wire = s->order;
+	int error;
+
+	if (first) {
+		order_swap(&wire);
+		error = send_both(s->fd, &wire, sizeof(wire), request, s->order.size, NULL);
+	} else {
+		error = send_all(s->fd, request, s->order.size);
+	}
+	if (error || receive_all(s->fd, s->buffer, s->order.size))
+		return FAILED;
+	return intact(s->buffer, s->order.size, offset, fully, nth) ? DONE_RIGHT : DONE_CORRUPT;
+}
+
+static enum outcome exchange_udp(struct stream *s, uint64_t nth, bool fully)
+{
+	uint64_t offset = s->order.phase + nth * s->order.size;
+	size_t body = s->order.size - sizeof(struct datagram);
+	const struct datagram *head = s->buffer;
+	enum datagram_type type;
+
+	if (datagram_send(s->fd, NULL, REQUEST, s->flow, nth, pattern_at(offset), body))
+		return FAILED;
+	for (;;) {
+		ssize_t length = receive_datagram(s, &type);
+
+		if (length <= 0)
+			return length ? FAILED : LOST;
+		if (type == RESPONSE && be64toh(head->sequence) == nth &&
+		    length == (ssize_t)s->order.size)
+			return intact(head + 1, body, offset, fully, nth) ? DONE_RIGHT :
+									   DONE_CORRUPT;
+	}
+}
+
+static int connect_stream(struct stream *s)
+{
+	s->fd = dial(s->run->endpoint, s->to);
+	if (s->fd < 0)
+		return -1;
+	if (!s->run->endpoint.udp && s->run->kind != STREAM)
+		set_option(s->fd, IPPROTO_TCP, TCP_NODELAY, 1);
+	return 0;
+}
+
+/* By reset: what is measured is not how many ports TIME_WAIT leaves over. */
+static void disconnect(struct stream *s)
+{
+	if (s->run->endpoint.udp)
+		close(s->fd);
+	else
+		close_by_reset(s->fd);
+	s->fd = -1;
+}
+
+static void transactions(struct stream *s)
+{
+	const struct order *o = &s->order;
+	uint64_t now = now_ns(), progress = now, scored_ns = now + o->warmup_ns, first_ns = 0;
+	uint64_t until_ns = o->bytes ? UINT64_MAX : scored_ns + s->run->duration_ns;
+	bool udp = s->run->endpoint.udp, renew = s->run->kind == CRR, succeeded = false;
+
+	for (uint64_t nth = 0; now < until_ns && (!o->bytes || nth * o->size < o->bytes); nth++) {
+		uint64_t begin = now;
+		bool scored = begin >= scored_ns;
+		enum outcome outcome = FAILED;
+		const char *what = "connect";
+
+		if (!renew || !connect_stream(s)) {
+			bool fully = o->bytes || !scored;
+
+			what = "request to";
+			outcome = udp ? exchange_udp(s, nth, fully) :
+					exchange_tcp(s, nth, renew || !nth, fully);
+		}
+		if (outcome == FAILED && (!renew || !succeeded || now_ns() - progress > LIMIT_NS))
+			return fail(s, what, reason(errno));
+		if (renew && s->fd >= 0)
+			disconnect(s);
+		now = now_ns();
+		if (outcome <= DONE_CORRUPT) {
+			progress = now;
+			succeeded = true;
+		} else if (now - progress > LIMIT_NS) {
+			return fail(s, what, reason(EAGAIN));
+		}
+		s->is.corrupt += outcome == DONE_CORRUPT;
+		if (!scored)
+			continue;
+		if (!first_ns)
+			first_ns = begin;
+		s->is.elapsed_ns = now - first_ns;
+		s->is.lost += outcome == LOST;
+		s->errors += outcome == FAILED;
+		if (outcome <= DONE_CORRUPT) {
+			s->is.bytes += o->size;
+			s->transactions++;
+			histogram_add(s->latency, now - begin);
+		}
+	}
+	if (!s->transactions)
+		fail(s, "request to", "no response after the warm-up");
+}
+
+/* --- a run --- */
+
+static void *drive(void *argument)
+{
+	struct stream *s = argument;
+
+	if (s->run->kind == STREAM)
+		stream(s);
+	else
+		transactions(s);
+	return NULL;
+}
+
+static int resolve(const struct run *r, union address *to, const char **why)
+{
+	struct addrinfo hints = { .ai_family = r->endpoint.family, .ai_socktype = SOCK_STREAM };
+	struct addrinfo *found = NULL;
+	int error = getaddrinfo(r->host, NULL, &hints, &found);
+
+	*why = error ? gai_strerror(error) : "no address of this family";
+	/* OSv gives an address of whatever family stands first in its hosts file. */
+	if (!error && found->ai_addr->sa_family != r->endpoint.family)
+		error = EAI_NONAME;
+	if (!error) {
+		memcpy(to, found->ai_addr, MIN(sizeof(*to), found->ai_addrlen));
+		address_set_port(to, r->port);
+	}
+	if (found)
+		freeaddrinfo(found);
+	return error;
+}
+
+/* Fleeting but different for every stream, on every machine that shares a server. */
+static uint32_t draw_flow(void)
+{
+	static atomic_uint drawn;
+	struct timespec t;
+	uint64_t x;
+
+	clock_gettime(CLOCK_REALTIME, &t);
+	x = t.tv_sec * SECOND_NS + t.tv_nsec + ((uint64_t)getpid() << 40) + drawn++;
+	x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
+	x = (x ^ x >> 27) * 0x94d049bb133111ebull;
+	return x >> 32;
+}
+
+static int open_stream(struct stream *s, const struct run *r, const union address *to)
+{
+	struct order wire;
+
+	s->run = r;
+	s->to = to;
+	s->fd = -1;
+	s->flow = draw_flow();
+	s->order = r->order;
+	s->order.phase = s->flow;
+	s->buffer = malloc(r->order.size > CHUNK ? r->order.size : CHUNK);
+	s->latency = calloc(1, sizeof(*s->latency));
+	if (!s->buffer || !s->latency) {
+		fail(s, "stream to", strerror(ENOMEM));
+		return -1;
+	}
+	if (r->kind == CRR)
+		return 0;
+	if (connect_stream(s)) {
+		fail(s, "connect", reason(errno));
+		return -1;
+	}
+	if (r->kind == RR || r->endpoint.udp)
+		return 0;
+	wire = s->order;
+	order_swap(&wire);
+	if (!send_all(s->fd, &wire, sizeof(wire)))
+		return 0;
+	fail(s, "send to", reason(errno));
+	return -1;
+}
+
+static void print_result(FILE *out, const union address *to, const struct stream *total)
+{
+	const struct report *is = &total->is;
+	char address[INET6_ADDRSTRLEN];
+	const char *separator = "";
+
+	address_text(to, address);
+	fprintf(out, "{\"ok\":true,\"address\":\"%s\",\"bytes\":%llu,\"duration_s\":%.9f,"
+		"\"transactions\":%llu,\"datagrams\":%llu,\"errors\":%llu,\"lost\":%llu,"
+		"\"reordered\":%llu,\"corrupt\":%llu,\"histogram_us\":[",
+		address, (unsigned long long)is->bytes, is->elapsed_ns / 1e9,
+		(unsigned long long)total->transactions, (unsigned long long)is->datagrams,
+		(unsigned long long)total->errors, (unsigned long long)is->lost,
+		(unsigned long long)is->reordered, (unsigned long long)is->corrupt);
+	for (unsigned i = 0; i < HISTOGRAM_BUCKETS; i++) {
+		if (!total->latency->count[i])
+			continue;
+		fprintf(out, "%s[%.3f,%llu]", separator, histogram_upper_ns(i) / 1e3,
+			(unsigned long long)total->latency->count[i]);
+		separator = ",";
+	}
+	fprintf(out, "]}\n");
+}
+
+static void merge(struct stream *into, const struct stream *from)
+{
+	into->is.bytes += from->is.bytes;
+	into->is.datagrams += from->is.datagrams;
+	into->is.lost += from->is.lost;
+	into->is.reordered += from->is.reordered;
+	into->is.corrupt += from->is.corrupt;
+	if (from->is.elapsed_ns > into->is.elapsed_ns)
+		into->is.elapsed_ns = from->is.elapsed_ns;
+	into->transactions += from->transactions;
+	into->errors += from->errors;
+	histogram_merge(into->latency, from->latency);
+}
+
+void run(const struct run *r, FILE *out)
+{
+	struct stream *all = calloc(r->streams, sizeof(*all));
+	struct stream named = { .run = r };
+	const char *fault = NULL, *why;
+	unsigned opened = 0, started = 0;
+	union address to;
+	int error = 0;
+
+	if (!all) {
+		fail(&named, "stream to", strerror(ENOMEM));
+		fault = named.fault;
+	} else if (resolve(r, &to, &why)) {
+		fail(&named, "resolve", why);
+		fault = named.fault;
+	}
+	while (!fault && opened < r->streams)
+		if (open_stream(&all[opened++], r, &to))
+			fault = all[opened - 1].fault;
+	while (!fault && !error && started < r->streams) {
+		error = start_thread(&all[started].thread, drive, &all[started]);
+		started += !error;
+	}
+	for (unsigned i = 0; i < started; i++) {
+		pthread_join(all[i].thread, NULL);
+		if (!fault && *all[i].fault)
+			fault = all[i].fault;
+	}
+	if (error && !fault) {
+		fail(&named, "start a thread for", strerror(error));
+		fault = named.fault;
+	}
+	if (fault) {
+		fprintf(out, "{\"ok\":false,\"error\":");
+		json_quote(out, fault);
+		fprintf(out, "}\n");
+	} else {
+		for (unsigned i = 1; i < r->streams; i++)
+			merge(&all[0], &all[i]);
+		print_result(out, &to, &all[0]);
+	}
+	for (unsigned i = 0; i < opened; i++) {
+		if (all[i].fd >= 0)
+			disconnect(&all[i]);
+		free(all[i].buffer);
+		free(all[i].latency);
+	}
+	free(all);
+}

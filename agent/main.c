@@ -1,0 +1,369 @@
+// SPDX-License-Identifier: Apache-2.0
+/* The command line and the control connections: takes orders, one JSON object a line. README.md. */
+#include <errno.h>
+#include <netinet/tcp.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "agent.h"
+
+#define MAX_LINE 4096
+#define MAX_SERVERS 64
+
+/* One controller. Its servers end with its connection. */
+struct session {
+	int fd;
+	FILE *out;
+	struct json order;
+	struct server *server[MAX_SERVERS];
+	char fault[256];
+};
+
+static bool refuse(struct session *s, const char *what, const char *why)
+{
+	snprintf(s->fault, sizeof(s->fault), "%.80s: %.160s", what, why);
+	return false;
+}
+
+/* The place of a key's text among `words`, which NULL ends. */
+static bool take_word(struct session *s, const char *key, const char *const *words, unsigned *which)
+{
+	const char *text = json_text(&s->order, key);
+
+	for (*which = 0; text && words[*which]; ++*which)
+		if (!strcmp(text, words[*which]))
+			return true;
+	snprintf(s->fault, sizeof(s->fault), "%s must be", key);
+	for (const char *const *w = words; *w; w++) {
+		size_t length = strlen(s->fault);
+
+		snprintf(s->fault + length, sizeof(s->fault) - length, "%s %s", w == words ? "" : " or",
+			 *w);
+	}
+	return false;
+}
+
+/* A number from `low` to `high`; without the key, `*value` stays what it is. */
+static bool take_number(struct session *s, const char *key, double low, double high, double *value)
+{
+	const struct member *m = json_number(&s->order, key);
+
+	if (m)
+		*value = m->number;
+	if (*value >= low && *value <= high)
+		return true;
+	snprintf(s->fault, sizeof(s->fault), "%s must be %.15g to %.15g", key, low, high);
+	return false;
+}
+
+static bool take_endpoint(struct session *s, struct endpoint *e)
+{
+	static const char *const transports[] = { "tcp", "udp", NULL };
+	static const char *const families[] = { "ipv4", "ipv6", NULL };
+	unsigned transport, family;
+
+	if (!take_word(s, "transport", transports, &transport) ||
+	    !take_word(s, "family", families, &family))
+		return false;
+	e->udp = transport;
+	e->family = family ? AF_INET6 : AF_INET;
+	return true;
+}
+
+static bool taken_all(struct session *s)
+{
+	const char *key = json_unused(&s->order);
+
+	return key ? refuse(s, key, "unknown key, or a value of the wrong type") : true;
+}
+
+static void address_any(int family, union address *a)
+{
+	memset(a, 0, sizeof(*a));
+	a->any.sa_family = family;
+}
+
+static bool family_works(int family)
+{
+	union address at;
+	int fd;
+
+	address_any(family, &at);
+	fd = listen_at((struct endpoint){ .family = family }, &at);
+	if (fd >= 0)
+		close(fd);
+	return fd >= 0;
+}
+
+static bool hello(struct session *s)
+{
+	struct timespec t;
+
+	if (!taken_all(s))
+		return false;
+	clock_gettime(CLOCK_REALTIME, &t);
+	fprintf(s->out,
+		"{\"ok\":true,\"version\":\"%s\",\"ipv4\":%s,\"ipv6\":%s,\"monotonic_ns\":%llu,"
+		"\"realtime_ns\":%llu}\n",
+		AGENT_VERSION, family_works(AF_INET) ? "true" : "false",
+		family_works(AF_INET6) ? "true" : "false", (unsigned long long)now_ns(),
+		(unsigned long long)(t.tv_sec * SECOND_NS + t.tv_nsec));
+	return true;
+}
+
+static bool parse_bind(const char *text, int family, union address *at)
+{
+	address_any(family, at);
+	if (!strcmp(text, "any"))
+		return true;
+	if (!strcmp(text, "localhost"))
+		text = family == AF_INET6 ? "::1" : "127.0.0.1";
+	return address_parse(text, at);
+}
+
+static bool serve(struct session *s)
+{
+	const char *where = json_text(&s->order, "bind");
+	char what[128];
+	struct endpoint e;
+	union address at;
+	double port = 0;
+	unsigned slot;
+
+	if (!take_endpoint(s, &e) || !take_number(s, "port", 0, 65535, &port) || !taken_all(s))
+		return false;
+	if (!where)
+		where = "any";
+	if (!parse_bind(where, e.family, &at))
+		return refuse(s, "bind", "must be any, localhost or an address of the family");
+	address_set_port(&at, port);
+	for (slot = 0; slot < MAX_SERVERS && s->server[slot];)
+		slot++;
+	if (slot == MAX_SERVERS)
+		return refuse(s, "serve", "too many servers; stop one");
+	s->server[slot] = server_start(e, &at);
+	if (!s->server[slot]) {
+		snprintf(what, sizeof(what), "bind %.60s:%u", where, (unsigned)port);
+		return refuse(s, what, strerror(errno));
+	}
+	fprintf(s->out, "{\"ok\":true,\"server\":%u,\"port\":%u}\n", slot, address_port(&at));
+	return true;
+}
+
+static bool stop(struct session *s)
+{
+	double slot = -1;
+
+	if (!take_number(s, "server", 0, MAX_SERVERS - 1, &slot) || !taken_all(s))
+		return false;
+	if (!s->server[(unsigned)slot])
+		return refuse(s, "server", "no such server");
+	server_stop(s->server[(unsigned)slot]);
+	s->server[(unsigned)slot] = NULL;
+	fprintf(s->out, "{\"ok\":true}\n");
+	return true;
+}
+
+static bool order_run(struct session *s)
+{
+	static const char *const kinds[] = { "stream", "rr", "crr", NULL };
+	static const char *const directions[] = { "up", "down", NULL };
+	double port = 0, size = 0, streams = 1, duration = 0, bytes = 0, warmup = 0, rate = 0;
+	struct run r = { .host = json_text(&s->order, "host") };
+	unsigned kind, down = 0;
+
+	if (!r.host || !*r.host)
+		return refuse(s, "host", "must be a name or an address");
+	if (!take_endpoint(s, &r.endpoint) || !take_word(s, "mode", kinds, &kind))
+		return false;
+	r.kind = kind;
+	if (r.kind == STREAM && !take_word(s, "direction", directions, &down))
+		return false;
+	if (!take_number(s, "port", 1, 65535, &port) ||
+	    !take_number(s, "size_bytes", r.endpoint.udp ? sizeof(struct datagram) : 1,
+			 r.endpoint.udp ? MAX_DATAGRAM : MAX_MESSAGE, &size) ||
+	    !take_number(s, "streams", 1, MAX_STREAMS, &streams) ||
+	    !take_number(s, "duration_s", 0, 3600, &duration) ||
+	    !take_number(s, "bytes", 0, 1e15, &bytes) ||
+	    !take_number(s, "warmup_s", 0, 3600, &warmup))
+		return false;
+	if (r.kind == STREAM && r.endpoint.udp && !take_number(s, "rate_bps", 0, 1e12, &rate))
+		return false;
+	if (!taken_all(s))
+		return false;
+	if (!duration == !bytes)
+		return refuse(s, "run", "needs either duration_s or bytes");
+	if (bytes && warmup)
+		return refuse(s, "warmup_s", "not with bytes, as all of them are scored");
+	r.port = port;
+	r.streams = streams;
+	r.duration_ns = duration * SECOND_NS;
+	r.order = (struct order){ .magic = MAGIC, .size = size, .bytes = bytes };
+	r.order.mode = r.kind != STREAM ? REQUEST_RESPONSE : down ? STREAM_DOWN : STREAM_UP;
+	r.order.warmup_ns = warmup * SECOND_NS;
+	r.order.rate_bps = rate / streams;
+	run(&r, s->out);
+	return true;
+}
+
+static bool obey(struct session *s, char *line)
+{
+	static const char *const ops[] = { "hello", "serve", "stop", "run", NULL };
+	static bool (*const orders[])(struct session *) = { hello, serve, stop, order_run };
+	unsigned op;
+
+	if (!json_parse(&s->order, line))
+		return refuse(s, "order", s->order.fault);
+	return take_word(s, "op", ops, &op) && orders[op](s);
+}
+
+/* The answer goes out in one piece, so that nothing is on the wire before the order is carried out. */
+static bool answer(struct session *s, char *line)
+{
+	char *text = NULL;
+	size_t length = 0;
+	int error;
+
+	s->out = open_memstream(&text, &length);
+	if (!s->out)
+		return false;
+	if (!obey(s, line)) {
+		fprintf(s->out, "{\"ok\":false,\"error\":");
+		json_quote(s->out, s->fault);
+		fprintf(s->out, "}\n");
+	}
+	error = fclose(s->out) || send_all(s->fd, text, length);
+	free(text);
+	return !error;
+}
+
+static void *control(void *argument)
+{
+	struct session *s = argument;
+	char line[MAX_LINE];
+	size_t length = 0;
+	ssize_t got;
+
+	set_option(s->fd, IPPROTO_TCP, TCP_NODELAY, 1);
+	set_option(s->fd, SOL_SOCKET, SO_KEEPALIVE, 1);
+	while (length < sizeof(line) &&
+	       (got = receive_some(s->fd, line + length, sizeof(line) - length)) > 0) {
+		char *end;
+
+		length += got;
+		while ((end = memchr(line, '\n', length))) {
+			*end++ = 0;
+			if (!answer(s, line))
+				goto out;
+			length -= end - line;
+			memmove(line, end, length);
+		}
+	}
+out:
+	for (unsigned i = 0; i < MAX_SERVERS; i++)
+		if (s->server[i])
+			server_stop(s->server[i]);
+	close(s->fd);
+	free(s);
+	return NULL;
+}
+
+static void *control_listener(void *argument)
+{
+	int listener = *(int *)argument;
+
+	for (;;) {
+		int fd = accept(listener, NULL, NULL);
+		struct session *s = fd < 0 ? NULL : calloc(1, sizeof(*s));
+		pthread_t thread;
+
+		if (s) {
+			s->fd = fd;
+			if (!start_thread(&thread, control, s)) {
+				pthread_detach(thread);
+				continue;
+			}
+			free(s);
+		}
+		if (fd >= 0)
+			close(fd);
+		pause_ns(SECOND_NS / 100); /* out of memory or descriptors: later, perhaps */
+	}
+	return NULL;
+}
+
+/* On one port of each family that the stack has. */
+static int listen_for_control(unsigned port)
+{
+	static const int families[] = { AF_INET, AF_INET6 };
+	static int listener[2];
+	pthread_t thread[2];
+	unsigned n = 0;
+
+	for (unsigned i = 0; i < 2; i++) {
+		union address at;
+
+		address_any(families[i], &at);
+		address_set_port(&at, port);
+		listener[n] = listen_at((struct endpoint){ .family = families[i] }, &at);
+		if (listener[n] < 0 && errno == EADDRINUSE)
+			break; /* by IPv4, or by something that has the IPv6 port alone */
+		if (listener[n] < 0)
+			continue;
+		port = address_port(&at);
+		if (!start_thread(&thread[n], control_listener, &listener[n]))
+			n++;
+	}
+	if (!n) {
+		fprintf(stderr, "agent: control port %u: %s\n", port, strerror(errno));
+		return 1;
+	}
+	printf("agent: control port %u\n", port);
+	fflush(stdout);
+	while (n)
+		pthread_join(thread[--n], NULL);
+	return 1;
+}
+
+static void end(int signal)
+{
+	(void)signal;
+	_exit(0);
+}
+
+static int usage(FILE *out, int status)
+{
+	fprintf(out, "usage: agent [--control-port PORT]   (default %d; 0: any free one)\n"
+		"       agent --version | --help\n"
+		"Takes orders over TCP, one JSON object a line; see README.md.\n",
+		CONTROL_PORT);
+	return status;
+}
+
+int main(int argc, char **argv)
+{
+	long port = CONTROL_PORT;
+	char *rest;
+
+	if (argc == 2 && !strcmp(argv[1], "--version")) {
+		printf("agent %s\n", AGENT_VERSION);
+		return 0;
+	}
+	if (argc == 2 && !strcmp(argv[1], "--help"))
+		return usage(stdout, 0);
+	if (argc == 3 && !strcmp(argv[1], "--control-port")) {
+		port = strtol(argv[2], &rest, 10);
+		if (*rest || rest == argv[2] || port < 0 || port > 65535)
+			return usage(stderr, 2);
+	} else if (argc != 1) {
+		return usage(stderr, 2);
+	}
+	signal(SIGPIPE, SIG_IGN);
+	signal(SIGTERM, end);
+	signal(SIGINT, end);
+	pattern_init();
+	return listen_for_control(port);
+}

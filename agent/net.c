@@ -1,0 +1,323 @@
+// SPDX-License-Identifier: Apache-2.0
+/* Sockets, time, and the payload's pattern. */
+#include <arpa/inet.h>
+#include <endian.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <string.h>
+#include <sys/time.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "agent.h"
+
+uint64_t now_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec * SECOND_NS + t.tv_nsec;
+}
+
+void pause_ns(uint64_t ns)
+{
+	struct timespec t = { ns / SECOND_NS, ns % SECOND_NS };
+
+	nanosleep(&t, NULL);
+}
+
+/*
+ * Byte n of a stream is pattern[n % PERIOD]. The period is a prime that is no neighbor of a multiple
+ * of a segment's size, so bytes that come out of place do not match; the table runs on for the
+ * largest message, so that any piece of a stream is one piece of the table.
+ */
+#define PERIOD 4093
+
+static unsigned char pattern[PERIOD + MAX_MESSAGE];
+
+void pattern_init(void)
+{
+	uint32_t state = MAGIC;
+
+	for (size_t i = 0; i < PERIOD; i++) {
+		state = state * 1664525 + 1013904223;
+		pattern[i] = state >> 24;
+	}
+	for (size_t i = PERIOD; i < sizeof(pattern); i++)
+		pattern[i] = pattern[i - PERIOD];
+}
+
+const unsigned char *pattern_at(uint64_t offset)
+{
+	return pattern + offset % PERIOD;
+}
+
+bool intact(const void *payload, size_t length, uint64_t offset, bool fully, uint64_t nth)
+{
+	if (!fully && nth % SAMPLE_EVERY)
+		return true;
+	return !memcmp(payload, pattern_at(offset), fully ? length : MIN(length, SAMPLE_BYTES));
+}
+
+void order_swap(struct order *o)
+{
+	o->magic = htonl(o->magic);
+	o->mode = htonl(o->mode);
+	o->size = htonl(o->size);
+	o->phase = htonl(o->phase);
+	o->warmup_ns = htobe64(o->warmup_ns);
+	o->bytes = htobe64(o->bytes);
+	o->rate_bps = htobe64(o->rate_bps);
+}
+
+void report_swap(struct report *r)
+{
+	r->bytes = htobe64(r->bytes);
+	r->elapsed_ns = htobe64(r->elapsed_ns);
+	r->datagrams = htobe64(r->datagrams);
+	r->lost = htobe64(r->lost);
+	r->reordered = htobe64(r->reordered);
+	r->corrupt = htobe64(r->corrupt);
+}
+
+socklen_t address_size(const union address *a)
+{
+	return a->any.sa_family == AF_INET6 ? sizeof(a->v6) : sizeof(a->v4);
+}
+
+void address_text(const union address *a, char text[static INET6_ADDRSTRLEN])
+{
+	const void *bytes = a->any.sa_family == AF_INET6 ? (const void *)&a->v6.sin6_addr :
+							   &a->v4.sin_addr;
+
+	if (!inet_ntop(a->any.sa_family, bytes, text, INET6_ADDRSTRLEN))
+		*text = 0;
+}
+
+/* Of the family that stands in `a` already. */
+bool address_parse(const char *text, union address *a)
+{
+	void *bytes = a->any.sa_family == AF_INET6 ? (void *)&a->v6.sin6_addr : &a->v4.sin_addr;
+
+	return inet_pton(a->any.sa_family, text, bytes) == 1;
+}
+
+unsigned address_port(const union address *a)
+{
+	return ntohs(a->any.sa_family == AF_INET6 ? a->v6.sin6_port : a->v4.sin_port);
+}
+
+void address_set_port(union address *a, unsigned port)
+{
+	if (a->any.sa_family == AF_INET6)
+		a->v6.sin6_port = htons(port);
+	else
+		a->v4.sin_port = htons(port);
+}
+
+/* For what a stack may lack without harm: nobody looks at the outcome. */
+void set_option(int fd, int level, int name, int value)
+{
+	(void)!setsockopt(fd, level, name, &value, sizeof(value));
+}
+
+void set_timeouts(int fd, uint64_t receive_ns)
+{
+	struct timeval receive = { receive_ns / SECOND_NS, receive_ns % SECOND_NS / 1000 };
+	struct timeval send = { 0, TICK_NS / 1000 };
+
+	(void)!setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &receive, sizeof(receive));
+	(void)!setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &send, sizeof(send));
+}
+
+void close_by_reset(int fd)
+{
+	struct linger l = { .l_onoff = 1 };
+
+	(void)!setsockopt(fd, SOL_SOCKET, SO_LINGER, &l, sizeof(l));
+	close(fd);
+}
+
+static int close_failed(int fd)
+{
+	int error = errno;
+
+	close(fd);
+	errno = error;
+	return -1;
+}
+
+static int open_socket(struct endpoint e)
+{
+	int fd = socket(e.family, e.udp ? SOCK_DGRAM : SOCK_STREAM, 0);
+
+	if (fd < 0)
+		return -1;
+	if (e.udp) {
+		/* BSD stacks refuse to send a datagram that is larger than the buffer. */
+		set_option(fd, SOL_SOCKET, SO_SNDBUF, 256 << 10);
+		set_option(fd, SOL_SOCKET, SO_RCVBUF, 1 << 20);
+	}
+	return fd;
+}
+
+int listen_at(struct endpoint e, union address *at)
+{
+	socklen_t size = address_size(at);
+	int fd = open_socket(e);
+
+	if (fd < 0)
+		return -1;
+	if (e.family == AF_INET6)
+		set_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, 1);
+	if (!e.udp)
+		set_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
+	if (bind(fd, &at->any, size) || (!e.udp && listen(fd, 1024)) ||
+	    getsockname(fd, &at->any, &size))
+		return close_failed(fd);
+	return fd;
+}
+
+/* SO_SNDTIMEO bounds connect() on Linux only, so it is poll() that waits. */
+static int await_connected(int fd)
+{
+	struct pollfd p = { .fd = fd, .events = POLLOUT };
+	socklen_t size = sizeof(int);
+	int error = ETIMEDOUT;
+
+	if (poll(&p, 1, LIMIT_NS / 1000000) > 0)
+		(void)!getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &size);
+	errno = error;
+	return error ? -1 : 0;
+}
+
+int dial(struct endpoint e, const union address *to)
+{
+	int fd = open_socket(e);
+	int flags;
+
+	if (fd < 0)
+		return -1;
+	if (e.udp) {
+		set_timeouts(fd, TICK_NS);
+		if (connect(fd, &to->any, address_size(to)))
+			return close_failed(fd);
+		return fd;
+	}
+	flags = fcntl(fd, F_GETFL);
+	fcntl(fd, F_SETFL, flags | O_NONBLOCK);
+	if (connect(fd, &to->any, address_size(to)) &&
+	    (errno != EINPROGRESS || await_connected(fd)))
+		return close_failed(fd);
+	fcntl(fd, F_SETFL, flags);
+	set_timeouts(fd, LIMIT_NS);
+	return fd;
+}
+
+ssize_t receive_some(int fd, void *buffer, size_t length)
+{
+	ssize_t got;
+
+	do
+		got = recv(fd, buffer, length, 0);
+	while (got < 0 && errno == EINTR);
+	return got;
+}
+
+int receive_all(int fd, void *buffer, size_t length)
+{
+	for (size_t at = 0; at < length;) {
+		ssize_t got = receive_some(fd, (char *)buffer + at, length - at);
+
+		if (!got)
+			errno = ECONNRESET;
+		if (got <= 0)
+			return -1;
+		at += got;
+	}
+	return 0;
+}
+
+/*
+ * The time-out of send() is a tick and no more, as it runs on while part of the bytes is taken: only
+ * a call that moved nothing at all tells that there is no progress.
+ */
+ssize_t send_some(int fd, const void *buffer, size_t length)
+{
+	uint64_t begin = 0;
+
+	for (;;) {
+		ssize_t sent = send(fd, buffer, length, MSG_NOSIGNAL);
+
+		if (sent >= 0)
+			return sent;
+		if (errno == EAGAIN || errno == EWOULDBLOCK) {
+			uint64_t now = now_ns();
+
+			if (!begin)
+				begin = now;
+			if (now - begin > LIMIT_NS)
+				return -1;
+		} else if (errno != EINTR) {
+			return -1;
+		}
+	}
+}
+
+int send_all(int fd, const void *buffer, size_t length)
+{
+	for (size_t at = 0; at < length;) {
+		ssize_t sent = send_some(fd, (const char *)buffer + at, length - at);
+
+		if (sent < 0)
+			return -1;
+		at += sent;
+	}
+	return 0;
+}
+
+/* One segment or datagram of two parts; what a full TCP buffer left over is sent after. */
+int send_both(int fd, const void *head, size_t head_length, const void *body, size_t length,
+	      const union address *to)
+{
+	struct iovec part[] = { { (void *)head, head_length }, { (void *)body, length } };
+	struct msghdr m = { .msg_iov = part, .msg_iovlen = length ? 2 : 1 };
+	ssize_t sent;
+
+	if (to) {
+		m.msg_name = (void *)to;
+		m.msg_namelen = address_size(to);
+	}
+	do
+		sent = sendmsg(fd, &m, MSG_NOSIGNAL);
+	while (sent < 0 && errno == EINTR);
+	if (sent < 0)
+		return -1;
+	if ((size_t)sent < head_length) {
+		if (send_all(fd, (const char *)head + sent, head_length - sent))
+			return -1;
+		sent = head_length;
+	}
+	return send_all(fd, (const char *)body + (sent - head_length), head_length + length - sent);
+}
+
+const char *reason(int error)
+{
+	return error == EAGAIN || error == EWOULDBLOCK ? "no progress for 5 s" : strerror(error);
+}
+
+/* Small stacks: an OSv guest pays for all of a stack at once. */
+int start_thread(pthread_t *thread, void *(*run)(void *), void *argument)
+{
+	pthread_attr_t attributes;
+	int error;
+
+	pthread_attr_init(&attributes);
+	pthread_attr_setstacksize(&attributes, 256 << 10);
+	error = pthread_create(thread, &attributes, run, argument);
+	pthread_attr_destroy(&attributes);
+	return error;
+}

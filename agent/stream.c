@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * Streams, the same for either end. A stream of given bytes ends when they are moved and every one
+ * of them is checked; any other is ended by the client. What is scored begins when the warm-up is
+ * over by the receiver's clock: with the arrival that ended it, which is not counted itself.
+ */
+#include <arpa/inet.h>
+#include <endian.h>
+#include <errno.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "agent.h"
+
+int tcp_send(int fd, const struct order *o, uint64_t until_ns, const atomic_bool *stop)
+{
+	uint64_t sent = 0;
+
+	while (o->bytes ? sent < o->bytes : now_ns() < until_ns) {
+		size_t length = o->bytes ? MIN(o->size, o->bytes - sent) : o->size;
+		ssize_t n = send_some(fd, pattern_at(o->phase + sent), length);
+
+		if (stop && *stop)
+			return ECANCELED;
+		if (n < 0)
+			return errno;
+		sent += n;
+	}
+	return 0;
+}
+
+void score_start(struct score *s, const struct order *o)
+{
+	*s = (struct score){ .measuring = !o->warmup_ns, .begin_ns = now_ns() };
+	s->first_ns = s->last_ns = s->begin_ns;
+}
+
+/* Of `length` bytes that have just arrived. True if they are to be counted. */
+static bool score_time(struct score *s, const struct order *o)
+{
+	uint64_t now = now_ns();
+
+	s->last_ns = now;
+	if (s->measuring)
+		return true;
+	s->first_ns = now;
+	s->measuring = now >= s->begin_ns + o->warmup_ns;
+	return false;
+}
+
+int tcp_receive(int fd, const struct order *o, uint64_t until_ns, struct score *s, void *buffer,
+		const atomic_bool *stop)
+{
+	score_start(s, o);
+	for (uint64_t nth = 0; s->last_ns < until_ns; nth++) {
+		ssize_t got = receive_some(fd, buffer, CHUNK);
+
+		if (stop && *stop)
+			return ECANCELED;
+		if (got < 0)
+			return errno;
+		if (!got)
+			break;
+		if (!intact(buffer, got, o->phase + s->total, o->bytes || !s->measuring, nth))
+			s->is.corrupt++;
+		s->total += got;
+		if (score_time(s, o))
+			s->is.bytes += got;
+	}
+	s->is.elapsed_ns = s->last_ns - s->first_ns;
+	return 0;
+}
+
+int datagram_send(int fd, const union address *to, enum datagram_type type, uint32_t flow,
+		  uint64_t sequence, const void *body, size_t length)
+{
+	struct datagram head = { htonl(MAGIC ^ type), htonl(flow), htobe64(sequence) };
+
+	return send_both(fd, &head, sizeof(head), body, length, to);
+}
+
+enum datagram_type datagram_type(const struct datagram *head, ssize_t length)
+{
+	return length < (ssize_t)sizeof(*head) ? 0 : ntohl(head->type) ^ MAGIC;
+}
+
+void score_datagram(struct score *s, const struct order *o, const struct datagram *head,
+		    size_t length)
+{
+	uint64_t sequence = be64toh(head->sequence);
+	bool late = sequence < s->next;
+
+	if (!intact(head + 1, length - sizeof(*head), o->phase + sequence * o->size,
+		    o->bytes || !s->measuring, s->total))
+		s->is.corrupt++;
+	s->total++;
+	if (!late)
+		s->next = sequence + 1;
+	if (score_time(s, o)) {
+		s->is.bytes += length;
+		s->is.datagrams++;
+		s->is.reordered += late; /* or it came twice */
+	} else {
+		s->first_sequence = s->next;
+	}
+}
+
+/* `sent` datagrams in all; 0 where only what arrived tells. */
+void score_finish(struct score *s, uint64_t sent)
+{
+	uint64_t expected = (sent > s->next ? sent : s->next) - s->first_sequence;
+
+	s->is.lost = expected > s->is.datagrams ? expected - s->is.datagrams : 0;
+	s->is.elapsed_ns = s->last_ns - s->first_ns;
+}
+
+/* A client has its socket to itself and looks what came; at a server its one reader does. */
+static void listen_for_life(struct sender *s, uint64_t now)
+{
+	struct datagram head;
+
+	while (recv(s->fd, &head, sizeof(head), MSG_DONTWAIT) > 0)
+		s->heard_ns = now;
+}
+
+int udp_send(struct sender *s, uint64_t until_ns)
+{
+	const struct order *o = &s->order;
+	uint64_t datagrams = (o->bytes + o->size - 1) / o->size;
+	uint64_t begin = now_ns(), progress = begin, listened = begin;
+	size_t body = o->size - sizeof(struct datagram);
+
+	while (o->bytes ? s->sent < datagrams : true) {
+		uint64_t heard = s->heard_ns, now = now_ns();
+		uint64_t due = begin;
+
+		if (now >= until_ns)
+			break;
+		if (!heard || (now > heard && now - heard > LIMIT_NS))
+			return EAGAIN;
+		if (!s->to && now - listened > TICK_NS) {
+			listen_for_life(s, now);
+			listened = now;
+		}
+		if (o->rate_bps)
+			due += (double)s->sent * o->size * 8 * SECOND_NS / o->rate_bps;
+		if (due > now) {
+			pause_ns(MIN(due - now, TICK_NS));
+			progress = now;
+		} else if (!datagram_send(s->fd, s->to, DATA, s->flow, s->sent,
+					  pattern_at(o->phase + s->sent * o->size), body)) {
+			s->sent++;
+			progress = now;
+		} else if (errno != ENOBUFS && errno != EAGAIN) {
+			return errno;
+		} else if (now - progress > LIMIT_NS) {
+			return EAGAIN;
+		} else {
+			pause_ns(50000); /* a full queue of the interface; it empties by itself */
+		}
+	}
+	return 0;
+}

@@ -1,0 +1,244 @@
+"""The traffic agent's build and its control client.
+
+`build` compiles `agent/` once per content; `Agent` gives orders to a running agent over its control
+connection (the protocol is described in `agent/README.md`) and hands results back as plain data.
+It does not start agents: that is what runtimes do, each in its own way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from testbed.model import CONTROL_PORT, Address, Error, Family, Transport
+
+SOURCES = Path(__file__).parent.parent / "agent"
+CFLAGS = ("-std=gnu17", "-O2", "-fPIE", "-pie", "-pthread")
+"""gnu17: newer defaults bind strtol to a symbol of newer C libraries, which OSv has not."""
+
+SLACK_S = 30.0
+"""How much longer than its duration a run may take: the agent gives up 5 s after the last progress,
+in any of several phases (name, connection, streams, score)."""
+BYTES_LIMIT_S = 600.0
+"""How long a run by bytes may take."""
+
+Histogram = tuple[tuple[float, int], ...]
+Mode = Literal["stream", "rr", "crr"]
+Direction = Literal["up", "down"]
+
+
+def build() -> Path:
+    """Path of the compiled agent: a dynamic position-independent executable that needs only libc.
+
+    Kept as `agent/<hash>/agent` in the cache (`$XDG_CACHE_HOME` or `~/.cache`, then `testbed`), by
+    the hash of sources and flags. Raises `Error` if there is no compiler or it fails.
+    """
+    files = sorted(SOURCES.glob("*.[ch]"))
+    if not files:
+        raise Error(f"no agent sources in {SOURCES}", hint="run from a clone of the repository")
+    digest = hashlib.sha256(" ".join(CFLAGS).encode())
+    for file in files:
+        digest.update(f"\0{file.name}\0".encode() + file.read_bytes())
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = base / "testbed" / "agent" / digest.hexdigest()[:16]
+    program = folder / "agent"
+    if program.exists():
+        return program
+    cc = shutil.which("cc")
+    if cc is None:
+        raise Error("no C compiler to build the traffic agent", hint="apt install gcc libc6-dev")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        output = Path(scratch) / "agent"
+        command = [cc, *CFLAGS, "-o", str(output), *(str(f) for f in files if f.suffix == ".c")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            first = next((x for x in done.stderr.splitlines() if "error" in x), "no message")
+            raise Error(f"the traffic agent does not compile: {first}", hint=shlex.join(command))
+        output.replace(program)
+    return program
+
+
+@dataclass(frozen=True)
+class Hello:
+    """What an agent says of itself and of the stack it runs on."""
+
+    version: str
+    families: frozenset[Family]
+    """Families whose sockets work."""
+    monotonic_ns: int
+    realtime_ns: int
+
+
+@dataclass(frozen=True)
+class Server:
+    """A port that an agent serves, until it is stopped or the control connection ends."""
+
+    id: int
+    port: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to, without its warm-up, scored by the receiver on its own clock."""
+
+    address: Address
+    """What the dialed name resolved to."""
+    bytes: int
+    """Payload that arrived: of streams at the receiver, of transactions as responses."""
+    duration_s: float
+    """Of several streams the longest."""
+    transactions: int
+    """Responses, each to a request on an open (`rr`) or a fresh (`crr`) connection."""
+    datagrams: int
+    """Datagrams of UDP streams that arrived."""
+    errors: int
+    """`crr`: transactions that failed (a first one that fails, fails the run)."""
+    lost: int
+    """UDP: datagrams that never arrived, or requests without a response for 250 ms."""
+    reordered: int
+    """UDP streams: datagrams after one with a higher number, or a second time."""
+    corrupt: int
+    """Buffers, datagrams or responses whose payload was wrong, those of the warm-up too. All are
+    looked at in warm-up and in runs by bytes, else the beginning of every 16th."""
+    histogram_us: Histogram
+    """Times of transactions (`crr`: from connect to close) as (upper bound in µs, count)."""
+
+
+class Agent:
+    """A control connection to a running agent. Closing it stops the servers it ordered."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        """Takes over a connected socket, of whatever network namespace."""
+        self._socket = connection
+        self._lines = connection.makefile("rb")
+
+    @classmethod
+    def connect(
+        cls, address: Address | str, port: int = CONTROL_PORT, timeout_s: float = 5.0
+    ) -> Self:
+        """Connect from the caller's network namespace. Raises `Error` if nobody answers."""
+        try:
+            return cls(socket.create_connection((str(address), port), timeout_s))
+        except OSError as e:
+            raise Error(f"no traffic agent at {address} port {port}: {e}") from e
+
+    def hello(self) -> Hello:
+        """Version, families and clocks of the agent."""
+        answer = self._order(op="hello")
+        families = frozenset(f for f in Family if answer[f.value])
+        return Hello(
+            answer["version"], families, answer["monotonic_ns"], answer["realtime_ns"]
+        )
+
+    def serve(
+        self, transport: Transport, family: Family, port: int = 0, bind: str = "any"
+    ) -> Server:
+        """Serve every mode on a port (0: any free one) of `any`, `localhost` or an address.
+
+        `localhost` is the loopback address itself, 127.0.0.1 or ::1, not looked up.
+        """
+        answer = self._order(op="serve", transport=transport, family=family, port=port, bind=bind)
+        return Server(answer["server"], answer["port"])
+
+    def stop(self, server: Server) -> None:
+        """Stop serving; when this returns, connections are closed and the port is free."""
+        self._order(op="stop", server=server.id)
+
+    def run(
+        self,
+        transport: Transport,
+        family: Family,
+        host: str,
+        port: int,
+        mode: Mode,
+        size_bytes: int,
+        *,
+        direction: Direction = "up",
+        streams: int = 1,
+        duration_s: float = 0.0,
+        bytes: int = 0,
+        warmup_s: float = 0.0,
+        rate_bps: float = 0.0,
+    ) -> Result:
+        """Dial `host`, a name that the agent looks up afresh, and make traffic.
+
+        `size_bytes` is that of one write, datagram (its 16-byte header counted in), request and
+        response. Give either `duration_s` or `bytes` (per stream, in whole datagrams; without
+        warm-up, as all of them are checked). `direction` is that of a `stream`, `rate_bps` the
+        payload rate of all UDP streams together (0: as fast as it goes). Raises `Error` with what
+        the agent says: `connect localhost:8080: Connection refused`.
+        """
+        order: dict[str, Any] = {
+            "transport": transport, "family": family, "host": host, "port": port, "mode": mode,
+            "size_bytes": size_bytes, "streams": streams, "duration_s": duration_s, "bytes": bytes,
+            "warmup_s": warmup_s,
+        }  # fmt: skip
+        if mode == "stream":
+            order["direction"] = direction
+            if transport is Transport.UDP:
+                order["rate_bps"] = rate_bps
+        limit_s = (duration_s or BYTES_LIMIT_S) + warmup_s + SLACK_S
+        answer = self._order(limit_s, op="run", **order)
+        histogram = tuple((float(upper), int(count)) for upper, count in answer["histogram_us"])
+        return Result(
+            address=ip_address(answer["address"]),
+            histogram_us=histogram,
+            **{k: answer[k] for k in Result.__dataclass_fields__ if k not in _CONVERTED},
+        )
+
+    def close(self) -> None:
+        """End the control connection, and with it the servers that were ordered over it."""
+        self._lines.close()
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _order(self, limit_s: float = SLACK_S, **order: Any) -> dict[str, Any]:
+        try:
+            self._socket.settimeout(limit_s)
+            self._socket.sendall(json.dumps(order).encode() + b"\n")
+            line = self._lines.readline()
+        except OSError as e:
+            raise Error(f"traffic agent: {order['op']}: {e}") from e
+        if not line.endswith(b"\n"):
+            raise Error(f"traffic agent: {order['op']}: the agent has ended")
+        answer: dict[str, Any] = json.loads(line)
+        if not answer["ok"]:
+            raise Error(f"traffic agent: {answer['error']}")
+        return answer
+
+
+_CONVERTED = ("address", "histogram_us")
+
+
+def percentile(histogram: Sequence[tuple[float, int]], q: float) -> float:
+    """Upper bound in µs of the bucket that holds the `q`-th percentile (0 < q <= 100).
+
+    By nearest rank, so at most 1 % above the true value. Raises `Error` for an empty histogram.
+    """
+    rank = q / 100 * sum(count for _, count in histogram)
+    seen = 0
+    for upper_us, count in sorted(histogram):
+        seen += count
+        if seen >= rank:
+            return upper_us
+    raise Error("percentile of an empty histogram")

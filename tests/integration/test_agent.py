@@ -1,0 +1,289 @@
+"""The traffic agent end to end over loopback: every mode, both families, both transports, dead peers.
+
+Client and server are two processes, as they are two workloads of a pod.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+import pytest
+
+from testbed.agent import Agent, Result, build, percentile
+from testbed.model import Error, Family, Transport, loopback
+
+
+@dataclass
+class Running:
+    """An agent's process and a control connection to it."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    agent: Agent
+
+
+@contextmanager
+def running(program: Path) -> Iterator[Running]:
+    with subprocess.Popen([program, "--control-port", "0"], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            port = int(process.stdout.readline().split()[-1])
+            with Agent.connect("127.0.0.1", port) as agent:
+                yield Running(process, port, agent)
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def client_port() -> Iterator[int]:
+    with running(build()) as r:
+        yield r.port
+
+
+@pytest.fixture(scope="module")
+def server_port() -> Iterator[int]:
+    with running(build()) as r:
+        yield r.port
+
+
+@pytest.fixture
+def client(client_port: int) -> Iterator[Agent]:
+    with Agent.connect("127.0.0.1", client_port) as agent:
+        yield agent
+
+
+@pytest.fixture
+def server(server_port: int) -> Iterator[Agent]:
+    with Agent.connect("127.0.0.1", server_port) as agent:
+        yield agent
+
+
+@pytest.fixture(params=list(Family), ids=str)
+def family(request: pytest.FixtureRequest, client: Agent) -> Family:
+    family: Family = request.param
+    if family not in client.hello().families:
+        pytest.skip(f"this machine's loopback has no {family}")
+    return family
+
+
+@pytest.fixture(params=list(Transport), ids=str)
+def transport(request: pytest.FixtureRequest) -> Transport:
+    transport: Transport = request.param
+    return transport
+
+
+def size_of(transport: Transport) -> int:
+    return 65536 if transport is Transport.TCP else 1400
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+@pytest.mark.parametrize("streams", [1, 4])
+def test_a_stream_runs_as_long_as_it_should(
+    client: Agent, server: Agent, family: Family, transport: Transport, direction: str, streams: int
+) -> None:
+    port = server.serve(transport, family).port
+    result = client.run(
+        transport, family, str(loopback(family)), port, "stream", size_of(transport),
+        direction=direction, streams=streams, duration_s=0.3, warmup_s=0.1,  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert result.address == loopback(family)
+    assert result.bytes > 1_000_000
+    # The receiver's buffer is emptied after the sender's end: little more, hardly less.
+    assert 0.2 < result.duration_s < 1
+    assert (result.errors, result.corrupt, result.reordered) == (0, 0, 0)
+    assert (result.datagrams > 0) == (transport is Transport.UDP)
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+@pytest.mark.parametrize("size", [1, 1448, 1 << 20])
+def test_a_tcp_stream_moves_exactly_its_bytes(
+    client: Agent, server: Agent, family: Family, direction: str, size: int
+) -> None:
+    port = server.serve(Transport.TCP, family).port
+    count = 54_321 if size == 1 else 7_654_321
+    result = client.run(
+        Transport.TCP, family, str(loopback(family)), port, "stream", size,
+        direction=direction, streams=3, bytes=count,  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert (result.bytes, result.corrupt) == (3 * count, 0)
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+@pytest.mark.parametrize("size", [16, 1472, 65507])
+def test_a_paced_udp_stream_arrives_whole(
+    client: Agent, server: Agent, family: Family, direction: str, size: int
+) -> None:
+    port = server.serve(Transport.UDP, family).port
+    result = client.run(
+        Transport.UDP, family, str(loopback(family)), port, "stream", size,
+        direction=direction, bytes=30 * size, rate_bps=30 * size * 8 / 0.2,  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert (result.datagrams, result.bytes) == (30, 30 * size)
+    assert (result.lost, result.reordered, result.corrupt) == (0, 0, 0)
+    assert 0.15 < result.duration_s < 1
+
+
+def test_udp_keeps_to_its_rate(client: Agent, server: Agent, family: Family) -> None:
+    port = server.serve(Transport.UDP, family).port
+    result = client.run(
+        Transport.UDP, family, str(loopback(family)), port, "stream", 1400,
+        streams=2, duration_s=0.5, warmup_s=0.1, rate_bps=20e6,
+    )  # fmt: skip
+    assert (result.bytes + result.lost * 1400) * 8 / result.duration_s == pytest.approx(20e6, rel=0.1)
+
+
+@pytest.mark.parametrize("mode", ["rr", "crr"])
+@pytest.mark.parametrize("size", [16, 1400, 60_000])
+def test_transactions_are_timed_one_by_one(
+    client: Agent, server: Agent, family: Family, transport: Transport, mode: str, size: int
+) -> None:
+    port = server.serve(transport, family).port
+    result = client.run(
+        transport, family, str(loopback(family)), port, mode, size,  # type: ignore[arg-type]
+        streams=2, duration_s=0.2, warmup_s=0.05,
+    )  # fmt: skip
+    assert result.transactions > 50
+    assert result.transactions == sum(count for _, count in result.histogram_us)
+    assert result.bytes == result.transactions * size
+    assert result.duration_s == pytest.approx(0.2, rel=0.3)
+    assert (result.errors, result.lost, result.corrupt) == (0, 0, 0)
+    # Two at a time, back to back: their times add up to twice the duration.
+    spent_us = sum(upper * count for upper, count in result.histogram_us)
+    assert spent_us == pytest.approx(2 * result.duration_s * 1e6, rel=0.1)
+    assert 1 < percentile(result.histogram_us, 50) <= percentile(result.histogram_us, 99)
+
+
+def test_a_million_byte_request_is_answered(client: Agent, server: Agent, family: Family) -> None:
+    port = server.serve(Transport.TCP, family).port
+    result = client.run(
+        Transport.TCP, family, str(loopback(family)), port, "rr", 1 << 20, bytes=20 << 20
+    )
+    assert (result.transactions, result.corrupt) == (20, 0)
+
+
+def test_one_server_serves_all_modes_at_once(client_port: int, server: Agent) -> None:
+    port = {t: server.serve(t, Family.IPV4).port for t in Transport}
+    results: list[Result] = []
+
+    def go(transport: Transport, mode: str) -> None:
+        with Agent.connect("127.0.0.1", client_port) as own:
+            results.append(
+                own.run(
+                    transport, Family.IPV4, "127.0.0.1", port[transport], mode, 1000,  # type: ignore[arg-type]
+                    direction="down", duration_s=0.3,
+                )
+            )  # fmt: skip
+
+    threads = [
+        threading.Thread(target=go, args=(t, m)) for t in Transport for m in ("stream", "rr", "crr")
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 6
+    assert all(r.bytes > 0 and r.corrupt == 0 for r in results)
+
+
+def test_the_dialed_name_is_looked_up(client: Agent, server: Agent) -> None:
+    port = server.serve(Transport.TCP, Family.IPV4, bind="localhost").port
+    result = client.run(Transport.TCP, Family.IPV4, "localhost", port, "rr", 64, bytes=64)
+    assert result.address == loopback(Family.IPV4)
+    assert result.transactions == 1
+
+
+def test_a_server_on_one_family_is_not_on_the_other(client: Agent, server: Agent) -> None:
+    if Family.IPV6 not in client.hello().families:
+        pytest.skip("this machine's loopback has no ipv6")
+    port = server.serve(Transport.TCP, Family.IPV6).port
+    with pytest.raises(Error, match="Connection refused"):
+        client.run(Transport.TCP, Family.IPV4, "127.0.0.1", port, "rr", 64, bytes=64)
+
+
+@pytest.mark.parametrize("mode", ["stream", "rr", "crr"])
+def test_a_port_that_nobody_serves_is_refused_at_once(
+    client: Agent, server: Agent, family: Family, transport: Transport, mode: str
+) -> None:
+    stopped = server.serve(transport, family)
+    server.stop(stopped)
+    began = monotonic()
+    with pytest.raises(Error, match=rf":{stopped.port}: Connection refused"):
+        client.run(
+            transport, family, str(loopback(family)), stopped.port, mode, 64,  # type: ignore[arg-type]
+            duration_s=1,
+        )  # fmt: skip
+    assert monotonic() - began < 1
+
+
+@pytest.mark.parametrize("how", ["stop", "kill"])
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_a_server_that_ends_in_mid_stream_ends_the_run(
+    client: Agent, transport: Transport, direction: str, how: str
+) -> None:
+    with running(build()) as other:
+        server = other.agent.serve(transport, Family.IPV4)
+        end = other.process.kill if how == "kill" else lambda: other.agent.stop(server)
+        timer = threading.Timer(0.2, end)
+        timer.start()
+        began = monotonic()
+        with pytest.raises(Error, match=f"127.0.0.1:{server.port}: "):
+            client.run(
+                transport, Family.IPV4, "127.0.0.1", server.port, "stream", size_of(transport),
+                direction=direction, duration_s=30, rate_bps=1e8,  # type: ignore[arg-type]
+            )  # fmt: skip
+        assert monotonic() - began < 8
+        timer.join()
+
+
+def test_a_peer_that_vanishes_without_a_word_ends_every_kind_of_run(client_port: int) -> None:
+    """A stopped process answers nothing, though its kernel still does: no end, no reset."""
+    faults: list[str] = []
+    with running(build()) as other:
+        port = {t: other.agent.serve(t, Family.IPV4).port for t in Transport}
+
+        def go(transport: Transport, mode: str, direction: str) -> None:
+            with Agent.connect("127.0.0.1", client_port) as own:
+                try:
+                    own.run(
+                        transport, Family.IPV4, "127.0.0.1", port[transport], mode,  # type: ignore[arg-type]
+                        1000, direction=direction, duration_s=30, rate_bps=1e7,  # type: ignore[arg-type]
+                    )  # fmt: skip
+                except Error as e:
+                    faults.append(f"{transport} {mode} {direction}: {e}")
+
+        kinds = [("stream", "up"), ("stream", "down"), ("rr", "up"), ("crr", "up")]
+        threads = [threading.Thread(target=go, args=(t, *k)) for t in Transport for k in kinds]
+        for thread in threads:
+            thread.start()
+        threading.Timer(0.3, other.process.send_signal, (signal.SIGSTOP,)).start()
+        began = monotonic()
+        for thread in threads:
+            thread.join()
+        assert 5 <= monotonic() - began < 12
+    assert len(faults) == len(threads)
+    assert all(f.endswith("no progress for 5 s") for f in faults), faults
+
+
+def test_a_client_that_vanishes_leaves_no_sender_behind(server: Agent) -> None:
+    """After a killed client, stopping the server is quick: nothing of it is stuck in a send."""
+    for transport in Transport:
+        served = server.serve(transport, Family.IPV4)
+        with running(build()) as other:
+            timer = threading.Timer(0.2, other.process.kill)
+            timer.start()
+            with pytest.raises(Error, match="traffic agent: run"):
+                other.agent.run(
+                    transport, Family.IPV4, "127.0.0.1", served.port, "stream", 1000,
+                    direction="down", duration_s=30,
+                )  # fmt: skip
+            timer.join()
+        began = monotonic()
+        server.stop(served)
+        assert monotonic() - began < 2
