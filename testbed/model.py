@@ -106,6 +106,7 @@ links and guest views, so that a guest needs no route; it does not hold 169.254.
 
 _ALIAS = {Family.IPV4: "169.254.77.1", Family.IPV6: "fd77::1"}
 _NATIVE_SOURCE = {Family.IPV4: "169.254.77.2", Family.IPV6: "fd77::2"}
+_NATIVE_SOURCE_ODD = {Family.IPV4: "169.254.77.4", Family.IPV6: "fd77::4"}
 _POD_LINK = {Family.IPV4: "169.254.77.3", Family.IPV6: "fd77::3"}
 _GUEST_LINK = {Family.IPV4: "169.254.78.0", Family.IPV6: "fd77::78:0"}
 _GUEST_VIEW = {Family.IPV4: "169.254.79.0", Family.IPV6: "fd77::79:0"}
@@ -129,6 +130,14 @@ def alias(family: Family) -> Address:
 def native_source(family: Family) -> Address:
     """Source address of native clients as a guest sees them; never the alias."""
     return ip_address(_NATIVE_SOURCE[family])
+
+
+def native_source_odd(family: Family) -> Address:
+    """The same, of flows that are not from 127.0.0.1 to 127.0.0.1 (::1), but on `lo` all the same.
+
+    Which, is kept per flow for the way back; the ordinary flow needs no memory.
+    """
+    return ip_address(_NATIVE_SOURCE_ODD[family])
 
 
 def pod_link(family: Family) -> Address:

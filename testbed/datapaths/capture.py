@@ -142,9 +142,7 @@ class _Attachment:
         """
         self._scope.defer(unprepare_lo, netns=self._wiring.netns)
         _set_lo(self._wiring.netns, 1, [port for _, port in self._wiring.owners])
-        with IPRoute(netns=self._wiring.netns, flags=0) as ip:
-            for route in _VIEW_ROUTES:
-                ip.route("replace", **route, metrics={"mtu": LINK_MTU})
+        _change_routes("replace", self._wiring.netns)
 
     def _attach_links(self) -> None:
         wiring, slot = self._wiring, self._programs.slot
@@ -159,7 +157,7 @@ class _Attachment:
         self._attach(wiring.uplink_peer_ifindex, INGRESS, "router", netns=wiring.node)
         self._attach(wiring.uplink_ifindex, INGRESS, "uplink_ingress", netns=wiring.netns)
 
-    def _attach(self, ifindex: int, hook: str, name: str, netns: str, n: int = 0) -> None:
+    def _attach(self, ifindex: int, hook: int, name: str, netns: str, n: int = 0) -> None:
         bpf.attach_tc(self._links, netns, ifindex, hook, self._programs.program(name), name,
                       classid=self._programs.slot << 8 | n)  # fmt: skip
 
@@ -216,11 +214,13 @@ def forget(pins: str, slot: int, owners: list[list[int]], guests: list[int]) -> 
 
 # --- lo -------------------------------------------------------------------------------------
 
-_LOCAL = {"type": "local", "table": 255, "oif": LO_IFINDEX}
+_LOCAL = {"type": "local", "table": 255, "oif": LO_IFINDEX, "metrics": {"mtu": LINK_MTU}}
 _VIEW_ROUTES = (
-    {"dst": f"{model.native_view(Family.IPV4, 0)}/24", "scope": "host", **_LOCAL},
-    {"dst": model.NATIVE_VIEW_NET6, "family": socket.AF_INET6, **_LOCAL},
-)
+    {"dst": f"{model.native_view(Family.IPV4, 0)}/24", "prefsrc": str(model.loopback(Family.IPV4)),
+     "scope": "host", **_LOCAL},
+    {"dst": model.NATIVE_VIEW_NET6, "prefsrc": str(model.loopback(Family.IPV6)),
+     "family": socket.AF_INET6, **_LOCAL},
+)  # fmt: skip
 
 
 def _set_lo(netns: str, on: int, ports: Iterable[int]) -> None:
@@ -231,18 +231,25 @@ def _set_lo(netns: str, on: int, ports: Iterable[int]) -> None:
     })  # fmt: skip
 
 
+def _change_routes(command: str, netns: str) -> None:
+    def change() -> None:
+        with IPRoute() as ip:
+            for route in _VIEW_ROUTES:
+                try:
+                    ip.route(command, **route)
+                except NetlinkError as e:
+                    if e.code != errno.ESRCH:  # deleted already
+                        raise
+
+    netlink.inside(netns, change)
+
+
 def unprepare_lo(netns: str) -> None:
     """Undo what was set on a namespace's `lo`; one that is gone is no error."""
     if not (netlink.NETNS / netns).exists():
         return
     _set_lo(netns, 0, [])
-    with IPRoute(netns=netns, flags=0) as ip:
-        for route in _VIEW_ROUTES:
-            try:
-                ip.route("del", **route)
-            except NetlinkError as e:
-                if e.code != errno.ESRCH:
-                    raise
+    _change_routes("del", netns)
 
 
 DATAPATH = Capture()
