@@ -275,7 +275,10 @@ def _download_linux(folder: Path) -> None:
 
 
 def _run(*command: str, cwd: Path | None = None) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=cwd, env={**os.environ, "LC_ALL": "C"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise Error(f"{' '.join(command)}: {why}", hint="apt-get update, and check the network")

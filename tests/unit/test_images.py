@@ -1,0 +1,295 @@
+"""Images: what is in them, the same bytes each time, and the command lines that boot them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_interface
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from testbed import images, rofs, vm
+from testbed.images import Definition
+from testbed.kernels import LinuxKernel, OsvKernel
+from testbed.model import Error, Family, alias, guest_mac, loopback
+from testbed.rofs import Directory, Node, Symlink
+from testbed.runtimes import linux, osv
+from testbed.vm import Vm
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/testbed/images"
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    """A program that needs libc and a library of its own."""
+    library, main = tmp_path / "libown.so.1", tmp_path / "main"
+    for out, source, options in (
+        (library, "int own(void) { return 0; }", ["-shared", "-fPIC", "-Wl,-soname,libown.so.1"]),
+        (main, "int own(void); int main(void) { return own(); }",
+         ["-pie", "-fPIE", f"-Wl,-rpath,{tmp_path}", str(library)]),
+    ):  # fmt: skip
+        subprocess.run(["cc", "-xc", "-", "-xnone", "-o", out, *options], input=source,
+                       text=True, check=True)  # fmt: skip
+    return main
+
+
+@pytest.fixture
+def linux_kernel(tmp_path: Path) -> LinuxKernel:
+    """A kernel whose modules depend on each other as virtio's do."""
+    depends = {
+        "virtio_net": "virtio,net_failover",
+        "net_failover": "failover",
+        "failover": "",
+        "virtio_pci": "virtio",
+        "virtio": "virtio_ring",  # and that is built in
+        "unrelated": "",
+    }
+    for name, others in depends.items():
+        source = f'__attribute__((section(".modinfo"))) const char i[] = "depends={others}";'
+        subprocess.run(["cc", "-xc", "-", "-c", "-o", tmp_path / f"{name}.ko"], input=source,
+                       text=True, check=True)  # fmt: skip
+    return LinuxKernel(tmp_path / "vmlinuz", tmp_path, "6.1.0", "0" * 64, "test")
+
+
+@pytest.mark.parametrize("family", Family)
+def test_hosts_patch_and_address_plan_agree(family: Family) -> None:
+    patched, stock = (images.hosts_file(patched=p).read_text() for p in (True, False))
+    assert str(alias(family)) in images.localhost(patched)
+    assert str(loopback(family)) in images.localhost(stock)
+
+
+def test_hosts_files_are_as_osv_reads_them() -> None:
+    for patched in (True, False):
+        text = images.hosts_file(patched=patched).read_text()
+        # OSv takes the first line that holds a name, whatever its family, and whole lines only.
+        first, second = images.localhost(text)
+        assert isinstance(ip_address(first), IPv4Address)
+        assert isinstance(ip_address(second), IPv6Address)
+        assert "ip6-localhost" in text
+        assert text.endswith("\n")
+        assert all(len(line) < 512 for line in text.splitlines())
+
+
+def test_osv_image_holds_the_program_and_what_osv_lacks(program: Path) -> None:
+    image = images.compose_osv(Definition(program, ("-x",)))
+    assert image.command == ("/main", "-x")
+    assert set(image.files) == {
+        "/main", "/usr/lib/libown.so.1", "/etc/hosts", "/etc/fstab",
+        "/dev", "/proc", "/sys", "/tmp",
+    }  # fmt: skip
+    tree = rofs.unpack(image.path.read_bytes())
+    assert tree["/main"] == program.read_bytes()
+    assert tree["/etc/hosts"] == images.hosts_file().read_bytes()
+    assert image.sha256 == hashlib.sha256(image.path.read_bytes()).hexdigest()
+    assert image.size_bytes == image.path.stat().st_size
+
+
+def test_same_input_gives_the_same_bytes_in_any_process(program: Path, own_cache: Path) -> None:
+    first = images.compose_osv(Definition(program))
+    os.utime(program, (0, 0))
+    code = f"""if True:
+        from pathlib import Path
+        from testbed import images
+        print(images.compose_osv(images.Definition(Path({str(program)!r}))).path)"""
+    for seed in ("1", "2"):
+        cache = own_cache.parents[1] / seed
+        env = {**os.environ, "PYTHONHASHSEED": seed, "XDG_CACHE_HOME": str(cache)}
+        out = subprocess.check_output([sys.executable, "-c", code], env=env, text=True, cwd="/")
+        again = Path(out.strip())
+        assert again.name == first.path.name
+        assert again.read_bytes() == first.path.read_bytes()
+
+
+def test_image_that_was_cut_off_in_the_cache_is_made_again(program: Path) -> None:
+    image = images.compose_osv(Definition(program))
+    image.path.chmod(0o644)
+    image.path.write_bytes(b"half")
+    assert images.compose_osv(Definition(program)) == image
+    assert image.path.stat().st_size == image.size_bytes
+    assert [p.name for p in image.path.parent.iterdir()] == [image.path.name]
+
+
+def test_without_the_patch_only_the_hosts_file_differs(program: Path) -> None:
+    with_patch = images.osv_tree(Definition(program))
+    without = images.osv_tree(Definition(program), hosts_patch=False)
+    assert {p for p in with_patch if with_patch[p] != without[p]} == {"/etc/hosts"}
+    assert with_patch.keys() == without.keys()
+
+
+def test_linux_image_holds_all_libraries_and_modules_in_order(
+    program: Path, linux_kernel: LinuxKernel
+) -> None:
+    tree = images.linux_tree(Definition(program), linux_kernel)
+    assert {"/init", "/bin/busybox", "/main", "/usr/lib/libown.so.1", "/usr/lib/libc.so.6"} <= set(
+        tree
+    )
+    assert "/lib64/ld-linux-x86-64.so.2" in tree
+    assert tree["/etc/modules"] == b"virtio\nvirtio_pci\nfailover\nnet_failover\nvirtio_net\n"
+    assert "/lib/modules/unrelated.ko" not in tree
+    first = images.compose_linux(Definition(program), linux_kernel)
+    assert first == images.compose_linux(Definition(program), linux_kernel)
+
+
+def test_initramfs_is_read_alike_by_us_and_by_cpio() -> None:
+    tree: dict[str, Node] = {"/init": b"#!/bin/sh\n", "/a/b/c": b"x" * 1001, "/a/l": Symlink("b/c"),
+            "/dev": Directory()}  # fmt: skip
+    archive = images.pack_cpio(tree)
+    assert rofs.nested(images.unpack_cpio(archive)) == rofs.nested(tree)
+    listed = subprocess.run(["busybox", "cpio", "-t"], input=archive, capture_output=True,
+                            check=True).stdout.decode().split()  # fmt: skip
+    assert set(listed) == {"init", "a", "a/b", "a/b/c", "a/l", "dev", "dev/console"}
+    assert listed.index("dev") < listed.index("dev/console")
+
+
+@pytest.mark.parametrize("cut", [0, 100, 600])
+def test_damaged_initramfs_is_refused(cut: int) -> None:
+    archive = images.pack_cpio({"/init": b"x" * 1000})
+    with pytest.raises(Error, match="initramfs is damaged"):
+        images.unpack_cpio(archive[:cut])
+
+
+def test_inspect_tells_what_is_in_an_image(
+    program: Path, linux_kernel: LinuxKernel, tmp_path: Path
+) -> None:
+    definition = tmp_path / "own.toml"
+    definition.write_text('program = "main"\n')
+    built = images.build(definition, tmp_path / "own.img")
+    data = images.inspect(tmp_path / "own.img")
+    assert (data["format"], data["sha256"]) == ("rofs", built.sha256)
+    assert data["localhost"] == [str(alias(family)) for family in Family]
+    assert data["files"]["/main"]["size_bytes"] == program.stat().st_size
+    assert data["files"]["/tmp"] == {"type": "directory"}
+    other = images.inspect(images.compose_linux(Definition(program), linux_kernel).path)
+    assert other["format"] == "cpio"
+    assert other["localhost"] == data["localhost"]
+    with pytest.raises(Error, match="no MBR"):
+        images.inspect(program)
+
+
+def test_definition_brings_arguments_and_files(program: Path, tmp_path: Path) -> None:
+    definition = tmp_path / "own.toml"
+    definition.write_text(
+        'program = "main"\narguments = ["--port", "80"]\n[files]\n"/etc/app.conf" = "own.toml"\n'
+    )
+    loaded = images.load(definition)
+    assert loaded.command == ("/main", "--port", "80")
+    assert images.osv_tree(loaded)["/etc/app.conf"] == definition.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("program = ", "cannot read image definition"),
+        ("", "names no program"),
+        ("program = 'main'\nimage = 1", "unknown image"),
+        ("program = 'main'\narguments = 'x'", "arguments must be a list"),
+        ("program = 'nothing'", "nothing: No such file"),
+        ("program = 'own.toml'", "not an ELF file"),
+        ("program = 'main'\n[files]\n'/x' = 'nothing'", "nothing: No such file"),
+        ("program = 'main'\n[files]\n'/etc/hosts' = 'main'", "is in every image already"),
+        ("program = 'main'\n[files]\n'x' = 'main'", "not an absolute"),
+    ],
+)
+@pytest.mark.usefixtures("program")
+def test_definition_that_cannot_be_is_refused(tmp_path: Path, text: str, complaint: str) -> None:
+    definition = tmp_path / "own.toml"
+    definition.write_text(text)
+    with pytest.raises(Error, match=complaint):
+        images.build(definition, tmp_path / "own.img")
+    assert not (tmp_path / "own.img").exists()
+
+
+@pytest.mark.parametrize("family", Family)
+def test_address_that_is_the_alias_is_refused(family: Family) -> None:
+    images.check_alias([alias(family) + 1])
+    with pytest.raises(Error, match="localhost") as error:
+        images.check_alias([alias(family) + 1, alias(family)])
+    assert error.value.hint
+
+
+# --- command lines --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Vm:
+    return Vm("tcg", "tap0", guest_mac(1), vm.link_addresses(1), tmp_path / "console.log",
+              gateways=(ip_address("169.254.77.3"), ip_address("fd77::3")))  # fmt: skip
+
+
+@pytest.fixture
+def osv_kernel() -> Callable[[str], OsvKernel]:
+    def make(flavor: str) -> OsvKernel:
+        families = frozenset(Family) if flavor == "ipv6" else frozenset({Family.IPV4})
+        nic = ("guest_csum=off",) if flavor == "ipv6" else ()
+        return OsvKernel(Path("/k"), flavor, "v1", "0" * 64, False, families, nic, "test")
+
+    return make
+
+
+def option(argv: list[str], name: str) -> list[str]:
+    """Values of an option."""
+    return [value for key, value in pairwise(argv) if key == name]
+
+
+def test_osv_is_told_addresses_of_the_families_that_it_speaks(
+    machine: Vm, osv_kernel: Callable[[str], OsvKernel], program: Path
+) -> None:
+    image = images.compose_osv(Definition(program))
+    ipv4 = "--ip=eth0,169.254.78.1,255.255.240.0"
+    for flavor, addresses, gateways in (
+        ("master", ipv4, "--defaultgw=169.254.77.3"),
+        ("ipv6", f"{ipv4} --ip=eth0,fd77::78:1,64", "--defaultgw=169.254.77.3 --defaultgw=fd77::3"),
+    ):
+        argv = osv.command(machine, osv_kernel(flavor), image, ["--port", "1"])
+        assert option(argv, "-append") == [
+            f'--rootfs=rofs --power-off-on-abort {addresses} {gateways} "/main" "--port" "1"'
+        ]
+        (nic,) = (device for device in option(argv, "-device") if "net" in device)
+        assert ("guest_csum=off" in nic) is (flavor == "ipv6")
+        assert guest_mac(1) in nic
+
+
+def test_osv_words_are_quoted_and_variables_refused(machine: Vm) -> None:
+    line = osv.boot_line(machine, frozenset(Family), ["/a", 'b "c"', "d;e", "\\"])
+    assert line.endswith('"/a" "b \\"c\\"" "d;e" "\\\\"')
+    for word in ("$HOME", "a\nb"):
+        with pytest.raises(Error, match="OSv cannot be given"):
+            osv.boot_line(machine, frozenset(Family), [word])
+
+
+def test_linux_is_told_addresses_and_words(machine: Vm) -> None:
+    assert linux.boot_line(machine, ["/a", "b c"]) == (
+        'console=ttyS0 quiet panic=-1 "guest_addresses=169.254.78.1/20 fd77::78:1/64" '
+        '"guest_gateways=169.254.77.3 fd77::3" -- "/a" "b c"'
+    )
+    with pytest.raises(Error, match="cannot be given"):
+        linux.boot_line(machine, ['"'])
+
+
+def test_machine_is_as_asked(tmp_path: Path) -> None:
+    emulated = Vm("tcg", "t", guest_mac(1), (), tmp_path / "a,b")
+    argv = vm.command(emulated, Path("/k"), "")
+    assert "a,,b" in option(argv, "-chardev")[0]
+    assert not option(argv, "-cpu")
+    assert not option(argv, "-qmp")
+    fast = Vm("kvm", "t", guest_mac(1), (), tmp_path / "c", vhost=True, qmp=tmp_path / "qmp")
+    argv = vm.command(fast, Path("/k"), "")
+    assert option(argv, "-cpu") == ["host"]
+    assert "vhost=on" in option(argv, "-netdev")[0]
+    assert option(argv, "-qmp") == [f"unix:{tmp_path}/qmp,server=on,wait=off"]
+
+
+def test_guest_that_is_given_the_alias_is_not_started(tmp_path: Path) -> None:
+    address = ip_interface(f"{alias(Family.IPV4)}/20")
+    with pytest.raises(Error, match="localhost"):
+        vm.command(Vm("tcg", "t", guest_mac(1), (address,), tmp_path / "c"), Path("/k"), "")
