@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import tempfile
 import tomllib
+import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
@@ -219,8 +220,9 @@ def _get(url: str, progress: Progress | None) -> bytes:
                 if progress:
                     progress(sum(map(len, parts)), total)
     except (OSError, http.client.HTTPException) as e:
+        why = e if isinstance(e, urllib.error.HTTPError) else getattr(e, "reason", e)
         raise Unreachable(
-            f"cannot download {url}: {e}",
+            f"cannot download {url}: {why}",
             hint="set HTTPS_PROXY, or give a kernel with --osv-kernel",
         ) from e
     data = b"".join(parts)
