@@ -220,7 +220,10 @@ def _get(url: str, progress: Progress | None) -> bytes:
                 if progress:
                     progress(sum(map(len, parts)), total)
     except (OSError, http.client.HTTPException) as e:
-        why = e if isinstance(e, urllib.error.HTTPError) else getattr(e, "reason", e)
+        why = getattr(e, "reason", e)
+        if isinstance(e, urllib.error.HTTPError):
+            why = f"{e.code} {e.reason}"
+            e.close()  # it is the response as well
         raise Unreachable(
             f"cannot download {url}: {why}",
             hint="set HTTPS_PROXY, or give a kernel with --osv-kernel",

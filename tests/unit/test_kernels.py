@@ -150,10 +150,16 @@ class Proxy(BaseHTTPRequestHandler):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    """Waits for its threads when it is closed."""
+
+    daemon_threads = False
+
+
 @contextmanager
 def served(handler: Any) -> Iterator[str]:
     """An HTTP server on loopback: `127.0.0.1:PORT`."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with Server(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
