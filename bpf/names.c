@@ -8,7 +8,9 @@
 #include <uapi/linux/bpf.h>
 #include <uapi/linux/in.h>
 
-#define BPF_LICENSE Dual BSD / GPL
+/* clang-format off */
+#define BPF_LICENSE Dual BSD/GPL
+/* clang-format on */
 
 #include "addresses.h"
 
