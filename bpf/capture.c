@@ -32,7 +32,9 @@
 #include <uapi/linux/tcp.h>
 #include <uapi/linux/udp.h>
 
-#define BPF_LICENSE Dual BSD / GPL
+/* clang-format off */
+#define BPF_LICENSE Dual BSD/GPL
+/* clang-format on */
 
 #include "packet.h"
 #include "neighbor.h"
@@ -49,10 +51,10 @@ enum reason {
 	REASON_OUTSIDE,	  /* dropped: bridged traffic with addresses that only we may use */
 	REASON_TRUNCATED, /* dropped: too short for its headers */
 	REASON_UNHANDLED, /* dropped: a protocol that has no ports, an extension header */
-	REASON_ORPHAN,	  /* dropped: a fragment whose first was not seen */
-	REASON_NO_GUEST,  /* dropped: the guest has no link */
-	REASON_ODD,	  /* passed on: a native flow with other addresses than 127.0.0.1, ::1 */
-	REASON_ANSWERED,  /* ARP request or neighbor solicitation */
+	REASON_FRAGMENT_ORPHAN, /* dropped: a fragment whose first was not seen */
+	REASON_NO_GUEST,	/* dropped: the guest has no link */
+	REASON_ODD_SOURCE, /* passed on: a native flow with other addresses than 127.0.0.1, ::1 */
+	REASON_ANSWERED,   /* ARP request or neighbor solicitation */
 	REASONS,
 };
 
@@ -209,7 +211,7 @@ int lo_egress(struct __sk_buff *skb)
 				here.slot, n, p.protocol, p.v6, p.source_port, p.destination_port};
 
 			source = as(NATIVE_SOURCE_ODD, 0);
-			tally(skb, here.slot, REASON_ODD);
+			tally(skb, here.slot, REASON_ODD_SOURCE);
 			if (!p.error)
 				odd.update(&flow, (struct odd_addresses *)p.from);
 		}
@@ -441,7 +443,7 @@ int uplink_ingress(struct __sk_buff *skb)
 		flow.guest_port = p.source_port;
 		addresses = odd.lookup(&flow);
 		if (!addresses)
-			return drop(skb, here.slot, REASON_ORPHAN);
+			return drop(skb, here.slot, REASON_FRAGMENT_ORPHAN);
 		reverse(&p, addresses->words, to);
 		if (rewrite_words(skb, &p, to))
 			return drop(skb, here.slot, REASON_TRUNCATED);

@@ -1,0 +1,42 @@
+"""Headers that only one family has: options of IPv4, extension headers of IPv6."""
+
+from __future__ import annotations
+
+import pytest
+from scapy.layers.inet import IPOption_NOP, IPOption_RR
+from scapy.layers.inet6 import IPv6ExtHdrDestOpt, IPv6ExtHdrFragment, IPv6ExtHdrHopByHop
+from scapy.packet import Packet
+
+from testbed.model import Address, Family
+
+from .frames import EPHEMERAL, Plan, frame, from_guest, ip, tcp, to_guest, udp
+from .verdicts import OWN_PORT, US, Programs
+
+pytestmark = pytest.mark.root
+
+
+def test_ip_options_survive(programs: Programs) -> None:
+    a = Plan(Family.IPV4)
+    options = {"options": [IPOption_RR(routers=["0.0.0.0"] * 3), IPOption_NOP()]}
+    body = tcp(EPHEMERAL, OWN_PORT)
+    after = programs.redirects("lo_egress", frame(ip(a.loopback, a.loopback, **options) / body))
+    assert after == to_guest(ip(a.native_source, a.link, **options) / body, US)
+
+
+def test_extension_headers_pass_on_lo_and_are_dropped_at_ports(programs: Programs) -> None:
+    a = Plan(Family.IPV6)
+    for extension in (IPv6ExtHdrDestOpt(), IPv6ExtHdrHopByHop()):
+        body = extension / tcp(EPHEMERAL, OWN_PORT)
+        assert programs.passes("lo_egress", frame(ip(a.loopback, a.loopback) / body))
+        sent = from_guest(ip(a.link, a.alias) / body)
+        assert programs.drops("port_ingress", sent, "unhandled")
+
+
+def test_atomic_fragment_is_none(programs: Programs) -> None:
+    a = Plan(Family.IPV6)
+
+    def sent(src: Address, dst: Address) -> Packet:
+        return ip(src, dst) / IPv6ExtHdrFragment(id=1) / udp(EPHEMERAL, OWN_PORT)
+
+    after = programs.redirects("lo_egress", frame(sent(a.loopback, a.loopback)))
+    assert after == to_guest(sent(a.native_source, a.link), US)

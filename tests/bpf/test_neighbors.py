@@ -1,0 +1,146 @@
+"""ARP and neighbor discovery at a guest's port: answers byte for byte, and who may claim what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from scapy.layers.inet6 import (
+    ICMPv6ND_NA,
+    ICMPv6ND_NS,
+    ICMPv6ND_RA,
+    ICMPv6ND_Redirect,
+    ICMPv6ND_RS,
+    ICMPv6NDOptDstLLAddr,
+    ICMPv6NDOptSrcLLAddr,
+    IPv6,
+)
+from scapy.layers.l2 import ARP, Ether
+from scapy.packet import Packet
+
+from testbed import model
+from testbed.model import ALIAS_MAC, POD_MAC, Address, Family, guest_mac
+
+from .verdicts import ANOTHER, US, Programs
+
+pytestmark = pytest.mark.root
+
+OURS = guest_mac(US)
+BROADCAST = "ff:ff:ff:ff:ff:ff"
+LINK_LOCAL = "fe80::77:ff:fe00:100"
+
+
+def answered(family: Family) -> list[Address]:
+    """Addresses that nobody has, and that guests must find."""
+    return [model.alias(family), model.native_source(family), model.native_source_odd(family),
+            model.guest_view(family, US), model.guest_view(family, ANOTHER)]  # fmt: skip
+
+
+def others(family: Family) -> list[Address]:
+    """Addresses that others have, and answer for."""
+    return [model.pod_link(family), model.guest_link(family, ANOTHER)]
+
+
+# --- ARP ------------------------------------------------------------------------------------
+
+LINK4 = str(model.guest_link(Family.IPV4, US))
+
+
+def arp(**fields: Any) -> bytes:
+    header = Ether(src=OURS, dst=BROADCAST)
+    return bytes(header / ARP(**{"op": 1, "hwsrc": OURS, "psrc": LINK4, **fields}))
+
+
+def test_arp_requests_for_our_addresses_are_answered(programs: Programs) -> None:
+    for address in answered(Family.IPV4):
+        before = programs.count("answered")
+        after = programs.redirects("port_ingress", arp(pdst=str(address)))
+        reply = ARP(op=2, hwsrc=ALIAS_MAC, psrc=str(address), hwdst=OURS, pdst=LINK4)
+        assert after == bytes(Ether(src=ALIAS_MAC, dst=OURS) / reply)
+        assert programs.count("answered") == before + 1
+
+
+def test_arp_among_link_addresses_passes(programs: Programs) -> None:
+    for address in [*others(Family.IPV4), model.guest_link(Family.IPV4, US)]:
+        assert programs.passes("port_ingress", arp(pdst=str(address)))
+    reply = arp(op=2, pdst=str(model.pod_link(Family.IPV4)), hwdst=POD_MAC)
+    assert programs.passes("port_ingress", reply)
+    assert programs.passes("port_ingress", arp(psrc="0.0.0.0", pdst=LINK4))  # a probe
+
+
+@pytest.mark.parametrize("op", [1, 2])
+def test_arp_claims_only_the_guests_own_address(programs: Programs, op: int) -> None:
+    for claimed in [*answered(Family.IPV4), *others(Family.IPV4)]:
+        sent = arp(op=op, psrc=str(claimed), pdst=str(model.pod_link(Family.IPV4)))
+        assert programs.drops("port_ingress", sent, "spoofed")
+    assert programs.drops("port_ingress", arp(op=op, hwsrc=POD_MAC), "spoofed")
+
+
+def test_bridged_arp_may_not_claim_our_addresses(programs: Programs) -> None:
+    for claimed in answered(Family.IPV4):
+        assert programs.drops("bridge_egress", arp(psrc=str(claimed), pdst=LINK4), "outside")
+    assert programs.passes("bridge_egress", arp(pdst=LINK4))
+
+
+# --- neighbor discovery ---------------------------------------------------------------------
+
+LINK6 = str(model.guest_link(Family.IPV6, US))
+
+
+def nd(message: Packet, src: str = LINK6, dst: str = "ff02::1:ff00:1") -> bytes:
+    return bytes(
+        Ether(src=OURS, dst="33:33:ff:00:00:01") / IPv6(src=src, dst=dst, hlim=255) / message
+    )
+
+
+def solicitation(target: Address | str) -> Packet:
+    return ICMPv6ND_NS(tgt=str(target)) / ICMPv6NDOptSrcLLAddr(lladdr=OURS)
+
+
+@pytest.mark.parametrize("source", [LINK6, LINK_LOCAL])
+@pytest.mark.parametrize("option", [True, False])
+def test_solicitations_for_our_addresses_are_answered(
+    programs: Programs, source: str, option: bool
+) -> None:
+    for address in answered(Family.IPV6):
+        asked = solicitation(address) if option else ICMPv6ND_NS(tgt=str(address))
+        after = programs.redirects("port_ingress", nd(asked, src=source))
+        answer = (
+            Ether(src=ALIAS_MAC, dst=OURS)
+            / IPv6(src=str(address), dst=source, hlim=255)
+            / ICMPv6ND_NA(tgt=str(address), R=0, S=1, O=1)
+            / ICMPv6NDOptDstLLAddr(lladdr=ALIAS_MAC)
+        )
+        assert after == bytes(answer)
+
+
+def test_solicitations_for_others_pass(programs: Programs) -> None:
+    for address in others(Family.IPV6):
+        assert programs.passes("port_ingress", nd(solicitation(address)))
+    assert programs.passes("port_ingress", nd(ICMPv6ND_RS(), src=LINK_LOCAL, dst="ff02::2"))
+
+
+def test_duplicate_address_detection_of_own_addresses_passes(programs: Programs) -> None:
+    for target in (LINK6, LINK_LOCAL):
+        assert programs.passes("port_ingress", nd(ICMPv6ND_NS(tgt=target), src="::"))
+
+
+def test_neighbor_discovery_claims_only_the_guests_own_addresses(programs: Programs) -> None:
+    for claimed in [*answered(Family.IPV6), *others(Family.IPV6)]:
+        for message, source in (
+            (ICMPv6ND_NS(tgt=str(claimed)), "::"),
+            (ICMPv6ND_NA(tgt=str(claimed)), LINK6),
+            (solicitation(model.pod_link(Family.IPV6)), str(claimed)),
+        ):
+            assert programs.drops("port_ingress", nd(message, src=source), "spoofed")
+
+
+def test_guest_may_not_pose_as_a_router(programs: Programs) -> None:
+    for message in (ICMPv6ND_RA(), ICMPv6ND_Redirect()):
+        assert programs.drops("port_ingress", nd(message, src=LINK_LOCAL), "spoofed")
+
+
+def test_bridged_advertisements_may_not_claim_our_addresses(programs: Programs) -> None:
+    for claimed in answered(Family.IPV6):
+        sent = nd(ICMPv6ND_NA(tgt=str(claimed)), src=str(model.pod_link(Family.IPV6)))
+        assert programs.drops("bridge_egress", sent, "outside")
