@@ -1,4 +1,4 @@
-"""From a plan to a campaign directory: a worker runs the blocks, each trial is stored as it comes in.
+"""From a plan to a campaign directory: a worker runs the blocks, each trial is stored as it comes.
 
 A campaign that was interrupted, however, is resumed: what is stored is not run again. Nothing is
 measured in this process and nothing is built by it.
@@ -10,15 +10,14 @@ import json
 import random
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from testbed import datapaths, machine, store
+from testbed import datapaths, store
 from testbed.model import Cell, Error, Trial
 from testbed.plan import Plan
 from testbed.store import Campaign, Store
@@ -58,7 +57,7 @@ def start(plan: Plan, path: Path, choice: Choice, seed: int, report: Report) -> 
     for name in {cell.datapath for cell in plan.cells}:
         datapaths.get(name)
     job = Job(_blocks(plan, seed, set()), plan.warmup_s, plan.duration_s, choice.guest,
-              str(path.absolute() / "consoles"),
+              str(path.absolute()),
               str(choice.osv_kernel.absolute()) if choice.osv_kernel else None,
               keep=choice.keep)  # fmt: skip
 
@@ -72,9 +71,14 @@ def resume(path: Path, keep: bool, report: Report) -> Store:
     """Run what a campaign still lacks. Failed trials are run again."""
     stored = store.open(path)
     campaign = stored.campaign
-    plan = Plan(campaign.name, campaign.blocks, **campaign.plan, cells=tuple(map(Cell.parse, campaign.cells)))
+    plan = Plan(
+        campaign.name,
+        campaign.blocks,
+        **campaign.plan,
+        cells=tuple(map(Cell.parse, campaign.cells)),
+    )
     job = Job(_blocks(plan, campaign.seed, stored.done()), plan.warmup_s, plan.duration_s,
-              campaign.guest, str(path.absolute() / "consoles"),
+              campaign.guest, str(path.absolute()),
               campaign.environment["osv_kernel"], keep=keep)  # fmt: skip
     total = sum(len(cells) for _, cells in job.blocks)
     if not total:
@@ -95,7 +99,9 @@ def _blocks(
     return tuple(blocks)
 
 
-def _run(job: Job, open_store: Callable[[dict[str, Any]], Store], total: int, report: Report) -> Store:
+def _run(
+    job: Job, open_store: Callable[[dict[str, Any]], Store], total: int, report: Report
+) -> Store:
     """Have a worker do the job; store its trials."""
     campaign: Store | None = None
     done, text, began = 0, "starting", time.monotonic()
@@ -105,7 +111,7 @@ def _run(job: Job, open_store: Callable[[dict[str, Any]], Store], total: int, re
                 case "ready":
                     campaign = open_store(event)
                     began = time.monotonic()
-                    text = event["why"]
+                    text = event["why"] or text
                 case "step":
                     text = event["text"]
                 case "trial" if campaign:
@@ -124,27 +130,36 @@ def _run(job: Job, open_store: Callable[[dict[str, Any]], Store], total: int, re
 
 
 def _events(job: Job) -> Iterator[dict[str, Any]]:
-    """Start a worker, give it the job, pass on what it says. The worker is gone when this returns."""
-    with tempfile.TemporaryFile() as complaints:
+    """Start a worker, give it the job, pass on what it says. When this returns the worker is gone.
+
+    What it complains of stays in `worker.log` of the campaign.
+    """
+    log = Path(job.directory) / "worker.log"
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        complaints = log.open("w")
+    except OSError as e:
+        raise Error(f"cannot write {log}: {e.strerror}", "choose a directory with --out") from e
+    with complaints:
         worker = subprocess.Popen(
             [sys.executable, "-P", "-m", "testbed.worker"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, text=True,
         )  # fmt: skip
-        assert worker.stdin and worker.stdout
+    with worker.stdin as orders, worker.stdout as answers:  # type: ignore[union-attr]
         try:
-            worker.stdin.write(json.dumps(asdict(job)) + "\n")
-            worker.stdin.flush()
-            for line in worker.stdout:
+            orders.write(json.dumps(asdict(job)) + "\n")
+            orders.flush()
+            for line in answers:
                 event = json.loads(line)
                 if event["event"] == "error":
                     raise Error(event["message"], event["hint"])
                 yield event
         finally:
-            worker.stdin.close()
+            orders.close()
             status = _wait(worker)
-        if status:
-            raise Error(f"the worker ended with status {status}: {_tail(complaints)}",
-                        hint="run 'testbed clean', then --resume")  # fmt: skip
+    if status:
+        last = log.read_text().strip().rpartition("\n")[2] or "it said nothing"
+        raise Error(f"the worker ended with status {status}: {last}", f"see {log}, then --resume")
 
 
 def _wait(worker: subprocess.Popen[str]) -> int:
@@ -154,12 +169,6 @@ def _wait(worker: subprocess.Popen[str]) -> int:
             return worker.wait()
         except KeyboardInterrupt:
             continue
-
-
-def _tail(complaints: IO[bytes]) -> str:
-    complaints.seek(0)
-    lines = complaints.read().decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
 
 
 def _describe(plan: Plan, seed: int, job: Job, ready: dict[str, Any]) -> Campaign:

@@ -41,33 +41,48 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--plan", default="standard", metavar="NAME|FILE.toml",
                      help="a plan of experiments/ or a file (default: %(default)s)")  # fmt: skip
     run.add_argument("--cells", action="append", metavar="GLOB",
-                     help="only the plan's cells that match, e.g. 'capture/*/ipv6/*' (may be repeated)")  # fmt: skip
-    run.add_argument("--guest", default="best", choices=["best", *(r for r in Runtime if r.is_guest)],
+                     help="only cells like 'capture/*/ipv6/*' (may be repeated)")  # fmt: skip
+    guests = ["best", *(r for r in Runtime if r.is_guest)]
+    run.add_argument("--guest", default="best", choices=guests,
                      help="what runs guests (default: the best that is there)")  # fmt: skip
     run.add_argument("--osv-kernel", type=Path, metavar="PATH",
-                     help="OSv kernel (ELF) or OSv tree; without it: the cache, or the nightly release")  # fmt: skip
+                     help="OSv kernel or tree (default: cache, else nightly release)")  # fmt: skip
     run.add_argument("--blocks", type=_positive, metavar="N", help="instead of the plan's number")
-    run.add_argument("--out", type=Path, metavar="DIR", help="campaign directory (default: results/TIME-PLAN)")
-    run.add_argument("--resume", type=Path, metavar="DIR", help="go on with an interrupted campaign")
-    run.add_argument("--seed", type=int, default=1, help="of the random order (default: %(default)s)")
+    run.add_argument(
+        "--out", type=Path, metavar="DIR", help="campaign directory (default: results/TIME-PLAN)"
+    )
+    run.add_argument(
+        "--resume", type=Path, metavar="DIR", help="go on with an interrupted campaign"
+    )
+    run.add_argument(
+        "--seed", type=int, default=1, help="of the random order (default: %(default)s)"
+    )
     run.add_argument("--keep", action="store_true",
-                     help="stop at the first pod that fails, and leave it standing for a look")  # fmt: skip
+                     help="stop at the first pod that fails, and leave it standing")  # fmt: skip
     run.add_argument("--json", action="store_true", help="print the table as JSON")
 
-    figures = commands.add_parser("figures", help="draw the figures of a stored campaign (needs no root)")
+    figures = commands.add_parser(
+        "figures", help="draw the figures of a stored campaign (needs no root)"
+    )
     figures.set_defaults(call=_figures)
     figures.add_argument("directory", type=Path, metavar="DIR")
 
-    table = commands.add_parser("table", help="print the table of a stored campaign (needs no root)")
+    table = commands.add_parser(
+        "table", help="print the table of a stored campaign (needs no root)"
+    )
     table.set_defaults(call=_table)
     table.add_argument("directory", type=Path, metavar="DIR")
     table.add_argument("--json", action="store_true")
 
-    doctor = commands.add_parser("doctor", help="what this machine can run, and what to type where it can't")
+    doctor = commands.add_parser(
+        "doctor", help="what this machine can run, and what to type where it can't"
+    )
     doctor.set_defaults(call=_doctor)
     doctor.add_argument("--json", action="store_true")
 
-    clean = commands.add_parser("clean", help="take down what killed runs left behind, and nothing else")
+    clean = commands.add_parser(
+        "clean", help="take down what killed runs left behind, and nothing else"
+    )
     clean.set_defaults(call=_clean)
 
     image = commands.add_parser("image", help="compose OSv images, and look into them")
@@ -120,7 +135,6 @@ def _run(arguments: argparse.Namespace) -> int:
     doctor.preflight()
     if arguments.resume:
         path = arguments.resume
-        go = lambda report: campaign.resume(path, arguments.keep, report)  # noqa: E731
     else:
         chosen = plan.load(arguments.plan)
         if arguments.cells:
@@ -128,17 +142,20 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.blocks:
             chosen = replace(chosen, blocks=arguments.blocks)
         path = arguments.out or store.directory(chosen.name)
-        choice = campaign.Choice(arguments.guest, arguments.osv_kernel, arguments.keep)
-        go = lambda report: campaign.start(chosen, path, choice, arguments.seed, report)  # noqa: E731
-        print(f"{chosen.name}: {len(chosen.cells)} cells in {chosen.blocks} blocks, to {path}",
-              file=sys.stderr)  # fmt: skip
     try:
-        with _progress() as report, go(report) as finished:
-            finished.derive()
-            _draw(finished)
+        with _progress() as report:
+            if arguments.resume:
+                finished = campaign.resume(path, arguments.keep, report)
+            else:
+                choice = campaign.Choice(arguments.guest, arguments.osv_kernel, arguments.keep)
+                finished = campaign.start(chosen, path, choice, arguments.seed, report)
     except KeyboardInterrupt:
-        print(f"testbed: interrupted; all is taken down; go on with: testbed run --resume {path}", file=sys.stderr)
+        print(f"testbed: interrupted, and all is taken down; go on with --resume {path}",
+              file=sys.stderr)  # fmt: skip
         return 130
+    with finished:
+        finished.derive()
+        _draw(finished)
     _print_table(finished, arguments.json)
     return 1 if any(t.status == "failed" for t in finished.trials()) else 0
 
@@ -187,6 +204,31 @@ def _clean(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _image_build(arguments: argparse.Namespace) -> int:
+    from testbed import images, kernels
+
+    name = arguments.definition
+    path = Path(name) if name.endswith(".toml") else kernels.OSV / f"{name}.toml"
+    image = images.build(path, arguments.output, hosts_patch=not arguments.stock_hosts)
+    print(f"{arguments.output}: {image.size_bytes} bytes, sha256 {image.sha256}")
+    return 0
+
+
+def _image_inspect(arguments: argparse.Namespace) -> int:
+    from testbed import images
+
+    found = images.inspect(arguments.image)
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    print(f"{found['format']} image, {found['size_bytes']} bytes, sha256 {found['sha256']}")
+    print(f"localhost is {' and '.join(found['localhost']) or 'unknown'}")
+    for path, node in found["files"].items():
+        target = f" -> {node['target']}" if "target" in node else ""
+        print(f"{node.get('size_bytes', node['type']):>10}  {path}{target}")
+    return 0
+
+
 # --- printing -------------------------------------------------------------------------------
 
 
@@ -204,16 +246,20 @@ def _print_table(campaign: Store, as_json: bool) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[Progress], None]]:
-    """A line that says what runs now, how far it is and how long still; plain lines without a terminal."""
+    """What runs now, how far it is and how long still: one line on a terminal, else many."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Display
 
     console = Console(stderr=True)
     if not console.is_terminal:
+        said = ""
 
         def say(now: Progress) -> None:
-            print(f"[{now.done}/{now.total}] {now.text}{_left(now.left_s)}", file=sys.stderr)
+            nonlocal said
+            if now.text != said:
+                said = now.text
+                print(f"[{now.done}/{now.total}] {said}{_left(now.left_s)}", file=sys.stderr)
 
         yield say
         return

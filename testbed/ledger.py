@@ -12,7 +12,9 @@ from __future__ import annotations
 import fcntl
 import importlib
 import json
+import os
 import secrets
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +26,16 @@ from typing import Any, Protocol, Self
 from testbed.model import Error
 
 ROOT = Path("/run/testbed")
+
+
+def _die_of_signals() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# pyroute2 forks to enter namespaces, and ends the child by SIGTERM. With handlers that raise, the
+# child would unwind its copy of the stack, and take down what its parent owns.
+os.register_at_fork(after_in_child=_die_of_signals)
 
 
 class Undoable(Protocol):
@@ -146,8 +158,12 @@ class Owner(Scope):
     def __init__(self) -> None:
         ROOT.mkdir(mode=0o700, exist_ok=True)
         path = ROOT / f"{secrets.token_hex(3)}.ledger"
-        file = path.open("x")
+        new = path.with_suffix(
+            ".new"
+        )  # gets its name when it is locked: `clean` takes unlocked ones
+        file = new.open("x")
         fcntl.flock(file, fcntl.LOCK_EX)
+        new.rename(path)
         super().__init__(_Ledger(path, file))
         self._kept = False
 

@@ -10,9 +10,13 @@ from pathlib import Path
 
 
 def facts() -> dict[str, str]:
-    """What a result has to say about the machine: kernel, cpu, governor, host, and versions of tools."""
+    """What a result has to say about the machine: kernel, cpu, governor, host."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
-    models = [line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
+    models = [
+        line.partition(":")[2].strip()
+        for line in cpuinfo.splitlines()
+        if line.startswith("model name")
+    ]
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     return {
         "kernel": platform.release(),
@@ -27,7 +31,10 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in ("testbed", "pyroute2", "pandas", "scipy", "matplotlib"):
         found[name] = metadata.version(name)
-    for name, command in (("qemu", ["qemu-system-x86_64", "--version"]), ("cc", ["cc", "--version"])):
+    for name, command in (
+        ("qemu", ["qemu-system-x86_64", "--version"]),
+        ("cc", ["cc", "--version"]),
+    ):
         try:
             out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         except (OSError, subprocess.CalledProcessError):
@@ -42,7 +49,10 @@ def cpus() -> list[int]:
 
 
 def busy() -> dict[str, float]:
-    """CPU seconds since boot over all CPUs: `cpu_s` not idle, `steal_s` taken by the hypervisor (proc(5), /proc/stat)."""
+    """CPU seconds since boot, all CPUs: `cpu_s` not idle, `steal_s` taken by a hypervisor.
+
+    From /proc/stat (proc(5)).
+    """
     tick = os.sysconf("SC_CLK_TCK")
     user, nice, system, _, _, irq, softirq, steal, *_ = (
         int(word) / tick for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:]

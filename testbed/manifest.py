@@ -1,4 +1,7 @@
-"""What a pod is to hold: its workloads, their runtimes and ports. Refuses what cannot be, before anything is built."""
+"""What a pod is to hold: its workloads, their runtimes and ports.
+
+What cannot be is refused here, before anything is built.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +41,10 @@ class Manifest:
             for transport, port in w.ports:
                 if not 0 < port < 65536 or port == CONTROL_PORT:
                     raise Error(f"workload {w.name!r} cannot have {transport} port {port}",
-                                hint=f"choose one of 1 to 65535 other than {CONTROL_PORT}")  # fmt: skip
+                                hint=f"any but {CONTROL_PORT} from 1 to 65535")  # fmt: skip
                 other = owners.setdefault((transport, port), w.name)
                 if other != w.name:
-                    raise Error(f"workloads {other!r} and {w.name!r} both claim {transport} port {port}",
+                    raise Error(f"{other!r} and {w.name!r} both claim {transport} port {port}",
                                 hint="give one of them another port")  # fmt: skip
         if len(self.guests) > MAX_GUESTS:
             raise Error(f"{len(self.guests)} guests in one pod", hint=f"at most {MAX_GUESTS}")

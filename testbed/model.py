@@ -1,4 +1,4 @@
-"""What everybody agrees on: errors, the words of the field as types, the address plan, cells and trials.
+"""What everybody agrees on: errors, the field's words as types, address plan, cells, trials.
 
 Plain frozen data; no input or output, nothing of the project is imported here. The same plan of
 addresses stands in `bpf/addresses.h`, and a test holds the two together.
@@ -193,7 +193,7 @@ class Cell:
 
     @property
     def id(self) -> str:
-        """Stable name, matched by `--cells GLOB`, e.g. `capture/native-guest/ipv4/tcp/latency/64x1`."""
+        """Stable name, e.g. `capture/native-guest/ipv4/tcp/latency/64x1`."""
         return "/".join(
             (self.datapath, self.pair, self.family, self.transport, self.metric,
              f"{self.size_bytes}x{self.streams}")
@@ -255,8 +255,8 @@ class Trial:
     def as_json(self) -> dict[str, Any]:
         """Plain data for one line of `trials.jsonl`, defaults left out."""
         default = Trial(cell="", block=-1, order=-1, status=Status.OK)
-        return {k: v for k, v in vars(self).items()
-                if k in ("cell", "block", "order", "status") or v != getattr(default, k)}  # fmt: skip
+        always = ("cell", "block", "order", "status")
+        return {k: v for k, v in vars(self).items() if k in always or v != getattr(default, k)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Trial:

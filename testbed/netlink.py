@@ -35,7 +35,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def create_netns(owner: Scope, name: str) -> IPRoute:
-    """Make a namespace with `lo` up and no IPv6 duplicate address detection; a netlink socket in it."""
+    """Make a namespace with `lo` up and addresses usable at once; returns a socket in it."""
     owner.defer(remove_netns, name=name)
     NETNS.mkdir(exist_ok=True)
     (NETNS / name).touch(mode=0o444, exist_ok=False)
@@ -75,7 +75,7 @@ def create_link(ip: IPRoute, ifname: str, group: int = 0, **spec: Any) -> int:
 
 
 def remove_links(netns: str, group: int) -> None:
-    """Remove all links of a group at once: the kernel waits for its readers once, not once per link."""
+    """Remove all links of a group, for which the kernel waits once, and not once per link."""
     try:
         with IPRoute(netns=netns, flags=0) as ip:
             ip.link("del", group=group)
@@ -93,13 +93,13 @@ def add_address(ip: IPRoute, ifindex: int, address: Address, prefix_length: int)
 
 
 def add_neighbor(ip: IPRoute, ifindex: int, address: Address, mac: str) -> None:
-    """A permanent neighbor entry, so that nobody waits for a resolution that a booting guest misses."""
+    """A permanent neighbor entry: a booting guest misses requests, repeated a second later."""
     ip.neigh("replace", dst=str(address), lladdr=mac, ifindex=ifindex, state=NUD_PERMANENT,
              family=socket.AF_INET6 if address.version == 6 else socket.AF_INET)  # fmt: skip
 
 
 def inside(netns: str, call: Callable[[], T]) -> T:
-    """Run a short call in a thread that has entered the namespace; sockets that it opens stay there."""
+    """Run a short call in a thread inside the namespace; sockets that it opens stay there."""
 
     def run() -> T:
         with (NETNS / netns).open() as file:
@@ -110,7 +110,7 @@ def inside(netns: str, call: Callable[[], T]) -> T:
 
 
 def _unshare_netns(at: Path) -> None:
-    """Move this thread to a new namespace and mount that at a path (`ip netns add`, in 1 ms and without a fork)."""
+    """Move this thread to a new namespace and mount it at a path: `ip netns add` without a fork."""
     _checked(_libc.unshare(CLONE_NEWNET), "make a network namespace")
     source, target = b"/proc/thread-self/ns/net", str(at).encode()
     _checked(_libc.mount(source, target, b"none", MS_BIND, None), f"mount {at}")

@@ -3,13 +3,12 @@
 Links are made by convergence: `_build_links` makes what is not there, so that building a pod and
 mending one whose tap or bridge vanished are the same code. Nothing here watches; `supervisor` does.
 
-    node's namespace (in the place of the host's own)        pod's namespace
-    ┌───────────────────────────────────────────────┐        ┌──────────────────────────┐
-    │ guest 1 ─tap─┐                                │        │ natives at lo            │
-    │ guest 2 ─tap─┴─ bridge ──── veth ─────────────┼─ veth ─┤ pod_link                 │  layout `bridge`
-    └───────────────────────────────────────────────┘        │                          │
-                                                             │ pod_link ─tap─ guest 1   │  layout `pod`
-                                                             └──────────────────────────┘
+    layout `bridge`:   guest 1 ─ tap ─┐   node's namespace    ┊  pod's namespace
+                                      ├─ bridge ──────── veth ─┊─ eth0, pod_link
+                       guest 2 ─ tap ─┘                        ┊     natives at lo
+
+    layout `pod`:                           guest 1 ─ tap, pod_link
+                                            guest 2 ─ tap, pod_link
 """
 
 from __future__ import annotations
@@ -61,15 +60,14 @@ class Node:
         self.ip = netlink.create_netns(owner, self.netns)
         self.numbers = itertools.count(1)
         """Of pods, for the names of their links (15 characters at most)."""
-        # Ports of bridges need no addresses; what a bridge itself would say to IPv6 routers is noise.
+        # Ports of bridges need no addresses, and have nothing to say to IPv6 routers.
         netlink.set_sysctls(self.netns, {"net/ipv6/conf/default/disable_ipv6": 1})
 
 
 class Pod:
     """One pod. Made whole by `Pod(...)`, taken down by leaving the context.
 
-    Raises `Error` if a workload is not ready within its runtime's limit; what was made until then is
-    taken down, unless `keep`.
+    `start` starts the workloads. Raises `Error` if something cannot be made; then nothing is left.
     """
 
     def __init__(
@@ -144,7 +142,13 @@ class Pod:
         bridge = None
         if self.datapath.layout is Layout.BRIDGE:
             bridge = there.get(self._bridge) or netlink.create_link(
-                ip, self._bridge, self.number, kind="bridge", br_stp_state=0, br_mcast_snooping=0, state="up"
+                ip,
+                self._bridge,
+                self.number,
+                kind="bridge",
+                br_stp_state=0,
+                br_mcast_snooping=0,
+                state="up",
             )
             uplink = there.get(self._uplink) or self._create_uplink(ip)
             ip.link("set", index=uplink, master=bridge)
@@ -153,14 +157,18 @@ class Pod:
             port = there.get(self._port(n)) or self._create_port(ip, n)
             ip.link("set", index=port, state="up", **({"master": bridge} if bridge else {}))
             for family in Family:
-                netlink.add_neighbor(self.ip, neighbors_at or port, guest_link(family, n), guest_mac(n))
+                netlink.add_neighbor(
+                    self.ip, neighbors_at or port, guest_link(family, n), guest_mac(n)
+                )
                 if not bridge:
                     length = guest_link(family, n).max_prefixlen
                     self.ip.route("replace", dst=f"{guest_link(family, n)}/{length}", oif=port)
 
     def _create_uplink(self, ip: IPRoute) -> int:
         peer = {"ifname": "eth0", "net_ns_fd": self.netns, "address": POD_MAC}
-        uplink = netlink.create_link(ip, self._uplink, self.number, kind="veth", state="up", peer=peer)
+        uplink = netlink.create_link(
+            ip, self._uplink, self.number, kind="veth", state="up", peer=peer
+        )
         eth0 = netlink.find(self.ip, "eth0")["eth0"]
         for family in Family:
             netlink.add_address(self.ip, eth0, pod_link(family), LINK_PREFIX[family])
@@ -207,13 +215,17 @@ class Pod:
             return self._link_names() - netlink.find(self.link_netns[1], *self._link_names()).keys()
 
     def mend(self) -> None:
-        """Make vanished links again, attach the datapath to them, restart guests that lost their tap."""
+        """Make vanished links again, attach the datapath, restart guests that lost their tap."""
         missing = self.missing_links()
         with self.lock:
             self._build_links()
             self.attachment.rewire(self.wiring())
         for n, guest in self.manifest.guests.items():
-            if self._port(n) in missing and n not in self._guest_netns and guest.name in self.processes:
+            if (
+                self._port(n) in missing
+                and n not in self._guest_netns
+                and guest.name in self.processes
+            ):
                 self.stop_workload(guest.name)
                 self.start_workload(guest.name)
 
@@ -253,14 +265,18 @@ class Pod:
     def end_peers(self, name: str) -> None:
         """End natives' TCP connections with a guest that is gone: it sent them neither FIN nor RST.
 
-        Connections of other guests are not this host's to end; their next segment is answered by the
-        next guest's kernel, or refused while there is none.
+        Connections of other guests are not this host's to end; their next segment is answered by
+        the next guest's kernel.
         """
         n, workload = self._find(name)
         if not n:
             return
         ends = [f"dst {address(f, n)}" for f in Family for address in (guest_link, native_view)]
-        ends += [f"( dst {net} and dport = :{port} )" for _, port in workload.ports for net in ("127.0.0.0/8", "::1")]
+        ends += [
+            f"( dst {net} and dport = :{port} )"
+            for _, port in workload.ports
+            for net in ("127.0.0.0/8", "::1")
+        ]
         process.kill_connections(self.netns, " or ".join(ends))
 
     def wait_ready(self, name: str) -> None:
@@ -285,7 +301,7 @@ class Pod:
                     hint=f"see {self.console(name)}")  # fmt: skip
 
     def revive(self) -> None:
-        """Start workloads again that ended, and wait for them. Raises `Error` if one does not come back."""
+        """Start workloads that ended again, and wait. Raises `Error` if one does not come back."""
         dead = [name for name, running in self.processes.items() if running.poll() is not None]
         for name in dead:
             self.start_workload(name)

@@ -57,7 +57,9 @@ def empty_cgroup(group: Path) -> None:
     are met in the next round.
     """
     deadline = time.monotonic() + 10
-    while pids := [int(pid) for procs in group.rglob("cgroup.procs") for pid in procs.read_text().split()]:
+    while pids := [
+        int(pid) for procs in group.rglob("cgroup.procs") for pid in procs.read_text().split()
+    ]:
         if time.monotonic() > deadline:
             raise Error(f"processes {pids} in {group} do not die")
         for pid in pids:
@@ -77,7 +79,7 @@ def spawn(
     binds: Mapping[Path, str] | None = None,
     output: Path | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start a program in a cgroup, a network namespace, on some CPUs, with files mounted over others.
+    """Start a program in a cgroup and a network namespace, on some CPUs.
 
     `binds` maps files of the host to paths that they stand at for this program alone. `output`
     receives what it prints. The command is a shell line that can be pasted (`shlex.join(p.args)`).
@@ -115,7 +117,7 @@ def end(process: subprocess.Popen[bytes], grace_s: float = 1.0) -> None:
 
 
 def kill_connections(netns: str, *filters: str) -> None:
-    """End the TCP connections of a namespace that match an `ss` filter, as if a reset had come (SOCK_DESTROY)."""
+    """End a namespace's TCP connections that match an `ss` filter, as resets do (SOCK_DESTROY)."""
     subprocess.run(
         ["nsenter", f"--net=/run/netns/{netns}", "ss", "--kill", "--no-header", *filters],
         check=True, capture_output=True,

@@ -1,10 +1,11 @@
-"""Watches over one pod while it stands: mends links that vanish, ends the connections of guests that died.
+"""Watches over one pod: mends links that vanish, ends the connections of guests that died.
 
 A thread that sleeps until the kernel has something to say (a link message, the end of a process).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -40,9 +41,10 @@ class Supervisor:
         while True:
             for name, process in list(self._pod.processes.items()):
                 if (name, process.pid) not in alive.values():
-                    fd = os.pidfd_open(process.pid)
-                    alive[fd] = (name, process.pid)
-                    poller.register(fd, select.POLLIN)
+                    with contextlib.suppress(ProcessLookupError):  # was collected meanwhile
+                        fd = os.pidfd_open(process.pid)
+                        alive[fd] = (name, process.pid)
+                        poller.register(fd, select.POLLIN)
             for fd, _ in poller.poll(1000):
                 if fd == self._wake:
                     return
@@ -54,8 +56,8 @@ class Supervisor:
                     poller.unregister(fd)
                     os.close(fd)
                     name, pid = alive.pop(fd)
-                    process = self._pod.processes.get(name)
-                    if process and process.pid == pid:  # it was not us who ended it
+                    current = self._pod.processes.get(name)
+                    if current and current.pid == pid:  # it was not us who ended it
                         self.deaths.append(name)
                         self._pod.end_peers(name)
 

@@ -1,9 +1,9 @@
-"""One cell measured in a pod that stands, and the proof that its packets took the datapath under test."""
+"""One cell measured in a standing pod, and the proof that its packets took the datapath."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Set
+from collections.abc import Iterable
 from datetime import UTC, datetime
 
 from testbed import machine
@@ -45,8 +45,8 @@ CLOCK_SLACK_S = 1.0
 """How much later than by the receiver's clock a trial may end by the host's: set-up, score, end."""
 
 
-def manifest(pairs: Set[Pair], guest: Runtime) -> Manifest:
-    """A pod with what the pairs need. Client and server of a pair are on different CPUs where there are two."""
+def manifest(pairs: Iterable[Pair], guest: Runtime) -> Manifest:
+    """A pod with what the pairs need: the ends of each on different CPUs, where there are two."""
     first, last = machine.cpus()[0], machine.cpus()[-1]
     names = {name for pair in pairs for name in ROLES[pair]}
     cpus = {"native1": first, "native2": last, "guest1": last, "guest2": first}
@@ -79,7 +79,13 @@ def run(cell: Cell, pod: Pod, guest: Prepared, warmup_s: float, duration_s: floa
 
 
 def _measure(
-    cell: Cell, pod: Pod, dialing: Agent, dialed: str, warmup_s: float, duration_s: float, started: str
+    cell: Cell,
+    pod: Pod,
+    dialing: Agent,
+    dialed: str,
+    warmup_s: float,
+    duration_s: float,
+    started: str,
 ) -> Trial:
     client, server = (pod.number_of(name) for name in ROLES[cell.pair])
     carried, counters = pod.attachment.carried(client, server), pod.attachment.counters()
@@ -126,9 +132,13 @@ def _fault(result: Result, carried: Count, payload_bytes: int, late_s: float) ->
     if result.errors:
         return f"{result.errors} of {result.transactions + result.errors} transactions failed"
     if carried.bytes < payload_bytes:
-        return f"the datapath carried {carried.bytes} bytes of {payload_bytes}: traffic went elsewhere"
+        return (
+            f"the datapath carried {carried.bytes} bytes of {payload_bytes}: traffic went elsewhere"
+        )
     if not -0.05 * result.duration_s < late_s < CLOCK_SLACK_S + 0.05 * result.duration_s:
-        return f"the receiver's clock is not the host's: a run of {result.duration_s:.2f} s took {late_s:.2f} s more"
+        return (
+            f"the receiver's {result.duration_s:.2f} s were {late_s:.2f} s more by the host's clock"
+        )
     return None
 
 

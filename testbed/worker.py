@@ -2,9 +2,10 @@
 
     python -m testbed.worker
 
-The job comes as one line of JSON on standard input, events leave as lines of JSON on standard output:
-`ready` (what the guests are), `step` (what is being done), `trial` (a result), `error`. Standard input
-stays open as long as somebody wants the results: at its end the worker takes everything down and ends.
+The job comes as one line of JSON on standard input, events leave as lines of JSON on standard
+output: `ready` (what the guests are), `step` (what is being done), `trial` (a result), `kept`,
+`error`. Standard input stays open as long as somebody wants the results: at its end the worker
+takes everything down and ends.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class Job:
     duration_s: float
     guest: str
     """A runtime, or `best`."""
-    consoles: str
-    """Directory for what workloads print."""
+    directory: str
+    """The campaign's, on this host: what workloads print goes to `consoles` in it."""
     osv_kernel: str | None = None
     hosts_patch: bool = True
     keep: bool = False
@@ -108,7 +109,7 @@ class _Bench:
         manifest = trial.manifest(pairs, self.guest.description.runtime)
         try:
             pod = Pod(self.node, name, manifest, datapaths.get(datapath), self.runtimes,
-                      Path(self.job.consoles))  # fmt: skip
+                      Path(self.job.directory, "consoles"))  # fmt: skip
         except Error as e:
             return e
         stack.callback(self._close, pod)

@@ -81,7 +81,10 @@ class Attachment(Protocol):
     """A datapath at work in one pod."""
 
     def carried(self, client: int | None, server: int | None) -> Count:
-        """Traffic between two workloads, both directions, since attaching: guest numbers, None for native."""
+        """Traffic between client and server, both directions, since attaching.
+
+        Guests by number, None for natives.
+        """
 
     def counters(self) -> dict[str, Count]:
         """Everything the programs counted for this pod, by reason."""
@@ -94,13 +97,13 @@ class Attachment(Protocol):
 
 
 class LinkCounters:
-    """The attachment of datapaths without programs: there is nothing to attach, the links count."""
+    """The attachment of datapaths without programs: the links count."""
 
     def __init__(self, wiring: Wiring) -> None:
         self.wiring = wiring
 
     def carried(self, client: int | None, server: int | None) -> Count:
-        """What the ports of the guests among the two have carried; between natives, what `lo` has."""
+        """Of the guests' ports among the two; between natives, of `lo`."""
         ports = {p.n: p.ifindex for p in self.wiring.ports}
         ends = [ports[n] for n in (client, server) if n is not None]
         native = not ends or self.wiring.layout is Layout.POD

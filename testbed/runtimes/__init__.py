@@ -79,7 +79,7 @@ class Prepared(Protocol):
         """The name that a client in there dials for `localhost` in one family."""
 
     def start(self, place: Place) -> subprocess.Popen[bytes]:
-        """Start a workload's traffic agent. Returns at once; readiness is observed by the caller."""
+        """Start a workload's traffic agent; readiness is for the caller to observe."""
 
 
 class Program:
