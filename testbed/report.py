@@ -442,7 +442,8 @@ def _names(*words: str) -> str:
 
 
 def _guest(campaign: Campaign) -> str:
-    return f"{campaign.guest} ({campaign.guest_kernel}), accelerator {campaign.accelerator}"
+    kernel = f" ({campaign.guest_kernel})" if campaign.guest_kernel else ""
+    return f"{campaign.guest}{kernel}, accelerator {campaign.accelerator}"
 
 
 def _blocks(campaign: Campaign) -> str:
