@@ -23,6 +23,7 @@ struct stream {
 	uint32_t flow;
 	int fd;
 	void *buffer;
+	struct datagram *request;
 	struct histogram *latency;
 	struct report is;
 	uint64_t transactions, errors;
@@ -209,7 +210,10 @@ static enum outcome exchange_udp(struct stream *s, uint64_t nth, bool fully)
 	const struct datagram *head = s->buffer;
 	enum datagram_type type;
 
-	if (datagram_send(s->fd, NULL, REQUEST, s->flow, nth, pattern_at(offset), body))
+	/* In one piece: for small messages copying costs less than a send of several parts. */
+	*s->request = (struct datagram){ htonl(MAGIC ^ REQUEST), htonl(s->flow), htobe64(nth) };
+	memcpy(s->request + 1, pattern_at(offset), body);
+	if (send_some(s->fd, s->request, s->order.size) < 0)
 		return FAILED;
 	for (;;) {
 		ssize_t length = receive_datagram(s, &type);
@@ -349,8 +353,9 @@ static int open_stream(struct stream *s, const struct run *r, const union addres
 	s->order = r->order;
 	s->order.phase = s->flow;
 	s->buffer = malloc(r->order.size > CHUNK ? r->order.size : CHUNK);
+	s->request = malloc(MAX_DATAGRAM);
 	s->latency = calloc(1, sizeof(*s->latency));
-	if (!s->buffer || !s->latency) {
+	if (!s->buffer || !s->request || !s->latency) {
 		fail(s, "stream to", strerror(ENOMEM));
 		return -1;
 	}
@@ -453,6 +458,7 @@ void run(const struct run *r, FILE *out)
 		if (all[i].fd >= 0)
 			disconnect(&all[i]);
 		free(all[i].buffer);
+		free(all[i].request);
 		free(all[i].latency);
 	}
 	free(all);

@@ -139,9 +139,7 @@ class Agent:
         """Version, families and clocks of the agent."""
         answer = self._order(op="hello")
         families = frozenset(f for f in Family if answer[f.value])
-        return Hello(
-            answer["version"], families, answer["monotonic_ns"], answer["realtime_ns"]
-        )
+        return Hello(answer["version"], families, answer["monotonic_ns"], answer["realtime_ns"])
 
     def serve(
         self, transport: Transport, family: Family, port: int = 0, bind: str = "any"

@@ -1,4 +1,4 @@
-"""The traffic agent end to end over loopback: every mode, both families, both transports, dead peers.
+"""The traffic agent end to end over loopback: modes, families, transports, dead peers.
 
 Client and server are two processes, as they are two workloads of a pod.
 """
@@ -136,7 +136,9 @@ def test_udp_keeps_to_its_rate(client: Agent, server: Agent, family: Family) -> 
         Transport.UDP, family, str(loopback(family)), port, "stream", 1400,
         streams=2, duration_s=0.5, warmup_s=0.1, rate_bps=20e6,
     )  # fmt: skip
-    assert (result.bytes + result.lost * 1400) * 8 / result.duration_s == pytest.approx(20e6, rel=0.1)
+    assert (result.bytes + result.lost * 1400) * 8 / result.duration_s == pytest.approx(
+        20e6, rel=0.1
+    )
 
 
 @pytest.mark.parametrize("mode", ["rr", "crr"])

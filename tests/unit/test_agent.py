@@ -1,4 +1,4 @@
-"""The traffic agent by itself: orders that it must refuse, payload checks, the histogram's error."""
+"""The traffic agent by itself: orders to refuse, payload checks, the error of its histogram."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_garbage_on_the_data_ports_does_no_harm(agent: Agent) -> None:
 
 
 def tcp_relay(port: int, change: Callable[[bytes], bytes], response: bool) -> int:
-    """Passes connections on to a port and changes one direction. Its port; ends with the test run."""
+    """Passes connections on to a port and changes one direction, while tests run. Its port."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def pump(source: socket.socket, to: socket.socket, change: Callable[[bytes], bytes]) -> None:
@@ -254,9 +254,7 @@ def test_an_unspoiled_relay_finds_no_corruption(agent: Agent) -> None:
 
 def test_the_histogram_is_at_most_one_percent_off(tmp_path: Path) -> None:
     library = tmp_path / "histogram.so"
-    subprocess.run(
-        ["cc", "-shared", "-fPIC", "-o", library, SOURCES / "histogram.c"], check=True
-    )
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, SOURCES / "histogram.c"], check=True)
     c = ctypes.CDLL(str(library))
     c.histogram_add.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
     c.histogram_upper_ns.restype = ctypes.c_uint64
@@ -288,8 +286,8 @@ def test_percentiles_are_of_the_nearest_rank() -> None:
 
 def test_the_agent_compiles_without_a_warning_and_needs_only_libc(tmp_path: Path) -> None:
     output = tmp_path / "agent"
-    command = ["cc", *CFLAGS, "-Wall", "-Wextra", "-Werror", "-o", output, *SOURCES.glob("*.c")]
-    subprocess.run(command, check=True)
+    strict = ("-Wall", "-Wextra", "-Werror")
+    subprocess.run(["cc", *CFLAGS, *strict, "-o", output, *SOURCES.glob("*.c")], check=True)
     if objdump := shutil.which("objdump"):
         headers = subprocess.run(
             [objdump, "-p", output], check=True, capture_output=True, text=True
@@ -312,7 +310,9 @@ def test_the_build_is_kept_by_content(
     assert [p.name for p in built.parent.iterdir()] == ["agent"]
 
 
-@pytest.mark.parametrize("arguments", [["--control-port", "70000"], ["--speed"], ["--control-port"]])
+@pytest.mark.parametrize(
+    "arguments", [["--control-port", "70000"], ["--speed"], ["--control-port"]]
+)
 def test_a_wrong_command_line_is_refused(program: Path, arguments: list[str]) -> None:
     done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 2
