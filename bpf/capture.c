@@ -22,27 +22,12 @@
  * in the low. Slot 0, guest 0 is what BPF_PROG_TEST_RUN gets.
  */
 
-#include <uapi/linux/bpf.h>
-#include <uapi/linux/icmp.h>
-#include <uapi/linux/if_ether.h>
-#include <uapi/linux/in.h>
-#include <uapi/linux/ip.h>
-#include <uapi/linux/ipv6.h>
-#include <uapi/linux/pkt_cls.h>
-#include <uapi/linux/tcp.h>
-#include <uapi/linux/udp.h>
-
 /* clang-format off */
 #define BPF_LICENSE Dual BSD/GPL
 /* clang-format on */
 
-#include "packet.h"
-#include "neighbor.h"
-
-#define SLOTS	   256
-#define LO_IFINDEX 1
 /* On what our programs redirect; bridged frames have none, as crossing namespaces clears it. */
-#define MARK	   0x77000001
+#define MARK 0x77000001
 
 /* Why a packet was counted: a row of `counters`. Same order as REASONS in capture.py. */
 enum reason {
@@ -58,114 +43,19 @@ enum reason {
 	REASONS,
 };
 
+#include "pod.h"
+
 struct pod {
 	u32 uplink;	 /* in the pod's namespace; 0: no such pod */
 	u32 uplink_peer; /* in the node's */
 };
 
-struct count {
-	u64 packets, bytes;
-};
-
-/* Two workloads, 0 for native. */
-struct flow {
-	u8 slot, client, server, padding;
-};
-
-struct odd_key {
-	u8 slot, n, protocol, v6;
-	u16 native_port, guest_port;
-};
-
-struct odd_addresses {
-	__be32 words[8]; /* as in struct packet, from the native to the guest */
-};
-
 BPF_ARRAY(pods, struct pod, SLOTS);
-BPF_ARRAY(guests, u32, SLOTS * 256); /* slot << 8 | n: ifindex of the port; 0: none */
-BPF_HASH(owners, u32, u32, 16384);   /* slot << 24 | protocol << 16 | port: n; not here: native */
-BPF_PERCPU_ARRAY(counters, struct count, SLOTS *REASONS);
-BPF_TABLE("percpu_hash", struct flow, struct count, carried, 16384);
-/* Two such flows with the same ports, but different addresses, would be mistaken for each other. */
-BPF_TABLE("lru_hash", struct odd_key, struct odd_addresses, odd, 16384);
 
-struct here {
-	u8 slot, n;
-};
-
-static __always_inline struct here where(struct __sk_buff *skb)
+static __always_inline int redirect_marked(struct __sk_buff *skb, u8 slot, u8 n)
 {
-	u32 classid = skb->tc_classid;
-	struct here here = {.slot = classid >> 8, .n = classid};
-
-	return here;
-}
-
-static __always_inline void add(struct __sk_buff *skb, struct count *count)
-{
-	if (count) {
-		count->packets++;
-		count->bytes += skb->len - ETH_HLEN;
-	}
-}
-
-static __always_inline void tally(struct __sk_buff *skb, u8 slot, u32 reason)
-{
-	u32 key = slot * REASONS + reason;
-
-	add(skb, counters.lookup(&key));
-}
-
-static __always_inline int drop(struct __sk_buff *skb, u8 slot, u32 reason)
-{
-	tally(skb, slot, reason);
-	return TC_ACT_SHOT;
-}
-
-static __always_inline int drop_fault(struct __sk_buff *skb, u8 slot, u8 fault)
-{
-	return drop(skb, slot, REASON_TRUNCATED + fault - TRUNCATED);
-}
-
-/* Entries of `carried` are made with the pod, for its workloads. */
-static __always_inline void carry(struct __sk_buff *skb, u8 slot, u8 client, u8 server)
-{
-	struct flow flow = {.slot = slot, .client = client, .server = server};
-
-	add(skb, carried.lookup(&flow));
-}
-
-/* The guest that owns a port, or -1 for a native. */
-static __always_inline int owner(u8 slot, u8 protocol, u16 port)
-{
-	u32 key = slot << 24 | protocol << 16 | port;
-	u32 *n = owners.lookup(&key);
-
-	return n ? (u8)*n : -1;
-}
-
-static __always_inline u32 port_of(u8 slot, u8 n)
-{
-	u32 key = slot << 8 | n, *ifindex = guests.lookup(&key);
-
-	return ifindex ? *ifindex : 0;
-}
-
-static __always_inline struct address as(u8 kind, u8 n)
-{
-	struct address address = {kind, n};
-
-	return address;
-}
-
-static __always_inline int redirect_to_guest(struct __sk_buff *skb, u8 slot, u8 n)
-{
-	u32 ifindex = port_of(slot, n);
-
-	if (!ifindex)
-		return drop(skb, slot, REASON_NO_GUEST);
 	skb->mark = MARK;
-	return bpf_redirect(ifindex, 0);
+	return redirect_to_guest(skb, slot, n);
 }
 
 /* Straight to the other end's tc ingress in the pod's namespace, without passing bridge_egress. */
@@ -179,59 +69,20 @@ static __always_inline int redirect_to_pod(struct __sk_buff *skb, u8 slot)
 	return bpf_redirect_peer(pod->uplink_peer, 0);
 }
 
-/* Out of `lo`, before any socket: replies to guests, and what is for a port that a guest owns,
- * whatever address of the pod was dialed. All else is the kernel's own loopback.
- */
+/* Out of `lo`, towards the node's namespace. */
 int lo_egress(struct __sk_buff *skb)
 {
 	struct here here = where(skb);
-	struct address source, destination;
-	struct packet p = {};
 	u32 key = here.slot;
 	struct pod *pod;
-	int n;
+	u8 to = 0;
+	int verdict = leave_lo(skb, here, &to);
 
-	if (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6))
-		return TC_ACT_OK;
-	parse(skb, &p, here.slot, LO);
-	if (p.fault != FINE || p.destination.kind == MULTICAST)
-		return TC_ACT_OK;
-	if (p.destination.kind == NATIVE_VIEW && port_of(here.slot, p.destination.n)) {
-		n = p.destination.n;
-		source = as(ALIAS, 0);
-	} else {
-		if (is_icmp(p.protocol))
-			return TC_ACT_OK;
-		n = owner(here.slot, p.protocol, p.destination_port);
-		if (n < 0)
-			return TC_ACT_OK;
-		source = as(NATIVE_SOURCE, 0);
-		if (p.source.kind != LOOPBACK || p.destination.kind != LOOPBACK) {
-			struct odd_key flow = {
-				here.slot, n, p.protocol, p.v6, p.source_port, p.destination_port};
-
-			source = as(NATIVE_SOURCE_ODD, 0);
-			tally(skb, here.slot, REASON_ODD_SOURCE);
-			if (!p.error)
-				odd.update(&flow, (struct odd_addresses *)p.from);
-		}
-	}
-	destination = as(LINK, n);
-
-	/* Redirected, it would be dropped in silence. */
-	if (skb->len - ETH_HLEN > LINK_MTU && !skb->gso_size)
-		return drop(skb, here.slot, REASON_TOO_BIG);
+	if (verdict != TO_GUEST)
+		return verdict;
 	pod = pods.lookup(&key);
 	if (!pod)
-		return TC_ACT_OK;
-	if (p.syn)
-		clamp_mss(skb, &p);
-	if (rewrite(skb, &p, source, destination) || address_frame(skb, n))
-		return drop(skb, here.slot, REASON_TRUNCATED);
-	if (source.kind == ALIAS)
-		carry(skb, here.slot, n, 0);
-	else
-		carry(skb, here.slot, 0, n);
+		return TC_ACT_SHOT;
 	return bpf_redirect(pod->uplink, 0);
 }
 
@@ -249,7 +100,7 @@ int router(struct __sk_buff *skb)
 	case NATIVE_SOURCE:
 	case NATIVE_SOURCE_ODD:
 		if (p.destination.kind == LINK)
-			return redirect_to_guest(skb, here.slot, p.destination.n);
+			return redirect_marked(skb, here.slot, p.destination.n);
 	}
 	return TC_ACT_OK;
 }
@@ -283,136 +134,32 @@ int bridge_egress(struct __sk_buff *skb)
 	return TC_ACT_OK;
 }
 
-/* A guest claims only its own addresses, and only for its own MAC. */
-static __always_inline bool may_claim(struct address claimed, u8 n)
-{
-	return (claimed.kind == LINK && claimed.n == n) || claimed.kind == LINK_LOCAL ||
-	       claimed.kind == UNSPECIFIED;
-}
-
-/* Addresses of which every guest believes that the alias's MAC has them. */
-static __always_inline bool is_answered(struct address asked)
-{
-	return asked.kind == ALIAS || asked.kind == NATIVE_SOURCE ||
-	       asked.kind == NATIVE_SOURCE_ODD || asked.kind == GUEST_VIEW;
-}
-
-static __always_inline int port_arp(struct __sk_buff *skb, struct here here)
-{
-	struct neighbor says = {};
-	struct arp arp;
-
-	if (parse_arp(skb, &arp, &says))
-		return drop(skb, here.slot, REASON_UNHANDLED);
-	if (!says.own_mac || !may_claim(says.claimed, here.n))
-		return drop(skb, here.slot, REASON_SPOOFED);
-	if (!is_answered(says.asked))
-		return TC_ACT_OK;
-	tally(skb, here.slot, REASON_ANSWERED);
-	if (answer_arp(skb, &arp, here.n))
-		return drop(skb, here.slot, REASON_TRUNCATED);
-	skb->mark = MARK;
-	return bpf_redirect(skb->ifindex, 0);
-}
-
-static __always_inline int port_nd(struct __sk_buff *skb, struct here here, struct packet *p)
-{
-	struct neighbor says = {};
-
-	if (p->type == ND_ROUTER_ADVERTISEMENT || p->type == ND_REDIRECT)
-		return drop(skb, here.slot, REASON_SPOOFED);
-	if (parse_nd(skb, p, &says))
-		return drop(skb, here.slot, REASON_TRUNCATED);
-	if (!may_claim(p->source, here.n) || !may_claim(says.claimed, here.n))
-		return drop(skb, here.slot, REASON_SPOOFED);
-	if (!is_answered(says.asked))
-		return TC_ACT_OK;
-	tally(skb, here.slot, REASON_ANSWERED);
-	if (answer_solicitation(skb, p, here.n))
-		return drop(skb, here.slot, REASON_TRUNCATED);
-	skb->mark = MARK;
-	return bpf_redirect(skb->ifindex, 0);
-}
-
-/* From guest n. Towards the alias it dials `localhost`; towards a native source or a guest's view
- * it answers, from a port that it owns. All else is the bridge's.
- */
+/* From guest n: to a guest at once, to natives by way of the pod; all else is the bridge's. */
 int port_ingress(struct __sk_buff *skb)
 {
 	struct here here = where(skb);
-	u8 mac[6] = {0x02, 0x77, 0, 0, 1, here.n};
-	struct address source, destination;
 	struct packet p = {};
-	struct ethhdr eth;
-	int n;
+	u8 to = 0;
+	int verdict = leave_port(skb, here, &p, &to);
 
-	if (read(skb, 0, &eth, sizeof(eth)) || !same_mac(eth.h_source, mac))
-		return drop(skb, here.slot, REASON_SPOOFED);
-	if (skb->vlan_present)
-		return drop(skb, here.slot, REASON_UNHANDLED);
-	if (skb->protocol == bpf_htons(ETH_P_ARP))
-		return port_arp(skb, here);
-	if (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6))
-		return drop(skb, here.slot, REASON_UNHANDLED);
-
-	parse(skb, &p, here.slot, PORT);
-	if (!p.fragment && is_nd(&p))
-		return port_nd(skb, here, &p);
-	if (p.source.kind != LINK || p.source.n != here.n) {
-		/* Reports of multicast listeners: the bridge may want them, the pod cannot be hurt. */
-		if (p.v6 && p.destination.kind == MULTICAST && p.carried == 0 &&
-		    may_claim(p.source, here.n))
-			return TC_ACT_OK;
-		return drop(skb, here.slot,
-			    p.fault == TRUNCATED && p.source.kind == OTHER ? REASON_TRUNCATED
-									   : REASON_SPOOFED);
-	}
-	if (!is_reserved(p.destination))
-		return TC_ACT_OK;
-	if (p.fault != FINE)
-		return drop_fault(skb, here.slot, p.fault);
-
-	switch (p.destination.kind) {
-	case ALIAS:
-		n = is_icmp(p.protocol) ? -1 : owner(here.slot, p.protocol, p.destination_port);
-		if (n < 0)
-			return redirect_to_pod(skb, here.slot);
-		source = as(GUEST_VIEW, here.n);
-		destination = as(LINK, n);
-		carry(skb, here.slot, here.n, n);
-		break;
-	case NATIVE_SOURCE:
-	case NATIVE_SOURCE_ODD:
-		if (owner(here.slot, p.protocol, p.source_port) != here.n)
-			return drop(skb, here.slot, REASON_SPOOFED);
+	switch (verdict) {
+	case TO_GUEST:
+		return redirect_marked(skb, here.slot, to);
+	case TO_NATIVE:
 		return redirect_to_pod(skb, here.slot);
-	case GUEST_VIEW:
-		n = p.destination.n;
-		if (owner(here.slot, p.protocol, p.source_port) != here.n)
-			return drop(skb, here.slot, REASON_SPOOFED);
-		source = as(ALIAS, 0);
-		destination = as(LINK, n);
-		carry(skb, here.slot, n, here.n);
-		break;
-	default:
-		return drop(skb, here.slot, REASON_SPOOFED);
+	case TC_ACT_REDIRECT:
+		skb->mark = MARK;
 	}
-	if (rewrite(skb, &p, source, destination) || address_frame(skb, destination.n))
-		return drop(skb, here.slot, REASON_TRUNCATED);
-	return redirect_to_guest(skb, here.slot, destination.n);
+	return verdict;
 }
 
-/* Into the pod: what port_ingress redirected goes to `lo`, as if it had come from there. Nobody
- * else can send it: bridge_egress stands before.
+/* Into the pod: what port_ingress redirected goes to `lo`. Nobody else can send it: bridge_egress
+ * stands before.
  */
 int uplink_ingress(struct __sk_buff *skb)
 {
 	struct here here = where(skb);
-	struct odd_addresses *addresses;
-	struct odd_key flow = {};
 	struct packet p = {};
-	__be32 to[8];
-	u8 n;
 
 	if (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6))
 		return TC_ACT_OK;
@@ -421,38 +168,5 @@ int uplink_ingress(struct __sk_buff *skb)
 		return TC_ACT_OK;
 	if (p.fault != FINE)
 		return drop_fault(skb, here.slot, p.fault);
-	n = p.source.n;
-
-	switch (p.destination.kind) {
-	case ALIAS:
-		if (rewrite(skb, &p, as(NATIVE_VIEW, n), as(LOOPBACK, 0)))
-			return drop(skb, here.slot, REASON_TRUNCATED);
-		carry(skb, here.slot, n, 0);
-		break;
-	case NATIVE_SOURCE:
-		if (rewrite(skb, &p, as(LOOPBACK, 0), as(LOOPBACK, 0)))
-			return drop(skb, here.slot, REASON_TRUNCATED);
-		carry(skb, here.slot, 0, n);
-		break;
-	case NATIVE_SOURCE_ODD:
-		flow.slot = here.slot;
-		flow.n = n;
-		flow.protocol = p.protocol;
-		flow.v6 = p.v6;
-		flow.native_port = p.destination_port;
-		flow.guest_port = p.source_port;
-		addresses = odd.lookup(&flow);
-		if (!addresses)
-			return drop(skb, here.slot, REASON_FRAGMENT_ORPHAN);
-		reverse(&p, addresses->words, to);
-		if (rewrite_words(skb, &p, to))
-			return drop(skb, here.slot, REASON_TRUNCATED);
-		carry(skb, here.slot, 0, n);
-		break;
-	default:
-		return drop(skb, here.slot, REASON_SPOOFED);
-	}
-	if (clear_frame(skb))
-		return drop(skb, here.slot, REASON_TRUNCATED);
-	return bpf_redirect(LO_IFINDEX, BPF_F_INGRESS);
+	return enter_lo(skb, here.slot, &p);
 }
