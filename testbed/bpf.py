@@ -57,9 +57,10 @@ ATTACH_TYPES = {
 _libc = ctypes.CDLL(None, use_errno=True)
 _SYS_BPF = {"x86_64": 321, "aarch64": 280}
 
-LOOKUP, UPDATE, DELETE, NEXT_KEY, PIN, GET, ATTACH, DETACH, TEST_RUN, INFO = (
-    1, 2, 3, 4, 6, 7, 8, 9, 10, 15,
+LOOKUP, UPDATE, DELETE, NEXT_KEY, PIN, GET, ATTACH, DETACH, TEST_RUN, FD_BY_ID, INFO = (
+    1, 2, 3, 4, 6, 7, 8, 9, 10, 13, 15,
 )  # fmt: skip
+"""enum bpf_cmd."""
 
 
 def _bpf(command: int, layout: str, *values: int) -> bytes:
@@ -284,27 +285,30 @@ def _possible_cpus() -> int:
 def load(name: str, owner: Scope) -> ProgramSet:
     """Programs of `bpf/NAME.c`, compiled if nobody has yet, with a slot of this user's own.
 
-    Raises `Error` where the kernel or its headers do not allow it, or all slots are taken.
+    They stay for as long as the whole that `owner` is a part of: pods that follow each other share
+    them, too. Raises `Error` where the kernel or its headers do not allow it, or no slot is free.
     """
     text = source(name)
     digest = hashlib.sha256(f"{platform.release()}\n{text}".encode()).hexdigest()[:16]
     pins = PINS / f"{name}-{digest}"
+    users = pins / "users"  # made last: without it, whoever compiled was killed
     with _lock():
         _mount_bpffs()
-        users = pins / "users"
-        if not users.exists():  # made last: without it, whoever compiled was killed
-            _remove(pins)
         taken = {int(p.name.partition("-")[0]) for p in users.glob("*")}
         slot = min(set(range(1, MAX_SLOTS + 1)) - taken, default=None)
         if slot is None:
             raise Error(f"all {MAX_SLOTS} slots of the programs {name!r} are taken",
                         hint="take down a pod, or run 'testbed clean'")  # fmt: skip
-        user = f"{slot}-{owner.id}"
-        owner.defer(remove_user, pins=str(pins), user=user)
+        keeper, user = users / f"0-{owner.id}", users / f"{slot}-{owner.id}"
+        if not keeper.exists():
+            owner.whole.defer(remove_user, pins=str(pins), user=keeper.name)
+        owner.defer(remove_user, pins=str(pins), user=user.name)
         if not users.exists():
+            _remove(pins)
             _compile(name, pins)
             users.mkdir()
-        (users / user).mkdir()
+        keeper.mkdir(exist_ok=True)
+        user.mkdir()
     return ProgramSet(pins, slot)
 
 
@@ -449,9 +453,32 @@ def _tc(
 
 def attach_cgroup(owner: Scope, cgroup: Path, name: str, program: int) -> None:
     """Run a cgroup program, named after its hook, for the processes of a cgroup2 directory."""
+    info = ctypes.create_string_buffer(128)
+    _bpf(INFO, "=IIQ", program, len(info), _address(info))
+    id = struct.unpack_from("=4xI", info)[0]
+    owner.defer(detach_cgroup, cgroup=str(cgroup), name=name, id=id)
+    _change_cgroup(ATTACH, cgroup, name, program)
+
+
+def detach_cgroup(cgroup: str, name: str, id: int) -> None:
+    """Take a program, known by its id, off a cgroup. That either is gone is no error."""
+    try:
+        program = _call(FD_BY_ID, "=I", id)
+    except FileNotFoundError:
+        return
+    try:
+        _change_cgroup(DETACH, Path(cgroup), name, program)
+    except FileNotFoundError:
+        pass  # the cgroup, or it was not attached
+    finally:
+        os.close(program)
+
+
+def _change_cgroup(command: int, cgroup: Path, name: str, program: int) -> None:
     fd = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        _call(ATTACH, "=IIII", fd, program, ATTACH_TYPES[name], 2)  # BPF_F_ALLOW_MULTI
+        flags = 2 if command == ATTACH else 0  # BPF_F_ALLOW_MULTI: others may attach theirs
+        _call(command, "=IIII", fd, program, ATTACH_TYPES[name], flags)
     finally:
         os.close(fd)
 

@@ -107,9 +107,11 @@ class Deferred:
 class Scope:
     """Things of one owner that are taken down together, as a context manager."""
 
-    def __init__(self, ledger: _Ledger) -> None:
+    def __init__(self, ledger: _Ledger, whole: Scope | None = None) -> None:
         self._ledger = ledger
         self._entries: list[Undoable] = []
+        self.whole = whole or self
+        """What this is a part of, for things that its parts share."""
 
     @property
     def id(self) -> str:
@@ -124,7 +126,7 @@ class Scope:
 
     def part(self) -> Scope:
         """A part that can be taken down by itself, and goes with the whole at the latest."""
-        part = Scope(self._ledger)
+        part = Scope(self._ledger, self.whole)
         self._entries.append(part)
         return part
 
@@ -183,8 +185,12 @@ def clean() -> Iterator[str]:
     for path in sorted(ROOT.glob("*.ledger")):
         try:
             file = path.open("r+")
+        except FileNotFoundError:
+            continue  # another clean was at it
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, FileNotFoundError):
+        except BlockingIOError:
+            file.close()
             continue  # alive, or another clean is at it
         ledger = _Ledger(path, file)
         for entry in reversed(ledger.entries()):

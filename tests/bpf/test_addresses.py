@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from testbed import bpf, model
-from testbed.datapaths.capture import REASONS
+from testbed.datapaths.capture import LINK_MTU, REASONS
 from testbed.model import Address, Family
 
 PRELUDE = r"""
@@ -103,6 +103,10 @@ def test_frames_are_addressed_to_the_mac_addresses_of_the_plan() -> None:
     macs = re.search(r"macs\[12\] = \{(.*?)\};", source)
     assert macs
     assert [int(x, 0) if x != "n" else x for x in macs[1].split(", ")] == [*guest, "n", *alias]
+
+
+def test_the_links_mtu_is_the_one_of_the_plan() -> None:
+    assert f"#define LINK_MTU {LINK_MTU}\n" in bpf.source("capture")
 
 
 def test_reasons_are_counted_under_their_names() -> None:
