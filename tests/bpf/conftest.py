@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from testbed import bpf, ledger
+from testbed import bpf, ledger, localhost
 from testbed.bpf import ProgramSet
-from testbed.datapaths import capture
+from testbed.datapaths.capture import REASONS
 from testbed.ledger import Owner
 
 from .verdicts import ANOTHER, ANOTHERS_PORT, OWN_PORT, US, Programs
@@ -29,8 +29,9 @@ def loaded() -> Iterator[ProgramSet]:
             [protocol << 16 | port] for protocol in PROTOCOLS for port in (OWN_PORT, ANOTHERS_PORT)
         ]
         owner.defer(
-            capture.forget, pins=str(programs.pins), slot=0, owners=owners, guests=[US, ANOTHER]
-        )
+            localhost.clear, pins=str(programs.pins), slot=0, owners=owners, guests=[US, ANOTHER],
+            reasons=len(REASONS),
+        )  # fmt: skip
         programs.map("pods", "=I", "=II")[0,] = (1, 1)
         for n in (US, ANOTHER):
             programs.map("guests", "=I", "=I")[n,] = (1,)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from testbed import bpf, model
-from testbed.datapaths.capture import LINK_MTU, REASONS
+from testbed.datapaths.capture import REASONS
+from testbed.localhost import LINK_MTU
 from testbed.model import Address, Family
 
 PRELUDE = r"""

@@ -1,0 +1,206 @@
+"""What the datapaths made of eBPF have in common, besides `bpf/pod.h`: the pod's `lo`, and maps.
+
+Ports that guests own are held by sockets of ours, so that no native gets them. `lo` is told to take
+packets that were put on it. A pod's rows in the maps of `bpf/pod.h` are filled, read and cleared.
+Which programs there are, and where they stand, is each datapath's own business.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from testbed import bpf, model, netlink
+from testbed.bpf import ProgramSet
+from testbed.ledger import Scope
+from testbed.model import Error, Family, Transport
+
+LINK_MTU = 1500
+LO_IFINDEX = 1
+PROTOCOLS = {Transport.TCP: socket.IPPROTO_TCP, Transport.UDP: socket.IPPROTO_UDP}
+
+Owners = Mapping[tuple[Transport, int], int]
+"""(transport, port) → n of the guest that serves it."""
+
+
+# --- ports ----------------------------------------------------------------------------------
+
+
+def hold_ports(pod: str, netns: str, owners: Owners) -> list[socket.socket]:
+    """Bind every port that a guest owns: natives get EADDRINUSE, and none of them as ephemeral.
+
+    Bound to `lo`: what comes from outside the pod is not theirs to swallow. On `lo`, the programs
+    take the packets before a socket could. Raises `Error` if a native process has one of the ports.
+    """
+    held: list[socket.socket] = []
+
+    def bind() -> None:
+        for (transport, port), n in sorted(owners.items()):
+            kind = socket.SOCK_STREAM if transport is Transport.TCP else socket.SOCK_DGRAM
+            held.append(socket.socket(socket.AF_INET6, kind))
+            held[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            held[-1].setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
+            try:
+                held[-1].bind(("::", port))
+            except OSError as e:
+                if e.errno != errno.EADDRINUSE:
+                    raise
+                raise Error(
+                    f"pod {pod}: {transport} port {port} is guest {n}'s, "
+                    "but a native process has it",
+                    hint="stop that process, or give the port to it in the manifest",
+                ) from e
+
+    try:
+        netlink.inside(netns, bind)
+    except BaseException:
+        release_ports(held)
+        raise
+    return held
+
+
+def release_ports(held: list[socket.socket]) -> None:
+    """Let the ports go."""
+    for each in held:
+        each.close()
+    held.clear()
+
+
+# --- lo -------------------------------------------------------------------------------------
+
+_LOCAL = {"type": "local", "table": 255, "oif": LO_IFINDEX, "metrics": {"mtu": LINK_MTU}}
+_VIEW_ROUTES = (
+    {"dst": f"{model.native_view(Family.IPV4, 0)}/24", "prefsrc": str(model.loopback(Family.IPV4)),
+     "scope": "host", **_LOCAL},
+    {"dst": model.NATIVE_VIEW_NET6, "prefsrc": str(model.loopback(Family.IPV6)),
+     "family": socket.AF_INET6, **_LOCAL},
+)  # fmt: skip
+
+
+def prepare_lo(owner: Scope, netns: str, owners: Owners) -> None:
+    """Let `lo` take packets from loopback addresses that come to it from elsewhere.
+
+    Never on `all`: other links would take them from outside, too (CVE-2020-8558). The routes make
+    natives fragment what they send to guests for the guests' link; 127.77.0.0/24 is local by
+    nature, its twin has to be made so.
+    """
+    owner.defer(unprepare_lo, netns=netns)
+    _set_lo(netns, 1, [port for _, port in owners])
+    _change_routes("replace", netns)
+
+
+def unprepare_lo(netns: str) -> None:
+    """Undo what was set on a namespace's `lo`; one that is gone is no error."""
+    if not (netlink.NETNS / netns).exists():
+        return
+    _set_lo(netns, 0, [])
+    _change_routes("del", netns)
+
+
+def _set_lo(netns: str, on: int, ports: Iterable[int]) -> None:
+    netlink.set_sysctls(netns, {
+        "net/ipv4/conf/lo/route_localnet": on,
+        "net/ipv4/conf/lo/accept_local": on,
+        "net/ipv4/ip_local_reserved_ports": ",".join(str(p) for p in sorted(set(ports))) or "\n",
+    })  # fmt: skip
+
+
+def _change_routes(command: str, netns: str) -> None:
+    def change() -> None:
+        with IPRoute() as ip:
+            for route in _VIEW_ROUTES:
+                try:
+                    ip.route(command, **route)
+                except NetlinkError as e:
+                    if e.code != errno.ESRCH:  # deleted already
+                        raise
+
+    netlink.inside(netns, change)
+
+
+# --- maps -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A pod's rows in the maps of `bpf/pod.h`. Counts are (packets, layer 3 bytes)."""
+
+    programs: ProgramSet
+    reasons: tuple[str, ...]
+    """What `counters` counts, in the order of the programs' `enum reason`."""
+
+    def fill(self, owner: Scope, owners: Owners, guests: Iterable[int]) -> None:
+        """Say who owns which port, and make room to count."""
+        slot, guests = self.programs.slot, list(guests)
+        keys = [[slot << 24 | PROTOCOLS[transport] << 16 | port] for transport, port in owners]
+        owner.defer(clear, pins=str(self.programs.pins), slot=slot, owners=keys, guests=guests,
+                    reasons=len(self.reasons))  # fmt: skip
+        for key, n in zip(keys, owners.values(), strict=True):
+            _owners(self.programs)[tuple(key)] = (n,)
+        for flow in _flows(slot, guests):
+            _carried(self.programs)[flow] = (0, 0)
+
+    def set_port(self, n: int, ifindex: int) -> None:
+        """The link of guest n."""
+        _guests(self.programs)[self.programs.slot << 8 | n,] = (ifindex,)
+
+    def carried(self, client: int | None, server: int | None) -> tuple[int, ...]:
+        """Between two workloads, both directions; None for native, of which one must be a guest."""
+        try:
+            return _carried(self.programs)[self.programs.slot, client or 0, server or 0]
+        except KeyError:
+            return (0, 0)
+
+    def counters(self) -> dict[str, tuple[int, ...]]:
+        """Everything else that was counted, by reason."""
+        counters, first = _counters(self.programs), self.programs.slot * len(self.reasons)
+        return {reason: counters[first + i,] for i, reason in enumerate(self.reasons)}
+
+
+def clear(pins: str, slot: int, owners: list[list[int]], guests: list[int], reasons: int) -> None:
+    """Clear a pod's rows; programs that are gone, and rows not made yet, are no error."""
+    if not Path(pins, "users").exists():
+        return
+    programs = ProgramSet(Path(pins), slot)
+    try:
+        for n in guests:
+            _guests(programs)[slot << 8 | n,] = (0,)
+        for reason in range(reasons):
+            _counters(programs)[slot * reasons + reason,] = (0, 0)
+        for owned in owners:
+            with suppress(KeyError):
+                del _owners(programs)[tuple(owned)]
+        for flow in _flows(slot, guests):
+            with suppress(KeyError):
+                del _carried(programs)[flow]
+    finally:
+        programs.close()
+
+
+def _guests(programs: ProgramSet) -> bpf.Map:
+    return programs.map("guests", "=I", "=I")
+
+
+def _owners(programs: ProgramSet) -> bpf.Map:
+    return programs.map("owners", "=I", "=I")
+
+
+def _carried(programs: ProgramSet) -> bpf.Map:
+    return programs.map("carried", "=BBBx", "=QQ")
+
+
+def _counters(programs: ProgramSet) -> bpf.Map:
+    return programs.map("counters", "=I", "=QQ")
+
+
+def _flows(slot: int, guests: Iterable[int]) -> list[tuple[int, int, int]]:
+    """Keys of `carried`: all pairs that are not native to native."""
+    workloads = [0, *guests]
+    return [(slot, c, s) for c in workloads for s in workloads if c or s]
