@@ -15,7 +15,6 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -226,17 +225,3 @@ class Agent:
 
 
 _CONVERTED = ("address", "histogram_us")
-
-
-def percentile(histogram: Sequence[tuple[float, int]], q: float) -> float:
-    """Upper bound in µs of the bucket that holds the `q`-th percentile (0 < q <= 100).
-
-    By nearest rank, so at most 1 % above the true value. Raises `Error` for an empty histogram.
-    """
-    rank = q / 100 * sum(count for _, count in histogram)
-    seen = 0
-    for upper_us, count in sorted(histogram):
-        seen += count
-        if seen >= rank:
-            return upper_us
-    raise Error("percentile of an empty histogram")

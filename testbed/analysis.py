@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, exp, inf, log, nan, sqrt
+from math import exp, inf, log, nan, sqrt
 from statistics import fmean, stdev
 
 import pandas as pd
@@ -63,23 +63,6 @@ def estimate(values: Iterable[float]) -> Estimate:
         return Estimate(exp(mean), nan, nan, 1)
     half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * stdev(logs) / sqrt(n)
     return Estimate(exp(mean), exp(mean - half), exp(mean + half), n)
-
-
-def percentile(histogram: Sequence[tuple[float, int]], percent: float) -> float:
-    """Value at a percentile, from (upper bound of bucket, count): nearest rank.
-
-    The upper bound of the bucket that holds the ⌈percent · n / 100⌉-th smallest sample, so it is
-    never below the sample itself and above it by no more than the bucket is wide (as HdrHistogram
-    does). NaN for an empty histogram.
-    """
-    samples = sum(count for _, count in histogram)
-    rank = max(1, ceil(percent * samples / 100))
-    seen = 0
-    for upper, count in sorted(histogram):
-        seen += count
-        if seen >= rank:
-            return upper
-    return nan
 
 
 def distribution(blocks: Sequence[Sequence[tuple[float, int]]]) -> list[tuple[float, float]]:

@@ -6,9 +6,11 @@ addresses stands in `bpf/addresses.h`, and a test holds the two together.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from math import ceil, nan
 from typing import Any
 
 Address = IPv4Address | IPv6Address
@@ -264,3 +266,20 @@ class Trial:
         data = dict(data, status=Status(data["status"]))
         data["histogram_us"] = tuple((float(u), int(c)) for u, c in data.get("histogram_us", ()))
         return cls(**data)
+
+
+def percentile(histogram: Sequence[tuple[float, int]], percent: float) -> float:
+    """Value at a percentile, from (upper bound of bucket, count): nearest rank.
+
+    The upper bound of the bucket that holds the ⌈percent · n / 100⌉-th smallest sample, so it is
+    never below the sample itself and above it by no more than the bucket is wide (as HdrHistogram
+    does). NaN for an empty histogram.
+    """
+    samples = sum(count for _, count in histogram)
+    rank = max(1, ceil(percent * samples / 100))
+    seen = 0
+    for upper, count in sorted(histogram):
+        seen += count
+        if seen >= rank:
+            return upper
+    return nan

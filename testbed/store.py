@@ -25,8 +25,7 @@ from typing import Any, BinaryIO, Self
 
 import pandas as pd
 
-from testbed.analysis import percentile
-from testbed.model import Cell, Error, Status, Trial
+from testbed.model import Cell, Error, Status, Trial, percentile
 
 FORMAT = 1
 """Version of the directory's layout, in campaign.json."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 
 from testbed import machine
-from testbed.agent import Agent, Mode, Result, percentile
+from testbed.agent import Agent, Mode, Result
 from testbed.datapaths import Count
 from testbed.manifest import Manifest, Workload
 from testbed.model import (
@@ -21,6 +21,7 @@ from testbed.model import (
     Transport,
     Trial,
     guest_link,
+    percentile,
     pod_link,
 )
 from testbed.pod import Pod

@@ -16,8 +16,8 @@ from time import monotonic
 
 import pytest
 
-from testbed.agent import Agent, Result, build, percentile
-from testbed.model import Error, Family, Transport, loopback
+from testbed.agent import Agent, Result, build
+from testbed.model import Error, Family, Transport, loopback, percentile
 
 
 @dataclass

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from testbed.agent import CFLAGS, SOURCES, Agent, build, percentile
+from testbed.agent import CFLAGS, SOURCES, Agent, build
 from testbed.model import Error, Family, Transport
 
 
@@ -271,17 +271,6 @@ def test_the_histogram_is_at_most_one_percent_off(tmp_path: Path) -> None:
     counts = (ctypes.c_uint64 * buckets)()
     c.histogram_add(counts, 2**63)
     assert counts[buckets - 1] == 1
-
-
-def test_percentiles_are_of_the_nearest_rank() -> None:
-    histogram = ((1.0, 50), (2.0, 49), (9.0, 1))
-    assert percentile(histogram, 50) == 1.0
-    assert percentile(histogram, 51) == 2.0
-    assert percentile(histogram, 99) == 2.0
-    assert percentile(histogram, 99.9) == 9.0
-    assert percentile(histogram, 100) == 9.0
-    with pytest.raises(Error, match="empty"):
-        percentile((), 50)
 
 
 def test_the_agent_compiles_without_a_warning_and_needs_only_libc(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from testbed import analysis, store
-from testbed.model import Status, Trial
+from testbed.model import Status, Trial, percentile
 
 positive = st.floats(1e-6, 1e12)
 histogram = st.lists(st.tuples(st.floats(0.1, 1e6), st.integers(1, 1000)), min_size=1)
@@ -62,7 +62,7 @@ def test_one_block_has_no_interval_and_none_has_no_mean() -> None:
 def test_percentile_of_known_samples() -> None:
     """1 to 100, each once: the nearest rank of p is p."""
     hundred = [(float(n), 1) for n in range(1, 101)]
-    assert [analysis.percentile(hundred, p) for p in (0, 1, 50, 99, 99.5, 100)] == [
+    assert [percentile(hundred, p) for p in (0, 1, 50, 99, 99.5, 100)] == [
         1,
         1,
         50,
@@ -70,16 +70,16 @@ def test_percentile_of_known_samples() -> None:
         100,
         100,
     ]
-    assert analysis.percentile([(10.0, 999), (500.0, 1)], 99) == 10.0
-    assert analysis.percentile([(10.0, 98), (500.0, 2)], 99) == 500.0
-    assert math.isnan(analysis.percentile([], 50))
+    assert percentile([(10.0, 999), (500.0, 1)], 99) == 10.0
+    assert percentile([(10.0, 98), (500.0, 2)], 99) == 500.0
+    assert math.isnan(percentile([], 50))
 
 
 @given(histogram, st.floats(0.1, 100))
 def test_percentile_is_a_sample_with_enough_at_or_below_it(
     buckets: list[tuple[float, int]], percent: float
 ) -> None:
-    value = analysis.percentile(buckets, percent)
+    value = percentile(buckets, percent)
     total = sum(c for _, c in buckets)
     below = sum(c for u, c in buckets if u < value)
     at_most = sum(c for u, c in buckets if u <= value)
