@@ -20,7 +20,7 @@ from testbed import netlink
 from testbed.ledger import Scope
 from testbed.model import Cell, Error, Pair, Transport
 
-NAMES = ("loopback", "direct", "bridge", "capture")
+NAMES = ("loopback", "direct", "bridge", "capture", "steer")
 
 
 class Layout(StrEnum):
