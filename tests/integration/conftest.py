@@ -1,0 +1,70 @@
+"""Pods of stand-ins for the tests, all of one node; programs are compiled once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from testbed import datapaths, runtimes
+from testbed.ledger import Owner
+from testbed.manifest import Manifest
+from testbed.model import Runtime
+from testbed.pod import Node, Pod
+from testbed.runtimes import Options, Prepared
+
+from .sockets import MANIFEST, Bench
+
+Build = Callable[..., Pod]
+
+
+@pytest.fixture(scope="session")
+def owner() -> Iterator[Owner]:
+    with Owner() as owner:
+        yield owner
+
+
+@pytest.fixture(scope="session")
+def node(owner: Owner) -> Iterator[Node]:
+    node = Node(owner)
+    yield node
+    node.ip.close()
+
+
+@pytest.fixture(scope="session")
+def prepared() -> dict[Runtime, Prepared]:
+    """Runtimes without a hypervisor."""
+    return {r: runtimes.prepare(r, Options()) for r in (Runtime.PROCESS, Runtime.STANDIN)}
+
+
+@pytest.fixture(scope="module")
+def build(
+    node: Node, prepared: dict[Runtime, Prepared], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Build]:
+    """Builds pods, which are taken down at the end of the module."""
+    consoles = tmp_path_factory.mktemp("consoles")
+    with ExitStack() as stack:
+
+        def build(
+            name: str,
+            manifest: Manifest = MANIFEST,
+            datapath: str = "capture",
+            runtimes: dict[Runtime, Prepared] = prepared,
+        ) -> Pod:
+            pod = Pod(node, name, manifest, datapaths.get(datapath), runtimes, consoles / name)
+            return stack.enter_context(pod)
+
+        yield build
+
+
+@pytest.fixture(scope="module")
+def pod(build: Build, request: pytest.FixtureRequest) -> Pod:
+    """A pod with the links and the datapath of `MANIFEST`, whose workloads are not started."""
+    return build(Path(request.module.__file__).stem.removeprefix("test_"))
+
+
+@pytest.fixture(scope="module")
+def bench(pod: Pod) -> Bench:
+    return Bench(pod)

@@ -1,0 +1,197 @@
+"""The tests' own sockets in a pod: opened from inside its namespaces, where its workloads would be.
+
+    native: 6000, 6001        guest 1: 5001        guest 2: 5002
+
+A workload is meant by its number, as in the programs: 0 for natives, else the guest's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from testbed import model, netlink
+from testbed.manifest import Manifest, Workload
+from testbed.model import Family, Runtime, Transport
+from testbed.pod import Pod
+
+PATIENCE_S = 5
+PORTS = {0: 6000, 1: 5001, 2: 5002}
+NOBODYS_PORT = 6001
+"""A native's that no test listens on."""
+
+
+def workload(name: str, runtime: Runtime, *ports: int) -> Workload:
+    return Workload(name, runtime, tuple((t, p) for p in ports for t in Transport))
+
+
+MANIFEST = Manifest(
+    (
+        workload("native1", Runtime.PROCESS, PORTS[0]),
+        workload("guest1", Runtime.STANDIN, PORTS[1]),
+        workload("guest2", Runtime.STANDIN, PORTS[2]),
+    )
+)
+
+
+class Pair(NamedTuple):
+    """Client and server."""
+
+    client: int
+    server: int
+
+    def __str__(self) -> str:
+        return "-".join(f"guest{n}" if n else "native" for n in self)
+
+
+PAIRS = [Pair(0, 1), Pair(0, 2), Pair(1, 0), Pair(1, 2), Pair(2, 1), Pair(1, 1)]
+
+
+class Bench:
+    """A pod and its namespaces."""
+
+    def __init__(self, pod: Pod) -> None:
+        self.pod = pod
+
+    def netns(self, n: int) -> str:
+        return f"{self.pod.netns}-g{n}" if n else self.pod.netns
+
+    def open(self, n: int, family: Family, transport: Transport) -> socket.socket:
+        """A socket of a workload."""
+        kind = socket.SOCK_STREAM if transport is Transport.TCP else socket.SOCK_DGRAM
+        opened = netlink.inside(self.netns(n), lambda: socket.socket(domain(family), kind))
+        opened.settimeout(PATIENCE_S)
+        return opened
+
+    def serve(self, n: int, family: Family, transport: Transport, host: str = "") -> socket.socket:
+        """A socket bound to the workload's port, that listens if it can."""
+        server = self.open(n, family, transport)
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family is Family.IPV6:
+            server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        server.bind((host, PORTS[n]))
+        if transport is Transport.TCP:
+            server.listen()
+        return server
+
+    @contextmanager
+    def connected(
+        self, pair: Pair, family: Family, transport: Transport = Transport.TCP
+    ) -> Iterator[tuple[socket.socket, socket.socket]]:
+        """Both ends of a flow to `localhost`: the client's, and the server's."""
+        client, server = pair
+        with (
+            self.serve(server, family, transport) as listening,
+            self.open(client, family, transport) as near,
+        ):
+            near.connect((localhost(client, family), PORTS[server]))
+            if transport is Transport.UDP:
+                near.send(b"hello")
+                listening.connect(listening.recvfrom(100)[1])
+                yield near, listening
+                return
+            far, _ = listening.accept()
+            with far:
+                far.settimeout(PATIENCE_S)
+                yield near, far
+
+    def raw(self, n: int, *frames: bytes) -> None:
+        """Send Ethernet frames out of guest n's interface, as its kernel never would."""
+        send_frames(self.netns(n), "eth0", *frames)
+
+    def counted(self, reason: str) -> int:
+        """Packets that the datapath counted for a reason."""
+        return self.pod.attachment.counters()[reason].packets
+
+    def checksum_errors(self) -> dict[int, dict[str, int]]:
+        """What each workload's stack counted as wrong (nstat's *InCsumErrors)."""
+        return {n: netlink.inside(self.netns(n), _checksum_errors) for n in PORTS}
+
+
+def domain(family: Family) -> socket.AddressFamily:
+    return socket.AF_INET if family is Family.IPV4 else socket.AF_INET6
+
+
+def localhost(n: int, family: Family) -> str:
+    """What `localhost` resolves to for a workload."""
+    return str(model.alias(family) if n else model.loopback(family))
+
+
+def send_frames(netns: str, ifname: str, *frames: bytes) -> None:
+    def send() -> None:
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
+            raw.bind((ifname, 0))
+            for frame in frames:
+                raw.send(frame)
+
+    netlink.inside(netns, send)
+
+
+def transfer(
+    source: socket.socket, sink: socket.socket, data: bytes, chunk: int = 1 << 20
+) -> bytes:
+    """Send all of it and shut down; returns what arrived until then."""
+
+    def send() -> None:
+        for at in range(0, len(data), chunk):
+            source.sendall(data[at : at + chunk])
+        source.shutdown(socket.SHUT_WR)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    with sink.makefile("rb") as file:
+        arrived = file.read()
+    sender.join()
+    return arrived
+
+
+def wait_until(holds: Callable[[], bool], what: str, limit_s: float = PATIENCE_S) -> None:
+    deadline = time.monotonic() + limit_s
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {limit_s:g} s: {what}"
+        time.sleep(0.005)
+
+
+def _checksum_errors() -> dict[str, int]:
+    """From /proc/net/snmp (header and values in two lines) and snmp6 (one line each)."""
+    errors: dict[str, int] = {}
+    lines = Path("/proc/thread-self/net/snmp").read_text().splitlines()
+    for header, values in zip(lines[::2], lines[1::2], strict=True):
+        protocol, *names = header.split()
+        row = dict(zip(names, map(int, values.split()[1:]), strict=True))
+        errors[protocol] = row.get("InCsumErrors", 0)
+    for line in Path("/proc/thread-self/net/snmp6").read_text().splitlines():
+        name, value = line.split()
+        if name.endswith("InCsumErrors"):
+            errors[name] = int(value)
+    return errors
+
+
+# --- ethtool(2) -----------------------------------------------------------------------------
+
+SIOCETHTOOL = 0x8946
+ETHTOOL_STXCSUM, ETHTOOL_SRXCSUM = 0x17, 0x15
+
+
+def set_checksum_offload(netns: str, ifname: str, on: bool) -> None:
+    """Whether an interface leaves checksums to the device (struct ethtool_value, linux/ethtool.h).
+
+    Without, segmentation is not left to it either.
+    """
+
+    def change() -> None:
+        with socket.socket() as any_socket:
+            for command in (ETHTOOL_STXCSUM, ETHTOOL_SRXCSUM):
+                value = ctypes.create_string_buffer(struct.pack("=II", command, on), 8)
+                request = struct.pack("16sP", ifname.encode(), ctypes.addressof(value))
+                fcntl.ioctl(any_socket, SIOCETHTOOL, request.ljust(40, b"\0"))
+
+    netlink.inside(netns, change)
