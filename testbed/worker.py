@@ -57,10 +57,9 @@ Event = dict[str, Any]
 
 def work(job: Job) -> Iterator[Event]:
     """The events of a job, as they happen."""
-    yield {"event": "step", "text": "preparing guests"}
-    options = runtimes.Options(
-        osv_kernel=Path(job.osv_kernel) if job.osv_kernel else None, hosts_patch=job.hosts_patch
-    )
+    yield _step("preparing guests")
+    kernel = Path(job.osv_kernel) if job.osv_kernel else None
+    options = runtimes.Options(kernel, job.hosts_patch, say=lambda text: _say(_step(text)))
     guest, why = runtimes.choose(job.guest, options)
     yield {"event": "ready", "guest": asdict(guest.description), "why": why,
            "machine": machine.facts(), "versions": machine.versions()}  # fmt: skip
@@ -72,6 +71,14 @@ def work(job: Job) -> Iterator[Event]:
                 owner.keep()
                 yield {"event": "kept", "pods": [pod.netns for pod in bench.failed]}
                 return
+
+
+def _step(text: str) -> Event:
+    return {"event": "step", "text": text}
+
+
+def _say(event: Event) -> None:
+    print(json.dumps(event), flush=True)
 
 
 class _Bench:
@@ -90,11 +97,11 @@ class _Bench:
         pods: dict[str, Pod | Error] = {}
         with ExitStack() as stack:
             for datapath in dict.fromkeys(cell.datapath for cell in cells if not reasons[cell]):
-                yield {"event": "step", "text": f"block {number}: building the pod of {datapath}"}
+                yield _step(f"block {number}: building the pod of {datapath}")
                 pairs = {c.pair for c in cells if c.datapath == datapath and not reasons[c]}
                 pods[datapath] = self._pod(f"block{number}-{datapath}", datapath, pairs, stack)
             for order, cell in enumerate(cells):
-                yield {"event": "step", "text": f"block {number}: {cell.id}", "cell": cell.id}
+                yield _step(f"block {number}: {cell.id}")
                 result = Trial(cell.id, number, order, Status.UNSUPPORTED, reasons[cell])
                 if not reasons[cell]:
                     pod = pods[cell.datapath]
@@ -159,9 +166,9 @@ def main() -> None:
     threading.Thread(target=give_up_when_nobody_listens, daemon=True).start()
     try:
         for event in work(job):
-            print(json.dumps(event), flush=True)
+            _say(event)
     except Error as e:
-        print(json.dumps({"event": "error", "message": e.message, "hint": e.hint}), flush=True)
+        _say({"event": "error", "message": e.message, "hint": e.hint})
         sys.exit(1)
     except (KeyboardInterrupt, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

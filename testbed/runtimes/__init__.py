@@ -20,6 +20,10 @@ from testbed.model import Error, Family, Runtime
 from testbed.process import spawn
 
 
+class Absent(Error):
+    """A runtime is not there, and cannot be had."""
+
+
 @dataclass(frozen=True)
 class Options:
     """What a user may choose about guests."""
@@ -27,6 +31,8 @@ class Options:
     osv_kernel: Path | None = None
     hosts_patch: bool = True
     """False leaves the stock hosts file in guests: there `localhost` is the guest itself."""
+    say: Callable[[str], None] = print
+    """Is told, in a line, how far something long is."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,7 @@ def choose(name: str, options: Options) -> tuple[Prepared, str]:
     """The runtime of that name, or for `best` the first of OSv, Linux and stand-in that is there.
 
     Second value: why it is not a better one, in a line; empty if it is the best or was asked for.
+    Raises `Error` if what was asked for cannot be had, a kernel named by the user too.
     """
     if name != "best":
         return prepare(Runtime(name), options), ""
@@ -122,6 +129,6 @@ def choose(name: str, options: Options) -> tuple[Prepared, str]:
     for runtime in (Runtime.OSV, Runtime.LINUX):
         try:
             return prepare(runtime, options), "; ".join(why)
-        except Error as e:
+        except Absent as e:
             why.append(f"no {runtime} guest: {e.message}")
     return prepare(Runtime.STANDIN, options), "; ".join(why)

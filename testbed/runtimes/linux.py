@@ -9,13 +9,16 @@ from testbed import accelerator, images, kernels, process, vm
 from testbed.images import Image
 from testbed.kernels import LinuxKernel
 from testbed.model import Error, Family, Runtime, guest_mac
-from testbed.runtimes import Description, Options, Place
+from testbed.runtimes import Absent, Description, Options, Place
 from testbed.vm import Vm
 
 
 def prepare(options: Options) -> Linux:
-    """Gets the kernel and composes the initramfs. Raises `Error` if there is no kernel."""
-    kernel = kernels.linux_kernel()
+    """Gets the kernel and composes the initramfs. Raises `Absent` if there is no kernel."""
+    try:
+        kernel = kernels.linux_kernel()
+    except Error as e:
+        raise Absent(e.message, e.hint) from e
     image = images.compose_linux(images.load(images.AGENT), kernel, hosts_patch=options.hosts_patch)
     return Linux(kernel, image)
 

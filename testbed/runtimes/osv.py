@@ -10,15 +10,20 @@ from testbed import accelerator, images, kernels, process, vm
 from testbed.images import Image
 from testbed.kernels import OsvKernel
 from testbed.model import Error, Family, Runtime, guest_mac
-from testbed.runtimes import Description, Options, Place
+from testbed.runtimes import Absent, Description, Options, Place
 from testbed.vm import Vm
 
 
 def prepare(options: Options) -> Osv:
-    """Finds the kernel and composes the image. Raises `Error` if there is no kernel."""
-    kernel = kernels.find_osv(options.osv_kernel)
+    """Finds the kernel, or downloads one, and composes the image. Raises `Absent` without one."""
+
+    def progress(done_bytes: int, all_bytes: int | None) -> None:
+        share = f" of {all_bytes / 2**20:.1f}" if all_bytes else ""
+        options.say(f"downloading an OSv kernel: {done_bytes / 2**20:.1f}{share} MiB")
+
+    kernel = kernels.find_osv(options.osv_kernel, progress=progress)
     if kernel is None:
-        raise Error("no OSv kernel, and none can be downloaded", hint="give one by --osv-kernel")
+        raise Absent("no OSv kernel, and none can be downloaded", hint="give one by --osv-kernel")
     return Osv(
         kernel, images.compose_osv(images.load(images.AGENT), hosts_patch=options.hosts_patch)
     )
