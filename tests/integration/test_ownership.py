@@ -1,0 +1,100 @@
+"""Who owns a port of a pod: the manifest says, and nobody gets around it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from testbed import bpf, datapaths, netlink
+from testbed.ledger import ROOT, Owner
+from testbed.manifest import Manifest, Workload
+from testbed.model import Error, Family, Runtime, Transport
+from testbed.pod import Pod
+
+from .conftest import Build
+from .sockets import PORTS, Bench, workload
+
+pytestmark = pytest.mark.root
+
+TRANSPORTS = pytest.mark.parametrize("transport", Transport, ids=str)
+
+
+@TRANSPORTS
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "127.7.7.7", "::1", "::"])
+@pytest.mark.parametrize("option", [None, socket.SO_REUSEADDR, socket.SO_REUSEPORT])
+def test_native_cannot_bind_a_port_that_a_guest_owns(
+    bench: Bench, transport: Transport, address: str, option: int | None
+) -> None:
+    family = Family.IPV6 if ":" in address else Family.IPV4
+    for guest in (1, 2):
+        with bench.open(0, family, transport) as native:
+            if option is not None:
+                native.setsockopt(socket.SOL_SOCKET, option, 1)
+            with pytest.raises(OSError, match=os.strerror(errno.EADDRINUSE)):
+                native.bind((address, PORTS[guest]))
+
+
+@TRANSPORTS
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::1", "::"])
+def test_native_can_bind_its_own_port(bench: Bench, transport: Transport, address: str) -> None:
+    family = Family.IPV6 if ":" in address else Family.IPV4
+    with bench.open(0, family, transport) as native:
+        native.bind((address, PORTS[0]))
+
+
+def test_no_native_gets_a_guests_port_as_an_ephemeral_one(bench: Bench) -> None:
+    """With a range that holds little else, still."""
+    span = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    before = netlink.inside(bench.pod.netns, span.read_text)
+    netlink.set_sysctls(bench.pod.netns, {"net/ipv4/ip_local_port_range": "5000 5003"})
+    try:
+        taken = [bench.open(0, Family.IPV4, Transport.UDP) for _ in range(2)]
+        for client in taken:
+            client.bind(("127.0.0.1", 0))
+        with bench.open(0, Family.IPV4, Transport.UDP) as one_more:
+            with pytest.raises(OSError, match=os.strerror(errno.EADDRINUSE)):
+                one_more.bind(("127.0.0.1", 0))
+        assert {client.getsockname()[1] for client in taken} == {5000, 5003}
+    finally:
+        for client in taken:
+            client.close()
+        netlink.set_sysctls(bench.pod.netns, {"net/ipv4/ip_local_port_range": before})
+
+
+@pytest.mark.parametrize("other", [Runtime.PROCESS, Runtime.STANDIN], ids=str)
+def test_two_workloads_that_claim_one_port_are_refused_before_anything_is_built(
+    other: Runtime,
+) -> None:
+    ledgers = set(ROOT.glob("*.ledger"))
+    with pytest.raises(Error, match=r"'one' and 'two' both claim tcp port 5001"):
+        Manifest((workload("one", Runtime.STANDIN, 5001), workload("two", other, 5001)))
+    assert set(ROOT.glob("*.ledger")) == ledgers
+
+
+def test_tcp_and_udp_of_one_port_may_have_different_owners() -> None:
+    manifest = Manifest(tuple(Workload(t, Runtime.STANDIN, ((t, 5001),)) for t in Transport))
+    assert manifest.owners == {(Transport.TCP, 5001): 1, (Transport.UDP, 5001): 2}
+
+
+@TRANSPORTS
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::1", "::"])
+def test_a_port_that_a_native_has_already_is_named_and_nothing_is_left(
+    plain: Pod, owner: Owner, transport: Transport, address: str
+) -> None:
+    pins = set(bpf.PINS.rglob("*"))
+    with Bench(plain).open(0, Family.IPV6 if ":" in address else Family.IPV4, transport) as native:
+        native.bind((address, PORTS[1]))
+        with pytest.raises(Error, match=f"{plain.name}: {transport} port {PORTS[1]} is guest 1's"):
+            datapaths.get("capture").attach(plain.wiring(), owner.part())
+    assert set(bpf.PINS.rglob("*")) == pins
+    datapaths.get("capture").attach(plain.wiring(), owner.part()).detach()
+
+
+@pytest.fixture(scope="module")
+def plain(build: Build) -> Pod:
+    """A pod with the links of `capture`, that has no datapath yet which would hold ports."""
+    return build("plain", datapath="bridge")
