@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from testbed import campaign, doctor, plan, store
+    from testbed import campaign, doctor, plan, report, store
 
     doctor.preflight()
     if arguments.resume:
@@ -155,23 +155,18 @@ def _run(arguments: argparse.Namespace) -> int:
         return 130
     with finished:
         finished.derive()
-        _draw(finished)
+        figures = report.draw(finished)
     _print_table(finished, arguments.json)
+    print(f"\nfigures: {' '.join(str(f) for f in figures if f.suffix == '.png')}", file=sys.stderr)
     return 1 if any(t.status == "failed" for t in finished.trials()) else 0
 
 
 def _figures(arguments: argparse.Namespace) -> int:
-    from testbed import store
+    from testbed import report, store
 
-    _draw(store.open(arguments.directory))
+    for path in report.draw(store.open(arguments.directory)):
+        print(path)
     return 0
-
-
-def _draw(campaign: Store) -> None:
-    from testbed import report
-
-    for path in report.draw(campaign):
-        print(path, file=sys.stderr)
 
 
 def _table(arguments: argparse.Namespace) -> int:

@@ -117,8 +117,6 @@ def end(process: subprocess.Popen[bytes], grace_s: float = 1.0) -> None:
 
 
 def kill_connections(netns: str, expression: str) -> None:
-    """End a namespace's TCP connections that match an `ss` filter, as resets do (SOCK_DESTROY)."""
-    subprocess.run(
-        ["nsenter", f"--net=/run/netns/{netns}", "ss", "--tcp", "--kill", "--no-header", expression],
-        check=True, capture_output=True,
-    )  # fmt: skip
+    """End TCP connections that match an `ss` filter, as resets do (SOCK_DESTROY)."""
+    command = ["nsenter", f"--net=/run/netns/{netns}", "ss", "--tcp", "--kill", expression]
+    subprocess.run(command, check=True, capture_output=True)
