@@ -7,6 +7,7 @@
  *   server.c     the serving end            client.c     the dialing end, which is given a run
  *   stream.c     sending and receiving a stream, the same for either end
  *   net.c        sockets, time, the payload's pattern
+ *   sockets.c    single socket calls, ordered one by one
  *   histogram.c  latencies                  json.c       flat JSON
  *
  * Only libc, and of it only plain sockets, poll, pthreads and clock_gettime: what OSv has too.
@@ -26,19 +27,19 @@
 #include <sys/types.h>
 
 #define AGENT_VERSION "1"
-#define CONTROL_PORT 4700
+#define CONTROL_PORT  4700
 
-#define SECOND_NS 1000000000ull
-#define LIMIT_NS (5 * SECOND_NS)	/* without progress for so long, a run is over */
-#define TICK_NS (SECOND_NS / 4)		/* how often a thread that waits for datagrams looks up */
-#define MAX_MESSAGE (1u << 20)		/* bytes of one write, request or response over TCP */
-#define MAX_DATAGRAM 65507u
-#define MAX_STREAMS 64
-#define CHUNK (128u << 10)		/* bytes of one read from a TCP stream */
-#define SAMPLE_EVERY 16			/* one buffer in so many is looked at outside warm-up */
-#define SAMPLE_BYTES 64
+#define SECOND_NS     1000000000ull
+#define LIMIT_NS      (5 * SECOND_NS) /* without progress for so long, a run is over */
+#define TICK_NS	      (SECOND_NS / 4) /* how often a thread that waits for datagrams looks up */
+#define MAX_MESSAGE   (1u << 20)      /* bytes of one write, request or response over TCP */
+#define MAX_DATAGRAM  65507u
+#define MAX_STREAMS   64
+#define CHUNK	      (128u << 10) /* bytes of one read from a TCP stream */
+#define SAMPLE_EVERY  16	   /* one buffer in so many is looked at outside warm-up */
+#define SAMPLE_BYTES  64
 
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MIN(a, b)     ((a) < (b) ? (a) : (b))
 
 /* --- what goes over data connections; integers are big endian --- */
 
@@ -50,11 +51,11 @@ enum mode { STREAM_UP = 1, STREAM_DOWN, REQUEST_RESPONSE };
 struct order {
 	uint32_t magic;
 	uint32_t mode;
-	uint32_t size;		/* bytes per write, datagram, request and response */
-	uint32_t phase;		/* where in the pattern the stream's payload begins */
-	uint64_t warmup_ns;	/* the receiver scores from this long after its start */
-	uint64_t bytes;		/* of a stream: exactly so many; 0: until the client ends it */
-	uint64_t rate_bps;	/* UDP streams: payload bits per second; 0: as fast as it goes */
+	uint32_t size;	    /* bytes per write, datagram, request and response */
+	uint32_t phase;	    /* where in the pattern the stream's payload begins */
+	uint64_t warmup_ns; /* the receiver scores from this long after its start */
+	uint64_t bytes;	    /* of a stream: exactly so many; 0: until the client ends it */
+	uint64_t rate_bps;  /* UDP streams: payload bits per second; 0: as fast as it goes */
 };
 
 /* The receiver's score: the answer to a stream up, over TCP or as the body of a REPORT. */
@@ -71,19 +72,19 @@ enum datagram_type { OPEN = 1, READY, DATA, END, REPORT, ALIVE, DONE, REQUEST, R
 
 /* Head of every datagram; size_bytes counts it in. */
 struct datagram {
-	uint32_t type;		/* MAGIC ^ enum datagram_type */
-	uint32_t flow;		/* drawn by the client, one per stream */
-	uint64_t sequence;	/* of DATA, from 0; END: how many DATA there were */
+	uint32_t type;	   /* MAGIC ^ enum datagram_type */
+	uint32_t flow;	   /* drawn by the client, one per stream */
+	uint64_t sequence; /* of DATA, from 0; END: how many DATA there were */
 };
 
-void order_swap(struct order *o);	/* host to network order, or back */
+void order_swap(struct order *o); /* host to network order, or back */
 void report_swap(struct report *r);
 
 /* --- net.c --- */
 
 struct endpoint {
 	bool udp;
-	int family;		/* AF_INET, AF_INET6 */
+	int family; /* AF_INET, AF_INET6 */
 };
 
 union address {
@@ -126,9 +127,9 @@ int start_thread(pthread_t *thread, void *(*run)(void *), void *argument);
 
 struct score {
 	bool measuring;
-	uint64_t begin_ns, first_ns, last_ns;	/* start; start and end of what is scored */
-	uint64_t total;				/* bytes (TCP), datagrams (UDP), warm-up too */
-	uint64_t next, first_sequence;		/* UDP: highest sequence + 1; first scored one */
+	uint64_t begin_ns, first_ns, last_ns; /* start; start and end of what is scored */
+	uint64_t total;			      /* bytes (TCP), datagrams (UDP), warm-up too */
+	uint64_t next, first_sequence;	      /* UDP: highest sequence + 1; first scored one */
 	struct report is;
 };
 
@@ -140,11 +141,11 @@ void score_finish(struct score *s, uint64_t sent);
 /* A sender of datagrams. It stops when the other end has been silent for too long. */
 struct sender {
 	int fd;
-	const union address *to;	/* NULL: connected */
+	const union address *to; /* NULL: connected */
 	struct order order;
 	uint32_t flow;
-	_Atomic uint64_t heard_ns;	/* 0: it wants no more */
-	uint64_t sent;			/* datagrams */
+	_Atomic uint64_t heard_ns; /* 0: it wants no more */
+	uint64_t sent;		   /* datagrams */
 };
 
 int tcp_send(int fd, const struct order *o, uint64_t until_ns, const atomic_bool *stop);
@@ -172,10 +173,10 @@ void histogram_merge(struct histogram *into, const struct histogram *from);
 
 struct json {
 	unsigned count;
-	const char *fault;	/* why the line was refused */
+	const char *fault; /* why the line was refused */
 	struct member {
 		const char *key;
-		const char *text;	/* NULL: a number */
+		const char *text; /* NULL: a number */
 		double number;
 		bool used;
 	} member[24];
@@ -187,9 +188,40 @@ const struct member *json_number(struct json *j, const char *key);
 const char *json_unused(const struct json *j);
 void json_quote(FILE *out, const char *text);
 
-/* --- server.c --- */
+/* --- main.c --- */
+
+#define MAX_SERVERS 64
+#define MAX_SOCKETS 4096
 
 struct server;
+
+/* One controller. Its servers and sockets end with its connection. */
+struct session {
+	int fd;
+	FILE *out;
+	struct json order;
+	struct server *server[MAX_SERVERS];
+	struct held {
+		int fd; /* plus one: 0 is a free place */
+		bool udp;
+	} held[MAX_SOCKETS];
+	unsigned char *buffer; /* MAX_MESSAGE bytes, made when first needed */
+	char fault[256];
+};
+
+/* These take a key from the order, and refuse it (false, with the fault) if it is not as it must be. */
+bool refuse(struct session *s, const char *what, const char *why);
+bool take_word(struct session *s, const char *key, const char *const *words, unsigned *which);
+bool take_number(struct session *s, const char *key, double low, double high, double *value);
+bool take_endpoint(struct session *s, struct endpoint *e);
+bool taken_all(struct session *s); /* nothing is left in the order */
+
+/* --- sockets.c --- */
+
+bool socket_order(struct session *s, const char *op);
+void close_sockets(struct session *s);
+
+/* --- server.c --- */
 
 struct server *server_start(struct endpoint e, union address *at); /* NULL with errno */
 void server_stop(struct server *s); /* returns when its threads are gone and the port is free */
@@ -204,7 +236,7 @@ struct run {
 	const char *host;
 	unsigned port;
 	unsigned streams;
-	uint64_t duration_ns;	/* 0: until `order.bytes` are moved */
+	uint64_t duration_ns; /* 0: until `order.bytes` are moved */
 	struct order order;
 };
 

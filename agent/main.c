@@ -5,31 +5,22 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "agent.h"
 
 #define MAX_LINE 4096
-#define MAX_SERVERS 64
 
-/* One controller. Its servers end with its connection. */
-struct session {
-	int fd;
-	FILE *out;
-	struct json order;
-	struct server *server[MAX_SERVERS];
-	char fault[256];
-};
-
-static bool refuse(struct session *s, const char *what, const char *why)
+bool refuse(struct session *s, const char *what, const char *why)
 {
 	snprintf(s->fault, sizeof(s->fault), "%.80s: %.160s", what, why);
 	return false;
 }
 
 /* The place of a key's text among `words`, which NULL ends. */
-static bool take_word(struct session *s, const char *key, const char *const *words, unsigned *which)
+bool take_word(struct session *s, const char *key, const char *const *words, unsigned *which)
 {
 	const char *text = json_text(&s->order, key);
 
@@ -40,14 +31,14 @@ static bool take_word(struct session *s, const char *key, const char *const *wor
 	for (const char *const *w = words; *w; w++) {
 		size_t length = strlen(s->fault);
 
-		snprintf(s->fault + length, sizeof(s->fault) - length, "%s %s", w == words ? "" : " or",
-			 *w);
+		snprintf(s->fault + length, sizeof(s->fault) - length, "%s %s",
+			 w == words ? "" : " or", *w);
 	}
 	return false;
 }
 
 /* A number from `low` to `high`; without the key, `*value` stays what it is. */
-static bool take_number(struct session *s, const char *key, double low, double high, double *value)
+bool take_number(struct session *s, const char *key, double low, double high, double *value)
 {
 	const struct member *m = json_number(&s->order, key);
 
@@ -59,10 +50,10 @@ static bool take_number(struct session *s, const char *key, double low, double h
 	return false;
 }
 
-static bool take_endpoint(struct session *s, struct endpoint *e)
+bool take_endpoint(struct session *s, struct endpoint *e)
 {
-	static const char *const transports[] = { "tcp", "udp", NULL };
-	static const char *const families[] = { "ipv4", "ipv6", NULL };
+	static const char *const transports[] = {"tcp", "udp", NULL};
+	static const char *const families[] = {"ipv4", "ipv6", NULL};
 	unsigned transport, family;
 
 	if (!take_word(s, "transport", transports, &transport) ||
@@ -73,7 +64,7 @@ static bool take_endpoint(struct session *s, struct endpoint *e)
 	return true;
 }
 
-static bool taken_all(struct session *s)
+bool taken_all(struct session *s)
 {
 	const char *key = json_unused(&s->order);
 
@@ -92,7 +83,7 @@ static bool family_works(int family)
 	int fd;
 
 	address_any(family, &at);
-	fd = listen_at((struct endpoint){ .family = family }, &at);
+	fd = listen_at((struct endpoint){.family = family}, &at);
 	if (fd >= 0)
 		close(fd);
 	return fd >= 0;
@@ -169,10 +160,10 @@ static bool stop(struct session *s)
 
 static bool order_run(struct session *s)
 {
-	static const char *const kinds[] = { "stream", "rr", "crr", NULL };
-	static const char *const directions[] = { "up", "down", NULL };
+	static const char *const kinds[] = {"stream", "rr", "crr", NULL};
+	static const char *const directions[] = {"up", "down", NULL};
 	double port = 0, size = 0, streams = 1, duration = 0, bytes = 0, warmup = 0, rate = 0;
-	struct run r = { .host = json_text(&s->order, "host") };
+	struct run r = {.host = json_text(&s->order, "host")};
 	unsigned kind, down = 0;
 
 	if (!r.host || !*r.host)
@@ -201,7 +192,7 @@ static bool order_run(struct session *s)
 	r.port = port;
 	r.streams = streams;
 	r.duration_ns = duration * SECOND_NS;
-	r.order = (struct order){ .magic = MAGIC, .size = size, .bytes = bytes };
+	r.order = (struct order){.magic = MAGIC, .size = size, .bytes = bytes};
 	r.order.mode = r.kind != STREAM ? REQUEST_RESPONSE : down ? STREAM_DOWN : STREAM_UP;
 	r.order.warmup_ns = warmup * SECOND_NS;
 	r.order.rate_bps = rate / streams;
@@ -211,13 +202,26 @@ static bool order_run(struct session *s)
 
 static bool obey(struct session *s, char *line)
 {
-	static const char *const ops[] = { "hello", "serve", "stop", "run", NULL };
-	static bool (*const orders[])(struct session *) = { hello, serve, stop, order_run };
-	unsigned op;
+	static const struct {
+		const char *name;
+		bool (*carry_out)(struct session *);
+	} orders[] = {
+		{"hello", hello},
+		{"serve", serve},
+		{"stop", stop},
+		{"run", order_run},
+	};
+	const char *op;
 
 	if (!json_parse(&s->order, line))
 		return refuse(s, "order", s->order.fault);
-	return take_word(s, "op", ops, &op) && orders[op](s);
+	op = json_text(&s->order, "op");
+	if (!op)
+		return refuse(s, "op", "no such order");
+	for (unsigned i = 0; i < sizeof(orders) / sizeof(*orders); i++)
+		if (!strcmp(op, orders[i].name))
+			return orders[i].carry_out(s);
+	return socket_order(s, op);
 }
 
 /* The answer goes out in one piece, so that nothing is on the wire before the order is carried out. */
@@ -266,6 +270,7 @@ out:
 	for (unsigned i = 0; i < MAX_SERVERS; i++)
 		if (s->server[i])
 			server_stop(s->server[i]);
+	close_sockets(s);
 	close(s->fd);
 	free(s);
 	return NULL;
@@ -298,7 +303,7 @@ static void *control_listener(void *argument)
 /* On one port of each family that the stack has. */
 static int listen_for_control(unsigned port)
 {
-	static const int families[] = { AF_INET, AF_INET6 };
+	static const int families[] = {AF_INET, AF_INET6};
 	static int listener[2];
 	pthread_t thread[2];
 	unsigned n = 0;
@@ -308,7 +313,7 @@ static int listen_for_control(unsigned port)
 
 		address_any(families[i], &at);
 		address_set_port(&at, port);
-		listener[n] = listen_at((struct endpoint){ .family = families[i] }, &at);
+		listener[n] = listen_at((struct endpoint){.family = families[i]}, &at);
 		if (listener[n] < 0 && errno == EADDRINUSE)
 			break; /* by IPv4, or by something that has the IPv6 port alone */
 		if (listener[n] < 0)
@@ -334,9 +339,21 @@ static void end(int signal)
 	_exit(0);
 }
 
+/* As many descriptors as may be; where there is no such limit, no harm is done. */
+static void allow_sockets(void)
+{
+	struct rlimit limit;
+
+	if (!getrlimit(RLIMIT_NOFILE, &limit)) {
+		limit.rlim_cur = limit.rlim_max;
+		(void)!setrlimit(RLIMIT_NOFILE, &limit);
+	}
+}
+
 static int usage(FILE *out, int status)
 {
-	fprintf(out, "usage: agent [--control-port PORT]   (default %d; 0: any free one)\n"
+	fprintf(out,
+		"usage: agent [--control-port PORT]   (default %d; 0: any free one)\n"
 		"       agent --version | --help\n"
 		"Takes orders over TCP, one JSON object a line; see README.md.\n",
 		CONTROL_PORT);
@@ -361,6 +378,7 @@ int main(int argc, char **argv)
 	} else if (argc != 1) {
 		return usage(stderr, 2);
 	}
+	allow_sockets();
 	signal(SIGPIPE, SIG_IGN);
 	signal(SIGTERM, end);
 	signal(SIGINT, end);

@@ -209,19 +209,30 @@ class Agent:
     ) -> None:
         self.close()
 
-    def _order(self, limit_s: float = SLACK_S, **order: Any) -> dict[str, Any]:
+    def ask(self, **order: Any) -> None:
+        """Send an order (`agent/README.md`) without waiting: answers come in the order of asking."""
         try:
-            self._socket.settimeout(limit_s)
             self._socket.sendall(json.dumps(order).encode() + b"\n")
-            line = self._lines.readline()
         except OSError as e:
             raise Error(f"traffic agent: {order['op']}: {e}") from e
+
+    def answer(self, limit_s: float = SLACK_S) -> dict[str, Any]:
+        """The next answer. Raises `Error` with what the agent says if an order was refused."""
+        try:
+            self._socket.settimeout(limit_s)
+            line = self._lines.readline()
+        except OSError as e:
+            raise Error(f"traffic agent: {e}") from e
         if not line.endswith(b"\n"):
-            raise Error(f"traffic agent: {order['op']}: the agent has ended")
+            raise Error("traffic agent: the agent has ended")
         answer: dict[str, Any] = json.loads(line)
         if not answer["ok"]:
             raise Error(f"traffic agent: {answer['error']}")
         return answer
+
+    def _order(self, limit_s: float = SLACK_S, **order: Any) -> dict[str, Any]:
+        self.ask(**order)
+        return self.answer(limit_s)
 
 
 _CONVERTED = ("address", "histogram_us")
