@@ -9,6 +9,7 @@
  *                |
  *                +------ g2 ------ guest 2
  *        lo_egress       port_ingress
+ *                        port_egress
  *
  * Always there is translation between `lo` and the ports, as in `capture`: it serves every process
  * of the namespace, whatever its socket is bound to.
@@ -16,6 +17,11 @@
  *   native to guest:   lo_egress > g1       back: port_ingress > lo
  *   guest to native:   port_ingress > lo    back: lo_egress > g1
  *   guest to guest:    port_ingress > g2    back: port_ingress > g1
+ *
+ * Over it, for sockets of the pod's cgroup, packets are left as they are: those that dial a guest's
+ * port are given the guest's address (sockets.h), and those that a guest dials are handed its packets
+ * in port_ingress. Their packets have the pod's address on the link, or the alias, at this end.
+ * Whatever port_ingress does not know for one of these, a fragment for instance, goes by `lo`.
  */
 
 /* clang-format off */
@@ -32,10 +38,23 @@ enum reason {
 	REASON_NO_GUEST,	/* dropped: the guest has no link */
 	REASON_ODD_SOURCE, /* passed on: a native flow with other addresses than 127.0.0.1, ::1 */
 	REASON_ANSWERED,   /* ARP request or neighbor solicitation */
+	REASON_STEERED,	   /* calls: a native dialed a guest, or sent it a datagram, past `lo` */
+	REASON_ASSIGNED,   /* passed on: a guest's SYN or datagram, to a native's socket */
+	REASON_FALLBACK,   /* what could be neither, and goes by `lo`; calls and packets */
 	REASONS,
 };
 
 #include "pod.h"
+#include "sockets.h"
+
+/* On what our programs redirect: port_egress has no need to count that again. */
+#define MARK 0x77000001
+
+static __always_inline int redirect_marked(struct __sk_buff *skb, u8 slot, u8 n)
+{
+	skb->mark = MARK;
+	return redirect_to_guest(skb, slot, n);
+}
 
 /* Out of `lo`, to a guest's port. */
 int lo_egress(struct __sk_buff *skb)
@@ -44,7 +63,105 @@ int lo_egress(struct __sk_buff *skb)
 	u8 to = 0;
 	int verdict = leave_lo(skb, here, &to);
 
-	return verdict == TO_GUEST ? redirect_to_guest(skb, here.slot, to) : verdict;
+	return verdict == TO_GUEST ? redirect_marked(skb, here.slot, to) : verdict;
+}
+
+/* The tuple of a packet's flow between these addresses; returns its size. */
+static __always_inline u32 tuple(const struct packet *p, const __be32 *addresses,
+				 struct bpf_sock_tuple *tuple)
+{
+	if (p->v6) {
+		__builtin_memcpy(tuple->ipv6.saddr, addresses, 32);
+		tuple->ipv6.sport = bpf_htons(p->source_port);
+		tuple->ipv6.dport = bpf_htons(p->destination_port);
+		return sizeof(tuple->ipv6);
+	}
+	tuple->ipv4.saddr = addresses[0];
+	tuple->ipv4.daddr = addresses[1];
+	tuple->ipv4.sport = bpf_htons(p->source_port);
+	tuple->ipv4.dport = bpf_htons(p->destination_port);
+	return sizeof(tuple->ipv4);
+}
+
+/* Whether a connection has these very addresses, in whatever state (TIME_WAIT, too: handing its
+ * packets to the listener would keep the client from using its port again).
+ */
+static __always_inline bool is_connection(struct __sk_buff *skb, const struct packet *p)
+{
+	struct bpf_sock_tuple real = {};
+	u32 size = tuple(p, p->from, &real);
+	struct bpf_sock *sk = bpf_skc_lookup_tcp(skb, &real, size, BPF_F_CURRENT_NETNS, 0);
+	bool found;
+
+	if (!sk)
+		return false;
+	found = sk->state != BPF_TCP_LISTEN;
+	bpf_sk_release(sk);
+	return found;
+}
+
+/* Hand a guest's packet to the socket that `lo` would find for it. Fails for sockets that are not of
+ * the pod's cgroup, and for connections, which then are such on `lo`.
+ */
+static __always_inline int assign(struct __sk_buff *skb, const struct packet *p)
+{
+	struct bpf_sock_tuple on_lo = {};
+	struct bpf_sock *sk;
+	__be32 from[8] = {};
+	bool serves = true;
+	int failed = -1;
+	u32 size;
+
+	if (p->v6) {
+		render6(as(NATIVE_VIEW, p->source.n), from);
+		render6(as(LOOPBACK, 0), from + 4);
+	} else {
+		from[0] = render4(as(NATIVE_VIEW, p->source.n));
+		from[1] = render4(as(LOOPBACK, 0));
+	}
+	size = tuple(p, from, &on_lo);
+	if (p->carried == IPPROTO_TCP) {
+		sk = bpf_skc_lookup_tcp(skb, &on_lo, size, BPF_F_CURRENT_NETNS, 0);
+		if (!sk)
+			return -1;
+		serves = sk->state == BPF_TCP_LISTEN;
+	} else {
+		sk = bpf_sk_lookup_udp(skb, &on_lo, size, BPF_F_CURRENT_NETNS, 0);
+		if (!sk)
+			return -1;
+	}
+	if (serves && sockets.sk_storage_get(sk, 0, 0))
+		failed = bpf_sk_assign(skb, sk, 0);
+	bpf_sk_release(sk);
+	return failed;
+}
+
+/* Up the namespace's own stack; the frame may have been addressed to the alias's MAC. */
+static __always_inline int pass(struct __sk_buff *skb, u8 slot, u8 client, u8 server)
+{
+	carry(skb, slot, client, server);
+	if (skb->pkt_type)
+		bpf_skb_change_type(skb, 0 /* PACKET_HOST */);
+	return TC_ACT_OK;
+}
+
+/* To the alias, where no guest owns the port. */
+static __always_inline int to_native(struct __sk_buff *skb, struct here here, struct packet *p)
+{
+	if (p->destination.kind != ALIAS)
+		return enter_lo(skb, here.slot, p);
+	if (!p->fragment) {
+		if (is_icmp(p->protocol)) /* echo */
+			return pass(skb, here.slot, here.n, 0);
+		if (p->protocol == IPPROTO_TCP && is_connection(skb, p))
+			return pass(skb, here.slot, here.n, 0);
+		if (!p->error && !assign(skb, p)) {
+			tally(skb, here.slot, REASON_ASSIGNED);
+			return pass(skb, here.slot, here.n, 0);
+		}
+	}
+	tally(skb, here.slot, REASON_FALLBACK);
+	return enter_lo(skb, here.slot, p);
 }
 
 /* From guest n, to whoever owns the port; all else is the namespace's. */
@@ -57,9 +174,35 @@ int port_ingress(struct __sk_buff *skb)
 
 	switch (verdict) {
 	case TO_GUEST:
-		return redirect_to_guest(skb, here.slot, to);
+		return redirect_marked(skb, here.slot, to);
 	case TO_NATIVE:
-		return enter_lo(skb, here.slot, &p);
+		return to_native(skb, here, &p);
+	case TC_ACT_OK:
+		if (p.destination.kind == POD_LINK)
+			carry(skb, here.slot, 0, here.n);
 	}
 	return verdict;
+}
+
+/* To guest n, by the namespace's own stack: nothing is to be done but to count. */
+int port_egress(struct __sk_buff *skb)
+{
+	struct here here = where(skb);
+	struct address source = {};
+	__be32 words[4];
+
+	if (skb->mark == MARK)
+		return TC_ACT_OK;
+	if (skb->protocol == bpf_htons(ETH_P_IP)) {
+		if (!read(skb, ETH_HLEN + offsetof(struct iphdr, saddr), words, 4))
+			source = classify4(words[0]);
+	} else if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
+		if (!read(skb, ETH_HLEN + offsetof(struct ipv6hdr, saddr), words, 16))
+			source = classify6(words);
+	}
+	if (source.kind == POD_LINK)
+		carry(skb, here.slot, 0, here.n);
+	else if (source.kind == ALIAS)
+		carry(skb, here.slot, here.n, 0);
+	return TC_ACT_OK;
 }

@@ -46,8 +46,9 @@ TCA_KIND, TCA_OPTIONS, TCA_BPF_CLASSID, TCA_BPF_FD, TCA_BPF_NAME, TCA_BPF_FLAGS 
 TYPES = {"skb": 3, "cgroup": 18}
 """enum bpf_prog_type: SCHED_CLS, CGROUP_SOCK_ADDR."""
 ATTACH_TYPES = {
-    "connect4": 10, "connect6": 11, "sendmsg4": 14, "sendmsg6": 15, "recvmsg4": 19, "recvmsg6": 20,
-    "getpeername4": 29, "getpeername6": 30, "getsockname4": 31, "getsockname6": 32,
+    "bind4": 8, "bind6": 9, "connect4": 10, "connect6": 11, "sendmsg4": 14, "sendmsg6": 15,
+    "recvmsg4": 19, "recvmsg6": 20, "getpeername4": 29, "getpeername6": 30,
+    "getsockname4": 31, "getsockname6": 32,
 }  # fmt: skip
 """enum bpf_attach_type of cgroup programs, which are named after where they attach."""
 
@@ -383,7 +384,9 @@ def _compile_here(name: str, pins: Path, cflags: list[str]) -> None:
         else:
             loaded = module.load_func(function, TYPES["skb"])
         pin(loaded.fd, pins / f"program_{function}")
-    for table in re.findall(r'^BPF_\w+\((?:"\w+", [\w ]+, [\w ]+, )?(\w+),', text, re.MULTILINE):
+    # (What sockets hold has no pin: it is nobody's to open, and bcc has no table for it.)
+    tables = r'^BPF_(?!SK_)\w+\((?:"\w+", [\w ]+, [\w ]+, )?(\w+),'
+    for table in re.findall(tables, text, re.MULTILINE):
         pin(module[table].map_fd, pins / f"map_{table}")
 
 

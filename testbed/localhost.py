@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from ipaddress import ip_network
 from pathlib import Path
 
 from pyroute2 import IPRoute
@@ -24,6 +25,7 @@ from testbed.model import Error, Family, Transport
 
 LINK_MTU = 1500
 LO_IFINDEX = 1
+RT_TABLE_LOCAL = 255
 PROTOCOLS = {Transport.TCP: socket.IPPROTO_TCP, Transport.UDP: socket.IPPROTO_UDP}
 
 Owners = Mapping[tuple[Transport, int], int]
@@ -75,33 +77,29 @@ def release_ports(held: list[socket.socket]) -> None:
 
 # --- lo -------------------------------------------------------------------------------------
 
-_LOCAL = {"type": "local", "table": 255, "oif": LO_IFINDEX, "metrics": {"mtu": LINK_MTU}}
-_VIEW_ROUTES = (
-    {"dst": f"{model.native_view(Family.IPV4, 0)}/24", "prefsrc": str(model.loopback(Family.IPV4)),
-     "scope": "host", **_LOCAL},
-    {"dst": model.NATIVE_VIEW_NET6, "prefsrc": str(model.loopback(Family.IPV6)),
-     "family": socket.AF_INET6, **_LOCAL},
-)  # fmt: skip
+_VIEWS = (f"{model.native_view(Family.IPV4, 0)}/24", model.NATIVE_VIEW_NET6)
 
 
-def prepare_lo(owner: Scope, netns: str, owners: Owners) -> None:
+def prepare_lo(owner: Scope, netns: str, owners: Owners, local: Sequence[str] = ()) -> None:
     """Let `lo` take packets from loopback addresses that come to it from elsewhere.
 
     Never on `all`: other links would take them from outside, too (CVE-2020-8558). The routes make
     natives fragment what they send to guests for the guests' link; 127.77.0.0/24 is local by
-    nature, its twin has to be made so.
+    nature, its twin has to be made so. So has `local`, what else the namespace is to take for its
+    own on whatever link.
     """
-    owner.defer(unprepare_lo, netns=netns)
+    routes = [*_VIEWS, *local]
+    owner.defer(unprepare_lo, netns=netns, routes=routes)
     _set_lo(netns, 1, [port for _, port in owners])
-    _change_routes("replace", netns)
+    _change_routes("replace", netns, routes)
 
 
-def unprepare_lo(netns: str) -> None:
+def unprepare_lo(netns: str, routes: list[str]) -> None:
     """Undo what was set on a namespace's `lo`; one that is gone is no error."""
     if not (netlink.NETNS / netns).exists():
         return
     _set_lo(netns, 0, [])
-    _change_routes("del", netns)
+    _change_routes("del", netns, routes)
 
 
 def _set_lo(netns: str, on: int, ports: Iterable[int]) -> None:
@@ -112,12 +110,18 @@ def _set_lo(netns: str, on: int, ports: Iterable[int]) -> None:
     })  # fmt: skip
 
 
-def _change_routes(command: str, netns: str) -> None:
+def _change_routes(command: str, netns: str, routes: Sequence[str]) -> None:
     def change() -> None:
         with IPRoute() as ip:
-            for route in _VIEW_ROUTES:
+            for dst in routes:
+                network = ip_network(dst)
+                family = Family(f"ipv{network.version}")
                 try:
-                    ip.route(command, **route)
+                    ip.route(command, dst=str(network), type="local", table=RT_TABLE_LOCAL,
+                             family=socket.AF_INET6 if network.version == 6 else socket.AF_INET,
+                             **({} if network.version == 6 else {"scope": "host"}),
+                             oif=LO_IFINDEX, prefsrc=str(model.loopback(family)),
+                             metrics={"mtu": LINK_MTU})  # fmt: skip
                 except NetlinkError as e:
                     if e.code != errno.ESRCH:  # deleted already
                         raise

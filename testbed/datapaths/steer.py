@@ -7,17 +7,27 @@ The kernel's own loopback serves whatever no guest owns.
 from __future__ import annotations
 
 import socket
+import struct
+from contextlib import suppress
+from pathlib import Path
 
-from testbed import bpf, localhost
-from testbed.bpf import EGRESS, INGRESS
+from testbed import bpf, localhost, model, netlink
+from testbed.bpf import EGRESS, INGRESS, ProgramSet
 from testbed.datapaths import Attachment, Count, Layout, LinkCounters, Wiring
 from testbed.ledger import Scope
 from testbed.localhost import LO_IFINDEX
-from testbed.model import Cell, Pair
+from testbed.model import Cell, Family, Pair
 
 REASONS = ("too_big", "spoofed", "truncated", "unhandled", "fragment_orphan", "no_guest",
-           "odd_source", "answered")  # fmt: skip
+           "odd_source", "answered", "steered", "assigned", "fallback")  # fmt: skip
 """What counters say, in the order of `enum reason`."""
+
+ALIASES = tuple(str(model.alias(family)) for family in Family)
+HOOKS = tuple(
+    f"{call}{version}"
+    for call in ("bind", "connect", "sendmsg", "recvmsg", "getpeername", "getsockname")
+    for version in (4, 6)
+)
 
 
 class Steer:
@@ -45,8 +55,9 @@ class _Attachment:
             self._programs = bpf.load("steer", self._scope)
             self._rows = localhost.Rows(self._programs, REASONS)
             self._rows.fill(self._scope, wiring.owners, [port.n for port in wiring.ports])
-            localhost.prepare_lo(self._scope, wiring.netns, wiring.owners)
+            localhost.prepare_lo(self._scope, wiring.netns, wiring.owners, ALIASES)
             self._attach(LO_IFINDEX, EGRESS, "lo_egress")
+            self._steer_sockets()
             self._links = self._scope.part()
             self._attach_links()
         except BaseException:
@@ -76,14 +87,43 @@ class _Attachment:
 
     # --- parts ------------------------------------------------------------------------------
 
+    def _steer_sockets(self) -> None:
+        """Attach to the pod's cgroup, and say which namespace is the pod's."""
+        cookie = netlink.inside(self._wiring.netns, _cookie)
+        pins = str(self._programs.pins)
+        self._scope.defer(forget_namespace, pins=pins, slot=self._programs.slot, cookie=cookie)
+        _namespaces(self._programs)[cookie,] = (self._programs.slot,)
+        for hook in HOOKS:
+            bpf.attach_cgroup(self._scope, self._wiring.cgroup, hook, self._programs.program(hook))
+
     def _attach_links(self) -> None:
         for port in self._wiring.ports:
             self._rows.set_port(port.n, port.ifindex)
             self._attach(port.ifindex, INGRESS, "port_ingress", port.n)
+            self._attach(port.ifindex, EGRESS, "port_egress", port.n)
 
     def _attach(self, ifindex: int, hook: int, name: str, n: int = 0) -> None:
         bpf.attach_tc(self._links, self._wiring.netns, ifindex, hook, self._programs.program(name),
                       name, classid=self._programs.slot << 8 | n)  # fmt: skip
+
+
+def _cookie() -> int:
+    """The network namespace's cookie (SO_NETNS_COOKIE)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        return int(struct.unpack("=Q", any_socket.getsockopt(socket.SOL_SOCKET, 71, 8))[0])
+
+
+def _namespaces(programs: ProgramSet) -> bpf.Map:
+    return programs.map("namespaces", "=Q", "=I")
+
+
+def forget_namespace(pins: str, slot: int, cookie: int) -> None:
+    """Steer no more sockets of a namespace; programs that are gone are no error."""
+    if Path(pins, "users").exists():
+        programs = ProgramSet(Path(pins), slot)
+        with suppress(KeyError):
+            del _namespaces(programs)[cookie,]
+        programs.close()
 
 
 DATAPATH = Steer()
