@@ -87,8 +87,8 @@ def remove_links(netns: str, group: int) -> None:
 
 
 def add_address(ip: IPRoute, ifindex: int, address: Address, prefix_length: int) -> None:
-    """Give a link an address, usable at once."""
-    ip.addr("add", index=ifindex, address=str(address), prefixlen=prefix_length,
+    """Give a link an address, usable at once. One that it has already is no error."""
+    ip.addr("replace", index=ifindex, address=str(address), prefixlen=prefix_length,
             flags=IFA_F_NODAD if address.version == 6 else 0)  # fmt: skip
 
 

@@ -207,6 +207,7 @@ class Pod:
             ports=tuple(Port(n, self._port(n), there[self._port(n)]) for n in self.manifest.guests),
             owners=self.manifest.owners,
             cgroup=self.cgroup,
+            native_ports=frozenset(p for w in self.manifest.natives for p in w.ports),
         )
 
     def missing_links(self) -> set[str]:

@@ -18,9 +18,9 @@ from pyroute2 import IPRoute
 
 from testbed import netlink
 from testbed.ledger import Scope
-from testbed.model import Cell, Error, Pair, Transport
+from testbed.model import Cell, Error, Family, Pair, Transport, alias
 
-NAMES = ("loopback", "direct", "bridge", "capture", "steer")
+NAMES = ("loopback", "direct", "bridge", "capture", "steer", "dnat")
 
 
 class Layout(StrEnum):
@@ -61,6 +61,8 @@ class Wiring:
     """(transport, port) → n of the guest that serves it; what is not here is native."""
     cgroup: Path
     """cgroup2 directory that native workloads of the pod join."""
+    native_ports: frozenset[tuple[Transport, int]] = frozenset()
+    """What native workloads serve, as far as the manifest says."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +107,12 @@ class LinkCounters:
     def carried(self, client: int | None, server: int | None) -> Count:
         """Of the guests' ports among the two; between natives, of `lo`."""
         ports = {p.n: p.ifindex for p in self.wiring.ports}
-        ends = [ports[n] for n in (client, server) if n is not None]
+        ends = {ports[n] for n in (client, server) if n is not None}
         native = not ends or self.wiring.layout is Layout.POD
         with IPRoute(netns=self.wiring.netns if native else self.wiring.node) as ip:
-            total = sum((Count(*netlink.traffic(ip, i)) for i in ends or [1]), Count())
-        if not ends:
-            return Count(total.packets // 2, total.bytes // 2)  # lo receives all that it sends
+            total = sum((Count(*netlink.traffic(ip, i)) for i in ends or {1}), Count())
+        if (client is None) is (server is None):  # a packet goes into one end and out of the other
+            return Count(total.packets // 2, total.bytes // 2)
         return total
 
     def counters(self) -> dict[str, Count]:
@@ -121,6 +123,17 @@ class LinkCounters:
 
     def detach(self) -> None:
         pass
+
+
+def add_aliases(wiring: Wiring) -> None:
+    """Give the alias to the pod's end of every guest's link (layout `pod`), where it is not yet.
+
+    It goes with the links.
+    """
+    with IPRoute(netns=wiring.netns) as ip:
+        for port in wiring.ports:
+            for family in Family:
+                netlink.add_address(ip, port.ifindex, alias(family), alias(family).max_prefixlen)
 
 
 class Datapath(Protocol):

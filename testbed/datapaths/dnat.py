@@ -1,0 +1,157 @@
+"""What a search finds first: nftables turns `localhost` into guests' addresses, and back.
+
+Destination NAT in the pod's namespace, with `route_localnet` on guests' ports so that translated
+packets may have loopback addresses there, as kube-proxy has it; conntrack remembers the way back.
+IPv6 has no such setting, but takes packets that were translated to ::1 where ::1 has a local route
+on that very link (else they count as Ip6InNoRoutes). What is opened is closed again: frames from a
+guest with addresses not its own, or for a loopback address, are dropped before translation. Names
+are not hidden, and natives can still bind a guest's port, where nobody at `localhost` reaches them.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterable
+
+from pyroute2 import IPRoute
+
+from testbed import netlink
+from testbed.datapaths import Attachment, Layout, LinkCounters, Wiring, add_aliases
+from testbed.ledger import Scope
+from testbed.model import (
+    Cell,
+    Error,
+    Family,
+    Pair,
+    alias,
+    guest_link,
+    loopback,
+    pod_link,
+)
+
+LOCAL_TABLE = 255
+LO_METRIC = 1024
+"""Of routes for ::1 on guests' links: natives go on using that of `lo`, which has 0."""
+
+
+class Dnat:
+    name = "dnat"
+    layout = Layout.POD
+    reference = "direct"
+    localhost = True
+    pairs = frozenset(Pair) - {Pair.NATIVE_NATIVE}
+
+    def unsupported(self, cell: Cell) -> str | None:
+        if shutil.which("nft") is None:
+            return "no nft; apt-get install nftables"
+        return None
+
+    def attach(self, wiring: Wiring, owner: Scope) -> Attachment:
+        return _Attachment(wiring)
+
+
+class _Attachment(LinkCounters):
+    def __init__(self, wiring: Wiring) -> None:
+        super().__init__(wiring)
+        _nft(wiring.netns, rules(wiring))
+        self._open(wiring)
+
+    def rewire(self, wiring: Wiring) -> None:
+        super().rewire(wiring)
+        self._open(wiring)
+
+    def detach(self) -> None:
+        """The rest is settings of links and of a namespace that go with the pod."""
+        _nft(self.wiring.netns, f"delete table inet {self.wiring.netns}")
+
+    def _open(self, wiring: Wiring) -> None:
+        add_aliases(wiring)
+        netlink.set_sysctls(wiring.netns, {
+            "net/ipv4/conf/all/forwarding": 1,
+            "net/ipv6/conf/all/forwarding": 1,
+            "net/ipv4/conf/all/send_redirects": 0,
+            **{f"net/ipv4/conf/{p.ifname}/route_localnet": 1 for p in wiring.ports},
+            **{f"net/ipv4/conf/{p.ifname}/send_redirects": 0 for p in wiring.ports},
+        })  # fmt: skip
+        with IPRoute(netns=wiring.netns) as ip:
+            for port in wiring.ports:
+                ip.route("replace", family=socket.AF_INET6, dst="::1/128", oif=port.ifindex,
+                         type="local", table=LOCAL_TABLE, priority=LO_METRIC + port.n)  # fmt: skip
+
+
+_ALIAS4, _ALIAS6 = alias(Family.IPV4), alias(Family.IPV6)
+_POD4, _POD6 = pod_link(Family.IPV4), pod_link(Family.IPV6)
+
+CHAINS = f"""
+chain guests_send {{
+    type filter hook prerouting priority raw
+    iifname @ports ip daddr 127.0.0.0/8 drop
+    iifname @ports ip6 daddr ::1 drop
+    iifname @ports iifname . ip saddr != @links4 drop
+    iifname @ports ip6 saddr != {{ ::, fe80::/10 }} iifname . ip6 saddr != @links6 drop
+}}
+chain guests_dial {{
+    type nat hook prerouting priority dstnat
+    ip daddr {_ALIAS4} dnat ip to meta l4proto . th dport map @owners4
+    ip6 daddr {_ALIAS6} dnat ip6 to meta l4proto . th dport map @owners6
+    ip daddr {_ALIAS4} dnat ip to {loopback(Family.IPV4)}
+    ip6 daddr {_ALIAS6} dnat ip6 to {loopback(Family.IPV6)}
+}}
+chain natives_dial {{
+    type nat hook output priority -100
+    ip daddr 127.0.0.0/8 dnat ip to meta l4proto . th dport map @owners4
+    ip6 daddr ::1 dnat ip6 to meta l4proto . th dport map @owners6
+}}
+chain guests_see {{
+    type nat hook postrouting priority srcnat
+    oifname @ports ip saddr 127.0.0.0/8 snat ip to {_POD4}
+    oifname @ports ip6 saddr ::1 snat ip6 to {_POD6}
+    oifname @ports iifname @ports meta nfproto ipv4 snat ip to {_POD4}
+    oifname @ports iifname @ports meta nfproto ipv6 snat ip6 to {_POD6}
+}}
+chain between_guests {{
+    type filter hook forward priority filter; policy drop
+    ct status dnat accept
+    ct state related accept
+}}
+"""
+
+
+def rules(wiring: Wiring) -> str:
+    """The pod's table, named after its namespace, in nft's language."""
+    ports = wiring.ports
+    owners = wiring.owners.items()
+    return "\n".join((
+        f"table inet {wiring.netns} {{",
+        _elements("set ports", "ifname", (f'"{p.ifname}"' for p in ports)),
+        *(
+            _elements(f"set links{ip[3]}", f"ifname . {ip}_addr",
+                      (f'"{p.ifname}" . {guest_link(family, p.n)}' for p in ports))
+            + _elements(f"map owners{ip[3]}", f"inet_proto . inet_service : {ip}_addr",
+                        (f"{t} . {port} : {guest_link(family, n)}" for (t, port), n in owners))
+            for family, ip in ((Family.IPV4, "ipv4"), (Family.IPV6, "ipv6"))
+        ),
+        CHAINS,
+        "}",
+    ))  # fmt: skip
+
+
+def _elements(what: str, kind: str, elements: Iterable[str]) -> str:
+    listed = ", ".join(elements)
+    return f"{what} {{ type {kind}; " + (f"elements = {{ {listed} }}; }}\n" if listed else "}\n")
+
+
+def _nft(netns: str, text: str) -> None:
+    """One transaction. Raises `Error` with what nft says."""
+    done = subprocess.run(
+        ["nsenter", f"--net={netlink.NETNS / netns}", "nft", "-f", "-"],
+        input=text, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise Error(f"nft refuses the rules of {netns}: {done.stderr.strip().splitlines()[0]}",
+                    hint="see whether the kernel has nf_tables with NAT")  # fmt: skip
+
+
+DATAPATH = Dnat()
