@@ -6,8 +6,47 @@ What cannot be is refused here, before anything is built.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from testbed.model import CONTROL_PORT, MAX_GUESTS, Error, Runtime, Transport
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A question to a workload: does it work? One of a port, a port and a path, a command."""
+
+    port: int = 0
+    """Answers if it accepts a TCP connection."""
+    path: str = ""
+    """Answers if an HTTP GET gives a status from 200 to 399."""
+    command: tuple[str, ...] = ()
+    """Answers if it ends with status 0, run inside the workload."""
+    delay_s: float = 0
+    """After the start, before the first question."""
+    period_s: float = 10
+    timeout_s: float = 1
+    failures: int = 3
+    """In a row, for `no`."""
+    successes: int = 1
+    """In a row, for `yes`."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a workload runs. What an image is, is its runtime's business."""
+
+    image: str
+    command: tuple[str, ...] = ()
+    """Instead of the image's program."""
+    args: tuple[str, ...] = ()
+    """Instead of the image's arguments."""
+    env: tuple[tuple[str, str], ...] = ()
+    working_dir: str = ""
+    memory_bytes: int | None = None
+    """Limit, as the next one."""
+    cpus: float | None = None
+    readiness: Probe | None = None
+    liveness: Probe | None = None
 
 
 @dataclass(frozen=True)
@@ -20,6 +59,9 @@ class Workload:
     cpus: tuple[int, ...] = ()
     """CPUs that it is pinned to; empty: all."""
     control_port: int = CONTROL_PORT
+    """TCP port at which it answers once it is up."""
+    program: Program | None = None
+    """None: the traffic agent."""
 
 
 @dataclass(frozen=True)
@@ -64,3 +106,28 @@ class Manifest:
     def owners(self) -> dict[tuple[Transport, int], int]:
         """(transport, port) → number of the guest that owns it."""
         return {port: n for n, w in self.guests.items() for port in w.ports}
+
+
+class Restart(StrEnum):
+    """Which ended workloads are started again."""
+
+    ALWAYS = "Always"
+    ON_FAILURE = "OnFailure"
+    NEVER = "Never"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A pod as somebody wrote it: the workloads, and what it has beside them."""
+
+    name: str
+    manifest: Manifest
+    init: tuple[Workload, ...] = ()
+    """Run to their end one after the other, before the workloads start."""
+    restart: Restart = Restart.ALWAYS
+    hostname: str = ""
+    host_aliases: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """(address, names) of further lines in hosts files."""
+    resolv_conf: str = ""
+    warnings: tuple[str, ...] = ()
+    """What was asked for and is not done."""

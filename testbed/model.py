@@ -49,13 +49,15 @@ class Runtime(StrEnum):
     """What runs a workload. Guests have a network stack of their own."""
 
     PROCESS = "process"
+    CONTAINER = "container"
+    WASM = "wasm"
     STANDIN = "standin"
     LINUX = "linux"
     OSV = "osv"
 
     @property
     def is_guest(self) -> bool:
-        return self is not Runtime.PROCESS
+        return self in (Runtime.STANDIN, Runtime.LINUX, Runtime.OSV)
 
 
 class Pair(StrEnum):
