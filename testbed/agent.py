@@ -7,20 +7,15 @@ It does not start agents: that is what runtimes do, each in its own way.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shlex
-import shutil
 import socket
-import subprocess
-import tempfile
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from testbed import cc
 from testbed.model import CONTROL_PORT, Address, Error, Family, Transport
 
 SOURCES = Path(__file__).parent.parent / "agent"
@@ -41,33 +36,9 @@ Direction = Literal["up", "down"]
 def build() -> Path:
     """Path of the compiled agent: a dynamic position-independent executable that needs only libc.
 
-    Kept as `agent/<hash>/agent` in the cache (`$XDG_CACHE_HOME` or `~/.cache`, then `testbed`), by
-    the hash of sources and flags. Raises `Error` if there is no compiler or it fails.
+    Raises `Error` if there is no compiler or it fails.
     """
-    files = sorted(SOURCES.glob("*.[ch]"))
-    if not files:
-        raise Error(f"no agent sources in {SOURCES}", hint="run from a clone of the repository")
-    digest = hashlib.sha256(" ".join(CFLAGS).encode())
-    for file in files:
-        digest.update(f"\0{file.name}\0".encode() + file.read_bytes())
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "testbed" / "agent" / digest.hexdigest()[:16]
-    program = folder / "agent"
-    if program.exists():
-        return program
-    cc = shutil.which("cc")
-    if cc is None:
-        raise Error("no C compiler to build the traffic agent", hint="apt install gcc libc6-dev")
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        output = Path(scratch) / "agent"
-        command = [cc, *CFLAGS, "-o", str(output), *(str(f) for f in files if f.suffix == ".c")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            first = next((x for x in done.stderr.splitlines() if "error" in x), "no message")
-            raise Error(f"the traffic agent does not compile: {first}", hint=shlex.join(command))
-        output.replace(program)
-    return program
+    return cc.build("the traffic agent", "agent", SOURCES, CFLAGS)
 
 
 @dataclass(frozen=True)
@@ -210,7 +181,7 @@ class Agent:
         self.close()
 
     def ask(self, **order: Any) -> None:
-        """Send an order (`agent/README.md`) without waiting: answers come in the order of asking."""
+        """Send an order (agent/README.md) without waiting; answers come in the order of asking."""
         try:
             self._socket.sendall(json.dumps(order).encode() + b"\n")
         except OSError as e:

@@ -18,7 +18,7 @@ from pathlib import Path
 from elftools.common.exceptions import ELFError
 from elftools.elf.dynamic import DynamicSegment
 from elftools.elf.elffile import ELFFile
-from elftools.elf.segments import InterpSegment
+from elftools.elf.segments import InterpSegment, NoteSegment
 
 from testbed.model import Error
 
@@ -43,6 +43,8 @@ class Elf:
     rpath: tuple[str, ...] = ()
     """Valid for libraries of libraries too; ignored where there is a RUNPATH."""
     runpath: tuple[str, ...] = ()
+    is_go: bool = False
+    """Made by Go's compiler, by the note that it leaves."""
 
 
 def read(path: Path, machine: str = "x86_64") -> Elf:
@@ -97,12 +99,14 @@ def _parse(path: Path) -> Elf:
     try:
         with path.open("rb") as file:
             elf = ELFFile(file)
-            interpreter, tags = None, []
+            interpreter, tags, is_go = None, [], False
             for segment in elf.iter_segments():
                 if isinstance(segment, InterpSegment):
                     interpreter = segment.get_interp_name()
                 elif isinstance(segment, DynamicSegment):
                     tags = list(segment.iter_tags())
+                elif isinstance(segment, NoteSegment):
+                    is_go |= any(note["n_name"] == "Go" for note in segment.iter_notes())
             strings = {
                 kind: tuple(getattr(t, kind) for t in tags if t.entry.d_tag == f"DT_{kind.upper()}")
                 for kind in ("needed", "rpath", "runpath")
@@ -115,6 +119,7 @@ def _parse(path: Path) -> Elf:
                 needed=strings["needed"],
                 rpath=_split(strings["rpath"]),
                 runpath=_split(strings["runpath"]),
+                is_go=is_go,
             )
     except OSError as e:
         raise Error(f"cannot read {path}: {e.strerror}") from e

@@ -1,9 +1,10 @@
 """Composes what guests boot: a ROFS disk for OSv, an initramfs for Linux. Nothing is compiled.
 
 A definition (`osv/*.toml`) names a program, its arguments and extra files; the libraries that it
-needs, the hosts patch (`osv/hosts`, the one change that makes `localhost` of a guest the pod's) and
-what the system itself needs are added. Same input, same bytes: images are named by their SHA-256
-in the cache, and nothing in them has a time. How a guest is started is told by `runtimes`.
+needs, the hosts patch (`osv/hosts`, which makes `localhost` of a guest the pod's), for OSv the shim
+(`shim`, which does it for 127.0.0.1 and ::1) and what the system itself needs are added. Same
+input, same bytes: images are named by their SHA-256 in the cache, and nothing in them has a time.
+How a guest is started is told by `runtimes`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 from elftools.elf.elffile import ELFFile
 
-from testbed import agent, elf, kernels, rofs
+from testbed import agent, elf, kernels, rofs, shim
 from testbed.model import Address, Error, Family, alias
 from testbed.rofs import Directory, Node, Symlink, Tree
 
@@ -70,6 +71,10 @@ poweroff -f
 """
 
 
+_KEYS: dict[str, Any] = {"program": "", "package": "", "arguments": [], "files": {}, "shim": True}
+"""Of a definition, with their defaults."""
+
+
 @dataclass(frozen=True)
 class Definition:
     """What a guest runs."""
@@ -78,6 +83,8 @@ class Definition:
     arguments: tuple[str, ...] = ()
     files: dict[str, Path] = field(default_factory=dict)
     """Path in the guest → file here."""
+    shim: bool = True
+    """On OSv, 127.0.0.1 and ::1 are the pod's, whatever the hosts file says."""
 
     @property
     def command(self) -> tuple[str, ...]:
@@ -104,20 +111,24 @@ def load(path: Path) -> Definition:
         data = tomllib.loads(path.read_text())
     except (OSError, ValueError) as e:
         raise Error(f"cannot read image definition {path}: {e}") from e
-    if unknown := data.keys() - {"program", "arguments", "files"}:
+    if unknown := data.keys() - _KEYS.keys():
         raise Error(f"{path}: unknown {', '.join(sorted(unknown))}",
-                    hint="known are program, arguments, files")  # fmt: skip
-    program, arguments, files = (data.get(key) for key in ("program", "arguments", "files"))
-    if not isinstance(program, str):
+                    hint=f"known are {', '.join(_KEYS)}")  # fmt: skip
+    program, package, arguments, files, shim = (data.get(key, _KEYS[key]) for key in _KEYS)
+    if not isinstance(program, str) or not program:
         raise Error(f"{path} names no program", hint='add program = "PATH"')
-    arguments, files = arguments or [], files or {}
     if not isinstance(arguments, list) or not isinstance(files, dict):
         raise Error(f"{path}: arguments must be a list, files a table")
+    if not isinstance(shim, bool):
+        raise Error(f"{path}: shim must be true or false")
     beside = path.parent
+    if package and not (beside / program).exists():
+        raise Error(f"no {program}, which {path.name} runs", hint=f"apt-get install {package}")
     return Definition(
         program=agent.build() if program == "agent" else beside / program,
         arguments=tuple(str(argument) for argument in arguments),
         files={inside: beside / outside for inside, outside in files.items()},
+        shim=shim,
     )
 
 
@@ -137,7 +148,7 @@ def check_alias(addresses: Iterable[Address]) -> None:
 
 
 def compose_osv(definition: Definition, *, hosts_patch: bool = True) -> Image:
-    """A disk for OSv: MBR and ROFS with the program, its libraries, hosts and mount points.
+    """A disk for OSv: MBR and ROFS with the program, libraries, shim, hosts and mount points.
 
     Raises `Error` if the program cannot run on OSv or something is missing.
     """
@@ -159,6 +170,9 @@ def osv_tree(definition: Definition, *, hosts_patch: bool = True) -> Tree:
     """What `compose_osv` packs. OSv looks for libraries in / and /usr/lib alone."""
     program = elf.read_program(definition.program)
     tree = _program_tree(definition, elf.closure(program, OSV_PROVIDES), hosts_patch)
+    if definition.shim:
+        tree[definition.command[0]] = shim.bind(program)
+        tree[f"/usr/lib/{shim.SONAME}"] = shim.build().read_bytes()
     tree["/etc/fstab"] = _OSV_FSTAB
     for mount_point in ("/dev", "/proc", "/sys", "/tmp"):
         tree.setdefault(mount_point, Directory())

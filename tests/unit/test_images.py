@@ -81,7 +81,7 @@ def test_hosts_files_are_as_osv_reads_them() -> None:
 
 
 def test_osv_image_holds_the_program_and_what_osv_lacks(program: Path) -> None:
-    image = images.compose_osv(Definition(program, ("-x",)))
+    image = images.compose_osv(Definition(program, ("-x",), shim=False))
     assert image.command == ("/main", "-x")
     assert set(image.files) == {
         "/main", "/usr/lib/libown.so.1", "/etc/hosts", "/etc/fstab",
@@ -162,7 +162,7 @@ def test_inspect_tells_what_is_in_an_image(
     program: Path, linux_kernel: LinuxKernel, tmp_path: Path
 ) -> None:
     definition = tmp_path / "own.toml"
-    definition.write_text('program = "main"\n')
+    definition.write_text('program = "main"\nshim = false\n')
     built = images.build(definition, tmp_path / "own.img")
     data = images.inspect(tmp_path / "own.img")
     assert (data["format"], data["sha256"]) == ("rofs", built.sha256)
@@ -193,6 +193,8 @@ def test_definition_brings_arguments_and_files(program: Path, tmp_path: Path) ->
         ("", "names no program"),
         ("program = 'main'\nimage = 1", "unknown image"),
         ("program = 'main'\narguments = 'x'", "arguments must be a list"),
+        ("program = 'main'\nshim = 1", "shim must be true or false"),
+        ("program = '/usr/bin/no'\npackage = 'nono'", "no /usr/bin/no.*apt-get install nono"),
         ("program = 'nothing'", "nothing: No such file"),
         ("program = 'own.toml'", "not an ELF file"),
         ("program = 'main'\n[files]\n'/x' = 'nothing'", "nothing: No such file"),
