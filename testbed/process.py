@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from testbed import ledger
 from testbed.ledger import Scope
 from testbed.model import Error
 
@@ -48,6 +49,20 @@ def remove_cgroup(path: str) -> None:
     groups = [Path(path), *(p for p in Path(path).rglob("*") if p.is_dir())]
     for group in sorted(groups, reverse=True):
         group.rmdir()
+
+
+def create_folder(owner: Scope, name: str) -> Path:
+    """Make a folder beside the ledgers, for what programs are told and tell in files."""
+    path = ledger.ROOT / name
+    owner.defer(remove_folder, path=str(path))
+    path.mkdir(mode=0o700)
+    return path
+
+
+def remove_folder(path: str) -> None:
+    """Remove a folder with all that is in it. One that is gone is no error."""
+    if Path(path).exists():
+        shutil.rmtree(path)
 
 
 def empty_cgroup(group: Path) -> None:

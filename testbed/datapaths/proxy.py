@@ -1,0 +1,140 @@
+"""Proxies copy `localhost` between sockets: HAProxy for TCP, nginx's stream module for UDP.
+
+A listener per port and side: what a guest owns, at the pod's loopback; what anybody in the pod
+owns, at the alias, which is an address of the pod. Each goes on to the owner's own address in the
+same family. The proxies answer before the owner does, and it sees the proxy as its peer; a port
+that nobody serves is therefore not refused, but closed. Ports that the manifest does not name are
+not carried.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from testbed import process
+from testbed.datapaths import Attachment, Layout, LinkCounters, Wiring, add_aliases
+from testbed.ledger import Scope
+from testbed.model import (
+    Address,
+    Cell,
+    Error,
+    Family,
+    Pair,
+    Transport,
+    alias,
+    guest_link,
+    loopback,
+)
+
+STREAM_MODULE = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
+"""Where Debian keeps it."""
+IDLE_S = 3600
+"""After which a TCP connection without traffic is closed: proxies must have such a limit."""
+UDP_SESSION_S = 60
+"""For which answers to a client's datagram are expected."""
+
+
+class Proxy:
+    name = "proxy"
+    layout = Layout.POD
+    reference = "direct"
+    localhost = True
+    pairs = frozenset(Pair) - {Pair.NATIVE_NATIVE}
+
+    def unsupported(self, cell: Cell) -> str | None:
+        if cell.transport is Transport.TCP and shutil.which("haproxy") is None:
+            return "no haproxy; apt-get install haproxy"
+        if cell.transport is Transport.UDP and not (
+            shutil.which("nginx") and STREAM_MODULE.exists()
+        ):
+            return "no nginx with streams; apt-get install nginx-light libnginx-mod-stream"
+        return None
+
+    def attach(self, wiring: Wiring, owner: Scope) -> Attachment:
+        return _Attachment(wiring, owner)
+
+
+class _Attachment(LinkCounters):
+    def __init__(self, wiring: Wiring, owner: Scope) -> None:
+        super().__init__(wiring)
+        add_aliases(wiring)
+        self._scope = owner.part()
+        folder = process.create_folder(self._scope, f"{wiring.netns}-proxy")
+        self._cgroup = process.create_cgroup(self._scope, f"{wiring.netns}/proxy")
+        if shutil.which("haproxy"):
+            config = folder / "haproxy.conf"
+            config.write_text(haproxy_conf(wiring))
+            self._start(["haproxy", "-D", "-f", config], folder)
+        if shutil.which("nginx") and STREAM_MODULE.exists():
+            config = folder / "nginx.conf"
+            config.write_text(nginx_conf(wiring, folder))
+            self._start(["nginx", "-e", folder / "nginx.log", "-c", config], folder)
+
+    def rewire(self, wiring: Wiring) -> None:
+        """The proxies' sockets outlive the addresses that they are bound to."""
+        super().rewire(wiring)
+        add_aliases(wiring)
+
+    def detach(self) -> None:
+        self._scope.undo()
+
+    def _start(self, argv: list[str | Path], folder: Path) -> None:
+        """Both leave a daemon behind, and end well, when their listeners are there."""
+        output = folder / f"{argv[0]}.out"
+        starting = process.spawn(argv, cgroup=self._cgroup, netns=self.wiring.netns, output=output)
+        if starting.wait():
+            lines = output.read_text().splitlines() or ["no message"]
+            raise Error(f"{argv[0]} of pod {self.wiring.pod} does not start: {lines[-1]}")
+
+
+class Route(NamedTuple):
+    """A listener, and where it leads."""
+
+    listen: str
+    """Address and port, as both programs write them."""
+    to: str
+
+
+def routes(wiring: Wiring, transport: Transport) -> Iterator[Route]:
+    """All listeners of one transport."""
+    guests = [(port, n) for (t, port), n in sorted(wiring.owners.items()) if t is transport]
+    natives = [port for t, port in sorted(wiring.native_ports) if t is transport]
+    for family in Family:
+        for port, n in guests:
+            to = _end(guest_link(family, n), port)
+            yield Route(_end(loopback(family), port), to)
+            yield Route(_end(alias(family), port), to)
+        for port in natives:
+            yield Route(_end(alias(family), port), _end(loopback(family), port))
+
+
+def _end(address: Address, port: int) -> str:
+    return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
+
+
+def haproxy_conf(wiring: Wiring) -> str:
+    """HAProxy's configuration: a proxy per listener."""
+    lines = ["defaults", " mode tcp", " retries 0", " timeout connect 5s",
+             f" timeout client {IDLE_S}s", f" timeout server {IDLE_S}s"]  # fmt: skip
+    for i, route in enumerate(routes(wiring, Transport.TCP)):
+        lines += [f"listen l{i}", f" bind {route.listen}", f" server s {route.to}"]
+    return "\n".join(lines) + "\n"
+
+
+def nginx_conf(wiring: Wiring, folder: Path) -> str:
+    """nginx's configuration. One worker: datagrams of a client would else be several sessions."""
+    servers = (
+        f"server {{ listen {route.listen} udp; proxy_pass {route.to}; }}\n"
+        for route in routes(wiring, Transport.UDP)
+    )
+    return (
+        f"load_module {STREAM_MODULE};\nuser root;\nworker_processes 1;\npid {folder}/nginx.pid;\n"
+        f"events {{ worker_connections 4096; }}\n"
+        f"stream {{\nproxy_timeout {UDP_SESSION_S}s;\n{''.join(servers)}}}\n"
+    )
+
+
+DATAPATH = Proxy()
