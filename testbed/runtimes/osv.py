@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from testbed import accelerator, images, kernels, process, vm
@@ -24,20 +25,19 @@ def prepare(options: Options) -> Osv:
     kernel = kernels.find_osv(options.osv_kernel, progress=progress)
     if kernel is None:
         raise Absent("no OSv kernel, and none can be downloaded", hint="give one by --osv-kernel")
-    return Osv(
-        kernel, images.compose_osv(images.load(images.AGENT), hosts_patch=options.hosts_patch)
-    )
+    return Osv(kernel, options.hosts_patch)
 
 
 class Osv:
-    """A kernel and an image."""
+    """A kernel, and the agent's image."""
 
     uses_tap = True
     ready_limit_s = 15.0
     """0.3 s where nothing else runs, a second more for IPv6's duplicate address detection."""
 
-    def __init__(self, kernel: OsvKernel, image: Image) -> None:
-        self.kernel, self.image = kernel, image
+    def __init__(self, kernel: OsvKernel, hosts_patch: bool) -> None:
+        self.kernel, self.hosts_patch = kernel, hosts_patch
+        self.image = self._compose(images.AGENT)
         self.families = kernel.families
         self.accelerator = accelerator.accelerator(kernel.path).name
         self.vhost = self.accelerator == "kvm" and accelerator.vhost_net()
@@ -45,7 +45,7 @@ class Osv:
             Runtime.OSV,
             kernel=f"{kernel.flavor} {kernel.version}" + ("" if kernel.listed else ", unlisted"),
             accelerator=self.accelerator,
-            digests={"kernel": kernel.sha256, "image": image.sha256},
+            digests={"kernel": kernel.sha256, "image": self.image.sha256},
             offloads=",".join(kernel.virtio_net),
         )
 
@@ -54,16 +54,27 @@ class Osv:
         return "localhost" if family is Family.IPV4 else "ip6-localhost"
 
     def start(self, place: Place) -> subprocess.Popen[bytes]:
-        """Boot guest n of the pod."""
+        """Boot guest n of the pod, with the agent or what the workload's program names.
+
+        Its image is the path of an image's definition.
+        """
         machine = Vm(
             self.accelerator, place.tap, guest_mac(place.n), vm.link_addresses(place.n),
             place.console, vhost=self.vhost,
         )  # fmt: skip
-        port = ("--control-port", str(place.workload.control_port))
+        program, image = place.workload.program, self.image
+        arguments = ["--control-port", str(place.workload.control_port)]
+        if program:
+            image, arguments = self._compose(Path(program.image)), []
+            words = (*(program.command or image.command[:1]), *(program.args or image.command[1:]))
+            image = replace(image, command=words)
         return process.spawn(
-            command(machine, self.kernel, self.image, port),
+            command(machine, self.kernel, image, arguments),
             cgroup=place.cgroup, netns=place.netns, cpus=place.workload.cpus, output=place.console,
         )  # fmt: skip
+
+    def _compose(self, definition: Path) -> Image:
+        return images.compose_osv(images.load(definition), hosts_patch=self.hosts_patch)
 
 
 def command(
