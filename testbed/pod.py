@@ -37,6 +37,7 @@ from testbed.model import (
     Error,
     Family,
     Runtime,
+    Transport,
     guest_link,
     guest_mac,
     loopback,
@@ -272,11 +273,13 @@ class Pod:
         n, workload = self._find(name)
         if not n:
             return
-        ends = [f"dst {address(f, n)}" for f in Family for address in (guest_link, native_view)]
+        ends = [f"dst [{address(f, n)}]" for f in Family for address in (guest_link, native_view)]
+        pod = [f"[{pod_link(f)}]" for f in Family]
         ends += [
             f"( dst {net} and dport = :{port} )"
-            for _, port in workload.ports
-            for net in ("127.0.0.0/8", "::1")
+            for transport, port in workload.ports
+            if transport is Transport.TCP
+            for net in ("127.0.0.0/8", "[::1]", *pod)
         ]
         process.kill_connections(self.netns, " or ".join(ends))
 

@@ -6,24 +6,34 @@ A thread that sleeps until the kernel has something to say (a link message, the 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import socket
 import threading
+from subprocess import Popen
 from types import TracebackType
 from typing import Self
+
+from pyroute2.netlink.exceptions import NetlinkError
 
 from testbed import netlink
 from testbed.pod import Pod
 
 RTMGRP_LINK = 1
+RETRY_MS = 1000
+"""How often a mending that failed is tried again, and processes are looked for that are new."""
 
 
 class Supervisor:
-    """Keeps a pod whole, as a context manager. `deaths` names guests that ended on their own."""
+    """Keeps a pod whole, as a context manager.
+
+    `deaths` names workloads that ended on their own, `mended` links that vanished and are back.
+    """
 
     def __init__(self, pod: Pod) -> None:
         self.deaths: list[str] = []
+        self.mended: list[str] = []
         self._pod = pod
         self._wake, self._sleeper = os.pipe()
         netns, _ = pod.link_netns
@@ -31,35 +41,69 @@ class Supervisor:
             netns, lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
         )
         self._links.bind((0, RTMGRP_LINK))
+        self._links.setblocking(False)
         self._thread = threading.Thread(target=self._watch, name=f"supervisor {pod.name}")
+        self._poller = select.poll()
+        self._poller.register(self._wake, select.POLLIN)
+        self._poller.register(self._links, select.POLLIN)
+        self._alive: dict[int, tuple[str, Popen[bytes]]] = {}
+        """By descriptor."""
+        self._met: set[Popen[bytes]] = set()
+        """Processes that are watched, or were until they ended."""
 
     def _watch(self) -> None:
-        poller = select.poll()
-        poller.register(self._wake, select.POLLIN)
-        poller.register(self._links, select.POLLIN)
-        alive: dict[int, tuple[str, int]] = {}
+        missing: set[str] = set()
         while True:
-            for name, process in list(self._pod.processes.items()):
-                if (name, process.pid) not in alive.values():
-                    with contextlib.suppress(ProcessLookupError):  # was collected meanwhile
-                        fd = os.pidfd_open(process.pid)
-                        alive[fd] = (name, process.pid)
-                        poller.register(fd, select.POLLIN)
-            for fd, _ in poller.poll(1000):
+            self._meet()
+            for fd, _ in self._poller.poll(RETRY_MS):
                 if fd == self._wake:
                     return
                 if fd == self._links.fileno():
-                    self._links.recv(65536)
-                    if self._pod.missing_links():
-                        self._pod.mend()
+                    self._drain()
+                    missing |= self._pod.missing_links()
                 else:
-                    poller.unregister(fd)
-                    os.close(fd)
-                    name, pid = alive.pop(fd)
-                    current = self._pod.processes.get(name)
-                    if current and current.pid == pid:  # it was not us who ended it
-                        self.deaths.append(name)
-                        self._pod.end_peers(name)
+                    self._bury(fd)
+            if missing and self._mend():
+                self.mended += missing
+                missing.clear()
+
+    def _meet(self) -> None:
+        """Watch processes that were started since."""
+        for name, process in list(self._pod.processes.items()):
+            if process not in self._met:
+                with contextlib.suppress(ProcessLookupError):  # was collected meanwhile
+                    fd = os.pidfd_open(process.pid)
+                    self._alive[fd] = (name, process)
+                    self._poller.register(fd, select.POLLIN)
+                self._met.add(process)
+
+    def _bury(self, fd: int) -> None:
+        """A process has ended."""
+        name, process = self._alive.pop(fd)
+        self._poller.unregister(fd)
+        os.close(fd)
+        if self._pod.processes.get(name) is process:  # it was not us who ended it
+            self.deaths.append(name)
+            self._pod.end_peers(name)
+
+    def _drain(self) -> None:
+        """Forget messages: what they say is asked for anew, as there may be too many to get all."""
+        while True:
+            try:
+                self._links.recv(65536)
+            except BlockingIOError:
+                return
+            except OSError as e:
+                if e.errno != errno.ENOBUFS:
+                    raise
+
+    def _mend(self) -> bool:
+        """Whether it went well. What vanishes meanwhile can be an error of any of these kinds."""
+        try:
+            self._pod.mend()
+        except (NetlinkError, OSError, LookupError):
+            return False
+        return True
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -71,3 +115,5 @@ class Supervisor:
         os.close(self._sleeper)
         self._thread.join()
         self._links.close()
+        for fd in (self._wake, *self._alive):
+            os.close(fd)
