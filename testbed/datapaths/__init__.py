@@ -20,7 +20,7 @@ from testbed import netlink
 from testbed.ledger import Scope
 from testbed.model import Cell, Error, Family, Pair, Transport, alias
 
-NAMES = ("loopback", "direct", "bridge", "capture", "steer", "dnat", "proxy")
+NAMES = ("loopback", "direct", "bridge", "capture", "steer", "dnat", "proxy", "tcredirect")
 
 
 class Layout(StrEnum):
