@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from testbed import campaign, doctor, plan, report, store
+    from testbed import campaign, doctor, figures, plan, store
 
     doctor.preflight()
     if arguments.resume:
@@ -155,16 +155,16 @@ def _run(arguments: argparse.Namespace) -> int:
         return 130
     with finished:
         finished.derive()
-        figures = report.draw(finished)
+        drawn = figures.draw(finished)
     _print_table(finished, arguments.json)
-    print(f"\nfigures: {' '.join(str(f) for f in figures if f.suffix == '.png')}", file=sys.stderr)
+    print(f"\nfigures: {' '.join(str(f) for f in drawn if f.suffix == '.png')}", file=sys.stderr)
     return 1 if any(t.status == "failed" for t in finished.trials()) else 0
 
 
 def _figures(arguments: argparse.Namespace) -> int:
-    from testbed import report, store
+    from testbed import figures, store
 
-    for path in report.draw(store.open(arguments.directory)):
+    for path in figures.draw(store.open(arguments.directory)):
         print(path)
     return 0
 

@@ -4,7 +4,7 @@
     trials.jsonl     one line a trial, appended and on the disk before `append` returns
     consoles/        serial consoles of guests
     trials.parquet, trials.csv, histogram.parquet    derived: rewritten from trials.jsonl at will
-    figures/         derived as well (`testbed.report`)
+    figures/         derived as well (`testbed.figures`)
 
 Whoever appends holds a lock on trials.jsonl that the kernel drops when the process ends, however it
 ends; reading takes no lock. Nothing is measured here and nothing summarised.

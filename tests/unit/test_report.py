@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from testbed import plan, report, store
+from testbed import figures, plan, report, store
 from testbed.model import Cell, Error, Family, Metric, Pair, Status, Trial
 
 PLAN = plan.parse(
@@ -109,7 +109,7 @@ def test_cells_that_were_not_run_yet_are_in_the_table(tmp_path: Path) -> None:
         text = printed(made, 120)
         assert "not run yet" in text
         assert "loopback" in text
-        assert report.draw(made)
+        assert figures.draw(made)
 
 
 def test_data_is_strict_json_with_null_for_what_there_is_not(little: store.Store) -> None:
@@ -127,7 +127,7 @@ def test_data_is_strict_json_with_null_for_what_there_is_not(little: store.Store
 def test_figures_come_out_the_same_bytes_from_stored_data(little: store.Store) -> None:
     little.close()
     stored = store.open(little.path)
-    files = report.draw(stored)
+    files = figures.draw(stored)
     assert [f.name for f in files] == [
         f"{name}-tcp.{kind}"
         for name in ("throughput", "latency", "connections")
@@ -135,7 +135,7 @@ def test_figures_come_out_the_same_bytes_from_stored_data(little: store.Store) -
     ]
     first = [f.read_bytes() for f in files]
     assert all(b.startswith((b"\x89PNG", b"%PDF")) for b in first)
-    assert [f.read_bytes() for f in report.draw(stored)] == first
+    assert [f.read_bytes() for f in figures.draw(stored)] == first
 
 
 def test_sizes_get_figures_of_their_own(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_sizes_get_figures_of_their_own(tmp_path: Path) -> None:
     with store.create(tmp_path / "sizes", campaign) as made:
         for cell in cells:
             made.append(trial(cell, 0))
-        names = [f.name for f in report.draw(made) if f.suffix == ".png"]
+        names = [f.name for f in figures.draw(made) if f.suffix == ".png"]
         assert names == ["latency-udp-64x1.png", "latency-udp-1400x1.png"]
         text = printed(made, 120)
         assert "1400 B" in text
@@ -154,12 +154,13 @@ def test_sizes_get_figures_of_their_own(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_drawn_into_is_one_line(little: store.Store) -> None:
     (little.path / "figures").write_text("in the way")
     with pytest.raises(Error, match="figures: File exists"):
-        report.draw(little)
+        figures.draw(little)
 
 
 def test_every_datapath_of_the_design_has_a_look_of_its_own() -> None:
-    looks = [(s.color, s.hatch) for s in report.STYLES.values()]
-    lines = [(s.line, s.marker) for s in report.STYLES.values()]
+    assert tuple(figures.STYLES) == report.DATAPATHS
+    looks = [(s.color, s.hatch) for s in figures.STYLES.values()]
+    lines = [(s.line, s.marker) for s in figures.STYLES.values()]
     assert len(set(looks)) == len(looks)
     assert len(set(lines)) == len(lines)
-    assert len({s.color for s in report.STYLES.values()}) == len(looks)
+    assert len({s.color for s in figures.STYLES.values()}) == len(looks)
