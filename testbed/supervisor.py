@@ -21,7 +21,7 @@ from testbed import netlink
 from testbed.pod import Pod
 
 RTMGRP_LINK = 1
-RETRY_MS = 1000
+RETRY_MS = 250
 """How often a mending that failed is tried again, and processes are looked for that are new."""
 
 
