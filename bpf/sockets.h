@@ -72,6 +72,14 @@ static __always_inline void remember(struct bpf_sock *sk, u32 dialed, const __be
 	__builtin_memcpy(socket->address, address, sizeof(socket->address));
 }
 
+static __always_inline void forget(struct bpf_sock *sk)
+{
+	struct socket *socket = sockets.sk_storage_get(sk, 0, 0);
+
+	if (socket)
+		socket->dialed = NOTHING;
+}
+
 /* Calls to a loopback address mean this host; so does the unspecified one. */
 static __always_inline bool is_localhost(struct address a)
 {
@@ -98,10 +106,12 @@ static __always_inline bool dial(struct bpf_sock_addr *ctx, struct bpf_sock *sk,
 		tally_call(slot, REASON_FALLBACK);
 		n = -1;
 	}
-	if (n < 0) {
-		remember(sk, to.kind == LINK ? DIRECT : NOTHING, a);
+	if (to.kind == LINK)
+		remember(sk, DIRECT, a);
+	if (n < 0)
 		return false;
-	}
+	if (to.kind == UNSPECIFIED)
+		render(as(LOOPBACK, 0), is_mapped(a), a);
 	remember(sk, LOCALHOST, a);
 	render(as(LINK, n), is_mapped(a), a);
 	tally_call(slot, REASON_STEERED);
@@ -147,7 +157,10 @@ int connect4(struct bpf_sock_addr *ctx)
 	__be32 a[4] = MAPPED(ctx->user_ip4);
 	struct bpf_sock *sk = ctx->sk;
 
-	if (sk && dial(ctx, sk, sk->src_ip4, a))
+	if (!sk)
+		return 1;
+	forget(sk);
+	if (dial(ctx, sk, sk->src_ip4, a))
 		ctx->user_ip4 = a[3];
 	return 1;
 }
@@ -159,6 +172,7 @@ int connect6(struct bpf_sock_addr *ctx)
 
 	if (!sk)
 		return 1;
+	forget(sk);
 	if (dial(ctx, sk, sk->src_ip6[0] | sk->src_ip6[1] | sk->src_ip6[2] | sk->src_ip6[3], a))
 		show6(ctx, a);
 	return 1;
