@@ -26,6 +26,7 @@
 /* What may be decided besides TC_ACT_OK, TC_ACT_SHOT, and TC_ACT_REDIRECT. */
 #define TO_GUEST   1000 /* addressed to a guest: redirect it to its port */
 #define TO_NATIVE  1001 /* as the guest sent it: bring it into `lo` */
+#define ADMITTED   1002 /* from a guest, to be decided upon */
 
 struct count {
 	u64 packets, bytes;
@@ -47,6 +48,7 @@ struct odd_addresses {
 
 BPF_ARRAY(guests, u32, SLOTS * 256); /* slot << 8 | n: ifindex of the port; 0: none */
 BPF_HASH(owners, u32, u32, 16384);   /* slot << 24 | protocol << 16 | port: n; not here: native */
+#define IPV4_ONLY 0x100		     /* in the value: that guest knows no IPv6 */
 BPF_PERCPU_ARRAY(counters, struct count, SLOTS *REASONS);
 BPF_TABLE("percpu_hash", struct flow, struct count, carried, 16384);
 /* Two such flows with the same ports, but different addresses, would be mistaken for each other. */
@@ -98,13 +100,21 @@ static __always_inline void carry(struct __sk_buff *skb, u8 slot, u8 client, u8 
 	add(skb, carried.lookup(&flow));
 }
 
-/* The guest that owns a port, or -1 for a native. */
-static __always_inline int owner(u8 slot, u8 protocol, u16 port)
+/* Number and nature of the guest that owns a port, or -1 for a native. */
+static __always_inline int ownership(u8 slot, u8 protocol, u16 port)
 {
 	u32 key = slot << 24 | protocol << 16 | port;
 	u32 *n = owners.lookup(&key);
 
-	return n ? (u8)*n : -1;
+	return n ? *n : -1;
+}
+
+/* The guest that owns a port, or -1 for a native. */
+static __always_inline int owner(u8 slot, u8 protocol, u16 port)
+{
+	int n = ownership(slot, protocol, port);
+
+	return n < 0 ? n : (u8)n;
 }
 
 static __always_inline u32 port_of(u8 slot, u8 n)
@@ -151,9 +161,15 @@ static __always_inline int leave_lo(struct __sk_buff *skb, struct here here, u8 
 	} else {
 		if (is_icmp(p.protocol))
 			return TC_ACT_OK;
-		n = owner(here.slot, p.protocol, p.destination_port);
+		n = ownership(here.slot, p.protocol, p.destination_port);
 		if (n < 0)
 			return TC_ACT_OK;
+		if (p.v6 && n & IPV4_ONLY) {
+			/* Sent on, it would be lost in silence. On `lo` no socket listens: refused. */
+			tally(skb, here.slot, REASON_NO_GUEST);
+			return p.protocol == IPPROTO_TCP ? TC_ACT_OK : TC_ACT_SHOT;
+		}
+		n = (u8)n;
 		source = as(NATIVE_SOURCE, 0);
 		if (p.source.kind != LOOPBACK || p.destination.kind != LOOPBACK) {
 			struct odd_key flow = {
@@ -230,17 +246,14 @@ static __always_inline int port_nd(struct __sk_buff *skb, struct here here, stru
 	return bpf_redirect(skb->ifindex, 0);
 }
 
-/* From guest n. Towards the alias it dials `localhost`; towards a native source or a guest's view
- * it answers, from a port that it owns. Returns TO_GUEST with the other guest's number, TO_NATIVE, or
- * a verdict: TC_ACT_OK for whatever is not addressed to us, TC_ACT_REDIRECT for answers to guest n.
+/* What guest n may send at all. Returns ADMITTED with the packet parsed if its destination is an
+ * address that only we use, or a verdict: TC_ACT_OK for whatever is not addressed to us,
+ * TC_ACT_REDIRECT for answers to guest n.
  */
-static __always_inline int leave_port(struct __sk_buff *skb, struct here here, struct packet *p,
-				      u8 *to)
+static __always_inline int admit(struct __sk_buff *skb, struct here here, struct packet *p)
 {
 	u8 mac[6] = {0x02, 0x77, 0, 0, 1, here.n};
-	struct address source;
 	struct ethhdr eth;
-	int n;
 
 	if (read(skb, 0, &eth, sizeof(eth)) || !same_mac(eth.h_source, mac))
 		return drop(skb, here.slot, REASON_SPOOFED);
@@ -265,9 +278,21 @@ static __always_inline int leave_port(struct __sk_buff *skb, struct here here, s
 	}
 	if (!is_reserved(p->destination))
 		return TC_ACT_OK;
-	if (p->fault != FINE)
-		return drop_fault(skb, here.slot, p->fault);
+	return p->fault == FINE ? ADMITTED : drop_fault(skb, here.slot, p->fault);
+}
 
+/* From guest n. Towards the alias it dials `localhost`; towards a native source or a guest's view
+ * it answers, from a port that it owns. Returns TO_GUEST with the other guest's number, TO_NATIVE, or
+ * a verdict.
+ */
+static __always_inline int leave_port(struct __sk_buff *skb, struct here here, struct packet *p,
+				      u8 *to)
+{
+	struct address source;
+	int verdict = admit(skb, here, p), n;
+
+	if (verdict != ADMITTED)
+		return verdict;
 	switch (p->destination.kind) {
 	case ALIAS:
 		n = is_icmp(p->protocol) ? -1 : owner(here.slot, p->protocol, p->destination_port);

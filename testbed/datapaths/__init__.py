@@ -20,7 +20,17 @@ from testbed import netlink
 from testbed.ledger import Scope
 from testbed.model import Cell, Error, Family, Pair, Transport, alias
 
-NAMES = ("loopback", "direct", "bridge", "capture", "steer", "dnat", "proxy", "tcredirect")
+NAMES = (
+    "loopback",
+    "direct",
+    "bridge",
+    "capture",
+    "steer",
+    "dnat",
+    "proxy",
+    "tcredirect",
+    "broadcast",
+)
 
 
 class Layout(StrEnum):
@@ -40,6 +50,8 @@ class Port:
     ifname: str
     ifindex: int
     """In the namespace that `Layout` says."""
+    families: frozenset[Family] = frozenset(Family)
+    """What the guest's network stack speaks."""
 
 
 @dataclass(frozen=True)
