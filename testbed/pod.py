@@ -205,7 +205,10 @@ class Pod:
             layout=self.datapath.layout,
             uplink_ifindex=netlink.find(self.ip, "eth0")["eth0"] if bridged else 0,
             uplink_peer_ifindex=there[self._uplink] if bridged else 0,
-            ports=tuple(Port(n, self._port(n), there[self._port(n)]) for n in self.manifest.guests),
+            ports=tuple(
+                Port(n, self._port(n), there[self._port(n)], self._runtimes[guest.runtime].families)
+                for n, guest in self.manifest.guests.items()
+            ),
             owners=self.manifest.owners,
             cgroup=self.cgroup,
             native_ports=frozenset(p for w in self.manifest.natives for p in w.ports),
@@ -247,17 +250,22 @@ class Pod:
 
     def start_workload(self, name: str) -> None:
         """Start one workload (again)."""
-        n, workload = self._find(name)
-        runtime = self._runtimes[workload.runtime]
+        _, workload = self._find(name)
+        self.processes[name] = self._runtimes[workload.runtime].start(self.place(workload))
+
+    def place(self, workload: Workload) -> Place:
+        """Where a workload of the manifest runs, or another native one."""
+        n, runtime = self.number_of(workload.name) or 0, self._runtimes[workload.runtime]
         if not n:
             netns, cgroup = self.netns, self.cgroup
         else:
             netns = self.link_netns[0] if runtime.uses_tap else f"{self.netns}-g{n}"
             cgroup = self._guest_cgroup
-        self.processes[name] = runtime.start(
-            Place(workload, n, netns, self._port(n) if runtime.uses_tap else "", cgroup,
-                  self.console(name), self._consoles)
-        )  # fmt: skip
+        if workload.program:
+            cgroup = cgroup / workload.name
+            cgroup.mkdir(exist_ok=True)
+        return Place(workload, n, netns, self._port(n) if runtime.uses_tap else "", cgroup,
+                     self.console(workload.name), self._consoles)  # fmt: skip
 
     def stop_workload(self, name: str) -> None:
         """End one workload, and the connections that its peers in the pod still have with it."""
@@ -314,7 +322,7 @@ class Pod:
 
     def number_of(self, name: str) -> int | None:
         """The guest's number, None for a native workload."""
-        return self._find(name)[0] or None
+        return next((n for n, guest in self.manifest.guests.items() if guest.name == name), None)
 
     def address(self, name: str, family: Family) -> Address:
         """The workload's own address: a guest's on its link, loopback for a native one."""

@@ -93,12 +93,15 @@ def spawn(
     cpus: Sequence[int] = (),
     binds: Mapping[Path, str] | None = None,
     output: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    working_dir: str | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start a program in a cgroup and a network namespace, on some CPUs.
 
     `binds` maps files of the host to paths that they stand at for this program alone. `output`
-    receives what it prints. The command is a shell line that can be pasted (`shlex.join(p.args)`).
-    It joins its cgroup before it becomes the program, so that sockets belong to it from the start.
+    receives what it prints. `env` is its environment; None: this process's. The command is a shell
+    line that can be pasted (`shlex.join(p.args)`). It joins its cgroup before it becomes the
+    program, so that sockets belong to it from the start.
     """
     line = f"echo $$ > {shlex.quote(str(cgroup / 'cgroup.procs'))} && exec"
     enter = ["nsenter", f"--net=/run/netns/{netns}"] if netns else []
@@ -114,7 +117,12 @@ def spawn(
     sink = output.open("ab") if output else subprocess.DEVNULL
     try:
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env=env,
+            cwd=working_dir,
         )
     finally:
         if output:

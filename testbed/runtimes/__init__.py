@@ -7,14 +7,15 @@ add one: a module here with `prepare`, and its name in `model.Runtime`.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
 
-from testbed import agent
+from testbed import agent, images, kernels, rootfs
 from testbed.manifest import Workload
 from testbed.model import Error, Family, Runtime
 from testbed.process import spawn
@@ -52,6 +53,16 @@ class Place:
     scratch: Path
     """Directory for sockets and the like, one per pod."""
 
+    @property
+    def etc(self) -> dict[Path, str]:
+        """Files of a pod that somebody wrote (`Spec`) → paths that they stand at in its workloads.
+
+        `localhost` is loopback to natives, and the alias to guests.
+        """
+        kind = "guest" if self.n else "native"
+        return {self.scratch / f"hosts.{kind}": "/etc/hosts",
+                self.scratch / "resolv.conf": "/etc/resolv.conf"}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Description:
@@ -84,12 +95,83 @@ class Prepared(Protocol):
     def dialed(self, family: Family) -> str:
         """The name that a client in there dials for `localhost` in one family."""
 
+    def compose(self, workload: Workload) -> None:
+        """Make the image of the workload's program, and keep it in the cache.
+
+        Raises `Error` if there is no such image, or the program asks for what cannot be had.
+        """
+
     def start(self, place: Place) -> subprocess.Popen[bytes]:
-        """Start a workload's traffic agent; readiness is for the caller to observe."""
+        """Start a workload's program or traffic agent; readiness is for the caller to observe."""
+
+    def enter(self, place: Place) -> list[str]:
+        """A command line; what is added to it runs inside the running workload.
+
+        Raises `Error` if nothing can.
+        """
+
+
+def refuse_limits(workload: Workload, *, memory: bool = True) -> None:
+    """Raises `Error` if the program has a limit of CPUs (or memory) that nobody would enforce."""
+    program = workload.program
+    if program and (program.cpus or (memory and program.memory_bytes)):
+        raise Error(f"{workload.name!r} has a limit that {workload.runtime} cannot keep",
+                    hint="take out resources.limits, or run it as a container")  # fmt: skip
+
+
+def definition(workload: Workload) -> images.Definition:
+    """What a guest's program is composed of: a definition of osv/ by name or path, or host:PROGRAM.
+
+    Raises `Error` if there is none, or the program asks for what guests are not told.
+    """
+    program = workload.program
+    assert program is not None
+    refuse_limits(workload, memory=False)
+    if program.env or program.working_dir:
+        raise Error(f"guest {workload.name!r} cannot be given env or workingDir",
+                    hint="say it in args")  # fmt: skip
+    if program.image.startswith(rootfs.HOST):
+        paths = rootfs.programs(program.image)
+        if len(paths) != 1:
+            raise Error(f"guest {workload.name!r} has {len(paths)} programs", hint="give it one")
+        return images.Definition(program=paths[0])
+    named = program.image.endswith(".toml")
+    return images.load(Path(program.image) if named else kernels.OSV / f"{program.image}.toml")
+
+
+def as_told(workload: Workload, image: images.Image) -> images.Image:
+    """The image of a guest's program, with the command line that the program says instead."""
+    program = workload.program
+    assert program is not None
+    words = (*(program.command or image.command[:1]),
+             *(program.args or (() if program.command else image.command[1:])))  # fmt: skip
+    return replace(image, command=words)
+
+
+def memory_mib(workload: Workload) -> int:
+    """Memory of a guest: its limit, or enough for thousands of connections."""
+    limit = workload.program.memory_bytes if workload.program else None
+    return (limit or 256 << 20) >> 20
+
+
+def join(cgroup: Path, netns: str) -> list[str]:
+    """A command line; what is added to it runs in a cgroup and a network namespace."""
+    script = 'echo $$ > "$0" && exec "$@"'
+    return [
+        "sh",
+        "-c",
+        script,
+        str(cgroup / "cgroup.procs"),
+        "nsenter",
+        f"--net=/run/netns/{netns}",
+    ]
 
 
 class Program:
-    """The traffic agent as a plain program in a namespace: natives and stand-ins."""
+    """A plain program in a namespace: natives and stand-ins.
+
+    Its image is `host:PROGRAM`, as it stands on this host.
+    """
 
     families = frozenset(Family)
     uses_tap = False
@@ -103,12 +185,40 @@ class Program:
     def dialed(self, family: Family) -> str:
         return "localhost"
 
+    def compose(self, workload: Workload) -> None:
+        refuse_limits(workload)
+        self._command(workload)
+
+    def enter(self, place: Place) -> list[str]:
+        return join(place.cgroup, place.netns)
+
     def start(self, place: Place) -> subprocess.Popen[bytes]:
+        if program := place.workload.program:
+            return spawn(
+                self._command(place.workload),
+                cgroup=place.cgroup, netns=place.netns, cpus=place.workload.cpus,
+                binds=place.etc, output=place.console,
+                env={"PATH": rootfs.PATH, **dict(program.env)},
+                working_dir=program.working_dir or None,
+            )  # fmt: skip
         return spawn(
             [self._agent, "--control-port", str(place.workload.control_port)],
             cgroup=place.cgroup, netns=place.netns, cpus=place.workload.cpus,
             binds={self._hosts: "/etc/hosts"}, output=place.console,
         )  # fmt: skip
+
+    def _command(self, workload: Workload) -> list[str]:
+        program = workload.program
+        assert program is not None
+        if not program.image.startswith(rootfs.HOST):
+            raise Error(f"{workload.name!r} has the image {program.image!r}, but is no container",
+                        hint=f"the runtime {workload.runtime} takes host:PROGRAM")  # fmt: skip
+        own = [str(path) for path in rootfs.programs(program.image)][:1]
+        command = [*(program.command or own), *program.args]
+        if not command or shutil.which(command[0]) is None:
+            raise Error(f"{workload.name!r}: this host has no program {' '.join(command[:1])!r}",
+                        hint="give an image host:PROGRAM, or a command")  # fmt: skip
+        return command
 
 
 def prepare(runtime: Runtime, options: Options) -> Prepared:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from testbed import accelerator, images, kernels, process, vm
 from testbed.images import Image
 from testbed.kernels import LinuxKernel
+from testbed.manifest import Workload
 from testbed.model import Error, Family, Runtime, guest_mac
-from testbed.runtimes import Absent, Description, Options, Place
+from testbed.runtimes import Absent, Description, Options, Place, as_told, definition, memory_mib
 from testbed.vm import Vm
 
 
@@ -20,19 +21,19 @@ def prepare(options: Options) -> Linux:
     except Error as e:
         raise Absent(e.message, e.hint) from e
     image = images.compose_linux(images.load(images.AGENT), kernel, hosts_patch=options.hosts_patch)
-    return Linux(kernel, image)
+    return Linux(kernel, image, options.hosts_patch)
 
 
 class Linux:
-    """A kernel and an initramfs."""
+    """A kernel, and the agent's initramfs."""
 
     families = frozenset(Family)
     uses_tap = True
     ready_limit_s = 30.0
     """2.2 s where nothing else runs, emulated."""
 
-    def __init__(self, kernel: LinuxKernel, image: Image) -> None:
-        self.kernel, self.image = kernel, image
+    def __init__(self, kernel: LinuxKernel, image: Image, hosts_patch: bool) -> None:
+        self.kernel, self.image, self.hosts_patch = kernel, image, hosts_patch
         self.accelerator = accelerator.accelerator(kernel.path).name
         self.vhost = self.accelerator == "kvm" and accelerator.vhost_net()
         self.description = Description(
@@ -45,17 +46,33 @@ class Linux:
     def dialed(self, family: Family) -> str:
         return "localhost"
 
+    def compose(self, workload: Workload) -> None:
+        self._compose(workload)
+
+    def enter(self, place: Place) -> list[str]:
+        raise Error(f"{place.workload.name!r} is a virtual machine: nothing can be started in it",
+                    hint="see its console: testbed logs")  # fmt: skip
+
     def start(self, place: Place) -> subprocess.Popen[bytes]:
-        """Boot guest n of the pod."""
+        """Boot guest n of the pod, with the agent or the workload's program."""
+        workload = place.workload
         machine = Vm(
             self.accelerator, place.tap, guest_mac(place.n), vm.link_addresses(place.n),
-            place.console, vhost=self.vhost,
+            place.console, vhost=self.vhost, memory_mib=memory_mib(workload),
         )  # fmt: skip
-        port = ("--control-port", str(place.workload.control_port))
+        image, arguments = self.image, ["--control-port", str(workload.control_port)]
+        if workload.program:
+            image, arguments = self._compose(workload), []
         return process.spawn(
-            command(machine, self.kernel, self.image, port),
+            command(machine, self.kernel, image, arguments),
             cgroup=place.cgroup, netns=place.netns, cpus=place.workload.cpus, output=place.console,
         )  # fmt: skip
+
+    def _compose(self, workload: Workload) -> Image:
+        image = images.compose_linux(
+            definition(workload), self.kernel, hosts_patch=self.hosts_patch
+        )
+        return as_told(workload, image)
 
 
 def command(

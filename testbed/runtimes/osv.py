@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from testbed import accelerator, images, kernels, process, vm
 from testbed.images import Image
 from testbed.kernels import OsvKernel
+from testbed.manifest import Workload
 from testbed.model import Error, Family, Runtime, guest_mac
-from testbed.runtimes import Absent, Description, Options, Place
+from testbed.runtimes import Absent, Description, Options, Place, as_told, definition, memory_mib
 from testbed.vm import Vm
 
 
@@ -37,7 +37,7 @@ class Osv:
 
     def __init__(self, kernel: OsvKernel, hosts_patch: bool) -> None:
         self.kernel, self.hosts_patch = kernel, hosts_patch
-        self.image = self._compose(images.AGENT)
+        self.image = images.compose_osv(images.load(images.AGENT), hosts_patch=hosts_patch)
         self.families = kernel.families
         self.accelerator = accelerator.accelerator(kernel.path).name
         self.vhost = self.accelerator == "kvm" and accelerator.vhost_net()
@@ -53,28 +53,31 @@ class Osv:
         """OSv's resolver gives one address a name, whatever the family: IPv6 has its own name."""
         return "localhost" if family is Family.IPV4 else "ip6-localhost"
 
-    def start(self, place: Place) -> subprocess.Popen[bytes]:
-        """Boot guest n of the pod, with the agent or what the workload's program names.
+    def compose(self, workload: Workload) -> None:
+        self._compose(workload)
 
-        Its image is the path of an image's definition.
-        """
+    def enter(self, place: Place) -> list[str]:
+        raise Error(f"{place.workload.name!r} is a unikernel: it runs nothing but its program",
+                    hint="see its console: testbed logs")  # fmt: skip
+
+    def start(self, place: Place) -> subprocess.Popen[bytes]:
+        """Boot guest n of the pod, with the agent or the workload's program."""
+        workload = place.workload
         machine = Vm(
             self.accelerator, place.tap, guest_mac(place.n), vm.link_addresses(place.n),
-            place.console, vhost=self.vhost,
+            place.console, vhost=self.vhost, memory_mib=memory_mib(workload),
         )  # fmt: skip
-        program, image = place.workload.program, self.image
-        arguments = ["--control-port", str(place.workload.control_port)]
-        if program:
-            image, arguments = self._compose(Path(program.image)), []
-            words = (*(program.command or image.command[:1]), *(program.args or image.command[1:]))
-            image = replace(image, command=words)
+        image, arguments = self.image, ["--control-port", str(workload.control_port)]
+        if workload.program:
+            image, arguments = self._compose(workload), []
         return process.spawn(
             command(machine, self.kernel, image, arguments),
             cgroup=place.cgroup, netns=place.netns, cpus=place.workload.cpus, output=place.console,
         )  # fmt: skip
 
-    def _compose(self, definition: Path) -> Image:
-        return images.compose_osv(images.load(definition), hosts_patch=self.hosts_patch)
+    def _compose(self, workload: Workload) -> Image:
+        image = images.compose_osv(definition(workload), hosts_patch=self.hosts_patch)
+        return as_told(workload, image)
 
 
 def command(

@@ -1,0 +1,206 @@
+"""An OCI container, run by runc in the pod's network namespace, without any daemon.
+
+It has its own mount, PID, UTS and IPC namespaces, the capabilities that Docker gives, and a layer
+of its own above the image's files, new at every start. The traffic agent is no image of its own:
+it is `process` that plans measure.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from testbed import process, rootfs
+from testbed.ledger import Scope
+from testbed.manifest import Workload
+from testbed.model import Error, Family, Runtime
+from testbed.rootfs import Root
+from testbed.runtimes import Description, Options, Place
+
+CAPABILITIES = [f"CAP_{name}" for name in (
+    "CHOWN", "DAC_OVERRIDE", "FSETID", "FOWNER", "MKNOD", "NET_RAW", "SETGID", "SETUID", "SETFCAP",
+    "SETPCAP", "NET_BIND_SERVICE", "SYS_CHROOT", "KILL", "AUDIT_WRITE",
+)]  # fmt: skip
+"""Docker's default."""
+
+FORBIDDEN = [
+    "acct", "add_key", "bpf", "delete_module", "finit_module", "fsopen", "fspick", "fsmount",
+    "init_module", "ioperm", "iopl", "kexec_file_load", "kexec_load", "keyctl", "lookup_dcookie",
+    "mount", "mount_setattr", "move_mount", "open_by_handle_at", "open_tree", "perf_event_open",
+    "pivot_root", "quotactl", "reboot", "request_key", "setns", "settimeofday", "swapoff", "swapon",
+    "umount2", "unshare", "userfaultfd", "vhangup",
+]  # fmt: skip
+"""System calls that ask the kernel for what no workload needs; all others are allowed."""
+
+MASKED = ["/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/sched_debug",
+          "/proc/scsi", "/proc/timer_list", "/proc/timer_stats", "/sys/firmware"]  # fmt: skip
+READ_ONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
+CPU_PERIOD_US = 100_000
+
+
+def prepare(options: Options) -> Container:
+    """Raises `Error` without runc."""
+    if shutil.which("runc") is None:
+        raise Error("no runc, to run containers", hint="apt-get install runc")
+    return Container()
+
+
+class Container:
+    families = frozenset(Family)
+    uses_tap = False
+    ready_limit_s = 10.0
+    description = Description(Runtime.CONTAINER)
+
+    def __init__(self) -> None:
+        self._roots: dict[str, Root] = {}
+
+    def dialed(self, family: Family) -> str:
+        return "localhost"
+
+    def compose(self, workload: Workload) -> None:
+        self._root(workload)
+
+    def start(self, place: Place) -> subprocess.Popen[bytes]:
+        """Start it, after removing what is left of the one before.
+
+        The layer is mounted where runc alone sees it, and goes with it.
+        """
+        root, bundle, id = self._root(place.workload), _bundle(place), place.workload.name
+        if (_state(place.scratch) / id).exists():
+            _runc(place.scratch, "delete", "--force", id)
+        shutil.rmtree(bundle, ignore_errors=True)
+        layers = {name: bundle / name for name in ("upper", "work", "root")}
+        for layer in layers.values():
+            layer.mkdir(parents=True)
+        layers["root"].chmod(0o755)
+        (bundle / "config.json").write_text(json.dumps(_config(place, root)))
+        options = f"lowerdir={root.path},upperdir={layers['upper']},workdir={layers['work']}"
+        monitor = place.cgroup / "monitor"
+        monitor.mkdir(exist_ok=True)
+        script = 'mount -t overlay overlay -o "$0" "$1" && shift && exec "$@"'
+        return process.spawn(
+            ["unshare", "--mount", "sh", "-c", script, options, str(layers["root"]),
+             *_command(place.scratch), "run", "--bundle", str(bundle), id],
+            cgroup=monitor, cpus=place.workload.cpus, output=place.console,
+        )  # fmt: skip
+
+    def enter(self, place: Place) -> list[str]:
+        return [*_command(place.scratch), "exec", place.workload.name]
+
+    def _root(self, workload: Workload) -> Root:
+        if workload.program is None:
+            raise Error(f"container {workload.name!r} has no program")
+        image = workload.program.image
+        if image not in self._roots:
+            self._roots[image] = rootfs.unpack(image)
+        return self._roots[image]
+
+
+def own(owner: Scope, scratch: Path, cgroup: str) -> None:
+    """Have the containers of a pod in the ledger, before the first one starts."""
+    owner.defer(remove_containers, scratch=str(scratch), cgroup=cgroup)
+
+
+def remove_containers(scratch: str, cgroup: str) -> None:
+    """Remove a pod's containers, and their cgroups in hierarchies of version 1, if any.
+
+    Those of version 2 are the pod's own.
+    """
+    for state in _state(Path(scratch)).glob("*"):
+        _runc(Path(scratch), "delete", "--force", state.name)
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, mount, kind, *_ = line.split()
+        if kind == "cgroup":
+            for folder, _, _ in os.walk(f"{mount}/{cgroup}", topdown=False):
+                Path(folder).rmdir()
+
+
+def _state(scratch: Path) -> Path:
+    return scratch / "runc"
+
+
+def _bundle(place: Place) -> Path:
+    return place.scratch / "bundles" / place.workload.name
+
+
+def _command(scratch: Path) -> list[str]:
+    return ["runc", "--root", str(_state(scratch))]
+
+
+def _runc(scratch: Path, *arguments: str) -> None:
+    subprocess.run([*_command(scratch), *arguments], check=False, capture_output=True)
+
+
+def _config(place: Place, root: Root) -> dict[str, Any]:
+    """config.json of the OCI runtime specification, 1.0.2."""
+    program = place.workload.program
+    assert program is not None
+    arguments = program.args or (() if program.command else root.arguments)
+    command = [*(program.command or root.entrypoint), *arguments]
+    if not command:
+        raise Error(f"the image of {place.workload.name!r} says nothing to run",
+                    hint="give it a command")  # fmt: skip
+    hostname = (place.scratch / "hostname").read_text().strip()
+    env = {"PATH": rootfs.PATH, "HOSTNAME": hostname, "HOME": "/root"}
+    env |= dict(variable.split("=", 1) for variable in root.env) | dict(program.env)
+    group = place.cgroup.relative_to(process.cgroup_mount()) / "container"
+    sets = ("bounding", "effective", "permitted")
+    return {
+        "ociVersion": "1.0.2",
+        "process": {
+            "user": {"uid": root.uid, "gid": root.gid, "additionalGids": list(root.groups)},
+            "args": command,
+            "env": [f"{name}={value}" for name, value in env.items()],
+            "cwd": program.working_dir or root.working_dir,
+            "capabilities": dict.fromkeys(sets, CAPABILITIES),
+        },
+        "root": {"path": "root"},
+        "hostname": hostname,
+        "mounts": _mounts(place),
+        "linux": {
+            "cgroupsPath": f"/{group}",
+            "namespaces": [
+                *({"type": kind} for kind in ("mount", "pid", "uts", "ipc")),
+                {"type": "network", "path": f"/run/netns/{place.netns}"},
+            ],
+            "maskedPaths": MASKED,
+            "readonlyPaths": READ_ONLY,
+            "resources": _resources(program.memory_bytes, program.cpus),
+            "seccomp": {
+                "defaultAction": "SCMP_ACT_ALLOW",
+                "syscalls": [{"names": FORBIDDEN, "action": "SCMP_ACT_ERRNO", "errnoRet": 1}],
+            },
+        },
+    }
+
+
+def _mounts(place: Place) -> list[dict[str, Any]]:
+    safe = ["nosuid", "noexec", "nodev"]
+    files = place.etc | {place.scratch / "hostname": "/etc/hostname"}
+    return [
+        {"destination": "/proc", "type": "proc", "source": "proc", "options": safe},
+        {"destination": "/dev", "type": "tmpfs", "source": "tmpfs",
+         "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
+        {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
+         "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]},
+        {"destination": "/dev/shm", "type": "tmpfs", "source": "shm",
+         "options": [*safe, "mode=1777", "size=65536k"]},
+        {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": safe},
+        {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": [*safe, "ro"]},
+        *({"destination": inside, "type": "bind", "source": str(file), "options": ["bind"]}
+          for file, inside in files.items()),
+    ]  # fmt: skip
+
+
+def _resources(memory_bytes: int | None, cpus: float | None) -> dict[str, Any]:
+    """Limits; devices are denied but for those that every container has."""
+    resources: dict[str, Any] = {"devices": [{"allow": False, "access": "rwm"}]}
+    if memory_bytes:
+        resources["memory"] = {"limit": memory_bytes}
+    if cpus:
+        resources["cpu"] = {"quota": int(cpus * CPU_PERIOD_US), "period": CPU_PERIOD_US}
+    return resources

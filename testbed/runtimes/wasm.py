@@ -1,0 +1,172 @@
+"""A WASI 0.2 component, run by wasmtime in a process of its own in the pod's namespace.
+
+The image is a component, or a Python file that componentize-py makes one of. Both are compiled to
+machine code once, and kept in the cache by content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+from testbed import kernels, process, rootfs
+from testbed.manifest import Workload
+from testbed.model import Error, Family, Runtime
+from testbed.runtimes import Description, Options, Place, refuse_limits
+
+_WORLD = """\
+package testbed:program;
+world program {
+  import wasi:cli/environment@0.2.0;
+  export wasi:cli/run@0.2.0;
+}
+"""
+_WASI = """\
+package wasi:cli@0.2.0;
+interface run { run: func() -> result; }
+interface environment {
+  get-environment: func() -> list<tuple<string, string>>;
+  get-arguments: func() -> list<string>;
+}
+"""
+# Runs twice: while the component is made, when the file system is still there to import from, and
+# as `run`. Globals are kept, since the destructor of a socket that is left open ends the component.
+_MAIN = """\
+import ast, contextlib, encodings.idna, importlib, os, pathlib, sys, traceback
+from componentize_py_types import Err
+from wit_world.imports import environment
+
+tree = ast.parse(pathlib.Path(__file__).with_name("program.txt").read_text())
+for node in ast.walk(tree):
+    names = [node.module] if isinstance(node, ast.ImportFrom) else []
+    names += [a.name for a in node.names] if isinstance(node, ast.Import) else []
+    for name in names:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+code = compile(tree, "program", "exec")
+scope = {"__name__": "__main__"}
+
+
+class Run:
+    def run(self):
+        sys.argv = list(environment.get_arguments())
+        os.environ.clear()
+        os.environ.update(environment.get_environment())
+        status = None
+        try:
+            exec(code, scope)
+        except SystemExit as e:
+            status = e.code
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        if status:
+            raise Err(None)
+"""
+
+
+def prepare(options: Options) -> Wasm:
+    """Raises `Error` without wasmtime."""
+    try:
+        return Wasm(metadata.version("wasmtime"))
+    except metadata.PackageNotFoundError as e:
+        raise Error("no wasmtime, to run components", hint="./bootstrap") from e
+
+
+class Wasm:
+    families = frozenset(Family)
+    uses_tap = False
+    ready_limit_s = 10.0
+
+    def __init__(self, version: str) -> None:
+        self.version = version
+        self.description = Description(Runtime.WASM, kernel=f"wasmtime {version}")
+
+    def dialed(self, family: Family) -> str:
+        return "localhost"
+
+    def compose(self, workload: Workload) -> None:
+        refuse_limits(workload)
+        if workload.program and (workload.program.command or workload.program.working_dir):
+            raise Error(f"{workload.name!r}: a component has neither command nor workingDir",
+                        hint="give it args")  # fmt: skip
+        self._compile(workload)
+
+    def start(self, place: Place) -> subprocess.Popen[bytes]:
+        program = place.workload.program
+        assert program is not None
+        return process.spawn(
+            [sys.executable, "-P", "-m", "testbed.wasi", self._compile(place.workload),
+             *program.args],
+            cgroup=place.cgroup, netns=place.netns, cpus=place.workload.cpus, binds=place.etc,
+            output=place.console, env={"PATH": rootfs.PATH, **dict(program.env)},
+        )  # fmt: skip
+
+    def enter(self, place: Place) -> list[str]:
+        raise Error(f"{place.workload.name!r} is a component: it runs nothing but itself",
+                    hint="see what it prints: testbed logs")  # fmt: skip
+
+    def _compile(self, workload: Workload) -> Path:
+        """The machine code of the workload's image, made if it is not in the cache."""
+        if workload.program is None:
+            raise Error(f"component {workload.name!r} has no program")
+        source = Path(workload.program.image)
+        try:
+            data = source.read_bytes()
+        except OSError as e:
+            raise Error(f"no component {source}: {e.strerror}",
+                        hint="a .wasm component or a .py file") from e  # fmt: skip
+        is_python = source.suffix == ".py"
+        maker = f"{_MAIN} {metadata.version('componentize-py')}" if is_python else ""
+        key = hashlib.sha256(data + f"\0{maker}\0{self.version}".encode()).hexdigest()
+        compiled = kernels.cache_folder() / "wasm" / f"{key}.cwasm"
+        if compiled.exists():
+            return compiled
+        compiled.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=compiled.parent, prefix=".new-") as scratch:
+            component = _of_python(source, Path(scratch)) if is_python else source
+            new = Path(scratch, "new")
+            new.write_bytes(_machine_code(component))
+            new.replace(compiled)
+        return compiled
+
+
+def _machine_code(component: Path) -> bytes:
+    from wasmtime import WasmtimeError
+    from wasmtime.component import Component
+
+    from testbed import wasi
+
+    try:
+        return bytes(Component.from_file(wasi.engine(), component).serialize())
+    except WasmtimeError as e:
+        reason = " ".join(str(e).split())
+        raise Error(f"{component} is no component for WASI 0.2: {reason}") from e
+
+
+def _of_python(source: Path, scratch: Path) -> Path:
+    """A component of a Python program. What it imports from the standard library goes along."""
+    tool = shutil.which("componentize-py", path=str(Path(sys.executable).parent))
+    if tool is None:
+        raise Error(f"no componentize-py, to make a component of {source}", hint="./bootstrap")
+    wit, component = scratch / "wit", scratch / "component.wasm"
+    (wit / "deps/cli").mkdir(parents=True)
+    (wit / "world.wit").write_text(_WORLD)
+    (wit / "deps/cli/wasi.wit").write_text(_WASI)
+    (scratch / "main.py").write_text(_MAIN)
+    shutil.copy(source, scratch / "program.txt")
+    done = subprocess.run(
+        [tool, "-q", "-d", wit, "-w", "program", "componentize", "main", "-p", scratch,
+         "-o", component],
+        capture_output=True, text=True, check=False, cwd=scratch,
+    )  # fmt: skip
+    if done.returncode:
+        raise Error(f"{source} cannot be made a component: {done.stderr.strip()[-300:]}")
+    return component
