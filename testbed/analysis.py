@@ -6,18 +6,19 @@ tidy table (`testbed.store.frame`) or of plain numbers; nothing is read, measure
 
 Times and rates are positive and spread by factors, hence logarithms: means are geometric, intervals
 are Student's t on the logarithms of block values (95 %). A ratio is taken within each block, where
-both cells saw the same machine, and its interval is that of the logarithms of block ratios.
+both cells saw the same machine, and its interval is that of the logarithms of block ratios. Between
+campaigns nothing is shared, so there the two sets of blocks are independent samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import exp, inf, log, nan, sqrt
-from statistics import fmean, stdev
+from math import exp, inf, log, log1p, nan, sqrt
+from statistics import fmean, stdev, variance
 
 import pandas as pd
-from scipy.special import stdtrit
+from scipy.special import stdtr, stdtrit
 
 from testbed.model import Cell, Metric, Pair, Status
 
@@ -63,6 +64,57 @@ def estimate(values: Iterable[float]) -> Estimate:
         return Estimate(exp(mean), nan, nan, 1)
     half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * stdev(logs) / sqrt(n)
     return Estimate(exp(mean), exp(mean - half), exp(mean + half), n)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How one set of block values differs from another that is independent of it."""
+
+    ratio: Estimate
+    """Of geometric means, later by earlier; `blocks` is that of the smaller set."""
+    p_different: float
+    """How likely so large a difference is, where there is none."""
+    p_equivalent: float
+    """How likely so small a difference is, where it is as large as the band at least."""
+
+
+def difference(before: Iterable[float], after: Iterable[float], band: float) -> Difference:
+    """Ratio of two geometric means with its t-interval, and tests of difference and equivalence.
+
+    On logarithms, with unequal variances: t with Welch and Satterthwaite's degrees of freedom
+    (Welch, Biometrika 34, 1947). Equivalent means that the ratio lies within 1 / (1 + band) and
+    1 + band; tested by two one-sided tests (Schuirmann, J. Pharmacokinet. Biopharm. 15, 1987).
+    Needs two values on either side: with fewer, NaN.
+    """
+    a, b = [log(value) for value in before], [log(value) for value in after]
+    blocks = min(len(a), len(b))
+    if blocks < 2:
+        mean = exp(fmean(b) - fmean(a)) if blocks else nan
+        return Difference(Estimate(mean, nan, nan, blocks), nan, nan)
+    change, of_a, of_b = fmean(b) - fmean(a), variance(a) / len(a), variance(b) / len(b)
+    # Values without any spread are none that were measured; 1e-12 keeps the division sane.
+    error = max(sqrt(of_a + of_b), 1e-12)
+    spread = of_a**2 / (len(a) - 1) + of_b**2 / (len(b) - 1)
+    freedom = (of_a + of_b) ** 2 / spread if spread else len(a) + len(b) - 2
+    half = float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * error
+    edge = log1p(band)
+    return Difference(
+        Estimate(exp(change), exp(change - half), exp(change + half), blocks),
+        p_different=2 * float(stdtr(freedom, -abs(change) / error)),
+        p_equivalent=float(stdtr(freedom, (abs(change) - edge) / error)),
+    )
+
+
+def discoveries(p_values: Sequence[float], rate: float = 1 - CONFIDENCE) -> list[bool]:
+    """Which of many hypotheses to reject, so that of those at most `rate` are rejected wrongly.
+
+    The false-discovery rate, controlled by Benjamini and Hochberg's step-up procedure (J. R. Stat.
+    Soc. B 57, 1995); it holds for positively dependent tests too, such as two percentiles of one
+    trial (Benjamini and Yekutieli, Ann. Stat. 29, 2001). NaN is never rejected and not counted.
+    """
+    ranked = sorted(p for p in p_values if p == p)
+    bounds = [p for k, p in enumerate(ranked, 1) if p <= rate * k / len(ranked)]
+    return [bool(bounds) and p <= bounds[-1] for p in p_values]
 
 
 def distribution(blocks: Sequence[Sequence[tuple[float, int]]]) -> list[tuple[float, float]]:

@@ -74,6 +74,17 @@ def parser() -> argparse.ArgumentParser:
     table.add_argument("directory", type=Path, metavar="DIR")
     table.add_argument("--json", action="store_true")
 
+    compare = commands.add_parser(
+        "compare", help="hold a stored campaign against an earlier one (needs no root)",
+        epilog="Exit status: 0 none slower, 1 some slower, 3 could not compare.",
+    )  # fmt: skip
+    compare.set_defaults(call=_compare)
+    compare.add_argument("before", type=Path, metavar="A", help="directory of the earlier campaign")
+    compare.add_argument("after", type=Path, metavar="B", help="of the later; gets the figure")
+    compare.add_argument("--band", type=_band, default=0.05, metavar="SHARE",
+                         help="smaller changes are equivalent (default: %(default)s)")  # fmt: skip
+    compare.add_argument("--json", action="store_true")
+
     doctor = commands.add_parser(
         "doctor", help="what this machine can run, and what to type where it can't"
     )
@@ -103,6 +114,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def _band(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return value
 
 
@@ -174,6 +192,29 @@ def _table(arguments: argparse.Namespace) -> int:
 
     _print_table(store.open(arguments.directory), arguments.json)
     return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from testbed import compare, figures, store
+
+    before, after = store.open(arguments.before), store.open(arguments.after)
+    rows = compare.compare(before, after, arguments.band)
+    status = compare.exit_status(rows)
+    drawn = []
+    if any(row.ratio.blocks for row in rows):
+        folder = after.path / "figures"
+        drawn = figures.draw_comparison(rows, before, after, arguments.band, folder)
+    if arguments.json:
+        print(json.dumps(compare.data(rows, before, after, arguments.band), indent=1))
+    else:
+        from rich.console import Console
+
+        Console().print(compare.table(rows, before, after, arguments.band))
+    if drawn:
+        print(f"\nfigure: {drawn[0]}", file=sys.stderr)
+    if status == 3:
+        print("testbed: could not compare: see the reasons above", file=sys.stderr)
+    return status
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

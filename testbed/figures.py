@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator
 from matplotlib.transforms import blended_transform_factory
 
-from testbed.analysis import Summary, distribution
+from testbed.analysis import Estimate, Summary, distribution
 from testbed.model import Cell, Error, Family, Metric, Pair, Status
 from testbed.report import (
+    COLUMNS,
     FUNCTIONAL,
     UNITS,
     absence,
@@ -98,33 +100,61 @@ def draw(store: Store) -> list[Path]:
     """Draw all figures of a campaign into its `figures/`, as PNG and PDF; say which they are.
 
     One figure per metric, transport and message size: `throughput-tcp.png`, and with the size in
-    the name where there are several.
+    the name where there are several. All ratios to reference datapaths: `ratios-tcp.png`.
     """
     rows, histograms, files = summaries(store), dict[Cell, list[Any]](), []
     for trial in store.trials():
         if trial.status is Status.OK and trial.histogram_us:
             histograms.setdefault(Cell.parse(trial.cell), []).append(trial.histogram_us)
     folder = store.path / "figures"
-    try:
-        folder.mkdir(exist_ok=True)
-        for (metric, transport), kind in grouped(
-            rows, lambda r: (r.cell.metric, r.cell.transport)
-        ).items():
+    with mpl.rc_context(_RC):
+        kinds = grouped(rows, lambda r: (r.cell.metric, r.cell.transport))
+        for (metric, transport), kind in kinds.items():
             sizes = grouped(kind, lambda r: f"-{r.cell.size_bytes}x{r.cell.streams}")
             for size, group in sizes.items():
+                if metric is Metric.LATENCY:
+                    figure = _curves(group, histograms, store)
+                else:
+                    figure = _bars(group, store)
                 name = f"{metric}-{transport}{size if len(sizes) > 1 else ''}"
-                with mpl.rc_context(_RC):
-                    if metric is Metric.LATENCY:
-                        figure = _curves(group, histograms, store)
-                    else:
-                        figure = _bars(group, store)
-                    # Without dates and versions the same trials give the same bytes.
-                    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
-                    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
-                files += [folder / f"{name}.png", folder / f"{name}.pdf"]
+                files += _save(figure, folder, name)
+        divided = [row for row in rows if row.reference != row.cell.datapath]
+        for transport, group in grouped(divided, lambda r: r.cell.transport).items():
+            if any(row.ratio.blocks for row in group):
+                files += _save(_ratios(group, store), folder, f"ratios-{transport}")
+    return files
+
+
+def draw_comparison(
+    rows: Sequence[Ratio], before: Store, after: Store, band: float, folder: Path
+) -> list[Path]:
+    """Draw ratios of one campaign to another, `against-<before>.png` and its PDF, into `folder`."""
+    shown = [row for row in rows if row.ratio.blocks]
+    with mpl.rc_context(_RC):
+        figure = _forest(shown, after.campaign.guest, band)
+        how = (
+            "Ratio of geometric means, later by earlier, with 95 % Welch t-intervals; filled: the "
+            f"interval excludes 1. Gray: the band of equivalence, {band:.0%}."
+        )
+        paragraphs = [f"Earlier: {circumstances(before)}", f"Later: {circumstances(after)}", how]
+        _surround(
+            figure, f"{after.path.name} against {before.path.name}",
+            (row.cell.datapath for row in shown), paragraphs, _point,
+            before.campaign.functional or after.campaign.functional,
+        )  # fmt: skip
+        return _save(figure, folder, f"against-{before.path.resolve().name}")
+
+
+def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """As PNG and PDF; without dates and versions, so that the same trials give the same bytes."""
+    png, pdf = folder / f"{name}.png", folder / f"{name}.pdf"
+    try:
+        folder.mkdir(exist_ok=True)
+        figure.savefig(png, metadata={"Software": None})
+        figure.savefig(pdf, metadata={"CreationDate": None})
     except OSError as e:
         raise Error(f"{e.filename or folder}: {e.strerror}", "figures go into the campaign") from e
-    return files
+    return [png, pdf]
 
 
 def _bars(rows: Sequence[Summary], store: Store) -> Figure:
@@ -138,12 +168,14 @@ def _bars(rows: Sequence[Summary], store: Store) -> Figure:
     parts = [part for part in (native, [row for row in rows if row not in native]) if part]
     slots = [_slots(part) for part in parts]
     figure = Figure(figsize=(_WIDTH_IN, 2.2))
-    _surround(
-        figure, rows, store,
-        lambda style: Patch(fc=style.color, hatch=style.hatch * 2, ec="black"),
+    how = (
         "Bars: geometric means over blocks; "
         + ("whiskers: 95 % t-intervals" if store.campaign.blocks > 1 else "no interval from one")
-        + ("; native and guest pairs on scales of their own." if len(parts) > 1 else "."),
+        + ("; native and guest pairs on scales of their own." if len(parts) > 1 else ".")
+    )
+    _surround(
+        figure, _title(rows[0].cell), (row.cell.datapath for row in rows),
+        [f"{circumstances(store)} {how}", *_absences(rows)], _patch, store.campaign.functional,
     )  # fmt: skip
     panels = figure.subplots(
         1, len(families) * len(parts), squeeze=False,
@@ -214,10 +246,12 @@ def _curves(rows: Sequence[Summary], histograms: Mapping[Cell, Blocks], store: S
     families = present(Family, (row.cell.family for row in rows))
     pairs = present(Pair, (row.cell.pair for row in rows))
     figure = Figure(figsize=(_WIDTH_IN, 0.45 + 1.3 * len(families)))
+    how = "All blocks with the same weight; marks: median and 99th percentile."
     _surround(
-        figure, rows, store,
+        figure, _title(rows[0].cell), (row.cell.datapath for row in rows),
+        [f"{circumstances(store)} {how}", *_absences(rows)],
         lambda style: Line2D([], [], color=style.color, ls=style.line, **_mark(style)),
-        "All blocks with the same weight; marks: median and 99th percentile.",
+        store.campaign.functional,
     )  # fmt: skip
     panels = figure.subplots(len(families), len(pairs), sharex=True, sharey=True, squeeze=False)
     ends = []
@@ -261,23 +295,145 @@ def _curve(axes: Axes, style: Style, blocks: Blocks) -> tuple[float, float]:
     return p01, p999
 
 
+def _point(style: Style) -> Line2D:
+    return Line2D([], [], ls="none", color=style.color, **_mark(style))
+
+
+def _patch(style: Style) -> Patch:
+    return Patch(fc=style.color, hatch=style.hatch * 2, ec="black")
+
+
 def _mark(style: Style) -> dict[str, Any]:
     return {"marker": style.marker, "ms": 3.5, "mec": "black", "mew": 0.4}
 
 
-def _surround(
-    figure: Figure, rows: Sequence[Summary], store: Store, key: Callable[[Style], Any], how: str
-) -> None:
-    """Title, key of datapaths and footer, for which the figure grows beyond its panels."""
-    campaign, cell = store.campaign, rows[0].cell
-    title = f"{cell.metric.capitalize()}, {names(cell.transport)}, {size_of(cell)} messages"
-    datapaths = sorted({row.cell.datapath for row in rows}, key=rank)
+class Ratio(Protocol):
+    """What a forest plot has a row for: a summary, or a comparison of campaigns."""
+
+    @property
+    def cell(self) -> Cell: ...
+    @property
+    def quantity(self) -> str: ...
+    @property
+    def ratio(self) -> Estimate: ...
+
+
+def _ratios(rows: Sequence[Summary], store: Store) -> Figure:
+    """Every ratio to a reference datapath in one figure."""
+    shown = [row for row in rows if row.ratio.blocks]
+    figure = _forest(shown, store.campaign.guest)
+    divisors = dict.fromkeys((r.cell.datapath, r.reference) for r in shown)
+    how = (
+        "Geometric means of ratios within a block, 95 % t-intervals; filled: the interval excludes "
+        "1. Divided: " + ", ".join(f"{one} by {other}" for one, other in divisors) + "."
+    )
+    missing = {f"No ratio of {r.cell.datapath}: {r.no_ratio}": None for r in rows if r.no_ratio}
+    absent = [*_absences(rows), *missing]
+    _surround(
+        figure, f"Ratio to the reference datapath, {names(rows[0].cell.transport)}",
+        (row.cell.datapath for row in shown), [f"{circumstances(store)} {how}", *absent],
+        _point, store.campaign.functional,
+    )  # fmt: skip
+    return figure
+
+
+def _forest(rows: Sequence[Ratio], guest: str, band: float = 0.0) -> Figure:
+    """Ratios with intervals: a line per pair, family and datapath, a panel per quantity."""
+    columns = [c for c in COLUMNS if any((r.cell.metric, r.quantity) == c[:2] for r in rows)]
+    sized = len({size_of(row.cell) for row in rows}) > len({row.cell.metric for row in rows})
+
+    def line_of(row: Ratio) -> tuple[str, str]:
+        place = f"{row.cell.pair.label(guest)}, {names(row.cell.family, row.cell.transport)}"
+        return place, row.cell.datapath + (f", {size_of(row.cell)}" if sized else "")
+
+    lines = list(dict.fromkeys(map(line_of, rows)))
+    heights, at = {}, 0.0
+    for n, line in enumerate(lines):
+        at += 1.0 if n and lines[n - 1][0] == line[0] else 2.1
+        heights[line] = at
+    figure = Figure(figsize=(_WIDTH_IN, 0.5 + 0.115 * at))
+    panels = figure.subplots(1, len(columns), sharex=True, sharey=True, squeeze=False)[0]
+    low, high = _span([row.ratio for row in rows], band)
+    for axes, (metric, quantity, name) in zip(panels, columns, strict=True):
+        better = "→ better" if metric.higher_is_better else "better ←"
+        axes.set_title(f"{name}   {better}", loc="left")
+        axes.axvspan(1 / (1 + band), 1 + band, color="#dddddd", lw=0)
+        axes.axvline(1, color="black", lw=0.6)
+        for row in rows:
+            if (row.cell.metric, row.quantity) == (metric, quantity) and row.ratio.blocks:
+                _interval_line(axes, row, heights[line_of(row)], (low, high))
+    corner = panels[0]
+    corner.set_ylim(at + 0.8, 0.2)
+    corner.set_yticks(list(heights.values()), [label for _, label in heights], fontsize=_SMALL_PT)
+    for place in dict.fromkeys(place for place, _ in lines):
+        first = min(height for line, height in heights.items() if line[0] == place)
+        for axes in panels:
+            axes.axhline(first - 1.55, color="#dddddd", lw=0.5)
+            axes.tick_params(axis="y", length=0)
+        corner.text(-0.02, first - 0.95, place, ha="right", va="center", fontweight="bold",
+                    fontsize=_SMALL_PT, transform=corner.get_yaxis_transform())  # fmt: skip
+    corner.set_xscale("log")
+    corner.set_xlim(low, high)
+    steps = (0.8, 0.9, 1, 1.1, 1.25) if high / low < 3 else (0.01, 0.1, 0.2, 0.5, 1, 2, 5, 10, 100)
+    ticks = [x for x in steps if low < x < high]
+    corner.set_xticks(ticks, [f"{x:g}" for x in ticks], minor=False)
+    corner.xaxis.set_minor_locator(NullLocator())
+    return figure
+
+
+def _span(ratios: Iterable[Estimate], band: float) -> tuple[float, float]:
+    """Ends of the axis: every mean, and intervals unless they are much wider than that."""
+    known = [ratio for ratio in ratios if ratio.blocks]
+    low, high = min(r.mean for r in known), max(r.mean for r in known)
+    low, high = min(low / 1.1, 1 / (1.2 + band)), max(high * 1.1, 1.2 + band)
+    ends = [x for r in known for x in (r.low, r.high) if not math.isnan(x)]
+    return max(low / 1.5, min([low, *ends])) / 1.03, min(high * 1.5, max([high, *ends])) * 1.03
+
+
+def _interval_line(axes: Axes, row: Ratio, at: float, span: tuple[float, float]) -> None:
+    """One ratio: mark and whisker; an arrow head where the whisker leaves the panel."""
+    mean, low, high, _ = astuple(row.ratio)
+    style = STYLES.get(row.cell.datapath, NOVEL)
+    if not math.isnan(low):
+        axes.plot([max(low, span[0]), min(high, span[1])], [at, at], color="black", lw=0.7)
+        for end, beyond, head in ((span[0], low < span[0], "<"), (span[1], high > span[1], ">")):
+            if beyond:
+                axes.plot(end, at, head, color="black", ms=2.5, clip_on=False)
+    conclusive = low > 1 or high < 1
+    axes.plot(mean, at, style.marker, ms=3.8, mew=0.7, mec="black" if conclusive else style.color,
+              mfc=style.color if conclusive else "white", zorder=3)  # fmt: skip
+
+
+def _absences(rows: Sequence[Summary]) -> list[str]:
+    """Why cells are missing in a figure, each reason once."""
     absent = {f"{absence(row.status)}: {row.reason}": None
               for row in rows if row.status is not Status.OK}  # fmt: skip
-    first = f"Guest {guest_of(campaign)}. Host {campaign.host}: kernel {campaign.kernel}, "
-    first += f"{campaign.cpu}. Campaign {store.path.name}, {blocks_of(campaign)}. {how}"
-    paragraphs = [first]
-    paragraphs += [textwrap.shorten(reason, 280, placeholder=" …") for reason in absent]
+    return [textwrap.shorten(reason, 280, placeholder=" …") for reason in absent]
+
+
+def _title(cell: Cell) -> str:
+    return f"{cell.metric.capitalize()}, {names(cell.transport)}, {size_of(cell)} messages"
+
+
+def circumstances(store: Store) -> str:
+    """What a figure's footer says of its campaign."""
+    campaign = store.campaign
+    return (
+        f"Guest {guest_of(campaign)}. Host {campaign.host}: kernel {campaign.kernel}, "
+        f"{campaign.cpu}. Campaign {store.path.name}, {blocks_of(campaign)}."
+    )
+
+
+def _surround(
+    figure: Figure,
+    title: str,
+    datapaths: Iterable[str],
+    paragraphs: Sequence[str],
+    key: Callable[[Style], Any],
+    functional: bool,
+) -> None:
+    """Title, key of datapaths and footer, for which the figure grows beyond its panels."""
+    datapaths = sorted(set(datapaths), key=rank)
     footer = [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, 152)]
     key_lines = math.ceil(len(datapaths) / 8)
     key_in = 0.17 * key_lines
@@ -288,7 +444,7 @@ def _surround(
     figure.set_layout_engine("constrained", rect=(0, foot_in / height, 1, panels_in / height))
     top = 1 - 0.05 / height
     figure.text(0.01, top, title, fontsize=8, fontweight="bold", va="top")
-    if campaign.functional:
+    if functional:
         figure.text(0.99, top, FUNCTIONAL, fontsize=8, fontweight="bold", va="top", ha="right")
     figure.legend(
         [key(STYLES.get(datapath, NOVEL)) for datapath in datapaths], datapaths,

@@ -49,23 +49,25 @@ def summaries(store: Store) -> list[Summary]:
     trials = store.trials()
     missing = set(store.campaign.cells) - {trial.cell for trial in trials}
     trials += [Trial(cell, 0, 0, Status.FAILED, reason="not run yet") for cell in missing]
-    return sorted(summarise(frame(trials), store.campaign.references), key=reading_order)
+    found = summarise(frame(trials), store.campaign.references)
+    return sorted(found, key=lambda row: reading_order(row.cell, row.quantity))
 
 
 def data(store: Store) -> dict[str, Any]:
     """The table as plain data for JSON: units as in the store, null for what there is not."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        return None if isinstance(value, float) and math.isnan(value) else value
-
     campaign = {k: v for k, v in vars(store.campaign).items() if k != "cells"}
     return {
         "directory": str(store.path),
         "campaign": campaign | {"functional": store.campaign.functional},
         "cells": [{"id": row.cell.id, **plain(asdict(row))} for row in summaries(store)],
     }
+
+
+def plain(value: Any) -> Any:
+    """The same with None for NaN, which strict JSON does not know."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 # --- table ----------------------------------------------------------------------------------
@@ -196,12 +198,11 @@ def rank(datapath: str) -> tuple[int, str]:
     return known, datapath
 
 
-def reading_order(row: Summary) -> tuple[Any, ...]:
+def reading_order(cell: Cell, quantity: str) -> tuple[Any, ...]:
     """Pairs, transports, families; in them datapaths side by side, small messages first."""
-    cell = row.cell
     return (
         list(Pair).index(cell.pair), cell.transport, cell.family, rank(cell.datapath),
-        list(Metric).index(cell.metric), cell.size_bytes, cell.streams, row.quantity,
+        list(Metric).index(cell.metric), cell.size_bytes, cell.streams, quantity,
     )  # fmt: skip
 
 

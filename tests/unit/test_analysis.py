@@ -195,3 +195,84 @@ def test_ok_without_a_value_counts_as_failed() -> None:
 
 def test_no_trials_no_rows() -> None:
     assert summary([]) == []
+
+
+@given(
+    st.lists(positive, min_size=2, max_size=12).filter(lambda v: max(v) > 1.001 * min(v)),
+    st.lists(positive, min_size=2, max_size=12).filter(lambda v: max(v) > 1.001 * min(v)),
+)
+def test_difference_is_scipys_welch_test_on_logarithms(a: list[float], b: list[float]) -> None:
+    expected = stats.ttest_ind([math.log(v) for v in b], [math.log(v) for v in a], equal_var=False)
+    low, high = expected.confidence_interval(0.95)
+    found = analysis.difference(a, b, 0.05)
+    assert found.p_different == pytest.approx(expected.pvalue, rel=1e-6, abs=1e-12)
+    assert math.log(found.ratio.low) == pytest.approx(low, rel=1e-6, abs=1e-6)
+    assert math.log(found.ratio.high) == pytest.approx(high, rel=1e-6, abs=1e-6)
+
+
+def test_discoveries_are_scipys_benjamini_hochberg() -> None:
+    rng = random.Random(3)
+    for _ in range(200):
+        ps = [rng.random() ** 3 for _ in range(rng.randint(1, 30))]
+        assert analysis.discoveries(ps) == list(stats.false_discovery_control(ps) <= 0.05)
+
+
+def test_what_was_not_tested_is_no_discovery_and_makes_no_other_harder() -> None:
+    assert analysis.discoveries([math.nan, 0.04, math.nan]) == [False, True, False]
+    assert analysis.discoveries([math.nan]) == [False]
+    assert analysis.discoveries([]) == []
+
+
+def campaigns(
+    rng: random.Random, change: float, blocks: int = 5, spread: float = 0.04, cells: int = 20
+) -> list[analysis.Difference]:
+    """Two campaigns of cells that differ by a factor, whose spread differs twofold."""
+    return [
+        analysis.difference(
+            [rng.lognormvariate(0, spread) for _ in range(blocks)],
+            [rng.lognormvariate(math.log(change), spread / 2) for _ in range(blocks)],
+            0.05,
+        )
+        for _ in range(cells)
+    ]
+
+
+def binomial_bound(n: int, share: float) -> int:
+    """The count that is exceeded once in a thousand."""
+    return int(stats.binom.ppf(0.999, n, share))
+
+
+def test_without_a_change_hardly_a_campaign_shows_one() -> None:
+    """Of 400 pairs of campaigns of 20 cells 5 % have any discovery; of intervals 5 % exclude 1."""
+    rng = random.Random(5)
+    drawn = [campaigns(rng, 1.0) for _ in range(400)]
+    wrong = sum(any(analysis.discoveries([d.p_different for d in c])) for c in drawn)
+    assert wrong <= binomial_bound(400, 0.05)
+    excluded = sum(not d.ratio.low <= 1 <= d.ratio.high for c in drawn for d in c)
+    assert excluded <= binomial_bound(8000, 0.05)
+    assert excluded >= 8000 * 0.03
+
+
+def test_a_change_as_large_as_the_band_is_not_called_equivalent() -> None:
+    rng = random.Random(6)
+    for change in (1.05, 1 / 1.05):
+        wrong = sum(
+            d.p_equivalent <= 0.05 for _ in range(100) for d in campaigns(rng, change, spread=0.02)
+        )
+        assert wrong <= binomial_bound(2000, 0.05)
+
+
+def test_a_real_change_and_real_equality_are_found() -> None:
+    rng = random.Random(7)
+    changed = campaigns(rng, 0.8)
+    assert all(analysis.discoveries([d.p_different for d in changed]))
+    equal = campaigns(rng, 1.0, spread=0.01)
+    assert all(analysis.discoveries([d.p_equivalent for d in equal]))
+
+
+def test_one_block_on_a_side_has_a_ratio_but_proves_nothing() -> None:
+    found = analysis.difference([1.0], [2.0, 2.1], 0.05)
+    assert found.ratio.mean == pytest.approx(math.sqrt(4.2))
+    assert math.isnan(found.ratio.low)
+    assert math.isnan(found.p_different)
+    assert math.isnan(analysis.difference([], [1.0], 0.05).ratio.mean)
