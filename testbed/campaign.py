@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -83,7 +84,11 @@ def resume(path: Path, keep: bool, report: Report) -> Store:
     total = sum(len(cells) for _, cells in job.blocks)
     if not total:
         return stored
-    return _run(job, lambda _: store.resume(path), total=total, report=report)
+    with ExitStack() as stack:
+        appended = stack.enter_context(store.resume(path))  # before anybody touches its files
+        finished = _run(job, lambda _: appended, total=total, report=report)
+        stack.pop_all()
+        return finished
 
 
 def _blocks(

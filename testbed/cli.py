@@ -150,7 +150,6 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from testbed import campaign, doctor, figures, plan, store
 
-    doctor.preflight()
     if arguments.resume:
         path = arguments.resume
     else:
@@ -160,6 +159,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.blocks:
             chosen = replace(chosen, blocks=arguments.blocks)
         path = arguments.out or store.directory(chosen.name)
+    doctor.preflight()
     try:
         with _progress() as report:
             if arguments.resume:
