@@ -88,10 +88,11 @@ static __always_inline bool is_localhost(struct address a)
 
 /* A socket is about to dial, or to send to, an address: of the guest that owns the port, if that is
  * its `localhost`. Returns true if `a` is now another one. What is bound to an address or device can
- * only go by `lo`.
+ * only go by `lo`. A guest without IPv6 is reached from ::1 by a v4-mapped address, where the call
+ * may give one: connect may, unless the socket is IPv6-only (ENETUNREACH); sendmsg may not.
  */
 static __always_inline bool dial(struct bpf_sock_addr *ctx, struct bpf_sock *sk, bool bound,
-				 __be32 *a)
+				 bool connects, __be32 *a)
 {
 	u16 port = bpf_ntohs(ctx->user_port);
 	struct address to = classify(a);
@@ -101,19 +102,21 @@ static __always_inline bool dial(struct bpf_sock_addr *ctx, struct bpf_sock *sk,
 	if (!slot || (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_UDP))
 		return false;
 	if (is_localhost(to))
-		n = owner(slot, ctx->protocol, port);
-	if (n >= 0 && (bound || sk->bound_dev_if)) {
+		n = ownership(slot, ctx->protocol, port);
+	if (n >= 0 &&
+	    (bound || sk->bound_dev_if || (n & IPV4_ONLY && !is_mapped(a) && !connects))) {
 		tally_call(slot, REASON_FALLBACK);
 		n = -1;
 	}
-	if (to.kind == LINK)
+	/* A connected IPv6 socket sends to its v4-mapped peer as if it were unconnected. */
+	if (to.kind == LINK && (connects || sk->state != BPF_TCP_ESTABLISHED))
 		remember(sk, DIRECT, a);
 	if (n < 0)
 		return false;
 	if (to.kind == UNSPECIFIED)
 		render(as(LOOPBACK, 0), is_mapped(a), a);
 	remember(sk, LOCALHOST, a);
-	render(as(LINK, n), is_mapped(a), a);
+	render(as(LINK, n), is_mapped(a) || n & IPV4_ONLY, a);
 	tally_call(slot, REASON_STEERED);
 	return true;
 }
@@ -160,7 +163,7 @@ int connect4(struct bpf_sock_addr *ctx)
 	if (!sk)
 		return 1;
 	forget(sk);
-	if (dial(ctx, sk, sk->src_ip4, a))
+	if (dial(ctx, sk, sk->src_ip4, true, a))
 		ctx->user_ip4 = a[3];
 	return 1;
 }
@@ -173,7 +176,8 @@ int connect6(struct bpf_sock_addr *ctx)
 	if (!sk)
 		return 1;
 	forget(sk);
-	if (dial(ctx, sk, sk->src_ip6[0] | sk->src_ip6[1] | sk->src_ip6[2] | sk->src_ip6[3], a))
+	if (dial(ctx, sk, sk->src_ip6[0] | sk->src_ip6[1] | sk->src_ip6[2] | sk->src_ip6[3], true,
+		 a))
 		show6(ctx, a);
 	return 1;
 }
@@ -193,7 +197,7 @@ int sendmsg4(struct bpf_sock_addr *ctx)
 			ctx->user_ip4 = render4(as(LINK, to.n));
 			ctx->msg_src_ip4 = render4(as(ALIAS, 0));
 		}
-	} else if (dial(ctx, sk, ctx->msg_src_ip4, a)) {
+	} else if (dial(ctx, sk, ctx->msg_src_ip4, false, a)) {
 		ctx->user_ip4 = a[3];
 	}
 	return 1;
@@ -217,7 +221,7 @@ int sendmsg6(struct bpf_sock_addr *ctx)
 			ctx->msg_src_ip6[2] = source[2];
 			ctx->msg_src_ip6[3] = source[3];
 		}
-	} else if (dial(ctx, sk, source[0] | source[1] | source[2] | source[3], a)) {
+	} else if (dial(ctx, sk, source[0] | source[1] | source[2] | source[3], false, a)) {
 		show6(ctx, a);
 	}
 	return 1;

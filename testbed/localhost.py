@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_network
@@ -26,6 +26,8 @@ from testbed.model import Error, Family, Transport
 LINK_MTU = 1500
 LO_IFINDEX = 1
 RT_TABLE_LOCAL = 255
+IPV4_ONLY = 0x100
+"""In a value of `owners`: the guest has no IPv6."""
 PROTOCOLS = {Transport.TCP: socket.IPPROTO_TCP, Transport.UDP: socket.IPPROTO_UDP}
 
 Owners = Mapping[tuple[Transport, int], int]
@@ -140,14 +142,15 @@ class Rows:
     reasons: tuple[str, ...]
     """What `counters` counts, in the order of the programs' `enum reason`."""
 
-    def fill(self, owner: Scope, owners: Owners, guests: Iterable[int]) -> None:
-        """Say who owns which port, and make room to count."""
-        slot, guests = self.programs.slot, list(guests)
+    def fill(self, owner: Scope, owners: Owners, guests: Mapping[int, Collection[Family]]) -> None:
+        """Say who owns which port and which families each guest speaks, and make room to count."""
+        slot = self.programs.slot
         keys = [[slot << 24 | PROTOCOLS[transport] << 16 | port] for transport, port in owners]
-        owner.defer(clear, pins=str(self.programs.pins), slot=slot, owners=keys, guests=guests,
-                    reasons=len(self.reasons))  # fmt: skip
+        owner.defer(clear, pins=str(self.programs.pins), slot=slot, owners=keys,
+                    guests=list(guests), reasons=len(self.reasons))  # fmt: skip
         for key, n in zip(keys, owners.values(), strict=True):
-            _owners(self.programs)[tuple(key)] = (n,)
+            nature = 0 if Family.IPV6 in guests[n] else IPV4_ONLY
+            _owners(self.programs)[tuple(key)] = (n | nature,)
         for flow in _flows(slot, guests):
             _carried(self.programs)[flow] = (0, 0)
 

@@ -47,7 +47,7 @@ class _Attachment:
             self._programs = bpf.load("capture", self._scope)
             names = bpf.load("names", self._scope)
             self._rows = localhost.Rows(self._programs, REASONS)
-            self._rows.fill(self._scope, wiring.owners, [port.n for port in wiring.ports])
+            self._rows.fill(self._scope, wiring.owners, {p.n: p.families for p in wiring.ports})
             localhost.prepare_lo(self._scope, wiring.netns, wiring.owners)
             self._attach(LO_IFINDEX, EGRESS, "lo_egress", netns=wiring.netns)
             for hook in ("getpeername4", "getpeername6"):

@@ -54,7 +54,7 @@ class _Attachment:
             self._held = localhost.hold_ports(wiring.pod, wiring.netns, wiring.owners)
             self._programs = bpf.load("steer", self._scope)
             self._rows = localhost.Rows(self._programs, REASONS)
-            self._rows.fill(self._scope, wiring.owners, [port.n for port in wiring.ports])
+            self._rows.fill(self._scope, wiring.owners, {p.n: p.families for p in wiring.ports})
             localhost.prepare_lo(self._scope, wiring.netns, wiring.owners, ALIASES)
             self._attach(LO_IFINDEX, EGRESS, "lo_egress")
             self._steer_sockets()

@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -384,6 +385,56 @@ def test_a_guest_that_is_dialed_by_its_own_address_is_shown_as_it_is(
         client.sendto(b"?", (link, PORTS[1]))
         serving.sendto(*serving.recvfrom(1))
         assert client.recvfrom(1)[1][0] == link
+
+
+# --- a guest without IPv6 -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lacking(build: Build) -> Iterator[Members]:
+    """A pod whose guest 1 is said to know no IPv6 (its kernel would know)."""
+    pod = build("steer4", datapath="direct")
+    wiring = pod.wiring()
+    ports = tuple(replace(port, families=frozenset({Family.IPV4})) for port in wiring.ports)
+    whole, attachment = (
+        pod.attachment,
+        datapaths.get("steer").attach(replace(wiring, ports=ports), pod.node.owner.part()),
+    )
+    pod.attachment = attachment
+    yield Members(pod)
+    attachment.detach()
+    pod.attachment = whole
+
+
+def test_it_is_reached_from_the_ipv6_loopback_address(lacking: Members) -> None:
+    with (
+        lacking.serve(1, Family.IPV4, Transport.TCP) as listening,
+        lacking.open(0, Family.IPV6, Transport.TCP) as client,
+    ):
+        client.connect(("::1", PORTS[1]))
+        listening.accept()[0].close()
+        assert client.getpeername()[:2] == ("::1", PORTS[1])
+        assert client.getsockname()[0] == "::1"
+    with (
+        lacking.serve(1, Family.IPV4, Transport.UDP) as serving,
+        lacking.open(0, Family.IPV6, Transport.UDP) as client,
+    ):
+        client.connect(("::1", PORTS[1]))
+        client.send(b"?")
+        serving.sendto(*serving.recvfrom(1))
+        assert client.recvfrom(1)[1][:2] == ("::1", PORTS[1])
+
+
+def test_who_cannot_be_mapped_is_refused_at_once(lacking: Members) -> None:
+    for bench in (lacking, Bench(lacking.pod)):
+        with bench.open(0, Family.IPV6, Transport.TCP) as client:
+            client.bind(("::1", 0))
+            with pytest.raises(ConnectionRefusedError):
+                client.connect(("::1", PORTS[1]))
+    before = lacking.counted("no_guest")
+    with lacking.open(0, Family.IPV6, Transport.UDP) as client:
+        client.sendto(b"?", ("::1", PORTS[1]))
+        assert lacking.counted("no_guest") == before + 1
 
 
 # --- datagrams without a connection ---------------------------------------------------------
