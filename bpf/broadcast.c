@@ -39,7 +39,7 @@ enum reason {
 
 #include "pod.h"
 
-#define MAX_GUESTS 250
+#define MAX_COPIES 64 /* as in broadcast.py */
 
 BPF_ARRAY(sizes, u32, SLOTS); /* guests in the pod, numbered from 1 */
 
@@ -51,7 +51,7 @@ static __always_inline void copy_to_guests(struct __sk_buff *skb, u8 slot)
 
 	if (!size)
 		return;
-	for (n = 1; n <= MAX_GUESTS; n++) {
+	for (n = 1; n <= MAX_COPIES; n++) {
 		if (n > *size)
 			break;
 		ifindex = port_of(slot, n);

@@ -16,11 +16,14 @@ from testbed.bpf import EGRESS, INGRESS, ProgramSet
 from testbed.datapaths import Attachment, Count, Layout, LinkCounters, Wiring
 from testbed.ledger import Scope
 from testbed.localhost import LO_IFINDEX
-from testbed.model import Cell, Pair
+from testbed.model import Cell, Error, Pair
 
 REASONS = ("too_big", "spoofed", "truncated", "unhandled", "fragment_orphan", "no_guest",
            "odd_source", "answered", "copied", "unwanted")  # fmt: skip
 """What counters say, in the order of `enum reason`."""
+
+MAX_COPIES = 64
+"""Of one packet: what the kernel's verifier is willing to follow."""
 
 
 class Broadcast:
@@ -39,6 +42,9 @@ class Broadcast:
 
 class _Attachment:
     def __init__(self, wiring: Wiring, owner: Scope) -> None:
+        if len(wiring.ports) > MAX_COPIES:
+            raise Error(f"pod {wiring.pod} has {len(wiring.ports)} guests, and `broadcast` makes "
+                        f"at most {MAX_COPIES} copies", hint="choose another datapath")  # fmt: skip
         self._wiring = wiring
         self._scope = owner.part()
         self._links = self._scope
