@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from testbed.model import Error, Runtime
 
 if TYPE_CHECKING:
     from testbed.campaign import Progress
+    from testbed.remote import Host
     from testbed.store import Store
 
 
@@ -60,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--keep", action="store_true",
                      help="stop at the first pod that fails, and leave it standing")  # fmt: skip
     run.add_argument("--json", action="store_true", help="print the table as JSON")
+    _add_hosts(run)
 
     figures = commands.add_parser(
         "figures", help="draw the figures of a stored campaign (needs no root)"
@@ -73,6 +75,14 @@ def parser() -> argparse.ArgumentParser:
     table.set_defaults(call=_table)
     table.add_argument("directory", type=Path, metavar="DIR")
     table.add_argument("--json", action="store_true")
+
+    page = commands.add_parser(
+        "report", help="write a stored campaign into one HTML file (needs no root)"
+    )
+    page.set_defaults(call=_report)
+    page.add_argument("directory", type=Path, metavar="DIR")
+    page.add_argument("-o", "--output", type=Path, metavar="FILE",
+                      help="default: DIR/report.html")  # fmt: skip
 
     compare = commands.add_parser(
         "compare", help="hold a stored campaign against an earlier one (needs no root)",
@@ -90,11 +100,51 @@ def parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(call=_doctor)
     doctor.add_argument("--json", action="store_true")
+    _add_hosts(doctor)
+
+    hosts = commands.add_parser("hosts", help="who is there of an inventory's hosts")
+    hosts.set_defaults(call=_hosts)
+    hosts.add_argument("--json", action="store_true")
+    _add_hosts(hosts, required=True)
 
     clean = commands.add_parser(
         "clean", help="take down what killed runs left behind, and nothing else"
     )
     clean.set_defaults(call=_clean)
+
+    up = commands.add_parser(
+        "up", help="build the pods of a Kubernetes manifest, and leave them standing",
+        epilog="Which runtime: annotation testbed/runtime.CONTAINER, or runtimeClassName.",
+    )  # fmt: skip
+    up.set_defaults(call=_up)
+    up.add_argument("manifest", type=Path, metavar="FILE", help="v1 Pods, in YAML")
+    up.add_argument("--datapath", default="capture", metavar="NAME",
+                    help="what makes localhost work (default: %(default)s)")  # fmt: skip
+    up.add_argument("--osv-kernel", type=Path, metavar="PATH", help="as for run")
+    up.add_argument("--wait", type=float, default=60, metavar="S",
+                    help="for the pods to be ready (default: %(default)s)")  # fmt: skip
+
+    ps = commands.add_parser("ps", help="list pods and their workloads")
+    ps.set_defaults(call=_ps)
+    ps.add_argument("--json", action="store_true")
+
+    for name, call, text in (
+        ("describe", _describe, "a pod's wiring: links, addresses, programs, counters, events"),
+        ("logs", _logs, "what a pod's workloads printed; a guest's console"),
+        ("exec", _exec, "run a command inside a workload (exec POD -- COMMAND)"),
+        ("down", _down, "take pods down"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.set_defaults(call=call)
+        command.add_argument("pod", metavar="POD", nargs="+" if name == "down" else None)
+        if name in ("logs", "exec"):
+            command.add_argument("-c", "--container", metavar="NAME", help="which workload")
+        if name == "logs":
+            command.add_argument("-f", "--follow", action="store_true")
+        if name == "exec":
+            command.add_argument("words", nargs="+", metavar="COMMAND")
+        if name == "describe":
+            command.add_argument("--json", action="store_true")
 
     image = commands.add_parser("image", help="compose OSv images, and look into them")
     kinds = image.add_subparsers(dest="kind", required=True, metavar="build|inspect")
@@ -108,6 +158,17 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("image", type=Path)
     inspect.add_argument("--json", action="store_true")
     return top
+
+
+def _add_hosts(command: argparse.ArgumentParser, required: bool = False) -> None:
+    command.add_argument(
+        "--hosts", type=Path, metavar="FILE", required=required,
+        help="other hosts, by SSH (see experiments/hosts.example.toml)",
+    )  # fmt: skip
+    command.add_argument(
+        "--on", nargs="+", default=[], metavar="NAME",
+        help="only those with one of these names or labels",
+    )  # fmt: skip
 
 
 def _positive(text: str) -> int:
@@ -159,14 +220,20 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.blocks:
             chosen = replace(chosen, blocks=arguments.blocks)
         path = arguments.out or store.directory(chosen.name)
-    doctor.preflight()
+    places: Sequence[campaign.Place] = campaign.HERE
+    if hosts := _chosen(arguments):
+        from testbed import remote
+
+        places = [remote.Place(host) for host in hosts]
+    else:
+        doctor.preflight()
     try:
         with _progress() as report:
             if arguments.resume:
-                finished = campaign.resume(path, arguments.keep, report)
+                finished = campaign.resume(path, arguments.keep, report, places)
             else:
                 choice = campaign.Choice(arguments.guest, arguments.osv_kernel, arguments.keep)
-                finished = campaign.start(chosen, path, choice, arguments.seed, report)
+                finished = campaign.start(chosen, path, choice, arguments.seed, report, places)
     except KeyboardInterrupt:
         print(f"testbed: interrupted, and all is taken down; go on with --resume {path}",
               file=sys.stderr)  # fmt: skip
@@ -194,6 +261,15 @@ def _table(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _report(arguments: argparse.Namespace) -> int:
+    from testbed import page, store
+
+    file = arguments.output or arguments.directory / "report.html"
+    page.write(store.open(arguments.directory), file)
+    print(file)
+    return 0
+
+
 def _compare(arguments: argparse.Namespace) -> int:
     from testbed import compare, figures, store
 
@@ -217,9 +293,53 @@ def _compare(arguments: argparse.Namespace) -> int:
     return status
 
 
+def _chosen(arguments: argparse.Namespace) -> Sequence[Host]:
+    """The hosts that are meant; none: this machine. Raises `Error` for --on without --hosts."""
+    if arguments.hosts is None:
+        if arguments.on:
+            raise Error("--on chooses among the hosts of an inventory", "add --hosts FILE")
+        return ()
+    from testbed import remote
+
+    return remote.choose(remote.load(arguments.hosts), arguments.on)
+
+
+def _hosts(arguments: argparse.Namespace) -> int:
+    from testbed import remote
+
+    reached = True
+    answers = {}
+    for host, seen in remote.each(_chosen(arguments), remote.look):
+        reached &= not isinstance(seen, Error)
+        answers[host.name] = {"error": str(seen)} if isinstance(seen, Error) else vars(seen)
+        if not arguments.json:
+            print(f"{host.name:<12} {seen}")
+    if arguments.json:
+        print(json.dumps(answers, indent=1))
+    return 0 if reached else 1
+
+
+def _doctor_of_hosts(arguments: argparse.Namespace) -> int:
+    from testbed import doctor, remote
+
+    well = True
+    answers = {}
+    for host, found in remote.each(_chosen(arguments), remote.examine):
+        failed = isinstance(found, Error)
+        well &= not failed and doctor.ready(found)
+        answers[host.name] = {"error": str(found)} if failed else [vars(f) for f in found]
+        if not arguments.json:
+            print(*(f"{host.name:<12} {line}" for line in ([found] if failed else found)), sep="\n")
+    if arguments.json:
+        print(json.dumps(answers, indent=1))
+    return 0 if well else 1
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from testbed import doctor
 
+    if _chosen(arguments):
+        return _doctor_of_hosts(arguments)
     findings = []
     for finding in doctor.probe():
         findings.append(finding)
@@ -237,6 +357,102 @@ def _clean(arguments: argparse.Namespace) -> int:
     for removed, what in enumerate(ledger.clean(), start=1):  # noqa: B007
         print(f"removed {what}")
     print(f"{removed} things removed" if removed else "nothing was left behind")
+    return 0
+
+
+def _up(arguments: argparse.Namespace) -> int:
+    from testbed import keeper, kubernetes, runtimes
+
+    specs = kubernetes.read(arguments.manifest)
+    for spec in specs:
+        for warning in spec.warnings:
+            print(f"testbed: {warning}", file=sys.stderr)
+    options = runtimes.Options(osv_kernel=arguments.osv_kernel)
+    with keeper.Starting() as starting:
+        for spec in specs:
+            starting.start(spec, arguments.datapath, options)
+        unready = starting.wait(arguments.wait)
+    for line in unready:
+        print(f"testbed: {line}", file=sys.stderr)
+    return 1 if unready else 0
+
+
+def _ps(arguments: argparse.Namespace) -> int:
+    from testbed import pods
+
+    found = pods.all()
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    head = ("POD", "WORKLOAD", "RUNTIME", "STATE", "READY", "RESTARTS", "PORTS", "ADDRESSES",
+            "DATAPATH")  # fmt: skip
+    rows = [head] + [
+        (p["name"], w["name"], w["runtime"], w["state"], "yes" if w["ready"] else "no",
+         str(w["restarts"]), ",".join(w["ports"]) or "-", ",".join(w["addresses"]), p["datapath"])
+        for p in found for w in p["workloads"]
+    ]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+    return 0
+
+
+def _down(arguments: argparse.Namespace) -> int:
+    from testbed import pods
+
+    for name in arguments.pod:
+        pods.down(name)
+        print(f"pod {name} is down")
+    return 0
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    from testbed import pods
+
+    chosen = pods.workloads(arguments.pod, arguments.container)
+    files = [w["log"] for w in chosen if arguments.follow or Path(w["log"]).exists()]
+    if files:
+        sys.stdout.flush()
+        follow = ["--follow=name", "--retry"] if arguments.follow else []
+        os.execvp("tail", ["tail", "--quiet", *follow, "--lines=+1", *files])
+    return 0
+
+
+def _exec(arguments: argparse.Namespace) -> int:
+    from testbed import pods
+
+    chosen = pods.workloads(arguments.pod, arguments.container)
+    workload = chosen[0]
+    if "closed" in workload:
+        raise Error(workload["closed"])
+    os.execvp(workload["enter"][0], [*workload["enter"], *arguments.words])
+
+
+def _describe(arguments: argparse.Namespace) -> int:
+    from testbed import pods
+
+    found = pods.describe(arguments.pod)
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    for key in ("name", "datapath", "ready", "since", "keeper", "cgroup"):
+        print(f"{key:<10} {found[key]}")
+    for w in found["workloads"]:
+        print(f"\n{w['name']} ({w['runtime']}): {w['state']}{', ready' if w['ready'] else ''}")
+        for key in ("addresses", "ports", "pid", "restarts", "exit_status", "log"):
+            shown = " ".join(w[key]) if isinstance(w[key], list) else w[key]
+            print(f"  {key:<12} {'-' if shown in (None, '') else shown}")
+    for link in found["links"]:
+        print(f"\n{link['netns']}: {link['name']} {link['mac']}{'' if link['up'] else ' (down)'}")
+        for key in ("addresses", "programs"):
+            if link[key]:
+                print(f"  {key:<12} {' '.join(link[key])}")
+    print("\ncounters")
+    for reason, count in found["counters"].items():
+        print(f"  {reason:<16} {count['packets']} packets, {count['bytes']} bytes")
+    print("\nevents")
+    for event in found["events"]:
+        print(f"  {event}")
     return 0
 
 

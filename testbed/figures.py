@@ -374,11 +374,16 @@ def _forest(rows: Sequence[Ratio], guest: str, band: float = 0.0) -> Figure:
                     fontsize=_SMALL_PT, transform=corner.get_yaxis_transform())  # fmt: skip
     corner.set_xscale("log")
     corner.set_xlim(low, high)
-    steps = (0.8, 0.9, 1, 1.1, 1.25) if high / low < 3 else (0.01, 0.1, 0.2, 0.5, 1, 2, 5, 10, 100)
+    steps = _NEAR if high / low < 3 else _FAR
     ticks = [x for x in steps if low < x < high]
     corner.set_xticks(ticks, [f"{x:g}" for x in ticks], minor=False)
     corner.xaxis.set_minor_locator(NullLocator())
     return figure
+
+
+_NEAR = (0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2)
+_FAR = (0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 100)
+"""Ticks of an axis of ratios: of a narrow one and of others."""
 
 
 def _span(ratios: Iterable[Estimate], band: float) -> tuple[float, float]:

@@ -1,0 +1,137 @@
+"""The HTML page: it holds what was stored, needs nothing else, and works in a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from testbed import cli, page, plan, store
+from testbed.model import Error, Status, Trial
+
+VALUES = {"bridge": 2e9, "capture": 10e9, "steer": 9e9}
+CELLS = tuple(f"{d}/native-guest/ipv4/tcp/throughput/65536x1" for d in VALUES)
+CAMPAIGN = store.Campaign(
+    name="little", plan={}, cells=(*CELLS, CELLS[2].replace("ipv4", "ipv6")), blocks=3, seed=7,
+    references={"bridge": "bridge", "capture": "bridge", "steer": "bridge"}, guest="standin",
+    guest_kernel="", accelerator="none", kernel="6.18", cpu="a <CPU> & more", governor="none",
+    host="here", revision="0123456789ab", versions={"qemu": "7.2"}, started="2026-11-23T18:00:00Z",
+)  # fmt: skip
+RESULT = {
+    "check": "refused-at-once", "datapath": "capture", "guest": "standin", "pair": "native-guest",
+    "family": "ipv4", "transport": "tcp", "status": "pass", "reason": "", "duration_s": 0.1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def campaign(tmp_path: Path) -> Path:
+    with store.create(tmp_path / "little", CAMPAIGN) as made:
+        for block in range(3):
+            for cell in CELLS:
+                value = VALUES[cell.partition("/")[0]] * (1 + block / 100)
+                made.append(Trial(cell, block, 0, Status.OK, value=value))
+            reason = "no <IPv6> here"
+            made.append(Trial(CAMPAIGN.cells[3], block, 0, Status.UNSUPPORTED, reason=reason))
+    failed = {**RESULT, "family": "ipv6", "status": "fail", "reason": "took 3 s"}
+    other = {**RESULT, "datapath": "steer"}
+    (made.path / "conformance.json").write_text(json.dumps({"results": [RESULT, failed, other]}))
+    return made.path
+
+
+@pytest.fixture
+def html(campaign: Path) -> Path:
+    assert cli.main(["report", str(campaign)]) == 0
+    return campaign / "report.html"
+
+
+def test_the_page_is_whole_by_itself(html: Path) -> None:
+    text = html.read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)", text)
+    assert "http" not in re.sub(r"base64,[^\"]*", "", text)
+    assert text.count("data:image/png;base64,") == 2
+    assert "a &lt;CPU&gt; &amp; more" in text
+    assert "no &lt;IPv6&gt; here" in text
+    assert "1 of 2" in text
+    assert "took 3 s" in text
+
+
+def test_a_page_is_the_same_from_the_same_data(html: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again.html"
+    assert cli.main(["report", str(html.parent), "-o", str(again)]) == 0
+    assert again.read_bytes() == html.read_bytes()
+
+
+def test_the_command_repeats_the_campaign() -> None:
+    shipped = plan.load("quick")
+    every = replace(CAMPAIGN, name="quick", cells=tuple(c.id for c in shipped.cells))
+    words = shlex.split(page.command(every))
+    assert words[:3] == ["./bootstrap", "testbed", "run"]
+    parsed = cli.parser().parse_args(words[2:])
+    assert (parsed.plan, parsed.guest, parsed.blocks, parsed.seed) == ("quick", "standin", 3, 7)
+    assert parsed.cells is None
+    some = replace(every, cells=every.cells[:2])
+    parsed = cli.parser().parse_args(shlex.split(page.command(some))[2:])
+    assert parsed.cells == list(some.cells)
+
+
+def test_conformance_that_is_none_is_refused(campaign: Path) -> None:
+    (campaign / "conformance.json").write_text('{"results": [{}]}')
+    with pytest.raises(Error, match=r"conformance.json: not results of checks .*--json prints"):
+        page.write(store.open(campaign), campaign / "report.html")
+
+
+# --- in a browser -----------------------------------------------------------------------------
+
+
+def rendered(html: Path, script: str = "") -> str:
+    """The document after its scripts and one more have run in headless Chromium, offline."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not chromium:
+        pytest.skip("no chromium here; type: apt install chromium")
+    copy = html.with_name("copy.html")
+    copy.write_text(html.read_text().replace("</body>", f"<script>{script}</script></body>"))
+    done = subprocess.run(
+        [chromium, "--headless", "--no-sandbox", "--disable-gpu",
+         "--host-resolver-rules=MAP * ~NOTFOUND",
+         f"--user-data-dir={html.parent / 'browser'}", "--dump-dom", copy.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def shown(document: str, table: str, column: int) -> list[str]:
+    """A column of the rows that are shown."""
+    part = document[document.index(f'id="{table}"') :]
+    body = part[part.index("<tbody>") : part.index("</tbody>")]
+    rows = re.findall(r"<tr>(.*?)</tr>", body)
+    return [re.findall(r"<td[^>]*>(.*?)</td>", row)[column] for row in rows]
+
+
+DATAPATH, MEAN = 3, 6
+
+
+def test_a_click_on_a_head_sorts_by_number_and_back_and_what_is_missing_stays_last(
+    html: Path,
+) -> None:
+    click = f'document.querySelectorAll("#results thead button")[{MEAN}].click();'
+    up = shown(rendered(html, click), "results", MEAN)
+    assert up == ["2.02", "9.09", "10.1", "unsupported"]
+    down = shown(rendered(html, 2 * click), "results", DATAPATH)
+    assert down == ["capture", "steer", "bridge", "steer"]
+
+
+def test_the_box_filters_by_words(html: Path) -> None:
+    type_in = (
+        'const box = document.querySelector("#results input"); box.value = "steer IPv4";'
+        'box.dispatchEvent(new Event("input"));'
+    )
+    document = rendered(html, type_in)
+    assert shown(document, "results", DATAPATH) == ["steer"]
+    assert "<output>1 of 4</output>" in document
