@@ -14,10 +14,10 @@ OWN_PORT, ANOTHERS_PORT, NATIVE_PORT = 5000, 5003, 6000
 
 
 class Programs:
-    """The programs of `capture`, in slot 0."""
+    """The programs of a datapath (`capture`, unless its reasons say otherwise), in slot 0."""
 
-    def __init__(self, loaded: ProgramSet) -> None:
-        self._loaded = loaded
+    def __init__(self, loaded: ProgramSet, reasons: tuple[str, ...] = REASONS) -> None:
+        self._loaded, self._reasons = loaded, reasons
 
     def run(self, name: str, frame: bytes) -> tuple[int, bytes]:
         """Verdict, and the frame afterwards."""
@@ -41,7 +41,7 @@ class Programs:
 
     def count(self, reason: str) -> int:
         """Packets counted."""
-        return self._loaded.map("counters", "=I", "=QQ")[REASONS.index(reason),][0]
+        return self._loaded.map("counters", "=I", "=QQ")[self._reasons.index(reason),][0]
 
     def forget_fragments(self) -> None:
         """As if no fragment had ever been seen."""

@@ -1,0 +1,195 @@
+"""What each program of `steer` makes of a frame, run by BPF_PROG_TEST_RUN.
+
+Only what differs from `capture`, with which it shares `bpf/pod.h`. Sockets are looked up in the
+namespace that the test runs in, where none has these addresses: handing packets to sockets is
+tested with real ones.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Callable, Iterator
+
+import pytest
+from scapy.packet import Packet
+
+from testbed import bpf, ledger, localhost
+from testbed.bpf import ProgramSet
+from testbed.datapaths import steer
+from testbed.ledger import Owner
+from testbed.model import Family, Transport, guest_mac
+
+from .frames import EPHEMERAL, Plan, echo, fragments, frame, from_guest, ip, tcp, to_guest, udp
+from .frames import unreachable as port_unreachable
+from .verdicts import (
+    ANOTHER,
+    ANOTHERS_PORT,
+    DROPPED,
+    NATIVE_PORT,
+    OWN_PORT,
+    PASSED,
+    US,
+    Programs,
+)
+
+pytestmark = [pytest.mark.root, pytest.mark.parametrize("family", Family)]
+
+Body = Callable[[int, int], Packet]
+L4: dict[str, Body] = {"tcp": tcp, "udp": udp}
+EACH_L4 = pytest.mark.parametrize("l4", L4.values(), ids=L4)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Iterator[ProgramSet]:
+    with Owner() as owner, (ledger.ROOT / "slot0.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one test run at a time has slot 0
+        pins = bpf.load("steer", owner).pins
+        programs = ProgramSet(pins, slot=0)
+        rows = localhost.Rows(programs, steer.REASONS)
+        ports = {OWN_PORT: US, ANOTHERS_PORT: ANOTHER}
+        owners = {(transport, port): n for transport in Transport for port, n in ports.items()}
+        rows.fill(owner, owners, {US: set(Family), ANOTHER: set(Family)})
+        for n in (US, ANOTHER):
+            rows.set_port(n, ifindex=1)
+        carried = programs.map("carried", "=BBBx", "=QQ")
+        carried[0, US, 0] = (0, 0)  # guest 0 is native's number, too: no pod has such a row
+        yield programs
+        del carried[0, US, 0]
+        programs.close()
+
+
+@pytest.fixture
+def programs(loaded: ProgramSet) -> Programs:
+    return Programs(loaded, steer.REASONS)
+
+
+@pytest.fixture
+def rows(loaded: ProgramSet) -> localhost.Rows:
+    return localhost.Rows(loaded, steer.REASONS)
+
+
+@pytest.fixture
+def a(family: Family) -> Plan:
+    return Plan(family)
+
+
+@EACH_L4
+class TestTranslation:
+    def test_native_to_guest(self, programs: Programs, a: Plan, l4: Body) -> None:
+        body = l4(EPHEMERAL, ANOTHERS_PORT)
+        after = programs.redirects("lo_egress", frame(ip(a.loopback, a.loopback) / body))
+        assert after == to_guest(ip(a.native_source, a.others_link) / body, ANOTHER)
+
+    def test_guest_answers_native(self, programs: Programs, a: Plan, l4: Body) -> None:
+        body = l4(OWN_PORT, EPHEMERAL)
+        after = programs.redirects("port_ingress", from_guest(ip(a.link, a.native_source) / body))
+        assert after == frame(ip(a.loopback, a.loopback) / body)
+
+    def test_guest_to_native_without_a_socket_of_the_pod(
+        self, programs: Programs, a: Plan, l4: Body
+    ) -> None:
+        before = programs.count("fallback")
+        body = l4(EPHEMERAL, NATIVE_PORT)
+        after = programs.redirects("port_ingress", from_guest(ip(a.link, a.alias) / body))
+        assert after == frame(ip(a.native_view, a.loopback) / body)
+        assert programs.count("fallback") == before + 1
+
+    def test_native_answers_guest(self, programs: Programs, a: Plan, l4: Body) -> None:
+        body = l4(NATIVE_PORT, EPHEMERAL)
+        after = programs.redirects("lo_egress", frame(ip(a.loopback, a.native_view) / body))
+        assert after == to_guest(ip(a.alias, a.link) / body, US)
+
+    def test_guest_to_guest_and_back(self, programs: Programs, a: Plan, l4: Body) -> None:
+        there, back = l4(EPHEMERAL, ANOTHERS_PORT), l4(OWN_PORT, EPHEMERAL)
+        after = programs.redirects("port_ingress", from_guest(ip(a.link, a.alias) / there))
+        assert after == to_guest(ip(a.view, a.others_link) / there, ANOTHER)
+        after = programs.redirects("port_ingress", from_guest(ip(a.link, a.others_view) / back))
+        assert after == to_guest(ip(a.alias, a.others_link) / back, ANOTHER)
+
+
+class TestNothingRewritten:
+    def test_answers_to_the_pods_own_address_pass_and_are_counted(
+        self, programs: Programs, rows: localhost.Rows, a: Plan
+    ) -> None:
+        packets, octets = rows.carried(None, US)
+        sent = from_guest(ip(a.link, a.pod_link) / tcp(OWN_PORT, EPHEMERAL))
+        assert programs.passes("port_ingress", sent)
+        assert rows.carried(None, US) == (packets + 1, octets + len(sent) - 14)
+
+    @pytest.mark.parametrize("source", ["pod_link", "alias"])
+    def test_what_the_pods_own_stack_sends_is_counted(
+        self, programs: Programs, rows: localhost.Rows, a: Plan, source: str
+    ) -> None:
+        ends = (None, US) if source == "pod_link" else (US, None)
+        packets, octets = rows.carried(*ends)
+        sent = to_guest(ip(getattr(a, source), a.link) / tcp(EPHEMERAL, OWN_PORT), US)
+        assert programs.passes("port_egress", sent)
+        assert rows.carried(*ends) == (packets + 1, octets + len(sent) - 14)
+
+    def test_echo_to_the_alias_is_the_pods_own(self, programs: Programs, a: Plan) -> None:
+        assert programs.passes("port_ingress", from_guest(ip(a.link, a.alias) / echo(a.family)))
+
+    def test_what_no_guest_owns_stays_on_lo(self, programs: Programs, a: Plan) -> None:
+        sent = frame(ip(a.loopback, a.loopback) / tcp(EPHEMERAL, NATIVE_PORT))
+        assert programs.passes("lo_egress", sent)
+
+
+class TestByLoAlways:
+    def test_fragments(self, programs: Programs, a: Plan) -> None:
+        whole = ip(a.link, a.alias) / udp(EPHEMERAL, NATIVE_PORT)
+        expected = fragments(ip(a.native_view, a.loopback) / udp(EPHEMERAL, NATIVE_PORT))
+        for sent, arrives in zip(fragments(whole), expected, strict=True):
+            after = programs.redirects("port_ingress", from_guest(sent))
+            # The checksum in the first covers what only both hold: compare all but it.
+            assert len(after) == len(frame(arrives))
+            assert after[:34] == frame(arrives)[:34]
+        programs.forget_fragments()
+
+    def test_errors_about_datagrams(self, programs: Programs, a: Plan) -> None:
+        """Our socket would be found by the addresses on `lo` alone."""
+        sent_before = bytes(udp(NATIVE_PORT, EPHEMERAL))
+        error = ip(a.link, a.alias) / port_unreachable(a.alias, a.link, sent_before)
+        after = programs.redirects("port_ingress", from_guest(error))
+        on_lo = ip(a.native_view, a.loopback) / port_unreachable(
+            a.loopback, a.native_view, sent_before
+        )
+        assert after == frame(on_lo)
+
+
+class TestDropped:
+    @pytest.mark.parametrize("claimed", ["others_link", "alias", "native_source", "pod_link"])
+    def test_sources_that_are_not_its_own(self, programs: Programs, a: Plan, claimed: str) -> None:
+        sent = from_guest(ip(getattr(a, claimed), a.alias) / tcp(EPHEMERAL, NATIVE_PORT))
+        assert programs.drops("port_ingress", sent, "spoofed")
+
+    @pytest.mark.parametrize("aim", ["loopback", "native_view"])
+    def test_addresses_that_exist_on_lo_only(self, programs: Programs, a: Plan, aim: str) -> None:
+        sent = from_guest(ip(a.link, getattr(a, aim)) / tcp(EPHEMERAL, NATIVE_PORT))
+        assert programs.drops("port_ingress", sent, "spoofed")
+
+    @pytest.mark.parametrize("aim", ["native_source", "others_view"])
+    def test_answers_from_a_port_that_it_does_not_own(
+        self, programs: Programs, a: Plan, aim: str
+    ) -> None:
+        sent = from_guest(ip(a.link, getattr(a, aim)) / tcp(NATIVE_PORT, EPHEMERAL))
+        assert programs.drops("port_ingress", sent, "spoofed")
+
+    def test_too_big_for_the_link(self, programs: Programs, a: Plan) -> None:
+        sent = frame(ip(a.loopback, a.loopback) / udp(EPHEMERAL, OWN_PORT, bytes(1480)))
+        assert programs.drops("lo_egress", sent, "too_big")
+
+    @EACH_L4
+    def test_truncated_at_any_length_it_does_no_harm(
+        self, programs: Programs, a: Plan, l4: Body
+    ) -> None:
+        whole = from_guest(ip(a.link, a.alias) / l4(EPHEMERAL, NATIVE_PORT))
+        headers = len(whole) - len(bytes(l4(EPHEMERAL, NATIVE_PORT).payload))
+        shortest = 14 + (20 if a.family is Family.IPV4 else 40)  # Linux 6.18 runs nothing shorter
+        for length in range(shortest, headers):
+            assert programs.run("port_ingress", whole[:length])[0] == DROPPED
+            assert programs.run("port_egress", whole[:length])[0] == PASSED
+
+    def test_frames_from_another_mac_address(self, programs: Programs, a: Plan) -> None:
+        packet = ip(a.link, a.alias) / tcp(EPHEMERAL, NATIVE_PORT)
+        sent = frame(packet, src=guest_mac(ANOTHER), dst=guest_mac(US))
+        assert programs.drops("port_ingress", sent, "spoofed")
