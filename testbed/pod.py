@@ -92,7 +92,7 @@ class Pod:
             with self.lock:
                 self._build()
         except BaseException:
-            self._owner.undo()
+            self._undo()
             raise
 
     def _build(self) -> None:
@@ -350,9 +350,13 @@ class Pod:
         for running in self.processes.values():
             process.end(running)
         self.attachment.detach()
-        self.ip.close()
+        self._undo()
+
+    def _undo(self) -> None:
         for ip in self._guest_netns.values():
             ip.close()
+        if hasattr(self, "ip"):
+            self.ip.close()
         self._owner.undo()
 
     def __enter__(self) -> Self:
