@@ -4,7 +4,7 @@ A listener per port and side: what a guest owns, at the pod's loopback; what any
 owns, at the alias, which is an address of the pod. Each goes on to the owner's own address in the
 same family. The proxies answer before the owner does, and it sees the proxy as its peer; a port
 that nobody serves is therefore not refused, but closed. Ports that the manifest does not name are
-not carried.
+not carried, and a native server cannot bind the wildcard address: the proxy has its port already.
 """
 
 from __future__ import annotations
