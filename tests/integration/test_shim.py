@@ -1,0 +1,433 @@
+"""Unmodified programs in OSv, with the shim: literal 127.0.0.1 and ::1 are the pod's localhost.
+
+In guests of both kernels, where they are in the cache: an agent composed with the shim makes single
+socket calls, and real programs serve and dial as Debian ships them. The hosts file is the stock
+one, so that nothing here is the hosts patch's doing.
+"""
+
+from __future__ import annotations
+
+import http.server
+import shutil
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from testbed import datapaths, kernels, model, netlink, process, runtimes
+from testbed.agent import Agent
+from testbed.ledger import Owner
+from testbed.manifest import Manifest, Program, Workload
+from testbed.model import Family, Runtime, Transport
+from testbed.pod import Node, Pod
+from testbed.runtimes import Options
+
+from .sockets import PATIENCE_S, domain, wait_until
+
+pytestmark = pytest.mark.root
+
+NATIVE_PORT = 6000
+GUEST_PORTS = range(5001, 5020)
+_ports = iter(GUEST_PORTS)
+HTTP_PORT, IPERF_PORT = 8000, 5202
+NOT_PROBED = ("curl", "iperf3", "iperf3-client")
+"""Guests that listen to nobody, or for whom a connection that closes at once is an error."""
+
+FAMILIES = pytest.mark.parametrize("family", Family, ids=str)
+TRANSPORTS = pytest.mark.parametrize("transport", Transport, ids=str)
+
+
+def manifest(folder: Path) -> Manifest:
+    """One guest for each program."""
+    agent = folder / "agent.toml"
+    agent.write_text('program = "agent"\n')
+
+    def guest(
+        name: str, definition: Path, *ports: int, ready: int = 0, args: Sequence[str] = ()
+    ) -> Workload:
+        return Workload(
+            name, Runtime.OSV, tuple((t, p) for p in ports for t in Transport),
+            control_port=ready or model.CONTROL_PORT,
+            program=Program(str(definition), args=tuple(args)),
+        )  # fmt: skip
+
+    guests = [
+        guest("agent", agent, *GUEST_PORTS),
+        guest("redis", kernels.OSV / "redis.toml", 6379, ready=6379),
+        guest("nginx", kernels.OSV / "nginx.toml", 8080, ready=8080),
+        guest("iperf3", kernels.OSV / "iperf3.toml", 5201),
+        guest("curl", kernels.OSV / "curl.toml"),
+        guest("iperf3-client", kernels.OSV / "iperf3.toml",
+              args=["--client", "127.0.0.1", "--port", str(IPERF_PORT), "--time", "1"]),
+    ]  # fmt: skip
+    return Manifest(tuple(guests))
+
+
+@pytest.fixture(scope="module", params=kernels.FLAVORS)
+def pod(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pod]:
+    """Built, with the agent started; programs are started by their tests."""
+    kernel = kernels.find_osv(flavor=request.param, download=False)
+    if kernel is None or kernel.flavor != request.param:
+        pytest.skip(f"no OSv kernel of flavor {request.param} in the cache")
+    folder = tmp_path_factory.mktemp("shim")
+    osv = runtimes.prepare(Runtime.OSV, Options(osv_kernel=kernel.path, hosts_patch=False))
+    with Owner() as owner:
+        node = Node(owner)
+        prepared = {Runtime.OSV: osv}
+        with Pod(node, "shim", manifest(folder), datapaths.get("capture"), prepared, folder) as pod:
+            pod.start_workload("agent")
+            pod.wait_ready("agent")
+            yield pod
+        node.ip.close()
+
+
+class Guest:
+    """The agent's sockets, by number. Calls raise `OSError` as the guest's kernel says it."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+
+    def call(self, op: str, **keys: Any) -> dict[str, Any]:
+        self._agent.ask(op=op, **keys)
+        answer = self._agent.answer()
+        if answer["errno"]:
+            raise OSError(answer["errno"], op)
+        return answer
+
+    def socket(self, family: Family, transport: Transport) -> int:
+        return int(self.call("socket", family=family, transport=transport)["socket"])
+
+    def names(self, fd: int) -> tuple[str, str]:
+        """Own and peer's address."""
+        names = self.call("names", socket=fd)
+        return names["own_address"], names["peer_address"]
+
+    def exchange(self, fd: int, text: str) -> str:
+        """Send, and what comes back."""
+        self.call("send", socket=fd, text=text)
+        return self.receive(fd)[0]
+
+    def receive(self, fd: int) -> tuple[str, str, int]:
+        """Text, and where a datagram came from."""
+        got = self.call("receive", socket=fd, size=100, some=1, timeout_s=PATIENCE_S)
+        return bytes.fromhex(got["hex"]).decode(), got["address"], got["port"]
+
+
+@pytest.fixture
+def guest(pod: Pod) -> Iterator[Guest]:
+    with pod.agent("agent") as agent:
+        yield Guest(agent)
+
+
+@pytest.fixture
+def port() -> int:
+    """One that no test had: the agent closes its sockets a little after its orders end."""
+    return next(_ports)
+
+
+@pytest.fixture(autouse=True)
+def family_is_spoken(request: pytest.FixtureRequest, pod: Pod) -> None:
+    family = request.node.callspec.params.get("family")
+    kernel_speaks = pod._runtimes[Runtime.OSV].families
+    if family and family not in kernel_speaks:
+        pytest.skip(f"this kernel has no {family}")
+
+
+def native(pod: Pod, family: Family, transport: Transport) -> socket.socket:
+    kind = socket.SOCK_STREAM if transport is Transport.TCP else socket.SOCK_DGRAM
+    opened = netlink.inside(pod.netns, lambda: socket.socket(domain(family), kind))
+    opened.settimeout(PATIENCE_S)
+    return opened
+
+
+@contextmanager
+def echo(pod: Pod, family: Family, transport: Transport) -> Iterator[None]:
+    """A native that is bound to loopback and sends one message back."""
+    with native(pod, family, transport) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind((str(model.loopback(family)), NATIVE_PORT))
+
+        def serve() -> None:
+            if transport is Transport.UDP:
+                server.sendto(*server.recvfrom(100))
+                return
+            accepted, _ = server.accept()
+            with accepted:
+                accepted.sendall(accepted.recv(100))
+
+        if transport is Transport.TCP:
+            server.listen()
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield
+        thread.join()
+
+
+# --- calls ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "dialed"),
+    [
+        (Family.IPV4, "127.0.0.1"), (Family.IPV4, "127.0.0.9"), (Family.IPV4, "0.0.0.0"),
+        (Family.IPV6, "::1"), (Family.IPV6, "::"),
+    ],
+)  # fmt: skip
+@TRANSPORTS
+def test_loopback_that_is_dialed_is_the_pods(
+    pod: Pod, guest: Guest, family: Family, dialed: str, transport: Transport
+) -> None:
+    fd = guest.socket(family, transport)
+    with echo(pod, family, transport):
+        guest.call("connect", socket=fd, address=dialed, port=NATIVE_PORT, timeout_s=PATIENCE_S)
+        assert guest.names(fd) == (str(model.loopback(family)),) * 2
+        assert guest.exchange(fd, "hello") == "hello"
+
+
+@FAMILIES
+def test_datagram_to_loopback_is_answered_from_loopback(
+    pod: Pod, guest: Guest, family: Family
+) -> None:
+    to = str(model.loopback(family))
+    fd = guest.socket(family, Transport.UDP)
+    with echo(pod, family, Transport.UDP):
+        guest.call("send", socket=fd, text="hello", address=to, port=NATIVE_PORT)
+        assert guest.receive(fd) == ("hello", to, NATIVE_PORT)
+
+
+def test_ipv4_over_an_ipv6_socket(pod: Pod, guest: Guest) -> None:
+    if Family.IPV6 not in pod._runtimes[Runtime.OSV].families:
+        pytest.skip("this kernel has no IPv6")
+    fd = guest.socket(Family.IPV6, Transport.TCP)
+    guest.call("set", socket=fd, option="IPV6_V6ONLY", value=0)
+    with echo(pod, Family.IPV4, Transport.TCP):
+        to = "::ffff:127.0.0.1"
+        guest.call("connect", socket=fd, address=to, port=NATIVE_PORT, timeout_s=PATIENCE_S)
+        assert [ip_address(a) for a in guest.names(fd)] == [ip_address(to)] * 2
+        assert guest.exchange(fd, "hello") == "hello"
+
+
+def listening(guest: Guest, family: Family, address: str, port: int) -> int:
+    fd = guest.socket(family, Transport.TCP)
+    guest.call("bind", socket=fd, address=address, port=port)
+    guest.call("listen", socket=fd, backlog=5)
+    return fd
+
+
+@FAMILIES
+def test_server_at_loopback_serves_natives(
+    pod: Pod, guest: Guest, family: Family, port: int
+) -> None:
+    loopback = str(model.loopback(family))
+    fd = listening(guest, family, loopback, port)
+    assert guest.names(fd)[0] == loopback
+    with native(pod, family, Transport.TCP) as client:
+        client.connect((loopback, port))
+        accepted = guest.call("accept", socket=fd, timeout_s=PATIENCE_S)
+        assert (accepted["address"], accepted["port"]) == client.getsockname()[:2]
+        assert guest.names(accepted["socket"]) == (loopback, loopback)
+        client.sendall(b"hello")
+        assert guest.receive(accepted["socket"])[0] == "hello"
+
+
+@FAMILIES
+def test_server_at_the_address_of_localhost_is_at_loopback(
+    pod: Pod, guest: Guest, family: Family, port: int
+) -> None:
+    """As gethostbyname gives it, with the hosts patch.
+
+    (Accepted here as everywhere: OSv hangs when a socket is closed with a connection in its queue.)
+    """
+    fd = listening(guest, family, str(model.alias(family)), port)
+    assert guest.names(fd)[0] == str(model.loopback(family))
+    with native(pod, family, Transport.TCP) as client:
+        client.connect((str(model.loopback(family)), port))
+        guest.call("accept", socket=fd, timeout_s=PATIENCE_S)
+
+
+@FAMILIES
+def test_server_at_loopback_is_not_for_those_who_dial_the_guest(
+    pod: Pod, guest: Guest, family: Family, port: int
+) -> None:
+    """They are reset; who came to localhost meanwhile is served."""
+    fd = listening(guest, family, str(model.loopback(family)), port)
+    with (
+        native(pod, family, Transport.TCP) as outsider,
+        native(pod, family, Transport.TCP) as client,
+    ):
+        outsider.connect((str(pod.address("agent", family)), port))
+        client.connect((str(model.loopback(family)), port))
+        accepted = guest.call("accept", socket=fd, timeout_s=PATIENCE_S)
+        assert accepted["port"] == client.getsockname()[1]
+        with pytest.raises(ConnectionResetError):
+            outsider.recv(1)
+
+
+@FAMILIES
+def test_server_at_the_wildcard_is_for_everybody_and_tells_them_apart(
+    pod: Pod, guest: Guest, family: Family, port: int
+) -> None:
+    loopback = model.loopback(family)
+    wildcard = "0.0.0.0" if family is Family.IPV4 else "::"
+    fd = listening(guest, family, wildcard, port)
+    link = pod.address("agent", family)
+    for dialed, peer in ((loopback, loopback), (link, model.pod_link(family))):
+        with native(pod, family, Transport.TCP) as client:
+            client.connect((str(dialed), port))
+            accepted = guest.call("accept", socket=fd, timeout_s=PATIENCE_S)
+            assert accepted["address"] == str(peer)
+            assert guest.names(accepted["socket"]) == (str(dialed), str(peer))
+
+
+@FAMILIES
+def test_datagram_is_answered_to_the_address_that_it_was_shown_from(
+    pod: Pod, guest: Guest, family: Family, port: int
+) -> None:
+    loopback = str(model.loopback(family))
+    fd = guest.socket(family, Transport.UDP)
+    guest.call("bind", socket=fd, address=loopback, port=port)
+    assert guest.names(fd)[0] == loopback
+    with native(pod, family, Transport.UDP) as client:
+        client.connect((loopback, port))
+        client.send(b"hello")
+        text, address, source_port = guest.receive(fd)
+        assert (text, source_port) == ("hello", client.getsockname()[1])
+        assert family is Family.IPV6 or ip_address(address).is_loopback
+        guest.call("send", socket=fd, text=text, address=address, port=source_port)
+        assert client.recv(100) == b"hello"
+
+
+@FAMILIES
+def test_guest_reaches_itself(guest: Guest, family: Family, port: int) -> None:
+    loopback = str(model.loopback(family))
+    server = listening(guest, family, loopback, port)
+    client = guest.socket(family, Transport.TCP)
+    guest.call("bind", socket=client, address=loopback, port=0)
+    assert guest.names(client)[0] == loopback
+    guest.call("connect", socket=client, address=loopback, port=port, timeout_s=PATIENCE_S)
+    accepted = guest.call("accept", socket=server, timeout_s=PATIENCE_S)
+    assert accepted["address"] == loopback
+    assert guest.names(client) == guest.names(accepted["socket"]) == (loopback, loopback)
+    guest.call("send", socket=client, text="hello")
+    assert guest.receive(accepted["socket"])[0] == "hello"
+
+
+def test_localhost_has_an_address_in_every_family_that_the_kernel_speaks(
+    pod: Pod, guest: Guest
+) -> None:
+    spoken = [str(model.loopback(f)) for f in Family if f in pod._runtimes[Runtime.OSV].families]
+
+    def resolved(family: str) -> list[str]:
+        found: str = guest.call("resolve", name="LocalHost", family=family)["addresses"]
+        return found.split()
+
+    assert resolved("any") == spoken[::-1]  # ::1 first
+    assert resolved("ipv4") == spoken[:1]
+    if len(spoken) > 1:
+        assert resolved("ipv6") == spoken[1:]
+
+
+# --- programs -------------------------------------------------------------------------------
+
+
+@contextmanager
+def started(pod: Pod, name: str) -> Iterator[None]:
+    """A guest with one of Debian's programs; skipped visibly if it is not installed."""
+    if shutil.which(program := name.partition("-")[0].replace("redis", "redis-server")) is None:
+        pytest.skip(f"no {program}")
+    pod.start_workload(name)
+    try:
+        if name not in NOT_PROBED:
+            pod.wait_ready(name)
+        yield
+    finally:
+        pod.stop_workload(name)
+
+
+def run(pod: Pod, *command: str) -> str:
+    """What a native of the pod prints. It has to end well."""
+    output = pod.console(f"native-{command[0]}")
+    output.unlink(missing_ok=True)
+    running = process.spawn(command, cgroup=pod.cgroup, netns=pod.netns, output=output)
+    try:
+        assert running.wait(30) == 0, output.read_text()
+    finally:
+        process.end(running)
+    return output.read_text()
+
+
+def printed(pod: Pod, name: str, text: str) -> None:
+    """Wait until a guest has printed something."""
+    wait_until(lambda: text in pod.console(name).read_text(errors="replace"), text, 30)
+
+
+def test_redis_bound_to_loopback_with_protected_mode_on(pod: Pod) -> None:
+    if shutil.which("redis-cli") is None:
+        pytest.skip("no redis-cli")
+    with started(pod, "redis"):
+        for family in pod._runtimes[Runtime.OSV].families:
+            cli = ("redis-cli", "-h", str(model.loopback(family)))
+            assert run(pod, *cli, "CONFIG", "GET", "protected-mode").split()[-1] == "yes"
+            assert run(pod, *cli, "SET", "key", str(family)).strip() == "OK"
+            assert run(pod, *cli, "GET", "key").strip() == family
+            assert f"addr={bracketed(family)}:" in run(pod, *cli, "CLIENT", "LIST")
+
+
+def bracketed(family: Family) -> str:
+    return f"[{model.loopback(family)}]" if family is Family.IPV6 else str(model.loopback(family))
+
+
+def test_nginx_at_loopback_sees_clients_at_loopback(pod: Pod) -> None:
+    with started(pod, "nginx"):
+        answer = run(pod, "curl", "--silent", "--show-error", "http://localhost:8080/")
+        assert answer.strip() == "127.0.0.1"
+
+
+def test_curl_in_a_guest_finds_a_native_server(pod: Pod) -> None:
+    class Hello(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"hello from the pod\n")
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    at = (str(model.loopback(Family.IPV4)), HTTP_PORT)
+    with netlink.inside(pod.netns, lambda: http.server.HTTPServer(at, Hello)) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with started(pod, "curl"):
+                printed(pod, "curl", "hello from the pod")
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_iperf3_in_a_guest_serves_natives(pod: Pod) -> None:
+    with started(pod, "iperf3"):
+        printed(pod, "iperf3", "Server listening")
+        for way in ((), ("--reverse",), ("--udp",)):
+            assert "receiver" in run(pod, "iperf3", "--client", "127.0.0.1", "--time", "1", *way)
+
+
+def test_iperf3_in_a_guest_dials_a_native(pod: Pod) -> None:
+    if shutil.which("iperf3") is None:
+        pytest.skip("no iperf3")
+    server = process.spawn(
+        ["iperf3", "--server", "--one-off", "--forceflush", "--bind", "127.0.0.1",
+         "--port", str(IPERF_PORT)],
+        cgroup=pod.cgroup, netns=pod.netns, output=pod.console("native-iperf3-server"),
+    )  # fmt: skip
+    try:
+        wait_until(lambda: "listening" in pod.console("native-iperf3-server").read_text(), "server")
+        with started(pod, "iperf3-client"):
+            printed(pod, "iperf3-client", "iperf Done.")
+    finally:
+        process.end(server)
