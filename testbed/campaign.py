@@ -1,7 +1,9 @@
-"""From a plan to a campaign directory: a worker runs the blocks, each trial is stored as it comes.
+"""From a plan to a campaign directory: workers run the blocks, each trial is stored as it comes.
 
 A campaign that was interrupted, however, is resumed: what is stored is not run again. Nothing is
-measured in this process and nothing is built by it.
+measured in this process and nothing is built by it. A worker runs here, or one on each of several
+hosts: blocks are dealt out to them whole, as ratios are taken within a block. A host that fails
+fails the cells of its own blocks.
 """
 
 from __future__ import annotations
@@ -10,19 +12,21 @@ import json
 import random
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, suppress
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import IO, BinaryIO, Protocol
 
 from testbed import datapaths, store
-from testbed.model import Cell, Error, Trial
+from testbed.model import Cell, Error, Status, Trial
 from testbed.plan import Plan
 from testbed.store import Campaign, Store
-from testbed.worker import Job
+from testbed.worker import BEAT_S, Event, Job
 
 
 @dataclass(frozen=True)
@@ -48,52 +52,117 @@ class Progress:
 Report = Callable[[Progress], None]
 
 
-def start(plan: Plan, path: Path, choice: Choice, seed: int, report: Report) -> Store:
+# --- where workers run ----------------------------------------------------------------------
+
+
+class Worker(Protocol):
+    """A worker that has its job: `subprocess.Popen`, or one on another host."""
+
+    @property
+    def stdin(self) -> IO[str] | None: ...
+    @property
+    def stdout(self) -> IO[str] | None: ...
+    def wait(self) -> int: ...
+
+
+class Place(Protocol):
+    """Where a worker runs."""
+
+    name: str
+    """Stands in its trials; empty for this machine."""
+
+    def start(self, job: Job, log: BinaryIO, say: Callable[[str], None]) -> Worker:
+        """Start a worker, which complains to `log`. Raises `Error` if that cannot be done there."""
+
+
+class Here:
+    """This machine."""
+
+    name = ""
+
+    def start(self, job: Job, log: BinaryIO, say: Callable[[str], None]) -> Worker:
+        worker = subprocess.Popen(
+            [sys.executable, "-P", "-m", "testbed.worker"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+        )  # fmt: skip
+        assert worker.stdin is not None
+        with suppress(BrokenPipeError):  # its status will tell
+            worker.stdin.write(json.dumps(asdict(job)) + "\n")
+            worker.stdin.flush()
+        return worker
+
+
+HERE = (Here(),)
+
+
+# --- campaigns ------------------------------------------------------------------------------
+
+
+def start(
+    plan: Plan,
+    path: Path,
+    choice: Choice,
+    seed: int,
+    report: Report,
+    places: Sequence[Place] = HERE,
+) -> Store:
     """Run a plan into a new campaign directory. Returns it complete, and still open.
 
-    Raises `Error` if the directory has a campaign already, or nothing can be run here.
+    Raises `Error` if the directory has a campaign already, or nothing can be run anywhere.
     """
     if (path / "campaign.json").exists():
         raise Error(f"{path}: there is a campaign already", f"continue it: --resume {path}")
+    if plan.blocks < len(places):
+        raise Error(f"{plan.blocks} blocks cannot be dealt out to {len(places)} hosts",
+                    f"--blocks {len(places)}, or fewer hosts by --on")  # fmt: skip
     for name in {cell.datapath for cell in plan.cells}:
         datapaths.get(name)
-    job = Job(_blocks(plan, seed, set()), plan.warmup_s, plan.duration_s, choice.guest,
-              str(path.absolute()),
+    job = Job((), plan.warmup_s, plan.duration_s, choice.guest, str(path.absolute()),
               str(choice.osv_kernel.absolute()) if choice.osv_kernel else None,
               keep=choice.keep)  # fmt: skip
+    shares = _deal(job, _blocks(plan, seed, set()), places, {})
 
-    def make(ready: dict[str, Any]) -> Store:
-        return store.create(path, _describe(plan, seed, job, ready))
+    def make(ready: Event) -> Store:
+        return store.create(path, _describe(plan, seed, job, ready, places))
 
-    return _run(job, make, total=len(plan.cells) * plan.blocks, report=report)
+    return _run(shares, make, report)
 
 
-def resume(path: Path, keep: bool, report: Report) -> Store:
-    """Run what a campaign still lacks. Failed trials are run again."""
+def resume(path: Path, keep: bool, report: Report, places: Sequence[Place] = HERE) -> Store:
+    """Run what a campaign still lacks. Failed trials are run again.
+
+    A block goes on where it was begun; blocks of hosts that are not among `places` fail.
+    """
     stored = store.open(path)
     campaign = stored.campaign
+    if (hosts := campaign.environment.get("hosts")) and places is HERE:
+        raise Error(f"{path}: this campaign runs on {', '.join(hosts)}", "add --hosts FILE")
+    if places is not HERE and not hosts:
+        raise Error(f"{path}: this campaign runs on {campaign.host}", "leave out --hosts")
     plan = Plan(
         campaign.name,
         campaign.blocks,
         **campaign.plan,
         cells=tuple(map(Cell.parse, campaign.cells)),
     )
-    job = Job(_blocks(plan, campaign.seed, stored.done()), plan.warmup_s, plan.duration_s,
-              campaign.guest, str(path.absolute()),
+    job = Job((), plan.warmup_s, plan.duration_s, campaign.guest, str(path.absolute()),
               campaign.environment["osv_kernel"], keep=keep)  # fmt: skip
-    total = sum(len(cells) for _, cells in job.blocks)
-    if not total:
+    begun = {t.block: t.host for t in stored.trials() if t.status is not Status.FAILED}
+    blocks = _blocks(plan, campaign.seed, stored.done())
+    if not blocks:
         return stored
     with ExitStack() as stack:
         appended = stack.enter_context(store.resume(path))  # before anybody touches its files
-        finished = _run(job, lambda _: appended, total=total, report=report)
+        finished = _run(_deal(job, blocks, places, begun), lambda _: appended, report)
         stack.pop_all()
         return finished
 
 
-def _blocks(
-    plan: Plan, seed: int, done: set[tuple[str, int]]
-) -> tuple[tuple[int, tuple[str, ...]], ...]:
+Blocks = tuple[tuple[int, tuple[str, ...]], ...]
+"""(number of the block, ids of its cells in the order to run them)."""
+
+
+def _blocks(plan: Plan, seed: int, done: set[tuple[str, int]]) -> Blocks:
     """Every block's cells in its random order, without those that are done."""
     blocks = []
     for number in range(plan.blocks):
@@ -104,29 +173,76 @@ def _blocks(
     return tuple(blocks)
 
 
-def _run(
-    job: Job, open_store: Callable[[dict[str, Any]], Store], total: int, report: Report
-) -> Store:
-    """Have a worker do the job; store its trials."""
+@dataclass
+class _Share:
+    """The blocks that one place runs, and how that ended."""
+
+    name: str
+    place: Place | None
+    """None: a host on which blocks were begun, and which is not to be had now."""
+    job: Job
+    stop: threading.Event = field(default_factory=threading.Event)
+    working: bool = False
+    error: Error | None = None
+
+
+def _deal(job: Job, blocks: Blocks, places: Sequence[Place], begun: dict[int, str]) -> list[_Share]:
+    """Blocks that were begun go to their hosts, the others round in turn."""
+    hands: dict[str, list[tuple[int, tuple[str, ...]]]] = {place.name: [] for place in places}
+    new = 0
+    for block in blocks:
+        name = begun.get(block[0])
+        if name is None:
+            name = places[new % len(places)].name
+            new += 1
+        hands.setdefault(name, []).append(block)
+    by_name = {place.name: place for place in places}
+    return [
+        _Share(name, by_name.get(name), replace(job, blocks=tuple(hand)))
+        for name, hand in hands.items()
+        if hand
+    ]
+
+
+def _run(shares: list[_Share], open_store: Callable[[Event], Store], report: Report) -> Store:
+    """Have workers run their shares, all at once; store their trials.
+
+    If some of them fail, so do the cells that they still had. Raises the `Error` if all do.
+    """
     campaign: Store | None = None
-    done, text, began = 0, "starting", time.monotonic()
+    left = {(number, id): (share, order) for share in shares
+            for number, ids in share.job.blocks for order, id in enumerate(ids)}  # fmt: skip
+    total, text, began = len(left), "starting", time.monotonic()
     try:
-        for event in _events(job):
-            match event["event"]:
-                case "ready":
-                    campaign = open_store(event)
-                    began = time.monotonic()
-                    text = event["why"] or text
-                case "step":
-                    text = event["text"]
-                case "trial" if campaign:
-                    campaign.append(Trial.from_json(event["trial"]))
-                    done += 1
-                case "kept":
-                    text = f"left standing: {', '.join(event['pods'])}"
-            left_s = (time.monotonic() - began) / done * (total - done) if done else None
-            report(Progress(text, done, total, left_s))
-        assert campaign is not None
+        with closing(_events(shares)) as events:
+            for share, event in events:
+                prefix = f"{share.name}: " if share.name else ""
+                match event["event"]:
+                    case "ready":
+                        campaign = campaign or open_store(event)
+                        _meet(campaign, share, event)
+                        began = time.monotonic()
+                        text = event["why"] or text
+                    case "step":
+                        text = f"{prefix}{event['text']}"
+                    case "trial" if campaign:
+                        trial = replace(Trial.from_json(event["trial"]), host=share.name)
+                        campaign.append(trial)
+                        left.pop((trial.block, trial.cell), None)
+                    case "failed":
+                        text = f"failed: {share.error}"
+                    case "kept":
+                        text = f"{prefix}left standing: {', '.join(event['pods'])}"
+                done = total - len(left)
+                left_s = (time.monotonic() - began) / done * len(left) if done else None
+                report(Progress(text, done, total, left_s))
+        failed = [share for share in shares if share.error]
+        if campaign is None or len(failed) == len(shares):
+            raise _all_failed(failed)
+        for (number, id), (share, order) in left.items():
+            if share.error:
+                campaign.append(Trial(id, number, order, Status.FAILED, share.error.message,
+                                      host=share.name))  # fmt: skip
         return campaign
     except BaseException:
         if campaign:
@@ -134,50 +250,135 @@ def _run(
         raise
 
 
-def _events(job: Job) -> Iterator[dict[str, Any]]:
-    """Start a worker, give it the job, pass on what it says. When this returns the worker is gone.
+def _all_failed(shares: list[_Share]) -> Error:
+    errors = [share.error for share in shares if share.error]
+    if len(errors) == 1:
+        return errors[0]
+    return Error("; ".join(e.message for e in errors), errors[0].hint)
 
-    What it complains of stays in `worker.log` of the campaign.
+
+def _meet(store: Store, share: _Share, ready: Event) -> None:
+    """Keep what a host says of itself; its share fails if its guests are not the campaign's.
+
+    What is averaged over blocks must be the same kind of guest.
     """
-    log = Path(job.directory) / "worker.log"
+    campaign, guest = store.campaign, ready["guest"]
+    if share.name:
+        store.keep_host(share.name, {k: ready[k] for k in ("machine", "versions", "guest")})
+    ours = (campaign.guest, campaign.guest_kernel, campaign.accelerator)
+    found = (guest["runtime"], guest["kernel"], guest["accelerator"] or "none")
+    if found != ours:
+        share.error = Error(
+            f"{share.name or 'this machine'}: guests are {' '.join(found)}, "
+            f"and the campaign's are {' '.join(ours)}",
+            "start a new campaign, with --guest or on other hosts",
+        )
+        share.stop.set()
+
+
+def _events(shares: list[_Share]) -> Generator[tuple[_Share, Event], None, None]:
+    """What the workers say, as they say it. When this returns, or is left, the workers are gone."""
+    inbox: SimpleQueue[tuple[_Share, Event | BaseException]] = SimpleQueue()
+
+    def attend(share: _Share) -> None:
+        try:
+            for event in _attend(share, lambda text: inbox.put((share, _step(text)))):
+                inbox.put((share, event))
+            inbox.put((share, {"event": "end"}))
+        except BaseException as e:
+            inbox.put((share, e))
+
+    threads = [threading.Thread(target=attend, args=(share,), daemon=True) for share in shares]
+    for thread in threads:
+        thread.start()
+    running = len(threads)
+    try:
+        while running:
+            share, event = inbox.get()
+            if isinstance(event, BaseException):
+                running -= 1
+                if not isinstance(event, Error):
+                    raise event
+                share.error = share.error or event
+                yield share, {"event": "failed"}
+            elif event["event"] == "end":
+                running -= 1
+            elif share.error is None:
+                yield share, event
+    finally:
+        for share in shares:
+            share.stop.set()
+        for share, thread in zip(shares, threads, strict=True):
+            if share.working:  # one that still prepares has nothing to take down
+                _join(thread)
+
+
+def _step(text: str) -> Event:
+    return {"event": "step", "text": text}
+
+
+def _join(thread: threading.Thread) -> None:
+    """Workers take everything down before they end, also if somebody is in a hurry."""
+    while thread.is_alive():
+        with suppress(KeyboardInterrupt):
+            thread.join()
+
+
+def _attend(share: _Share, say: Callable[[str], None]) -> Iterator[Event]:
+    """Start a share's worker and pass on what it says. When this returns the worker is gone.
+
+    What it complains of stays in `worker.log` of the campaign, or `worker-HOST.log`.
+    """
+    if share.place is None:
+        raise Error(f"blocks were begun on {share.name}, which is not among the hosts of this run",
+                    f"--on {share.name}")  # fmt: skip
+    log = Path(share.job.directory, f"worker-{share.name}.log" if share.name else "worker.log")
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
-        complaints = log.open("w")
+        complaints = log.open("wb")
     except OSError as e:
         raise Error(f"cannot write {log}: {e.strerror}", "choose a directory with --out") from e
     with complaints:
-        worker = subprocess.Popen(
-            [sys.executable, "-P", "-m", "testbed.worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, text=True,
-        )  # fmt: skip
-    with worker.stdin as orders, worker.stdout as answers:  # type: ignore[union-attr]
+        worker = share.place.start(share.job, complaints, say)
+        share.working = True
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        beat = threading.Thread(target=_beat, args=(worker.stdin, share.stop), daemon=True)
+        beat.start()
         try:
-            orders.write(json.dumps(asdict(job)) + "\n")
-            orders.flush()
-            for line in answers:
+            for line in worker.stdout:
                 event = json.loads(line)
                 if event["event"] == "error":
-                    raise Error(event["message"], event["hint"])
+                    where = f"{share.name}: " if share.name else ""
+                    raise Error(f"{where}{event['message']}", event["hint"])
                 yield event
         finally:
-            orders.close()
-            status = _wait(worker)
+            share.stop.set()
+            beat.join()
+            status = worker.wait()
+            worker.stdout.close()
     if status:
-        last = log.read_text().strip().rpartition("\n")[2] or "it said nothing"
-        raise Error(f"the worker ended with status {status}: {last}", f"see {log}, then --resume")
+        last = log.read_text(errors="replace").strip().rpartition("\n")[2] or "it said nothing"
+        if status < 0 and share.name:
+            raise Error(f"lost the link to {share.name}", "--resume goes on where it ended")
+        where = f"the worker on {share.name}" if share.name else "the worker"
+        raise Error(f"{where} ended with status {status}: {last}", f"see {log}, then --resume")
 
 
-def _wait(worker: subprocess.Popen[str]) -> int:
-    """The worker takes everything down before it ends, also if somebody is in a hurry."""
-    while True:
-        try:
-            return worker.wait()
-        except KeyboardInterrupt:
-            continue
+def _beat(orders: IO[str], stop: threading.Event) -> None:
+    """Tell a worker that somebody wants its results, until nobody does."""
+    with suppress(OSError):
+        while not stop.wait(BEAT_S):
+            orders.write("\n")
+            orders.flush()
+    with suppress(OSError):
+        orders.close()
 
 
-def _describe(plan: Plan, seed: int, job: Job, ready: dict[str, Any]) -> Campaign:
+def _describe(plan: Plan, seed: int, job: Job, ready: Event, places: Sequence[Place]) -> Campaign:
+    """The campaign. Of several hosts it says what the first that was ready is."""
     guest, facts = ready["guest"], ready["machine"]
+    names = [place.name for place in places if place.name]
     return Campaign(
         name=plan.name,
         plan={"warmup_s": plan.warmup_s, "duration_s": plan.duration_s},
@@ -191,12 +392,13 @@ def _describe(plan: Plan, seed: int, job: Job, ready: dict[str, Any]) -> Campaig
         kernel=facts["kernel"],
         cpu=facts["cpu"],
         governor=facts["governor"],
-        host=facts["host"],
+        host=", ".join(names) or facts["host"],
         revision=revision(),
         offloads=guest["offloads"],
         versions=ready["versions"],
         images=guest["digests"],
-        environment={"osv_kernel": job.osv_kernel, "why": ready["why"]},
+        environment={"osv_kernel": job.osv_kernel, "why": ready["why"]}
+        | ({"hosts": names} if names else {}),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

@@ -255,6 +255,8 @@ class Trial:
     """cpu_s, steal_s, load1 of the host during the trial; clock_skew of a guest."""
     started: str = ""
     """UTC, ISO 8601."""
+    host: str = ""
+    """The host's name in the inventory; empty: the machine that the campaign was started on."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain data for one line of `trials.jsonl`, defaults left out."""

@@ -3,6 +3,7 @@
     campaign.json    the plan and the circumstances (`Campaign`), written once
     trials.jsonl     one line a trial, appended and on the disk before `append` returns
     consoles/        serial consoles of guests
+    hosts/           of campaigns on other hosts, what each of these is: machine, versions, guests
     trials.parquet, trials.csv, histogram.parquet    derived: rewritten from trials.jsonl at will
     figures/         derived as well (`testbed.figures`)
 
@@ -125,6 +126,13 @@ class Store:
     def console(self, name: str) -> Path:
         """Where a guest's serial console goes."""
         return self.path / "consoles" / f"{name}.log"
+
+    def keep_host(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Keep what a host that takes part is."""
+        with _explained(self.path / "hosts"):
+            (self.path / "hosts").mkdir(exist_ok=True)
+        with _replacing(self.path / "hosts" / f"{name}.json") as beside:
+            beside.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
 
     def derive(self) -> list[Path]:
         """Write the tables anew from trials.jsonl, and say which files they are."""

@@ -4,14 +4,16 @@
 
 The job comes as one line of JSON on standard input, events leave as lines of JSON on standard
 output: `ready` (what the guests are), `step` (what is being done), `trial` (a result), `kept`,
-`error`. Standard input stays open as long as somebody wants the results: at its end the worker
-takes everything down and ends.
+`error`. Standard input stays open as long as somebody wants the results, and says so by a line
+every `BEAT_S`: at its end, or after `SILENCE_S` without one (the link to another host may have
+died unseen), the worker takes everything down and ends.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import sys
 import threading
@@ -26,6 +28,9 @@ from testbed.ledger import Owner
 from testbed.model import Cell, Error, Pair, Runtime, Status, Trial
 from testbed.pod import Node, Pod
 from testbed.supervisor import Supervisor
+
+BEAT_S = 5
+SILENCE_S = 20
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,8 @@ def main() -> None:
     job = Job.from_json(json.loads(sys.stdin.readline()))
 
     def give_up_when_nobody_listens() -> None:
-        sys.stdin.read()
+        while select.select([0], [], [], SILENCE_S)[0] and os.read(0, 4096):
+            pass
         os.kill(os.getpid(), signal.SIGTERM)
 
     def stop(*_: object) -> None:

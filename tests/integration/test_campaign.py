@@ -114,8 +114,8 @@ class Running:
     @property
     def worker(self) -> int:
         """Pid of the worker."""
-        pid = self.process.pid
-        (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        threads = Path(f"/proc/{self.process.pid}/task")
+        (child,) = "".join(p.read_text() for p in threads.glob("*/children")).split()
         return int(child)
 
     def mark(self) -> str:
