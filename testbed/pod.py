@@ -292,18 +292,25 @@ class Pod:
         process.kill_connections(self.netns, " or ".join(ends))
 
     def wait_ready(self, name: str) -> None:
-        """Wait until the workload's agent answers. Raises `Error` with its last console lines."""
+        """Wait until the workload's agent answers in every family that its stack has.
+
+        (OSv's IPv6 address is usable a second after the rest.) Raises `Error` with its last console
+        lines.
+        """
         _, workload = self._find(name)
-        limit_s = self._runtimes[workload.runtime].ready_limit_s
+        runtime = self._runtimes[workload.runtime]
+        limit_s, patience_s = runtime.ready_limit_s, 0.2
         deadline = time.monotonic() + limit_s
         while True:
             if (code := self.processes[name].poll()) is not None:
                 problem = f"{name} of {self.name} ended with status {code}"
                 break
             try:
-                self.agent(name, timeout_s=1).close()
+                for family in sorted(runtime.families):
+                    self.agent(name, patience_s, family).close()
                 return
             except OSError:
+                patience_s *= 1.2  # short, as what is lost is sent again after a second only
                 if time.monotonic() > deadline:
                     problem = f"{name} of {self.name} was not ready within {limit_s:g} s"
                     break
@@ -329,10 +336,10 @@ class Pod:
         n, _ = self._find(name)
         return guest_link(family, n) if n else loopback(family)
 
-    def agent(self, name: str, timeout_s: float = 5) -> Agent:
+    def agent(self, name: str, timeout_s: float = 5, family: Family = Family.IPV4) -> Agent:
         """A control connection to the workload's agent, at its own address. Raises `OSError`."""
         _, workload = self._find(name)
-        to = (str(self.address(name, Family.IPV4)), workload.control_port)
+        to = (str(self.address(name, family)), workload.control_port)
         return Agent(netlink.inside(self.netns, lambda: socket.create_connection(to, timeout_s)))
 
     def _find(self, name: str) -> tuple[int, Workload]:
