@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 
 from testbed import machine
@@ -73,8 +74,12 @@ def run(cell: Cell, pod: Pod, guest: Prepared, warmup_s: float, duration_s: floa
     try:
         pod.revive()
         with pod.agent(server) as serving, pod.agent(client) as dialing:
-            serving.serve(cell.transport, cell.family, PORTS[server], _bind(pod, server))
-            return _measure(cell, pod, dialing, dialed, warmup_s, duration_s, started)
+            served = serving.serve(cell.transport, cell.family, PORTS[server], _bind(pod, server))
+            try:
+                return _measure(cell, pod, dialing, dialed, warmup_s, duration_s, started)
+            finally:
+                with suppress(Error):  # the agent has ended
+                    serving.stop(served)  # now: without, soon
     except (Error, OSError) as e:
         return Trial(cell.id, 0, 0, Status.FAILED, str(e), dialed=dialed, started=started)
 
