@@ -12,7 +12,7 @@ from pathlib import Path
 
 from testbed import bpf, localhost
 from testbed.bpf import EGRESS, INGRESS, ProgramSet
-from testbed.datapaths import Attachment, Count, Layout, Wiring
+from testbed.datapaths import Attachment, Count, Layout, LinkCounters, Wiring
 from testbed.ledger import Scope
 from testbed.localhost import LO_IFINDEX
 from testbed.model import Cell, Pair
@@ -62,6 +62,8 @@ class _Attachment:
     # --- Attachment -------------------------------------------------------------------------
 
     def carried(self, client: int | None, server: int | None) -> Count:
+        if client is None and server is None:
+            return LinkCounters(self._wiring).carried(None, None)
         return Count(*self._rows.carried(client, server))
 
     def counters(self) -> dict[str, Count]:
