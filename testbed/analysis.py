@@ -188,6 +188,42 @@ def summarise(trials: pd.DataFrame, references: Mapping[str, str]) -> list[Summa
     return summaries
 
 
+CPU = ("softirq", "system", "user", "guest")
+"""What a host's CPU time is spent on (`testbed.machine.busy`)."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Host CPU seconds per gigabyte of payload (throughput) or million transactions (others)."""
+
+    cell: Cell
+    total: Estimate
+    shares: Mapping[str, float]
+    """What of the total is spent on each of `CPU`; together 1."""
+
+
+def costs(trials: pd.DataFrame) -> list[Cost]:
+    """What traffic costs the host, for every cell whose trials say so, as they first appear.
+
+    All that the host did while there was traffic is counted, on all CPUs: CPU seconds per second
+    by the rate that was measured. An idle host's own business is in it; on a quiet one, little.
+    """
+    found = []
+    for id, table in trials[trials.status == "ok"].groupby("cell", sort=False):
+        cell = Cell.parse(str(id))
+        if "machine.softirq_s" not in table:
+            continue
+        done = table.payload_bytes / 1e9
+        if cell.metric is not Metric.THROUGHPUT:
+            done = table.transactions / 1e6
+        cost = table["machine.cpu_s"] / table["machine.active_s"] / (done / table.duration_s)
+        parts = table[[f"machine.{part}_s" for part in CPU]].clip(lower=0).mean()
+        if (cost > 0).any():
+            shares = {part: float(parts[f"machine.{part}_s"] / parts.sum()) for part in CPU}
+            found.append(Cost(cell, estimate(cost[cost > 0]), shares))
+    return found
+
+
 def block_values(table: pd.DataFrame, quantity: str) -> dict[int, float]:
     """Block → value of one cell's trials that are ok and have a positive, finite one."""
     rows = table[(table.status == "ok") & (table[quantity] > 0) & (table[quantity] < inf)]

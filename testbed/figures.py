@@ -20,10 +20,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, NullLocator
 from matplotlib.transforms import blended_transform_factory
 
-from testbed.analysis import Estimate, Summary, distribution
+from testbed.analysis import Cost, Estimate, Summary, costs, distribution
 from testbed.model import Cell, Error, Family, Metric, Pair, Status
 from testbed.report import (
     COLUMNS,
@@ -40,7 +41,7 @@ from testbed.report import (
     size_of,
     summaries,
 )
-from testbed.store import Store
+from testbed.store import Store, frame
 
 Blocks = Sequence[Sequence[tuple[float, int]]]
 """Histograms of a cell's blocks."""
@@ -53,6 +54,14 @@ class Style(NamedTuple):
     hatch: str
     line: Any
     marker: str
+
+
+class Part(NamedTuple):
+    """How a part of a bar looks."""
+
+    color: str
+    hatch: str
+    name: str
 
 
 STYLES = {
@@ -100,7 +109,8 @@ def draw(store: Store) -> list[Path]:
     """Draw all figures of a campaign into its `figures/`, as PNG and PDF; say which they are.
 
     One figure per metric, transport and message size: `throughput-tcp.png`, and with the size in
-    the name where there are several. All ratios to reference datapaths: `ratios-tcp.png`.
+    the name where there are several. Likewise what it cost the host: `cpu-throughput-tcp.png`. All
+    ratios to reference datapaths: `ratios-tcp.png`.
     """
     rows, histograms, files = summaries(store), dict[Cell, list[Any]](), []
     for trial in store.trials():
@@ -110,7 +120,7 @@ def draw(store: Store) -> list[Path]:
     with mpl.rc_context(_RC):
         kinds = grouped(rows, lambda r: (r.cell.metric, r.cell.transport))
         for (metric, transport), kind in kinds.items():
-            sizes = grouped(kind, lambda r: f"-{r.cell.size_bytes}x{r.cell.streams}")
+            sizes = grouped(kind, lambda r: _params(r.cell))
             for size, group in sizes.items():
                 if metric is Metric.LATENCY:
                     figure = _curves(group, histograms, store)
@@ -118,6 +128,12 @@ def draw(store: Store) -> list[Path]:
                     figure = _bars(group, store)
                 name = f"{metric}-{transport}{size if len(sizes) > 1 else ''}"
                 files += _save(figure, folder, name)
+        spent = grouped(costs(frame(store.trials())), lambda c: (c.cell.metric, c.cell.transport))
+        for (metric, transport), costly in spent.items():
+            by_size = grouped(costly, lambda c: _params(c.cell))
+            for size, alike in by_size.items():
+                name = f"cpu-{metric}-{transport}{size if len(by_size) > 1 else ''}"
+                files += _save(_spent(alike, store), folder, name)
         divided = [row for row in rows if row.reference != row.cell.datapath]
         for transport, group in grouped(divided, lambda r: r.cell.transport).items():
             if any(row.ratio.blocks for row in group):
@@ -139,10 +155,14 @@ def draw_comparison(
         paragraphs = [f"Earlier: {circumstances(before)}", f"Later: {circumstances(after)}", how]
         _surround(
             figure, f"{after.path.name} against {before.path.name}",
-            (row.cell.datapath for row in shown), paragraphs, _point,
+            _keys(shown, _point), paragraphs,
             before.campaign.functional or after.campaign.functional,
         )  # fmt: skip
         return _save(figure, folder, f"against-{before.path.resolve().name}")
+
+
+def _params(cell: Cell) -> str:
+    return f"-{cell.size_bytes}x{cell.streams}"
 
 
 def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
@@ -174,8 +194,8 @@ def _bars(rows: Sequence[Summary], store: Store) -> Figure:
         + ("; native and guest pairs on scales of their own." if len(parts) > 1 else ".")
     )
     _surround(
-        figure, _title(rows[0].cell), (row.cell.datapath for row in rows),
-        [f"{circumstances(store)} {how}", *_absences(rows)], _patch, store.campaign.functional,
+        figure, _title(rows[0].cell), _keys(rows, _patch),
+        [f"{circumstances(store)} {how}", *_absences(rows)], store.campaign.functional,
     )  # fmt: skip
     panels = figure.subplots(
         1, len(families) * len(parts), squeeze=False,
@@ -191,7 +211,7 @@ def _bars(rows: Sequence[Summary], store: Store) -> Figure:
     return figure
 
 
-def _slots(rows: Sequence[Summary]) -> list[tuple[Pair, str] | None]:
+def _slots(rows: Sequence[Summary] | Sequence[Cost]) -> list[tuple[Pair, str] | None]:
     """Places along the x axis: the datapaths of each pair, an empty place between pairs."""
     slots: list[tuple[Pair, str] | None] = []
     for pair in present(Pair, (row.cell.pair for row in rows)):
@@ -241,6 +261,68 @@ def _bar_panel(
                       bbox={"fc": "white", "ec": "none", "pad": 0.2, "alpha": 0.8})  # fmt: skip
 
 
+PARTS = {
+    "softirq": Part("#333333", "", "softirq"),
+    "system": Part("#888888", "////", "system"),
+    "user": Part("#ffffff", "....", "user"),
+    "guest": Part("#cccccc", "", "guests' QEMU"),
+}
+"""What CPU time is spent on, from the bottom of the bars up. No colors: those are datapaths'."""
+
+
+def _spent(rows: Sequence[Cost], store: Store) -> Figure:
+    """Host CPU time as bars of its parts, by pair and datapath, a panel per family."""
+    cell, guest = rows[0].cell, store.campaign.guest
+    families = present(Family, (row.cell.family for row in rows))
+    slots = _slots(rows)
+    figure = Figure(figsize=(_WIDTH_IN, 2.4))
+    per = "gigabyte" if cell.metric is Metric.THROUGHPUT else "million transactions"
+    how = (
+        "Bars: geometric means over blocks of all that the host's CPUs did during traffic, by the "
+        "traffic; whiskers: 95 % t-intervals of the whole."
+    )
+    keys = [
+        (Patch(fc=part.color, hatch=part.hatch * 2, ec="black"), part.name)
+        for part in PARTS.values()
+    ]
+    _surround(
+        figure, f"Host CPU per {per}: {_title(cell)}", keys, [f"{circumstances(store)} {how}"],
+        store.campaign.functional,
+    )  # fmt: skip
+    panels = figure.subplots(1, len(families), squeeze=False, sharey=True)[0]
+    for axes, family in zip(panels, families, strict=True):
+        axes.set_title(names(family), loc="left", fontweight="bold")
+        axes.set_xlim(-0.8, len(slots) - 0.2)
+        axes.grid(axis="y")
+        ticks = {at: slot[1] for at, slot in enumerate(slots) if slot}
+        axes.set_xticks(list(ticks), list(ticks.values()), rotation=90, fontsize=_SMALL_PT)
+        for pair in present(Pair, (row.cell.pair for row in rows)):
+            middle = [at for at, slot in enumerate(slots) if slot and slot[0] is pair]
+            axes.text(sum(middle) / len(middle), 1.0, pair.label(guest).replace("→", "\n→ "),
+                      transform=axes.get_xaxis_transform(), ha="center", va="top",
+                      fontsize=_SMALL_PT, bbox={"fc": "white", "ec": "none", "pad": 0.6},
+                      zorder=4)  # fmt: skip
+        for row in (row for row in rows if row.cell.family is family):
+            _stack(axes, row, slots.index((row.cell.pair, row.cell.datapath)))
+    tops = [max(c.total.mean, min(c.total.high, 1.5 * c.total.mean)) for c in rows]
+    panels[0].set_ylim(0, 1.25 * max(tops))
+    panels[0].set_ylabel(f"CPU seconds per {per}")
+    return figure
+
+
+def _stack(axes: Axes, row: Cost, at: int) -> None:
+    """One bar of its parts, with the interval of the whole."""
+    mean, low, high, _ = astuple(row.total)
+    bottom = 0.0
+    for name, part in PARTS.items():
+        height = mean * row.shares[name]
+        axes.bar(at, height, 0.86, bottom, color=part.color, hatch=part.hatch, edgecolor="black")
+        bottom += height
+    if not math.isnan(low):
+        axes.errorbar(at, mean, [[mean - low], [high - mean]], color="black", lw=0.8, capsize=1.5,
+                      path_effects=[withStroke(linewidth=2.2, foreground="white")])  # fmt: skip
+
+
 def _curves(rows: Sequence[Summary], histograms: Mapping[Cell, Blocks], store: Store) -> Figure:
     """Cumulative distributions of round-trip times, a panel per family (down) and pair (across)."""
     families = present(Family, (row.cell.family for row in rows))
@@ -248,10 +330,8 @@ def _curves(rows: Sequence[Summary], histograms: Mapping[Cell, Blocks], store: S
     figure = Figure(figsize=(_WIDTH_IN, 0.45 + 1.3 * len(families)))
     how = "All blocks with the same weight; marks: median and 99th percentile."
     _surround(
-        figure, _title(rows[0].cell), (row.cell.datapath for row in rows),
-        [f"{circumstances(store)} {how}", *_absences(rows)],
-        lambda style: Line2D([], [], color=style.color, ls=style.line, **_mark(style)),
-        store.campaign.functional,
+        figure, _title(rows[0].cell), _keys(rows, _line),
+        [f"{circumstances(store)} {how}", *_absences(rows)], store.campaign.functional,
     )  # fmt: skip
     panels = figure.subplots(len(families), len(pairs), sharex=True, sharey=True, squeeze=False)
     ends = []
@@ -295,8 +375,18 @@ def _curve(axes: Axes, style: Style, blocks: Blocks) -> tuple[float, float]:
     return p01, p999
 
 
+def _keys(rows: Iterable[Ratio], key: Callable[[Style], Any]) -> list[tuple[Any, str]]:
+    """The key of the datapaths that rows have, each with its mark."""
+    datapaths = sorted({row.cell.datapath for row in rows}, key=rank)
+    return [(key(STYLES.get(datapath, NOVEL)), datapath) for datapath in datapaths]
+
+
 def _point(style: Style) -> Line2D:
     return Line2D([], [], ls="none", color=style.color, **_mark(style))
+
+
+def _line(style: Style) -> Line2D:
+    return Line2D([], [], color=style.color, ls=style.line, **_mark(style))
 
 
 def _patch(style: Style) -> Patch:
@@ -331,8 +421,8 @@ def _ratios(rows: Sequence[Summary], store: Store) -> Figure:
     absent = [*_absences(rows), *missing]
     _surround(
         figure, f"Ratio to the reference datapath, {names(rows[0].cell.transport)}",
-        (row.cell.datapath for row in shown), [f"{circumstances(store)} {how}", *absent],
-        _point, store.campaign.functional,
+        _keys(shown, _point), [f"{circumstances(store)} {how}", *absent],
+        store.campaign.functional,
     )  # fmt: skip
     return figure
 
@@ -432,15 +522,13 @@ def circumstances(store: Store) -> str:
 def _surround(
     figure: Figure,
     title: str,
-    datapaths: Iterable[str],
+    keys: Sequence[tuple[Any, str]],
     paragraphs: Sequence[str],
-    key: Callable[[Style], Any],
     functional: bool,
 ) -> None:
-    """Title, key of datapaths and footer, for which the figure grows beyond its panels."""
-    datapaths = sorted(set(datapaths), key=rank)
+    """Title, key and footer, for which the figure grows beyond its panels."""
     footer = [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, 152)]
-    key_lines = math.ceil(len(datapaths) / 8)
+    key_lines = math.ceil(len(keys) / 8)
     key_in = 0.17 * key_lines
     head_in, foot_in = 0.2 + key_in, (len(footer) + 0.8) * _FOOTER_PT * 1.25 / 72
     width, panels_in = figure.get_size_inches()
@@ -452,9 +540,9 @@ def _surround(
     if functional:
         figure.text(0.99, top, FUNCTIONAL, fontsize=8, fontweight="bold", va="top", ha="right")
     figure.legend(
-        [key(STYLES.get(datapath, NOVEL)) for datapath in datapaths], datapaths,
+        [mark for mark, _ in keys], [name for _, name in keys],
         loc="upper left", bbox_to_anchor=(0.0, 1 - 0.17 / height),
-        ncols=math.ceil(len(datapaths) / key_lines), frameon=False,
+        ncols=math.ceil(len(keys) / key_lines), frameon=False,
         handlelength=2.8, columnspacing=1.2, borderpad=0.3, labelspacing=0.3,
     )  # fmt: skip
     figure.text(0.01, foot_in / height - 0.02 / height, "\n".join(footer), fontsize=_FOOTER_PT,

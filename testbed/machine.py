@@ -48,16 +48,39 @@ def cpus() -> list[int]:
     return sorted(os.sched_getaffinity(0))
 
 
-def busy() -> dict[str, float]:
-    """CPU seconds since boot, all CPUs: `cpu_s` not idle, `steal_s` taken by a hypervisor.
+def busy(guests: Path | None = None) -> dict[str, float]:
+    """CPU seconds since boot, all CPUs, by what they were spent on; together they are `cpu_s`.
 
-    From /proc/stat (proc(5)).
+    `softirq_s`, `system_s` (hard interrupts too), `user_s` without `guest_s`: user time of what
+    runs in the cgroup `guests`, that is of virtual machines, whose processors are threads of user
+    space (under KVM the kernel counts what a guest runs as user time of its thread as well). And
+    `steal_s`, which is not in `cpu_s`: taken by a hypervisor below.
+
+    From /proc/stat (proc(5)) and cpu.stat (cgroup v2).
     """
     tick = os.sysconf("SC_CLK_TCK")
     user, nice, system, _, _, irq, softirq, steal, *_ = (
         int(word) / tick for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:]
     )
-    return {"cpu_s": user + nice + system + irq + softirq, "steal_s": steal}
+    guest = 0.0
+    if guests:
+        lines = (line.split() for line in (guests / "cpu.stat").read_text().splitlines())
+        guest = {key: int(value) for key, value in lines}["user_usec"] / 1e6
+    return {
+        "cpu_s": user + nice + system + irq + softirq,
+        "softirq_s": softirq,
+        "system_s": system + irq,
+        "user_s": user + nice - guest,
+        "guest_s": guest,
+        "steal_s": steal,
+    }
+
+
+def frequency_mhz() -> float | None:
+    """Mean of what CPUs run at now, as far as the kernel tells (cpufreq); None if it does not."""
+    files = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq")
+    found = [int(file.read_text()) / 1e3 for file in files]
+    return sum(found) / len(found) if found else None
 
 
 def load1() -> float:

@@ -252,7 +252,8 @@ class Trial:
     counters: dict[str, int] = field(default_factory=dict)
     """Packets per reason of the datapath's programs during the trial (only those that moved)."""
     machine: dict[str, float] = field(default_factory=dict)
-    """cpu_s, steal_s, load1 of the host during the trial; clock_skew of a guest."""
+    """Of the host during the trial: cpu_s and what it is made of, steal_s (`machine.busy`), load1,
+    elapsed_s, of it active_s with traffic, frequency_mhz where it is known."""
     started: str = ""
     """UTC, ISO 8601."""
     host: str = ""

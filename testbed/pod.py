@@ -102,9 +102,9 @@ class Pod:
             if not self._runtimes[guest.runtime].uses_tap:
                 self._guest_netns[n] = netlink.create_netns(self._owner, f"{self.netns}-g{n}")
         root = process.create_cgroup(self._owner, self.netns)
-        self.cgroup, self._guest_cgroup = root / "natives", root / "guests"
+        self.cgroup, self.guest_cgroup = root / "natives", root / "guests"
         self.cgroup.mkdir()
-        self._guest_cgroup.mkdir()
+        self.guest_cgroup.mkdir()
         if self.datapath.layout is Layout.BRIDGE:
             self._owner.defer(netlink.remove_links, netns=self.node.netns, group=self.number)
         self._build_links()
@@ -260,7 +260,7 @@ class Pod:
             netns, cgroup = self.netns, self.cgroup
         else:
             netns = self.link_netns[0] if runtime.uses_tap else f"{self.netns}-g{n}"
-            cgroup = self._guest_cgroup
+            cgroup = self.guest_cgroup
         if workload.program:
             cgroup = cgroup / workload.name
             cgroup.mkdir(exist_ok=True)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 
 from testbed import machine
 from testbed.agent import Agent, Mode, Result
@@ -75,8 +76,9 @@ def run(cell: Cell, pod: Pod, guest: Prepared, warmup_s: float, duration_s: floa
         pod.revive()
         with pod.agent(server) as serving, pod.agent(client) as dialing:
             served = serving.serve(cell.transport, cell.family, PORTS[server], _bind(pod, server))
+            machines = pod.guest_cgroup if guest.description.accelerator else None
             try:
-                return _measure(cell, pod, dialing, dialed, warmup_s, duration_s, started)
+                return _measure(cell, pod, dialing, dialed, warmup_s, duration_s, started, machines)
             finally:
                 with suppress(Error):  # the agent has ended
                     serving.stop(served)  # now: without, soon
@@ -92,10 +94,11 @@ def _measure(
     warmup_s: float,
     duration_s: float,
     started: str,
+    machines: Path | None,
 ) -> Trial:
     client, server = (pod.number_of(name) for name in ROLES[cell.pair])
     carried, counters = pod.attachment.carried(client, server), pod.attachment.counters()
-    busy, began = machine.busy(), time.monotonic()
+    busy, began = machine.busy(machines), time.monotonic()
     result = dialing.run(
         cell.transport, cell.family, dialed, PORTS[ROLES[cell.pair][1]], MODES[cell.metric],
         cell.size_bytes, streams=cell.streams, duration_s=duration_s, warmup_s=warmup_s,
@@ -108,7 +111,11 @@ def _measure(
     }
     payload_bytes = result.bytes * (1 if cell.metric is Metric.THROUGHPUT else 2)
     fault = _fault(result, carried, payload_bytes, elapsed_s - warmup_s - result.duration_s)
-    machine_now = {key: value - busy[key] for key, value in machine.busy().items()}
+    spent = {key: value - busy[key] for key, value in machine.busy(machines).items()}
+    spent |= {"load1": machine.load1(), "elapsed_s": elapsed_s,
+              "active_s": warmup_s + result.duration_s}  # fmt: skip
+    if frequency := machine.frequency_mhz():
+        spent["frequency_mhz"] = frequency
     return Trial(
         cell=cell.id,
         block=0,
@@ -124,7 +131,7 @@ def _measure(
         dialed=dialed,
         carried={"packets": carried.packets, "bytes": carried.bytes},
         counters={reason: packets for reason, packets in moved.items() if packets},
-        machine={**machine_now, "load1": machine.load1(), "elapsed_s": elapsed_s},
+        machine=spent,
         started=started,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -195,6 +196,25 @@ def test_ok_without_a_value_counts_as_failed() -> None:
 
 def test_no_trials_no_rows() -> None:
     assert summary([]) == []
+
+
+def test_cost_is_cpu_time_by_traffic_and_its_shares_are_of_the_whole() -> None:
+    """2 s of CPU in 2 s of traffic at 4 GB/s: a quarter of a second each; block 1 the double."""
+    spent = {"cpu_s": 2.0, "softirq_s": 1.0, "system_s": 0.6, "user_s": 0.3, "guest_s": 0.1,
+             "active_s": 2.0, "elapsed_s": 2.1}  # fmt: skip
+    cell = "direct/native-guest/ipv4/tcp/throughput/65536x1"
+    first = Trial(cell, 0, 0, Status.OK, value=3.2e10, duration_s=1.0, payload_bytes=4 * 10**9,
+                  machine=spent)  # fmt: skip
+    twice = replace(first, block=1, machine={k: 2 * v for k, v in spent.items()} | {"active_s": 2})
+    (cost,) = analysis.costs(store.frame([first, twice]))
+    assert cost.total.mean == pytest.approx(math.sqrt(0.25 * 0.5))
+    assert cost.shares == pytest.approx(
+        {"softirq": 0.5, "system": 0.3, "user": 0.15, "guest": 0.05}
+    )
+    requests = replace(first, cell=cell.replace("throughput", "latency"), transactions=10**5)
+    (cost,) = analysis.costs(store.frame([requests]))
+    assert cost.total.mean == pytest.approx(10)
+    assert analysis.costs(store.frame([replace(first, machine={})])) == []
 
 
 @given(

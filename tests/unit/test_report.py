@@ -130,7 +130,7 @@ def test_figures_come_out_the_same_bytes_from_stored_data(little: store.Store) -
     files = figures.draw(stored)
     assert [f.name for f in files] == [
         f"{name}-tcp.{kind}"
-        for name in ("throughput", "latency", "connections")
+        for name in ("throughput", "latency", "connections", "ratios")
         for kind in ("png", "pdf")
     ]
     first = [f.read_bytes() for f in files]
