@@ -64,6 +64,10 @@ class Node:
         # Ports of bridges need no addresses, and have nothing to say to IPv6 routers.
         netlink.set_sysctls(self.netns, {"net/ipv6/conf/default/disable_ipv6": 1})
 
+    def close(self) -> None:
+        """Close the socket; the namespace goes with its owner."""
+        self.ip.close()
+
 
 class Pod:
     """One pod. Made whole by `Pod(...)`, taken down by leaving the context.
