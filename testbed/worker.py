@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,8 @@ def work(job: Job) -> Iterator[Event]:
     guest, why = runtimes.choose(job.guest, options)
     yield {"event": "ready", "guest": asdict(guest.description), "why": why,
            "machine": machine.facts(), "versions": machine.versions()}  # fmt: skip
-    with Owner() as owner:
-        bench = _Bench(job, Node(owner), guest, runtimes.prepare(Runtime.PROCESS, options))
+    with Owner() as owner, closing(Node(owner)) as node:
+        bench = _Bench(job, node, guest, runtimes.prepare(Runtime.PROCESS, options))
         for number, ids in job.blocks:
             yield from bench.block(number, [Cell.parse(id) for id in ids])
             if bench.failed and job.keep:
