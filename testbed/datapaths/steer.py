@@ -2,12 +2,16 @@
 
 What the programs do is told in `bpf/steer.c`; here they are attached, to `lo` and to guests' ports.
 The kernel's own loopback serves whatever no guest owns.
+
+Past `lo` go sockets of the pod's cgroup. Programs at them know the pod's namespace by its cookie,
+which Linux tells since 5.14; before, and for processes from elsewhere, everything goes by `lo`.
 """
 
 from __future__ import annotations
 
+import errno
 import socket
-import struct
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,6 +32,8 @@ HOOKS = tuple(
     for call in ("bind", "connect", "sendmsg", "recvmsg", "getpeername", "getsockname")
     for version in (4, 6)
 )
+
+SO_NETNS_COOKIE = 71
 
 
 class Steer:
@@ -89,7 +95,12 @@ class _Attachment:
 
     def _steer_sockets(self) -> None:
         """Attach to the pod's cgroup, and say which namespace is the pod's."""
-        cookie = netlink.inside(self._wiring.netns, _cookie)
+        try:
+            cookie = netlink.inside(self._wiring.netns, _cookie)
+        except OSError as e:
+            if e.errno != errno.ENOPROTOOPT:
+                raise
+            return
         pins = str(self._programs.pins)
         self._scope.defer(forget_namespace, pins=pins, slot=self._programs.slot, cookie=cookie)
         _namespaces(self._programs)[cookie,] = (self._programs.slot,)
@@ -108,9 +119,10 @@ class _Attachment:
 
 
 def _cookie() -> int:
-    """The network namespace's cookie (SO_NETNS_COOKIE)."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        return int(struct.unpack("=Q", any_socket.getsockopt(socket.SOL_SOCKET, 71, 8))[0])
+    """The network namespace's cookie."""
+    with socket.socket() as any_socket:
+        option = any_socket.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)
+    return int.from_bytes(option, sys.byteorder)
 
 
 def _namespaces(programs: ProgramSet) -> bpf.Map:

@@ -615,6 +615,25 @@ def test_a_port_that_vanished_is_made_again(natives: Bench, family: Family) -> N
     assert (pod.attachment.carried(None, 1) - before).packets > 0
 
 
+@FAMILIES
+@pytest.mark.parametrize("pair", [Pair(0, 1), Pair(1, 0)], ids=str)
+def test_natives_hear_of_a_guests_death(natives: Bench, pair: Pair, family: Family) -> None:
+    """Its kernel is gone, and says nothing: here, its link is down."""
+    pod = natives.pod
+    port = f"g{pod.number}.1"
+    index = netlink.find(pod.ip, port)[port]
+    with natives.connected(pair, family) as ends:
+        native = ends[pair.index(0)]
+        pod.ip.link("del", index=index)
+        pod.end_peers("guest1")
+        with pytest.raises(ConnectionAbortedError):
+            native.recv(1)
+    pod.mend()
+    with natives.connected(pair, family) as (client, server):
+        client.send(b"?")
+        assert server.recv(1) == b"?"
+
+
 def test_two_pods_are_separate(build: Build, members: Members) -> None:
     other = Members(build("steer2", datapath="steer"))
     with members.serve(1, Family.IPV4, Transport.TCP):
