@@ -15,9 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from testbed.model import Error, Runtime
+from testbed.model import Error, Family, Runtime
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from testbed.campaign import Progress
     from testbed.remote import Host
     from testbed.store import Store
@@ -94,6 +96,33 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--band", type=_band, default=0.05, metavar="SHARE",
                          help="smaller changes are equivalent (default: %(default)s)")  # fmt: skip
     compare.add_argument("--json", action="store_true")
+
+    conformance = commands.add_parser(
+        "conformance", help="check what programs may rely on at localhost, through any datapath",
+        epilog="Exit status: 0 nothing failed, 1 some checks failed, 3 could not run.",
+    )  # fmt: skip
+    conformance.set_defaults(call=_conformance)
+    conformance.add_argument("--datapath", nargs="+", metavar="NAME",
+                             help="default: all that make localhost work")  # fmt: skip
+    conformance.add_argument("--guest", default="best", choices=guests,
+                             help="what runs guests (default: the best that is there)")  # fmt: skip
+    conformance.add_argument(
+        "--osv-kernel",
+        type=Path,
+        metavar="PATH",
+        help="OSv kernel or tree (default: cache, else nightly release)",
+    )
+    conformance.add_argument("--family", nargs="+", type=Family, choices=tuple(Family))
+    conformance.add_argument("--check", action="append", metavar="GLOB",
+                             help="only checks like 'datagram-*' (may be repeated)")  # fmt: skip
+    conformance.add_argument("--list", action="store_true", help="list the checks, and run none")
+    conformance.add_argument("--json", action="store_true", help="print the results as JSON")
+    conformance.add_argument("--junit", type=Path, metavar="FILE",
+                             help="write the results as JUnit's XML, too")  # fmt: skip
+    conformance.add_argument("--netns", type=Path, metavar="PATH",
+                             help="a pod that is there already: its namespace ...")  # fmt: skip
+    conformance.add_argument("--control", metavar="ADDRESS[:PORT]",
+                             help="... and where its guest's agent takes orders")  # fmt: skip
 
     doctor = commands.add_parser(
         "doctor", help="what this machine can run, and what to type where it can't"
@@ -313,7 +342,7 @@ def _hosts(arguments: argparse.Namespace) -> int:
         reached &= not isinstance(seen, Error)
         answers[host.name] = {"error": str(seen)} if isinstance(seen, Error) else vars(seen)
         if not arguments.json:
-            print(f"{host.name:<12} {seen}")
+            print(seen if isinstance(seen, Error) else f"{host.name:<12} {seen}")
     if arguments.json:
         print(json.dumps(answers, indent=1))
     return 0 if reached else 1
@@ -329,10 +358,52 @@ def _doctor_of_hosts(arguments: argparse.Namespace) -> int:
         well &= not failed and doctor.ready(found)
         answers[host.name] = {"error": str(found)} if failed else [vars(f) for f in found]
         if not arguments.json:
-            print(*(f"{host.name:<12} {line}" for line in ([found] if failed else found)), sep="\n")
+            print(*([found] if failed else (f"{host.name:<12} {f}" for f in found)), sep="\n")
     if arguments.json:
         print(json.dumps(answers, indent=1))
     return 0 if well else 1
+
+
+def _conformance(arguments: argparse.Namespace) -> int:
+    from testbed import campaign, conformance, datapaths
+    from testbed.conformance import output, suite
+
+    globs = tuple(arguments.check or ("*",))
+    if arguments.list:
+        _print(output.listing(conformance.checks(globs)))
+        return 0
+    foreign = arguments.netns is not None
+    if foreign != (arguments.control is not None):
+        raise Error("a pod that is there already needs both --netns and --control")
+    localhost = [name for name in datapaths.NAMES if datapaths.get(name).localhost]
+    choice = suite.Choice(
+        tuple(arguments.datapath or (["foreign"] if foreign else localhost)), arguments.guest,
+        tuple(arguments.family or Family), globs, arguments.osv_kernel,
+        netns=arguments.netns, control=arguments.control or "",
+    )  # fmt: skip
+    results = []
+    with _progress() as report:
+        for event in suite.run(choice):
+            if isinstance(event, conformance.Result):
+                results.append(event)
+            else:
+                report(campaign.Progress(event.text, event.done, event.total, None))
+    if arguments.junit:
+        arguments.junit.write_bytes(output.junit(results))
+    if arguments.json:
+        print(json.dumps(output.as_json(results), indent=1))
+    else:
+        _print(output.matrix(results))
+        for status in (conformance.Status.UNSUPPORTED, conformance.Status.FAIL):
+            for line in output.reasons(results, status):
+                print(f"{status}: {line}")
+    return 1 if any(r.status is conformance.Status.FAIL for r in results) else 0
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
+    Console().print(table)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,150 @@
+"""What a program may rely on at `localhost`: one check per function, of any datapath.
+
+A check is written once against `Bed`, with sockets that a workload's agent holds, and runs through
+every pair, family and transport that it is about and the datapath claims. On the kernel's own
+loopback each must pass: that is the control. This module has the words of checks; the checks stand
+in the modules of `MODULES`, `suite` runs them, `output` shows what came of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from testbed.model import Error, Family, Pair, Transport
+
+if TYPE_CHECKING:
+    from testbed.conformance.bed import Bed
+
+MODULES = ("connections", "datagrams", "names", "volume", "isolation", "changes", "programs")
+
+Body = Callable[["Bed"], Iterator[None] | None]
+
+EVERY = frozenset(Pair)
+NATIVE_CLIENT = frozenset({Pair.NATIVE_NATIVE, Pair.NATIVE_GUEST})
+NATIVE_SERVER = frozenset({Pair.NATIVE_NATIVE, Pair.GUEST_NATIVE})
+GUEST_CLIENT = frozenset({Pair.GUEST_NATIVE, Pair.GUEST_GUEST, Pair.GUEST_SELF})
+GUEST_SERVER = frozenset({Pair.NATIVE_GUEST, Pair.GUEST_GUEST, Pair.GUEST_SELF})
+
+TCP = (Transport.TCP,)
+UDP = (Transport.UDP,)
+BOTH = tuple(Transport)
+IPV4 = (Family.IPV4,)
+
+
+class Failure(Exception):
+    """What a check found is not what it must be."""
+
+
+class Unsupported(Exception):
+    """The check cannot be made here, through no fault of the datapath."""
+
+
+class Status(StrEnum):
+    """How a case ended."""
+
+    PASS = "pass"
+    FAIL = "fail"
+    UNSUPPORTED = "unsupported"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that must hold."""
+
+    name: str
+    proves: str
+    """In one line."""
+    standard: str
+    """Which standard or kernel behavior it stands for."""
+    pairs: frozenset[Pair]
+    families: tuple[Family, ...]
+    transports: tuple[Transport, ...]
+    disruptive: bool
+    """It breaks and mends the pod: runs after all others."""
+    body: Body
+    """A generator is resumed when the others are done: what lies idle meanwhile."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A check through one pair, family and transport."""
+
+    check: Check
+    pair: Pair
+    family: Family
+    transport: Transport
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a case."""
+
+    check: str
+    datapath: str
+    guest: str
+    """What runs the guests: a runtime, `foreign` in a pod that is not ours, empty without guests."""
+    pair: Pair
+    family: Family
+    transport: Transport
+    status: Status
+    reason: str
+    duration_s: float
+
+
+_checks: dict[str, Check] = {}
+
+
+def check(
+    standard: str,
+    *,
+    pairs: frozenset[Pair] = EVERY,
+    families: tuple[Family, ...] = tuple(Family),
+    transports: tuple[Transport, ...] = TCP,
+    disruptive: bool = False,
+) -> Callable[[Body], Body]:
+    """Make a check of a function: named as it is, proving what its docstring's first line says."""
+
+    def register(body: Body) -> Body:
+        name = body.__name__.replace("_", "-")
+        proves = (body.__doc__ or "").partition("\n")[0]
+        _checks[name] = Check(name, proves, standard, pairs, families, transports, disruptive, body)
+        return body
+
+    return register
+
+
+def checks(globs: Iterable[str] = ("*",)) -> list[Check]:
+    """The checks whose names match. Raises `Error` for a pattern that matches none."""
+    for module in MODULES:
+        import_module(f"{__name__}.{module}")
+    globs = list(globs)
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in _checks):
+            raise Error(f"no check is named {glob!r}", hint="see testbed conformance --list")
+    return [c for c in _checks.values() if any(fnmatchcase(c.name, glob) for glob in globs)]
+
+
+def expect(holds: bool, otherwise: str) -> None:
+    """Raise `Failure` with what was found instead."""
+    if not holds:
+        raise Failure(otherwise)
+
+
+@contextmanager
+def fails_with(*codes: int) -> Iterator[None]:
+    """What is done in here must fail with one of these error numbers."""
+    wanted = " or ".join(os.strerror(code) for code in codes)
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in codes:
+            raise Failure(f"not {wanted}, but {e}") from e
+    else:
+        raise Failure(f"not {wanted}, but no error")

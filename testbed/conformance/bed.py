@@ -1,0 +1,287 @@
+"""What a check is run in: two workloads of a pod in their roles, and how to get at what is around.
+
+A `Stage` is the pod: one that is built here, or one that somebody else made (a namespace, and a
+guest's agent in it), in which nothing can be replaced. A `Bed` is one case's view of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self, TypeVar
+
+from testbed import netlink, process, runtimes
+from testbed.agent import Agent
+from testbed.conformance import Case, Unsupported
+from testbed.conformance.sockets import TIMEOUT_S, Peer, Sock
+from testbed.datapaths import Datapath
+from testbed.ledger import Owner
+from testbed.manifest import Manifest, Workload
+from testbed.model import CONTROL_PORT, Address, Error, Family, Pair, Runtime, Transport, loopback
+from testbed.pod import Node, Pod
+from testbed.runtimes import Place, Prepared
+from testbed.supervisor import Supervisor
+
+T = TypeVar("T")
+
+PORTS_EACH = 32
+PORTS = {
+    name: range(start, start + PORTS_EACH)
+    for name, start in (("native1", 8000), ("native2", 8032), ("guest1", 8064), ("guest2", 8096))
+}
+"""Both transports' ports that a workload owns; a pod that is not ours must have it so, too."""
+
+ROLES = {
+    Pair.NATIVE_NATIVE: ("native1", "native2"),
+    Pair.NATIVE_GUEST: ("native1", "guest1"),
+    Pair.GUEST_NATIVE: ("guest1", "native1"),
+    Pair.GUEST_GUEST: ("guest1", "guest2"),
+    Pair.GUEST_SELF: ("guest1", "guest1"),
+}
+
+
+class Stage(Protocol):
+    """A pod that checks are run in."""
+
+    datapath: str
+    guest: str
+    """What runs the guests; empty where there are none."""
+    pairs: frozenset[Pair]
+    netns: str
+    emulated: bool
+    """Its guests are slow."""
+
+    def revive(self) -> None:
+        """Start again what ended."""
+
+    def agent(self, name: str) -> Agent:
+        """A control connection to a workload. Raises `Unsupported` if there is none."""
+
+    def guest_netns(self, name: str) -> str:
+        """A stand-in's namespace. Raises `Unsupported` where guests have none."""
+
+
+class OwnStage:
+    """A pod with two native workloads and two guests, for one datapath."""
+
+    def __init__(
+        self, node: Node, datapath: Datapath, guest: Prepared, native: Prepared, consoles: Path
+    ) -> None:
+        self.node, self.datapath, self.pairs = node, datapath.name, datapath.pairs
+        self.runtime = guest.description.runtime
+        self.guest = str(self.runtime) if any(pair.guests for pair in self.pairs) else ""
+        self.emulated = guest.description.functional_only
+        self._datapath, self._consoles = datapath, consoles
+        self._runtimes: Mapping[Runtime, Prepared] = {
+            Runtime.PROCESS: native, self.runtime: guest,
+        }  # fmt: skip
+        self.name = f"conform-{datapath.name}"
+        self.build()
+
+    def manifest(self) -> Manifest:
+        """Guests only where the datapath has a pair with one."""
+        names = [name for name in PORTS if self.guest or name.startswith("native")]
+        return Manifest(tuple(
+            Workload(
+                name, Runtime.PROCESS if name.startswith("native") else self.runtime,
+                tuple((t, port) for t in Transport for port in PORTS[name]),
+                control_port=CONTROL_PORT + (name == "native2"),
+            )
+            for name in names
+        ))  # fmt: skip
+
+    def another(self, name: str) -> Pod:
+        """A second pod of the same kind, built but not started."""
+        return Pod(self.node, name, self.manifest(), self._datapath, self._runtimes, self._consoles)
+
+    def build(self) -> None:
+        """The pod, its workloads ready, watched over."""
+        self.pod: Pod = self.another(self.name)
+        self.netns = self.pod.netns
+        try:
+            self.pod.start()
+        except BaseException:
+            self.pod.close()
+            raise
+        self.supervisor = Supervisor(self.pod)
+        self.supervisor.__enter__()
+
+    def close(self) -> None:
+        self.supervisor.__exit__(None, None, None)
+        self.pod.close()
+
+    def agent(self, name: str) -> Agent:
+        if name not in self.pod.processes:
+            raise Unsupported(f"the pod has no {name}")
+        return self.pod.agent(name)
+
+    def revive(self) -> None:
+        self.pod.revive()
+
+    def guest_netns(self, name: str) -> str:
+        if self.runtime is not Runtime.STANDIN:
+            raise Unsupported("needs a stand-in: a guest that sends any frame it is told to")
+        return f"{self.netns}-g{self.pod.number_of(name)}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class ForeignStage:
+    """Somebody else's pod: agents of our own as natives, one guest whose agent is there already."""
+
+    guest = "foreign"
+    emulated = False
+    pairs = frozenset(Pair) - {Pair.GUEST_GUEST}
+
+    def __init__(self, owner: Owner, netns: Path, control: str, datapath: str) -> None:
+        """`control` is the guest agent's ADDRESS or ADDRESS:PORT ([…]:PORT for IPv6)."""
+        if not netns.exists():
+            raise Error(f"no network namespace {netns}", hint="give a path such as /run/netns/NAME")
+        self.datapath = datapath
+        self.netns = os.path.relpath(netns.resolve(), netlink.NETNS)
+        host, colon, port = control.rpartition(":")
+        if not colon or "]" in port or (host.count(":") and not host.startswith("[")):
+            host, port = control, str(CONTROL_PORT)
+        self._control = {
+            "native1": ("127.0.0.1", CONTROL_PORT),
+            "native2": ("127.0.0.1", CONTROL_PORT + 1),
+            "guest1": (host.strip("[]"), int(port)),
+        }
+        program = runtimes.prepare(Runtime.PROCESS, runtimes.Options())
+        cgroup = process.create_cgroup(owner, f"tb-{owner.id}-foreign")
+        for name in ("native1", "native2"):
+            workload = Workload(name, Runtime.PROCESS, control_port=self._control[name][1])
+            program.start(Place(workload, 0, self.netns, "", cgroup, Path(os.devnull), Path()))
+
+    def agent(self, name: str) -> Agent:
+        if name not in self._control:
+            raise Unsupported(f"needs {name}, and a foreign pod has guest1 alone")
+        to = self._control[name]
+
+        def connect() -> socket.socket:
+            return socket.create_connection(to, TIMEOUT_S)
+
+        return Agent(_patiently(lambda: netlink.inside(self.netns, connect)))
+
+    def revive(self) -> None:
+        pass  # what is not ours is not ours to start
+
+    def guest_netns(self, name: str) -> str:
+        raise Unsupported("needs a stand-in of our own")
+
+
+def _patiently(call: Callable[[], T]) -> T:
+    """Again until it is not refused: agents of ours take a moment to listen."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            return call()
+        except ConnectionRefusedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+class Bed:
+    """One case: `client` and `server` are its workloads, `port` is the server's to use."""
+
+    _ports: Mapping[str, Iterator[int]] = {
+        name: itertools.cycle(ports) for name, ports in PORTS.items()
+    }
+
+    def __init__(self, stage: Stage, case: Case) -> None:
+        self.stage, self.case = stage, case
+        self.pair, self.family, self.transport = case.pair, case.family, case.transport
+        self._opened: list[Peer] = []
+        try:
+            self.client_name, self.server_name = ROLES[case.pair]
+            self.client, self.server = self.peer(self.client_name), self.peer(self.server_name)
+        except BaseException:
+            self.close()
+            raise
+        self.port = self.next_port()
+
+    def peer(self, name: str) -> Peer:
+        """One more control connection to a workload. Raises `Unsupported` if there is none."""
+        try:
+            peer = Peer(name, self.stage.agent(name))
+        except OSError as e:
+            raise OSError(e.errno, f"the agent of {name} is not to be reached: {e}") from e
+        self._opened.append(peer)
+        return peer
+
+    def next_port(self, name: str = "") -> int:
+        """Another port that the server, or the workload of that name, owns."""
+        return next(self._ports[name or self.server_name])
+
+    @property
+    def own_pod(self) -> OwnStage:
+        """The stage, if it is ours to change. Raises `Unsupported` else."""
+        if not isinstance(self.stage, OwnStage):
+            raise Unsupported("would have to change a pod that is not ours")
+        return self.stage
+
+    @property
+    def target(self) -> Address:
+        """What the client dials for `localhost`."""
+        return self.client.localhost(self.family)
+
+    @property
+    def loopback(self) -> Address:
+        return loopback(self.family)
+
+    def open(self, peer: Peer, family: Family | None = None) -> Sock:
+        """A socket of the case's transport."""
+        return peer.socket(self.transport, family or self.family)
+
+    def serve(
+        self, at: Address | str = "", *, port: int = 0, peer: Peer | None = None,
+        family: Family | None = None, backlog: int = 128, options: Mapping[str, int | str] = {},
+    ) -> Sock:  # fmt: skip
+        """A socket that serves: bound, and listening if it is TCP's.
+
+        Bound where a program of its kind would that means `localhost`, on `port` of this bed.
+        """
+        peer = peer or self.server
+        sock = self.open(peer, family)
+        if self.transport is Transport.TCP:
+            sock.set("SO_REUSEADDR", 1)
+        if sock.family is Family.IPV6 and "IPV6_V6ONLY" not in options:
+            sock.set("IPV6_V6ONLY", 1)
+        for option, value in options.items():
+            sock.set(option, value)
+        sock.bind(at or peer.here(sock.family), port or self.port)
+        if self.transport is Transport.TCP:
+            sock.listen(backlog)
+        return sock
+
+    def dial(self, port: int = 0, *, peer: Peer | None = None) -> Sock:
+        """A socket of the client, or of another, connected to `localhost`."""
+        peer = peer or self.client
+        sock = self.open(peer)
+        sock.connect(peer.localhost(self.family), port or self.port)
+        return sock
+
+    def connected(self) -> tuple[Sock, Sock]:
+        """A TCP connection on a port of its own, client's end first; nobody listens any more."""
+        port = self.next_port()
+        listener = self.serve(port=port)
+        near = self.dial(port)
+        far, _ = listener.accept()
+        listener.close()
+        return near, far
+
+    def close(self) -> None:
+        for peer in self._opened:
+            peer.close()

@@ -1,0 +1,260 @@
+"""Sockets that a workload's agent holds, used from here as if they were ours.
+
+Calls raise `OSError` as sockets do, with what was called where. None blocks for longer than its
+time-out (`TimeoutError`). Which runtime the workload is in makes no difference.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Any
+
+from testbed.agent import Agent
+from testbed.conformance import Unsupported
+from testbed.model import Address, Family, Transport, loopback
+
+TIMEOUT_S = 3.0
+CONTROL_SLACK_S = 30.0
+NO_SUCH_OPTION = (errno.ENOPROTOOPT, errno.EOPNOTSUPP)
+LOCALHOST = ("localhost", "ip6-localhost")
+"""The second where a guest's resolver knows a name in one family only."""
+
+Name = tuple[Address, int]
+
+
+@dataclass(frozen=True)
+class Received:
+    """What one receive came to."""
+
+    bytes: int
+    text: builtins.bytes
+    """The first 32 bytes."""
+    intact: bool
+    """All of it is the pattern that was asked for."""
+    ended: bool
+    """The other end will send no more."""
+    truncated: bool
+    sender: Name | None
+    """Of a datagram."""
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """What poll(2) says."""
+
+    readable: bool
+    writable: bool
+    urgent: bool
+    error: bool
+    hangup: bool
+
+
+class Peer:
+    """One workload in one role. Its sockets are closed with it."""
+
+    def __init__(self, name: str, agent: Agent) -> None:
+        self.name, self.agent = name, agent
+        self.is_guest = name.startswith("guest")
+
+    def socket(self, transport: Transport, family: Family) -> Sock:
+        answer = self.call("socket", transport=transport, family=family)
+        return Sock(self, answer["socket"], transport, family)
+
+    def resolve(self, name: str, family: Family | None = None) -> list[Address]:
+        """getaddrinfo. Raises `Unsupported` if the name is not known in that family."""
+        answer = self.call("resolve", name=name, family=family or "any")
+        if answer["failure"]:
+            raise Unsupported(f"{self.name} cannot resolve {name}: {answer['failure']}")
+        return [ip_address(a) for a in answer["addresses"].split()]
+
+    def localhost(self, family: Family) -> Address:
+        """What a program in there dials for `localhost` in one family."""
+        for name in LOCALHOST:
+            try:
+                found = self.resolve(name, family)
+            except Unsupported:
+                continue
+            return found[0]
+        raise Unsupported(f"{self.name} has no name for localhost in {family}")
+
+    def here(self, family: Family) -> str:
+        """Where a server listens that means `localhost`: a guest's is reached by its link."""
+        if self.is_guest:
+            return "0.0.0.0" if family is Family.IPV4 else "::"
+        return str(loopback(family))
+
+    def call(self, op: str, limit_s: float = CONTROL_SLACK_S, **keys: Any) -> dict[str, Any]:
+        """One order, its error raised."""
+        self.agent.ask(op=op, **keys)
+        return self.checked(op, keys, self.agent.answer(limit_s))
+
+    def checked(self, op: str, keys: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+        """An answer, its error raised."""
+        if code := answer["errno"]:
+            detail = keys.get("address") or keys.get("option") or ""
+            where = f"{detail}:{keys['port']}" if "port" in keys else detail
+            raise OSError(code, f"{self.name}: {' '.join(filter(None, (op, where)))}: "
+                          f"{os.strerror(code)}")  # fmt: skip
+        return answer
+
+    def close(self) -> None:
+        self.agent.close()
+
+
+class Sock:
+    """A socket in a workload."""
+
+    def __init__(self, peer: Peer, id: int, transport: Transport, family: Family) -> None:
+        self.peer, self.id, self.transport, self.family = peer, id, transport, family
+
+    def set(self, option: str, value: int | str) -> None:
+        """setsockopt. Raises `Unsupported` if the kernel over there has no such option."""
+        keys: dict[str, Any] = {"text": value} if isinstance(value, str) else {"value": value}
+        self._tried("set", option=option, **keys)
+
+    def get(self, option: str) -> int:
+        return int(self._tried("get", option=option)["value"])
+
+    def bind(self, address: Address | str, port: int = 0) -> None:
+        self._call("bind", address=str(address), port=port)
+
+    def listen(self, backlog: int = 128) -> None:
+        self._call("listen", backlog=backlog)
+
+    def connect(self, address: Address | str, port: int, timeout_s: float = TIMEOUT_S) -> None:
+        self._call("connect", timeout_s=timeout_s, address=str(address), port=port)
+
+    def begin_connect(self, address: Address | str, port: int) -> None:
+        """Returns when the handshake is under way."""
+        with suppress(BlockingIOError):  # EINPROGRESS
+            self.connect(address, port, timeout_s=0)
+
+    def finish_connect(self, timeout_s: float = TIMEOUT_S) -> None:
+        self._call("connect", timeout_s=timeout_s)
+
+    def accept(self, timeout_s: float = TIMEOUT_S) -> tuple[Sock, Name]:
+        answer = self._call("accept", timeout_s=timeout_s)
+        sock = Sock(self.peer, answer["socket"], self.transport, self.family)
+        return sock, (ip_address(answer["address"]), answer["port"])
+
+    @property
+    def own_name(self) -> Name:
+        answer = self._call("names")
+        return ip_address(answer["own_address"]), answer["own_port"]
+
+    @property
+    def peer_name(self) -> Name:
+        """Raises `OSError` if it has none."""
+        answer = self._call("names")
+        if not answer["peer_address"]:
+            raise OSError(errno.ENOTCONN, f"{self.peer.name}: no peer name")
+        return ip_address(answer["peer_address"]), answer["peer_port"]
+
+    def send(
+        self, what: str | int, *, phase: int = 0, to: Name | None = None, flag: str = "",
+        timeout_s: float = TIMEOUT_S,
+    ) -> int:  # fmt: skip
+        """A text, or so many bytes of the pattern. Returns what the kernel took.
+
+        Raises `TimeoutError` if not all of it was taken in time.
+        """
+        return int(self._call("send", **self._sending(what, phase, to, flag, timeout_s))["bytes"])
+
+    def ask_send(self, what: int, timeout_s: float) -> None:
+        """Begin a `send` whose end `answer` waits for."""
+        self.peer.agent.ask(
+            op="send", socket=self.id, **self._sending(what, 0, None, "", timeout_s)
+        )
+
+    def ask_receive(self, size: int, timeout_s: float, *, some: bool = False) -> None:
+        """Begin a `receive` whose end `answer` waits for."""
+        self.peer.agent.ask(
+            op="receive", socket=self.id, size=size, timeout_s=timeout_s, some=int(some)
+        )
+
+    def answer(self) -> dict[str, Any]:
+        """The end of what was begun, as the agent tells it, error number and all."""
+        return self.peer.agent.answer()
+
+    def _sending(
+        self, what: str | int, phase: int, to: Name | None, flag: str, timeout_s: float
+    ) -> dict[str, Any]:
+        keys: dict[str, Any] = {"timeout_s": timeout_s}
+        keys |= {"text": what} if isinstance(what, str) else {"size": what, "phase": phase}
+        if to:
+            keys |= {"address": str(to[0]), "port": to[1]}
+        if flag:
+            keys["flag"] = flag
+        return keys
+
+    def receive(
+        self, size: int = 1 << 20, *, phase: int = 0, flag: str = "", some: bool = False,
+        timeout_s: float = TIMEOUT_S,
+    ) -> Received:  # fmt: skip
+        """A datagram; of a stream `size` bytes or all to the end, or what comes first (`some`)."""
+        keys: dict[str, Any] = {"flag": flag} if flag else {}
+        answer = self._call(
+            "receive", size=size, phase=phase, some=int(some), timeout_s=timeout_s, **keys
+        )
+        sender = (ip_address(answer["address"]), answer["port"]) if answer["address"] else None
+        return Received(
+            answer["bytes"], bytes.fromhex(answer["hex"]), bool(answer["intact"]),
+            bool(answer["ended"]), bool(answer["truncated"]), sender,
+        )  # fmt: skip
+
+    def poll(self, wish: str, timeout_s: float = TIMEOUT_S) -> Readiness:
+        """Wait until it is ready to `read`, `write`, `urgent`, or has an `error` or hang-up."""
+        answer = self._call("poll", timeout_s=timeout_s, **{"for": wish})
+        return Readiness(**{k: bool(answer[k]) for k in Readiness.__dataclass_fields__})
+
+    def shutdown(self, how: str = "write") -> None:
+        self._call("shutdown", how=how)
+
+    def close(self) -> None:
+        self._call("close")
+
+    def reset(self) -> None:
+        """Close by RST."""
+        self.set("SO_LINGER", 0)
+        self.close()
+
+    def _call(self, op: str, **keys: Any) -> dict[str, Any]:
+        limit_s = keys.get("timeout_s", 0) + CONTROL_SLACK_S
+        return self.peer.call(op, limit_s, socket=self.id, **keys)
+
+    def _tried(self, op: str, **keys: Any) -> dict[str, Any]:
+        try:
+            return self._call(op, **keys)
+        except OSError as e:
+            if e.errno in NO_SUCH_OPTION:
+                raise Unsupported(f"the kernel of {self.peer.name} has no {keys['option']}") from e
+            raise
+
+
+def connect_many(client: Peer, family: Family, to: Name, count: int) -> list[Sock]:
+    """Connections begun in batches, all of them open. Raises the first error."""
+    made: list[Sock] = []
+    keys = {"transport": Transport.TCP, "family": family}
+    for start in range(0, count, BATCH):
+        n = min(BATCH, count - start)
+        for _ in range(n):
+            client.agent.ask(op="socket", **keys)
+        answers = [client.checked("socket", {}, client.agent.answer()) for _ in range(n)]
+        socks = [Sock(client, a["socket"], Transport.TCP, family) for a in answers]
+        where = {"address": str(to[0]), "port": to[1]}
+        for sock in socks:
+            client.agent.ask(op="connect", socket=sock.id, timeout_s=10, **where)
+        answers = [client.agent.answer(60) for _ in range(n)]
+        for answer in answers:
+            client.checked("connect", where, answer)
+        made += socks
+    return made
+
+
+BATCH = 100
+"""Orders under way at once; more would fill the control connection."""
