@@ -32,6 +32,7 @@
 #define SECOND_NS     1000000000ull
 #define LIMIT_NS      (5 * SECOND_NS) /* without progress for so long, a run is over */
 #define TICK_NS	      (SECOND_NS / 4) /* how often a thread that waits for datagrams looks up */
+#define SPIN_NS	      100000ull	      /* how long before its time a thread that sleeps wakes up */
 #define MAX_MESSAGE   (1u << 20)      /* bytes of one write, request or response over TCP */
 #define MAX_DATAGRAM  65507u
 #define MAX_STREAMS   64
@@ -95,6 +96,7 @@ union address {
 
 uint64_t now_ns(void);
 void pause_ns(uint64_t ns);
+void spin_ns(uint64_t ns);
 void pattern_init(void);
 const unsigned char *pattern_at(uint64_t offset);
 bool intact(const void *payload, size_t length, uint64_t offset, bool fully, uint64_t nth);
@@ -223,7 +225,8 @@ void close_sockets(struct session *s);
 
 /* --- server.c --- */
 
-struct server *server_start(struct endpoint e, union address *at); /* NULL with errno */
+/* NULL with errno. It waits for `delay_ns` before each response. */
+struct server *server_start(struct endpoint e, union address *at, uint64_t delay_ns);
 void server_stop(struct server *s); /* returns when its threads are gone and the port is free */
 
 /* --- client.c --- */
@@ -237,6 +240,7 @@ struct run {
 	unsigned port;
 	unsigned streams;
 	uint64_t duration_ns; /* 0: until `order.bytes` are moved */
+	uint64_t gap_ns;      /* between requests of a stream; 0: each when the last is answered */
 	struct order order;
 };
 

@@ -247,19 +247,41 @@ static void disconnect(struct stream *s)
 	s->fd = -1;
 }
 
+/* Sleep alone is too coarse. */
+static uint64_t wait_until(uint64_t due)
+{
+	uint64_t now = now_ns();
+
+	if (due > now + SPIN_NS)
+		pause_ns(due - now - SPIN_NS);
+	while ((now = now_ns()) < due)
+		;
+	return now;
+}
+
+/*
+ * One request after the other, as soon as the last is answered, or each at its time: then it is timed
+ * from when it was due, also if it had to wait for the one before. Who times from when it was sent
+ * leaves out the waiting of all that a slow response held up ("coordinated omission", G. Tene).
+ */
 static void transactions(struct stream *s)
 {
 	const struct order *o = &s->order;
 	uint64_t now = now_ns(), progress = now, scored_ns = now + o->warmup_ns, first_ns = 0;
 	uint64_t until_ns = o->bytes ? UINT64_MAX : scored_ns + s->run->duration_ns;
 	bool udp = s->run->endpoint.udp, renew = s->run->kind == CRR, succeeded = false;
+	uint64_t gap_ns = s->run->gap_ns, begin = now;
 
-	for (uint64_t nth = 0; now < until_ns && (!o->bytes || nth * o->size < o->bytes); nth++) {
-		uint64_t begin = now;
+	if (gap_ns) /* streams out of step */
+		begin += s->flow % 1024 * gap_ns / 1024;
+	for (uint64_t nth = 0; begin < until_ns && now < until_ns &&
+	     (!o->bytes || nth * o->size < o->bytes); nth++) {
 		bool scored = begin >= scored_ns;
 		enum outcome outcome = FAILED;
 		const char *what = "connect";
 
+		if (gap_ns)
+			now = wait_until(begin);
 		if (!renew || !connect_stream(s)) {
 			bool fully = o->bytes || !scored;
 
@@ -279,18 +301,19 @@ static void transactions(struct stream *s)
 			return fail(s, what, reason(EAGAIN));
 		}
 		s->is.corrupt += outcome == DONE_CORRUPT;
-		if (!scored)
-			continue;
-		if (!first_ns)
-			first_ns = begin;
-		s->is.elapsed_ns = now - first_ns;
-		s->is.lost += outcome == LOST;
-		s->errors += outcome == FAILED;
-		if (outcome <= DONE_CORRUPT) {
+		if (scored) {
+			if (!first_ns)
+				first_ns = begin;
+			s->is.elapsed_ns = now - first_ns;
+			s->is.lost += outcome == LOST;
+			s->errors += outcome == FAILED;
+		}
+		if (scored && outcome <= DONE_CORRUPT) {
 			s->is.bytes += o->size;
 			s->transactions++;
 			histogram_add(s->latency, now - begin);
 		}
+		begin = gap_ns ? begin + gap_ns : now;
 	}
 	if (!s->transactions)
 		fail(s, "request to", "no response after the warm-up");

@@ -121,10 +121,11 @@ static bool serve(struct session *s)
 	char what[128];
 	struct endpoint e;
 	union address at;
-	double port = 0;
+	double port = 0, delay = 0;
 	unsigned slot;
 
-	if (!take_endpoint(s, &e) || !take_number(s, "port", 0, 65535, &port) || !taken_all(s))
+	if (!take_endpoint(s, &e) || !take_number(s, "port", 0, 65535, &port) ||
+	    !take_number(s, "delay_us", 0, 1e6, &delay) || !taken_all(s))
 		return false;
 	if (!where)
 		where = "any";
@@ -135,7 +136,7 @@ static bool serve(struct session *s)
 		slot++;
 	if (slot == MAX_SERVERS)
 		return refuse(s, "serve", "too many servers; stop one");
-	s->server[slot] = server_start(e, &at);
+	s->server[slot] = server_start(e, &at, delay * 1e3);
 	if (!s->server[slot]) {
 		snprintf(what, sizeof(what), "bind %.60s:%u", where, (unsigned)port);
 		return refuse(s, what, strerror(errno));
@@ -163,6 +164,7 @@ static bool order_run(struct session *s)
 	static const char *const kinds[] = {"stream", "rr", "crr", NULL};
 	static const char *const directions[] = {"up", "down", NULL};
 	double port = 0, size = 0, streams = 1, duration = 0, bytes = 0, warmup = 0, rate = 0;
+	double per_s = 0;
 	struct run r = {.host = json_text(&s->order, "host")};
 	unsigned kind, down = 0;
 
@@ -183,6 +185,8 @@ static bool order_run(struct session *s)
 		return false;
 	if (r.kind == STREAM && r.endpoint.udp && !take_number(s, "rate_bps", 0, 1e12, &rate))
 		return false;
+	if (r.kind == RR && !take_number(s, "rate_per_s", 0, 1e6, &per_s))
+		return false;
 	if (!taken_all(s))
 		return false;
 	if (!duration == !bytes)
@@ -192,6 +196,7 @@ static bool order_run(struct session *s)
 	r.port = port;
 	r.streams = streams;
 	r.duration_ns = duration * SECOND_NS;
+	r.gap_ns = per_s ? streams / per_s * SECOND_NS : 0;
 	r.order = (struct order){.magic = MAGIC, .size = size, .bytes = bytes};
 	r.order.mode = r.kind != STREAM ? REQUEST_RESPONSE : down ? STREAM_DOWN : STREAM_UP;
 	r.order.warmup_ns = warmup * SECOND_NS;

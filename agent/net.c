@@ -29,6 +29,12 @@ void pause_ns(uint64_t ns)
 	nanosleep(&t, NULL);
 }
 
+void spin_ns(uint64_t ns)
+{
+	for (uint64_t begin = now_ns(); now_ns() < begin + ns;)
+		;
+}
+
 /*
  * Byte n of a stream is pattern[n % PERIOD]. The period is a prime that is no neighbor of a multiple
  * of a segment's size, so bytes that come out of place do not match; the table runs on for the

@@ -30,6 +30,7 @@ struct flow {
 
 struct server {
 	struct endpoint endpoint;
+	uint64_t delay_ns;
 	int fd;
 	atomic_bool stopping;
 	pthread_mutex_t lock;
@@ -62,21 +63,26 @@ static void thread_leaves(struct server *s)
 }
 
 /* Until the client ends it. */
-static void echo(int fd, uint32_t size, void *buffer)
+static void echo(int fd, uint32_t size, void *buffer, uint64_t delay_ns)
 {
 	void *large = size > CHUNK ? malloc(size) : NULL;
 
 	set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
 	if (size > CHUNK)
 		buffer = large;
-	while (buffer && !receive_all(fd, buffer, size) && !send_all(fd, buffer, size))
-		;
+	while (buffer && !receive_all(fd, buffer, size)) {
+		if (delay_ns)
+			spin_ns(delay_ns);
+		if (send_all(fd, buffer, size))
+			break;
+	}
 	free(large);
 }
 
 /* Serves one connection. 0 if it was brought to a good end, and is to be closed in peace. */
-static int serve_connection(int fd, void *buffer, const atomic_bool *stop)
+static int serve_connection(const struct server *s, int fd, void *buffer)
 {
+	const atomic_bool *stop = &s->stopping;
 	struct score score;
 	struct order o;
 
@@ -95,7 +101,7 @@ static int serve_connection(int fd, void *buffer, const atomic_bool *stop)
 	case STREAM_DOWN:
 		return tcp_send(fd, &o, UINT64_MAX, stop);
 	case REQUEST_RESPONSE:
-		echo(fd, o.size, buffer);
+		echo(fd, o.size, buffer, s->delay_ns);
 		return -1;
 	}
 	return -1;
@@ -139,7 +145,7 @@ static void *tcp_worker(void *argument)
 			close(fd);
 			break;
 		}
-		outcome = serve_connection(fd, buffer, &s->stopping);
+		outcome = serve_connection(s, fd, buffer);
 		pthread_mutex_lock(&s->lock);
 		s->connection[slot] = -1;
 		s->waiting++;
@@ -214,6 +220,8 @@ static void take_datagram(struct server *s, struct datagram *head, size_t length
 	struct order o;
 
 	if (type == REQUEST) {
+		if (s->delay_ns)
+			spin_ns(s->delay_ns);
 		head->type = htonl(MAGIC ^ RESPONSE);
 		(void)!sendto(s->fd, head, length, MSG_NOSIGNAL, &from->any, address_size(from));
 		return;
@@ -278,7 +286,7 @@ static void *udp_worker(void *argument)
 	return NULL;
 }
 
-struct server *server_start(struct endpoint e, union address *at)
+struct server *server_start(struct endpoint e, union address *at, uint64_t delay_ns)
 {
 	struct server *s = calloc(1, sizeof(*s));
 	int error;
@@ -286,6 +294,7 @@ struct server *server_start(struct endpoint e, union address *at)
 	if (!s)
 		return NULL;
 	s->endpoint = e;
+	s->delay_ns = delay_ns;
 	s->fd = listen_at(e, at);
 	error = s->fd < 0 ? errno : 0;
 	s->waiting = 1;

@@ -112,13 +112,23 @@ class Agent:
         return Hello(answer["version"], families, answer["monotonic_ns"], answer["realtime_ns"])
 
     def serve(
-        self, transport: Transport, family: Family, port: int = 0, bind: str = "any"
+        self,
+        transport: Transport,
+        family: Family,
+        port: int = 0,
+        bind: str = "any",
+        *,
+        delay_us: float = 0.0,
     ) -> Server:
         """Serve every mode on a port (0: any free one) of `any`, `localhost` or an address.
 
-        `localhost` is the loopback address itself, 127.0.0.1 or ::1, not looked up.
+        `localhost` is the loopback address itself, 127.0.0.1 or ::1, not looked up. Responses to
+        requests leave `delay_us` later than they might.
         """
-        answer = self._order(op="serve", transport=transport, family=family, port=port, bind=bind)
+        delay = {"delay_us": delay_us} if delay_us else {}
+        answer = self._order(
+            op="serve", transport=transport, family=family, port=port, bind=bind, **delay
+        )
         return Server(answer["server"], answer["port"])
 
     def stop(self, server: Server) -> None:
@@ -140,14 +150,16 @@ class Agent:
         bytes: int = 0,
         warmup_s: float = 0.0,
         rate_bps: float = 0.0,
+        rate_per_s: float = 0.0,
     ) -> Result:
         """Dial `host`, a name that the agent looks up afresh, and make traffic.
 
         `size_bytes` is that of one write, datagram (its 16-byte header counted in), request and
         response. Give either `duration_s` or `bytes` (per stream, in whole datagrams; without
         warm-up, as all of them are checked). `direction` is that of a `stream`, `rate_bps` the
-        payload rate of all UDP streams together (0: as fast as it goes). Raises `Error` with what
-        the agent says: `connect localhost:8080: Connection refused`.
+        payload rate of all UDP streams together (0: as fast as it goes), `rate_per_s` that of `rr`
+        requests, timed from when each was due (0: each when the last is answered). Raises `Error`
+        with what the agent says: `connect localhost:8080: Connection refused`.
         """
         order: dict[str, Any] = {
             "transport": transport, "family": family, "host": host, "port": port, "mode": mode,
@@ -158,6 +170,8 @@ class Agent:
             order["direction"] = direction
             if transport is Transport.UDP:
                 order["rate_bps"] = rate_bps
+        if rate_per_s:
+            order["rate_per_s"] = rate_per_s
         limit_s = (duration_s or BYTES_LIMIT_S) + warmup_s + SLACK_S
         answer = self._order(limit_s, op="run", **order)
         histogram = tuple((float(upper), int(count)) for upper, count in answer["histogram_us"])

@@ -101,6 +101,43 @@ def test_a_stream_runs_as_long_as_it_should(
     assert (result.datagrams > 0) == (transport is Transport.UDP)
 
 
+@pytest.mark.parametrize("streams", [1, 4])
+def test_requests_keep_to_their_rate(
+    client: Agent, server: Agent, family: Family, transport: Transport, streams: int
+) -> None:
+    port = server.serve(transport, family).port
+    result = client.run(
+        transport, family, str(loopback(family)), port, "rr", 64,
+        streams=streams, duration_s=0.5, warmup_s=0.1, rate_per_s=800,
+    )  # fmt: skip
+    assert result.transactions == pytest.approx(400, rel=0.05)
+    assert sum(count for _, count in result.histogram_us) == result.transactions
+
+
+def test_a_slow_server_is_found_and_by_how_much(
+    client: Agent, server: Agent, family: Family, transport: Transport
+) -> None:
+    port = server.serve(transport, family, delay_us=3000).port
+    result = client.run(
+        transport, family, str(loopback(family)), port, "rr", 64, duration_s=0.3
+    )  # fmt: skip
+    assert min(result.histogram_us)[0] >= 3000
+    assert percentile(result.histogram_us, 50) < 4000
+
+
+def test_a_request_that_had_to_wait_for_the_one_before_is_timed_from_when_it_was_due(
+    client: Agent, server: Agent, family: Family, transport: Transport
+) -> None:
+    """A request every 5 ms, of 10 ms each: half are made, and the last one waited half the run."""
+    port = server.serve(transport, family, delay_us=10_000).port
+    result = client.run(
+        transport, family, str(loopback(family)), port, "rr", 64, duration_s=0.5, rate_per_s=200
+    )  # fmt: skip
+    assert 35 <= result.transactions <= 51
+    assert max(result.histogram_us)[0] > 200_000
+    assert percentile(result.histogram_us, 50) > 80_000
+
+
 @pytest.mark.parametrize("direction", ["up", "down"])
 @pytest.mark.parametrize("size", [1, 1448, 1 << 20])
 def test_a_tcp_stream_moves_exactly_its_bytes(
