@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -28,9 +28,8 @@ def owner() -> Iterator[Owner]:
 
 @pytest.fixture(scope="session")
 def node(owner: Owner) -> Iterator[Node]:
-    node = Node(owner)
-    yield node
-    node.ip.close()
+    with closing(Node(owner)) as node:
+        yield node
 
 
 @pytest.fixture(scope="session")
