@@ -1,0 +1,216 @@
+"""Pods by hand: the commands, restarts, probes, and what is left when a pod or its keeper ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+
+from testbed import ledger, pods
+from testbed.model import Error
+
+from .sockets import wait_until
+
+pytestmark = pytest.mark.root
+
+TESTBED = (sys.executable, "-m", "testbed.cli")
+
+
+def run(*words: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([*TESTBED, *map(str, words)], capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    return done
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    """Of a pod that is taken down afterwards, if it stands."""
+    name = f"t{secrets.token_hex(3)}"
+    yield name
+    if name in pods.names():
+        pods.down(name)
+
+
+@pytest.fixture
+def manifest(tmp_path: Path, name: str) -> Callable[..., Path]:
+    """Writes a manifest: containers as YAML, then further lines of the spec."""
+
+    def write(containers: str, spec: str = "", runtime: str = "process") -> Path:
+        file = tmp_path / "pod.yaml"
+        lines = (dedent(spec).strip() + "\ncontainers:\n" + dedent(containers).strip()).splitlines()
+        file.write_text(
+            f"apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}}}\n"
+            f"spec:\n  runtimeClassName: {runtime}\n" + "".join(f"  {line}\n" for line in lines)
+        )
+        return file
+
+    return write
+
+
+def workload(pod: str, name: str) -> dict[str, Any]:
+    [found] = pods.workloads(pod, name)
+    return found
+
+
+def there(pod: str) -> set[str]:
+    """Namespaces and cgroups of a pod, and mounts below."""
+    places = ("/run/netns", "/sys/fs/cgroup/unified", "/sys/fs/cgroup", "/sys/fs/cgroup/memory")
+    return {
+        str(p) for place in places if Path(place).is_dir() for p in Path(place).glob(f"tb-*-{pod}*")
+    }
+
+
+def test_a_pod_stands_until_it_is_taken_down(manifest: Callable[..., Path], name: str) -> None:
+    file = manifest("""
+        - name: server
+          image: "host:busybox"
+          args: [httpd, -f, -p, "8080"]
+          ports: [{containerPort: 8080}]
+        - {name: sleeper, image: "host:sleep", args: ["1000"]}
+    """)
+    run("up", file)
+    [pod] = [p for p in json.loads(run("ps", "--json").stdout) if p["name"] == name]
+    assert pod["ready"]
+    assert [(w["name"], w["state"], w["ready"]) for w in pod["workloads"]] == [
+        ("server", "running", True),
+        ("sleeper", "running", True),
+    ]
+    assert name in run("ps").stdout
+    assert "lo_egress" in run("describe", name).stdout
+    refused = run("up", file, status=3)
+    assert f"pod '{name}' stands already; testbed down {name}" in refused.stderr
+    assert there(name)
+    run("down", name)
+    assert not there(name)
+    assert f"no pod '{name}'" in run("down", name, status=3).stderr
+
+
+def test_logs_and_exec(manifest: Callable[..., Path], name: str) -> None:
+    file = manifest("""
+        - name: talker
+          image: "host:sh"
+          args: [-c, 'echo "I am $WHO"; exec sleep 1000']
+          env: [{name: WHO, value: Ada}]
+    """)
+    run("up", file)
+    wait_until(lambda: run("logs", name).stdout == "I am Ada\n", "the log")
+    links = run("exec", name, "--", "cat", "/proc/net/dev").stdout
+    assert "eth0:" in links
+    assert run("exec", name, "-c", "talker", "--", "sh", "-c", "exit 7", status=7)
+    assert "it has talker" in run("logs", name, "-c", "nobody", status=3).stderr
+
+
+def test_what_ends_is_started_again_as_the_policy_says(
+    manifest: Callable[..., Path], name: str
+) -> None:
+    file = manifest("""
+        - {name: good, image: "host:true"}
+        - {name: bad, image: "host:false"}
+    """, "restartPolicy: OnFailure")  # fmt: skip
+    subprocess.run([*TESTBED, "up", file, "--wait=1"], check=False)
+    wait_until(lambda: workload(name, "bad")["restarts"] >= 1, "a restart")
+    good = workload(name, "good")
+    assert (good["state"], good["restarts"], good["exit_status"]) == ("completed", 0, 0)
+    assert any("bad: ended with status 1" in e for e in pods.describe(name)["events"])
+
+
+def test_a_guest_that_is_killed_comes_back(manifest: Callable[..., Path], name: str) -> None:
+    file = manifest("""
+        - name: guest
+          image: "host:busybox"
+          args: [nc, -ll, -p, "9000", -e, cat]
+          ports: [{containerPort: 9000}]
+    """, runtime="standin")  # fmt: skip
+    run("up", file)
+    os.kill(workload(name, "guest")["pid"], signal.SIGKILL)
+    wait_until(lambda: workload(name, "guest")["restarts"] == 1, "a restart")
+    wait_until(lambda: workload(name, "guest")["ready"], "it is ready again")
+
+
+def test_init_containers_run_first_and_probes_are_asked(
+    manifest: Callable[..., Path], name: str, tmp_path: Path
+) -> None:
+    file = manifest(f"""
+        - name: server
+          image: "host:busybox"
+          args: [httpd, -f, -p, "8080", -h, {tmp_path}]
+          ports: [{{containerPort: 8080, name: web}}]
+          readinessProbe: {{httpGet: {{port: web, path: /made}}, periodSeconds: 1}}
+          livenessProbe: {{exec: {{command: [test, -e, {tmp_path}/made]}}, periodSeconds: 1,
+                          failureThreshold: 1}}
+    """, f"""
+        initContainers:
+        - {{name: first, image: "host:sh", args: [-c, "sleep 0.2; mkdir {tmp_path}/site"]}}
+        - {{name: second, image: "host:sh",
+            args: [-c, "echo yes > {tmp_path}/site/page && ln -s site/page {tmp_path}/made"]}}
+    """)  # fmt: skip
+    run("up", file)
+    assert [w["state"] for w in pods.status(name)["workloads"]] == [
+        "completed", "completed", "running",
+    ]  # fmt: skip
+    (tmp_path / "made").unlink()
+    wait_until(lambda: workload(name, "server")["restarts"] >= 1, "it is found dead")
+
+
+def test_what_cannot_be_built_leaves_nothing(manifest: Callable[..., Path], name: str) -> None:
+    refused = run("up", manifest("- {name: a, image: docker.io/nginx}"), status=3)
+    assert "the runtime process takes host:PROGRAM" in refused.stderr
+    refused = run("up", manifest("- {name: a, image: nginx}", runtime="container"), status=3)
+    assert "no image 'nginx'" in refused.stderr
+    assert name not in pods.names()
+    assert not there(name)
+
+
+def test_an_interrupted_up_leaves_nothing(manifest: Callable[..., Path], name: str) -> None:
+    file = manifest('- {name: a, image: "host:sleep", args: ["9"], ports: [{containerPort: 99}]}')
+    for built in (False, True):
+        with subprocess.Popen([*TESTBED, "up", file], stderr=subprocess.DEVNULL) as up:
+            wait_until(lambda: name in pods.names(), "the keeper listens")
+            if built:
+                wait_until(lambda: bool(pods.status(name)), "the pod is built")
+            up.send_signal(signal.SIGINT)
+        assert up.returncode == 130
+        assert name not in pods.names()
+        assert not there(name)
+
+
+def test_clean_takes_down_what_a_killed_keeper_left(
+    manifest: Callable[..., Path], name: str
+) -> None:
+    file = manifest("""
+        - {name: box, image: "host:", command: [sleep, "1000"],
+           resources: {limits: {memory: 32Mi}}}
+    """, runtime="container")  # fmt: skip
+    run("up", file)
+    os.kill(pods.status(name)["keeper"], signal.SIGKILL)
+    wait_until(lambda: name not in pods.names(), "it is dead")
+    assert there(name)
+    with pytest.raises(Error, match=f"no pod '{name}'"):
+        pods.status(name)
+    run("clean")
+    assert not there(name)
+
+
+def test_pods_are_listed_fast(manifest: Callable[..., Path], name: str) -> None:
+    run("up", manifest('- {name: a, image: "host:sleep", args: ["1000"]}'))
+    times_s = []
+    for _ in range(5):
+        began = time.monotonic()
+        run("ps")
+        times_s.append(time.monotonic() - began)
+    assert min(times_s) < 0.4
+
+
+def test_no_ledger_is_left(name: str) -> None:
+    """Keepers are no children of this process: asked here, of the files."""
+    assert not [p for p in ledger.ROOT.glob("*.pod") if not p.with_suffix(".ledger").exists()]
