@@ -105,9 +105,9 @@ class Agent:
         except OSError as e:
             raise Error(f"no traffic agent at {address} port {port}: {e}") from e
 
-    def hello(self) -> Hello:
-        """Version, families and clocks of the agent."""
-        answer = self._order(op="hello")
+    def hello(self, limit_s: float = SLACK_S) -> Hello:
+        """Version, families and clocks of the agent. Raises `Error` if it does not say in time."""
+        answer = self._order(limit_s, op="hello")
         families = frozenset(f for f in Family if answer[f.value])
         return Hello(answer["version"], families, answer["monotonic_ns"], answer["realtime_ns"])
 

@@ -9,6 +9,8 @@ mending one whose tap or bridge vanished are the same code. Nothing here watches
 
     layout `pod`:                           guest 1 ─ tap, pod_link
                                             guest 2 ─ tap, pod_link
+
+    layout `socket`:                        guest 1 ─ a program of the datapath
 """
 
 from __future__ import annotations
@@ -111,6 +113,11 @@ class Pod:
         self.guest_cgroup.mkdir()
         if self.datapath.layout is Layout.BRIDGE:
             self._owner.defer(netlink.remove_links, netns=self.node.netns, group=self.number)
+        if self.datapath.layout is Layout.SOCKET:
+            if self._guest_netns:
+                raise Error(f"{self.datapath.name} carries frames of virtual machines only",
+                            hint="choose guests other than stand-ins")  # fmt: skip
+            self._sockets = process.create_folder(self._owner, f"{self.netns}-sockets")
         self._build_links()
         self.attachment: Attachment = self.datapath.attach(self.wiring(), self._owner)
 
@@ -127,8 +134,14 @@ class Pod:
     def _port(self, n: int) -> str:
         return f"g{self.number}.{n}"
 
+    def _socket(self, n: int) -> Path | None:
+        """In the place of a port, where there are no links."""
+        return self._sockets / f"{n}" if self.datapath.layout is Layout.SOCKET else None
+
     def _link_names(self) -> set[str]:
         """Links whose loss breaks the pod."""
+        if self.datapath.layout is Layout.SOCKET:
+            return set()
         names = {self._port(n) for n in self.manifest.guests}
         bridged = self.datapath.layout is Layout.BRIDGE
         return names | {self._bridge, self._uplink} if bridged else names
@@ -142,6 +155,8 @@ class Pod:
 
     def _build_links(self) -> None:
         """Make every link that is not there."""
+        if self.datapath.layout is Layout.SOCKET:
+            return
         _, ip = self.link_netns
         there = netlink.find(ip, *self._link_names())
         bridge = None
@@ -210,7 +225,14 @@ class Pod:
             uplink_ifindex=netlink.find(self.ip, "eth0")["eth0"] if bridged else 0,
             uplink_peer_ifindex=there[self._uplink] if bridged else 0,
             ports=tuple(
-                Port(n, self._port(n), there[self._port(n)], self._runtimes[guest.runtime].families)
+                Port(
+                    n,
+                    self._port(n),
+                    there.get(self._port(n), 0),
+                    self._runtimes[guest.runtime].families,
+                    self._socket(n),
+                    guest.control_port,
+                )
                 for n, guest in self.manifest.guests.items()
             ),
             owners=self.manifest.owners,
@@ -269,7 +291,8 @@ class Pod:
             cgroup = cgroup / workload.name
             cgroup.mkdir(exist_ok=True)
         return Place(workload, n, netns, self._port(n) if runtime.uses_tap else "", cgroup,
-                     self.console(workload.name), self._consoles)  # fmt: skip
+                     self.console(workload.name), self._consoles,
+                     self._socket(n) if runtime.uses_tap else None)  # fmt: skip
 
     def stop_workload(self, name: str) -> None:
         """End one workload, and the connections that its peers in the pod still have with it."""
@@ -311,10 +334,13 @@ class Pod:
                 break
             try:
                 for family in sorted(runtime.families):
-                    self.agent(name, patience_s, family).close()
+                    with self.agent(name, patience_s, family) as agent:
+                        if not workload.program:  # a proxy on the way accepts for it
+                            agent.hello(patience_s)
                 return
-            except OSError:
-                patience_s *= 1.2  # short, as what is lost is sent again after a second only
+            except (OSError, Error):
+                # Short at first, as what is lost is sent again after a second only.
+                patience_s = min(1.2 * patience_s, limit_s)
                 if time.monotonic() > deadline:
                     problem = f"{name} of {self.name} was not ready within {limit_s:g} s"
                     break

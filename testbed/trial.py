@@ -60,9 +60,9 @@ def manifest(pairs: Iterable[Pair], guest: Runtime) -> Manifest:
                 guest if name.startswith("guest") else Runtime.PROCESS,
                 tuple((transport, PORTS[name]) for transport in Transport),
                 cpus=(cpus[name],),
-                control_port=CONTROL_PORT + (name == "native2"),
+                control_port=CONTROL_PORT + i,
             )
-            for name in sorted(names)
+            for i, name in enumerate(sorted(names))
         )
     )
 

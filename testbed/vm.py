@@ -34,6 +34,8 @@ class Vm:
     """Default routes; none is needed for what is on the link."""
     memory_mib: int = 256
     vhost: bool = False
+    socket: Path | None = None
+    """Unix socket in the place of the tap: frames go to the program that listens there."""
     qmp: Path | None = None
     """Unix socket for QMP: `system_powerdown` (OSv alone heeds it), `quit`. SIGTERM ends it too."""
 
@@ -52,6 +54,9 @@ def command(
     """
     images.check_alias(address.ip for address in vm.addresses)
     vhost = "on" if vm.vhost else "off"
+    netdev = f"tap,id=net,ifname={vm.tap},script=no,downscript=no,vhost={vhost}"
+    if vm.socket:
+        netdev = f"stream,id=net,server=off,addr.type=unix,addr.path={value(vm.socket)}"
     return [
         QEMU, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
         "-machine", f"q35,accel={vm.accelerator},sata=off,smbus=off,usb=off,vmport=off",
@@ -61,7 +66,7 @@ def command(
         "-chardev", f"file,id=console,append=on,path={value(vm.console)}",
         "-serial", "chardev:console",
         *(("-qmp", f"unix:{value(vm.qmp)},server=on,wait=off") if vm.qmp else ()),
-        "-netdev", f"tap,id=net,ifname={vm.tap},script=no,downscript=no,vhost={vhost}",
+        "-netdev", netdev,
         "-device", ",".join(("virtio-net-pci,netdev=net", f"mac={vm.mac}", "romfile=", *nic)),
         *extra,
     ]  # fmt: skip

@@ -156,6 +156,8 @@ def unsupported(cell: Cell, guest: runtimes.Prepared) -> str | None:
 
 
 def main() -> None:
+    if datapath.layout is datapaths.Layout.SOCKET and not guest.uses_tap:
+        return f"{cell.datapath} carries frames of a virtual machine, which a stand-in is not"
     """Entry of `python -m testbed.worker`."""
     job = Job.from_json(json.loads(sys.stdin.readline()))
 

@@ -18,7 +18,7 @@ from pyroute2 import IPRoute
 
 from testbed import netlink
 from testbed.ledger import Scope
-from testbed.model import Cell, Error, Family, Pair, Transport, alias
+from testbed.model import CONTROL_PORT, Cell, Error, Family, Pair, Transport, alias
 
 NAMES = (
     "loopback",
@@ -30,6 +30,7 @@ NAMES = (
     "proxy",
     "tcredirect",
     "broadcast",
+    "passt",
 )
 
 
@@ -40,18 +41,24 @@ class Layout(StrEnum):
     """In the pod's namespace: the pod routes between its guests."""
     BRIDGE = "bridge"
     """In the node's namespace, ports of the pod's bridge, as the pod's own veth is."""
+    SOCKET = "socket"
+    """Nowhere: a guest's frames go through a Unix socket, to a program that the datapath starts."""
 
 
 @dataclass(frozen=True)
 class Port:
-    """The host's end of guest n's link (a tap, or a veth for a stand-in)."""
+    """The host's end of guest n's link: a tap, a veth for a stand-in, or a Unix socket."""
 
     n: int
     ifname: str
     ifindex: int
-    """In the namespace that `Layout` says."""
+    """In the namespace that `Layout` says; 0 in layout `socket`."""
     families: frozenset[Family] = frozenset(Family)
     """What the guest's network stack speaks."""
+    socket: Path | None = None
+    """In layout `socket`: where the guest's machine looks for the program that listens."""
+    control_port: int = CONTROL_PORT
+    """TCP port of the guest's that is reached at its own address."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +72,9 @@ class Wiring:
     """Name of the namespace in the place of the host's own: bridges and, in `bridge`, ports."""
     layout: Layout
     uplink_ifindex: int
-    """The pod's veth in `netns`; 0 in layout `pod`."""
+    """The pod's veth in `netns`; 0 but in layout `bridge`."""
     uplink_peer_ifindex: int
-    """Its other end in `node`, a port of the pod's bridge; 0 in layout `pod`."""
+    """Its other end in `node`, a port of the pod's bridge; 0 but in layout `bridge`."""
     ports: tuple[Port, ...]
     owners: Mapping[tuple[Transport, int], int]
     """(transport, port) → n of the guest that serves it; what is not here is native."""

@@ -52,6 +52,8 @@ class Place:
     """File that gets what the workload (a guest: its serial console) prints."""
     scratch: Path
     """Directory for sockets and the like, one per pod."""
+    socket: Path | None = None
+    """Unix socket in the place of the guest's tap."""
 
     @property
     def etc(self) -> dict[Path, str]:

@@ -65,7 +65,7 @@ class Osv:
         workload = place.workload
         machine = Vm(
             self.accelerator, place.tap, guest_mac(place.n), vm.link_addresses(place.n),
-            place.console, vhost=self.vhost, memory_mib=memory_mib(workload),
+            place.console, vhost=self.vhost, memory_mib=memory_mib(workload), socket=place.socket,
         )  # fmt: skip
         image, arguments = self.image, ["--control-port", str(workload.control_port)]
         if workload.program:
