@@ -1,0 +1,158 @@
+"""Containers by runc: what they see, may and have, and where their files come from."""
+
+from __future__ import annotations
+
+import subprocess
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from testbed import process, runtimes
+from testbed.datapaths import get
+from testbed.ledger import Owner
+from testbed.manifest import Manifest, Program, Workload
+from testbed.model import Error, Runtime
+from testbed.pod import Node, Pod
+from testbed.runtimes import Options, Prepared, container
+
+pytestmark = pytest.mark.root
+
+Run = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Prepared:
+    return runtimes.prepare(Runtime.CONTAINER, Options())
+
+
+@pytest.fixture(scope="module")
+def pod(owner: Owner, node: Node, runtime: Prepared) -> Iterator[Pod]:
+    scratch = process.create_folder(owner, f"{owner.id}-containers")
+    (scratch / "hosts.native").write_text("127.0.0.1 localhost\n10.1.2.3 db\n")
+    (scratch / "resolv.conf").write_text("nameserver 127.0.0.11\n")
+    (scratch / "hostname").write_text("shop\n")
+    container.own(owner, scratch, f"tb-{owner.id}-containers")
+    manifest = Manifest(())
+    with Pod(
+        node, "containers", manifest, get("loopback"), {Runtime.CONTAINER: runtime}, scratch
+    ) as p:
+        yield p
+
+
+@pytest.fixture
+def run(pod: Pod, runtime: Prepared) -> Run:
+    """What a container prints, run to its end."""
+
+    def run(program: Program, status: int = 0) -> str:
+        place = pod.place(Workload("box", Runtime.CONTAINER, program=program))
+        place.console.unlink(missing_ok=True)
+        with runtime.start(place) as running:
+            running.wait(10)
+        text = place.console.read_text()
+        assert running.returncode == status, text
+        return text
+
+    return run
+
+
+def shell(script: str, image: str = "host:", **more: object) -> Program:
+    return Program(image, command=("/bin/sh", "-c", script), **more)  # type: ignore[arg-type]
+
+
+def test_it_is_alone_but_in_the_pods_network(run: Run, pod: Pod) -> None:
+    text = run(
+        shell("echo $$; hostname; cat /etc/hosts /etc/resolv.conf /etc/hostname; ls /sys/class/net")
+    )
+    assert text.split() == [
+        "1", "shop", "127.0.0.1", "localhost", "10.1.2.3", "db", "nameserver", "127.0.0.11",
+        "shop", "lo",
+    ]  # fmt: skip
+
+
+def test_it_may_what_docker_lets_it(run: Run) -> None:
+    assert "CapEff:\t00000000a80425fb" in run(shell("cat /proc/self/status"))
+    assert "Operation not permitted" in run(shell("unshare -m true"), status=1)
+    assert "Read-only" in run(shell("echo 1 > /proc/sys/vm/drop_caches"), status=1)
+    assert run(shell("test ! -e /dev/kvm && echo x > /dev/null && test -s /etc/hosts")) == ""
+
+
+def test_status_environment_and_folder_are_the_programs(run: Run) -> None:
+    program = shell("echo $WHO; pwd; exit 7", env=(("WHO", "Ada"),), working_dir="/tmp")
+    assert run(program, status=7) == "Ada\n/tmp\n"
+
+
+def test_its_files_are_new_at_every_start(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    subprocess.run(["cp", "/bin/busybox", tmp_path / "bin/sh"], check=True)
+    for folder in ("proc", "dev", "sys", "etc"):
+        (tmp_path / folder).mkdir()
+    for _ in range(2):
+        assert run(shell("test ! -e /made && echo x > /made", image=str(tmp_path))) == ""
+    assert not (tmp_path / "made").exists()
+
+
+def test_its_memory_is_limited(run: Run) -> None:
+    hog = "x=0123456789abcdef; while :; do x=$x$x; done"
+    run(shell(hog, memory_bytes=32 << 20), status=137)
+
+
+def test_its_sockets_belong_to_the_pods_natives(run: Run) -> None:
+    groups = run(shell("cat /proc/self/cgroup", cpus=0.5)).split()
+    path = next(line.rpartition(":")[2] for line in groups if line.startswith("0::"))
+    assert path.endswith("/natives/box/container")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_oci_image_says_what_runs(run: Run, tmp_path: Path, packed: bool) -> None:
+    layout = tmp_path / "layout"
+    root = tmp_path / "root"
+    (root / "bin").mkdir(parents=True)
+    subprocess.run(["cp", "/bin/busybox", root / "bin/sh"], check=True)
+    image = f"{layout}:v1"
+    for command in (
+        ["init", "--layout", str(layout)],
+        ["new", "--image", image],
+        ["insert", "--image", image, str(root), "/"],
+        ["config", "--image", image, "--config.entrypoint", "/bin/sh", "--config.entrypoint", "-c",
+         "--config.cmd", "echo $GREETING from $(pwd)", "--config.env", "GREETING=hello",
+         "--config.workingdir", "/srv"],
+    ):  # fmt: skip
+        subprocess.run(["umoci", *command], check=True, capture_output=True)
+    name = f"oci:{image}"
+    if packed:
+        with tarfile.open(tmp_path / "image.tar", "w") as tar:
+            tar.add(layout, ".")
+        name = f"oci-archive:{tmp_path}/image.tar:v1"
+    assert run(Program(name)) == "hello from /srv\n"
+    assert run(Program(name, args=("echo $0 $GREETING",))) == "/bin/sh hello\n"
+    with pytest.raises(Error, match="has no tag 'v2'; it has v1"):
+        run(Program(name.removesuffix("v1") + "v2"))
+
+
+def test_a_tar_is_a_root(run: Run, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "root.tar.gz", "w:gz") as tar:
+        tar.add("/bin/busybox", "bin/sh")
+    assert run(shell("echo well", image=str(tmp_path / "root.tar.gz"))) == "well\n"
+    (tmp_path / "bad.tar").write_text("no tar")
+    with pytest.raises(Error, match="is no tar that can be unpacked"):
+        run(shell("", image=str(tmp_path / "bad.tar")))
+
+
+def test_programs_of_this_host_bring_their_libraries(run: Run) -> None:
+    assert "v=7" in run(Program("host:redis-server,redis-cli", args=("--version",)))
+    assert "redis-cli 7" in run(Program("host:redis-server,redis-cli", command=("redis-cli", "-v")))
+
+
+def test_what_it_left_running_ends_with_it(pod: Pod, runtime: Prepared) -> None:
+    place = pod.place(Workload("box", Runtime.CONTAINER, program=shell("sleep 1000 & wait")))
+    running = runtime.start(place)
+    while not (place.cgroup / "container").exists():
+        running.poll()
+    process.end(running)
+    with runtime.start(
+        pod.place(Workload("box", Runtime.CONTAINER, program=shell("true")))
+    ) as again:
+        again.wait(10)
+    assert again.returncode == 0

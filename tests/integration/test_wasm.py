@@ -1,0 +1,117 @@
+"""WASI components: made of Python programs, with the pod's network and localhost."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from testbed import netlink, process, runtimes
+from testbed.datapaths import get
+from testbed.ledger import Owner
+from testbed.manifest import Manifest, Program, Workload
+from testbed.model import Error, Family, Runtime
+from testbed.pod import Node, Pod
+from testbed.runtimes import Options, Prepared
+
+from .sockets import domain
+
+pytestmark = pytest.mark.root
+
+SOURCE = """\
+import os
+import socket
+import sys
+
+if len(sys.argv) == 1:
+    print("hello", os.environ["WHO"])
+    raise SystemExit(3)
+host, port = sys.argv[1:]
+family = socket.AF_INET6 if ":" in host else socket.AF_INET
+with socket.socket(family) as client:
+    if host == "localhost":
+        client = socket.create_connection((host, int(port)))
+    else:
+        client.connect((host, int(port)))
+    client.sendall(b"ping")
+    print(client.recv(100).decode())
+"""
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Prepared:
+    return runtimes.prepare(Runtime.WASM, Options())
+
+
+@pytest.fixture(scope="module")
+def pod(owner: Owner, node: Node, runtime: Prepared) -> Iterator[Pod]:
+    scratch = process.create_folder(owner, f"{owner.id}-wasm")
+    (scratch / "hosts.native").write_text("127.0.0.1 localhost\n::1 localhost\n")
+    (scratch / "resolv.conf").write_text("")
+    datapath = get("loopback")
+    with Pod(node, "wasm", Manifest(()), datapath, {Runtime.WASM: runtime}, scratch) as pod:
+        yield pod
+
+
+Run = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def run(pod: Pod, runtime: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """What the component of `SOURCE` prints."""
+    source = tmp_path_factory.mktemp("wasm") / "client.py"
+    source.write_text(SOURCE)
+
+    def run(*args: str, status: int = 0) -> str:
+        program = Program(str(source), args=args, env=(("WHO", "Ada"),))
+        place = pod.place(Workload("component", Runtime.WASM, program=program))
+        place.console.unlink(missing_ok=True)
+        with runtime.start(place) as running:
+            running.wait(10)
+        text = place.console.read_text()
+        assert running.returncode == status, text
+        return text
+
+    return run
+
+
+def test_environment_and_status_are_the_programs(run: Run) -> None:
+    assert run(status=1) == "hello Ada\n"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+def test_it_dials_in_the_pod(run: Run, pod: Pod, host: str) -> None:
+    family = Family.IPV6 if ":" in host else Family.IPV4
+    address = "127.0.0.1" if host == "localhost" else host
+
+    def serve() -> socket.socket:
+        return socket.create_server((address, 0), family=domain(family))
+
+    with netlink.inside(pod.netns, serve) as server:
+        server.settimeout(10)
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(b"pong " + connection.recv(100))
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        assert run(host, str(server.getsockname()[1])) == "pong ping\n"
+        answering.join()
+
+
+def test_what_is_no_component_is_refused(runtime: Prepared, tmp_path: Path) -> None:
+    (tmp_path / "bad.wasm").write_bytes(b"no component")
+    for image, fault in (
+        (tmp_path / "bad.wasm", "no component for WASI 0.2"),
+        (tmp_path / "none.wasm", "no component"),
+    ):
+        with pytest.raises(Error, match=fault):
+            runtime.compose(Workload("c", Runtime.WASM, program=Program(str(image))))
+    with pytest.raises(Error, match="neither command nor workingDir"):
+        program = Program("x.wasm", command=("ls",))
+        runtime.compose(Workload("c", Runtime.WASM, program=program))
