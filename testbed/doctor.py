@@ -20,9 +20,9 @@ from typing import Any
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from testbed import accelerator, bpf, kernels, netlink, process
+from testbed import accelerator, bpf, datapaths, kernels, netlink, process
 from testbed.ledger import Owner
-from testbed.model import Error, Family
+from testbed.model import Cell, Error, Family, Metric, Pair, Transport
 
 KERNEL_FLOOR = (5, 10)
 """bpf_redirect_peer (`capture`) and getpeername hooks with it."""
@@ -57,6 +57,7 @@ def probe() -> Iterator[Finding]:
     """Everything, each finding as soon as it is found. The first boot with KVM may take seconds."""
     yield from host()
     yield from guests()
+    yield from others()
     yield from room()
 
 
@@ -215,6 +216,24 @@ def _vhost_net() -> Finding:
     return Finding("vhost-net", State.DEGRADED, "no /dev/vhost-net",
                    "packets of guests take the way through QEMU, which is slower; "
                    "modprobe vhost_net")  # fmt: skip
+
+
+# --- what datapaths need besides ------------------------------------------------------------
+
+
+def others() -> Iterator[Finding]:
+    """Programs of other people, which some of the datapaths are made of."""
+    whole = []
+    for name in datapaths.NAMES:
+        cells = (Cell(name, Pair.NATIVE_GUEST, Family.IPV4, transport, Metric.LATENCY, 64)
+                 for transport in Transport)  # fmt: skip
+        lacks = {reason for cell in cells if (reason := datapaths.get(name).unsupported(cell))}
+        for reason in sorted(lacks):
+            what, _, remedy = reason.partition("; ")
+            yield Finding(name, State.DEGRADED, what, f"cells of it are unsupported; {remedy}")
+        if not lacks:
+            whole.append(name)
+    yield Finding("datapaths", State.FINE, ", ".join(whole))
 
 
 # --- room -----------------------------------------------------------------------------------
