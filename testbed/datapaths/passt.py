@@ -11,6 +11,7 @@ is no tap.
 from __future__ import annotations
 
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 
@@ -59,15 +60,22 @@ class _Attachment(LinkCounters):
         super().__init__(wiring)
         self._scope = owner.part()
         self._cgroup = process.create_cgroup(self._scope, f"{wiring.netns}/passt")
+        self._running: list[subprocess.Popen[bytes]] = []
         self._prepare()
-        for port in wiring.ports:
-            self._start(port)
+        try:
+            for port in wiring.ports:
+                self._start(port)
+        except BaseException:
+            self.detach()
+            raise
 
     def carried(self, client: int | None, server: int | None) -> Count:
         """Of `lo`, where passt's sockets meet those of natives and of each other."""
         return super().carried(None, None)
 
     def detach(self) -> None:
+        for running in self._running:
+            process.end(running)
         self._scope.undo()
 
     def _prepare(self) -> None:
@@ -89,6 +97,7 @@ class _Attachment(LinkCounters):
             ["passt", "--foreground", "--stderr", *options(self.wiring, port)],
             cgroup=self._cgroup, netns=self.wiring.netns, output=log,
         )  # fmt: skip
+        self._running.append(running)
         deadline = time.monotonic() + PATIENCE_S
         while not port.socket.exists():
             if running.poll() is not None or time.monotonic() > deadline:

@@ -20,10 +20,11 @@ from scapy.layers.inet import IP, UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
-from testbed import datapaths, model, netlink, process
+from testbed import datapaths, model, netlink, process, runtimes, trial
 from testbed.manifest import Manifest
 from testbed.model import Cell, Error, Family, Metric, Runtime, Transport, guest_link, guest_mac
 from testbed.model import Pair as Roles
+from testbed.runtimes import Options
 
 from .conftest import Build
 from .sockets import (
@@ -45,9 +46,9 @@ EVERY_PAIR = pytest.mark.parametrize("pair", PAIRS, ids=str)
 DATA = os.urandom(2_000_000)
 
 
-def need(name: str) -> None:
-    """Skip if the datapath's programs are missing."""
-    for transport in Transport:
+def need(name: str, *transports: Transport) -> None:
+    """Skip if the datapath's programs are missing, that some or all transports need."""
+    for transport in transports or Transport:
         cell = Cell(name, Roles.NATIVE_GUEST, Family.IPV4, transport, Metric.LATENCY, 64)
         if reason := datapaths.get(name).unsupported(cell):
             pytest.skip(reason)
@@ -244,3 +245,39 @@ def test_links_that_were_lost_are_tied_again(tied: Bench, lost: str) -> None:
 def test_two_guests_cannot_be_tied_to_one_veth(build: Build) -> None:
     with pytest.raises(Error, match="has 2 guests, and one veth"):
         build("two", MANIFEST, "tcredirect")
+
+
+# --- passt ----------------------------------------------------------------------------------
+
+
+def test_stand_ins_have_no_frames_for_passt(build: Build) -> None:
+    with pytest.raises(Error, match="virtual machines only"):
+        build("standins", datapath="passt")
+
+
+def test_passt_carries_a_virtual_machine_both_ways_also_the_next_one(build: Build) -> None:
+    need("passt", Transport.TCP)
+    try:
+        prepared = {r: runtimes.prepare(r, Options()) for r in (Runtime.PROCESS, Runtime.LINUX)}
+    except Error as e:
+        pytest.skip(str(e))
+    roles = (Roles.NATIVE_GUEST, Roles.GUEST_NATIVE)
+    pod = build("passt", trial.manifest(roles, Runtime.LINUX), "passt", prepared)
+    pod.start()
+
+    def faults(*cells: Cell) -> list[str | None]:
+        return [trial.run(c, pod, prepared[Runtime.LINUX], 0.05, 0.2).reason for c in cells]
+
+    cells = [
+        Cell("passt", pair, family, transport, Metric.LATENCY, 64)
+        for pair in roles
+        for family in Family
+        for transport in Transport
+    ]
+    supported = [cell for cell in cells if not pod.datapath.unsupported(cell)]
+    assert len(supported) == 6
+    assert faults(*supported) == [None] * 6
+    pod.stop_workload("guest1")
+    pod.start_workload("guest1")
+    pod.wait_ready("guest1")
+    assert faults(supported[0]) == [None]
