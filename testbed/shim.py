@@ -38,6 +38,7 @@ def flags() -> tuple[str, ...]:
         "ALIAS": model.alias,
         "NATIVE_SOURCE": model.native_source,
         "NATIVE_SOURCE_ODD": model.native_source_odd,
+        "POD_LINK": model.pod_link,
         "GUEST_LINK": lambda family: model.guest_link(family, 0),
         "GUEST_VIEW": lambda family: model.guest_view(family, 0),
     }

@@ -8,7 +8,7 @@
  *   dialed    127.0.0.0/8, ::1, 0.0.0.0, ::   the alias of that family
  *   bound     127.0.0.0/8, ::1, the alias     the guest's own address on its link, where the pod's
  *                                             traffic arrives; others' connections are reset
- *   names     alias, native sources, guests   127.0.0.1 or ::1
+ *   names     whoever is in the pod             127.0.0.1 or ::1
  *
  * A server answers a datagram to the address that it was given, so that one is kept apart from
  * others: 169.254.77.2 is shown as 127.254.77.2 and means the same when it comes back; IPv6, with no
@@ -36,7 +36,7 @@
 
 static const struct in6_addr loopback[] = LOOPBACK, alias[] = ALIAS,
 			     native_source[] = NATIVE_SOURCE,
-			     native_source_odd[] = NATIVE_SOURCE_ODD;
+			     native_source_odd[] = NATIVE_SOURCE_ODD, pod_link[] = POD_LINK;
 /* Of these the last byte is the guest's number. */
 static const struct in6_addr guest_link[] = GUEST_LINK, guest_view[] = GUEST_VIEW;
 
@@ -77,11 +77,12 @@ static bool is_unspecified(const struct in6_addr *a)
 	return v6(a) ? IN6_IS_ADDR_UNSPECIFIED(a) : !a->s6_addr32[3];
 }
 
-/* What the guest's kernel sees of its peers at localhost. */
+/* What the guest's kernel sees of its peers at localhost; of those, nobody outside the pod has any. */
 static bool is_localhost(const struct in6_addr *a)
 {
 	return equal(a, &alias[v6(a)]) || equal(a, &native_source[v6(a)]) ||
-	       equal(a, &native_source_odd[v6(a)]) || is_one_of(a, guest_view);
+	       equal(a, &native_source_odd[v6(a)]) || equal(a, &pod_link[v6(a)]) ||
+	       is_one_of(a, guest_view);
 }
 
 /* False for what is no whole IP address. */

@@ -10,7 +10,9 @@ from __future__ import annotations
 import http.server
 import shutil
 import socket
+import subprocess
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ipaddress import ip_address
@@ -32,58 +34,137 @@ from .sockets import PATIENCE_S, domain, wait_until
 pytestmark = pytest.mark.root
 
 NATIVE_PORT = 6000
-GUEST_PORTS = range(5001, 5020)
+GUEST_PORTS = range(5001, 5060)
 _ports = iter(GUEST_PORTS)
 HTTP_PORT, IPERF_PORT = 8000, 5202
-NOT_PROBED = ("curl", "iperf3", "iperf3-client")
-"""Guests that listen to nobody, or for whom a connection that closes at once is an error."""
+MESSAGES_PORT = 5100
+SERVERS = {"redis": 6379, "nginx": 8080}
+"""Guests whose port may be tried (for iperf3, a connection that closes at once is an error)."""
 
 FAMILIES = pytest.mark.parametrize("family", Family, ids=str)
 TRANSPORTS = pytest.mark.parametrize("transport", Transport, ids=str)
+
+
+MESSAGES = r"""
+#include <arpa/inet.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#define CHECK(what) if (!(what)) return perror(#what), printf("failed: %s\n", #what), 1
+
+union name { struct sockaddr any; struct sockaddr_in v4; struct sockaddr_in6 v6; };
+
+int main(int argc, char **argv)
+{
+    int family = atoi(argv[1]) == 4 ? AF_INET : AF_INET6, port = htons(atoi(argv[2]));
+    union name self = { .any.sa_family = family }, from[2];
+    struct mmsghdr out[2] = {}, in[2] = {};
+    char text[2][8] = { "one", "two" }, got[2][8] = {};
+    struct iovec out_iov[2], in_iov[2];
+    socklen_t size = family == AF_INET ? sizeof(self.v4) : sizeof(self.v6), length = sizeof(*from);
+    int fd = socket(family, SOCK_DGRAM, 0);
+
+    self.v4.sin_port = port;
+    inet_pton(family, argv[3], family == AF_INET ? (void *)&self.v4.sin_addr : &self.v6.sin6_addr);
+    CHECK(!bind(fd, &self.any, size));
+    for (int i = 0; i < 2; i++) {
+        out_iov[i] = (struct iovec){ text[i], 4 };
+        in_iov[i] = (struct iovec){ got[i], 8 };
+        out[i].msg_hdr = (struct msghdr){ &self, size, &out_iov[i], 1 };
+        in[i].msg_hdr = (struct msghdr){ &from[i], sizeof(*from), &in_iov[i], 1 };
+    }
+    /* Alone: until the kernel knows its neighbor it keeps one packet, and drops those before. */
+    CHECK(sendto(fd, "six", 4, 0, &self.any, size) == 4);
+    CHECK(recvfrom(fd, got[0], atoi(argv[4]), 0, &from[1].any, &length) == 4 && length == size);
+    CHECK(!strcmp(got[0], "six") && from[1].v4.sin_port == port);
+    CHECK(family == AF_INET6 || ((char *)&from[1].v4.sin_addr)[0] == 127);
+
+    CHECK(sendmmsg(fd, out, 2, 0) == 2 && out[1].msg_len == 4);
+    for (int n = 0; n < 2; n++)
+        CHECK(recvmmsg(fd, in + n, 1, MSG_WAITFORONE, NULL) == 1);
+    CHECK(!memcmp(text, got, sizeof(got)) && in[1].msg_len == 4);
+    CHECK(in[0].msg_hdr.msg_namelen == size && !memcmp(&from[0], &from[1], size));
+
+    /* To whom it was shown to be from: an answer, so it comes from localhost itself. */
+    out->msg_hdr.msg_name = &from[0];
+    CHECK(sendmsg(fd, &out->msg_hdr, 0) == 4);
+    CHECK(recvmsg(fd, &in->msg_hdr, 0) == 4 && in->msg_hdr.msg_namelen == size);
+    CHECK(!memcmp(&from[0], &self, size));
+    puts("all messages arrived");
+    return 0;
+}
+"""
+"""A guest's datagrams to itself by every call that has an address; recvfrom is fortified."""
 
 
 def manifest(folder: Path) -> Manifest:
     """One guest for each program."""
     agent = folder / "agent.toml"
     agent.write_text('program = "agent"\n')
+    command = ["cc", "-xc", "-", "-O2", "-D_FORTIFY_SOURCE=2", "-D_GNU_SOURCE", "-pie", "-fPIE"]
+    subprocess.run([*command, "-o", folder / "messages"], input=MESSAGES, text=True, check=True)
+    messages = folder / "messages.toml"
+    messages.write_text('program = "messages"\n')
 
-    def guest(
-        name: str, definition: Path, *ports: int, ready: int = 0, args: Sequence[str] = ()
-    ) -> Workload:
+    def guest(name: str, definition: Path, *ports: int, args: Sequence[str] = ()) -> Workload:
         return Workload(
             name, Runtime.OSV, tuple((t, p) for p in ports for t in Transport),
-            control_port=ready or model.CONTROL_PORT,
             program=Program(str(definition), args=tuple(args)),
         )  # fmt: skip
 
     guests = [
         guest("agent", agent, *GUEST_PORTS),
-        guest("redis", kernels.OSV / "redis.toml", 6379, ready=6379),
-        guest("nginx", kernels.OSV / "nginx.toml", 8080, ready=8080),
+        guest("redis", kernels.OSV / "redis.toml", SERVERS["redis"]),
+        guest("nginx", kernels.OSV / "nginx.toml", SERVERS["nginx"]),
         guest("iperf3", kernels.OSV / "iperf3.toml", 5201),
         guest("curl", kernels.OSV / "curl.toml"),
+        guest("curl-ipv6", kernels.OSV / "curl.toml",
+              args=["--silent", "--show-error", f"http://[::1]:{HTTP_PORT}/"]),
+        guest("messages4", messages, MESSAGES_PORT,
+              args=["4", str(MESSAGES_PORT), "127.0.0.1", "8"]),
+        guest("messages6", messages, MESSAGES_PORT + 1,
+              args=["6", str(MESSAGES_PORT + 1), "::1", "8"]),
         guest("iperf3-client", kernels.OSV / "iperf3.toml",
               args=["--client", "127.0.0.1", "--port", str(IPERF_PORT), "--time", "1"]),
     ]  # fmt: skip
     return Manifest(tuple(guests))
 
 
-@pytest.fixture(scope="module", params=kernels.FLAVORS)
+@pytest.fixture(
+    scope="module",
+    params=[("ipv6", "capture"), ("ipv6", "steer"), ("master", "capture")],
+    ids="-".join,
+)
 def pod(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pod]:
     """Built, with the agent started; programs are started by their tests."""
-    kernel = kernels.find_osv(flavor=request.param, download=False)
-    if kernel is None or kernel.flavor != request.param:
-        pytest.skip(f"no OSv kernel of flavor {request.param} in the cache")
+    flavor, name = request.param
+    kernel = kernels.find_osv(flavor=flavor, download=False)
+    if kernel is None or kernel.flavor != flavor:
+        pytest.skip(f"no OSv kernel of flavor {flavor} in the cache")
+    datapath = datapaths.get(name)
     folder = tmp_path_factory.mktemp("shim")
     osv = runtimes.prepare(Runtime.OSV, Options(osv_kernel=kernel.path, hosts_patch=False))
     with Owner() as owner:
         node = Node(owner)
-        prepared = {Runtime.OSV: osv}
-        with Pod(node, "shim", manifest(folder), datapaths.get("capture"), prepared, folder) as pod:
+        with Pod(node, "shim", manifest(folder), datapath, {Runtime.OSV: osv}, folder) as pod:
+            for_outsiders(pod)
             pod.start_workload("agent")
             pod.wait_ready("agent")
             yield pod
         node.ip.close()
+
+
+OUTSIDER = {Family.IPV4: ip_address("169.254.64.9"), Family.IPV6: ip_address("fd77::64:9")}
+"""On the guests' link, and nobody of the pod."""
+
+
+def for_outsiders(pod: Pod) -> None:
+    """Let the pod's end of the first guest's link have the outsider's addresses, too."""
+    wiring = pod.wiring()
+    for address in OUTSIDER.values():
+        link = wiring.uplink_ifindex or wiring.ports[0].ifindex
+        netlink.add_address(pod.ip, link, address, address.max_prefixlen)
 
 
 class Guest:
@@ -251,15 +332,16 @@ def test_server_at_the_address_of_localhost_is_at_loopback(
 
 
 @FAMILIES
-def test_server_at_loopback_is_not_for_those_who_dial_the_guest(
+def test_server_at_loopback_is_not_for_outsiders(
     pod: Pod, guest: Guest, family: Family, port: int
 ) -> None:
-    """They are reset; who came to localhost meanwhile is served."""
+    """From outside the pod they are reset; who came to localhost meanwhile is served."""
     fd = listening(guest, family, str(model.loopback(family)), port)
     with (
         native(pod, family, Transport.TCP) as outsider,
         native(pod, family, Transport.TCP) as client,
     ):
+        outsider.bind((str(OUTSIDER[family]), 0))
         outsider.connect((str(pod.address("agent", family)), port))
         client.connect((str(model.loopback(family)), port))
         accepted = guest.call("accept", socket=fd, timeout_s=PATIENCE_S)
@@ -272,12 +354,12 @@ def test_server_at_loopback_is_not_for_those_who_dial_the_guest(
 def test_server_at_the_wildcard_is_for_everybody_and_tells_them_apart(
     pod: Pod, guest: Guest, family: Family, port: int
 ) -> None:
-    loopback = model.loopback(family)
+    loopback, link = model.loopback(family), pod.address("agent", family)
     wildcard = "0.0.0.0" if family is Family.IPV4 else "::"
     fd = listening(guest, family, wildcard, port)
-    link = pod.address("agent", family)
-    for dialed, peer in ((loopback, loopback), (link, model.pod_link(family))):
+    for dialed, peer in ((loopback, loopback), (link, OUTSIDER[family])):
         with native(pod, family, Transport.TCP) as client:
+            client.bind((str(peer), 0))
             client.connect((str(dialed), port))
             accepted = guest.call("accept", socket=fd, timeout_s=PATIENCE_S)
             assert accepted["address"] == str(peer)
@@ -332,21 +414,35 @@ def test_localhost_has_an_address_in_every_family_that_the_kernel_speaks(
         assert resolved("ipv6") == spoken[1:]
 
 
+@FAMILIES
+def test_every_call_that_has_an_address_knows_loopback(pod: Pod, family: Family) -> None:
+    name = "messages4" if family is Family.IPV4 else "messages6"
+    with started(pod, name):
+        printed(pod, name, "all messages arrived")
+
+
 # --- programs -------------------------------------------------------------------------------
 
 
 @contextmanager
 def started(pod: Pod, name: str) -> Iterator[None]:
     """A guest with one of Debian's programs; skipped visibly if it is not installed."""
-    if shutil.which(program := name.partition("-")[0].replace("redis", "redis-server")) is None:
+    program = {"redis": "redis-server"}.get(name, name.partition("-")[0])
+    if not name.startswith("messages") and shutil.which(program) is None:
         pytest.skip(f"no {program}")
     pod.start_workload(name)
     try:
-        if name not in NOT_PROBED:
-            pod.wait_ready(name)
+        if name in SERVERS:
+            wait_until(lambda: accepts(pod, SERVERS[name]), f"{name} serves", 15)
         yield
     finally:
         pod.stop_workload(name)
+
+
+def accepts(pod: Pod, port: int) -> bool:
+    with native(pod, Family.IPV4, Transport.TCP) as client:
+        client.settimeout(0.3)
+        return client.connect_ex((str(model.loopback(Family.IPV4)), port)) == 0
 
 
 def run(pod: Pod, *command: str) -> str:
@@ -362,8 +458,14 @@ def run(pod: Pod, *command: str) -> str:
 
 
 def printed(pod: Pod, name: str, text: str) -> None:
-    """Wait until a guest has printed something."""
-    wait_until(lambda: text in pod.console(name).read_text(errors="replace"), text, 30)
+    """Wait until a guest has printed something. It may end then, not before."""
+    ended = False
+    deadline = time.monotonic() + 30
+    while text not in (console := pod.console(name).read_text(errors="replace")):
+        assert not ended, console
+        assert time.monotonic() < deadline, console
+        ended = pod.processes[name].poll() is not None
+        time.sleep(0.005)
 
 
 def test_redis_bound_to_loopback_with_protected_mode_on(pod: Pod) -> None:
@@ -388,23 +490,31 @@ def test_nginx_at_loopback_sees_clients_at_loopback(pod: Pod) -> None:
         assert answer.strip() == "127.0.0.1"
 
 
-def test_curl_in_a_guest_finds_a_native_server(pod: Pod) -> None:
-    class Hello(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b"hello from the pod\n")
+class Hello(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"hello from the pod\n")
 
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
 
-    at = (str(model.loopback(Family.IPV4)), HTTP_PORT)
-    with netlink.inside(pod.netns, lambda: http.server.HTTPServer(at, Hello)) as server:
+
+@FAMILIES
+def test_curl_in_a_guest_finds_a_native_server(pod: Pod, family: Family) -> None:
+    """By ::1 too, though it dials before the guest's IPv6 address is ready."""
+
+    class Server(http.server.HTTPServer):
+        address_family = domain(family)
+
+    at = (str(model.loopback(family)), HTTP_PORT)
+    name = "curl" if family is Family.IPV4 else "curl-ipv6"
+    with netlink.inside(pod.netns, lambda: Server(at, Hello)) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
-            with started(pod, "curl"):
-                printed(pod, "curl", "hello from the pod")
+            with started(pod, name):
+                printed(pod, name, "hello from the pod")
         finally:
             server.shutdown()
             thread.join()
@@ -412,8 +522,8 @@ def test_curl_in_a_guest_finds_a_native_server(pod: Pod) -> None:
 
 def test_iperf3_in_a_guest_serves_natives(pod: Pod) -> None:
     with started(pod, "iperf3"):
-        printed(pod, "iperf3", "Server listening")
-        for way in ((), ("--reverse",), ("--udp",)):
+        for i, way in enumerate(((), ("--reverse",), ("--udp",)), start=1):
+            printed(pod, "iperf3", f"Server listening on 5201 (test #{i})")
             assert "receiver" in run(pod, "iperf3", "--client", "127.0.0.1", "--time", "1", *way)
 
 
