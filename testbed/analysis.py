@@ -18,9 +18,9 @@ from math import exp, inf, log, log1p, nan, sqrt
 from statistics import fmean, stdev, variance
 
 import pandas as pd
-from scipy.special import stdtr, stdtrit
+from scipy.special import bdtr, stdtr, stdtrit
 
-from testbed.model import Cell, Metric, Pair, Status
+from testbed.model import AGAIN, SLOW, Cell, Metric, Pair, Status
 
 CONFIDENCE = 0.95
 
@@ -137,9 +137,12 @@ def distribution(blocks: Sequence[Sequence[tuple[float, int]]]) -> list[tuple[fl
 def reference(datapath: str, pair: Pair, references: Mapping[str, str]) -> str | None:
     """The datapath that a cell is divided by, if it has one.
 
-    Native to native is the kernel's own loopback in every datapath, so that is what it is held to.
+    Native to native is the kernel's own loopback in every datapath, so that is what it is held to;
+    but a variant, to what it is a variant of.
     """
-    return "loopback" if pair is Pair.NATIVE_NATIVE else references.get(datapath)
+    if pair is Pair.NATIVE_NATIVE and "~" not in datapath:
+        return "loopback"
+    return references.get(datapath)
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,57 @@ def summarise(trials: pd.DataFrame, references: Mapping[str, str]) -> list[Summa
                 )
             )
     return summaries
+
+
+def widest(summaries: Iterable[Summary]) -> float:
+    """How far, of all ratios, an interval reaches from its mean at most, as a share of the mean.
+
+    Of rates and median times; the tail (p99) is not waited for. Infinite if an interval is missing
+    where there is a ratio.
+    """
+    widths = [
+        row.ratio.high / row.ratio.mean - 1
+        for row in summaries
+        if row.ratio.blocks and row.reference != row.cell.datapath and row.quantity != "p99_us"
+    ]
+    return max((inf if width != width else width for width in widths), default=0.0)
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Whether a campaign finds what is there, and nothing where there is nothing."""
+
+    same: int
+    """Ratios of a datapath to itself (A/A)."""
+    differing: int
+    """Of these, how many have an interval that excludes 1."""
+    bound: int
+    """More than so many would be by chance once in a hundred campaigns."""
+    slow: int
+    """Median times with servers whose delay is known."""
+    found: int
+    """Of these, how many have a ratio whose interval lies above 1."""
+
+    @property
+    def passed(self) -> bool:
+        return self.differing <= self.bound and self.found == self.slow
+
+
+def controls(summaries: Iterable[Summary]) -> Controls | None:
+    """How the controls came out; None if the campaign has none, or too few blocks to tell.
+
+    The bound is the 99th percentile of the binomial distribution with the share of intervals that
+    miss the truth, 1 in 20; that two percentiles of one trial go together is left out of account.
+    """
+    known = [row for row in summaries if row.ratio.blocks > 1]
+    same = [row for row in known if row.cell.variant == AGAIN]
+    slow = [row for row in known if row.cell.variant == SLOW and row.quantity == "p50_us"]
+    if not same and not slow:
+        return None
+    differing = sum(not row.ratio.low <= 1 <= row.ratio.high for row in same)
+    within = (n for n in range(len(same) + 1) if bdtr(n, len(same), 1 - CONFIDENCE) >= 0.99)
+    found = sum(row.ratio.low > 1 for row in slow)
+    return Controls(len(same), differing, next(within), len(slow), found)
 
 
 CPU = ("softirq", "system", "user", "guest")

@@ -9,6 +9,7 @@ fails the cells of its own blocks.
 from __future__ import annotations
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -23,9 +24,10 @@ from queue import SimpleQueue
 from typing import IO, BinaryIO, Protocol
 
 from testbed import datapaths, store
+from testbed.analysis import summarise, widest
 from testbed.model import Cell, Error, Status, Trial
 from testbed.plan import Plan
-from testbed.store import Campaign, Store
+from testbed.store import Campaign, Store, frame
 from testbed.worker import BEAT_S, Event, Job
 
 
@@ -120,12 +122,13 @@ def start(
     job = Job((), plan.warmup_s, plan.duration_s, choice.guest, str(path.absolute()),
               str(choice.osv_kernel.absolute()) if choice.osv_kernel else None,
               keep=choice.keep)  # fmt: skip
-    shares = _deal(job, _blocks(plan, seed, set()), places, {})
+    shares = _deal(job, _blocks(plan, seed, range(plan.blocks), set()), places, {})
+    began = time.monotonic()
 
     def make(ready: Event) -> Store:
         return store.create(path, _describe(plan, seed, job, ready, places))
 
-    return _run(shares, make, report)
+    return _refine(_run(shares, make, report), plan, job, places, report, began)
 
 
 def resume(path: Path, keep: bool, report: Report, places: Sequence[Place] = HERE) -> Store:
@@ -148,24 +151,59 @@ def resume(path: Path, keep: bool, report: Report, places: Sequence[Place] = HER
     job = Job((), plan.warmup_s, plan.duration_s, campaign.guest, str(path.absolute()),
               campaign.environment["osv_kernel"], keep=keep)  # fmt: skip
     begun = {t.block: t.host for t in stored.trials() if t.status is not Status.FAILED}
-    blocks = _blocks(plan, campaign.seed, stored.done())
-    if not blocks:
+    numbers = range(max([plan.blocks - 1, *(t.block for t in stored.trials())]) + 1)
+    blocks = _blocks(plan, campaign.seed, numbers, stored.done())
+    began = time.monotonic()
+    if not blocks and (plan.target_width is None or _width(stored) <= plan.target_width):
         return stored
     with ExitStack() as stack:
         appended = stack.enter_context(store.resume(path))  # before anybody touches its files
-        finished = _run(_deal(job, blocks, places, begun), lambda _: appended, report)
+        if blocks:
+            _run(_deal(job, blocks, places, begun), lambda _: appended, report)
+        finished = _refine(appended, plan, job, places, report, began)
         stack.pop_all()
         return finished
+
+
+def _refine(
+    finished: Store,
+    plan: Plan,
+    job: Job,
+    places: Sequence[Place],
+    report: Report,
+    began: float,
+) -> Store:
+    """Add blocks, one at each place, until intervals are as narrow as the plan asks.
+
+    Or until its time is up, counted from `began`; or a pod that failed is to be left standing.
+    """
+    rounds = math.ceil(plan.blocks / len(places))
+    while plan.target_width is not None and _width(finished) > plan.target_width:
+        trials = finished.trials()
+        elapsed_s = time.monotonic() - began
+        if elapsed_s * (rounds + 1) / rounds > plan.limit_s:
+            break
+        if job.keep and any(trial.status is Status.FAILED for trial in trials):
+            break
+        first = 1 + max(trial.block for trial in trials)
+        blocks = _blocks(plan, finished.campaign.seed, range(first, first + len(places)), set())
+        _run(_deal(job, blocks, places, {}), lambda _: finished, report)
+        rounds += 1
+    return finished
+
+
+def _width(of: Store) -> float:
+    return widest(summarise(frame(of.trials()), of.campaign.references))
 
 
 Blocks = tuple[tuple[int, tuple[str, ...]], ...]
 """(number of the block, ids of its cells in the order to run them)."""
 
 
-def _blocks(plan: Plan, seed: int, done: set[tuple[str, int]]) -> Blocks:
-    """Every block's cells in its random order, without those that are done."""
+def _blocks(plan: Plan, seed: int, numbers: range, done: set[tuple[str, int]]) -> Blocks:
+    """These blocks' cells in their random order, without those that are done."""
     blocks = []
-    for number in range(plan.blocks):
+    for number in numbers:
         order = [cell.id for cell in plan.cells]
         random.Random(f"{seed}/{number}").shuffle(order)
         if left := tuple(id for id in order if (id, number) not in done):
@@ -381,11 +419,16 @@ def _describe(plan: Plan, seed: int, job: Job, ready: Event, places: Sequence[Pl
     names = [place.name for place in places if place.name]
     return Campaign(
         name=plan.name,
-        plan={"warmup_s": plan.warmup_s, "duration_s": plan.duration_s},
+        plan={
+            "warmup_s": plan.warmup_s,
+            "duration_s": plan.duration_s,
+            "target_width": plan.target_width,
+            "limit_s": plan.limit_s,
+        },
         cells=tuple(cell.id for cell in plan.cells),
         blocks=plan.blocks,
         seed=seed,
-        references={cell.datapath: datapaths.get(cell.datapath).reference for cell in plan.cells},
+        references={cell.datapath: datapaths.reference(cell.datapath) for cell in plan.cells},
         guest=guest["runtime"],
         guest_kernel=guest["kernel"],
         accelerator=guest["accelerator"] or "none",

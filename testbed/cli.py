@@ -247,7 +247,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.cells:
             chosen = chosen.select(arguments.cells)
         if arguments.blocks:
-            chosen = replace(chosen, blocks=arguments.blocks)
+            chosen = replace(chosen, blocks=arguments.blocks, target_width=None)
         path = arguments.out or store.directory(chosen.name)
     places: Sequence[campaign.Place] = campaign.HERE
     if hosts := _chosen(arguments):

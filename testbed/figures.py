@@ -120,7 +120,7 @@ def draw(store: Store) -> list[Path]:
     with mpl.rc_context(_RC):
         kinds = grouped(rows, lambda r: (r.cell.metric, r.cell.transport))
         for (metric, transport), kind in kinds.items():
-            sizes = grouped(kind, lambda r: _params(r.cell))
+            sizes = grouped(kind, lambda r: f"-{r.cell.params}")
             for size, group in sizes.items():
                 if metric is Metric.LATENCY:
                     figure = _curves(group, histograms, store)
@@ -130,7 +130,7 @@ def draw(store: Store) -> list[Path]:
                 files += _save(figure, folder, name)
         spent = grouped(costs(frame(store.trials())), lambda c: (c.cell.metric, c.cell.transport))
         for (metric, transport), costly in spent.items():
-            by_size = grouped(costly, lambda c: _params(c.cell))
+            by_size = grouped(costly, lambda c: f"-{c.cell.params}")
             for size, alike in by_size.items():
                 name = f"cpu-{metric}-{transport}{size if len(by_size) > 1 else ''}"
                 files += _save(_spent(alike, store), folder, name)
@@ -159,10 +159,6 @@ def draw_comparison(
             before.campaign.functional or after.campaign.functional,
         )  # fmt: skip
         return _save(figure, folder, f"against-{before.path.resolve().name}")
-
-
-def _params(cell: Cell) -> str:
-    return f"-{cell.size_bytes}x{cell.streams}"
 
 
 def _save(figure: Figure, folder: Path, name: str) -> list[Path]:

@@ -182,11 +182,18 @@ CONTROL_PORT = 4700
 # --- cells and trials -----------------------------------------------------------------------
 
 
+AGAIN, SLOW = "again", "slow"
+"""Variants of a datapath, for controls: the same in another pod, and with servers that are slow."""
+SLOW_US = 50.0
+"""What a slow server waits before each response: the known effect of the positive control."""
+
+
 @dataclass(frozen=True, order=True)
 class Cell:
     """One point of an experiment."""
 
     datapath: str
+    """A datapath's name, or with a variant: `capture~again`."""
     pair: Pair
     family: Family
     transport: Transport
@@ -194,14 +201,26 @@ class Cell:
     size_bytes: int
     """Message size: bytes per write (throughput), per request and response (latency)."""
     streams: int = 1
+    rate_per_s: int = 0
+    """Of latency: requests per second of all streams together, each timed from when it was due; 0:
+    each request when the last is answered."""
+
+    @property
+    def params(self) -> str:
+        """Size, streams and rate: `64x1`, `64x4@5000`."""
+        rate = f"@{self.rate_per_s}" if self.rate_per_s else ""
+        return f"{self.size_bytes}x{self.streams}{rate}"
 
     @property
     def id(self) -> str:
         """Stable name, e.g. `capture/native-guest/ipv4/tcp/latency/64x1`."""
-        return "/".join(
-            (self.datapath, self.pair, self.family, self.transport, self.metric,
-             f"{self.size_bytes}x{self.streams}")
-        )  # fmt: skip
+        path = f"{self.datapath}/{self.pair}/{self.family}/{self.transport}"
+        return f"{path}/{self.metric}/{self.params}"
+
+    @property
+    def variant(self) -> str:
+        """`again`, `slow`, or empty."""
+        return self.datapath.partition("~")[2]
 
     @classmethod
     def parse(cls, id: str) -> Cell:
@@ -209,8 +228,9 @@ class Cell:
         try:
             datapath, pair, family, transport, metric, params = id.split("/")
             size, streams = params.split("x")
+            streams, _, rate = streams.partition("@")
             return cls(datapath, Pair(pair), Family(family), Transport(transport),
-                       Metric(metric), int(size), int(streams))  # fmt: skip
+                       Metric(metric), int(size), int(streams), int(rate or 0))  # fmt: skip
         except ValueError as e:
             raise Error(f"not a cell: {id!r} ({e})") from e
 
@@ -254,6 +274,8 @@ class Trial:
     machine: dict[str, float] = field(default_factory=dict)
     """Of the host during the trial: cpu_s and what it is made of, steal_s (`machine.busy`), load1,
     elapsed_s, of it active_s with traffic, frequency_mhz where it is known."""
+    disturbed: str | None = None
+    """What came in between, if anything did: the trial was run once more, and both are kept."""
     started: str = ""
     """UTC, ISO 8601."""
     host: str = ""

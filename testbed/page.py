@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from testbed import figures, plan
-from testbed.analysis import Estimate, Summary
-from testbed.model import Error, Status
+from testbed.analysis import CPU, Estimate, Summary, costs
+from testbed.model import Error, Metric, Status
 from testbed.report import (
     COLUMNS,
     FUNCTIONAL,
     UNITS,
     blocks_of,
+    controls_of,
     grouped,
     guest_of,
     names,
@@ -33,7 +34,7 @@ from testbed.report import (
     size_of,
     summaries,
 )
-from testbed.store import Campaign, Store
+from testbed.store import Campaign, Store, frame
 
 
 class Entry(NamedTuple):
@@ -79,9 +80,16 @@ def _page(store: Store, pictures: Sequence[Path]) -> str:
         f"<h1>{escape(campaign.name)}</h1>",
         f"<p>{escape(_lead(campaign))}</p>",
         f'<p class="warning">{escape(FUNCTIONAL)}</p>' if campaign.functional else "",
-        *_section("Results", _legend(campaign), _results(rows, campaign.guest)),
+        *_section(
+            "Results",
+            _legend(campaign),
+            *(f"<p>{escape(c)}</p>" for c in controls_of(rows)),
+            _results(rows, campaign.guest),
+        ),
         *_section("Figures", "", *(_picture(path) for path in pictures)),
+        *_costs(store),
         *_missing(store),
+        *_disturbed(store),
         *_conformance(store.path / "conformance.json"),
         *_section("Environment", "", _environment(campaign)),
         *_section(
@@ -193,6 +201,42 @@ def _missing(store: Store) -> list[str]:
     ]
     table = _table("missing", ("cell", "block", "status", "reason"), rows)
     return _section("Trials without a value", "", table)
+
+
+def _disturbed(store: Store) -> list[str]:
+    """Trials that something came in between of, and whether they count."""
+    trials = [trial for trial in store.log() if trial.disturbed]
+    if not trials:
+        return []
+    kept = store.trials()
+    rows = [
+        [Entry(t.cell), Entry(str(t.block), t.block), Entry(t.disturbed or ""),
+         Entry("" if t.value is None else f"{t.value:.4g}", t.value),
+         Entry("yes" if t in kept else "no, another run does")]
+        for t in trials
+    ]  # fmt: skip
+    heads = ("cell", "block", "disturbed by", "value", "counts")
+    return _section("Disturbed trials", "Run once more, in the same block.",
+                    _table("disturbed", heads, rows))  # fmt: skip
+
+
+def _costs(store: Store) -> list[str]:
+    """Host CPU time by traffic."""
+    found = costs(frame(store.trials()))
+    if not found:
+        return []
+    rows = [
+        [
+            Entry(cost.cell.id),
+            Entry("GB" if cost.cell.metric is Metric.THROUGHPUT else "10⁶ transactions"),
+            *_estimate(cost.total, 1, ""),
+            *(Entry(f"{share:.0%}", share, look="number") for share in cost.shares.values()),
+        ]
+        for cost in found
+    ]
+    lead = "Seconds of all CPUs together, during traffic, per gigabyte or million transactions."
+    heads = ("cell", "CPU s per", "mean", "low", "high", *CPU)
+    return _section("Host CPU", lead, _table("costs", heads, rows))
 
 
 def _picture(path: Path) -> str:

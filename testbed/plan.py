@@ -18,7 +18,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
-from testbed.model import Cell, Error, Family, Metric, Pair, Transport
+from testbed.model import AGAIN, SLOW, Cell, Error, Family, Metric, Pair, Transport
 
 Choice = TypeVar("Choice", bound=StrEnum)
 
@@ -34,9 +34,14 @@ class Plan:
 
     name: str
     blocks: int
+    """How many at least."""
     warmup_s: float
     duration_s: float
     cells: tuple[Cell, ...]
+    target_width: float | None = None
+    """Blocks are added until no ratio's interval reaches further from its mean than this share."""
+    limit_s: float = 0.0
+    """No block is begun that would likely end later than this after the start."""
 
     def select(self, globs: Sequence[str]) -> Plan:
         """The same plan with only those cells whose id matches one of `globs` (`*` spans slashes).
@@ -75,7 +80,11 @@ def parse(text: str, where: str) -> Plan:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as e:
         raise Error(f"plan {where}: not TOML: {e}") from e
-    _only(table, ("name", "blocks", "warmup_s", "duration_s", "cells"), where)
+    if ("target_width" in table) != ("limit_s" in table):
+        raise Error(f"plan {where}: target_width and limit_s: one without the other",
+                    "give both, or leave out both")  # fmt: skip
+    keys = ("name", "blocks", "warmup_s", "duration_s", "target_width", "limit_s", "cells")
+    _only(table, keys, where)
     groups = table.get("cells")
     if not (isinstance(groups, list) and groups and all(isinstance(g, dict) for g in groups)):
         raise _wrong(where, "cells", groups, "one or more [[cells]] tables")
@@ -88,6 +97,8 @@ def parse(text: str, where: str) -> Plan:
         blocks=_integer(table, "blocks", where),
         warmup_s=_seconds(table, "warmup_s", where, least=0.0),
         duration_s=_seconds(table, "duration_s", where, least=0.1),
+        target_width=_share(table, "target_width", where) if "target_width" in table else None,
+        limit_s=_seconds(table, "limit_s", where, least=1, most=86400) if "limit_s" in table else 0,
         cells=tuple(cells),
     )
 
@@ -95,8 +106,9 @@ def parse(text: str, where: str) -> Plan:
 def _multiply(group: Mapping[str, Any], where: str) -> Iterable[Cell]:
     """The product of a `[[cells]]` table's lists; a single value is a list of one."""
     lists = {key: value if isinstance(value, list) else [value] for key, value in group.items()}
-    lists.setdefault("streams", [1])
-    names = ("datapath", "pair", "family", "transport", "metric", "size_bytes", "streams")
+    lists = {"streams": [1], "rate_per_s": [0]} | lists
+    names = ("datapath", "pair", "family", "transport", "metric", "size_bytes", "streams",
+             "rate_per_s")  # fmt: skip
     _only(lists, names, where)
     for key in names:
         values = lists.get(key)
@@ -107,14 +119,17 @@ def _multiply(group: Mapping[str, Any], where: str) -> Iterable[Cell]:
     for combination in product(*(lists[key] for key in names)):
         one = dict(zip(names, combination, strict=True))
         cell = Cell(
-            datapath=_word(one, "datapath", where),
+            datapath=_datapath(one, where),
             pair=_choice(one, "pair", Pair, where),
             family=_choice(one, "family", Family, where),
             transport=_choice(one, "transport", Transport, where),
             metric=_choice(one, "metric", Metric, where),
             size_bytes=_integer(one, "size_bytes", where),
             streams=_integer(one, "streams", where),
+            rate_per_s=_integer(one, "rate_per_s", where, least=0),
         )
+        if cell.rate_per_s and cell.metric is not Metric.LATENCY:
+            raise _wrong(where, "metric", str(cell.metric), "latency with a rate_per_s")
         if cell.transport is Transport.UDP and cell.size_bytes > MAX_UDP_BYTES:
             raise _wrong(where, "size_bytes", cell.size_bytes, f"at most {MAX_UDP_BYTES} with udp")
         if cell.transport is Transport.UDP and cell.metric is Metric.CONNECTIONS:
@@ -140,18 +155,35 @@ def _word(table: Mapping[str, Any], key: str, where: str) -> str:
     raise _wrong(where, key, value, "a word of lower-case letters, digits, - and _")
 
 
-def _integer(table: Mapping[str, Any], key: str, where: str) -> int:
+def _datapath(table: Mapping[str, Any], where: str) -> str:
+    """A word, or with the variant of a control."""
+    name, tilde, variant = str(table.get("datapath")).partition("~")
+    if tilde and variant not in (AGAIN, SLOW):
+        raise _wrong(where, "datapath", table.get("datapath"), f"{name}~{AGAIN} or {name}~{SLOW}")
+    return _word({"datapath": name}, "datapath", where) + tilde + variant
+
+
+def _integer(table: Mapping[str, Any], key: str, where: str, least: int = 1) -> int:
     value = table.get(key)
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= least:
         return value
-    raise _wrong(where, key, value, "an integer of at least 1")
+    raise _wrong(where, key, value, f"an integer of at least {least}")
 
 
-def _seconds(table: Mapping[str, Any], key: str, where: str, least: float) -> float:
+def _seconds(
+    table: Mapping[str, Any], key: str, where: str, least: float, most: float = 3600
+) -> float:
     value = table.get(key)
-    if isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= 3600:
+    if isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most:
         return float(value)
-    raise _wrong(where, key, value, f"seconds from {least:g} to 3600")
+    raise _wrong(where, key, value, f"seconds from {least:g} to {most:g}")
+
+
+def _share(table: Mapping[str, Any], key: str, where: str) -> float:
+    value = table.get(key)
+    if isinstance(value, float) and 0 < value < 1:
+        return value
+    raise _wrong(where, key, value, "a share between 0 and 1")
 
 
 def _choice(table: Mapping[str, Any], key: str, kind: type[Choice], where: str) -> Choice:

@@ -19,8 +19,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from testbed.analysis import Estimate, Summary, summarise
-from testbed.model import Cell, Metric, Pair, Status, Trial
+from testbed.analysis import Estimate, Summary, controls, summarise
+from testbed.model import SLOW_US, Cell, Metric, Pair, Status, Trial
 from testbed.store import Campaign, Store, frame
 
 FUNCTIONAL = "emulated guest: functional, not a speed claim"
@@ -108,8 +108,9 @@ def table(store: Store, width: int) -> Group:
             shown.add_row(label, datapath, *entries)
             label = ""
         shown.add_section()
+    lines = [_legend(campaign, rows), *controls_of(rows)]
     footnotes = (Text(f"{_superscript(n)} {reason}") for reason, n in notes.items())
-    return Group(shown, Text(_legend(campaign, rows)), *footnotes)
+    return Group(shown, *map(Text, lines), *footnotes)
 
 
 def _entry(row: Summary, wide: bool, sized: bool, notes: dict[str, int]) -> Text:
@@ -154,6 +155,20 @@ def _legend(campaign: Campaign, rows: Iterable[Summary]) -> str:
     return f"Geometric means, {interval}." + (f" × ratio in a block: {divided}." if divided else "")
 
 
+def controls_of(rows: Iterable[Summary]) -> list[str]:
+    """How the campaign's controls came out, a line for each kind that it has."""
+    found, lines = controls(rows), []
+    if found and found.same:
+        verdict = "as it should be" if found.differing <= found.bound else "too many"
+        lines.append(f"A/A: {found.differing} of {found.same} intervals exclude 1, at most "
+                     f"{found.bound} would by chance: {verdict}.")  # fmt: skip
+    if found and found.slow:
+        verdict = "as it should be" if found.found == found.slow else "this campaign is too coarse"
+        lines.append(f"Servers that wait {SLOW_US:g} µs: found in {found.found} of {found.slow} "
+                     f"cells: {verdict}.")  # fmt: skip
+    return lines
+
+
 def _superscript(number: int) -> str:
     return str(number).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
@@ -183,18 +198,21 @@ def guest_of(campaign: Campaign) -> str:
 
 
 def blocks_of(campaign: Campaign) -> str:
-    return f"{campaign.blocks} block{'s' if campaign.blocks > 1 else ''}"
+    least = "at least " if campaign.plan.get("target_width") else ""
+    return f"{least}{campaign.blocks} block{'s' if campaign.blocks > 1 else ''}"
 
 
 def size_of(cell: Cell) -> str:
     kib, rest = divmod(cell.size_bytes, 1024)
     size = f"{cell.size_bytes} B" if rest else f"{kib} KiB"
-    return size if cell.streams == 1 else f"{size}, {cell.streams} streams"
+    size += f", {cell.streams} streams" if cell.streams > 1 else ""
+    return size + (f", {cell.rate_per_s}/s" if cell.rate_per_s else "")
 
 
 def rank(datapath: str) -> tuple[int, str]:
     """Known datapaths in the order of `DATAPATHS`, others after them by name."""
-    known = DATAPATHS.index(datapath) if datapath in DATAPATHS else len(DATAPATHS)
+    base = datapath.partition("~")[0]
+    known = DATAPATHS.index(base) if base in DATAPATHS else len(DATAPATHS)
     return known, datapath
 
 
@@ -202,7 +220,8 @@ def reading_order(cell: Cell, quantity: str) -> tuple[Any, ...]:
     """Pairs, transports, families; in them datapaths side by side, small messages first."""
     return (
         list(Pair).index(cell.pair), cell.transport, cell.family, rank(cell.datapath),
-        list(Metric).index(cell.metric), cell.size_bytes, cell.streams, quantity,
+        list(Metric).index(cell.metric), cell.size_bytes, cell.streams,
+        cell.rate_per_s, quantity,
     )  # fmt: skip
 
 

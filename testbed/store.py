@@ -99,12 +99,21 @@ class Store:
     def trials(self) -> list[Trial]:
         """One trial for each cell and block that was run, in the order of blocks.
 
-        Of several the last that is ok counts, else the last. A torn last line is left out. Raises
-        `Error` with the number of a line that is no trial.
+        Of several the last that is ok and undisturbed counts, else the last that is ok, else the
+        last. Raises `Error` with the number of a line that is no trial.
         """
+        kept: dict[tuple[str, int], Trial] = {}
+        for trial in self.log():
+            key = (trial.cell, trial.block)
+            if key not in kept or _worth(trial) >= _worth(kept[key]):
+                kept[key] = trial
+        return sorted(kept.values(), key=lambda t: (t.block, t.order))
+
+    def log(self) -> list[Trial]:
+        """Every trial that was run, in that order. A torn last line is left out."""
         with _explained(self._log_path):
             lines = self._log_path.read_bytes().split(b"\n")[:-1]
-        kept: dict[tuple[str, int], Trial] = {}
+        trials = []
         for number, line in enumerate(lines, 1):
             try:
                 trial = Trial.from_json(json.loads(line))
@@ -114,10 +123,8 @@ class Store:
                     f"{self._log_path} line {number}: not a trial ({e})",
                     "delete that line; its trial is run again on --resume",
                 ) from e
-            key = (trial.cell, trial.block)
-            if trial.status is Status.OK or key not in kept or kept[key].status is not Status.OK:
-                kept[key] = trial
-        return sorted(kept.values(), key=lambda t: (t.block, t.order))
+            trials.append(trial)
+        return trials
 
     def done(self) -> set[tuple[str, int]]:
         """(cell id, block) of what need not be run again; failed trials are worth another try."""
@@ -239,6 +246,7 @@ def frame(trials: Sequence[Trial]) -> pd.DataFrame:
 
 _COLUMNS = (
     "datapath", "pair", "family", "transport", "metric", "size_bytes", "streams",
+    "rate_per_s",
     "cell", "block", "order", "status", "reason", "value", "p50_us", "p99_us", "duration_s",
     "payload_bytes", "transactions", "errors", "dialed", "started",
 )  # fmt: skip
@@ -253,6 +261,10 @@ def histograms(trials: Sequence[Trial]) -> pd.DataFrame:
         for upper_us, count in trial.histogram_us
     ]
     return pd.DataFrame(rows, columns=["cell", "block", "upper_us", "count"])
+
+
+def _worth(trial: Trial) -> int:
+    return 0 if trial.status is not Status.OK else 1 if trial.disturbed else 2
 
 
 def _lock(path: Path) -> BinaryIO:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +14,8 @@ from testbed.datapaths import Count
 from testbed.manifest import Manifest, Workload
 from testbed.model import (
     CONTROL_PORT,
+    SLOW,
+    SLOW_US,
     Cell,
     Error,
     Metric,
@@ -44,6 +46,8 @@ MODES: dict[Metric, Mode] = {
     Metric.LATENCY: "rr",
     Metric.CONNECTIONS: "crr",
 }
+STOLEN_SHARE = 0.02
+"""A trial is disturbed if a hypervisor below took more of the CPUs' time."""
 CLOCK_SLACK_S = 1.0
 """How much later than by the receiver's clock a trial may end by the host's: set-up, score, end."""
 
@@ -75,7 +79,8 @@ def run(cell: Cell, pod: Pod, guest: Prepared, warmup_s: float, duration_s: floa
     try:
         pod.revive()
         with pod.agent(server) as serving, pod.agent(client) as dialing:
-            served = serving.serve(cell.transport, cell.family, PORTS[server], _bind(pod, server))
+            served = serving.serve(cell.transport, cell.family, PORTS[server], _bind(pod, server),
+                                   delay_us=SLOW_US if cell.variant == SLOW else 0)  # fmt: skip
             machines = pod.guest_cgroup if guest.description.accelerator else None
             try:
                 return _measure(cell, pod, dialing, dialed, warmup_s, duration_s, started, machines)
@@ -102,6 +107,7 @@ def _measure(
     result = dialing.run(
         cell.transport, cell.family, dialed, PORTS[ROLES[cell.pair][1]], MODES[cell.metric],
         cell.size_bytes, streams=cell.streams, duration_s=duration_s, warmup_s=warmup_s,
+        rate_per_s=cell.rate_per_s,
     )  # fmt: skip
     elapsed_s = time.monotonic() - began
     carried = pod.attachment.carried(client, server) - carried
@@ -110,12 +116,19 @@ def _measure(
         for reason, count in pod.attachment.counters().items()
     }
     payload_bytes = result.bytes * (1 if cell.metric is Metric.THROUGHPUT else 2)
-    fault = _fault(result, carried, payload_bytes, elapsed_s - warmup_s - result.duration_s)
+    fault = _fault(result, carried, payload_bytes)
+    if result.transactions < 0.95 * cell.rate_per_s * duration_s:
+        fault = fault or (
+            f"{result.transactions} requests in {duration_s:g} s: {cell.rate_per_s} per second are "
+            "too many"
+        )
     spent = {key: value - busy[key] for key, value in machine.busy(machines).items()}
     spent |= {"load1": machine.load1(), "elapsed_s": elapsed_s,
               "active_s": warmup_s + result.duration_s}  # fmt: skip
     if frequency := machine.frequency_mhz():
         spent["frequency_mhz"] = frequency
+    clock = None if fault else _clock(result, elapsed_s - warmup_s - result.duration_s)
+    fault = fault or clock
     return Trial(
         cell=cell.id,
         block=0,
@@ -132,11 +145,25 @@ def _measure(
         carried={"packets": carried.packets, "bytes": carried.bytes},
         counters={reason: packets for reason, packets in moved.items() if packets},
         machine=spent,
+        disturbed=clock or _stolen(spent),
         started=started,
     )
 
 
-def _fault(result: Result, carried: Count, payload_bytes: int, late_s: float) -> str | None:
+def _clock(result: Result, late_s: float) -> str | None:
+    """How far the receiver's clock is from the host's, if that is too far."""
+    if -0.05 * result.duration_s < late_s < CLOCK_SLACK_S + 0.05 * result.duration_s:
+        return None
+    return f"the receiver's {result.duration_s:.2f} s were {late_s:.2f} s more by the host's clock"
+
+
+def _stolen(spent: Mapping[str, float]) -> str | None:
+    """How much of the CPUs' time a hypervisor below gave to others, if that is too much."""
+    share = spent["steal_s"] / (spent["elapsed_s"] * len(machine.cpus()))
+    return f"{share:.1%} of the CPUs' time was stolen" if share > STOLEN_SHARE else None
+
+
+def _fault(result: Result, carried: Count, payload_bytes: int) -> str | None:
     """What makes a result not worth keeping, or None."""
     if not result.bytes or not result.duration_s:
         return "nothing arrived"
@@ -147,10 +174,6 @@ def _fault(result: Result, carried: Count, payload_bytes: int, late_s: float) ->
     if carried.bytes < payload_bytes:
         return (
             f"the datapath carried {carried.bytes} bytes of {payload_bytes}: traffic went elsewhere"
-        )
-    if not -0.05 * result.duration_s < late_s < CLOCK_SLACK_S + 0.05 * result.duration_s:
-        return (
-            f"the receiver's {result.duration_s:.2f} s were {late_s:.2f} s more by the host's clock"
         )
     return None
 

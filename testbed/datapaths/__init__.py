@@ -173,8 +173,15 @@ class Datapath(Protocol):
         """Make it work. What is made is in the owner's ledger first."""
 
 
+def reference(name: str) -> str:
+    """What a datapath's cells are divided by; those of a variant, by the datapath itself."""
+    base, variant, _ = name.partition("~")
+    return base if variant else get(name).reference
+
+
 def get(name: str) -> Datapath:
-    """The datapath of that name. Raises `Error` if there is none."""
+    """The datapath of that name, whichever variant. Raises `Error` if there is none."""
+    name = name.partition("~")[0]
     if name not in NAMES:
         raise Error(f"no datapath {name!r}", hint=f"choose from {', '.join(NAMES)}")
     return cast(Datapath, import_module(f"{__name__}.{name}").DATAPATH)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from testbed import analysis, store
-from testbed.model import Status, Trial, percentile
+from testbed.model import Pair, Status, Trial, percentile
 
 positive = st.floats(1e-6, 1e12)
 histogram = st.lists(st.tuples(st.floats(0.1, 1e6), st.integers(1, 1000)), min_size=1)
@@ -196,6 +196,41 @@ def test_ok_without_a_value_counts_as_failed() -> None:
 
 def test_no_trials_no_rows() -> None:
     assert summary([]) == []
+
+
+def test_a_variant_is_held_to_what_it_is_a_variant_of() -> None:
+    references = {"loopback~again": "loopback", "steer~slow": "steer"}
+    assert analysis.reference("loopback~again", Pair.NATIVE_NATIVE, references) == "loopback"
+    assert analysis.reference("steer~slow", Pair.NATIVE_NATIVE, references) == "steer"
+    assert analysis.reference("steer", Pair.NATIVE_NATIVE, references) == "loopback"
+
+
+def test_controls_find_the_known_delay_and_count_differences_that_are_none() -> None:
+    references = {"steer~again": "steer", "steer~slow": "steer", "steer": "direct"}
+    groups = [
+        trials("steer/native-guest", {0: 10.0, 1: 11.0, 2: 10.5}, "latency"),
+        trials("steer~again/native-guest", {0: 10.5, 1: 10.5, 2: 10.6}, "latency"),
+        trials("steer~slow/native-guest", {0: 20.0, 1: 22.0, 2: 21.1}, "latency"),
+    ]
+    rows = analysis.summarise(store.frame([t for g in groups for t in g]), references)
+    assert analysis.controls(rows) == analysis.Controls(
+        same=2, differing=0, bound=1, slow=1, found=1
+    )
+    assert analysis.controls(rows[:2]) is None
+    blind = [trials("steer~slow/native-guest", {0: 9.0, 1: 12.0, 2: 10.0}, "latency"), groups[0]]
+    rows = analysis.summarise(store.frame([t for g in blind for t in g]), references)
+    found = analysis.controls(rows)
+    assert found
+    assert not found.passed
+
+
+def test_the_widest_interval_is_that_of_a_ratio_and_infinite_without_one() -> None:
+    bridge = trials("bridge/native-guest", {0: 1e9, 1: 1e9})
+    assert analysis.widest(summary(bridge)) == 0
+    two = summary(bridge, trials("capture/native-guest", {0: 1e9, 1: 1.1e9}))
+    assert analysis.widest(two) == pytest.approx(two[1].ratio.high / two[1].ratio.mean - 1)
+    one = summary(bridge, trials("capture/native-guest", {0: 1e9}))
+    assert math.isinf(analysis.widest(one))
 
 
 def test_cost_is_cpu_time_by_traffic_and_its_shares_are_of_the_whole() -> None:

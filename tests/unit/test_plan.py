@@ -33,6 +33,22 @@ def test_lists_are_multiplied_in_a_fixed_order() -> None:
     ]
 
 
+def test_rates_and_variants_are_in_the_names_of_cells() -> None:
+    text = GOOD.replace('"capture"', '"capture~again", "capture~slow"').replace(
+        "size_bytes = 64", "size_bytes = 64\nrate_per_s = [0, 500]"
+    )
+    cells = plan.parse(
+        text.replace("blocks = 2", "blocks = 2\ntarget_width = 0.1\nlimit_s = 9"), ""
+    )
+    assert (cells.target_width, cells.limit_s) == (0.1, 9)
+    assert [c.id for c in cells.cells if c.family == "ipv4"] == [
+        f"{datapath}/native-guest/ipv4/tcp/latency/64x1{rate}"
+        for datapath in ("bridge", "capture~again", "capture~slow")
+        for rate in ("", "@500")
+    ]
+    assert all(Cell.parse(c.id) == c for c in cells.cells)
+
+
 def test_globs_select_cells_and_one_that_matches_nothing_is_refused() -> None:
     tiny = plan.parse(GOOD, "tiny.toml")
     chosen = tiny.select(["capture/*", "*/ipv4/*"])
@@ -59,6 +75,11 @@ def test_globs_select_cells_and_one_that_matches_nothing_is_refused() -> None:
         ("64", '"64"', "size_bytes", "an integer of at least 1"),
         ("64", "64\nstreams = 0", "streams", "an integer of at least 1"),
         ("64", "64\nsise = 0", "sise", "no such key"),
+        ("64", "64\nrate_per_s = -1", "rate_per_s", "an integer of at least 0"),
+        ('"latency"', '"throughput"\nrate_per_s = 9', "metric", "latency with a rate_per_s"),
+        ('"capture"', '"capture~twin"', "datapath", "capture~again or capture~slow"),
+        ("blocks = 2", "blocks = 2\nlimit_s = 60", "target_width and limit_s", "one without"),
+        ("blocks = 2", "blocks = 2\nlimit_s = 60\ntarget_width = 5", "target_width", "a share"),
         ('"tcp"', '"udp"\n', "size_bytes", "at most 65507 with udp"),
     ],
 )

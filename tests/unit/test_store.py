@@ -70,6 +70,19 @@ def test_the_last_that_is_ok_counts(tmp_path: Path) -> None:
         ]
 
 
+def test_of_disturbed_trials_the_other_run_counts_and_all_are_kept(tmp_path: Path) -> None:
+    shaken = replace(OK, value=99.0, disturbed="7 % of the CPUs' time was stolen")
+    with store.create(tmp_path, CAMPAIGN) as made:
+        for trial in (shaken, OK, shaken):
+            made.append(trial)
+        again = replace(shaken, block=1)
+        for trial in (again, replace(again, value=98.0), replace(FAILED, block=1)):
+            made.append(trial)
+        assert [t.value for t in made.trials()] == [12.5, 98.0]
+        assert len(made.log()) == 6
+        assert made.done() == {(CELL, 0), (CELL, 1)}
+
+
 def test_failed_trials_are_run_again_on_resume_others_not(tmp_path: Path) -> None:
     with store.create(tmp_path, CAMPAIGN) as made:
         made.append(OK)
