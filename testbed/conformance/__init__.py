@@ -89,7 +89,7 @@ class Result:
     check: str
     datapath: str
     guest: str
-    """What runs the guests: a runtime, `foreign` in a pod that is not ours, empty without guests."""
+    """What runs the guests: a runtime, `foreign` in another's pod, empty where there are none."""
     pair: Pair
     family: Family
     transport: Transport

@@ -116,7 +116,7 @@ class OwnStage:
         self.pod.close()
 
     def agent(self, name: str) -> Agent:
-        if name not in self.pod.processes:
+        if name not in {w.name for w in self.pod.manifest.workloads}:
             raise Unsupported(f"the pod has no {name}")
         return self.pod.agent(name)
 

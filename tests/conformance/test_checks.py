@@ -1,0 +1,110 @@
+"""Each check passes on the kernel's own loopback, and fails where localhost is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+
+from testbed import datapaths
+from testbed.conformance import IPV4, Result, Status, checks
+from testbed.conformance.impossible import IMPOSSIBLE
+from testbed.datapaths.bridge import Bridge
+from testbed.model import Pair
+
+from .conftest import Run
+
+SLOW = {
+    "bulk-up", "bulk-down", "sequential-connections", "concurrent-connections", "full-backlog",
+    "idle", "keepalive", "nginx-and-wrk", "iperf3", "postgresql-as-installed", "syn-flood",
+}  # fmt: skip
+"""Seconds each; the suite itself is where they run."""
+QUICK = [check.name for check in checks() if check.name not in SLOW]
+
+FOR_CAPTURE = (
+    "connect", "refused", "refused-after-close", "data-before-accept", "listen-*", "client-*",
+    "any-process", "listener-bound-to-lo", "reuseport", "syn-cookies", "half-close*", "reset*",
+    "linger", "urgent-data", "flow-control", "segment-size", "gso-sizes", "port-*", "same-port-*",
+    "server-names", "server-restart", "every-address-answers", "datagram", "datagram-[c-o]*",
+    "datagram-r*", "datagram-same-*", "forged-*", "outside-*", "alias-*", "pods-are-apart",
+    "native-*", "server-killed", "link-replaced-*", "pod-rebuilt",
+)  # fmt: skip
+
+
+class Pretender(Bridge):
+    """A datapath that says it makes localhost work, and does nothing."""
+
+    name = "pretender"
+    localhost = True
+    pairs = frozenset(Pair)
+
+
+def failed(results: Iterable[Result]) -> list[str]:
+    return [
+        f"{r.check} {r.pair} {r.family} {r.transport}: {r.reason}"
+        for r in results
+        if r.status is Status.FAIL
+    ]
+
+
+def test_every_check_says_in_one_line_what_it_proves_and_what_it_stands_for() -> None:
+    found = checks()
+    assert len(found) >= 60
+    for check in found:
+        assert check.proves.endswith("."), check.name
+        assert len(check.proves) <= 100, check.name
+        assert check.standard, check.name
+
+
+def test_what_is_impossible_is_said_of_checks_and_datapaths_that_there_are() -> None:
+    names = {check.name for check in checks()}
+    for datapath, entries in IMPOSSIBLE.items():
+        assert datapath in datapaths.NAMES
+        for about, _, why in entries:
+            assert about <= names
+            assert why
+
+
+@pytest.mark.root
+def test_every_check_passes_on_the_kernels_own_loopback(run: Run) -> None:
+    assert not failed(run("loopback", *QUICK))
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("name", sorted(SLOW & {"concurrent-connections", "syn-flood"}))
+def test_slow_checks_pass_on_loopback_or_do_not_apply(run: Run, name: str) -> None:
+    assert not failed(run("loopback", name))
+
+
+@pytest.mark.root
+def test_capture_passes_with_stand_ins(run: Run) -> None:
+    results = run("capture", *FOR_CAPTURE)
+    assert not failed(results)
+    passed = {r.pair for r in results if r.status is Status.PASS}
+    assert passed == set(Pair)
+
+
+@pytest.mark.root
+def test_what_lay_idle_is_resumed_after_the_other_checks(run: Run) -> None:
+    results = run("loopback", "idle", "connect")
+    assert [r.check for r in results] == ["connect", "connect", "idle", "idle"]
+    assert not failed(results)
+
+
+@pytest.mark.root
+def test_checks_fail_where_the_guest_dials_its_own_loopback(run: Run) -> None:
+    results = run("capture", "server-names", "datagram", hosts_patch=False, families=IPV4)
+    outcome = {(r.check, r.pair): r.status for r in results}
+    assert outcome["server-names", Pair.GUEST_NATIVE] is Status.FAIL
+    assert outcome["datagram", Pair.GUEST_NATIVE] is Status.FAIL
+    assert outcome["datagram", Pair.NATIVE_GUEST] is Status.PASS
+
+
+@pytest.mark.root
+def test_checks_fail_on_a_datapath_that_only_pretends(run: Run) -> None:
+    results = run(Pretender(), "connect", "native-cannot-*", families=IPV4)
+    outcome = {(r.check, r.pair): r.status for r in results}
+    for pair in (Pair.NATIVE_GUEST, Pair.GUEST_NATIVE, Pair.GUEST_GUEST, Pair.GUEST_SELF):
+        assert outcome["connect", pair] is Status.FAIL
+    assert outcome["native-cannot-take-a-guests-port", Pair.NATIVE_GUEST] is Status.FAIL
+    assert outcome["connect", Pair.NATIVE_NATIVE] is Status.PASS

@@ -1,0 +1,106 @@
+"""`testbed conformance`: its output, its exit codes, and a pod that is not ours."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from testbed import datapaths, runtimes
+from testbed.conformance.bed import OwnStage
+from testbed.ledger import Owner
+from testbed.model import Family, Runtime, guest_link
+from testbed.pod import Node, Pod
+from testbed.runtimes import Options
+
+
+def conformance(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command line as a user has it."""
+    command = [sys.executable, "-m", "testbed.cli", "conformance", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_list_shows_every_check_and_runs_none() -> None:
+    done = conformance("--list", "--check", "datagram-*")
+    assert done.returncode == 0
+    assert "datagram-1472" in done.stdout
+    assert "half-close" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--check", "nonsense"), "no check is named 'nonsense'"),
+        (("--datapath", "nonsense"), "no datapath 'nonsense'"),
+        (("--datapath", "direct"), "direct does not make localhost work"),
+        (("--netns", "/run/netns/nonsense"), "needs both --netns and --control"),
+        (("--netns", "/nonsense", "--control", "::1"), "no network namespace /nonsense"),
+    ],
+)
+@pytest.mark.root
+def test_what_cannot_run_is_status_3_and_one_line(arguments: tuple[str, ...], message: str) -> None:
+    done = conformance(*arguments)
+    assert done.returncode == 3
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.root
+def test_json_and_junit_hold_every_case(tmp_path: Path) -> None:
+    junit = tmp_path / "junit.xml"
+    only = ("--check", "connect", "--check", "outside-to-alias")
+    done = conformance("--datapath", "loopback", *only, "--json", "--junit", junit)
+    assert done.returncode == 0
+    results = json.loads(done.stdout)
+    assert {(r["check"], r["family"], r["status"]) for r in results} == {
+        ("connect", "ipv4", "pass"),
+        ("connect", "ipv6", "pass"),
+        ("outside-to-alias", "ipv4", "unsupported"),
+        ("outside-to-alias", "ipv6", "unsupported"),
+    }
+    suite = ET.parse(junit).getroot()[0]
+    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("4", "0", "2")
+
+
+@pytest.mark.root
+def test_the_matrix_has_a_row_per_check(tmp_path: Path) -> None:
+    done = conformance("--datapath", "loopback", "--check", "connect", "--family", "ipv6")
+    assert done.returncode == 0
+    assert "connect" in done.stdout
+    assert "1 pass" in done.stdout
+
+
+@pytest.fixture
+def foreign_pod(tmp_path: Path) -> Iterator[Pod]:
+    """A pod whose natives are not started, as somebody else might have built it."""
+    runtime = {r: runtimes.prepare(r, Options()) for r in (Runtime.PROCESS, Runtime.STANDIN)}
+    with Owner() as owner:
+        node = Node(owner)
+        stage = OwnStage.__new__(OwnStage)
+        stage.runtime, stage.pairs = Runtime.STANDIN, datapaths.get("capture").pairs
+        stage.guest = "standin"
+        with Pod(
+            node, "foreign", stage.manifest(), datapaths.get("capture"), runtime, tmp_path
+        ) as pod:
+            pod.start_workload("guest1")
+            pod.wait_ready("guest1")
+            yield pod
+        node.ip.close()
+
+
+@pytest.mark.root
+def test_a_pod_that_is_there_already_is_checked(foreign_pod: Pod) -> None:
+    done = conformance("--netns", f"/run/netns/{foreign_pod.netns}", "--control",
+                   str(guest_link(Family.IPV4, 1)), "--check", "connect", "--check", "datagram",
+                   "--check", "pod-rebuilt", "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = {(r["check"], r["pair"]): r["status"] for r in json.loads(done.stdout)}
+    for pair in ("native-native", "native-guest", "guest-native", "guest-self"):
+        assert results["connect", pair] == "pass"
+        assert results["datagram", pair] == "pass"
+    assert results["pod-rebuilt", "native-guest"] == "unsupported"
