@@ -17,7 +17,8 @@
  * Not covered: ports that the pod's manifest gives to nobody are not the guest's own (a program that
  * dials a port of its own choosing is refused); 127.0.0.1:P and 127.0.0.2:P are one; 127.0.0.1:P and
  * *:P may coexist with SO_REUSEADDR, which BSD's stack allows; datagrams from outside the pod reach
- * a socket bound to localhost; gethostbyname and IP_PKTINFO show what the kernel has.
+ * a socket bound to localhost; gethostbyname and IP_PKTINFO show what the kernel has; an accept that
+ * blocks goes on waiting after it has reset somebody from outside, though poll said it would not.
  *
  * Addresses are worked on as IPv6 (IPv4-mapped), so that there is one code for both families. The
  * constants are arrays with IPv4's row first, from testbed/model.py by the compiler's command line.
