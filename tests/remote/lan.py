@@ -1,57 +1,31 @@
 """Real hosts for SSH, made of namespaces, with sshd as their PID 1.
 
     namespace of the machine that campaigns are started on        a host
-            br0 ─┬─ h1 ──────────────────────────────────────────── eth0, 10.77.0.11, sshd
-                 └─ h2 …                                            own pids, mounts, /run, bpffs,
-                                                                    name and cgroups
+            br0 ─┬─ alpha ───────────────────────────────────────── eth0, 10.77.0.11, sshd
+                 └─ beta …                                          own pids, mounts, /run, bpffs,
+                                                                    name, cgroups and cache
 A host shares files, kernel and CPUs with this machine and nothing else: killing its PID 1 is
 pulling its plug.
 """
 
 from __future__ import annotations
 
+import json
 import shlex
-import time
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from testbed import netlink, process
 from testbed.ledger import Owner
 
 CLIENT = "10.77.0.1"
 LIMIT_S = 80
-
-
-@dataclass
-class SshHost:
-    """A host that is up."""
-
-    name: str
-    address: str
-    init: subprocess.Popen[bytes]
-    lan: Lan
-
-    @property
-    def netns(self) -> str:
-        return f"tb-{self.lan.owner.id}-{self.name}"
-
-    def kill(self) -> None:
-        """Pull its plug."""
-        self.init.kill()
-        self.init.wait()
-
-    def shell(self, line: str) -> str:
-        """What a line of shell prints on the host."""
-        pid = Path(f"/proc/{self.init.pid}/task/{self.init.pid}/children").read_text().split()[0]
-        command = ["nsenter", "-t", pid, "--net", "--mount", "--uts", "--pid", "sh", "-c", line]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    def link(self, state: str) -> None:
-        """Pull its cable (`down`), or put it back (`up`)."""
-        self.lan.run("ip", "link", "set", self.name, state)
 
 
 @dataclass
@@ -63,20 +37,26 @@ class Lan:
     work: Path
     """DIRECTORY of all hosts."""
     hosts: dict[str, SshHost] = field(default_factory=dict)
+    commands: list[Command] = field(default_factory=list)
 
     @property
     def netns(self) -> str:
         return f"tb-{self.owner.id}-lan"
 
-    @property
-    def known_hosts(self) -> Path:
-        return self.path / "known_hosts"
+    def inside(self, *command: str) -> list[str]:
+        return ["nsenter", f"--net=/run/netns/{self.netns}", *command]
 
     def run(self, *command: str) -> None:
-        subprocess.run(self.inside(command), check=True, capture_output=True)
+        subprocess.run(self.inside(*command), check=True, capture_output=True)
 
-    def inside(self, command: Sequence[str]) -> list[str]:
-        return ["nsenter", f"--net=/run/netns/{self.netns}", *command]
+    def testbed(self, *arguments: str | Path, environment: dict[str, str] | None = None) -> Command:
+        """Start the command line on the machine."""
+        settings = [f"{name}={value}" for name, value in (environment or {}).items()]
+        command = Command(self.inside(
+            "env", *settings, sys.executable, "-P", "-m", "testbed.cli", *map(str, arguments)
+        ))  # fmt: skip
+        self.commands.append(command)
+        return command
 
     def inventory(self, *hosts: SshHost, directory: Path | None = None) -> Path:
         """The inventory of some hosts."""
@@ -90,80 +70,138 @@ class Lan:
         path.write_text("\n".join(['known_hosts = "known_hosts"', *tables]))
         return path
 
-    def testbed(self, *arguments: str | Path) -> subprocess.Popen[str]:
-        """Start the command line on the machine."""
-        command = [sys.executable, "-P", "-m", "testbed.cli", *map(str, arguments)]
-        return subprocess.Popen(
-            self.inside(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
     def add(self, name: str) -> SshHost:
-        """Bring up a host."""
-        n = 10 + len(self.hosts) + 1
-        address = f"10.77.0.{n}"
-        netns = f"tb-{self.owner.id}-{name}"
-        with netlink.create_netns(self.owner, netns):
-            pass
-        self.run("ip", "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", netns)
-        self.run("ip", "link", "set", name, "master", "br0", "up")
-        cgroup = process.create_cgroup(self.owner, netns)
-        key = self.path / f"{name}.key"
-        subprocess.run(["ssh-keygen", "-qt", "ed25519", "-N", "", "-f", str(key)], check=True)
-        public = key.with_suffix(".key.pub").read_text().split()
-        with self.known_hosts.open("a") as file:
-            file.write(f"{address} {public[0]} {public[1]}\n")
-        config = self.path / f"{name}.conf"
-        config.write_text(
-            f"HostKey {key}\nAuthorizedKeysFile {self.path / 'client.pub'}\nStrictModes no\n"
-            "PasswordAuthentication no\nPermitRootLogin prohibit-password\nUsePAM no\n"
-            "UseDNS no\nPidFile none\n"
-        )
-        up = self.path / f"{name}.sh"
-        up.write_text(_UP.format(name=name, address=address, config=config, cgroup=cgroup,
-                                 mount=process.cgroup_mount()))  # fmt: skip
-        line = f"echo $$ > {cgroup}/cgroup.procs && exec " + shlex.join([
-            "nsenter", f"--net=/run/netns/{netns}", "unshare", "--mount", "--propagation",
-            "private", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "sh", str(up),
-        ])  # fmt: skip
-        with (self.path / f"{name}.log").open("wb") as log:
-            init = subprocess.Popen(["sh", "-c", line], stdin=subprocess.DEVNULL, stdout=log,
-                                    stderr=log)  # fmt: skip
-        host = self.hosts[name] = SshHost(name, address, init, self)
-        greeting = f"exec 3<>/dev/tcp/{address}/22 && read -t 1 -u 3 hello"
-        wait_until(
-            lambda: not subprocess.run(self.inside(["bash", "-c", greeting]), stderr=-3).returncode,
-            f"sshd of {name}",
-        )
+        """Connect a host, and boot it."""
+        host = self.hosts[name] = SshHost(self, name, 11 + len(self.hosts))
+        host.boot()
         return host
 
     def down(self) -> None:
+        for command in self.commands:
+            command.kill()
         for host in self.hosts.values():
             host.kill()
 
 
-# What comes first is still seen from outside; /sys is mounted anew, as it shows the namespace's own
-# devices, and the host's part of the cgroups stands where the tree's root is.
-_UP = """
+class Command(subprocess.Popen[str]):
+    """A command at work."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        super().__init__(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+    def end(self) -> tuple[int, str, str]:
+        """Exit status and what it printed, when it has ended."""
+        output, errors = self.communicate(timeout=LIMIT_S)
+        return self.returncode, output, errors
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            super().kill()
+        with suppress(ValueError):  # closed by `end`
+            self.communicate()
+
+
+class SshHost:
+    """A host."""
+
+    def __init__(self, lan: Lan, name: str, n: int) -> None:
+        self.lan, self.name, self.address = lan, name, f"10.77.0.{n}"
+        self.cache = lan.path / f"{name}.cache"
+        netns = f"tb-{lan.owner.id}-{name}"
+        netlink.create_netns(lan.owner, netns).close()
+        peer = ("peer", "name", "eth0", "netns", netns)
+        lan.run("ip", "link", "add", name, "type", "veth", *peer)
+        lan.run("ip", "link", "set", name, "master", "br0", "up")
+        self._cgroup = process.create_cgroup(lan.owner, netns)
+        key = lan.path / f"{name}.key"
+        subprocess.run(["ssh-keygen", "-qt", "ed25519", "-N", "", "-f", str(key)], check=True)
+        kind, self.key, *_ = key.with_suffix(".key.pub").read_text().split()
+        with (lan.path / "known_hosts").open("a") as file:
+            file.write(f"{self.address} {kind} {self.key}\n")
+        config = lan.path / f"{name}.conf"
+        config.write_text(
+            f"HostKey {key}\nAuthorizedKeysFile {lan.path / 'client.pub'}\nStrictModes no\n"
+            "PasswordAuthentication no\nPermitRootLogin prohibit-password\nUsePAM no\n"
+            f"UseDNS no\nPidFile none\nSetEnv XDG_CACHE_HOME={self.cache}\n"
+        )
+        script = lan.path / f"{name}.sh"
+        script.write_text(
+            _BOOT.format(
+                name=name, address=self.address, config=config, cgroup=self._cgroup,
+                mount=process.cgroup_mount(), aside=lan.path / f"{name}.cgroup",
+            )
+        )  # fmt: skip
+        self._command = f"echo $$ > {self._cgroup}/cgroup.procs && exec " + shlex.join([
+            "nsenter", f"--net=/run/netns/{netns}", "unshare", "--mount", "--propagation",
+            "private", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "sh", str(script),
+        ])  # fmt: skip
+
+    def boot(self) -> None:
+        """Come up, after a kill too; returns when sshd answers."""
+        self._cgroup.mkdir(exist_ok=True)
+        with (self.lan.path / f"{self.name}.log").open("ab") as log:
+            self._init = subprocess.Popen(["sh", "-c", self._command], stdin=subprocess.DEVNULL,
+                                          stdout=log, stderr=log)  # fmt: skip
+        greeting = f"exec 3<>/dev/tcp/{self.address}/22 && read -t 1 -u 3"
+        ask = self.lan.inside("bash", "-c", greeting)
+        wait_until(
+            lambda: not subprocess.run(ask, capture_output=True, check=False).returncode,
+            f"sshd of {self.name}",
+        )
+
+    def kill(self) -> None:
+        """Pull its plug."""
+        self._init.kill()
+        self._init.wait()
+        process.remove_cgroup(str(self._cgroup))
+
+    def cable(self, state: str) -> None:
+        """Pull its cable (`down`), or put it back (`up`)."""
+        self.lan.run("ip", "link", "set", self.name, state)
+
+    def shell(self, line: str) -> str:
+        """What a line of shell prints on the host."""
+        pid = self._init.pid
+        init = Path(f"/proc/{pid}/task/{pid}/children").read_text().strip()
+        command = ["nsenter", "-t", init, "--net", "--mount", "--uts", "--pid", "sh", "-c", line]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    @property
+    def left(self) -> list[str]:
+        """What a campaign has there now: ledgers and namespaces."""
+        return self.shell("cd /run && ls -d testbed/*.ledger netns/* 2>/dev/null || true").split()
+
+
+# The host's part of the cgroups stands where the tree's root is; /sys is mounted anew, as it shows
+# the devices of the namespace it is mounted in.
+_BOOT = """
 set -e
-mkdir -p {mount} /tmp/.keep-$$ && mount --bind {cgroup} /tmp/.keep-$$
+mkdir -p {aside} && mount --bind {cgroup} {aside}
 mount -t proc proc /proc
 mount -t tmpfs tmpfs /run
-mkdir -p /run/sshd /run/netns
+mkdir -p /run/sshd /run/netns /run/testbed
 mount -t sysfs sysfs /sys
 mount -t tmpfs tmpfs /sys/fs/cgroup
 mkdir -p {mount}
-mount --move /tmp/.keep-$$ {mount} && rmdir /tmp/.keep-$$
+mount --move {aside} {mount}
 mount -t bpf bpf /sys/fs/bpf
 hostname {name}
 ip link set lo up
-ip address add {address}/24 dev eth0
+ip address replace {address}/24 dev eth0
 ip link set eth0 up
 exec /usr/sbin/sshd -D -e -f {config}
 """
 
 
-def wait_until(holds: Callable[[], bool], what: str, limit_s: float = 10) -> None:
+def trials(campaign: Path) -> list[dict[str, Any]]:
+    """The lines of a campaign's log that are whole."""
+    log = campaign / "trials.jsonl"
+    lines = log.read_text().split("\n")[:-1] if log.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def wait_until(holds: Callable[[], object], what: str, limit_s: float = 10) -> None:
     deadline = time.monotonic() + limit_s
     while not holds():
         assert time.monotonic() < deadline, f"not within {limit_s:g} s: {what}"
