@@ -147,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     up.set_defaults(call=_up)
     up.add_argument("manifest", type=Path, metavar="FILE", help="v1 Pods, in YAML")
-    up.add_argument("--datapath", default="capture", metavar="NAME",
+    up.add_argument("--datapath", default="steer", metavar="NAME",
                     help="what makes localhost work (default: %(default)s)")  # fmt: skip
     up.add_argument("--osv-kernel", type=Path, metavar="PATH", help="as for run")
     up.add_argument("--wait", type=float, default=60, metavar="S",

@@ -328,12 +328,12 @@ def _workload(container: _Container, runtime: Runtime, folder: Path) -> Workload
 
 
 def _image(image: str, folder: Path) -> str:
-    """Paths are relative to the file that names them; other names are left as they are."""
+    """Paths are relative to the file that names them. What has neither `/` nor `.` is no path."""
     kind, colon, rest = image.partition(":")
     if colon and kind in ("oci", "oci-archive"):
         return f"{kind}:{folder.absolute() / rest}"
     path = folder.absolute() / image
-    return str(path) if path.exists() else image
+    return str(path) if re.search(r"[/.]", image) and path.exists() else image
 
 
 def _environment(variables: Iterable[_Env]) -> dict[str, str]:

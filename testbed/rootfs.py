@@ -5,6 +5,7 @@
     oci:FOLDER[:TAG]          an OCI image layout, unpacked by umoci
     oci-archive:FILE[:TAG]    a tar of one
     host:PROGRAM[,PROGRAM…]   static busybox, and programs of this host with the libraries they need
+    agent                     the same with the traffic agent
 
 What is unpacked or put together stands in the cache under the digest of what it came from. Nobody
 writes there: containers get a layer of their own above it.
@@ -22,11 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from testbed import elf, kernels
+from testbed import agent, elf, kernels
 from testbed.model import Error
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 HOST = "host:"
+AGENT = "agent"
 
 _HOST_FILES = {
     "etc/passwd": "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
@@ -54,7 +56,7 @@ class Root:
 def unpack(image: str) -> Root:
     """The root file system of an image, made if it is not in the cache. Raises `Error`."""
     kind, colon, rest = image.partition(":")
-    if colon and kind == "host":
+    if is_of_host(image):
         return _of_host(programs(image))
     if colon and kind in ("oci", "oci-archive"):
         place, _, tag = rest.rpartition(":") if ":" in rest else (rest, "", "latest")
@@ -69,8 +71,15 @@ def unpack(image: str) -> Root:
                 "host:PROGRAM; nothing is pulled from registries")  # fmt: skip
 
 
+def is_of_host(image: str) -> bool:
+    """Whether an image is made of programs of this host."""
+    return image == AGENT or image.startswith(HOST)
+
+
 def programs(image: str) -> tuple[Path, ...]:
-    """The programs of this host that `host:PROGRAM,…` names; none is busybox alone."""
+    """The programs of this host that such an image names; `host:` names none but busybox."""
+    if image == AGENT:
+        return (agent.build(),)
     found = []
     for name in filter(None, image.removeprefix(HOST).split(",")):
         path = shutil.which(name)

@@ -54,6 +54,8 @@ class Place:
     """Directory for sockets and the like, one per pod."""
     socket: Path | None = None
     """Unix socket in the place of the guest's tap."""
+    loopback: bool = True
+    """Whether the guest has one; without, its `localhost` is 127.0.0.1 all the same."""
 
     @property
     def etc(self) -> dict[Path, str]:
@@ -203,16 +205,17 @@ class Program:
                 env={"PATH": rootfs.PATH, **dict(program.env)},
                 working_dir=program.working_dir or None,
             )  # fmt: skip
+        hosts = self._hosts if place.loopback else images.hosts_file(patched=False)
         return spawn(
             [self._agent, "--control-port", str(place.workload.control_port)],
             cgroup=place.cgroup, netns=place.netns, cpus=place.workload.cpus,
-            binds={self._hosts: "/etc/hosts"}, output=place.console,
+            binds={hosts: "/etc/hosts"}, output=place.console,
         )  # fmt: skip
 
     def _command(self, workload: Workload) -> list[str]:
         program = workload.program
         assert program is not None
-        if not program.image.startswith(rootfs.HOST):
+        if not rootfs.is_of_host(program.image):
             raise Error(f"{workload.name!r} has the image {program.image!r}, but is no container",
                         hint=f"the runtime {workload.runtime} takes host:PROGRAM")  # fmt: skip
         own = [str(path) for path in rootfs.programs(program.image)][:1]

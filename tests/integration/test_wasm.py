@@ -112,6 +112,6 @@ def test_what_is_no_component_is_refused(runtime: Prepared, tmp_path: Path) -> N
     ):
         with pytest.raises(Error, match=fault):
             runtime.compose(Workload("c", Runtime.WASM, program=Program(str(image))))
+    told = Workload("c", Runtime.WASM, program=Program("x.wasm", command=("ls",)))
     with pytest.raises(Error, match="neither command nor workingDir"):
-        program = Program("x.wasm", command=("ls",))
-        runtime.compose(Workload("c", Runtime.WASM, program=program))
+        runtime.compose(told)

@@ -88,7 +88,8 @@ def test_several_documents_are_several_pods(tmp_path: Path) -> None:
 def test_images_are_found_beside_the_manifest(tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     for image, expected in (
-        ("root", str(tmp_path / "root")),
+        ("./root", str(tmp_path / "root")),
+        ("root", "root"),
         ("oci:layout:v1", f"oci:{tmp_path}/layout:v1"),
         ("host:redis-server", "host:redis-server"),
         ("agent", "agent"),

@@ -1,0 +1,149 @@
+"""The pods of examples/ run, and everybody in them reaches everybody at localhost."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from testbed import kernels, netlink, pods
+from testbed.agent import Agent
+from testbed.model import Family, Transport
+
+from .sockets import wait_until
+
+pytestmark = pytest.mark.root
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+LIMIT_S = 60
+"""For the first `up` of a component: it is compiled once."""
+
+Up = Callable[[str], str]
+
+
+@pytest.fixture
+def up(tmp_path: Path) -> Iterator[Up]:
+    """Puts an example up under a name of its own, which it returns; taken down afterwards.
+
+    Where there is no OSv, Linux guests stand in its place.
+    """
+    names = []
+
+    def up(example: str) -> str:
+        name = f"{example}-{secrets.token_hex(3)}"
+        text = (EXAMPLES / f"{example}.yaml").read_text()
+        text = text.replace(f"name: {example}\n", f"name: {name}\n", 1)
+        text = re.sub(rf"image: {example}/", f"image: {EXAMPLES}/{example}/", text)
+        if kernels.find_osv(None) is None:
+            text = re.sub(r"(testbed/runtime\.\w+|runtimeClassName): osv", r"\1: linux", text)
+        file = tmp_path / f"{example}.yaml"
+        file.write_text(text)
+        names.append(name)
+        command = [sys.executable, "-m", "testbed.cli", "up", str(file), f"--wait={LIMIT_S}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return name
+
+    yield up
+    for name in set(names) & set(pods.names()):
+        pods.down(name)
+
+
+def log(pod: str, workload: str) -> str:
+    [found] = pods.workloads(pod, workload)
+    return Path(found["log"]).read_text(errors="replace")
+
+
+def says(pod: str, workload: str, pattern: str) -> None:
+    """Wait until a workload has printed what matches."""
+    wait_until(lambda: bool(re.search(pattern, log(pod, workload))), f"{workload}: {pattern}", 20)
+
+
+def test_redis_counts_for_a_component_and_a_unikernel(up: Up) -> None:
+    pod = up("redis")
+    says(pod, "component", r":\d{1,9}")
+    says(pod, "unikernel", r"\(integer\) \d")
+
+
+def test_a_container_reads_what_a_unikernel_serves(up: Up) -> None:
+    says(up("web"), "client", "127.0.0.1")
+
+
+def test_guests_talk_to_each_other(up: Up) -> None:
+    says(up("guests"), "counter", r"\(integer\) [1-9]")
+
+
+def test_a_gateway_switches_its_fan(up: Up) -> None:
+    pod = up("gateway")
+    says(pod, "rules", "fan on")
+    says(pod, "rules", "fan off")
+
+
+def test_everyone_reaches_everyone(up: Up, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every agent gets answers from every other's port, in both families where both ends speak
+    them; the component, which is no agent, connects to all.
+    """
+    pod = pods.status(up("everyone"))
+    with ExitStack() as stack:
+        agents = {
+            w["name"]: stack.enter_context(connected(pod, w))
+            for w in pod["workloads"]
+            if w["runtime"] != "wasm"
+        }
+        ports = {
+            w["name"]: int(w["ports"][0].split("/")[0]) for w in pod["workloads"] if w["ports"]
+        }
+        families = {name: agent.hello().families for name, agent in agents.items()}
+        reached = {}
+        for family in Family:
+            for transport in Transport:
+                for server, serving in agents.items():
+                    if family not in families[server]:
+                        continue
+                    listening = serving.serve(transport, family, ports[server])
+                    for client, dialing in agents.items():
+                        if family in families[client]:
+                            name = "localhost" if family is Family.IPV4 else "ip6-localhost"
+                            result = dialing.run(
+                                transport, family, name, ports[server], "rr", 64, duration_s=0.05
+                            )
+                            ok = result.transactions > 0 and not result.errors
+                            reached[client, server, family, transport] = ok
+                    if transport is Transport.TCP:
+                        address = "127.0.0.1" if family is Family.IPV4 else "::1"
+                        dialed = rf"(?m)^{address} {ports[server]} connected"
+                        says(pod["name"], "component", dialed)
+                    serving.stop(listening)
+    with capsys.disabled():
+        print_matrix(list(agents), reached)
+    assert all(reached.values())
+    assert len(reached) >= 2 * 25  # IPv4 at least
+
+
+def connected(pod: dict[str, Any], workload: dict[str, Any]) -> Agent:
+    """A control connection to the agent of a workload."""
+    port = {"container": 4701, "process": 4702}.get(workload["name"], 4700)
+    to = (workload["addresses"][0], port)
+    return Agent(netlink.inside(pod["netns"], lambda: socket.create_connection(to, 5)))
+
+
+def print_matrix(names: list[str], reached: dict[tuple[str, str, Family, Transport], bool]) -> None:
+    """Clients downwards, servers across: T for TCP, U for UDP, small over IPv6, - for not."""
+    letters = [
+        (f, t, t[0].upper() if f is Family.IPV4 else t[0]) for f in Family for t in Transport
+    ]
+    print(f"\n{'':10}" + "".join(f"{name:>11}" for name in names))
+    for client in names:
+        cells = (
+            "".join(x if reached.get((client, server, f, t)) else "-" for f, t, x in letters)
+            for server in names
+        )
+        print(f"{client:10}" + "".join(f"{cell:>11}" for cell in cells))
