@@ -35,17 +35,22 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def create_netns(owner: Scope, name: str) -> IPRoute:
-    """Make a namespace with `lo` up and addresses usable at once; returns a socket in it."""
+    """Make a namespace with `lo` up and addresses usable at once; returns a socket in it.
+
+    What a host may have opened on `all` (net.core.devconf_inherit_init_net) is closed again.
+    """
     owner.defer(remove_netns, name=name)
     NETNS.mkdir(exist_ok=True)
     (NETNS / name).touch(mode=0o444, exist_ok=False)
     _in_thread(lambda: _unshare_netns(NETNS / name))
     ip = IPRoute(netns=name, flags=0)
     ip.link("set", index=1, state="up")
+    off = {"ipv4": ("route_localnet", "accept_local"),
+           "ipv6": ("accept_dad", "accept_ra", "autoconf")}  # fmt: skip
     set_sysctls(
         name,
-        {f"net/ipv6/conf/{which}/{key}": 0 for which in ("all", "default")
-         for key in ("accept_dad", "accept_ra", "autoconf")},
+        {f"net/{family}/conf/{links}/{key}": 0
+         for family, keys in off.items() for key in keys for links in ("all", "default")},
     )  # fmt: skip
     return ip
 
