@@ -1,59 +1,51 @@
 """Figures of a campaign, drawn from what it stored alone, on any machine and without privileges.
 
-Made for a two-column paper at full width: they read in black and white (hatches, line styles,
-markers), to the colour-blind (Okabe and Ito's palette), a datapath looks the same in all of them,
-and the same trials give the same bytes. What could not be measured is there, with the reason. The
+The same trials give the same bytes. What could not be measured is there, with the reason. The
 numbers are `testbed.analysis`'s; nothing is computed here but how they look.
 """
 
 from __future__ import annotations
 
 import math
-import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import astuple
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 from matplotlib.transforms import blended_transform_factory
 
-from testbed.analysis import Cost, Estimate, Summary, costs, distribution
-from testbed.model import Cell, Error, Family, Metric, Pair, Status
-from testbed.report import (
-    COLUMNS,
-    FUNCTIONAL,
-    UNITS,
-    absence,
-    blocks_of,
-    grouped,
-    guest_of,
-    names,
-    number,
-    present,
-    rank,
-    size_of,
-    summaries,
+from testbed.analysis import Cost, Summary, costs, distribution
+from testbed.forest import forest, ratios
+from testbed.look import (
+    RC,
+    SMALL_PT,
+    WIDTH_IN,
+    Ratio,
+    Style,
+    absences,
+    circumstances,
+    keys_of,
+    line_key,
+    mark_of,
+    patch_key,
+    point_key,
+    save,
+    style_of,
+    surround,
+    title_of,
 )
+from testbed.model import Cell, Family, Metric, Pair, Status, Transport
+from testbed.report import UNITS, absence, grouped, names, number, present, rank, summaries
 from testbed.store import Store, frame
 
 Blocks = Sequence[Sequence[tuple[float, int]]]
 """Histograms of a cell's blocks."""
-
-
-class Style(NamedTuple):
-    """How a datapath looks, the same in every figure."""
-
-    color: str
-    hatch: str
-    line: Any
-    marker: str
 
 
 class Part(NamedTuple):
@@ -64,81 +56,57 @@ class Part(NamedTuple):
     name: str
 
 
-STYLES = {
-    "loopback": Style("#999999", "", "-", "o"),
-    "direct": Style("#56B4E9", "....", (0, (1, 1)), "s"),
-    "bridge": Style("#E69F00", "////", "--", "^"),
-    "tcredirect": Style("#882255", "xxxx", (0, (3, 1, 1, 1, 1, 1)), "<"),
-    "capture": Style("#D55E00", "\\\\\\\\", "-", "D"),
-    "steer": Style("#0072B2", "----", "-", "v"),
-    "dnat": Style("#009E73", "++++", "-.", "P"),
-    "proxy": Style("#F0E442", "ooo", (0, (5, 1)), "X"),
-    "passt": Style("#CC79A7", "||||", (0, (3, 1, 1, 1)), ">"),
-    "tun": Style("#555555", "", (0, (1, 3)), "*"),
-    "broadcast": Style("#000000", "", (0, (8, 2)), "h"),
-}
-"""In the order of bars and rows. Okabe and Ito's eight colours, two greys and a wine."""
-
-NOVEL = Style("#CCCCCC", "OO", (0, (2, 2)), "d")
-"""A datapath that has no style yet."""
-
-_RC: Any = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
-    "font.size": 7,
-    "axes.titlesize": 7.5,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.5,
-    "hatch.linewidth": 0.4,
-    "patch.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "pdf.fonttype": 42,  # TrueType: what publishers' checks accept
-    "savefig.dpi": 300,
-}
-_WIDTH_IN = 7.1
-"""Text width of a two-column page."""
-_FOOTER_PT = 6
-_SMALL_PT = 5.5
-
-
 def draw(store: Store) -> list[Path]:
     """Draw all figures of a campaign into its `figures/`, as PNG and PDF; say which they are.
 
-    One figure per metric, transport and message size: `throughput-tcp.png`, and with the size in
-    the name where there are several. Likewise what it cost the host: `cpu-throughput-tcp.png`. All
-    ratios to reference datapaths: `ratios-tcp.png`.
+    One figure per metric, transport and parameters: `throughput-tcp.png`, and with the parameters
+    in the name where there are several; likewise what it cost the host: `cpu-throughput-tcp.png`.
+    Where one parameter takes three values or more, it has a figure of its own,
+    `throughput-tcp-by-size.png`, and the others are of those parameters alone that most cells have.
+    All ratios to reference datapaths, controls too: `ratios-tcp.png`.
     """
-    rows, histograms, files = summaries(store), dict[Cell, list[Any]](), []
+    every, histograms, files = summaries(store), dict[Cell, list[Any]](), []
+    rows = [row for row in every if not row.cell.variant]
     for trial in store.trials():
         if trial.status is Status.OK and trial.histogram_us:
             histograms.setdefault(Cell.parse(trial.cell), []).append(trial.histogram_us)
+    spent = [cost for cost in costs(frame(store.trials())) if not cost.cell.variant]
     folder = store.path / "figures"
-    with mpl.rc_context(_RC):
-        kinds = grouped(rows, lambda r: (r.cell.metric, r.cell.transport))
-        for (metric, transport), kind in kinds.items():
-            sizes = grouped(kind, lambda r: f"-{r.cell.params}")
-            for size, group in sizes.items():
+    with mpl.rc_context(RC):
+        for (metric, transport), kind in grouped(rows, _kind).items():
+            swept = [(axis, found) for axis in AXES if (found := _along(kind, axis))]
+            of_params = grouped(kind, lambda r: r.cell.params)
+            if swept:
+                params = max(of_params, key=lambda params: _weight(of_params[params]))
+                of_params = {params: of_params[params]}
+            for params, group in of_params.items():
+                name = f"{metric}-{transport}" + (f"-{params}" if len(of_params) > 1 else "")
+                alike = [c for c in spent if _kind(c) == _kind(group[0])]
+                alike = [c for c in alike if c.cell.params == params]
                 if metric is Metric.LATENCY:
-                    figure = _curves(group, histograms, store)
+                    files += save(_curves(group, histograms, store), folder, name)
                 else:
-                    figure = _bars(group, store)
-                name = f"{metric}-{transport}{size if len(sizes) > 1 else ''}"
-                files += _save(figure, folder, name)
-        spent = grouped(costs(frame(store.trials())), lambda c: (c.cell.metric, c.cell.transport))
-        for (metric, transport), costly in spent.items():
-            by_size = grouped(costly, lambda c: f"-{c.cell.params}")
-            for size, alike in by_size.items():
-                name = f"cpu-{metric}-{transport}{size if len(by_size) > 1 else ''}"
-                files += _save(_spent(alike, store), folder, name)
-        divided = [row for row in rows if row.reference != row.cell.datapath]
+                    files += save(_bars(group, store), folder, name)
+                if alike:
+                    files += save(_spent(alike, store), folder, f"cpu-{name}")
+            for axis, found in swept:
+                name = f"{metric}-{transport}-by-{axis.name}"
+                files += save(_sweep(found, axis, store), folder, name)
+        divided = [row for row in every if row.reference != row.cell.datapath]
         for transport, group in grouped(divided, lambda r: r.cell.transport).items():
             if any(row.ratio.blocks for row in group):
-                files += _save(_ratios(group, store), folder, f"ratios-{transport}")
+                files += save(ratios(group, store), folder, f"ratios-{transport}")
     return files
+
+
+def _weight(rows: Sequence[Summary]) -> tuple[int, int]:
+    """Most cells first; of as many, large messages for throughput, and small ones for times."""
+    size = rows[0].cell.size_bytes
+    return len(rows), size if rows[0].cell.metric is Metric.THROUGHPUT else -size
+
+
+def _kind(row: Ratio | Cost) -> tuple[Metric, Transport]:
+    return row.cell.metric, row.cell.transport
 
 
 def draw_comparison(
@@ -146,31 +114,19 @@ def draw_comparison(
 ) -> list[Path]:
     """Draw ratios of one campaign to another, `against-<before>.png` and its PDF, into `folder`."""
     shown = [row for row in rows if row.ratio.blocks]
-    with mpl.rc_context(_RC):
-        figure = _forest(shown, after.campaign.guest, band)
+    with mpl.rc_context(RC):
+        figure = forest(shown, after.campaign.guest, band)
         how = (
             "Ratio of geometric means, later by earlier, with 95 % Welch t-intervals; filled: the "
             f"interval excludes 1. Gray: the band of equivalence, {band:.0%}."
         )
         paragraphs = [f"Earlier: {circumstances(before)}", f"Later: {circumstances(after)}", how]
-        _surround(
+        surround(
             figure, f"{after.path.name} against {before.path.name}",
-            _keys(shown, _point), paragraphs,
+            keys_of(shown, point_key), paragraphs,
             before.campaign.functional or after.campaign.functional,
         )  # fmt: skip
-        return _save(figure, folder, f"against-{before.path.resolve().name}")
-
-
-def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """As PNG and PDF; without dates and versions, so that the same trials give the same bytes."""
-    png, pdf = folder / f"{name}.png", folder / f"{name}.pdf"
-    try:
-        folder.mkdir(exist_ok=True)
-        figure.savefig(png, metadata={"Software": None})
-        figure.savefig(pdf, metadata={"CreationDate": None})
-    except OSError as e:
-        raise Error(f"{e.filename or folder}: {e.strerror}", "figures go into the campaign") from e
-    return [png, pdf]
+        return save(figure, folder, f"against-{before.path.resolve().name}")
 
 
 def _bars(rows: Sequence[Summary], store: Store) -> Figure:
@@ -183,15 +139,15 @@ def _bars(rows: Sequence[Summary], store: Store) -> Figure:
     native = [row for row in rows if row.cell.pair is Pair.NATIVE_NATIVE]
     parts = [part for part in (native, [row for row in rows if row not in native]) if part]
     slots = [_slots(part) for part in parts]
-    figure = Figure(figsize=(_WIDTH_IN, 2.2))
+    figure = Figure(figsize=(WIDTH_IN, 2.2))
     how = (
         "Bars: geometric means over blocks; "
         + ("whiskers: 95 % t-intervals" if store.campaign.blocks > 1 else "no interval from one")
         + ("; native and guest pairs on scales of their own." if len(parts) > 1 else ".")
     )
-    _surround(
-        figure, _title(rows[0].cell), _keys(rows, _patch),
-        [f"{circumstances(store)} {how}", *_absences(rows)], store.campaign.functional,
+    surround(
+        figure, title_of(rows[0].cell), keys_of(rows, patch_key),
+        [f"{circumstances(store)} {how}", *absences(rows)], store.campaign.functional,
     )  # fmt: skip
     panels = figure.subplots(
         1, len(families) * len(parts), squeeze=False,
@@ -238,10 +194,10 @@ def _bar_panel(
             axes.bar(at, 0.2, width=0.86, color="white", hatch="////", edgecolor="#aaaaaa",
                      transform=across)  # fmt: skip
             axes.text(at, 0.1, absence(row.status), transform=across, ha="center", va="center",
-                      fontsize=_SMALL_PT, rotation=90,
+                      fontsize=SMALL_PT, rotation=90,
                       bbox={"fc": "white", "ec": "none", "pad": 0.6})  # fmt: skip
             continue
-        style = STYLES.get(row.cell.datapath, NOVEL)
+        style = style_of(row.cell.datapath)
         mean, low, high = (
             x / scale for x in (row.estimate.mean, row.estimate.low, row.estimate.high)
         )
@@ -252,7 +208,7 @@ def _bar_panel(
             )
         top = mean if math.isnan(high) else min(high, 1.15 * max(means))
         axes.annotate(number(mean, mean), (at, top), (0, 1.5), textcoords="offset points",
-                      ha="center", va="bottom", fontsize=_SMALL_PT, annotation_clip=False,
+                      ha="center", va="bottom", fontsize=SMALL_PT, annotation_clip=False,
                       rotation=90 if len(slots) > 14 else 0,
                       bbox={"fc": "white", "ec": "none", "pad": 0.2, "alpha": 0.8})  # fmt: skip
 
@@ -271,7 +227,7 @@ def _spent(rows: Sequence[Cost], store: Store) -> Figure:
     cell, guest = rows[0].cell, store.campaign.guest
     families = present(Family, (row.cell.family for row in rows))
     slots = _slots(rows)
-    figure = Figure(figsize=(_WIDTH_IN, 2.4))
+    figure = Figure(figsize=(WIDTH_IN, 2.4))
     per = "gigabyte" if cell.metric is Metric.THROUGHPUT else "million transactions"
     how = (
         "Bars: geometric means over blocks of all that the host's CPUs did during traffic, by the "
@@ -281,8 +237,8 @@ def _spent(rows: Sequence[Cost], store: Store) -> Figure:
         (Patch(fc=part.color, hatch=part.hatch * 2, ec="black"), part.name)
         for part in PARTS.values()
     ]
-    _surround(
-        figure, f"Host CPU per {per}: {_title(cell)}", keys, [f"{circumstances(store)} {how}"],
+    surround(
+        figure, f"Host CPU per {per}: {title_of(cell)}", keys, [f"{circumstances(store)} {how}"],
         store.campaign.functional,
     )  # fmt: skip
     panels = figure.subplots(1, len(families), squeeze=False, sharey=True)[0]
@@ -291,12 +247,12 @@ def _spent(rows: Sequence[Cost], store: Store) -> Figure:
         axes.set_xlim(-0.8, len(slots) - 0.2)
         axes.grid(axis="y")
         ticks = {at: slot[1] for at, slot in enumerate(slots) if slot}
-        axes.set_xticks(list(ticks), list(ticks.values()), rotation=90, fontsize=_SMALL_PT)
+        axes.set_xticks(list(ticks), list(ticks.values()), rotation=90, fontsize=SMALL_PT)
         for pair in present(Pair, (row.cell.pair for row in rows)):
             middle = [at for at, slot in enumerate(slots) if slot and slot[0] is pair]
             axes.text(sum(middle) / len(middle), 1.0, pair.label(guest).replace("→", "\n→ "),
                       transform=axes.get_xaxis_transform(), ha="center", va="top",
-                      fontsize=_SMALL_PT, bbox={"fc": "white", "ec": "none", "pad": 0.6},
+                      fontsize=SMALL_PT, bbox={"fc": "white", "ec": "none", "pad": 0.6},
                       zorder=4)  # fmt: skip
         for row in (row for row in rows if row.cell.family is family):
             _stack(axes, row, slots.index((row.cell.pair, row.cell.datapath)))
@@ -323,11 +279,11 @@ def _curves(rows: Sequence[Summary], histograms: Mapping[Cell, Blocks], store: S
     """Cumulative distributions of round-trip times, a panel per family (down) and pair (across)."""
     families = present(Family, (row.cell.family for row in rows))
     pairs = present(Pair, (row.cell.pair for row in rows))
-    figure = Figure(figsize=(_WIDTH_IN, 0.45 + 1.3 * len(families)))
+    figure = Figure(figsize=(WIDTH_IN, 0.45 + 1.3 * len(families)))
     how = "All blocks with the same weight; marks: median and 99th percentile."
-    _surround(
-        figure, _title(rows[0].cell), _keys(rows, _line),
-        [f"{circumstances(store)} {how}", *_absences(rows)], store.campaign.functional,
+    surround(
+        figure, title_of(rows[0].cell), keys_of(rows, line_key),
+        [f"{circumstances(store)} {how}", *absences(rows)], store.campaign.functional,
     )  # fmt: skip
     panels = figure.subplots(len(families), len(pairs), sharex=True, sharey=True, squeeze=False)
     ends = []
@@ -344,7 +300,7 @@ def _curves(rows: Sequence[Summary], histograms: Mapping[Cell, Blocks], store: S
                 if (row.cell.family, row.cell.pair, row.quantity) != (family, pair, "p50_us"):
                     continue
                 if row.status is Status.OK:
-                    style = STYLES.get(row.cell.datapath, NOVEL)
+                    style = style_of(row.cell.datapath)
                     ends.append(_curve(axes, style, histograms[row.cell]))
                 else:
                     absent.append(f"{row.cell.datapath}: {absence(row.status)}")
@@ -367,179 +323,97 @@ def _curve(axes: Axes, style: Style, blocks: Blocks) -> tuple[float, float]:
     p01, p50, p99, p999 = (
         next((x for x, y in points if y >= p), points[-1][0]) for p in (0.001, 0.5, 0.99, 0.999)
     )
-    axes.plot([p50, p99], [0.5, 0.99], ls="none", color=style.color, zorder=3, **_mark(style))
+    axes.plot([p50, p99], [0.5, 0.99], ls="none", color=style.color, zorder=3, **mark_of(style))
     return p01, p999
 
 
-def _keys(rows: Iterable[Ratio], key: Callable[[Style], Any]) -> list[tuple[Any, str]]:
-    """The key of the datapaths that rows have, each with its mark."""
-    datapaths = sorted({row.cell.datapath for row in rows}, key=rank)
-    return [(key(STYLES.get(datapath, NOVEL)), datapath) for datapath in datapaths]
+class Axis(NamedTuple):
+    """A parameter that cells may differ in."""
+
+    name: str
+    field: str
+    label: str
 
 
-def _point(style: Style) -> Line2D:
-    return Line2D([], [], ls="none", color=style.color, **_mark(style))
+AXES = (
+    Axis("size", "size_bytes", "message size, bytes"),
+    Axis("streams", "streams", "streams"),
+    Axis("rate", "rate_per_s", "requests per second"),
+)
 
 
-def _line(style: Style) -> Line2D:
-    return Line2D([], [], color=style.color, ls=style.line, **_mark(style))
+def _along(rows: Sequence[Summary], axis: Axis) -> list[Summary]:
+    """Those rows that differ along an axis alone, where it has three values or more."""
+
+    def others(row: Summary) -> Cell:
+        changes: Any = {axis.field: 0}
+        return replace(row.cell, **changes)
+
+    rows = [row for row in rows if getattr(row.cell, axis.field)]  # no rate is none, not the least
+    sets = grouped(rows, lambda r: (others(r), r.quantity))
+    return [row for found in sets.values() if len(found) > 2 for row in found]
 
 
-def _patch(style: Style) -> Patch:
-    return Patch(fc=style.color, hatch=style.hatch * 2, ec="black")
-
-
-def _mark(style: Style) -> dict[str, Any]:
-    return {"marker": style.marker, "ms": 3.5, "mec": "black", "mew": 0.4}
-
-
-class Ratio(Protocol):
-    """What a forest plot has a row for: a summary, or a comparison of campaigns."""
-
-    @property
-    def cell(self) -> Cell: ...
-    @property
-    def quantity(self) -> str: ...
-    @property
-    def ratio(self) -> Estimate: ...
-
-
-def _ratios(rows: Sequence[Summary], store: Store) -> Figure:
-    """Every ratio to a reference datapath in one figure."""
-    shown = [row for row in rows if row.ratio.blocks]
-    figure = _forest(shown, store.campaign.guest)
-    divisors = dict.fromkeys((r.cell.datapath, r.reference) for r in shown)
-    how = (
-        "Geometric means of ratios within a block, 95 % t-intervals; filled: the interval excludes "
-        "1. Divided: " + ", ".join(f"{one} by {other}" for one, other in divisors) + "."
-    )
-    missing = {f"No ratio of {r.cell.datapath}: {r.no_ratio}": None for r in rows if r.no_ratio}
-    absent = [*_absences(rows), *missing]
-    _surround(
-        figure, f"Ratio to the reference datapath, {names(rows[0].cell.transport)}",
-        _keys(shown, _point), [f"{circumstances(store)} {how}", *absent],
-        store.campaign.functional,
+def _sweep(rows: Sequence[Summary], axis: Axis, store: Store) -> Figure:
+    """Means with intervals along a parameter: panels per pair (across), family and quantity."""
+    cell, guest = rows[0].cell, store.campaign.guest
+    pairs = present(Pair, (row.cell.pair for row in rows))
+    downs = list(dict.fromkeys((row.cell.family, row.quantity) for row in rows))
+    figure = Figure(figsize=(WIDTH_IN, 0.45 + 1.3 * len(downs)))
+    fixed = [f"{cell.size_bytes} B"] if axis.field != "size_bytes" else []
+    fixed += [f"{cell.streams} streams"] if axis.field != "streams" and cell.streams > 1 else []
+    title = ", ".join([f"{cell.metric.capitalize()} by {axis.name}", names(cell.transport), *fixed])
+    how = "Geometric means over blocks; whiskers: 95 % t-intervals."
+    if axis.field == "rate_per_s":
+        how += " Each request is timed from when it was due."
+    surround(
+        figure, title, keys_of(rows, line_key),
+        [f"{circumstances(store)} {how}", *absences(rows)], store.campaign.functional,
     )  # fmt: skip
+    panels = figure.subplots(len(downs), len(pairs), sharex=True, sharey="row", squeeze=False)
+    unit = UNITS[cell.metric]
+    for across, (family, quantity) in zip(panels, downs, strict=True):
+        label = {"p50_us": "median, ", "p99_us": "p99, "}.get(quantity, "")
+        across[0].set_ylabel(f"{names(family)}\n{label}{unit.name}")
+        for axes, pair in zip(across, pairs, strict=True):
+            place = (family, quantity, pair)
+            here = [r for r in rows if (r.cell.family, r.quantity, r.cell.pair) == place]
+            for datapath, line in grouped(here, lambda r: r.cell.datapath).items():
+                _sweep_line(axes, line, axis, datapath, unit.scale)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.grid(visible=True)
+    for axes, pair in zip(panels[0], pairs, strict=True):
+        axes.set_title(pair.label(guest))
+    ticks = sorted({getattr(row.cell, axis.field) for row in rows})
+    for axes in panels[-1]:
+        axes.set_xlabel(axis.label)
+        axes.set_xticks(
+            ticks, [f"{tick}" for tick in ticks], rotation=30 if max(ticks) > 999 else 0
+        )
+        axes.xaxis.set_minor_locator(NullLocator())
+    for across in panels:
+        low, high = across[0].get_ylim()
+        if high / low < 10:
+            across[0].set_yscale("linear")
+            across[0].set_ylim(0, high)
+        else:
+            across[0].yaxis.set_minor_locator(LogLocator(subs=(1, 2, 5)))
+            across[0].yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            across[0].yaxis.set_major_formatter(NullFormatter())
     return figure
 
 
-def _forest(rows: Sequence[Ratio], guest: str, band: float = 0.0) -> Figure:
-    """Ratios with intervals: a line per pair, family and datapath, a panel per quantity."""
-    columns = [c for c in COLUMNS if any((r.cell.metric, r.quantity) == c[:2] for r in rows)]
-    sized = len({size_of(row.cell) for row in rows}) > len({row.cell.metric for row in rows})
-
-    def line_of(row: Ratio) -> tuple[str, str]:
-        place = f"{row.cell.pair.label(guest)}, {names(row.cell.family, row.cell.transport)}"
-        return place, row.cell.datapath + (f", {size_of(row.cell)}" if sized else "")
-
-    lines = list(dict.fromkeys(map(line_of, rows)))
-    heights, at = {}, 0.0
-    for n, line in enumerate(lines):
-        at += 1.0 if n and lines[n - 1][0] == line[0] else 2.1
-        heights[line] = at
-    figure = Figure(figsize=(_WIDTH_IN, 0.5 + 0.115 * at))
-    panels = figure.subplots(1, len(columns), sharex=True, sharey=True, squeeze=False)[0]
-    low, high = _span([row.ratio for row in rows], band)
-    for axes, (metric, quantity, name) in zip(panels, columns, strict=True):
-        better = "→ better" if metric.higher_is_better else "better ←"
-        axes.set_title(f"{name}   {better}", loc="left")
-        axes.axvspan(1 / (1 + band), 1 + band, color="#dddddd", lw=0)
-        axes.axvline(1, color="black", lw=0.6)
-        for row in rows:
-            if (row.cell.metric, row.quantity) == (metric, quantity) and row.ratio.blocks:
-                _interval_line(axes, row, heights[line_of(row)], (low, high))
-    corner = panels[0]
-    corner.set_ylim(at + 0.8, 0.2)
-    corner.set_yticks(list(heights.values()), [label for _, label in heights], fontsize=_SMALL_PT)
-    for place in dict.fromkeys(place for place, _ in lines):
-        first = min(height for line, height in heights.items() if line[0] == place)
-        for axes in panels:
-            axes.axhline(first - 1.55, color="#dddddd", lw=0.5)
-            axes.tick_params(axis="y", length=0)
-        corner.text(-0.02, first - 0.95, place, ha="right", va="center", fontweight="bold",
-                    fontsize=_SMALL_PT, transform=corner.get_yaxis_transform())  # fmt: skip
-    corner.set_xscale("log")
-    corner.set_xlim(low, high)
-    steps = _NEAR if high / low < 3 else _FAR
-    ticks = [x for x in steps if low < x < high]
-    corner.set_xticks(ticks, [f"{x:g}" for x in ticks], minor=False)
-    corner.xaxis.set_minor_locator(NullLocator())
-    return figure
-
-
-_NEAR = (0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2)
-_FAR = (0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 100)
-"""Ticks of an axis of ratios: of a narrow one and of others."""
-
-
-def _span(ratios: Iterable[Estimate], band: float) -> tuple[float, float]:
-    """Ends of the axis: every mean, and intervals unless they are much wider than that."""
-    known = [ratio for ratio in ratios if ratio.blocks]
-    low, high = min(r.mean for r in known), max(r.mean for r in known)
-    low, high = min(low / 1.1, 1 / (1.2 + band)), max(high * 1.1, 1.2 + band)
-    ends = [x for r in known for x in (r.low, r.high) if not math.isnan(x)]
-    return max(low / 1.5, min([low, *ends])) / 1.03, min(high * 1.5, max([high, *ends])) * 1.03
-
-
-def _interval_line(axes: Axes, row: Ratio, at: float, span: tuple[float, float]) -> None:
-    """One ratio: mark and whisker; an arrow head where the whisker leaves the panel."""
-    mean, low, high, _ = astuple(row.ratio)
-    style = STYLES.get(row.cell.datapath, NOVEL)
-    if not math.isnan(low):
-        axes.plot([max(low, span[0]), min(high, span[1])], [at, at], color="black", lw=0.7)
-        for end, beyond, head in ((span[0], low < span[0], "<"), (span[1], high > span[1], ">")):
-            if beyond:
-                axes.plot(end, at, head, color="black", ms=2.5, clip_on=False)
-    conclusive = low > 1 or high < 1
-    axes.plot(mean, at, style.marker, ms=3.8, mew=0.7, mec="black" if conclusive else style.color,
-              mfc=style.color if conclusive else "white", zorder=3)  # fmt: skip
-
-
-def _absences(rows: Sequence[Summary]) -> list[str]:
-    """Why cells are missing in a figure, each reason once."""
-    absent = {f"{absence(row.status)}: {row.reason}": None
-              for row in rows if row.status is not Status.OK}  # fmt: skip
-    return [textwrap.shorten(reason, 280, placeholder=" …") for reason in absent]
-
-
-def _title(cell: Cell) -> str:
-    return f"{cell.metric.capitalize()}, {names(cell.transport)}, {size_of(cell)} messages"
-
-
-def circumstances(store: Store) -> str:
-    """What a figure's footer says of its campaign."""
-    campaign = store.campaign
-    return (
-        f"Guest {guest_of(campaign)}. Host {campaign.host}: kernel {campaign.kernel}, "
-        f"{campaign.cpu}. Campaign {store.path.name}, {blocks_of(campaign)}."
-    )
-
-
-def _surround(
-    figure: Figure,
-    title: str,
-    keys: Sequence[tuple[Any, str]],
-    paragraphs: Sequence[str],
-    functional: bool,
+def _sweep_line(
+    axes: Axes, rows: Sequence[Summary], axis: Axis, datapath: str, scale: float
 ) -> None:
-    """Title, key and footer, for which the figure grows beyond its panels."""
-    footer = [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, 152)]
-    key_lines = math.ceil(len(keys) / 8)
-    key_in = 0.17 * key_lines
-    head_in, foot_in = 0.2 + key_in, (len(footer) + 0.8) * _FOOTER_PT * 1.25 / 72
-    width, panels_in = figure.get_size_inches()
-    height = panels_in + head_in + foot_in
-    figure.set_size_inches(width, height)
-    figure.set_layout_engine("constrained", rect=(0, foot_in / height, 1, panels_in / height))
-    top = 1 - 0.05 / height
-    figure.text(0.01, top, title, fontsize=8, fontweight="bold", va="top")
-    if functional:
-        figure.text(0.99, top, FUNCTIONAL, fontsize=8, fontweight="bold", va="top", ha="right")
-    figure.legend(
-        [mark for mark, _ in keys], [name for _, name in keys],
-        loc="upper left", bbox_to_anchor=(0.0, 1 - 0.17 / height),
-        ncols=math.ceil(len(keys) / key_lines), frameon=False,
-        handlelength=2.8, columnspacing=1.2, borderpad=0.3, labelspacing=0.3,
-    )  # fmt: skip
-    figure.text(0.01, foot_in / height - 0.02 / height, "\n".join(footer), fontsize=_FOOTER_PT,
-                color="#333333", va="top", linespacing=1.25)  # fmt: skip
+    """One datapath's line; a gap where it has no value."""
+    style = style_of(datapath)
+    rows = sorted(rows, key=lambda r: int(getattr(r.cell, axis.field)))
+    x = [getattr(row.cell, axis.field) for row in rows]
+    mean = [row.estimate.mean / scale for row in rows]
+    axes.plot(x, mean, color=style.color, ls=style.line, lw=1.2, **mark_of(style))
+    for row, at in zip(rows, x, strict=True):
+        if not math.isnan(row.estimate.low):
+            ends = [row.estimate.low / scale, row.estimate.high / scale]
+            axes.plot([at, at], ends, color=style.color, lw=0.8)

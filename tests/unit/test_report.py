@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from testbed import figures, plan, report, store
+from testbed import figures, look, plan, report, store
 from testbed.model import Cell, Error, Family, Metric, Pair, Status, Trial
 
 PLAN = plan.parse(
@@ -151,6 +151,32 @@ def test_sizes_get_figures_of_their_own(tmp_path: Path) -> None:
         assert "one block: no intervals" in text
 
 
+def test_what_takes_three_values_has_a_figure_along_them_and_one_of_the_commonest(
+    tmp_path: Path,
+) -> None:
+    ids = [f"bridge/native-guest/ipv4/tcp/latency/{size}x1" for size in (64, 256, 1024)]
+    ids += [f"bridge/native-guest/ipv6/tcp/latency/64x1@{rate}" for rate in (100, 200, 400)]
+    ids += ["bridge/guest-native/ipv4/tcp/latency/64x1"]
+    ids += [f"{name}/native-guest/ipv4/tcp/latency/64x1" for name in ("capture", "capture~again")]
+    campaign = replace(CAMPAIGN, cells=tuple(ids), blocks=2,
+                       references={**CAMPAIGN.references, "capture~again": "capture"})  # fmt: skip
+    with store.create(tmp_path / "sweeps", campaign) as made:
+        for block in range(2):
+            for cell in map(Cell.parse, ids):
+                like = replace(cell, datapath="bridge", family=Family.IPV4)
+                made.append(replace(trial(like, block), cell=cell.id))
+        names = [f.name for f in figures.draw(made) if f.suffix == ".png"]
+        assert names == [
+            "latency-tcp.png", "latency-tcp-by-size.png", "latency-tcp-by-rate.png",
+            "ratios-tcp.png",
+        ]  # fmt: skip
+        text = " ".join(printed(made, 120).split())
+        assert "64 B, 100/s" in text
+        assert (
+            "A/A: 0 of 2 intervals exclude 1, at most 1 would by chance: as it should be." in text
+        )
+
+
 def test_a_place_that_cannot_be_drawn_into_is_one_line(little: store.Store) -> None:
     (little.path / "figures").write_text("in the way")
     with pytest.raises(Error, match="figures: File exists"):
@@ -158,9 +184,9 @@ def test_a_place_that_cannot_be_drawn_into_is_one_line(little: store.Store) -> N
 
 
 def test_every_datapath_of_the_design_has_a_look_of_its_own() -> None:
-    assert tuple(figures.STYLES) == report.DATAPATHS
-    looks = [(s.color, s.hatch) for s in figures.STYLES.values()]
-    lines = [(s.line, s.marker) for s in figures.STYLES.values()]
+    assert tuple(look.STYLES) == report.DATAPATHS
+    looks = [(s.color, s.hatch) for s in look.STYLES.values()]
+    lines = [(s.line, s.marker) for s in look.STYLES.values()]
     assert len(set(looks)) == len(looks)
     assert len(set(lines)) == len(lines)
-    assert len({s.color for s in figures.STYLES.values()}) == len(looks)
+    assert len({s.color for s in look.STYLES.values()}) == len(looks)

@@ -1,0 +1,181 @@
+"""How figures look: what is the same in all of them, so that they stand side by side in a paper.
+
+Made for a two-column paper at full width: they read in black and white (hatches, line styles,
+markers) and to the colour-blind (Okabe and Ito's palette), and a datapath looks the same in every
+one. Title, key and footer are put around the panels here; what is in the panels is not known here.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from testbed.analysis import Estimate, Summary
+from testbed.model import Cell, Error, Status
+from testbed.report import FUNCTIONAL, absence, blocks_of, guest_of, names, rank, size_of
+from testbed.store import Store
+
+
+class Style(NamedTuple):
+    """How a datapath looks, the same in every figure."""
+
+    color: str
+    hatch: str
+    line: Any
+    marker: str
+
+
+STYLES = {
+    "loopback": Style("#999999", "", "-", "o"),
+    "direct": Style("#56B4E9", "....", (0, (1, 1)), "s"),
+    "bridge": Style("#E69F00", "////", "--", "^"),
+    "tcredirect": Style("#882255", "xxxx", (0, (3, 1, 1, 1, 1, 1)), "<"),
+    "capture": Style("#D55E00", "\\\\\\\\", "-", "D"),
+    "steer": Style("#0072B2", "----", "-", "v"),
+    "dnat": Style("#009E73", "++++", "-.", "P"),
+    "proxy": Style("#F0E442", "ooo", (0, (5, 1)), "X"),
+    "passt": Style("#CC79A7", "||||", (0, (3, 1, 1, 1)), ">"),
+    "tun": Style("#555555", "", (0, (1, 3)), "*"),
+    "broadcast": Style("#000000", "", (0, (8, 2)), "h"),
+}
+"""In the order of bars and rows. Okabe and Ito's eight colours, two greys and a wine."""
+
+
+NOVEL = Style("#CCCCCC", "OO", (0, (2, 2)), "d")
+"""A datapath that has no style yet."""
+
+
+RC: Any = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
+    "font.size": 7,
+    "axes.titlesize": 7.5,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.5,
+    "hatch.linewidth": 0.4,
+    "patch.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "pdf.fonttype": 42,  # TrueType: what publishers' checks accept
+    "savefig.dpi": 300,
+}
+
+
+WIDTH_IN = 7.1
+"""Text width of a two-column page."""
+
+
+FOOTER_PT = 6
+
+
+SMALL_PT = 5.5
+
+
+def style_of(datapath: str) -> Style:
+    """Of the datapath, whichever variant."""
+    return STYLES.get(datapath.partition("~")[0], NOVEL)
+
+
+class Ratio(Protocol):
+    """What a forest plot has a row for: a summary, or a comparison of campaigns."""
+
+    @property
+    def cell(self) -> Cell: ...
+    @property
+    def quantity(self) -> str: ...
+    @property
+    def ratio(self) -> Estimate: ...
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """As PNG and PDF; without dates and versions, so that the same trials give the same bytes."""
+    png, pdf = folder / f"{name}.png", folder / f"{name}.pdf"
+    try:
+        folder.mkdir(exist_ok=True)
+        figure.savefig(png, metadata={"Software": None})
+        figure.savefig(pdf, metadata={"CreationDate": None})
+    except OSError as e:
+        raise Error(f"{e.filename or folder}: {e.strerror}", "figures go into the campaign") from e
+    return [png, pdf]
+
+
+def surround(
+    figure: Figure,
+    title: str,
+    keys: Sequence[tuple[Any, str]],
+    paragraphs: Sequence[str],
+    functional: bool,
+) -> None:
+    """Title, key and footer, for which the figure grows beyond its panels."""
+    footer = [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, 152)]
+    key_lines = math.ceil(len(keys) / 8)
+    key_in = 0.17 * key_lines
+    head_in, foot_in = 0.2 + key_in, (len(footer) + 0.8) * FOOTER_PT * 1.25 / 72
+    width, panels_in = figure.get_size_inches()
+    height = panels_in + head_in + foot_in
+    figure.set_size_inches(width, height)
+    figure.set_layout_engine("constrained", rect=(0, foot_in / height, 1, panels_in / height))
+    top = 1 - 0.05 / height
+    figure.text(0.01, top, title, fontsize=8, fontweight="bold", va="top")
+    if functional:
+        figure.text(0.99, top, FUNCTIONAL, fontsize=8, fontweight="bold", va="top", ha="right")
+    figure.legend(
+        [mark for mark, _ in keys], [name for _, name in keys],
+        loc="upper left", bbox_to_anchor=(0.0, 1 - 0.17 / height),
+        ncols=math.ceil(len(keys) / key_lines), frameon=False,
+        handlelength=2.8, columnspacing=1.2, borderpad=0.3, labelspacing=0.3,
+    )  # fmt: skip
+    figure.text(0.01, foot_in / height - 0.02 / height, "\n".join(footer), fontsize=FOOTER_PT,
+                color="#333333", va="top", linespacing=1.25)  # fmt: skip
+
+
+def keys_of(rows: Iterable[Ratio], key: Callable[[Style], Any]) -> list[tuple[Any, str]]:
+    """The key of the datapaths that rows have, each with its mark."""
+    datapaths = sorted({row.cell.datapath for row in rows}, key=rank)
+    return [(key(style_of(datapath)), datapath) for datapath in datapaths]
+
+
+def point_key(style: Style) -> Line2D:
+    return Line2D([], [], ls="none", color=style.color, **mark_of(style))
+
+
+def line_key(style: Style) -> Line2D:
+    return Line2D([], [], color=style.color, ls=style.line, **mark_of(style))
+
+
+def patch_key(style: Style) -> Patch:
+    return Patch(fc=style.color, hatch=style.hatch * 2, ec="black")
+
+
+def mark_of(style: Style) -> dict[str, Any]:
+    return {"marker": style.marker, "ms": 3.5, "mec": "black", "mew": 0.4}
+
+
+def absences(rows: Sequence[Summary]) -> list[str]:
+    """Why cells are missing in a figure, each reason once."""
+    absent = {f"{absence(row.status)}: {row.reason}": None
+              for row in rows if row.status is not Status.OK}  # fmt: skip
+    return [textwrap.shorten(reason, 280, placeholder=" …") for reason in absent]
+
+
+def title_of(cell: Cell) -> str:
+    return f"{cell.metric.capitalize()}, {names(cell.transport)}, {size_of(cell)} messages"
+
+
+def circumstances(store: Store) -> str:
+    """What a figure's footer says of its campaign."""
+    campaign = store.campaign
+    return (
+        f"Guest {guest_of(campaign)}. Host {campaign.host}: kernel {campaign.kernel}, "
+        f"{campaign.cpu}. Campaign {store.path.name}, {blocks_of(campaign)}."
+    )
