@@ -58,7 +58,10 @@ while read -r module; do insmod "/lib/modules/$module.ko"; done < /etc/modules
 echo 0 > /proc/sys/net/ipv6/conf/eth0/accept_dad
 echo 0 > /proc/sys/net/ipv6/conf/eth0/accept_ra
 for address in $guest_addresses; do ip address add "$address" dev eth0; done
-ip link set lo up
+if [ "$guest_loopback" = none ]
+then echo 1 >/proc/sys/net/ipv4/conf/eth0/route_localnet
+else ip link set lo up
+fi
 ip link set eth0 up
 for gateway in $guest_gateways; do
     case $gateway in *:*) family=-6 ;; *) family=-4 ;; esac

@@ -10,6 +10,8 @@ mending one whose tap or bridge vanished are the same code. Nothing here watches
     layout `pod`:                           guest 1 ─ tap, pod_link
                                             guest 2 ─ tap, pod_link
 
+    layout `routed`:                        the same, and guests without `lo`
+
     layout `socket`:                        guest 1 ─ a program of the datapath
 """
 
@@ -196,7 +198,7 @@ class Pod:
         return uplink
 
     def _create_port(self, ip: IPRoute, n: int) -> int:
-        """The host's end of guest n's link. In layout `pod` every port has the pod's address."""
+        """The host's end of guest n's link. In the pod every port has the pod's address."""
         name = self._port(n)
         if guest_ip := self._guest_netns.get(n):
             peer = {"ifname": "eth0", "net_ns_fd": f"{self.netns}-g{n}", "address": guest_mac(n)}
@@ -205,13 +207,22 @@ class Pod:
             for family in Family:
                 netlink.add_address(guest_ip, eth0, guest_link(family, n), LINK_PREFIX[family])
             guest_ip.link("set", index=eth0, state="up")
+            if self.datapath.layout is Layout.ROUTED:
+                self._take_loopback(n, guest_ip)
         else:
             port = netlink.create_link(ip, name, self.number, kind="tuntap", mode="tap", vnet_hdr=1)
-        if self.datapath.layout is Layout.POD:
+        if self.datapath.layout is not Layout.BRIDGE:
             ip.link("set", index=port, state="up")
             for family in Family:
                 netlink.add_address(ip, port, pod_link(family), pod_link(family).max_prefixlen)
         return port
+
+    def _take_loopback(self, n: int, ip: IPRoute) -> None:
+        """Of a stand-in. That `lo` is down is not enough: routes to its own addresses stay."""
+        ip.flush_addr(index=1)
+        ip.link("set", index=1, state="down")
+        ip.route("replace", dst="0.0.0.0/0", gateway=str(pod_link(Family.IPV4)))
+        netlink.set_sysctls(f"{self.netns}-g{n}", {"net/ipv4/conf/eth0/route_localnet": 1})
 
     def wiring(self) -> Wiring:
         """The links as they are now, for the datapath."""
@@ -292,7 +303,8 @@ class Pod:
             cgroup.mkdir(exist_ok=True)
         return Place(workload, n, netns, self._port(n) if runtime.uses_tap else "", cgroup,
                      self.console(workload.name), self._consoles,
-                     self._socket(n) if runtime.uses_tap else None)  # fmt: skip
+                     self._socket(n) if runtime.uses_tap else None,
+                     not n or self.datapath.layout is not Layout.ROUTED)  # fmt: skip
 
     def stop_workload(self, name: str) -> None:
         """End one workload, and the connections that its peers in the pod still have with it."""

@@ -30,6 +30,8 @@ class Vm:
     """At most one of each family."""
     console: Path
     """File that the serial console is appended to."""
+    loopback: bool = True
+    """Whether it has one; without, 127.0.0.0/8 takes the default route. (Linux alone heeds it.)"""
     gateways: tuple[Address, ...] = ()
     """Default routes; none is needed for what is on the link."""
     memory_mib: int = 256

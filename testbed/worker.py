@@ -158,6 +158,8 @@ def unsupported(cell: Cell, guest: runtimes.Prepared) -> str | None:
         return f"the guest's kernel ({kernel}) has no {cell.family.replace('ip', 'IP')}"
     if datapath.layout is datapaths.Layout.SOCKET and not guest.uses_tap:
         return f"{cell.datapath} carries frames of a virtual machine, which a stand-in is not"
+    if datapath.layout is datapaths.Layout.ROUTED and guest.description.runtime is Runtime.OSV:
+        return "OSv has its loopback in the kernel, which would have to be changed"
     return datapath.unsupported(cell)
 
 

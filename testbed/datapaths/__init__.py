@@ -31,6 +31,7 @@ NAMES = (
     "tcredirect",
     "broadcast",
     "passt",
+    "tun",
 )
 
 
@@ -41,6 +42,8 @@ class Layout(StrEnum):
     """In the pod's namespace: the pod routes between its guests."""
     BRIDGE = "bridge"
     """In the node's namespace, ports of the pod's bridge, as the pod's own veth is."""
+    ROUTED = "routed"
+    """As `pod`, and guests have no loopback: 127.0.0.0/8 takes their default route, to the pod."""
     SOCKET = "socket"
     """Nowhere: a guest's frames go through a Unix socket, to a program that the datapath starts."""
 
@@ -127,7 +130,7 @@ class LinkCounters:
         """Of the guests' ports among the two; between natives, of `lo`."""
         ports = {p.n: p.ifindex for p in self.wiring.ports}
         ends = {ports[n] for n in (client, server) if n is not None}
-        native = not ends or self.wiring.layout is Layout.POD
+        native = not ends or self.wiring.layout is not Layout.BRIDGE
         with IPRoute(netns=self.wiring.netns if native else self.wiring.node) as ip:
             total = sum((Count(*netlink.traffic(ip, i)) for i in ends or {1}), Count())
         if (client is None) is (server is None):  # a packet goes into one end and out of the other

@@ -9,7 +9,7 @@ from testbed import accelerator, images, kernels, process, vm
 from testbed.images import Image
 from testbed.kernels import LinuxKernel
 from testbed.manifest import Workload
-from testbed.model import Error, Family, Runtime, guest_mac
+from testbed.model import Error, Family, Runtime, guest_mac, pod_link
 from testbed.runtimes import Absent, Description, Options, Place, as_told, definition, memory_mib
 from testbed.vm import Vm
 
@@ -59,8 +59,11 @@ class Linux:
         machine = Vm(
             self.accelerator, place.tap, guest_mac(place.n), vm.link_addresses(place.n),
             place.console, vhost=self.vhost, memory_mib=memory_mib(workload), socket=place.socket,
+            loopback=place.loopback, gateways=() if place.loopback else (pod_link(Family.IPV4),),
         )  # fmt: skip
         image, arguments = self.image, ["--control-port", str(workload.control_port)]
+        if not place.loopback:
+            image = images.compose_linux(images.load(images.AGENT), self.kernel, hosts_patch=False)
         if workload.program:
             image, arguments = self._compose(workload), []
         return process.spawn(
@@ -93,6 +96,7 @@ def boot_line(machine: Vm, words: Sequence[str]) -> str:
         "console=ttyS0 quiet panic=-1",
         _quoted(f"guest_addresses={' '.join(map(str, machine.addresses))}"),
         _quoted(f"guest_gateways={' '.join(map(str, machine.gateways))}"),
+        *(() if machine.loopback else ("guest_loopback=none",)),
         "--", *map(_quoted, words),
     ))  # fmt: skip
 

@@ -21,6 +21,7 @@ from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
 from testbed import datapaths, model, netlink, process, runtimes, trial
+from testbed.datapaths import Layout
 from testbed.manifest import Manifest
 from testbed.model import Cell, Error, Family, Metric, Runtime, Transport, guest_link, guest_mac
 from testbed.model import Pair as Roles
@@ -54,10 +55,19 @@ def need(name: str, *transports: Transport) -> None:
             pytest.skip(reason)
 
 
-@pytest.fixture(scope="module", params=["dnat", "proxy", "broadcast"])
+@pytest.fixture(scope="module", params=["dnat", "proxy", "broadcast", "tun"])
 def bench(build: Build, request: pytest.FixtureRequest) -> Bench:
     need(request.param)
     return Bench(build(request.param, datapath=request.param))
+
+
+def dialed(bench: Bench, client: int, family: Family) -> str:
+    """What `localhost` is to a workload. Skips families that the datapath does not carry."""
+    datapath = bench.pod.datapath
+    cell = Cell(datapath.name, Roles.NATIVE_GUEST, family, Transport.TCP, Metric.LATENCY, 64)
+    if reason := datapath.unsupported(cell):
+        pytest.skip(reason)
+    return localhost(0 if datapath.layout is Layout.ROUTED else client, family)
 
 
 @contextmanager
@@ -70,7 +80,7 @@ def connected(
         bench.serve(pair.server, family, transport, host) as listening,
         bench.open(pair.client, family, transport) as near,
     ):
-        near.connect((localhost(pair.client, family), PORTS[pair.server]))
+        near.connect((dialed(bench, pair.client, family), PORTS[pair.server]))
         if transport is Transport.UDP:
             near.send(b"hello")
             listening.connect(listening.recvfrom(100)[1])
@@ -125,6 +135,8 @@ def test_a_link_that_was_lost_is_made_again(bench: Bench, family: Family) -> Non
 
 
 def test_no_guest_reaches_loopback_but_by_the_alias(bench: Bench) -> None:
+    if bench.pod.datapath.layout is Layout.ROUTED:
+        pytest.skip("guests have no alias: they reach loopback itself")
     server = bench.serve(0, Family.IPV4, Transport.UDP, "127.0.0.1")
     server6 = bench.serve(0, Family.IPV6, Transport.UDP, "::1")
     link, link6 = (str(guest_link(family, 1)) for family in Family)
@@ -281,3 +293,17 @@ def test_passt_carries_a_virtual_machine_both_ways_also_the_next_one(build: Buil
     pod.start_workload("guest1")
     pod.wait_ready("guest1")
     assert faults(supported[0]) == [None]
+
+
+# --- tun ------------------------------------------------------------------------------------
+
+
+def test_a_guest_without_loopback_lacks_what_needs_it(build: Build) -> None:
+    need("tun", Transport.TCP)
+    bench = Bench(build("lacking", datapath="tun"))
+    with bench.open(1, Family.IPV6, Transport.TCP) as own:
+        with pytest.raises(OSError, match="Cannot assign requested address"):
+            own.bind(("::1", 0))
+    with bench.open(1, Family.IPV4, Transport.TCP) as own:
+        with pytest.raises(OSError, match="Cannot assign requested address"):
+            own.bind(("127.0.0.1", 0))

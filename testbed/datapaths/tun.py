@@ -1,0 +1,178 @@
+"""The idea that was given up first: guests without loopback, and a TUN device that takes 127/8.
+
+In the guest 127.0.0.0/8 takes the default route. In the pod, rules route what guests send there,
+and what natives send to a guest's port there, to a TUN device. The process behind it (`main`,
+below) gives packets the addresses by which they reach their owner, and puts them back, without
+state; fragments and ICMP errors are lost. It is here to show what the idea breaks in guests
+(whatever needs `lo`; IPv6), and is Python: it says little about speed. OSv has its loopback in the
+kernel, and would have to be changed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+import sys
+from collections.abc import Mapping
+
+from pyroute2 import IPRoute
+
+from testbed import netlink, process
+from testbed.datapaths import Attachment, Layout, LinkCounters, Wiring
+from testbed.ledger import Scope
+from testbed.model import (
+    Cell,
+    Family,
+    Pair,
+    Transport,
+    guest_link,
+    guest_view,
+    loopback,
+    native_source,
+)
+
+DEVICE = "tun0"
+TABLE = 77
+"""Of routes to the device, looked up before those to the pod itself."""
+LOCAL_TABLE, LOCAL_PREF = 255, 100
+TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 1, 0x1000
+NUMBERS = {Transport.TCP: socket.IPPROTO_TCP, Transport.UDP: socket.IPPROTO_UDP}
+LOOPBACK_NET = "127.0.0.0/8"
+
+
+class Tun:
+    name = "tun"
+    layout = Layout.ROUTED
+    reference = "direct"
+    localhost = True
+    pairs = frozenset(Pair) - {Pair.NATIVE_NATIVE}
+
+    def unsupported(self, cell: Cell) -> str | None:
+        if cell.family is Family.IPV6:
+            return "kernels drop packets from or to ::1 at links that are not loopback"
+        return None
+
+    def attach(self, wiring: Wiring, owner: Scope) -> Attachment:
+        return _Attachment(wiring, owner)
+
+
+class _Attachment(LinkCounters):
+    def __init__(self, wiring: Wiring, owner: Scope) -> None:
+        super().__init__(wiring)
+        self._scope = owner.part()
+        cgroup = process.create_cgroup(self._scope, f"{wiring.netns}/tun")
+        self._route()
+        self._open()
+        self._running = process.spawn(
+            [sys.executable, "-m", "testbed.datapaths.tun", DEVICE,
+             *(f"{transport}/{port}/{n}" for (transport, port), n in wiring.owners.items())],
+            cgroup=cgroup, netns=wiring.netns,
+        )  # fmt: skip
+
+    def rewire(self, wiring: Wiring) -> None:
+        super().rewire(wiring)
+        self._open()
+
+    def detach(self) -> None:
+        """Routes and settings go with the pod's namespace."""
+        process.end(self._running)
+        self._scope.undo()
+
+    def _route(self) -> None:
+        """What takes the device; rules for it come before those for the pod's own addresses."""
+        with IPRoute(netns=self.wiring.netns) as ip:
+            device = netlink.create_link(ip, DEVICE, kind="tuntap", mode="tun")
+            ip.link("set", index=device, state="up")
+            ip.route("add", dst=f"{guest_view(Family.IPV4, 0)}/24", oif=device)
+            ip.route("add", dst=f"{native_source(Family.IPV4)}/32", oif=device)
+            ip.route("add", dst=LOOPBACK_NET, oif=device, table=TABLE,
+                     prefsrc=str(loopback(Family.IPV4)))  # fmt: skip
+            for port in self.wiring.ports:
+                ip.rule("add", priority=1, iifname=port.ifname, dst=LOOPBACK_NET, table=TABLE)
+            for transport, number in self.wiring.owners:
+                ip.rule("add", priority=2, iifname="lo", dst=LOOPBACK_NET, table=TABLE,
+                        ip_proto=NUMBERS[transport], dport_range=f"{number}:{number}")  # fmt: skip
+            ip.rule("add", priority=LOCAL_PREF, table=LOCAL_TABLE)
+            ip.rule("del", priority=0, table=LOCAL_TABLE)
+
+    def _open(self) -> None:
+        """Loopback addresses may come and go by the device, and come from guests."""
+        wiring = self.wiring
+        netlink.set_sysctls(wiring.netns, {
+            "net/ipv4/conf/all/forwarding": 1,
+            f"net/ipv4/conf/{DEVICE}/route_localnet": 1,
+            f"net/ipv4/conf/{DEVICE}/accept_local": 1,
+            **{f"net/ipv4/conf/{p.ifname}/route_localnet": 1 for p in wiring.ports},
+            **{f"net/ipv4/conf/{p.ifname}/proxy_arp": 1 for p in wiring.ports},
+        })  # fmt: skip
+
+
+# --- the process behind the device ----------------------------------------------------------
+
+
+class Translator:
+    """Gives packets the addresses by which they reach their owner."""
+
+    def __init__(self, owners: Mapping[tuple[int, int], int]) -> None:
+        """`owners`: (IP protocol, port) → guest."""
+        self._owners = owners
+        self._loopback = loopback(Family.IPV4).packed
+        self._native = native_source(Family.IPV4).packed
+        self._link = guest_link(Family.IPV4, 0).packed
+        self._view = guest_view(Family.IPV4, 0).packed
+
+    def translate(self, packet: bytearray) -> bool:
+        """Change addresses and checksums in place; False for what is not to be sent on."""
+        if packet[0] >> 4 != 4 or packet[9] not in (6, 17) or packet[6] & 0x3F or packet[7]:
+            return False
+        l4 = (packet[0] & 15) * 4
+        source, destination = bytes(packet[12:16]), bytes(packet[16:20])
+        client = source[3] if source[:3] == self._link[:3] else 0
+        if destination[0] == 127:
+            port = packet[l4 + 2] << 8 | packet[l4 + 3]
+            owner = self._owners.get((packet[9], port), 0)
+            new = (self._view[:3] + bytes([client]) if client else self._native) + (
+                self._link[:3] + bytes([owner]) if owner else self._loopback
+            )
+        elif destination == self._native:
+            new = self._loopback * 2
+        elif destination[:3] == self._view[:3]:
+            new = self._loopback + self._link[:3] + destination[3:]
+        else:
+            return False
+        old = bytes(packet[12:20])
+        packet[12:20] = new
+        _correct(packet, 10, old, new)
+        checksum = l4 + (16 if packet[9] == 6 else 6)
+        if packet[9] == 6 or packet[checksum] or packet[checksum + 1]:
+            _correct(packet, checksum, old, new)
+        return True
+
+
+def _correct(packet: bytearray, at: int, old: bytes, new: bytes) -> None:
+    """A checksum after a change (RFC 1624, equation 3)."""
+    total = ~struct.unpack_from("!H", packet, at)[0] & 0xFFFF
+    total += sum(struct.unpack("!4H", new)) + sum(~x & 0xFFFF for x in struct.unpack("!4H", old))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    struct.pack_into("!H", packet, at, ~total & 0xFFFF)
+
+
+def main() -> None:
+    """Entry of `python -m testbed.datapaths.tun DEVICE TRANSPORT/PORT/GUEST…`."""
+    device, *owned = sys.argv[1:]
+    words = (word.split("/") for word in owned)
+    translator = Translator({(NUMBERS[Transport(t)], int(port)): int(n) for t, port, n in words})
+    tun = os.open("/dev/net/tun", os.O_RDWR)
+    fcntl.ioctl(tun, TUNSETIFF, struct.pack("16sH22x", device.encode(), IFF_TUN | IFF_NO_PI))
+    while packet := bytearray(os.read(tun, 65536)):
+        if translator.translate(packet):
+            os.write(tun, packet)
+
+
+DATAPATH = Tun()
+
+if __name__ == "__main__":
+    main()
