@@ -112,7 +112,7 @@ def test_what_is_no_plan_at_all_is_refused(tmp_path: Path) -> None:
         plan.parse(GOOD + GOOD[GOOD.index("[[cells]]") :], "twice.toml")
 
 
-@pytest.mark.parametrize("name", ["quick", "standard"])
+@pytest.mark.parametrize("name", ["quick", "standard", "paper"])
 def test_shipped_plans_are_sound(name: str) -> None:
     shipped = plan.load(name)
     assert shipped.name == name
@@ -121,7 +121,7 @@ def test_shipped_plans_are_sound(name: str) -> None:
     assert all(Cell.parse(c.id) == c for c in shipped.cells)
 
 
-@pytest.mark.parametrize(("name", "minutes"), [("quick", 3), ("standard", 15)])
+@pytest.mark.parametrize(("name", "minutes"), [("quick", 3), ("standard", 15), ("paper", 60)])
 def test_shipped_plans_fit_their_time(name: str, minutes: float) -> None:
     """0.7 s around each trial, 2.5 s per guest, as many guests as the pairs need, 30 s besides."""
     shipped = plan.load(name)
