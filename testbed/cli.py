@@ -353,12 +353,15 @@ def _doctor_of_hosts(arguments: argparse.Namespace) -> int:
 
     well = True
     answers = {}
-    for host, found in remote.each(_chosen(arguments), remote.examine):
-        failed = isinstance(found, Error)
-        well &= not failed and doctor.ready(found)
-        answers[host.name] = {"error": str(found)} if failed else [vars(f) for f in found]
+    for host, answer in remote.each(_chosen(arguments), remote.examine):
+        if isinstance(answer, Error):
+            answers[host.name], lines, well = {"error": str(answer)}, [str(answer)], False
+        else:
+            found = [doctor.Finding(**f | {"state": doctor.State(f["state"])}) for f in answer]
+            answers[host.name], lines = answer, [f"{host.name:<12} {f}" for f in found]
+            well &= doctor.ready(found)
         if not arguments.json:
-            print(*([found] if failed else (f"{host.name:<12} {f}" for f in found)), sep="\n")
+            print(*lines, sep="\n")
     if arguments.json:
         print(json.dumps(answers, indent=1))
     return 0 if well else 1

@@ -41,7 +41,6 @@ import fabric
 import paramiko
 
 from testbed import kernels
-from testbed.doctor import Finding, State
 from testbed.model import Error
 from testbed.worker import Job
 
@@ -404,12 +403,12 @@ class Site:
                 f"exec {pin}{quote(self._environment)}/bootstrap "
                 f"{shlex.join(['python', '-P', '-m', module, *arguments])}")  # fmt: skip
 
-    def findings(self) -> list[Finding]:
-        """What the host's doctor finds."""
+    def findings(self) -> list[dict[str, str]]:
+        """What the host's doctor finds: the fields of each `doctor.Finding`."""
         output = self.link.run(f"({self.testbed('doctor', '--json')}) || test $? = 1")
         try:
-            found = [Finding(**{**f, "state": State(f["state"])}) for f in json.loads(output)]
-        except (ValueError, TypeError, KeyError) as e:
+            found: list[dict[str, str]] = json.loads(output)
+        except ValueError as e:
             raise Error(f"{self.host.name}: its doctor does not answer ({e})") from e
         return found
 
@@ -465,8 +464,9 @@ class Place:
             say("asking its doctor")
             site.clean()
             for finding in site.findings():
-                if finding.state is State.MISSING:
-                    raise Error(f"{self.name}: {finding.name}: {finding.detail}", finding.hint)
+                if finding["state"] == "missing":
+                    what = f"{self.name}: {finding['name']}: {finding['detail']}"
+                    raise Error(what, finding["hint"])
             return Worker(site, job, log)
         except BaseException:
             link.close()
@@ -563,7 +563,7 @@ def look(host: Host) -> Seen:
     return Seen(kernel, int(cpus), (one, five, fifteen), kvm == "yes", vhost_net == "yes")
 
 
-def examine(host: Host) -> list[Finding]:
+def examine(host: Host) -> list[dict[str, str]]:
     """What the doctor finds on a host, which is brought up to date for it."""
     with Link(host) as link:
         return Site(link, lambda _: None).findings()
