@@ -5,6 +5,9 @@
  *
  * A socket that has an entry in `sockets` was made in the cgroup, so its names are shown right: only
  * to such may a guest's packets be handed without passing `lo`.
+ *
+ * What shows: connections of MPTCP have the guest's own address; a datagram that a guest sends to the
+ * pod's address on the link, not to the alias, is answered from the alias.
  */
 
 enum dialed {
@@ -16,6 +19,7 @@ enum dialed {
 struct socket {
 	__be32 address[4]; /* that was dialed last, as an IPv6 or v4-mapped address */
 	u32 dialed;
+	u32 by_lo; /* its program asks to where, by which link, datagrams came */
 };
 
 BPF_SK_STORAGE(sockets, struct socket);
@@ -72,6 +76,13 @@ static __always_inline void remember(struct bpf_sock *sk, u32 dialed, const __be
 	__builtin_memcpy(socket->address, address, sizeof(socket->address));
 }
 
+static __always_inline bool stays_on_lo(struct bpf_sock *sk)
+{
+	struct socket *socket = sockets.sk_storage_get(sk, 0, 0);
+
+	return sk->bound_dev_if || (socket && socket->by_lo);
+}
+
 static __always_inline void forget(struct bpf_sock *sk)
 {
 	struct socket *socket = sockets.sk_storage_get(sk, 0, 0);
@@ -103,8 +114,7 @@ static __always_inline bool dial(struct bpf_sock_addr *ctx, struct bpf_sock *sk,
 		return false;
 	if (is_localhost(to))
 		n = ownership(slot, ctx->protocol, port);
-	if (n >= 0 &&
-	    (bound || sk->bound_dev_if || (n & IPV4_ONLY && !is_mapped(a) && !connects))) {
+	if (n >= 0 && (bound || stays_on_lo(sk) || (n & IPV4_ONLY && !is_mapped(a) && !connects))) {
 		tally_call(slot, REASON_FALLBACK);
 		n = -1;
 	}
@@ -153,6 +163,30 @@ int bind6(struct bpf_sock_addr *ctx)
 	return mark(ctx);
 }
 
+/* Programs that are told the destination and link of a datagram (DNS servers) act upon it: those
+ * must be what they are on `lo`.
+ */
+int setsockopt(struct bpf_sockopt *ctx)
+{
+	struct socket new = {}, *socket;
+
+	if (ctx->optlen > 4096) /* the kernel has shown a page, and would take it for all */
+		ctx->optlen = 0;
+	if (!ctx->sk)
+		return 1;
+	switch (ctx->level << 16 | ctx->optname) {
+	case IPPROTO_IP << 16 | 8:    /* IP_PKTINFO */
+	case IPPROTO_IP << 16 | 20:   /* IP_RECVORIGDSTADDR */
+	case IPPROTO_IPV6 << 16 | 2:  /* IPV6_2292PKTINFO */
+	case IPPROTO_IPV6 << 16 | 49: /* IPV6_RECVPKTINFO */
+	case IPPROTO_IPV6 << 16 | 74: /* IPV6_RECVORIGDSTADDR */
+		socket = sockets.sk_storage_get(ctx->sk, &new, BPF_SK_STORAGE_GET_F_CREATE);
+		if (socket)
+			socket->by_lo = true;
+	}
+	return 1;
+}
+
 /* --- native to guest ------------------------------------------------------------------------- */
 
 int connect4(struct bpf_sock_addr *ctx)
@@ -193,7 +227,7 @@ int sendmsg4(struct bpf_sock_addr *ctx)
 	if (!sk)
 		return 1;
 	if (to.kind == NATIVE_VIEW) {
-		if (!sk->bound_dev_if && port_of(slot_of(ctx), to.n)) {
+		if (!stays_on_lo(sk) && port_of(slot_of(ctx), to.n)) {
 			ctx->user_ip4 = render4(as(LINK, to.n));
 			ctx->msg_src_ip4 = render4(as(ALIAS, 0));
 		}
@@ -212,7 +246,7 @@ int sendmsg6(struct bpf_sock_addr *ctx)
 	if (!sk)
 		return 1;
 	if (to.kind == NATIVE_VIEW) {
-		if (!sk->bound_dev_if && port_of(slot_of(ctx), to.n)) {
+		if (!stays_on_lo(sk) && port_of(slot_of(ctx), to.n)) {
 			render6(as(LINK, to.n), a);
 			render6(as(ALIAS, 0), source);
 			show6(ctx, a);

@@ -100,7 +100,7 @@ static __always_inline bool is_connection(struct __sk_buff *skb, struct bpf_sock
 }
 
 /* Hand a guest's packet to the socket that `lo` would find for it. Fails for sockets that are not of
- * the pod's cgroup, and for connections, which then are such on `lo`.
+ * the pod's cgroup or have to stay on `lo`, and for connections, which then are such on `lo`.
  */
 static __always_inline int assign(struct __sk_buff *skb, const struct packet *p)
 {
@@ -129,8 +129,12 @@ static __always_inline int assign(struct __sk_buff *skb, const struct packet *p)
 		if (!sk)
 			return -1;
 	}
-	if (serves && sockets.sk_storage_get(sk, 0, 0))
-		failed = bpf_sk_assign(skb, sk, 0);
+	if (serves) {
+		struct socket *socket = sockets.sk_storage_get(sk, 0, 0);
+
+		if (socket && !socket->by_lo)
+			failed = bpf_sk_assign(skb, sk, 0);
+	}
 	bpf_sk_release(sk);
 	return failed;
 }

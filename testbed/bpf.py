@@ -43,12 +43,12 @@ ETH_P_ALL = 3
 RTM_NEWQDISC, RTM_DELQDISC, RTM_NEWTFILTER = 36, 37, 44
 TCA_KIND, TCA_OPTIONS, TCA_BPF_CLASSID, TCA_BPF_FD, TCA_BPF_NAME, TCA_BPF_FLAGS = 1, 2, 3, 6, 7, 8
 
-TYPES = {"skb": 3, "cgroup": 18}
-"""enum bpf_prog_type: SCHED_CLS, CGROUP_SOCK_ADDR."""
+TYPES = {"skb": 3, "address": 18, "option": 25}
+"""enum bpf_prog_type: SCHED_CLS, CGROUP_SOCK_ADDR, CGROUP_SOCKOPT."""
 ATTACH_TYPES = {
     "bind4": 8, "bind6": 9, "connect4": 10, "connect6": 11, "sendmsg4": 14, "sendmsg6": 15,
     "recvmsg4": 19, "recvmsg6": 20, "getpeername4": 29, "getpeername6": 30,
-    "getsockname4": 31, "getsockname6": 32,
+    "getsockname4": 31, "getsockname6": 32, "setsockopt": 22,
 }  # fmt: skip
 """enum bpf_attach_type of cgroup programs, which are named after where they attach."""
 
@@ -380,7 +380,8 @@ def _compile_here(name: str, pins: Path, cflags: list[str]) -> None:
     pins.mkdir()
     for function in re.findall(r"^int (\w+)\(struct \w+ \*\w+\)$", text, re.MULTILINE):
         if function in ATTACH_TYPES:
-            loaded = module.load_func(function, TYPES["cgroup"], attach_type=ATTACH_TYPES[function])
+            kind = TYPES["option" if function == "setsockopt" else "address"]
+            loaded = module.load_func(function, kind, attach_type=ATTACH_TYPES[function])
         else:
             loaded = module.load_func(function, TYPES["skb"])
         pin(loaded.fd, pins / f"program_{function}")

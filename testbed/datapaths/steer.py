@@ -27,10 +27,13 @@ REASONS = ("too_big", "spoofed", "truncated", "unhandled", "fragment_orphan", "n
 """What counters say, in the order of `enum reason`."""
 
 ALIASES = tuple(str(model.alias(family)) for family in Family)
-HOOKS = tuple(
-    f"{call}{version}"
-    for call in ("bind", "connect", "sendmsg", "recvmsg", "getpeername", "getsockname")
-    for version in (4, 6)
+HOOKS = (
+    "setsockopt",
+    *(
+        f"{call}{version}"
+        for call in ("bind", "connect", "sendmsg", "recvmsg", "getpeername", "getsockname")
+        for version in (4, 6)
+    ),
 )
 
 SO_NETNS_COOKIE = 71

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,6 +31,7 @@ from .sockets import NOBODYS_PORT, PAIRS, PORTS, Bench, Pair, localhost, transfe
 pytestmark = pytest.mark.root
 
 FAMILIES = pytest.mark.parametrize("family", Family, ids=str)
+IP_PKTINFO = 8
 TRANSPORTS = pytest.mark.parametrize("transport", Transport, ids=str)
 
 
@@ -502,6 +504,30 @@ def test_an_ipv6_socket_asks_and_serves_by_mapped_addresses(members: Members) ->
         client.connect((localhost(1, Family.IPV4), PORTS[0]))
         client.send(b"?")
         serving.sendto(*serving.recvfrom(1))
+        assert client.recv(1) == b"?"
+
+
+@FAMILIES
+def test_who_asks_where_a_datagram_came_sees_lo(members: Members, family: Family) -> None:
+    level, option, request = {
+        Family.IPV4: (socket.IPPROTO_IP, IP_PKTINFO, IP_PKTINFO),
+        Family.IPV6: (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, socket.IPV6_RECVPKTINFO),
+    }[family]
+    with (
+        members.serve(0, family, Transport.UDP) as serving,
+        members.open(1, family, Transport.UDP) as client,
+    ):
+        serving.setsockopt(level, request, 1)
+        client.connect((localhost(1, family), PORTS[0]))
+        client.send(b"?")
+        data, [(_, kind, info)], _, sender = serving.recvmsg(1, 100)
+        assert kind == option
+        if family is Family.IPV4:
+            index, destination = int.from_bytes(info[:4], sys.byteorder), info[8:]
+        else:
+            index, destination = int.from_bytes(info[16:], sys.byteorder), info[:16]
+        assert (index, destination) == (1, model.loopback(family).packed)
+        serving.sendmsg([data], [(level, option, info)], 0, sender)
         assert client.recv(1) == b"?"
 
 
