@@ -472,11 +472,13 @@ def _ps(arguments: argparse.Namespace) -> int:
 
 
 def _down(arguments: argparse.Namespace) -> int:
+    from concurrent.futures import ThreadPoolExecutor
+
     from testbed import pods
 
-    for name in arguments.pod:
-        pods.down(name)
-        print(f"pod {name} is down")
+    with ThreadPoolExecutor(len(arguments.pod)) as pool:
+        for name, _ in zip(arguments.pod, pool.map(pods.down, arguments.pod), strict=True):
+            print(f"pod {name} is down")
     return 0
 
 

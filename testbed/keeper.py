@@ -42,6 +42,9 @@ FIRST_DELAY_S, LAST_DELAY_S = 0.5, 60.0
 begins with 10 s and ends at 5 min; here somebody is watching."""
 EAGER_PERIOD_S = 0.05
 """Between questions to a workload that was not ready yet; later the probe's own period counts."""
+EAGER_CONNECT_S = 0.1
+"""Then an unready guest is asked anew: while it boots it hears nothing, and the kernel's own second
+attempt comes a second later."""
 EVENTS = 100
 """Kept for `describe`."""
 
@@ -468,15 +471,18 @@ class _Watched:
     def _connection(self, port: int, timeout_s: float) -> socket.socket:
         """To the workload itself, in whichever family it listens. Raises `OSError`."""
         pod, name = self.kept.pod, self.workload.name
+        limit_s = timeout_s if self.ready else min(timeout_s, EAGER_CONNECT_S)
         refused = OSError()
         for family in Family:
             to = (str(pod.address(name, family)), port)
             try:
-                return netlink.inside(
-                    pod.netns, functools.partial(socket.create_connection, to, timeout_s)
-                )
+                dial = functools.partial(socket.create_connection, to, limit_s)
+                connection = netlink.inside(pod.netns, dial)
             except OSError as e:
                 refused = e
+            else:
+                connection.settimeout(timeout_s)
+                return connection
         raise refused
 
     def _listens(self) -> bool:

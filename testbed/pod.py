@@ -396,8 +396,9 @@ class Pod:
         """Take the pod down; nothing of it stays."""
         for running in self.processes.values():
             running.terminate()
+        deadline = time.monotonic() + process.GRACE_S
         for running in self.processes.values():
-            process.end(running)
+            process.end(running, max(0, deadline - time.monotonic()))
         self.attachment.detach()
         self._undo()
 

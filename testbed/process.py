@@ -129,7 +129,11 @@ def spawn(
             sink.close()  # type: ignore[union-attr]
 
 
-def end(process: subprocess.Popen[bytes], grace_s: float = 1.0) -> None:
+GRACE_S = 1.0
+"""Between asking a process to end and insisting."""
+
+
+def end(process: subprocess.Popen[bytes], grace_s: float = GRACE_S) -> None:
     """Ask a child to end (SIGTERM), insist after `grace_s`, and collect it."""
     process.terminate()
     try:

@@ -104,8 +104,9 @@ def test_logs_and_exec(manifest: Callable[..., Path], name: str) -> None:
     """)
     run("up", file)
     wait_until(lambda: run("logs", name).stdout == "I am Ada\n", "the log")
-    links = run("exec", name, "--", "cat", "/proc/net/dev").stdout
-    assert "eth0:" in links
+    namespace = Path("/run/netns", pods.status(name)["netns"]).stat().st_ino
+    entered = run("exec", name, "--", "readlink", "/proc/self/ns/net").stdout
+    assert entered == f"net:[{namespace}]\n"
     assert run("exec", name, "-c", "talker", "--", "sh", "-c", "exit 7", status=7)
     assert "it has talker" in run("logs", name, "-c", "nobody", status=3).stderr
 
