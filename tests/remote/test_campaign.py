@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 from pathlib import Path
 
 import pytest
+
+from testbed import kernels
 
 from .lan import Command, Lan, SshHost, trials, wait_until
 
@@ -189,3 +192,47 @@ def test_a_campaign_that_is_killed_leaves_nothing_on_its_host(
     assert alpha.left
     command.kill()
     wait_until(lambda: not alpha.left, "alpha notices that nobody listens", 30)
+
+
+def test_a_campaign_that_is_interrupted_takes_all_down_before_it_ends(
+    lan: Lan, alpha: SshHost, beta: SshHost, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = start(lan, out, plan(tmp_path, LOOPBACK, 2, 2), alpha, beta)
+    wait_for_trials(out, alpha)
+    command.send_signal(signal.SIGINT)
+    status, _, errors = command.end()
+    assert status == 130
+    assert f"--resume {out}" in errors
+    assert alpha.left == beta.left == []
+
+
+# --- OSv ------------------------------------------------------------------------------------
+
+
+def start_osv(lan: Lan, out: Path, plan: Path, host: SshHost, cache: Path) -> Command:
+    return lan.testbed("run", "--plan", plan, "--guest", "osv", "--out", out, "--hosts",
+                       lan.inventory(host), environment={"XDG_CACHE_HOME": str(cache)})  # fmt: skip
+
+
+def test_a_host_without_an_osv_kernel_says_so(lan: Lan, alpha: SshHost, tmp_path: Path) -> None:
+    command = start_osv(lan, tmp_path / "out", plan(tmp_path, BRIDGE, 1, 0.2), alpha, tmp_path)
+    status, _, errors = command.end()
+    assert status == 3
+    assert "alpha: no OSv kernel, and none can be downloaded" in errors
+    assert alpha.left == []
+
+
+def test_a_host_is_given_the_osv_kernel_that_is_here(
+    lan: Lan, alpha: SshHost, tmp_path: Path
+) -> None:
+    if not (kernel := kernels.find_osv(download=False)):
+        pytest.skip("no OSv kernel here")
+    out = tmp_path / "out"
+    cache = kernels.cache_folder().parent
+    command = start_osv(lan, out, plan(tmp_path, BRIDGE, 1, 0.2), alpha, cache)
+    status, _, errors = command.end()
+    assert status == 0, errors
+    assert (lan.work / "kernels" / f"{kernel.sha256}.elf").read_bytes() == kernel.path.read_bytes()
+    assert {trial["host"] for trial in trials(out)} == {"alpha"}
+    assert not list(alpha.cache.rglob("kernel.elf"))
