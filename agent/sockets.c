@@ -532,10 +532,21 @@ bool socket_order(struct session *s, const char *op)
 	return refuse(s, "op", "no such order");
 }
 
+/* OSv's kernel ends where a listener is closed with a connection that nobody accepted (sofree). */
+static void accept_all(const struct held *h)
+{
+	int fd;
+
+	while (!h->udp && (fd = accept(fd_of(h), NULL, NULL)) >= 0)
+		close(fd);
+}
+
 void close_sockets(struct session *s)
 {
 	for (unsigned i = 0; i < MAX_SOCKETS; i++)
-		if (s->held[i].fd)
+		if (s->held[i].fd) {
+			accept_all(&s->held[i]);
 			close(fd_of(&s->held[i]));
+		}
 	free(s->buffer);
 }

@@ -118,7 +118,13 @@ class OwnStage:
     def agent(self, name: str) -> Agent:
         if name not in {w.name for w in self.pod.manifest.workloads}:
             raise Unsupported(f"the pod has no {name}")
-        return self.pod.agent(name)
+        try:
+            return self.pod.agent(name)
+        except OSError:  # it was lost in the case before: that one's fault, not the next one's
+            self.pod.stop_workload(name)
+            self.pod.start_workload(name)
+            self.pod.wait_ready(name)
+            return self.pod.agent(name)
 
     def revive(self) -> None:
         self.pod.revive()

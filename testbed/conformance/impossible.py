@@ -1,24 +1,71 @@
-"""What datapaths cannot do by design, and why: a check that fails there counts as unsupported.
+"""What datapaths and guests cannot do, and why: a check that fails there counts as unsupported.
 
-Whatever is not here is a fault. A case that passes all the same is a pass.
+Whatever is not here is a fault. A case that passes all the same is a pass. What is said of a guest
+was seen over `bridge`, too, where no program touches its packets.
 """
 
 from __future__ import annotations
 
-from testbed.model import Pair
+from dataclasses import dataclass
 
-IMPOSSIBLE: dict[str, tuple[tuple[frozenset[str], Pair | None, str], ...]] = {
+from testbed.conformance import EVERY, Case
+from testbed.model import Family, Pair
+
+
+@dataclass(frozen=True)
+class Impossible:
+    """Checks that cannot pass, in some pairs and families, and why."""
+
+    checks: frozenset[str]
+    why: str
+    pairs: frozenset[Pair] = EVERY - {Pair.NATIVE_NATIVE}
+    families: tuple[Family, ...] = tuple(Family)
+
+    def holds(self, case: Case) -> bool:
+        return (
+            case.check.name in self.checks
+            and case.pair in self.pairs
+            and case.family in self.families
+        )
+
+
+_STRANGERS = Impossible(
+    frozenset({"simultaneous-open"}),
+    "addresses alone tell who dials and who answers: two who dial each other miss",
+)
+_LARGE = frozenset({"datagram-1472", "datagram-3000", "datagram-64k"})
+
+DATAPATHS: dict[str, tuple[Impossible, ...]] = {
     "capture": (
-        (
-            frozenset({"simultaneous-open"}),
-            None,
-            "addresses alone tell who dials and who answers: two who dial each other miss",
-        ),
-        (
-            frozenset({"datagram-1472", "datagram-3000", "datagram-64k", "path-mtu"}),
-            Pair.NATIVE_GUEST,
+        _STRANGERS,
+        Impossible(
+            _LARGE | {"path-mtu"},
             "a native's datagram leaves lo whole; too large for the link, it is dropped, counted",
+            pairs=frozenset({Pair.NATIVE_GUEST}),
+        ),
+    ),
+    "steer": (_STRANGERS,),
+}
+
+GUESTS: dict[str, tuple[Impossible, ...]] = {
+    "osv": (
+        Impossible(
+            _LARGE,
+            "OSv's IPv6 never receives a datagram in fragments",
+            families=(Family.IPV6,),
+        ),
+        Impossible(
+            frozenset({"gso-sizes"}),
+            "OSv sends the beginning of a burst again and again, each time after a time-out",
+            families=(Family.IPV6,),
         ),
     ),
 }
-"""By datapath: names of checks, a pair or all of them, the reason."""
+
+
+def why(datapath: str, guest: str, case: Case) -> str | None:
+    """Why this case cannot pass, or None."""
+    for entry in (*DATAPATHS.get(datapath, ()), *GUESTS.get(guest, ())):
+        if entry.holds(case):
+            return entry.why
+    return None

@@ -231,7 +231,8 @@ class Sock:
         try:
             return self._call(op, **keys)
         except OSError as e:
-            if e.errno in NO_SUCH_OPTION:
+            lacks = e.errno in NO_SUCH_OPTION or (op == "get" and e.errno == errno.EINVAL)
+            if lacks:
                 raise Unsupported(f"the kernel of {self.peer.name} has no {keys['option']}") from e
             raise
 

@@ -18,9 +18,9 @@ from testbed.conformance import (
     Status,
     Unsupported,
     checks,
+    impossible,
 )
 from testbed.conformance.bed import ROLES, Bed, ForeignStage, OwnStage, Stage
-from testbed.conformance.impossible import IMPOSSIBLE
 from testbed.ledger import Owner
 from testbed.model import Error, Family, Runtime
 from testbed.pod import Node
@@ -168,11 +168,9 @@ class _Runner:
     def _outcome(self, case: Case, e: Exception, duration_s: float) -> Result:
         status = Status.UNSUPPORTED if isinstance(e, Unsupported) else Status.FAIL
         text = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
-        if status is Status.FAIL:
-            for names, pair, why in IMPOSSIBLE.get(self.stage.datapath, ()):
-                if case.check.name in names and pair in (None, case.pair):
-                    status, text = Status.UNSUPPORTED, f"{why} ({text})"
-                    break
+        why = impossible.why(self.stage.datapath, self.stage.guest, case)
+        if status is Status.FAIL and why:
+            status, text = Status.UNSUPPORTED, f"{why} ({text})"
         return self._result(case, status, text, duration_s)
 
     def _result(self, case: Case, status: Status, reason: str, duration_s: float) -> Result:

@@ -7,10 +7,9 @@ from collections.abc import Iterable
 import pytest
 
 from testbed import datapaths
-from testbed.conformance import IPV4, Result, Status, checks
-from testbed.conformance.impossible import IMPOSSIBLE
+from testbed.conformance import IPV4, Result, Status, checks, impossible
 from testbed.datapaths.bridge import Bridge
-from testbed.model import Pair
+from testbed.model import Pair, Runtime
 
 from .conftest import Run
 
@@ -58,11 +57,12 @@ def test_every_check_says_in_one_line_what_it_proves_and_what_it_stands_for() ->
 
 def test_what_is_impossible_is_said_of_checks_and_datapaths_that_there_are() -> None:
     names = {check.name for check in checks()}
-    for datapath, entries in IMPOSSIBLE.items():
-        assert datapath in datapaths.NAMES
-        for about, _, why in entries:
-            assert about <= names
-            assert why
+    assert impossible.DATAPATHS.keys() <= set(datapaths.NAMES)
+    assert impossible.GUESTS.keys() <= set(Runtime)
+    for entries in (*impossible.DATAPATHS.values(), *impossible.GUESTS.values()):
+        for entry in entries:
+            assert entry.checks <= names
+            assert entry.why
 
 
 @pytest.mark.root
