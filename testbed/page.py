@@ -256,28 +256,34 @@ def _conformance(file: Path) -> list[str]:
     if not file.exists():
         return []
     try:
-        results = json.loads(file.read_text())["results"]
+        results = json.loads(file.read_text())
         checks = grouped(results, lambda r: str(r["check"]))
-        datapaths = list(dict.fromkeys(str(r["datapath"]) for r in results))
+        columns = grouped(results, _tried)
         rows = [
-            [Entry(check), *(_verdict([r for r in group if r["datapath"] == d]) for d in datapaths)]
+            [Entry(check), *(_verdict([r for r in group if _tried(r) == c]) for c in columns)]
             for check, group in checks.items()
         ]
         others = [
             [Entry(str(r[key])) for key in
-             ("check", "datapath", "pair", "family", "transport", "status", "reason")]
+             ("check", "datapath", "guest", "pair", "family", "transport", "status", "reason")]
             for r in results if r["status"] != "pass"
         ]  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as e:
         hint = "it is what testbed conformance --json prints"
         raise Error(f"{file}: not results of checks ({e})", hint) from e
-    heads = ("check", "datapath", "pair", "family", "transport", "status", "reason")
+    heads = ("check", "datapath", "guest", "pair", "family", "transport", "status", "reason")
     return _section(
         "Conformance",
         "Cases passed of those that the datapath claims, over pairs, families and transports.",
-        _table("conformance", ("check", *datapaths), rows),
+        _table("conformance", ("check", *columns), rows),
         _table("cases", heads, others) if others else "",
     )
+
+
+def _tried(result: Mapping[str, Any]) -> str:
+    """What a check was made of: a datapath, with the guests it had."""
+    guest = f" ({result['guest']})" if result["guest"] else ""
+    return f"{result['datapath']}{guest}"
 
 
 def _verdict(results: Sequence[Mapping[str, Any]]) -> Entry:

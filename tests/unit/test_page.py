@@ -40,7 +40,7 @@ def campaign(tmp_path: Path) -> Path:
             made.append(Trial(CAMPAIGN.cells[3], block, 0, Status.UNSUPPORTED, reason=reason))
     failed = {**RESULT, "family": "ipv6", "status": "fail", "reason": "took 3 s"}
     other = {**RESULT, "datapath": "steer"}
-    (made.path / "conformance.json").write_text(json.dumps({"results": [RESULT, failed, other]}))
+    (made.path / "conformance.json").write_text(json.dumps([RESULT, failed, other]))
     return made.path
 
 
@@ -58,6 +58,7 @@ def test_the_page_is_whole_by_itself(html: Path) -> None:
     assert "a &lt;CPU&gt; &amp; more" in text
     assert "no &lt;IPv6&gt; here" in text
     assert "1 of 2" in text
+    assert "capture (standin)" in text
     assert "took 3 s" in text
 
 
@@ -81,7 +82,7 @@ def test_the_command_repeats_the_campaign() -> None:
 
 
 def test_conformance_that_is_none_is_refused(campaign: Path) -> None:
-    (campaign / "conformance.json").write_text('{"results": [{}]}')
+    (campaign / "conformance.json").write_text("[{}]")
     with pytest.raises(Error, match=r"conformance.json: not results of checks .*--json prints"):
         page.write(store.open(campaign), campaign / "report.html")
 
