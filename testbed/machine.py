@@ -40,7 +40,18 @@ def versions() -> dict[str, str]:
         except (OSError, subprocess.CalledProcessError):
             continue
         found[name] = out.splitlines()[0].strip()
-    return found
+    return found | _packages("nftables", "haproxy", "nginx-light", "passt")
+
+
+def _packages(*names: str) -> dict[str, str]:
+    """Versions of Debian packages, where they are installed: passt does not know its own."""
+    command = ["dpkg-query", "--show", "--showformat", "${Package} ${Version}\n", *names]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return {}
+    words = (line.split() for line in out.splitlines())
+    return {word[0]: word[1] for word in words if len(word) == 2}
 
 
 def cpus() -> list[int]:
