@@ -199,10 +199,6 @@ def _prepare(spec: Spec, options: Options) -> dict[Runtime, Prepared]:
     """All runtimes, and all images, at once: before anything is built."""
     workloads = (*spec.init, *spec.manifest.workloads)
     kinds = dict.fromkeys(w.runtime for w in workloads)
-    virtual = [w for w in workloads if w.runtime in (Runtime.OSV, Runtime.LINUX)]
-    if virtual and spec.host_aliases:
-        raise Error(f"hostAliases cannot be given to {virtual[0].name!r}: its hosts file is part of"
-                    " its image", hint="leave them out")  # fmt: skip
     with ThreadPoolExecutor() as pool:
         prepared = dict(zip(kinds, pool.map(lambda r: runtimes.prepare(r, options), kinds),
                             strict=True))  # fmt: skip

@@ -300,6 +300,8 @@ def _runtimes(pod: _Pod, where: str) -> dict[str, Runtime]:
         said[name] = Runtime(value)
     default = said.get("", pod.spec.runtime_class_name or Runtime.CONTAINER)
     chosen = {name: said.get(name, default) for name in names}
+    for container in pod.spec.containers:
+        _check_runtime(container, chosen[container.name], pod.spec, where)
     for container in pod.spec.init_containers:
         if chosen[container.name].is_guest:
             raise Error(f"{where}: init container {container.name!r} cannot be a guest",
@@ -308,6 +310,19 @@ def _runtimes(pod: _Pod, where: str) -> dict[str, Runtime]:
             raise Error(f"{where}: init container {container.name!r} has ports or probes",
                         hint="it runs to its end before anybody serves")  # fmt: skip
     return chosen
+
+
+def _check_runtime(container: _Container, runtime: Runtime, spec: _PodSpec, where: str) -> None:
+    """Raises `Error` if a container asks for what its runtime has no way to do."""
+    who = f"{where}: {container.name!r} ({runtime})"
+    probes = (container.readiness_probe, container.liveness_probe)
+    is_virtual = runtime in (Runtime.OSV, Runtime.LINUX)
+    if (is_virtual or runtime is Runtime.WASM) and any(p and p.exec for p in probes):
+        raise Error(f"{who} has an exec probe, and nothing can be started in it",
+                    hint="ask it by tcpSocket or httpGet")  # fmt: skip
+    if is_virtual and (spec.host_aliases or spec.dns_config != _DnsConfig()):
+        raise Error(f"{who} cannot be given hostAliases or dnsConfig: its files are its image's",
+                    hint="leave them out, or put the files into an image definition")  # fmt: skip
 
 
 def _workload(container: _Container, runtime: Runtime, folder: Path) -> Workload:

@@ -40,7 +40,7 @@ def test_a_manifest_is_read_as_kubernetes_means_it(tmp_path: Path) -> None:
           resources: {limits: {memory: 64Mi, cpu: 500m}}
           readinessProbe: {httpGet: {port: http, path: /health}, periodSeconds: 3}
           livenessProbe: {exec: {command: [test, -e, /tmp/alive]}, initialDelaySeconds: 5}
-        - {name: engine, image: agent}
+        - {name: engine, image: host:nc}
     """
     spec = """
         restartPolicy: OnFailure
@@ -48,12 +48,12 @@ def test_a_manifest_is_read_as_kubernetes_means_it(tmp_path: Path) -> None:
         dnsPolicy: None
         dnsConfig: {nameservers: [127.0.0.11], options: [{name: ndots, value: "2"}]}
     """
-    [read_] = read(tmp_path, pod(text, spec, "{testbed/runtime.engine: osv}"))
+    [read_] = read(tmp_path, pod(text, spec, "{testbed/runtime.engine: standin}"))
     web, engine = read_.manifest.workloads
     assert (read_.name, read_.hostname, read_.restart) == ("shop", "shop", Restart.ON_FAILURE)
     assert read_.host_aliases == (("10.0.0.1", ("db", "store")),)
     assert read_.resolv_conf == "nameserver 127.0.0.11\noptions ndots:2\n"
-    assert (web.runtime, engine.runtime) == (Runtime.CONTAINER, Runtime.OSV)
+    assert (web.runtime, engine.runtime) == (Runtime.CONTAINER, Runtime.STANDIN)
     assert web.ports == ((Transport.TCP, 80), (Transport.UDP, 53))
     program = web.program
     assert program is not None
@@ -132,6 +132,10 @@ def test_what_matters_to_clusters_alone_is_a_warning(tmp_path: Path) -> None:
              "{testbed/runtime.i: osv}"), "init container 'i' cannot be a guest"),
         (pod("- &a {name: a, image: x, ports: [{containerPort: 80}]}\n- {<<: *a, name: b}"),
          "document 1: 'a' and 'b' both claim tcp port 80"),
+        (pod("- {name: a, image: x, livenessProbe: {exec: {command: [ls]}}}",
+             annotations="{testbed/runtime: osv}"), "nothing can be started in it"),
+        (pod("- {name: a, image: x}", "hostAliases: [{ip: 10.0.0.1, hostnames: [db]}]",
+             "{testbed/runtime: linux}"), "cannot be given hostAliases or dnsConfig"),
         ("apiVersion: apps/v1\nkind: Deployment", "apiVersion: Input should be 'v1'"),
         ("- a", "the document: "),
         ("", "holds no pod"),
