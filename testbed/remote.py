@@ -273,7 +273,8 @@ class Link:
             login = f"-p {host.port} {host.user}@{host.address}"
             raise Error(f"{where} does not let {host.user} in", f"ssh-copy-id {login}") from e
         except (OSError, EOFError, paramiko.SSHException) as e:
-            why = getattr(e, "strerror", None) or str(e) or type(e).__name__
+            first = next(iter(getattr(e, "errors", {}).values()), e)  # one for each address
+            why = getattr(first, "strerror", None) or str(first) or type(first).__name__
             raise Error(f"{where} cannot be reached: {why}",
                         f"ssh -p {host.port} {host.user}@{host.address}") from e  # fmt: skip
         finally:
@@ -292,7 +293,7 @@ class Link:
 
     def run(self, line: str, data: bytes = b"") -> bytes:
         """What a line of shell, run as root there, prints; `data` is its standard input."""
-        with self._opened(line) as channel:
+        with self.start(line) as channel:
             errors: list[bytes] = []
             listener = threading.Thread(target=lambda: errors.extend(_In(channel.recv_stderr)))
             listener.start()
@@ -311,9 +312,6 @@ class Link:
 
     def start(self, line: str) -> paramiko.Channel:
         """Start a line of shell as root there; its streams are the channel's."""
-        return self._opened(line)
-
-    def _opened(self, line: str) -> paramiko.Channel:
         command = f"sh -c {quote(line)}"
         if self.host.sudo:
             command = f"sudo -n -H {command}"
@@ -556,7 +554,7 @@ for device in kvm vhost-net; do test -e /dev/$device && echo yes || echo no; don
 
 
 def look(host: Host) -> Seen:
-    """A look at a host. Raises `Error` if it cannot be reached, or lets nobody be root."""
+    """A look at a host. Raises `Error` if it cannot be reached, or refuses."""
     with Link(host) as link:
         kernel, cpus, load, kvm, vhost_net = link.run(_LOOK).decode().splitlines()
     one, five, fifteen = map(float, load.split())

@@ -137,6 +137,10 @@ def test_hosts_that_die_in_mid_trial_fail_their_own_cells_and_the_campaign_is_re
     failed = [(trial["host"], trial["reason"]) for trial in trials(out) if "reason" in trial]
     assert sorted(failed) == [(name, f"lost the link to {name}") for name in ("beta", "gamma")]
 
+    status, _, errors = resume(lan, out, alpha).end()
+    assert status == 3
+    assert "blocks were begun on beta, which is not among the hosts of this run" in errors
+
     beta.cable("up")
     beta.boot()
     gamma.cable("up")
