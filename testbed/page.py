@@ -62,7 +62,9 @@ def write(store: Store, file: Path) -> None:
 def command(campaign: Campaign) -> str:
     """What to type, in a clone of the revision, to run the same campaign again."""
     words = ["./bootstrap", "testbed", "run", "--plan", campaign.name, "--guest", campaign.guest,
-             "--blocks", str(campaign.blocks), "--seed", str(campaign.seed)]  # fmt: skip
+             "--seed", str(campaign.seed)]  # fmt: skip
+    if not campaign.plan.get("target_width"):
+        words += ["--blocks", str(campaign.blocks)]
     if kernel := campaign.environment.get("osv_kernel"):
         words += ["--osv-kernel", kernel]
     try:
@@ -94,7 +96,9 @@ def _page(store: Store, pictures: Sequence[Path]) -> str:
         *_section("Environment", "", _environment(campaign)),
         *_section(
             "How to repeat it",
-            f"In a clone of this project at revision {campaign.revision}, on Linux, as root:",
+            f"In a clone of this project at revision {campaign.revision.removesuffix('-dirty')}"
+            + (", which had been changed," if campaign.revision.endswith("-dirty") else "")
+            + " as root:",
             f"<pre>{escape(command(campaign))}</pre>",
         ),
     ]
@@ -322,7 +326,8 @@ h2 { margin-top: 2.2rem; border-bottom: 1px solid #ccc }
 .warning { font-weight: bold; background: #fff3cd; padding: .4rem .8rem }
 .table { overflow: auto; max-height: 44rem; margin-bottom: 1rem; border-bottom: 1px solid #ccc }
 table { border-collapse: collapse; margin-top: .4rem; font-variant-numeric: tabular-nums }
-th, td { padding: .15rem .5rem; text-align: left; vertical-align: top }
+th, td { padding: .15rem .5rem; text-align: left; vertical-align: top; white-space: nowrap }
+td:last-child { white-space: normal }
 tbody tr:nth-child(even), .facts tr:nth-child(even) { background: #f5f5f5 }
 thead th { position: sticky; top: 0; background: white; box-shadow: 0 1px #888; padding: 0 }
 thead button { all: unset; cursor: pointer; padding: .3rem .5rem; font-weight: bold }

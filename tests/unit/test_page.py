@@ -76,6 +76,8 @@ def test_the_command_repeats_the_campaign() -> None:
     parsed = cli.parser().parse_args(words[2:])
     assert (parsed.plan, parsed.guest, parsed.blocks, parsed.seed) == ("quick", "standin", 3, 7)
     assert parsed.cells is None
+    narrow = replace(every, plan={"target_width": 0.05})
+    assert "--blocks" not in page.command(narrow)
     some = replace(every, cells=every.cells[:2])
     parsed = cli.parser().parse_args(shlex.split(page.command(some))[2:])
     assert parsed.cells == list(some.cells)
