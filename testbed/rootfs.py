@@ -84,7 +84,7 @@ def programs(image: str) -> tuple[Path, ...]:
     for name in filter(None, image.removeprefix(HOST).split(",")):
         path = shutil.which(name)
         if path is None:
-            raise Error(f"image {image!r}: this host has no program {name}")
+            raise Error(f"image {image!r}: this host has no program {name}", hint="install it")
         found.append(Path(path))
     return tuple(found)
 
