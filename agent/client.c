@@ -27,7 +27,7 @@ struct stream {
 	struct histogram *latency;
 	struct report is;
 	uint64_t transactions, errors;
-	char fault[256];	/* empty: none */
+	char fault[256]; /* empty: none */
 	pthread_t thread;
 };
 
@@ -44,7 +44,7 @@ static void fail(struct stream *s, const char *what, const char *why)
 
 static void tcp_stream(struct stream *s, uint64_t until_ns)
 {
-	struct score score = { 0 };
+	struct score score = {0};
 	int error;
 
 	if (s->order.mode == STREAM_UP) {
@@ -107,7 +107,7 @@ static ssize_t ask(struct stream *s, enum datagram_type type, uint64_t sequence,
 static void udp_up(struct stream *s, const struct order *wire)
 {
 	const struct order *o = &s->order;
-	struct sender sender = { .fd = s->fd, .order = *o, .flow = s->flow };
+	struct sender sender = {.fd = s->fd, .order = *o, .flow = s->flow};
 	uint64_t until_ns = UINT64_MAX;
 	int error;
 
@@ -211,7 +211,7 @@ static enum outcome exchange_udp(struct stream *s, uint64_t nth, bool fully)
 	enum datagram_type type;
 
 	/* In one piece: for small messages copying costs less than a send of several parts. */
-	*s->request = (struct datagram){ htonl(MAGIC ^ REQUEST), htonl(s->flow), htobe64(nth) };
+	*s->request = (struct datagram){htonl(MAGIC ^ REQUEST), htonl(s->flow), htobe64(nth)};
 	memcpy(s->request + 1, pattern_at(offset), body);
 	if (send_some(s->fd, s->request, s->order.size) < 0)
 		return FAILED;
@@ -222,8 +222,8 @@ static enum outcome exchange_udp(struct stream *s, uint64_t nth, bool fully)
 			return length ? FAILED : LOST;
 		if (type == RESPONSE && be64toh(head->sequence) == nth &&
 		    length == (ssize_t)s->order.size)
-			return intact(head + 1, body, offset, fully, nth) ? DONE_RIGHT :
-									   DONE_CORRUPT;
+			return intact(head + 1, body, offset, fully, nth) ? DONE_RIGHT
+									  : DONE_CORRUPT;
 	}
 }
 
@@ -274,8 +274,8 @@ static void transactions(struct stream *s)
 
 	if (gap_ns) /* streams out of step */
 		begin += s->flow % 1024 * gap_ns / 1024;
-	for (uint64_t nth = 0; begin < until_ns && now < until_ns &&
-	     (!o->bytes || nth * o->size < o->bytes); nth++) {
+	for (uint64_t nth = 0;
+	     begin < until_ns && now < until_ns && (!o->bytes || nth * o->size < o->bytes); nth++) {
 		bool scored = begin >= scored_ns;
 		enum outcome outcome = FAILED;
 		const char *what = "connect";
@@ -286,8 +286,8 @@ static void transactions(struct stream *s)
 			bool fully = o->bytes || !scored;
 
 			what = "request to";
-			outcome = udp ? exchange_udp(s, nth, fully) :
-					exchange_tcp(s, nth, renew || !nth, fully);
+			outcome = udp ? exchange_udp(s, nth, fully)
+				      : exchange_tcp(s, nth, renew || !nth, fully);
 		}
 		if (outcome == FAILED && (!renew || !succeeded || now_ns() - progress > LIMIT_NS))
 			return fail(s, what, reason(errno));
@@ -334,7 +334,7 @@ static void *drive(void *argument)
 
 static int resolve(const struct run *r, union address *to, const char **why)
 {
-	struct addrinfo hints = { .ai_family = r->endpoint.family, .ai_socktype = SOCK_STREAM };
+	struct addrinfo hints = {.ai_family = r->endpoint.family, .ai_socktype = SOCK_STREAM};
 	struct addrinfo *found = NULL;
 	int error = getaddrinfo(r->host, NULL, &hints, &found);
 
@@ -405,7 +405,8 @@ static void print_result(FILE *out, const union address *to, const struct stream
 	const char *separator = "";
 
 	address_text(to, address);
-	fprintf(out, "{\"ok\":true,\"address\":\"%s\",\"bytes\":%llu,\"duration_s\":%.9f,"
+	fprintf(out,
+		"{\"ok\":true,\"address\":\"%s\",\"bytes\":%llu,\"duration_s\":%.9f,"
 		"\"transactions\":%llu,\"datagrams\":%llu,\"errors\":%llu,\"lost\":%llu,"
 		"\"reordered\":%llu,\"corrupt\":%llu,\"histogram_us\":[",
 		address, (unsigned long long)is->bytes, is->elapsed_ns / 1e9,
@@ -439,7 +440,7 @@ static void merge(struct stream *into, const struct stream *from)
 void run(const struct run *r, FILE *out)
 {
 	struct stream *all = calloc(r->streams, sizeof(*all));
-	struct stream named = { .run = r };
+	struct stream named = {.run = r};
 	const char *fault = NULL, *why;
 	unsigned opened = 0, started = 0;
 	union address to;

@@ -54,12 +54,12 @@ bool json_parse(struct json *j, char *line)
 {
 	char *at = skip_space(line);
 
-	*j = (struct json){ .fault = "not a flat JSON object of strings and numbers" };
+	*j = (struct json){.fault = "not a flat JSON object of strings and numbers"};
 	if (*at++ != '{')
 		return false;
 	at = skip_space(at);
 	while (*at != '}') {
-		struct member m = { 0 };
+		struct member m = {0};
 
 		if (*at != '"' || !(at = parse_text(at, &m.key)))
 			return false;

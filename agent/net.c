@@ -24,7 +24,7 @@ uint64_t now_ns(void)
 
 void pause_ns(uint64_t ns)
 {
-	struct timespec t = { ns / SECOND_NS, ns % SECOND_NS };
+	struct timespec t = {ns / SECOND_NS, ns % SECOND_NS};
 
 	nanosleep(&t, NULL);
 }
@@ -96,8 +96,8 @@ socklen_t address_size(const union address *a)
 
 void address_text(const union address *a, char text[static INET6_ADDRSTRLEN])
 {
-	const void *bytes = a->any.sa_family == AF_INET6 ? (const void *)&a->v6.sin6_addr :
-							   &a->v4.sin_addr;
+	const void *bytes =
+		a->any.sa_family == AF_INET6 ? (const void *)&a->v6.sin6_addr : &a->v4.sin_addr;
 
 	if (!inet_ntop(a->any.sa_family, bytes, text, INET6_ADDRSTRLEN))
 		*text = 0;
@@ -132,8 +132,8 @@ void set_option(int fd, int level, int name, int value)
 
 void set_timeouts(int fd, uint64_t receive_ns)
 {
-	struct timeval receive = { receive_ns / SECOND_NS, receive_ns % SECOND_NS / 1000 };
-	struct timeval send = { 0, TICK_NS / 1000 };
+	struct timeval receive = {receive_ns / SECOND_NS, receive_ns % SECOND_NS / 1000};
+	struct timeval send = {0, TICK_NS / 1000};
 
 	(void)!setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &receive, sizeof(receive));
 	(void)!setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &send, sizeof(send));
@@ -141,7 +141,7 @@ void set_timeouts(int fd, uint64_t receive_ns)
 
 void close_by_reset(int fd)
 {
-	struct linger l = { .l_onoff = 1 };
+	struct linger l = {.l_onoff = 1};
 
 	(void)!setsockopt(fd, SOL_SOCKET, SO_LINGER, &l, sizeof(l));
 	close(fd);
@@ -190,7 +190,7 @@ int listen_at(struct endpoint e, union address *at)
 /* SO_SNDTIMEO bounds connect() on Linux only, so it is poll() that waits. */
 static int await_connected(int fd)
 {
-	struct pollfd p = { .fd = fd, .events = POLLOUT };
+	struct pollfd p = {.fd = fd, .events = POLLOUT};
 	socklen_t size = sizeof(int);
 	int error = ETIMEDOUT;
 
@@ -289,8 +289,8 @@ int send_all(int fd, const void *buffer, size_t length)
 int send_both(int fd, const void *head, size_t head_length, const void *body, size_t length,
 	      const union address *to)
 {
-	struct iovec part[] = { { (void *)head, head_length }, { (void *)body, length } };
-	struct msghdr m = { .msg_iov = part, .msg_iovlen = length ? 2 : 1 };
+	struct iovec part[] = {{(void *)head, head_length}, {(void *)body, length}};
+	struct msghdr m = {.msg_iov = part, .msg_iovlen = length ? 2 : 1};
 	ssize_t sent;
 
 	if (to) {

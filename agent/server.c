@@ -15,17 +15,17 @@
 #include "agent.h"
 
 #define MAX_WORKERS 256
-#define MAX_FLOWS 256
+#define MAX_FLOWS   256
 
 /* A UDP stream. The one longest silent makes room for a new one. */
 struct flow {
-	struct sender sender;	/* of a stream down; its order, flow and heard_ns are any stream's */
+	struct sender sender; /* of a stream down; its order, flow and heard_ns are any stream's */
 	union address peer;
 	struct server *server;
 	struct score score;
-	uint64_t told_ns;	/* when the client last heard that its datagrams arrive */
-	bool sending;		/* a thread uses it */
-	bool finished;		/* the score stands */
+	uint64_t told_ns; /* when the client last heard that its datagrams arrive */
+	bool sending;	  /* a thread uses it */
+	bool finished;	  /* the score stands */
 };
 
 struct server {
@@ -34,10 +34,10 @@ struct server {
 	int fd;
 	atomic_bool stopping;
 	pthread_mutex_t lock;
-	pthread_cond_t left;	/* a thread has gone */
+	pthread_cond_t left; /* a thread has gone */
 	unsigned threads, waiting;
 	int connection[MAX_WORKERS]; /* of busy threads; -1: free */
-	struct flow *flow;	/* MAX_FLOWS of them (UDP) */
+	struct flow *flow;	     /* MAX_FLOWS of them (UDP) */
 };
 
 static void *tcp_worker(void *argument);
@@ -201,9 +201,9 @@ static void open_flow(struct server *s, uint32_t id, const struct order *o,
 			f = other;
 	}
 	if (f) {
-		*f = (struct flow){ .server = s, .peer = *peer };
-		f->sender = (struct sender){ .fd = s->fd, .to = &f->peer, .order = *o,
-					     .flow = id, .heard_ns = now_ns() };
+		*f = (struct flow){.server = s, .peer = *peer};
+		f->sender = (struct sender){
+			.fd = s->fd, .to = &f->peer, .order = *o, .flow = id, .heard_ns = now_ns()};
 		score_start(&f->score, o);
 		f->sending = o->mode == STREAM_DOWN && !add_thread(s, udp_sender, f);
 	}

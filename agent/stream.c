@@ -31,7 +31,7 @@ int tcp_send(int fd, const struct order *o, uint64_t until_ns, const atomic_bool
 
 void score_start(struct score *s, const struct order *o)
 {
-	*s = (struct score){ .measuring = !o->warmup_ns, .begin_ns = now_ns() };
+	*s = (struct score){.measuring = !o->warmup_ns, .begin_ns = now_ns()};
 	s->first_ns = s->last_ns = s->begin_ns;
 }
 
@@ -74,7 +74,7 @@ int tcp_receive(int fd, const struct order *o, uint64_t until_ns, struct score *
 int datagram_send(int fd, const union address *to, enum datagram_type type, uint32_t flow,
 		  uint64_t sequence, const void *body, size_t length)
 {
-	struct datagram head = { htonl(MAGIC ^ type), htonl(flow), htobe64(sequence) };
+	struct datagram head = {htonl(MAGIC ^ type), htonl(flow), htobe64(sequence)};
 
 	return send_both(fd, &head, sizeof(head), body, length, to);
 }
