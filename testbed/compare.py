@@ -36,6 +36,7 @@ from testbed.report import (
     plain,
     reading_order,
     size_of,
+    superscript,
 )
 from testbed.store import Store, frame
 
@@ -138,6 +139,11 @@ def table(rows: Sequence[Comparison], before: Store, after: Store, band: float) 
     shown.add_column("datapath", no_wrap=True)
     for name in ("quantity", "earlier", "later", "ratio", "verdict"):
         shown.add_column(name, overflow="fold")
+    notes: dict[str, int] = {}
+
+    def note(reason: str | None) -> str:
+        return superscript(notes.setdefault(reason, len(notes) + 1)) if reason else ""
+
     sized = len({size_of(row.cell) for row in rows}) > len({row.cell.metric for row in rows})
     titles = {(metric, quantity): title for metric, quantity, title in COLUMNS}
     places = grouped(rows, lambda r: (r.cell.pair, r.cell.transport, r.cell.family))
@@ -152,9 +158,7 @@ def table(rows: Sequence[Comparison], before: Store, after: Store, band: float) 
                 _shown(row.before, unit.scale),
                 _shown(row.after, unit.scale),
                 _shown(row.ratio, 1, wide=True),
-                Text(row.verdict, style=_COLORS[row.verdict]).append(
-                    f": {row.reason}" if row.reason else "", style="dim"
-                ),
+                Text(row.verdict + note(row.reason), style=_COLORS[row.verdict]),
             )
         shown.add_section()
     counted = ", ".join(f"{count} {verdict}" for verdict, count in _counts(rows).items() if count)
@@ -166,7 +170,8 @@ def table(rows: Sequence[Comparison], before: Store, after: Store, band: float) 
         Text(f"{name} differs: {old} | {new}", style="yellow")
         for name, (old, new) in circumstances(before, after).items()
     )
-    return Group(shown, Text(legend), *differing)
+    footnotes = (Text(f"{superscript(n)} {reason}") for reason, n in notes.items())
+    return Group(shown, Text(legend), *differing, *footnotes)
 
 
 _COLORS = {

@@ -109,7 +109,7 @@ def table(store: Store, width: int) -> Group:
             label = ""
         shown.add_section()
     lines = [_legend(campaign, rows), *controls_of(rows)]
-    footnotes = (Text(f"{_superscript(n)} {reason}") for reason, n in notes.items())
+    footnotes = (Text(f"{superscript(n)} {reason}") for reason, n in notes.items())
     return Group(shown, *map(Text, lines), *footnotes)
 
 
@@ -117,7 +117,7 @@ def _entry(row: Summary, wide: bool, sized: bool, notes: dict[str, int]) -> Text
     """Mean and ratio, each with its interval, a line each; what is not there, with a footnote."""
 
     def note(reason: str | None) -> str:
-        return _superscript(notes.setdefault(reason, len(notes) + 1)) if reason else ""
+        return superscript(notes.setdefault(reason, len(notes) + 1)) if reason else ""
 
     text = Text(f"{size_of(row.cell)}\n" if sized else "")
     if row.status is not Status.OK:
@@ -169,7 +169,7 @@ def controls_of(rows: Iterable[Summary]) -> list[str]:
     return lines
 
 
-def _superscript(number: int) -> str:
+def superscript(number: int) -> str:
     return str(number).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
