@@ -28,7 +28,7 @@ def run(session: nox.Session, tool: str, *args: str) -> None:
 
 @nox.session
 def experiments(session: nox.Session) -> None:
-    """Build pods, measure, draw figures, take it all down (-- --plan quick: the short one)."""
+    """Build pods, measure, draw figures, take all down (-- --plan quick, -- --hosts FILE)."""
     run(session, "testbed", "run", *session.posargs)
 
 
