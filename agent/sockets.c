@@ -399,7 +399,9 @@ static bool order_receive(struct session *s)
 				   .msg_iovlen = 1,
 				   .msg_name = &from,
 				   .msg_namelen = sizeof(from)};
-		ssize_t got = recvmsg(fd_of(h), &m, flags);
+		/* Not every recvmsg() (OSv's) looks at flags. */
+		ssize_t got = flags ? recv(fd_of(h), s->buffer, part.iov_len, flags)
+				    : recvmsg(fd_of(h), &m, 0);
 
 		if (got < 0) {
 			if (would_block(errno))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
+from ipaddress import ip_address
 
 from testbed.conformance import (
     BOTH,
@@ -173,10 +174,7 @@ def datagram_listen_wildcard(bed: Bed) -> None:
 @check("RFC 3493, 3.7: IPv4-mapped addresses", transports=UDP, families=IPV4)
 def datagram_dual_stack(bed: Bed) -> None:
     """A dual-stack server at [::] answers IPv4 clients."""
-    try:
-        server = bed.serve("::", family=Family.IPV6, options={"IPV6_V6ONLY": 0})
-    except OSError as e:
-        raise Unsupported(f"{bed.server.name} has no IPv6: {e}") from e
+    server = bed.serve("::", family=Family.IPV6, options={"IPV6_V6ONLY": 0})
     client = bed.dial()
     client.send("x")
     server.send("y", to=server.receive().sender)
@@ -187,13 +185,8 @@ def datagram_dual_stack(bed: Bed) -> None:
 def datagram_mapped(bed: Bed) -> None:
     """An IPv6 socket exchanges datagrams with an IPv4 server at ::ffff:127.0.0.1."""
     server = bed.serve()
-    try:
-        client = bed.client.socket(Transport.UDP, Family.IPV6)
-    except OSError as e:
-        raise Unsupported(f"{bed.client.name} has no IPv6") from e
+    client = bed.client.socket(Transport.UDP, Family.IPV6)
     client.set("IPV6_V6ONLY", 0)
-    from ipaddress import ip_address
-
     client.send("x", to=(ip_address(f"::ffff:{bed.target}"), bed.port))
     server.send("y", to=server.receive().sender)
     got = client.receive()

@@ -43,12 +43,20 @@ DATAPATHS: dict[str, tuple[Impossible, ...]] = {
             "a native's datagram leaves lo whole; too large for the link, it is dropped, counted",
             pairs=frozenset({Pair.NATIVE_GUEST}),
         ),
+        Impossible(
+            frozenset({"ipv6-client-of-ipv4-guest"}),
+            "addresses are translated within a family",
+        ),
     ),
     "steer": (_STRANGERS,),
 }
 
 GUESTS: dict[str, tuple[Impossible, ...]] = {
     "osv": (
+        Impossible(
+            frozenset({"keepalive"}),
+            "OSv answers no keep-alive probe, and takes no answer to its own",
+        ),
         Impossible(
             _LARGE,
             "OSv's IPv6 never receives a datagram in fragments",

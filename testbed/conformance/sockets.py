@@ -62,7 +62,13 @@ class Peer:
         self.is_guest = name.startswith("guest")
 
     def socket(self, transport: Transport, family: Family) -> Sock:
-        answer = self.call("socket", transport=transport, family=family)
+        """Raises `Unsupported` if the kernel over there lacks the family."""
+        try:
+            answer = self.call("socket", transport=transport, family=family)
+        except OSError as e:
+            if e.errno != errno.EAFNOSUPPORT:
+                raise
+            raise Unsupported(f"{self.name} has no {family.replace('ip', 'IP')}") from e
         return Sock(self, answer["socket"], transport, family)
 
     def resolve(self, name: str, family: Family | None = None) -> list[Address]:
