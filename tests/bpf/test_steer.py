@@ -41,8 +41,8 @@ EACH_L4 = pytest.mark.parametrize("l4", L4.values(), ids=L4)
 
 @pytest.fixture(scope="module")
 def loaded() -> Iterator[ProgramSet]:
-    with Owner() as owner, (ledger.ROOT / "slot0.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one test run at a time has slot 0
+    with Owner() as owner, (ledger.ROOT / "slot0-steer.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of these programs, as of others, one test run has slot 0
         pins = bpf.load("steer", owner).pins
         programs = ProgramSet(pins, slot=0)
         rows = localhost.Rows(programs, steer.REASONS)
