@@ -83,7 +83,17 @@ def _step(text: str) -> Event:
 
 
 def _say(event: Event) -> None:
-    print(json.dumps(event), flush=True)
+    try:
+        print(json.dumps(event), flush=True)
+    except BrokenPipeError:
+        _be_deaf()
+        raise
+
+
+def _be_deaf() -> None:
+    """A second signal would interrupt the taking down that the first led to."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Bench:
@@ -173,10 +183,11 @@ def main() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     def stop(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _be_deaf()
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     threading.Thread(target=give_up_when_nobody_listens, daemon=True).start()
     try:
         for event in work(job):
