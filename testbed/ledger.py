@@ -137,11 +137,12 @@ class Scope:
         """
         failures = []
         while self._entries:
-            entry = self._entries.pop()
+            entry = self._entries[-1]  # goes from the list when it is undone: we may be interrupted
             try:
                 entry.undo()
             except Exception as e:
                 failures.append(f"{entry}: {e}")
+            self._entries.remove(entry)
         if failures:
             raise Error(f"left behind: {'; '.join(failures)}", hint="run 'testbed clean'")
 
