@@ -209,7 +209,7 @@ def _bar_panel(
         top = mean if math.isnan(high) else min(high, 1.15 * max(means))
         axes.annotate(number(mean, mean), (at, top), (0, 1.5), textcoords="offset points",
                       ha="center", va="bottom", fontsize=SMALL_PT, annotation_clip=False,
-                      rotation=90 if len(slots) > 14 else 0,
+                      rotation=90 if len(slots) > 8 else 0,
                       bbox={"fc": "white", "ec": "none", "pad": 0.2, "alpha": 0.8})  # fmt: skip
 
 
