@@ -7,7 +7,8 @@ and its name in `NAMES`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib import import_module
@@ -16,7 +17,7 @@ from typing import Protocol, cast
 
 from pyroute2 import IPRoute
 
-from testbed import netlink
+from testbed import bpf, localhost, netlink
 from testbed.ledger import Scope
 from testbed.model import CONTROL_PORT, Cell, Error, Family, Pair, Transport, alias
 
@@ -156,6 +157,73 @@ def add_aliases(wiring: Wiring) -> None:
         for port in wiring.ports:
             for family in Family:
                 netlink.add_address(ip, port.ifindex, alias(family), alias(family).max_prefixlen)
+
+
+class ProgramsOfPod:
+    """The attachment of datapaths made of eBPF (`bpf/pod.h`): what is the same for all of them.
+
+    Their own part is which programs stand where: `_attach_lo`, once, and `_attach_links`, again
+    whenever links were replaced.
+    """
+
+    def __init__(
+        self, name: str, reasons: tuple[str, ...], wiring: Wiring, owner: Scope,
+        local: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        """`reasons` in the order of the programs' `enum reason`; `local`: see `prepare_lo`."""
+        self._wiring = wiring
+        self._scope = owner.part()
+        self._links = self._scope
+        self._held: list[socket.socket] = []
+        try:
+            self._held = localhost.hold_ports(wiring.pod, wiring.netns, wiring.owners)
+            self._programs = bpf.load(name, self._scope)
+            self._rows = localhost.Rows(self._programs, reasons)
+            self._rows.fill(self._scope, wiring.owners, {p.n: p.families for p in wiring.ports})
+            localhost.prepare_lo(self._scope, wiring.netns, wiring.owners, local)
+            self._attach_lo()
+            self._links = self._scope.part()
+            self._attach_links()
+        except BaseException:
+            self.detach()
+            raise
+
+    def carried(self, client: int | None, server: int | None) -> Count:
+        if client is None and server is None:
+            return LinkCounters(self._wiring).carried(None, None)
+        return Count(*self._rows.carried(client, server))
+
+    def counters(self) -> dict[str, Count]:
+        return {reason: Count(*count) for reason, count in self._rows.counters().items()}
+
+    def rewire(self, wiring: Wiring) -> None:
+        self._wiring = wiring
+        self._links.undo()
+        self._attach_links()
+
+    def detach(self) -> None:
+        self._scope.undo()
+        localhost.release_ports(self._held)
+        if hasattr(self, "_programs"):
+            self._programs.close()
+
+    def _attach_lo(self) -> None:
+        self._attach(localhost.LO_IFINDEX, bpf.EGRESS, "lo_egress")
+
+    def _attach_links(self) -> None:
+        for port in self._wiring.ports:
+            self._rows.set_port(port.n, port.ifindex)
+            self._attach(port.ifindex, bpf.INGRESS, "port_ingress", port.n)
+            self._attach(port.ifindex, bpf.EGRESS, "port_egress", port.n)
+
+    def _attach(
+        self, ifindex: int, hook: int, name: str, n: int = 0, netns: str | None = None
+    ) -> None:
+        """To a link of the pod's namespace, or of another; `n` for a guest's port."""
+        bpf.attach_tc(
+            self._links, netns or self._wiring.netns, ifindex, hook, self._programs.program(name),
+            name, classid=self._programs.slot << 8 | n,
+        )  # fmt: skip
 
 
 class Datapath(Protocol):

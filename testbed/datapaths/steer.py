@@ -15,11 +15,10 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from testbed import bpf, localhost, model, netlink
-from testbed.bpf import EGRESS, INGRESS, ProgramSet
-from testbed.datapaths import Attachment, Count, Layout, LinkCounters, Wiring
+from testbed import bpf, model, netlink
+from testbed.bpf import ProgramSet
+from testbed.datapaths import Attachment, Layout, ProgramsOfPod, Wiring
 from testbed.ledger import Scope
-from testbed.localhost import LO_IFINDEX
 from testbed.model import Cell, Family, Pair
 
 REASONS = ("too_big", "spoofed", "truncated", "unhandled", "fragment_orphan", "no_guest",
@@ -53,48 +52,13 @@ class Steer:
         return _Attachment(wiring, owner)
 
 
-class _Attachment:
+class _Attachment(ProgramsOfPod):
     def __init__(self, wiring: Wiring, owner: Scope) -> None:
-        self._wiring = wiring
-        self._scope = owner.part()
-        self._links = self._scope
-        self._held: list[socket.socket] = []
-        try:
-            self._held = localhost.hold_ports(wiring.pod, wiring.netns, wiring.owners)
-            self._programs = bpf.load("steer", self._scope)
-            self._rows = localhost.Rows(self._programs, REASONS)
-            self._rows.fill(self._scope, wiring.owners, {p.n: p.families for p in wiring.ports})
-            localhost.prepare_lo(self._scope, wiring.netns, wiring.owners, ALIASES)
-            self._attach(LO_IFINDEX, EGRESS, "lo_egress")
-            self._steer_sockets()
-            self._links = self._scope.part()
-            self._attach_links()
-        except BaseException:
-            self.detach()
-            raise
+        super().__init__("steer", REASONS, wiring, owner, local=ALIASES)
 
-    # --- Attachment -------------------------------------------------------------------------
-
-    def carried(self, client: int | None, server: int | None) -> Count:
-        if not client and not server:
-            return LinkCounters(self._wiring).carried(None, None)
-        return Count(*self._rows.carried(client, server))
-
-    def counters(self) -> dict[str, Count]:
-        return {reason: Count(*count) for reason, count in self._rows.counters().items()}
-
-    def rewire(self, wiring: Wiring) -> None:
-        self._wiring = wiring
-        self._links.undo()
-        self._attach_links()
-
-    def detach(self) -> None:
-        self._scope.undo()
-        localhost.release_ports(self._held)
-        if hasattr(self, "_programs"):
-            self._programs.close()
-
-    # --- parts ------------------------------------------------------------------------------
+    def _attach_lo(self) -> None:
+        super()._attach_lo()
+        self._steer_sockets()
 
     def _steer_sockets(self) -> None:
         """Attach to the pod's cgroup, and say which namespace is the pod's."""
@@ -109,16 +73,6 @@ class _Attachment:
         _namespaces(self._programs)[cookie,] = (self._programs.slot,)
         for hook in HOOKS:
             bpf.attach_cgroup(self._scope, self._wiring.cgroup, hook, self._programs.program(hook))
-
-    def _attach_links(self) -> None:
-        for port in self._wiring.ports:
-            self._rows.set_port(port.n, port.ifindex)
-            self._attach(port.ifindex, INGRESS, "port_ingress", port.n)
-            self._attach(port.ifindex, EGRESS, "port_egress", port.n)
-
-    def _attach(self, ifindex: int, hook: int, name: str, n: int = 0) -> None:
-        bpf.attach_tc(self._links, self._wiring.netns, ifindex, hook, self._programs.program(name),
-                      name, classid=self._programs.slot << 8 | n)  # fmt: skip
 
 
 def _cookie() -> int:
