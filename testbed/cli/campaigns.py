@@ -1,0 +1,264 @@
+"""Commands that measure, and those that read what was measured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from testbed.cli import common
+from testbed.cli.common import Commands
+from testbed.model import Error, Family, Runtime
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from testbed.store import Store
+
+
+def add(commands: Commands) -> None:
+    """Of campaigns and conformance."""
+    run = commands.add_parser(
+        "run", help="run a plan: build pods, measure, draw figures, take everything down",
+        epilog="An interrupted run goes on with --resume DIR.",
+    )  # fmt: skip
+    run.set_defaults(call=_run)
+    run.add_argument("--plan", default="standard", metavar="NAME|FILE.toml",
+                     help="a plan of experiments/ or a file (default: %(default)s)")  # fmt: skip
+    run.add_argument("--cells", action="append", metavar="GLOB",
+                     help="only cells like 'capture/*/ipv6/*' (may be repeated)")  # fmt: skip
+    _add_guest(run)
+    run.add_argument("--blocks", type=_positive, metavar="N", help="instead of the plan's number")
+    run.add_argument(
+        "--out", type=Path, metavar="DIR", help="campaign directory (default: results/TIME-PLAN)"
+    )
+    run.add_argument(
+        "--resume", type=Path, metavar="DIR", help="go on with an interrupted campaign"
+    )
+    run.add_argument(
+        "--seed", type=int, default=1, help="of the random order (default: %(default)s)"
+    )
+    run.add_argument("--keep", action="store_true",
+                     help="stop at the first pod that fails, and leave it standing")  # fmt: skip
+    run.add_argument("--json", action="store_true", help="print the table as JSON")
+    common.add_hosts(run)
+
+    figures = commands.add_parser(
+        "figures", help="draw the figures of a stored campaign (needs no root)"
+    )
+    figures.set_defaults(call=_figures)
+    figures.add_argument("directory", type=Path, metavar="DIR")
+
+    table = commands.add_parser(
+        "table", help="print the table of a stored campaign (needs no root)"
+    )
+    table.set_defaults(call=_table)
+    table.add_argument("directory", type=Path, metavar="DIR")
+    table.add_argument("--json", action="store_true")
+
+    page = commands.add_parser(
+        "report", help="write a stored campaign into one HTML file (needs no root)"
+    )
+    page.set_defaults(call=_report)
+    page.add_argument("directory", type=Path, metavar="DIR")
+    page.add_argument("-o", "--output", type=Path, metavar="FILE",
+                      help="default: DIR/report.html")  # fmt: skip
+
+    compare = commands.add_parser(
+        "compare", help="hold a stored campaign against an earlier one (needs no root)",
+        epilog="Exit status: 0 none slower, 1 some slower, 3 could not compare.",
+    )  # fmt: skip
+    compare.set_defaults(call=_compare)
+    compare.add_argument("before", type=Path, metavar="A", help="directory of the earlier campaign")
+    compare.add_argument("after", type=Path, metavar="B", help="of the later; gets the figure")
+    compare.add_argument("--band", type=_band, default=0.05, metavar="SHARE",
+                         help="smaller changes are equivalent (default: %(default)s)")  # fmt: skip
+    compare.add_argument("--json", action="store_true")
+
+    conformance = commands.add_parser(
+        "conformance", help="check what programs may rely on at localhost, through any datapath",
+        epilog="Exit status: 0 nothing failed, 1 some checks failed, 3 could not run.",
+    )  # fmt: skip
+    conformance.set_defaults(call=_conformance)
+    conformance.add_argument("--datapath", nargs="+", metavar="NAME",
+                             help="default: all that make localhost work")  # fmt: skip
+    _add_guest(conformance)
+    conformance.add_argument("--family", nargs="+", type=Family, choices=tuple(Family))
+    conformance.add_argument("--check", action="append", metavar="GLOB",
+                             help="only checks like 'datagram-*' (may be repeated)")  # fmt: skip
+    conformance.add_argument("--list", action="store_true", help="list the checks, and run none")
+    conformance.add_argument("--json", action="store_true", help="print the results as JSON")
+    conformance.add_argument("--junit", type=Path, metavar="FILE",
+                             help="write the results as JUnit's XML, too")  # fmt: skip
+    conformance.add_argument("--netns", type=Path, metavar="PATH",
+                             help="a pod that is there already: its namespace ...")  # fmt: skip
+    conformance.add_argument("--control", metavar="ADDRESS[:PORT]",
+                             help="... and where its guest's agent takes orders")  # fmt: skip
+
+
+def _add_guest(command: argparse.ArgumentParser) -> None:
+    guests = ["best", *(r for r in Runtime if r.is_guest)]
+    command.add_argument("--guest", default="best", choices=guests,
+                         help="what runs guests (default: the best that is there)")  # fmt: skip
+    command.add_argument(
+        "--osv-kernel", type=Path, metavar="PATH",
+        help="OSv kernel or tree (default: cache, else nightly release)",
+    )  # fmt: skip
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from testbed import campaign, doctor, figures, plan, store
+
+    if arguments.resume:
+        path = arguments.resume
+    else:
+        chosen = plan.load(arguments.plan)
+        if arguments.cells:
+            chosen = chosen.select(arguments.cells)
+        if arguments.blocks:
+            chosen = replace(chosen, blocks=arguments.blocks, target_width=None)
+        path = arguments.out or store.directory(chosen.name)
+    places: Sequence[campaign.Place] = campaign.HERE
+    if hosts := common.chosen(arguments):
+        from testbed import remote
+
+        places = [remote.Place(host) for host in hosts]
+    else:
+        doctor.preflight()
+    try:
+        with common.progress() as report:
+            if arguments.resume:
+                finished = campaign.resume(path, arguments.keep, report, places)
+            else:
+                choice = campaign.Choice(arguments.guest, arguments.osv_kernel, arguments.keep)
+                finished = campaign.start(chosen, path, choice, arguments.seed, report, places)
+    except KeyboardInterrupt:
+        print(f"testbed: interrupted, and all is taken down; go on with --resume {path}",
+              file=sys.stderr)  # fmt: skip
+        return 130
+    with finished:
+        finished.derive()
+        drawn = figures.draw(finished)
+    _print_table(finished, arguments.json)
+    print(f"\nfigures: {' '.join(str(f) for f in drawn if f.suffix == '.png')}", file=sys.stderr)
+    return 1 if any(t.status == "failed" for t in finished.trials()) else 0
+
+
+def _figures(arguments: argparse.Namespace) -> int:
+    from testbed import figures, store
+
+    for path in figures.draw(store.open(arguments.directory)):
+        print(path)
+    return 0
+
+
+def _table(arguments: argparse.Namespace) -> int:
+    from testbed import store
+
+    _print_table(store.open(arguments.directory), arguments.json)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from testbed import page, store
+
+    file = arguments.output or arguments.directory / "report.html"
+    page.write(store.open(arguments.directory), file)
+    print(file)
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from testbed import compare, figures, store
+
+    before, after = store.open(arguments.before), store.open(arguments.after)
+    rows = compare.compare(before, after, arguments.band)
+    status = compare.exit_status(rows)
+    drawn = []
+    if any(row.ratio.blocks for row in rows):
+        folder = after.path / "figures"
+        drawn = figures.draw_comparison(rows, before, after, arguments.band, folder)
+    if arguments.json:
+        print(json.dumps(compare.data(rows, before, after, arguments.band), indent=1))
+    else:
+        from rich.console import Console
+
+        Console().print(compare.table(rows, before, after, arguments.band))
+    if drawn:
+        print(f"\nfigure: {drawn[0]}", file=sys.stderr)
+    if status == 3:
+        print("testbed: could not compare: see the reasons above", file=sys.stderr)
+    return status
+
+
+def _conformance(arguments: argparse.Namespace) -> int:
+    from testbed import campaign, conformance, datapaths
+    from testbed.conformance import output, suite
+
+    globs = tuple(arguments.check or ("*",))
+    if arguments.list:
+        _print(output.listing(conformance.checks(globs)))
+        return 0
+    foreign = arguments.netns is not None
+    if foreign != (arguments.control is not None):
+        raise Error("a pod that is there already needs both --netns and --control")
+    localhost = [name for name in datapaths.NAMES if datapaths.get(name).localhost]
+    choice = suite.Choice(
+        tuple(arguments.datapath or (["foreign"] if foreign else localhost)), arguments.guest,
+        tuple(arguments.family or Family), globs, arguments.osv_kernel,
+        netns=arguments.netns, control=arguments.control or "",
+    )  # fmt: skip
+    results = []
+    with common.progress() as report:
+        for event in suite.run(choice):
+            if isinstance(event, conformance.Result):
+                results.append(event)
+            else:
+                report(campaign.Progress(event.text, event.done, event.total, None))
+    if arguments.junit:
+        arguments.junit.write_bytes(output.junit(results))
+    if arguments.json:
+        print(json.dumps(output.as_json(results), indent=1))
+    else:
+        _print(output.matrix(results))
+        for status in (conformance.Status.UNSUPPORTED, conformance.Status.FAIL):
+            for line in output.reasons(results, status):
+                print(f"{status}: {line}")
+    return 1 if any(r.status is conformance.Status.FAIL for r in results) else 0
+
+
+def _print_table(campaign: Store, as_json: bool) -> None:
+    from testbed import report
+
+    if as_json:
+        print(json.dumps(report.data(campaign), indent=1))
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(report.table(campaign, console.width))
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def _band(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
+    Console().print(table)

@@ -1,0 +1,75 @@
+"""What several commands share: options, types of arguments, printing."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from testbed.model import Error
+
+if TYPE_CHECKING:
+    from testbed.campaign import Progress
+    from testbed.remote import Host
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def add_hosts(command: argparse.ArgumentParser, required: bool = False) -> None:
+    """Options that choose other hosts."""
+    command.add_argument(
+        "--hosts", type=Path, metavar="FILE", required=required,
+        help="other hosts, by SSH (see experiments/hosts.example.toml)",
+    )  # fmt: skip
+    command.add_argument(
+        "--on", nargs="+", default=[], metavar="NAME",
+        help="only those with one of these names or labels",
+    )  # fmt: skip
+
+
+def chosen(arguments: argparse.Namespace) -> Sequence[Host]:
+    """The hosts that are meant; none: this machine. Raises `Error` for --on without --hosts."""
+    if arguments.hosts is None:
+        if arguments.on:
+            raise Error("--on chooses among the hosts of an inventory", "add --hosts FILE")
+        return ()
+    from testbed import remote
+
+    return remote.choose(remote.load(arguments.hosts), arguments.on)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[Progress], None]]:
+    """What runs now, how far it is and how long still: one line on a terminal, else many."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Display
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        said = ""
+
+        def say(now: Progress) -> None:
+            nonlocal said
+            if now.text != said:
+                said = now.text
+                print(f"[{now.done}/{now.total}] {said}{_left(now.left_s)}", file=sys.stderr)
+
+        yield say
+        return
+    columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Display(*columns, console=console) as display:
+        task = display.add_task("starting", total=None)
+
+        def show(now: Progress) -> None:
+            display.update(task, completed=now.done, total=now.total,
+                           description=f"{now.text}{_left(now.left_s)}")  # fmt: skip
+
+        yield show
+
+
+def _left(seconds: float | None) -> str:
+    return "" if seconds is None else f", {seconds // 60:.0f}:{seconds % 60:02.0f} left"

@@ -1,0 +1,88 @@
+"""Commands about this machine and others: what they can run, and what is left on them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from testbed.cli.common import Commands, add_hosts, chosen
+from testbed.model import Error
+
+
+def add(commands: Commands) -> None:
+    """Of machines."""
+    doctor = commands.add_parser(
+        "doctor", help="what this machine can run, and what to type where it can't"
+    )
+    doctor.set_defaults(call=_doctor)
+    doctor.add_argument("--json", action="store_true")
+    add_hosts(doctor)
+
+    hosts = commands.add_parser("hosts", help="who is there of an inventory's hosts")
+    hosts.set_defaults(call=_hosts)
+    hosts.add_argument("--json", action="store_true")
+    add_hosts(hosts, required=True)
+
+    clean = commands.add_parser(
+        "clean", help="take down what killed runs left behind, and nothing else"
+    )
+    clean.set_defaults(call=_clean)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from testbed import doctor
+
+    if chosen(arguments):
+        return _doctor_of_hosts(arguments)
+    findings = []
+    for finding in doctor.probe():
+        findings.append(finding)
+        if not arguments.json:
+            print(finding, flush=True)
+    if arguments.json:
+        print(json.dumps([vars(f) for f in findings], indent=1))
+    return 0 if doctor.ready(findings) else 1
+
+
+def _doctor_of_hosts(arguments: argparse.Namespace) -> int:
+    from testbed import doctor, remote
+
+    well = True
+    answers = {}
+    for host, answer in remote.each(chosen(arguments), remote.examine):
+        if isinstance(answer, Error):
+            answers[host.name], lines, well = {"error": str(answer)}, [str(answer)], False
+        else:
+            found = [doctor.Finding(**f | {"state": doctor.State(f["state"])}) for f in answer]
+            answers[host.name], lines = answer, [f"{host.name:<12} {f}" for f in found]
+            well &= doctor.ready(found)
+        if not arguments.json:
+            print(*lines, sep="\n")
+    if arguments.json:
+        print(json.dumps(answers, indent=1))
+    return 0 if well else 1
+
+
+def _hosts(arguments: argparse.Namespace) -> int:
+    from testbed import remote
+
+    reached = True
+    answers = {}
+    for host, seen in remote.each(chosen(arguments), remote.look):
+        reached &= not isinstance(seen, Error)
+        answers[host.name] = {"error": str(seen)} if isinstance(seen, Error) else vars(seen)
+        if not arguments.json:
+            print(seen if isinstance(seen, Error) else f"{host.name:<12} {seen}")
+    if arguments.json:
+        print(json.dumps(answers, indent=1))
+    return 0 if reached else 1
+
+
+def _clean(arguments: argparse.Namespace) -> int:
+    from testbed import ledger
+
+    removed = 0
+    for removed, what in enumerate(ledger.clean(), start=1):  # noqa: B007
+        print(f"removed {what}")
+    print(f"{removed} things removed" if removed else "nothing was left behind")
+    return 0
