@@ -15,7 +15,7 @@ import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from testbed.kernels import cache_folder
+from testbed.machine import cache_folder
 from testbed.model import Error
 
 QEMU = "qemu-system-x86_64"

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from testbed.kernels import cache_folder
+from testbed.machine import cache_folder
 from testbed.model import Error
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from testbed import accelerator, bpf, datapaths, kernels, netlink, process
+from testbed import accelerator, bpf, datapaths, kernels, machine, netlink, process
 from testbed.ledger import Owner
 from testbed.model import Cell, Error, Family, Metric, Pair, Transport
 
@@ -139,6 +139,7 @@ def _headers() -> str:
 def _programs(owner: Owner, name: str) -> str:
     """Compile, load, attach to `lo` of a namespace and to a cgroup, as `capture` does."""
     cgroup = process.create_cgroup(owner, f"{name}-ebpf")
+    bpf.compile("probe")  # anew: the cache would hide that headers are gone
     with closing(bpf.load("probe", owner)) as loaded:
         bpf.attach_tc(owner, name, 1, bpf.INGRESS, loaded.program("redirect_peer"), "probe", 1)
         bpf.attach_cgroup(owner, cgroup, "getpeername4", loaded.program("getpeername4"))
@@ -244,7 +245,7 @@ def room() -> Iterator[Finding]:
     memory = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
     assert memory is not None
     yield _enough("memory", int(memory[1]) >> 10, MEMORY_MIB, "guests may not start")
-    folder = kernels.cache_folder()
+    folder = machine.cache_folder()
     while not folder.exists():
         folder = folder.parent
     yield _enough("disk", shutil.disk_usage(folder).free >> 20, DISK_MIB,

@@ -23,7 +23,7 @@ from typing import Any
 
 from elftools.elf.elffile import ELFFile
 
-from testbed import agent, elf, kernels, rofs, shim
+from testbed import agent, elf, kernels, machine, rofs, shim
 from testbed.model import Address, Error, Family, alias
 from testbed.rofs import Directory, Node, Symlink, Tree
 
@@ -296,7 +296,7 @@ def _store(tree: Tree, kind: str, command: tuple[str, ...]) -> Image:
     """Put the packed tree into the cache under its digest, all or nothing."""
     data = pack_cpio(tree) if kind == "cpio" else rofs.pack(tree)
     sha256 = hashlib.sha256(data).hexdigest()
-    path = kernels.cache_folder() / "images" / f"{sha256}.{kind}"
+    path = machine.cache_folder() / "images" / f"{sha256}.{kind}"
     if not path.exists() or path.stat().st_size != len(data):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".new-", delete=False) as file:

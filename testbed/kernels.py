@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from testbed import elf
+from testbed import elf, machine
 from testbed.model import Error, Family
 
 OSV = Path(__file__).parents[1] / "osv"
@@ -84,11 +84,6 @@ class LinuxKernel:
 
 class Unreachable(Error):
     """A kernel is not to be had: no network, or it is not published any more."""
-
-
-def cache_folder() -> Path:
-    """`~/.cache/testbed`, or `$XDG_CACHE_HOME/testbed`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "testbed"
 
 
 # --- OSv ------------------------------------------------------------------------------------
@@ -198,7 +193,7 @@ def _in_tree(path: Path) -> Path:
 def _cached(flavor: str) -> Path:
     if flavor not in FLAVORS:
         raise Error(f"no OSv kernel flavor {flavor!r}", hint=f"choose from {', '.join(FLAVORS)}")
-    return cache_folder() / "kernels" / f"osv-{flavor}" / "kernel.elf"
+    return machine.cache_folder() / "kernels" / f"osv-{flavor}" / "kernel.elf"
 
 
 def _origin(kernel: Path) -> str:
@@ -242,7 +237,7 @@ def linux_kernel(*, download: bool = True) -> LinuxKernel:
 
     Raises `Error` if it is not in the cache and cannot be downloaded.
     """
-    folder = cache_folder() / "kernels" / "linux"
+    folder = machine.cache_folder() / "kernels" / "linux"
     cached = sorted(folder.glob("*/boot/vmlinuz-*"), key=_version)
     if not cached:
         if not download:

@@ -9,6 +9,11 @@ from importlib import metadata
 from pathlib import Path
 
 
+def cache_folder() -> Path:
+    """`~/.cache/testbed`, or `$XDG_CACHE_HOME/testbed`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "testbed"
+
+
 def facts() -> dict[str, str]:
     """What a result has to say about the machine: kernel, cpu, governor, host."""
     cpuinfo = Path("/proc/cpuinfo").read_text()

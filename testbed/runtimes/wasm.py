@@ -14,7 +14,7 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
-from testbed import kernels, process, rootfs
+from testbed import machine, process, rootfs
 from testbed.manifest import Workload
 from testbed.model import Error, Family, Runtime
 from testbed.runtimes import Description, Options, Place, refuse_limits
@@ -126,7 +126,7 @@ class Wasm:
         is_python = source.suffix == ".py"
         maker = f"{_MAIN} {metadata.version('componentize-py')}" if is_python else ""
         key = hashlib.sha256(data + f"\0{maker}\0{self.version}".encode()).hexdigest()
-        compiled = kernels.cache_folder() / "wasm" / f"{key}.cwasm"
+        compiled = machine.cache_folder() / "wasm" / f"{key}.cwasm"
         if compiled.exists():
             return compiled
         compiled.parent.mkdir(parents=True, exist_ok=True)

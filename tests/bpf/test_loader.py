@@ -8,10 +8,13 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from testbed import bpf, ledger
+from testbed.bpf import bytecode, syscall
+from testbed.bpf.programs import remove_user
 from testbed.ledger import Owner
 
 pytestmark = pytest.mark.root
@@ -48,6 +51,30 @@ def test_second_user_finds_the_pins_in_milliseconds() -> None:
         assert second.program("getpeername4") > 0
         second.close()
         assert users() >= {f"{first.slot}-{owner.id}", f"{second.slot}-{owner.id}"}
+
+
+def test_what_was_compiled_once_is_loaded_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiled = bytecode.get(NAME)
+    monkeypatch.setattr(bytecode, "compile", None)
+    assert bytecode.get(NAME) == compiled
+    pins = bpf.PINS / f"test-{os.getpid()}"
+    with Owner() as owner:
+        bpf.load(NAME, owner).close()  # bpffs is mounted
+        owner.defer(remove_user, pins=str(pins), user="")
+        pins.mkdir()
+        compiled.load(pins)
+        assert {p.name for p in pins.iterdir()} == {
+            *(f"program_{p.name}" for p in compiled.programs),
+            *(f"map_{m.name}" for m in compiled.maps),
+        }
+
+
+def test_what_the_kernel_refuses_is_told_in_its_own_words() -> None:
+    with pytest.raises(OSError, match="R0 !read_ok"):
+        syscall.load_program("bad", bytecode.TYPES["skb"], 0, bytes([0x95, *bytes(7)]))
 
 
 def test_programs_outlive_a_part_but_not_the_whole() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from testbed import kernels
+from testbed import kernels, machine
 
 from .lan import Command, Lan, SshHost, trials, wait_until
 
@@ -233,7 +233,7 @@ def test_a_host_is_given_the_osv_kernel_that_is_here(
     if not (kernel := kernels.find_osv(download=False)):
         pytest.skip("no OSv kernel here")
     out = tmp_path / "out"
-    cache = kernels.cache_folder().parent
+    cache = machine.cache_folder().parent
     command = start_osv(lan, out, plan(tmp_path, BRIDGE, 1, 0.2), alpha, cache)
     status, _, errors = command.end()
     assert status == 0, errors

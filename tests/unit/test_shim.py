@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from testbed import elf, images, kernels, shim
+from testbed import elf, images, kernels, machine, shim
 from testbed.images import Definition
 from testbed.model import Error
 
@@ -89,7 +89,7 @@ def test_binding_gives_the_same_bytes_each_time(
 
     first = digest()
     assert digest() == first  # from the cache
-    (kept,) = (kernels.cache_folder() / "bound").iterdir()
+    (kept,) = (machine.cache_folder() / "bound").iterdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     assert digest() == first
     assert hashlib.sha256(kept.read_bytes()).hexdigest() == first

@@ -1,0 +1,257 @@
+"""Programs of `bpf/` as bytecode: compiled once per content and kernel, and kept in the cache.
+
+A set is one C file in `bpf/` with its headers. bcc compiles it, in a process of its own (LLVM is
+large, and bcc changes the working directory), which takes seconds; from the cache the kernel has
+it in a tenth. What refers to a map says so by the map's place in the list of them.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import platform
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from testbed.bpf import syscall
+from testbed.machine import cache_folder
+from testbed.model import Error
+
+SOURCES = Path(__file__).parent.parent.parent / "bpf"
+
+TYPES = {"skb": 3, "address": 18, "option": 25}
+"""enum bpf_prog_type: SCHED_CLS, CGROUP_SOCK_ADDR, CGROUP_SOCKOPT."""
+ATTACH_TYPES = {
+    "bind4": 8, "bind6": 9, "connect4": 10, "connect6": 11, "sendmsg4": 14, "sendmsg6": 15,
+    "recvmsg4": 19, "recvmsg6": 20, "getpeername4": 29, "getpeername6": 30,
+    "getsockname4": 31, "getsockname6": 32, "setsockopt": 22,
+}  # fmt: skip
+"""enum bpf_attach_type of cgroup programs, which are named after where they attach."""
+
+LD_IMM64, PSEUDO_MAP_FD = 0x18, 1
+"""Opcode of an instruction of two that loads 64 bits; what its source register says of a map."""
+
+
+@dataclass(frozen=True)
+class MapShape:
+    """How to make a map (`syscall.create_map`)."""
+
+    name: str
+    shape: tuple[int, int, int, int, int]
+    types: tuple[int, int]
+    """Of key and value in the set's type information; zeros for none."""
+
+
+@dataclass(frozen=True)
+class Program:
+    name: str
+    kind: int
+    attach_type: int
+    code: bytes
+    """Instructions that name maps by their place in the set's list."""
+
+
+@dataclass(frozen=True)
+class Bytecode:
+    """A set of programs, and the maps that they use."""
+
+    maps: tuple[MapShape, ...]
+    programs: tuple[Program, ...]
+    btf: bytes
+    """Type information (BTF) of the maps."""
+
+    def load(self, pins: Path) -> None:
+        """Have the kernel verify the programs and pin them, and maps that are not there yet.
+
+        Raises OSError with what the verifier says.
+        """
+        btf, fds = syscall.load_btf(self.btf) if self.btf else 0, []
+        for shape in self.maps:
+            path = pins / f"map_{shape.name}"
+            if path.exists():
+                fds.append(syscall.open_pin(path))
+            else:
+                typed = (btf, *shape.types) if any(shape.types) else (0, 0, 0)
+                fds.append(syscall.create_map(shape.name, shape.shape, typed))
+                syscall.pin(fds[-1], path)
+        if btf:
+            os.close(btf)
+        for program in self.programs:
+            code = _renamed(program.code, fds)
+            fd = syscall.load_program(program.name, program.kind, program.attach_type, code)
+            syscall.pin(fd, pins / f"program_{program.name}")
+            os.close(fd)
+        for fd in fds:
+            os.close(fd)
+
+
+def source(name: str) -> str:
+    """The text of `bpf/NAME.c` with our headers in it: bcc knows maps in the main file only."""
+    seen: set[str] = set()
+
+    def text(file: str) -> str:
+        if file in seen:
+            return ""
+        seen.add(file)
+        body = (SOURCES / file).read_text()
+        return re.sub(r'^#include "(\S+)"\n', lambda m: text(m[1]), body, flags=re.MULTILINE)
+
+    return text(f"{name}.c")
+
+
+@dataclass(frozen=True)
+class Headers:
+    """Kernel headers that bcc compiles with."""
+
+    release: str
+    exact: bool
+    """Those of the running kernel."""
+    environment: Mapping[str, str]
+    cflags: tuple[str, ...]
+
+
+def headers() -> Headers:
+    """The running kernel's headers, or else the newest of Debian's that are installed.
+
+    Programs of the network touch only UAPI structures, so headers of another version serve.
+    Raises `Error` if there are none.
+    """
+    running = platform.release()
+    if (Path("/lib/modules") / running / "build/include/linux/kconfig.h").exists() or (
+        Path("/lib/modules") / running / "source/include/linux/kconfig.h"
+    ).exists():
+        return Headers(running, True, {}, ())
+    arch = {"x86_64": ("amd64", "x86"), "aarch64": ("arm64", "arm64")}[platform.machine()]
+    found = [
+        p for p in Path("/usr/src").glob(f"linux-headers-*-{arch[0]}")
+        if _common(p).is_dir() and (p / "include/generated").is_dir()
+    ]  # fmt: skip
+    if not found:
+        raise Error(
+            f"no kernel headers for eBPF programs (running kernel: {running})",
+            hint=f"apt-get install linux-headers-{arch[0]}",
+        )
+    newest = max(found, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
+    generated = ("include", f"arch/{arch[1]}/include/generated", "include/generated/uapi",
+                 f"arch/{arch[1]}/include/generated/uapi")  # fmt: skip
+    return Headers(
+        release=newest.name.removeprefix("linux-headers-"),
+        exact=False,
+        environment={"BCC_KERNEL_SOURCE": str(_common(newest))},
+        cflags=tuple(f"-I{newest / path}" for path in generated),
+    )
+
+
+def _common(headers: Path) -> Path:
+    """Debian keeps what all flavors of a version share in a folder of its own."""
+    return headers.with_name(headers.name.rpartition("-")[0] + "-common")
+
+
+def digest(name: str) -> str:
+    """What programs are found again by: their text, and the kernel that they are for."""
+    kernel = f"{platform.release()} {platform.version()}"
+    return hashlib.sha256(f"{kernel}\n{source(name)}".encode()).hexdigest()[:16]
+
+
+def get(name: str) -> Bytecode:
+    """A set from the cache, or else compiled. Raises `Error` where that does not go."""
+    file = _file(name)
+    if not file.exists():
+        compile(name)
+    stored = json.loads(file.read_bytes())
+    return Bytecode(
+        tuple(MapShape(m["name"], tuple(m["shape"]), tuple(m["types"])) for m in stored["maps"]),
+        tuple(Program(**p | {"code": base64.b64decode(p["code"])}) for p in stored["programs"]),
+        base64.b64decode(stored["btf"]),
+    )
+
+
+def compile(name: str) -> None:
+    """Put a set into the cache, whatever is there. Raises `Error` where that does not go."""
+    found, file = headers(), _file(name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".new-") as scratch:
+        new = Path(scratch, "set")
+        done = subprocess.run(
+            [sys.executable, "-m", __name__, name, new, *found.cflags],
+            env=dict(os.environ, **found.environment), cwd=SOURCES.parent,
+            stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        )  # fmt: skip
+        if done.returncode:
+            raise Error(f"bpf/{name}.c does not compile: {done.stderr.strip()[-2000:]}",
+                        hint="see what 'testbed doctor' says of eBPF")  # fmt: skip
+        new.replace(file)
+
+
+def _file(name: str) -> Path:
+    return cache_folder() / "bpf" / f"{name}-{digest(name)}.json"
+
+
+def _compile_here(name: str, file: Path, cflags: list[str]) -> None:
+    """In a process of its own. Nothing is verified yet."""
+    from bcc import BPF
+
+    text = source(name)
+    module = BPF(text=text, cflags=["-w", *cflags])
+    fds: list[int] = []
+    programs = []
+    for function in re.findall(r"^int (\w+)\(struct \w+ \*\w+\)$", text, re.MULTILINE):
+        kind = TYPES["skb"]
+        if function in ATTACH_TYPES:
+            kind = TYPES["option" if function == "setsockopt" else "address"]
+        code = _numbered(module.dump_func(function), fds)
+        programs.append({"name": function, "kind": kind, "code": base64.b64encode(code).decode(),
+                         "attach_type": ATTACH_TYPES.get(function, 0)})  # fmt: skip
+    btf, maps = b"", []
+    for fd in fds:
+        kind, _, *shape = struct.unpack_from("=IIIIII", syscall.info(fd, 128))
+        map_name = struct.unpack_from("=24x16s", syscall.info(fd, 128))[0].rstrip(b"\0").decode()
+        its_btf, *types = syscall.btf_of(fd)
+        btf = its_btf or btf
+        maps.append({"name": map_name, "shape": [kind, *shape], "types": types})
+    stored = {"maps": maps, "programs": programs, "btf": base64.b64encode(btf).decode()}
+    file.write_text(json.dumps(stored))
+
+
+def _map_references(code: bytes) -> Iterator[int]:
+    """Where in the code a map is named: offsets of 32 bits."""
+    skip = False
+    for at in range(0, len(code), 8):
+        if skip:
+            skip = False
+        elif code[at] == LD_IMM64:
+            skip = True
+            if code[at + 1] >> 4 == PSEUDO_MAP_FD:
+                yield at + 4
+
+
+def _numbered(code: bytes, fds: list[int]) -> bytes:
+    """The code with maps' descriptors replaced by their places in `fds`; new ones are added."""
+    changed = bytearray(code)
+    for at in _map_references(code):
+        (fd,) = struct.unpack_from("=i", code, at)
+        if fd not in fds:
+            fds.append(fd)
+        struct.pack_into("=i", changed, at, fds.index(fd))
+    return bytes(changed)
+
+
+def _renamed(code: bytes, fds: Sequence[int]) -> bytes:
+    """The inverse of `_numbered`."""
+    changed = bytearray(code)
+    for at in _map_references(code):
+        (n,) = struct.unpack_from("=i", code, at)
+        struct.pack_into("=i", changed, at, fds[n])
+    return bytes(changed)
+
+
+if __name__ == "__main__":
+    _compile_here(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

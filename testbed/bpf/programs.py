@@ -1,0 +1,156 @@
+"""Sets of programs in the kernel: loaded by their first user, pinned, found again in a millisecond.
+
+Pins are under `/sys/fs/bpf/testbed`. Every user gets a slot, a number for its rows in the maps.
+When the last user has gone, so have the pins. What programs mean, and what is in a map, is their
+datapath's business.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import resource
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from testbed import ledger
+from testbed.bpf import bytecode, syscall
+from testbed.ledger import Scope
+from testbed.model import Error
+
+BPFFS = Path("/sys/fs/bpf")
+PINS = BPFFS / "testbed"
+BPF_FS_MAGIC = 0xCAFE4A11
+MAX_SLOTS = 255
+
+
+@dataclass(frozen=True)
+class ProgramSet:
+    """Loaded programs and their maps, with one user's slot. `close` closes the descriptors."""
+
+    pins: Path
+    slot: int
+
+    def program(self, name: str) -> int:
+        """File descriptor of a program."""
+        return self._open(f"program_{name}")
+
+    def map(self, name: str, key: str, value: str) -> syscall.Map:
+        """A map by name; key and value are layouts of the module struct."""
+        fd = self._open(f"map_{name}")
+        kind, _, key_size, value_size = struct.unpack_from("=IIII", syscall.info(fd, 128))
+        layouts = struct.Struct(key), struct.Struct(value)
+        assert (layouts[0].size, layouts[1].size) == (key_size, value_size), name
+        per_cpu = kind in (5, 6, 10, 21)  # enum bpf_map_type
+        return syscall.Map(fd, *layouts, cpus=_possible_cpus() if per_cpu else 0)
+
+    def close(self) -> None:
+        """Close the file descriptors; pins and attached programs stay."""
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def _open(self, pin: str) -> int:
+        if pin not in self._fds:
+            self._fds[pin] = syscall.open_pin(self.pins / pin)
+        return self._fds[pin]
+
+    @cached_property
+    def _fds(self) -> dict[str, int]:
+        return {}
+
+
+def _possible_cpus() -> int:
+    last = Path("/sys/devices/system/cpu/possible").read_text().strip().rpartition("-")[2]
+    return int(last.rpartition(",")[2]) + 1
+
+
+def load(name: str, owner: Scope) -> ProgramSet:
+    """Programs of `bpf/NAME.c`, compiled if nobody has yet, with a slot of this user's own.
+
+    They stay for as long as the whole that `owner` is a part of: pods that follow each other share
+    them, too. Raises `Error` where the kernel or its headers do not allow it, or no slot is free.
+    """
+    pins = PINS / f"{name}-{bytecode.digest(name)}"
+    users = pins / "users"  # made last: without it, whoever loaded was killed
+    with _lock():
+        _mount_bpffs()
+        taken = {int(p.name.partition("-")[0]) for p in users.glob("*")}
+        slot = min(set(range(1, MAX_SLOTS + 1)) - taken, default=None)
+        if slot is None:
+            raise Error(f"all {MAX_SLOTS} slots of the programs {name!r} are taken",
+                        hint="take down a pod, or run 'testbed clean'")  # fmt: skip
+        keeper, user = users / f"0-{owner.id}", users / f"{slot}-{owner.id}"
+        if not keeper.exists():
+            owner.whole.defer(remove_user, pins=str(pins), user=keeper.name)
+        owner.defer(remove_user, pins=str(pins), user=user.name)
+        if not users.exists():
+            _remove(pins)
+            _load(name, pins)
+            users.mkdir()
+        keeper.mkdir(exist_ok=True)
+        user.mkdir()
+    return ProgramSet(pins, slot)
+
+
+def remove_user(pins: str, user: str) -> None:
+    """Give a slot back; with the last one the pins go, too."""
+    with _lock():
+        users = Path(pins, "users")
+        if (users / user).exists():
+            (users / user).rmdir()
+        if not users.exists() or not any(users.iterdir()):
+            _remove(Path(pins))
+        if PINS.exists() and not any(PINS.iterdir()):
+            PINS.rmdir()
+
+
+def _remove(pins: Path) -> None:
+    if pins.exists():
+        for path in pins.iterdir():
+            if path.is_dir():
+                path.rmdir()
+            else:
+                path.unlink()
+        pins.rmdir()
+
+
+@contextmanager
+def _lock() -> Iterator[None]:
+    """One process at a time makes or removes pins on this host."""
+    ledger.ROOT.mkdir(mode=0o700, exist_ok=True)
+    with (ledger.ROOT / "bpf.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _mount_bpffs() -> None:
+    """As systemd does at boot, where nobody did."""
+    buffer = ctypes.create_string_buffer(256)
+    if syscall.libc.statfs(str(BPFFS).encode(), buffer):
+        raise Error(f"{BPFFS} is missing: the kernel has no eBPF", hint="use Linux 5.10 or later")
+    if struct.unpack_from("=q", buffer)[0] != BPF_FS_MAGIC and syscall.libc.mount(
+        b"bpf", str(BPFFS).encode(), b"bpf", 0, b"mode=0700"
+    ):
+        raise Error(f"cannot mount bpffs on {BPFFS}: {os.strerror(ctypes.get_errno())}",
+                    hint="run as root")  # fmt: skip
+    PINS.mkdir(exist_ok=True)
+
+
+def _load(name: str, pins: Path) -> None:
+    compiled = bytecode.get(name)
+    with suppress(ValueError):  # may not; kernels before 5.11 alone count maps as locked memory
+        unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, unlimited)
+    pins.mkdir()
+    try:
+        compiled.load(pins)
+    except OSError as e:
+        _remove(pins)
+        raise Error(f"bpf/{name}.c does not load: {e.strerror}",
+                    hint="see what 'testbed doctor' says of eBPF") from e  # fmt: skip
