@@ -28,6 +28,8 @@ QUANTITIES = {
     Metric.THROUGHPUT: ("value",),
     Metric.LATENCY: ("p50_us", "p99_us"),
     Metric.CONNECTIONS: ("value",),
+    Metric.STARTUP: ("value",),
+    Metric.MEMORY: ("value",),
 }
 """Metric → columns of the tidy table that are summarised."""
 
@@ -265,7 +267,7 @@ def costs(trials: pd.DataFrame) -> list[Cost]:
     found = []
     for id, table in trials[trials.status == "ok"].groupby("cell", sort=False):
         cell = Cell.parse(str(id))
-        if "machine.softirq_s" not in table:
+        if "machine.softirq_s" not in table or cell.metric.of_building:
             continue
         done = table.payload_bytes / 1e9
         if cell.metric is not Metric.THROUGHPUT:

@@ -432,6 +432,10 @@ def _describe(plan: Plan, seed: int, job: Job, ready: Event, places: Sequence[Pl
         guest=guest["runtime"],
         guest_kernel=guest["kernel"],
         accelerator=guest["accelerator"] or "none",
+        guests={
+            name: {"kernel": of["kernel"], "accelerator": of["accelerator"] or "none"}
+            for name, of in ready["guests"].items()
+        },
         kernel=facts["kernel"],
         cpu=facts["cpu"],
         governor=facts["governor"],

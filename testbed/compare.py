@@ -146,9 +146,9 @@ def table(rows: Sequence[Comparison], before: Store, after: Store, band: float) 
 
     sized = len({size_of(row.cell) for row in rows}) > len({row.cell.metric for row in rows})
     titles = {(metric, quantity): title for metric, quantity, title in COLUMNS}
-    places = grouped(rows, lambda r: (r.cell.pair, r.cell.transport, r.cell.family))
+    places = grouped(rows, lambda r: (r.cell.label(guest), r.cell.transport, r.cell.family))
     for (pair, transport, family), place in places.items():
-        label = f"{pair.label(guest)}\n{names(family, transport)}"
+        label = f"{pair}\n{names(family, transport)}"
         shown.add_row(Text(label, style="bold"))
         for row in place:
             unit, quantity = UNITS[row.cell.metric], titles[row.cell.metric, row.quantity]

@@ -66,7 +66,7 @@ def draw(store: Store) -> list[Path]:
     All ratios to reference datapaths, controls too: `ratios-tcp.png`.
     """
     every, histograms, files = summaries(store), dict[Cell, list[Any]](), []
-    rows = [row for row in every if not row.cell.variant]
+    rows = [row for row in every if not row.cell.variant and not row.cell.metric.of_building]
     for trial in store.trials():
         if trial.status is Status.OK and trial.histogram_us:
             histograms.setdefault(Cell.parse(trial.cell), []).append(trial.histogram_us)

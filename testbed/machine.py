@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -64,11 +65,11 @@ def cpus() -> list[int]:
     return sorted(os.sched_getaffinity(0))
 
 
-def busy(guests: Path | None = None) -> dict[str, float]:
+def busy(guests: Sequence[Path] = ()) -> dict[str, float]:
     """CPU seconds since boot, all CPUs, by what they were spent on; together they are `cpu_s`.
 
     `softirq_s`, `system_s` (hard interrupts too), `user_s` without `guest_s`: user time of what
-    runs in the cgroup `guests`, that is of virtual machines, whose processors are threads of user
+    runs in the cgroups `guests`, that is of virtual machines, whose processors are threads of user
     space (under KVM the kernel counts what a guest runs as user time of its thread as well). And
     `steal_s`, which is not in `cpu_s`: taken by a hypervisor below.
 
@@ -79,9 +80,9 @@ def busy(guests: Path | None = None) -> dict[str, float]:
         int(word) / tick for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:]
     )
     guest = 0.0
-    if guests:
-        lines = (line.split() for line in (guests / "cpu.stat").read_text().splitlines())
-        guest = {key: int(value) for key, value in lines}["user_usec"] / 1e6
+    for group in guests:
+        lines = (line.split() for line in (group / "cpu.stat").read_text().splitlines())
+        guest += {key: int(value) for key, value in lines}["user_usec"] / 1e6
     return {
         "cpu_s": user + nice + system + irq + softirq,
         "softirq_s": softirq,
@@ -90,6 +91,17 @@ def busy(guests: Path | None = None) -> dict[str, float]:
         "guest_s": guest,
         "steal_s": steal,
     }
+
+
+def kernel_bytes() -> int:
+    """Memory that the kernel has for itself: what it cannot reclaim, page tables, per-CPU data.
+
+    From /proc/meminfo (proc(5)). `VmallocUsed` has stacks and eBPF's maps in it.
+    """
+    names = ("SUnreclaim", "PageTables", "Percpu", "VmallocUsed")
+    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    found = {words[0].rstrip(":"): int(words[1]) for words in lines}
+    return sum(found[name] for name in names) * 1024
 
 
 def frequency_mhz() -> float | None:

@@ -87,14 +87,24 @@ class Metric(StrEnum):
     THROUGHPUT = "throughput"
     LATENCY = "latency"
     CONNECTIONS = "connections"
+    STARTUP = "startup"
+    """From nothing to the first request answered at `localhost`, for all guests of all pods."""
+    MEMORY = "memory"
+    """What a pod takes then."""
 
     @property
     def unit(self) -> str:
-        return {"throughput": "bps", "latency": "us", "connections": "per_s"}[self.value]
+        return {"throughput": "bps", "latency": "us", "connections": "per_s", "startup": "ms",
+                "memory": "bytes"}[self.value]  # fmt: skip
 
     @property
     def higher_is_better(self) -> bool:
-        return self is not Metric.LATENCY
+        return self in (Metric.THROUGHPUT, Metric.CONNECTIONS)
+
+    @property
+    def of_building(self) -> bool:
+        """Whether it is pods being built that is measured, and not those that stand."""
+        return self in (Metric.STARTUP, Metric.MEMORY)
 
 
 # --- address plan ---------------------------------------------------------------------------
@@ -204,12 +214,24 @@ class Cell:
     rate_per_s: int = 0
     """Of latency: requests per second of all streams together, each timed from when it was due; 0:
     each request when the last is answered."""
+    guest: str = ""
+    """Runtime of the guests; empty: the campaign's."""
+    guests: int = 1
+    """Guests per pod, all of them at work at once: rates are their sum, times are of all."""
+    pods: int = 1
+    """Pods likewise."""
 
     @property
     def params(self) -> str:
-        """Size, streams and rate: `64x1`, `64x4@5000`."""
+        """Size, streams and rate, then what is not as usual: `64x1`, `64x4@5000,guests=16`."""
         rate = f"@{self.rate_per_s}" if self.rate_per_s else ""
-        return f"{self.size_bytes}x{self.streams}{rate}"
+        more = {"guest": self.guest, "guests": self.guests, "pods": self.pods}
+        rest = (f",{name}={value}" for name, value in more.items() if value not in ("", 1))
+        return f"{self.size_bytes}x{self.streams}{rate}{''.join(rest)}"
+
+    def label(self, guest: str) -> str:
+        """The pair as people read it, with the campaign's guest where it is not the cell's own."""
+        return self.pair.label(self.guest or guest)
 
     @property
     def id(self) -> str:
@@ -227,10 +249,16 @@ class Cell:
         """The cell of an `id`. Raises `Error` if it is none."""
         try:
             datapath, pair, family, transport, metric, params = id.split("/")
-            size, streams = params.split("x")
+            traffic, *rest = params.split(",")
+            size, streams = traffic.split("x")
             streams, _, rate = streams.partition("@")
-            return cls(datapath, Pair(pair), Family(family), Transport(transport),
-                       Metric(metric), int(size), int(streams), int(rate or 0))  # fmt: skip
+            more = dict(part.split("=") for part in rest)
+            cell = cls(datapath, Pair(pair), Family(family), Transport(transport), Metric(metric),
+                       int(size), int(streams), int(rate or 0), more.pop("guest", ""),
+                       int(more.pop("guests", 1)), int(more.pop("pods", 1)))  # fmt: skip
+            if more:
+                raise ValueError(f"no parameter {min(more)}")
+            return cell
         except ValueError as e:
             raise Error(f"not a cell: {id!r} ({e})") from e
 
@@ -248,7 +276,7 @@ class Trial:
     """One measured run of a cell in a block: a line of `trials.jsonl`.
 
     `value` is in `metric.unit`: bits per second of goodput at the receiver, microseconds of median
-    round-trip time, connections per second.
+    round-trip time, connections per second, milliseconds until the first answer, bytes per pod.
     """
 
     cell: str
@@ -265,6 +293,8 @@ class Trial:
     errors: int = 0
     histogram_us: tuple[tuple[float, int], ...] = ()
     """Round-trip times (or connect/request/close times): (upper bound of bucket in µs, count)."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """What the value is the sum of: of a start the steps, of memory whose it is."""
     dialed: str | None = None
     """The name or address that the client was told to dial."""
     carried: dict[str, int] = field(default_factory=dict)

@@ -23,7 +23,6 @@ from testbed.analysis import CPU, Estimate, Summary, costs
 from testbed.model import Error, Metric, Status
 from testbed.report import (
     COLUMNS,
-    FUNCTIONAL,
     UNITS,
     blocks_of,
     controls_of,
@@ -33,6 +32,7 @@ from testbed.report import (
     number,
     size_of,
     summaries,
+    warning_of,
 )
 from testbed.store import Campaign, Store, frame
 
@@ -81,7 +81,7 @@ def _page(store: Store, pictures: Sequence[Path]) -> str:
     parts = [
         f"<h1>{escape(campaign.name)}</h1>",
         f"<p>{escape(_lead(campaign))}</p>",
-        f'<p class="warning">{escape(FUNCTIONAL)}</p>' if campaign.functional else "",
+        f'<p class="warning">{escape(warning)}</p>' if (warning := warning_of(campaign)) else "",
         *_section(
             "Results",
             _legend(campaign),
@@ -169,7 +169,7 @@ def _result(row: Summary, guest: str, titles: Mapping[Any, str]) -> list[Entry]:
     own = row.reference == cell.datapath
     conclusive = not own and (row.ratio.low > 1 or row.ratio.high < 1)
     return [
-        Entry(cell.pair.label(guest)),
+        Entry(cell.label(guest)),
         Entry(names(cell.family)),
         Entry(names(cell.transport)),
         Entry(cell.datapath),

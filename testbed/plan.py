@@ -15,15 +15,29 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from itertools import product
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
-from testbed.model import AGAIN, SLOW, Cell, Error, Family, Metric, Pair, Transport
+from testbed.model import (
+    AGAIN,
+    MAX_GUESTS,
+    SLOW,
+    Cell,
+    Error,
+    Family,
+    Metric,
+    Pair,
+    Runtime,
+    Transport,
+)
 
 Choice = TypeVar("Choice", bound=StrEnum)
 
 FOLDER = Path(__file__).resolve().parent.parent / "experiments"
 
+MAX_PODS = 200
+"""Datapaths made of eBPF have 255 slots for pods on a host, and other cells need some."""
 MAX_UDP_BYTES = 65507
 """Largest UDP payload in an IPv4 packet: 65535 - 20 (RFC 791) - 8 (RFC 768)."""
 
@@ -103,12 +117,17 @@ def parse(text: str, where: str) -> Plan:
     )
 
 
+_USUAL: dict[str, list[Any]] = {
+    "streams": [1], "rate_per_s": [0], "guest": [""], "guests": [1], "pods": [1],
+}  # fmt: skip
+
+
 def _multiply(group: Mapping[str, Any], where: str) -> Iterable[Cell]:
     """The product of a `[[cells]]` table's lists; a single value is a list of one."""
     lists = {key: value if isinstance(value, list) else [value] for key, value in group.items()}
-    lists = {"streams": [1], "rate_per_s": [0]} | lists
+    lists = _USUAL | lists
     names = ("datapath", "pair", "family", "transport", "metric", "size_bytes", "streams",
-             "rate_per_s")  # fmt: skip
+             "rate_per_s", "guest", "guests", "pods")  # fmt: skip
     _only(lists, names, where)
     for key in names:
         values = lists.get(key)
@@ -127,7 +146,12 @@ def _multiply(group: Mapping[str, Any], where: str) -> Iterable[Cell]:
             size_bytes=_integer(one, "size_bytes", where),
             streams=_integer(one, "streams", where),
             rate_per_s=_integer(one, "rate_per_s", where, least=0),
+            guest=_guest(one, where),
+            guests=_integer(one, "guests", where, most=MAX_GUESTS),
+            pods=_integer(one, "pods", where, most=MAX_PODS),
         )
+        if cell.guests > 1 and cell.pair not in (Pair.NATIVE_GUEST, Pair.GUEST_NATIVE):
+            raise _wrong(where, "pair", str(cell.pair), "native-guest or guest-native with guests")
         if cell.rate_per_s and cell.metric is not Metric.LATENCY:
             raise _wrong(where, "metric", str(cell.metric), "latency with a rate_per_s")
         if cell.transport is Transport.UDP and cell.size_bytes > MAX_UDP_BYTES:
@@ -163,11 +187,21 @@ def _datapath(table: Mapping[str, Any], where: str) -> str:
     return _word({"datapath": name}, "datapath", where) + tilde + variant
 
 
-def _integer(table: Mapping[str, Any], key: str, where: str, least: int = 1) -> int:
+def _guest(table: Mapping[str, Any], where: str) -> str:
+    known = ["", *(runtime for runtime in Runtime if runtime.is_guest)]
+    if table["guest"] in known:
+        return str(table["guest"])
+    raise _wrong(where, "guest", table["guest"], f"one of {', '.join(known[1:])}")
+
+
+def _integer(
+    table: Mapping[str, Any], key: str, where: str, least: int = 1, most: float = inf
+) -> int:
     value = table.get(key)
-    if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+    if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
         return value
-    raise _wrong(where, key, value, f"an integer of at least {least}")
+    limit = f" and at most {most}" if most < inf else ""
+    raise _wrong(where, key, value, f"an integer of at least {least}{limit}")
 
 
 def _seconds(

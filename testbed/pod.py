@@ -22,7 +22,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -121,7 +121,9 @@ class Pod:
                             hint="choose guests other than stand-ins")  # fmt: skip
             self._sockets = process.create_folder(self._owner, f"{self.netns}-sockets")
         self._build_links()
+        began = time.monotonic()
         self.attachment: Attachment = self.datapath.attach(self.wiring(), self._owner)
+        self.attached_s = time.monotonic() - began
 
     # --- links ------------------------------------------------------------------------------
 
@@ -279,11 +281,19 @@ class Pod:
 
     def start(self) -> None:
         """Start all workloads at once and wait until each one's agent answers."""
+        self.launch()
+        self.wait()
+
+    def launch(self) -> None:
+        """Start all workloads."""
         self._consoles.mkdir(parents=True, exist_ok=True)
         for workload in self.manifest.workloads:
             self.start_workload(workload.name)
+
+    def wait(self, families: Collection[Family] = tuple(Family)) -> None:
+        """Wait until all workloads answer in those families that they have of these."""
         for workload in self.manifest.workloads:
-            self.wait_ready(workload.name)
+            self.wait_ready(workload.name, families)
 
     def start_workload(self, name: str) -> None:
         """Start one workload (again)."""
@@ -330,8 +340,8 @@ class Pod:
         ]
         process.kill_connections(self.netns, " or ".join(ends))
 
-    def wait_ready(self, name: str) -> None:
-        """Wait until the workload's agent answers in every family that its stack has.
+    def wait_ready(self, name: str, families: Collection[Family] = tuple(Family)) -> None:
+        """Wait until the workload's agent answers in every one of `families` that its stack has.
 
         (OSv's IPv6 address is usable a second after the rest.) Raises `Error` with its last console
         lines.
@@ -345,7 +355,7 @@ class Pod:
                 problem = f"{name} of {self.name} ended with status {code}"
                 break
             try:
-                for family in sorted(runtime.families):
+                for family in sorted(runtime.families & set(families)):
                     with self.agent(name, patience_s, family) as agent:
                         if not workload.program:  # a proxy on the way accepts for it
                             agent.hello(patience_s)

@@ -129,6 +129,30 @@ def spawn(
             sink.close()  # type: ignore[union-attr]
 
 
+_WRAPPERS = {"sh", "dash", "bash", "busybox", "nsenter", "taskset", "unshare"}
+
+
+def launched(process: subprocess.Popen[bytes]) -> bool:
+    """Whether what `spawn` started has become the program, or has ended."""
+    try:
+        return Path(f"/proc/{process.pid}/exe").readlink().name not in _WRAPPERS
+    except OSError:
+        return True
+
+
+def resident_bytes(group: Path) -> int:
+    """Memory of the processes in a cgroup and below, what they share with others by their share.
+
+    The proportional set size (PSS) of /proc/PID/smaps_rollup (proc(5)).
+    """
+    total = 0
+    for pid in (p for procs in group.rglob("cgroup.procs") for p in procs.read_text().split()):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total * 1024
+
+
 GRACE_S = 1.0
 """Between asking a process to end and insisting."""
 

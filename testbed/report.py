@@ -41,6 +41,8 @@ UNITS = {
     Metric.THROUGHPUT: Unit(1e9, "Gbit/s"),
     Metric.LATENCY: Unit(1, "µs"),
     Metric.CONNECTIONS: Unit(1e3, "k/s"),
+    Metric.STARTUP: Unit(1, "ms"),
+    Metric.MEMORY: Unit(2**20, "MiB"),
 }
 
 
@@ -59,7 +61,14 @@ def data(store: Store) -> dict[str, Any]:
     return {
         "directory": str(store.path),
         "campaign": campaign | {"functional": store.campaign.functional},
-        "cells": [{"id": row.cell.id, **plain(asdict(row))} for row in summaries(store)],
+        "cells": [
+            {
+                "id": row.cell.id,
+                "functional": store.campaign.is_functional(row.cell),
+                **plain(asdict(row)),
+            }
+            for row in summaries(store)
+        ],
     }
 
 
@@ -77,6 +86,8 @@ COLUMNS = (
     (Metric.LATENCY, "p50_us", "latency p50"),
     (Metric.LATENCY, "p99_us", "latency p99"),
     (Metric.CONNECTIONS, "value", "connections"),
+    (Metric.STARTUP, "value", "first answer"),
+    (Metric.MEMORY, "value", "memory"),
 )
 
 
@@ -96,9 +107,11 @@ def table(store: Store, width: int) -> Group:
         size = next(iter(sizes[metric])) if len(sizes[metric]) == 1 else ""
         shown.add_column(f"{name}\n{UNITS[metric].name}\n{size}", overflow="fold")
     notes: dict[str, int] = {}
-    places = grouped(rows, lambda r: (r.cell.pair, r.cell.transport, r.cell.family))
+    places = grouped(
+        rows, lambda r: (r.cell.label(campaign.guest), r.cell.transport, r.cell.family)
+    )
     for (pair, transport, family), place in places.items():
-        label = f"{pair.label(campaign.guest)}\n{names(family, transport)}"
+        label = f"{pair}\n{names(family, transport)}"
         for datapath, group in grouped(place, lambda r: r.cell.datapath).items():
             entries = []
             for metric, quantity, _ in columns:
@@ -145,7 +158,16 @@ def interval(of: Estimate, scale: float, wide: bool) -> str:
 
 def _headline(campaign: Campaign) -> Text:
     text = Text(f"{campaign.name}: {blocks_of(campaign)}, guest {guest_of(campaign)}")
-    return text.append(f"\n{FUNCTIONAL}", style="bold yellow") if campaign.functional else text
+    return text.append(f"\n{warning_of(campaign)}", style="bold yellow")
+
+
+def warning_of(campaign: Campaign) -> str:
+    """That guests are emulated, if so, and which where there are others too."""
+    guests = {campaign.guest: campaign.functional} if campaign.guest else {}
+    guests |= {name: is_["accelerator"] == "tcg" for name, is_ in campaign.guests.items()}
+    emulated = [name for name, is_ in guests.items() if is_]
+    which = f"{', '.join(emulated)}: " if 0 < len(emulated) < len(guests) else ""
+    return which + FUNCTIONAL if emulated else ""
 
 
 def _legend(campaign: Campaign, rows: Iterable[Summary]) -> str:
@@ -192,9 +214,14 @@ def names(*words: str) -> str:
     return " ".join(w.replace("ipv", "IPv") if w.startswith("ipv") else w.upper() for w in words)
 
 
-def guest_of(campaign: Campaign) -> str:
-    kernel = f" ({campaign.guest_kernel})" if campaign.guest_kernel else ""
-    return f"{campaign.guest}{kernel}, accelerator {campaign.accelerator}"
+def guest_of(campaign: Campaign, named: str = "") -> str:
+    """The campaign's guest, or the one that cells name."""
+    guest, kernel, accelerator = campaign.guest, campaign.guest_kernel, campaign.accelerator
+    if named:
+        found = campaign.guests.get(named, {})
+        guest, kernel = named, found.get("kernel", "")
+        accelerator = found.get("accelerator", "none")
+    return f"{guest}{f' ({kernel})' if kernel else ''}, accelerator {accelerator}"
 
 
 def blocks_of(campaign: Campaign) -> str:
@@ -206,7 +233,9 @@ def size_of(cell: Cell) -> str:
     kib, rest = divmod(cell.size_bytes, 1024)
     size = f"{cell.size_bytes} B" if rest else f"{kib} KiB"
     size += f", {cell.streams} streams" if cell.streams > 1 else ""
-    return size + (f", {cell.rate_per_s}/s" if cell.rate_per_s else "")
+    size += f", {cell.rate_per_s}/s" if cell.rate_per_s else ""
+    size += f", {cell.guests} guests" if cell.guests > 1 else ""
+    return size + (f", {cell.pods} pods" if cell.pods > 1 else "")
 
 
 def rank(datapath: str) -> tuple[int, str]:
@@ -219,9 +248,9 @@ def rank(datapath: str) -> tuple[int, str]:
 def reading_order(cell: Cell, quantity: str) -> tuple[Any, ...]:
     """Pairs, transports, families; in them datapaths side by side, small messages first."""
     return (
-        list(Pair).index(cell.pair), cell.transport, cell.family, rank(cell.datapath),
-        list(Metric).index(cell.metric), cell.size_bytes, cell.streams,
-        cell.rate_per_s, quantity,
+        list(Pair).index(cell.pair), cell.guest, cell.transport, cell.family, rank(cell.datapath),
+        list(Metric).index(cell.metric), cell.size_bytes, cell.streams, cell.rate_per_s,
+        cell.guests, cell.pods, quantity,
     )  # fmt: skip
 
 

@@ -65,11 +65,18 @@ class Campaign:
     """Whatever else may explain a number."""
     started: str = ""
     """UTC, ISO 8601."""
+    guests: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Runtime that cells name for their guests → its `kernel` and `accelerator`."""
 
     @property
     def functional(self) -> bool:
         """Whether guests were emulated: their cells show function and make no claim of speed."""
         return self.accelerator == "tcg"
+
+    def is_functional(self, cell: Cell) -> bool:
+        """The same of one cell's guests, which may be others."""
+        named = self.guests.get(cell.guest, {}).get("accelerator", "none")
+        return cell.pair.guests > 0 and (named == "tcg" if cell.guest else self.functional)
 
 
 class Store:
@@ -236,7 +243,7 @@ def frame(trials: Sequence[Trial]) -> pd.DataFrame:
         row = {**vars(Cell.parse(trial.cell)), **vars(trial)}
         histogram = row.pop("histogram_us")
         row["p50_us"], row["p99_us"] = percentile(histogram, 50), percentile(histogram, 99)
-        for name in ("carried", "counters", "machine"):
+        for name in ("parts", "carried", "counters", "machine"):
             row.update({f"{name}.{key}": value for key, value in row.pop(name).items()})
         rows.append({k: str(v) if isinstance(v, str) else v for k, v in row.items()})
     table = pd.DataFrame(rows)
@@ -246,7 +253,7 @@ def frame(trials: Sequence[Trial]) -> pd.DataFrame:
 
 _COLUMNS = (
     "datapath", "pair", "family", "transport", "metric", "size_bytes", "streams",
-    "rate_per_s",
+    "rate_per_s", "guest", "guests", "pods",
     "cell", "block", "order", "status", "reason", "value", "p50_us", "p99_us", "duration_s",
     "payload_bytes", "transactions", "errors", "dialed", "started",
 )  # fmt: skip

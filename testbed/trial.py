@@ -1,15 +1,23 @@
-"""One cell measured in a standing pod, and the proof that its packets took the datapath."""
+"""One cell measured in standing pods, and the proof that its packets took the datapath.
+
+Of several guests or pods all are at work at once, each dialled by a client of its own: rates are
+summed up, and times are of all of them together.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from testbed import machine
-from testbed.agent import Agent, Mode, Result
+from testbed.agent import Agent, Mode, Result, Server
 from testbed.datapaths import Count
 from testbed.manifest import Manifest, Workload
 from testbed.model import (
@@ -40,7 +48,8 @@ ROLES = {
 }
 """Client and server of each pair, by name."""
 
-PORTS = {"native1": 8001, "native2": 8002, "guest1": 8011, "guest2": 8012}
+NATIVES_PORTS, GUESTS_PORTS = 8000, 8010
+"""Workload number n of its kind serves at the n-th port above."""
 MODES: dict[Metric, Mode] = {
     Metric.THROUGHPUT: "stream",
     Metric.LATENCY: "rr",
@@ -52,101 +61,186 @@ CLOCK_SLACK_S = 1.0
 """How much later than by the receiver's clock a trial may end by the host's: set-up, score, end."""
 
 
-def manifest(pairs: Iterable[Pair], guest: Runtime) -> Manifest:
+def ends(pair: Pair, guests: int = 1) -> list[tuple[str, str]]:
+    """Client and server, by name, of all that are at work at once in a pod with so many guests."""
+    client, server = ROLES[pair]
+    names = [f"guest{n}" for n in range(1, guests + 1)]
+    return [(client.replace("guest1", name), server.replace("guest1", name)) for name in names]
+
+
+def port(name: str) -> int:
+    """That a workload serves, TCP and UDP."""
+    kind, first = ("guest", GUESTS_PORTS) if name.startswith("guest") else ("native", NATIVES_PORTS)
+    return first + int(name.removeprefix(kind))
+
+
+def manifest(pairs: Iterable[Pair], guest: Runtime, guests: int = 1) -> Manifest:
     """A pod with what the pairs need: the ends of each on different CPUs, where there are two."""
-    first, last = machine.cpus()[0], machine.cpus()[-1]
-    names = {name for pair in pairs for name in ROLES[pair]}
-    cpus = {"native1": first, "native2": last, "guest1": last, "guest2": first}
+    names = {name for pair in pairs for both in ends(pair, guests) for name in both}
     return Manifest(
         tuple(
             Workload(
                 name,
                 guest if name.startswith("guest") else Runtime.PROCESS,
-                tuple((transport, PORTS[name]) for transport in Transport),
-                cpus=(cpus[name],),
+                tuple((transport, port(name)) for transport in Transport),
+                cpus=(_cpu(name),),
                 control_port=CONTROL_PORT + i,
             )
-            for i, name in enumerate(sorted(names))
+            for i, name in enumerate(sorted(names, key=port))
         )
     )
 
 
-def run(cell: Cell, pod: Pod, guest: Prepared, warmup_s: float, duration_s: float) -> Trial:
+def _cpu(name: str) -> int:
+    """Natives from the first CPU on, guests from the last one back."""
+    cpus = machine.cpus()
+    if name.startswith("guest"):
+        return cpus[(GUESTS_PORTS - port(name)) % len(cpus)]
+    return cpus[(port(name) - NATIVES_PORTS - 1) % len(cpus)]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A client of a pod that is to dial a server."""
+
+    pod: Pod
+    client: str
+    server: str
+    agent: Agent
+    """The client's."""
+    dialed: str
+
+    def run(self, cell: Cell, **options: Any) -> Result:
+        """Traffic as the cell says, or one request where it is about building."""
+        mode = MODES.get(cell.metric, "rr")
+        return self.agent.run(cell.transport, cell.family, self.dialed, port(self.server), mode,
+                              cell.size_bytes, **options)  # fmt: skip
+
+    def carried(self) -> Count:
+        """By the datapath between the two, so far."""
+        client, server = (self.pod.number_of(name) for name in (self.client, self.server))
+        return self.pod.attachment.carried(client, server)
+
+
+@contextmanager
+def flows(cell: Cell, pods: Sequence[Pod], guest: Prepared) -> Iterator[list[Flow]]:
+    """All flows of a cell, their servers serving."""
+    with ExitStack() as stack:
+        found = []
+        for pod in pods:
+            for server in dict.fromkeys(server for _, server in ends(cell.pair, cell.guests)):
+                serving = stack.enter_context(pod.agent(server))
+                served = serving.serve(cell.transport, cell.family, port(server),
+                                       _bind(pod, server),
+                                       delay_us=SLOW_US if cell.variant == SLOW else 0)  # fmt: skip
+                stack.callback(_stop, serving, served)
+            for client, server in ends(cell.pair, cell.guests):
+                dialing = stack.enter_context(pod.agent(client))
+                dialed = _dialed(cell, pod, client, server, guest)
+                found.append(Flow(pod, client, server, dialing, dialed))
+        yield found
+
+
+def _stop(serving: Agent, served: Server) -> None:
+    with suppress(Error):  # the agent has ended
+        serving.stop(served)  # now: without, soon
+
+
+def at_once(flows: Sequence[Flow], cell: Cell, **options: Any) -> list[Result]:
+    """Run all flows of a cell together. Raises the `Error` of the first that has one."""
+    with ThreadPoolExecutor(len(flows)) as threads:
+        return list(threads.map(lambda flow: flow.run(cell, **options), flows))
+
+
+def run(
+    cell: Cell, pods: Sequence[Pod], guest: Prepared, warmup_s: float, duration_s: float
+) -> Trial:
     """Measure a cell. A fault of any kind is the trial's result, not an exception."""
     started = datetime.now(UTC).isoformat(timespec="milliseconds")
-    client, server = ROLES[cell.pair]
-    dialed = _dialed(cell, pod, guest)
+    trial = Trial(cell.id, 0, 0, Status.FAILED, started=started)
     try:
-        pod.revive()
-        with pod.agent(server) as serving, pod.agent(client) as dialing:
-            served = serving.serve(cell.transport, cell.family, PORTS[server], _bind(pod, server),
-                                   delay_us=SLOW_US if cell.variant == SLOW else 0)  # fmt: skip
-            machines = pod.guest_cgroup if guest.description.accelerator else None
-            try:
-                return _measure(cell, pod, dialing, dialed, warmup_s, duration_s, started, machines)
-            finally:
-                with suppress(Error):  # the agent has ended
-                    serving.stop(served)  # now: without, soon
+        for pod in pods:
+            pod.revive()
+        with flows(cell, pods, guest) as found:
+            trial = replace(trial, dialed=found[0].dialed)
+            machines = [pod.guest_cgroup for pod in pods if guest.description.accelerator]
+            return _measure(trial, cell, found, warmup_s, duration_s, machines)
     except (Error, OSError) as e:
-        return Trial(cell.id, 0, 0, Status.FAILED, str(e), dialed=dialed, started=started)
+        return replace(trial, reason=str(e))
 
 
 def _measure(
+    trial: Trial,
     cell: Cell,
-    pod: Pod,
-    dialing: Agent,
-    dialed: str,
+    flows: Sequence[Flow],
     warmup_s: float,
     duration_s: float,
-    started: str,
-    machines: Path | None,
+    machines: Sequence[Path],
 ) -> Trial:
-    client, server = (pod.number_of(name) for name in ROLES[cell.pair])
-    carried, counters = pod.attachment.carried(client, server), pod.attachment.counters()
+    pods = {flow.pod.name: flow.pod for flow in flows}.values()
+    carried, counters = [flow.carried() for flow in flows], _counters(pods)
     busy, began = machine.busy(machines), time.monotonic()
-    result = dialing.run(
-        cell.transport, cell.family, dialed, PORTS[ROLES[cell.pair][1]], MODES[cell.metric],
-        cell.size_bytes, streams=cell.streams, duration_s=duration_s, warmup_s=warmup_s,
-        rate_per_s=cell.rate_per_s,
-    )  # fmt: skip
+    results = at_once(flows, cell, streams=cell.streams, duration_s=duration_s, warmup_s=warmup_s,
+                      rate_per_s=cell.rate_per_s / len(flows))  # fmt: skip
     elapsed_s = time.monotonic() - began
-    carried = pod.attachment.carried(client, server) - carried
-    moved = {
-        reason: (count - counters.get(reason, Count())).packets
-        for reason, count in pod.attachment.counters().items()
-    }
-    payload_bytes = result.bytes * (1 if cell.metric is Metric.THROUGHPUT else 2)
-    fault = _fault(result, carried, payload_bytes)
-    if result.transactions < 0.95 * cell.rate_per_s * duration_s:
+    spent = {key: value - busy[key] for key, value in machine.busy(machines).items()}
+    carried = [flow.carried() - before for flow, before in zip(flows, carried, strict=True)]
+    moved = _counters(pods) - counters
+    ways = 1 if cell.metric is Metric.THROUGHPUT else 2
+    faults = (_fault(result, count, result.bytes * ways)
+              for result, count in zip(results, carried, strict=True))  # fmt: skip
+    fault = next(filter(None, faults), None)
+    whole = _together(results)
+    if whole.transactions < 0.95 * cell.rate_per_s * duration_s:
         fault = fault or (
-            f"{result.transactions} requests in {duration_s:g} s: {cell.rate_per_s} per second are "
+            f"{whole.transactions} requests in {duration_s:g} s: {cell.rate_per_s} per second are "
             "too many"
         )
-    spent = {key: value - busy[key] for key, value in machine.busy(machines).items()}
     spent |= {"load1": machine.load1(), "elapsed_s": elapsed_s,
-              "active_s": warmup_s + result.duration_s}  # fmt: skip
+              "active_s": warmup_s + whole.duration_s}  # fmt: skip
     if frequency := machine.frequency_mhz():
         spent["frequency_mhz"] = frequency
-    clock = None if fault else _clock(result, elapsed_s - warmup_s - result.duration_s)
+    clock = None if fault else _clock(whole, elapsed_s - warmup_s - whole.duration_s)
     fault = fault or clock
-    return Trial(
-        cell=cell.id,
-        block=0,
-        order=0,
+    total = sum(carried, Count())
+    return replace(
+        trial,
         status=Status.FAILED if fault else Status.OK,
         reason=fault,
-        value=None if fault else _value(cell.metric, result),
-        duration_s=result.duration_s,
-        payload_bytes=result.bytes,
-        transactions=result.transactions,
-        errors=result.errors + result.lost,
-        histogram_us=result.histogram_us,
-        dialed=dialed,
-        carried={"packets": carried.packets, "bytes": carried.bytes},
-        counters={reason: packets for reason, packets in moved.items() if packets},
+        value=None if fault else _value(cell.metric, whole),
+        duration_s=whole.duration_s,
+        payload_bytes=whole.bytes,
+        transactions=whole.transactions,
+        errors=whole.errors + whole.lost,
+        histogram_us=whole.histogram_us,
+        carried={"packets": total.packets, "bytes": total.bytes},
+        counters=dict(moved),
         machine=spent,
         disturbed=clock or _stolen(spent),
-        started=started,
+    )
+
+
+def _counters(pods: Iterable[Pod]) -> Counter[str]:
+    """Packets per reason of all pods."""
+    total = Counter[str]()
+    for pod in pods:
+        total.update({why: count.packets for why, count in pod.attachment.counters().items()})
+    return total
+
+
+def _together(results: Sequence[Result]) -> Result:
+    """Several runs at once as one: everything summed up, and the longest duration."""
+    if len(results) == 1:
+        return results[0]
+    histogram = Counter[float]()
+    for result in results:
+        histogram.update(dict(result.histogram_us))
+    sums = ("bytes", "transactions", "datagrams", "errors", "lost", "reordered", "corrupt")
+    return replace(
+        results[0],
+        duration_s=max(result.duration_s for result in results),
+        histogram_us=tuple(sorted(histogram.items())),
+        **{name: sum(getattr(result, name) for result in results) for name in sums},
     )
 
 
@@ -186,8 +280,7 @@ def _value(metric: Metric, result: Result) -> float:
     return percentile(result.histogram_us, 50)
 
 
-def _dialed(cell: Cell, pod: Pod, guest: Prepared) -> str:
-    client, server = ROLES[cell.pair]
+def _dialed(cell: Cell, pod: Pod, client: str, server: str, guest: Prepared) -> str:
     if pod.datapath.localhost:
         return guest.dialed(cell.family) if pod.number_of(client) else "localhost"
     n = pod.number_of(server)

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from testbed import datapaths, machine, runtimes, trial
+from testbed.deployment import Built, Deployment
 from testbed.ledger import Owner
-from testbed.model import Cell, Error, Pair, Runtime, Status, Trial
+from testbed.model import Cell, Error, Runtime, Status, Trial
 from testbed.pod import Node, Pod
 from testbed.supervisor import Supervisor
 
@@ -66,10 +67,14 @@ def work(job: Job) -> Iterator[Event]:
     kernel = Path(job.osv_kernel) if job.osv_kernel else None
     options = runtimes.Options(kernel, job.hosts_patch, say=lambda text: _say(_step(text)))
     guest, why = runtimes.choose(job.guest, options)
+    named = {Cell.parse(id).guest for _, ids in job.blocks for id in ids} - {""}
+    guests: Guests = {"": guest, **{name: _prepared(name, options) for name in sorted(named)}}
     yield {"event": "ready", "guest": asdict(guest.description), "why": why,
+           "guests": {name: asdict(of.description) for name, of in guests.items()
+                      if name and not isinstance(of, Error)},
            "machine": machine.facts(), "versions": machine.versions()}  # fmt: skip
     with Owner() as owner, closing(Node(owner)) as node:
-        bench = _Bench(job, node, guest, runtimes.prepare(Runtime.PROCESS, options))
+        bench = _Bench(job, node, guests, options)
         for number, ids in job.blocks:
             yield from bench.block(number, [Cell.parse(id) for id in ids])
             if bench.failed and job.keep:
@@ -78,8 +83,28 @@ def work(job: Job) -> Iterator[Event]:
                 return
 
 
+Guests = dict[str, runtimes.Prepared | Error]
+"""By the name that cells give; the campaign's own has none. Or why there is none."""
+
+
+def _prepared(name: str, options: runtimes.Options) -> runtimes.Prepared | Error:
+    try:
+        return runtimes.prepare(Runtime(name), options)
+    except Error as e:
+        return e
+
+
 def _step(text: str) -> Event:
     return {"event": "step", "text": text}
+
+
+def _result(trial: Trial) -> Event:
+    return {"event": "trial", "trial": trial.as_json()}
+
+
+def _pods(deployment: Deployment) -> str:
+    many = f"{deployment.pods} pods" if deployment.pods > 1 else "the pod"
+    return f"{many} of {deployment.datapath}"
 
 
 def _say(event: Event) -> None:
@@ -99,63 +124,86 @@ def _be_deaf() -> None:
 class _Bench:
     """Where blocks are run."""
 
-    def __init__(
-        self, job: Job, node: Node, guest: runtimes.Prepared, native: runtimes.Prepared
-    ) -> None:
-        self.job, self.node, self.guest = job, node, guest
-        self.runtimes = {Runtime.PROCESS: native, guest.description.runtime: guest}
+    def __init__(self, job: Job, node: Node, guests: Guests, options: runtimes.Options) -> None:
+        self.job, self.node, self.guests, self.options = job, node, guests, options
+        self.native = runtimes.prepare(Runtime.PROCESS, options)
         self.failed: list[Pod] = []
 
     def block(self, number: int, cells: Sequence[Cell]) -> Iterator[Event]:
-        """One pass over the cells, every datapath in a pod of its own, all pods new."""
-        reasons = {cell: unsupported(cell, self.guest) for cell in cells}
-        pods: dict[str, Pod | Error] = {}
-        with ExitStack() as stack:
-            for datapath in dict.fromkeys(cell.datapath for cell in cells if not reasons[cell]):
-                yield _step(f"block {number}: building the pod of {datapath}")
-                pairs = {c.pair for c in cells if c.datapath == datapath and not reasons[c]}
-                pods[datapath] = self._pod(f"block{number}-{datapath}", datapath, pairs, stack)
-            for order, cell in enumerate(cells):
-                yield _step(f"block {number}: {cell.id}")
-                result = Trial(cell.id, number, order, Status.UNSUPPORTED, reasons[cell])
-                if not reasons[cell]:
-                    pod = pods[cell.datapath]
-                    if isinstance(pod, Pod):
-                        result = self._trial(cell, pod, number, order)
-                        if result.disturbed:
-                            yield {"event": "trial", "trial": result.as_json()}
-                            yield _step(f"block {number}: {cell.id} again: {result.disturbed}")
-                            result = self._trial(cell, pod, number, order)
-                        if result.status is Status.FAILED:
-                            self.failed.append(pod)
-                    else:
-                        result = Trial(cell.id, number, order, Status.FAILED, str(pod))
-                yield {"event": "trial", "trial": result.as_json()}
+        """One pass over the cells, all pods new: those that stand together first."""
+        order = {cell: at for at, cell in enumerate(cells)}
+        shared: dict[Deployment, list[Cell]] = {}
+        for cell in cells:
+            if reason := self._unsupported(cell):
+                yield _result(Trial(cell.id, number, order[cell], Status.UNSUPPORTED, reason))
+            else:
+                shared.setdefault(Deployment.of(cell), []).append(cell)
+        standing = {deployment for deployment in shared if deployment.stands}
+        rounds = [standing, *({deployment} for deployment in shared if not deployment.stands)]
+        for deployments in rounds:
+            with ExitStack() as stack:
+                built = {}
+                for deployment in deployments:
+                    yield _step(f"block {number}: building {_pods(deployment)}")
+                    name = f"block{number}-{deployment.name}"
+                    built[deployment] = self._build(name, deployment, shared[deployment], stack)
+                for cell in order:
+                    if (deployment := Deployment.of(cell)) in built and cell in shared[deployment]:
+                        yield _step(f"block {number}: {cell.id}")
+                        for result in self._trials(cell, built[deployment]):
+                            yield _result(replace(result, block=number, order=order[cell]))
 
-    def _pod(self, name: str, datapath: str, pairs: set[Pair], stack: ExitStack) -> Pod | Error:
-        """The pod, ready, or why there is none: that fails its cells and not the campaign."""
-        manifest = trial.manifest(pairs, self.guest.description.runtime)
+    def _unsupported(self, cell: Cell) -> str | None:
+        guest = self.guests[cell.guest]
+        return guest.message if isinstance(guest, Error) else unsupported(cell, guest)
+
+    def _build(
+        self, name: str, deployment: Deployment, cells: Sequence[Cell], stack: ExitStack
+    ) -> Built | Error:
+        """The pods, ready, or why there are none: that fails their cells and not the campaign."""
+        guest, datapath = self.guests[deployment.guest], datapaths.get(deployment.datapath)
+        assert not isinstance(guest, Error)
+        runtime = guest.description.runtime
+        manifest = trial.manifest({cell.pair for cell in cells}, runtime, deployment.guests)
+        kinds = {Runtime.PROCESS: self.native, runtime: guest}
+        consoles = Path(self.job.directory, "consoles")
+        built = Built()
+        stack.callback(self._close, built)
+        names = [f"{name}-{k}" for k in range(deployment.pods)] if deployment.pods > 1 else [name]
+        pods = (Pod(self.node, name, manifest, datapath, kinds, consoles) for name in names)
         try:
-            pod = Pod(self.node, name, manifest, datapaths.get(datapath), self.runtimes,
-                      Path(self.job.directory, "consoles"))  # fmt: skip
-        except Error as e:
-            return e
-        stack.callback(self._close, pod)
-        try:
-            pod.start()
-        except Error as e:
-            self.failed.append(pod)
-            return e
-        stack.enter_context(Supervisor(pod))
-        return pod
+            built.build(cells, guest, lambda: runtimes.prepare(runtime, self.options), pods)
+        except (Error, OSError) as e:
+            self.failed += built.pods
+            return e if isinstance(e, Error) else Error(str(e))
+        for pod in built.pods:
+            stack.enter_context(Supervisor(pod))
+        return built
 
-    def _trial(self, cell: Cell, pod: Pod, number: int, order: int) -> Trial:
-        result = trial.run(cell, pod, self.guest, self.job.warmup_s, self.job.duration_s)
-        return replace(result, block=number, order=order)
+    def _trials(self, cell: Cell, built: Built | Error) -> Iterator[Trial]:
+        """A cell's trial, and one more if that was disturbed."""
+        if isinstance(built, Error):
+            yield Trial(cell.id, 0, 0, Status.FAILED, str(built))
+            return
+        if cell.metric.of_building:
+            yield built.measured(cell)
+            return
+        guest = self.guests[cell.guest]
+        assert not isinstance(guest, Error)
+        result = trial.run(cell, built.pods, guest, self.job.warmup_s, self.job.duration_s)
+        if result.disturbed:
+            yield result
+            _say(_step(f"{cell.id} again: {result.disturbed}"))
+            result = trial.run(cell, built.pods, guest, self.job.warmup_s, self.job.duration_s)
+        if result.status is Status.FAILED:
+            self.failed += built.pods
+        yield result
 
-    def _close(self, pod: Pod) -> None:
-        if not (self.job.keep and pod in self.failed):
-            pod.close()
+    def _close(self, built: Built) -> None:
+        """Pods that failed stay where that was asked for, until it is all over."""
+        for pod in built.pods:
+            if not (self.job.keep and pod in self.failed):
+                pod.close()
 
 
 def unsupported(cell: Cell, guest: runtimes.Prepared) -> str | None:

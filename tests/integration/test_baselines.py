@@ -278,7 +278,7 @@ def test_passt_carries_a_virtual_machine_both_ways_also_the_next_one(build: Buil
     pod.start()
 
     def faults(*cells: Cell) -> list[str | None]:
-        return [trial.run(c, pod, prepared[Runtime.LINUX], 0.05, 0.2).reason for c in cells]
+        return [trial.run(c, [pod], prepared[Runtime.LINUX], 0.05, 0.2).reason for c in cells]
 
     cells = [
         Cell("passt", pair, family, transport, Metric.LATENCY, 64)

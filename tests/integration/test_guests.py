@@ -30,7 +30,7 @@ from .sockets import Bench, localhost, wait_until
 pytestmark = pytest.mark.root
 
 FAMILIES = pytest.mark.parametrize("family", Family, ids=str)
-GUESTS_PORT = trial.PORTS["guest1"]
+GUESTS_PORT = trial.port("guest1")
 GUESTS_PAIRS = (Pair.NATIVE_GUEST, Pair.GUEST_NATIVE, Pair.GUEST_GUEST, Pair.GUEST_SELF)
 WARMUP_S, DURATIONS_S = 0.05, (0.1, 1.0)
 
@@ -65,7 +65,7 @@ def cell(pair: Pair, family: Family, transport: Transport, metric: Metric) -> Ce
 def measured(cell: Cell, pod: Pod, guest: Prepared) -> str:
     """`ok`, or why it is not. In a short trial a busy machine may get nothing done: then longer."""
     for duration_s in DURATIONS_S:
-        result = trial.run(cell, pod, guest, WARMUP_S, duration_s)
+        result = trial.run(cell, [pod], guest, WARMUP_S, duration_s)
         if result.status is Status.OK:
             return "ok"
     return str(result.reason)
@@ -184,7 +184,7 @@ def test_without_the_hosts_patch_the_same_cells_fail(
     pod = start(f"stock-{kind}", stock, {Pair.NATIVE_GUEST, Pair.GUEST_NATIVE})
     for family in stock.families:
         dialing = cell(Pair.GUEST_NATIVE, family, Transport.TCP, Metric.LATENCY)
-        refused = trial.run(dialing, pod, stock, WARMUP_S, DURATIONS_S[0])
+        refused = trial.run(dialing, [pod], stock, WARMUP_S, DURATIONS_S[0])
         assert refused.status is Status.FAILED
         assert "refused" in str(refused.reason)
         dialed = cell(Pair.NATIVE_GUEST, family, Transport.TCP, Metric.LATENCY)

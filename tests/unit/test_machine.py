@@ -23,6 +23,6 @@ def test_parts_of_cpu_time_add_up_and_grow_with_work() -> None:
 
 def test_user_time_of_guests_is_taken_out_of_user_time(tmp_path: Path) -> None:
     (tmp_path / "cpu.stat").write_text("usage_usec 5\nuser_usec 2500000\nsystem_usec 1\n")
-    plain, split = machine.busy(), machine.busy(tmp_path)
+    plain, split = machine.busy(), machine.busy([tmp_path])
     assert split["guest_s"] == 2.5
     assert split["user_s"] == pytest.approx(plain["user_s"] - 2.5, abs=0.5)
