@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from testbed.look import (
     RC,
     SMALL_PT,
     WIDTH_IN,
+    Drawing,
     Ratio,
     Style,
     absences,
@@ -37,7 +39,6 @@ from testbed.look import (
     point_key,
     save,
     style_of,
-    surround,
     title_of,
 )
 from testbed.model import Cell, Family, Metric, Pair, Status, Transport
@@ -56,9 +57,10 @@ class Part(NamedTuple):
     name: str
 
 
-def draw(store: Store) -> list[Path]:
+def draw(store: Store, folder: Path | None = None, bare: bool = False) -> list[Path]:
     """Draw all figures of a campaign into its `figures/`, as PNG and PDF; say which they are.
 
+    Or into another `folder`, or `bare`, without title and footer, for a page that says these.
     One figure per metric, transport and parameters: `throughput-tcp.png`, and with the parameters
     in the name where there are several; likewise what it cost the host: `cpu-throughput-tcp.png`.
     Where one parameter takes three values or more, it has a figure of its own,
@@ -71,7 +73,7 @@ def draw(store: Store) -> list[Path]:
         if trial.status is Status.OK and trial.histogram_us:
             histograms.setdefault(Cell.parse(trial.cell), []).append(trial.histogram_us)
     spent = [cost for cost in costs(frame(store.trials())) if not cost.cell.variant]
-    folder = store.path / "figures"
+    keep = partial(save, folder=folder or store.path / "figures", digest=store.digest(), bare=bare)
     with mpl.rc_context(RC):
         for (metric, transport), kind in grouped(rows, _kind).items():
             swept = [(axis, found) for axis in AXES if (found := _along(kind, axis))]
@@ -84,18 +86,18 @@ def draw(store: Store) -> list[Path]:
                 alike = [c for c in spent if _kind(c) == _kind(group[0])]
                 alike = [c for c in alike if c.cell.params == params]
                 if metric is Metric.LATENCY:
-                    files += save(_curves(group, histograms, store), folder, name)
+                    files += keep(_curves(group, histograms, store), name=name)
                 else:
-                    files += save(_bars(group, store), folder, name)
+                    files += keep(_bars(group, store), name=name)
                 if alike:
-                    files += save(_spent(alike, store), folder, f"cpu-{name}")
+                    files += keep(_spent(alike, store), name=f"cpu-{name}")
             for axis, found in swept:
                 name = f"{metric}-{transport}-by-{axis.name}"
-                files += save(_sweep(found, axis, store), folder, name)
+                files += keep(_sweep(found, axis, store), name=name)
         divided = [row for row in every if row.reference != row.cell.datapath]
         for transport, group in grouped(divided, lambda r: r.cell.transport).items():
             if any(row.ratio.blocks for row in group):
-                files += save(ratios(group, store), folder, f"ratios-{transport}")
+                files += keep(ratios(group, store), name=f"ratios-{transport}")
     return files
 
 
@@ -121,15 +123,16 @@ def draw_comparison(
             f"interval excludes 1. Gray: the band of equivalence, {band:.0%}."
         )
         paragraphs = [f"Earlier: {circumstances(before)}", f"Later: {circumstances(after)}", how]
-        surround(
+        drawing = Drawing(
             figure, f"{after.path.name} against {before.path.name}",
             keys_of(shown, point_key), paragraphs,
             before.campaign.functional or after.campaign.functional,
         )  # fmt: skip
-        return save(figure, folder, f"against-{before.path.resolve().name}")
+        name = f"against-{before.path.resolve().name}"
+        return save(drawing, folder, name, f"{after.digest()} against {before.digest()}")
 
 
-def _bars(rows: Sequence[Summary], store: Store) -> Figure:
+def _bars(rows: Sequence[Summary], store: Store) -> Drawing:
     """Means as bars with interval whiskers, by pair and datapath, panels per family.
 
     The kernel's own loopback is an order of magnitude above any guest, so it has a scale of its
@@ -145,10 +148,6 @@ def _bars(rows: Sequence[Summary], store: Store) -> Figure:
         + ("whiskers: 95 % t-intervals" if store.campaign.blocks > 1 else "no interval from one")
         + ("; native and guest pairs on scales of their own." if len(parts) > 1 else ".")
     )
-    surround(
-        figure, title_of(rows[0].cell), keys_of(rows, patch_key),
-        [f"{circumstances(store)} {how}", *absences(rows)], store.campaign.functional,
-    )  # fmt: skip
     panels = figure.subplots(
         1, len(families) * len(parts), squeeze=False,
         width_ratios=[len(s) + 1 for s in slots] * len(families),
@@ -160,7 +159,10 @@ def _bars(rows: Sequence[Summary], store: Store) -> Figure:
         _bar_panel(axes, part, family, slots[n % len(parts)], store.campaign.guest)
     named = {Metric.THROUGHPUT: "goodput, Gbit/s", Metric.CONNECTIONS: "connections, 10³/s"}
     panels[0].set_ylabel(named[rows[0].cell.metric])
-    return figure
+    return Drawing(
+        figure, title_of(rows[0].cell), keys_of(rows, patch_key),
+        [f"{circumstances(store)} {how}", *absences(rows)], store.campaign.functional,
+    )  # fmt: skip
 
 
 def _slots(rows: Sequence[Summary] | Sequence[Cost]) -> list[tuple[Pair, str] | None]:
@@ -222,7 +224,7 @@ PARTS = {
 """What CPU time is spent on, from the bottom of the bars up. No colors: those are datapaths'."""
 
 
-def _spent(rows: Sequence[Cost], store: Store) -> Figure:
+def _spent(rows: Sequence[Cost], store: Store) -> Drawing:
     """Host CPU time as bars of its parts, by pair and datapath, a panel per family."""
     cell, guest = rows[0].cell, store.campaign.guest
     families = present(Family, (row.cell.family for row in rows))
@@ -237,10 +239,6 @@ def _spent(rows: Sequence[Cost], store: Store) -> Figure:
         (Patch(fc=part.color, hatch=part.hatch * 2, ec="black"), part.name)
         for part in PARTS.values()
     ]
-    surround(
-        figure, f"Host CPU per {per}: {title_of(cell)}", keys, [f"{circumstances(store)} {how}"],
-        store.campaign.functional,
-    )  # fmt: skip
     panels = figure.subplots(1, len(families), squeeze=False, sharey=True)[0]
     for axes, family in zip(panels, families, strict=True):
         axes.set_title(names(family), loc="left", fontweight="bold")
@@ -259,7 +257,10 @@ def _spent(rows: Sequence[Cost], store: Store) -> Figure:
     tops = [max(c.total.mean, min(c.total.high, 1.5 * c.total.mean)) for c in rows]
     panels[0].set_ylim(0, 1.25 * max(tops))
     panels[0].set_ylabel(f"CPU seconds per {per}")
-    return figure
+    return Drawing(
+        figure, f"Host CPU per {per}: {title_of(cell)}", keys, [f"{circumstances(store)} {how}"],
+        store.campaign.functional,
+    )  # fmt: skip
 
 
 def _stack(axes: Axes, row: Cost, at: int) -> None:
@@ -275,16 +276,12 @@ def _stack(axes: Axes, row: Cost, at: int) -> None:
                       path_effects=[withStroke(linewidth=2.2, foreground="white")])  # fmt: skip
 
 
-def _curves(rows: Sequence[Summary], histograms: Mapping[Cell, Blocks], store: Store) -> Figure:
+def _curves(rows: Sequence[Summary], histograms: Mapping[Cell, Blocks], store: Store) -> Drawing:
     """Cumulative distributions of round-trip times, a panel per family (down) and pair (across)."""
     families = present(Family, (row.cell.family for row in rows))
     pairs = present(Pair, (row.cell.pair for row in rows))
     figure = Figure(figsize=(WIDTH_IN, 0.45 + 1.3 * len(families)))
     how = "All blocks with the same weight; marks: median and 99th percentile."
-    surround(
-        figure, title_of(rows[0].cell), keys_of(rows, line_key),
-        [f"{circumstances(store)} {how}", *absences(rows)], store.campaign.functional,
-    )  # fmt: skip
     panels = figure.subplots(len(families), len(pairs), sharex=True, sharey=True, squeeze=False)
     ends = []
     for line, family in zip(panels, families, strict=True):
@@ -312,7 +309,10 @@ def _curves(rows: Sequence[Summary], histograms: Mapping[Cell, Blocks], store: S
     corner.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     if ends:
         corner.set_xlim(min(low for low, _ in ends) / 1.3, max(high for _, high in ends) * 1.3)
-    return figure
+    return Drawing(
+        figure, title_of(rows[0].cell), keys_of(rows, line_key),
+        [f"{circumstances(store)} {how}", *absences(rows)], store.campaign.functional,
+    )  # fmt: skip
 
 
 def _curve(axes: Axes, style: Style, blocks: Blocks) -> tuple[float, float]:
@@ -354,7 +354,7 @@ def _along(rows: Sequence[Summary], axis: Axis) -> list[Summary]:
     return [row for found in sets.values() if len(found) > 2 for row in found]
 
 
-def _sweep(rows: Sequence[Summary], axis: Axis, store: Store) -> Figure:
+def _sweep(rows: Sequence[Summary], axis: Axis, store: Store) -> Drawing:
     """Means with intervals along a parameter: panels per pair (across), family and quantity."""
     cell, guest = rows[0].cell, store.campaign.guest
     pairs = present(Pair, (row.cell.pair for row in rows))
@@ -366,10 +366,6 @@ def _sweep(rows: Sequence[Summary], axis: Axis, store: Store) -> Figure:
     how = "Geometric means over blocks; whiskers: 95 % t-intervals."
     if axis.field == "rate_per_s":
         how += " Each request is timed from when it was due."
-    surround(
-        figure, title, keys_of(rows, line_key),
-        [f"{circumstances(store)} {how}", *absences(rows)], store.campaign.functional,
-    )  # fmt: skip
     panels = figure.subplots(len(downs), len(pairs), sharex=True, sharey="row", squeeze=False)
     unit = UNITS[cell.metric]
     for across, (family, quantity) in zip(panels, downs, strict=True):
@@ -401,7 +397,10 @@ def _sweep(rows: Sequence[Summary], axis: Axis, store: Store) -> Figure:
             across[0].yaxis.set_minor_locator(LogLocator(subs=(1, 2, 5)))
             across[0].yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
             across[0].yaxis.set_major_formatter(NullFormatter())
-    return figure
+    return Drawing(
+        figure, title, keys_of(rows, line_key),
+        [f"{circumstances(store)} {how}", *absences(rows)], store.campaign.functional,
+    )  # fmt: skip
 
 
 def _sweep_line(

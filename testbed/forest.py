@@ -18,19 +18,19 @@ from testbed.analysis import Estimate, Summary
 from testbed.look import (
     SMALL_PT,
     WIDTH_IN,
+    Drawing,
     Ratio,
     absences,
     circumstances,
     keys_of,
     point_key,
     style_of,
-    surround,
 )
 from testbed.report import COLUMNS, names, size_of
 from testbed.store import Store
 
 
-def ratios(rows: Sequence[Summary], store: Store) -> Figure:
+def ratios(rows: Sequence[Summary], store: Store) -> Drawing:
     """Every ratio to a reference datapath in one figure."""
     shown = [row for row in rows if row.ratio.blocks]
     figure = forest(shown, store.campaign.guest)
@@ -41,12 +41,11 @@ def ratios(rows: Sequence[Summary], store: Store) -> Figure:
     )
     missing = {f"No ratio of {r.cell.datapath}: {r.no_ratio}": None for r in rows if r.no_ratio}
     absent = [*absences(rows), *missing]
-    surround(
+    return Drawing(
         figure, f"Ratio to the reference datapath, {names(rows[0].cell.transport)}",
         keys_of(shown, point_key), [f"{circumstances(store)} {how}", *absent],
         store.campaign.functional,
     )  # fmt: skip
-    return figure
 
 
 def forest(rows: Sequence[Ratio], guest: str, band: float = 0.0) -> Figure:

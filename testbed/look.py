@@ -97,44 +97,57 @@ class Ratio(Protocol):
     def ratio(self) -> Estimate: ...
 
 
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """As PNG and PDF; without dates and versions, so that the same trials give the same bytes."""
+class Drawing(NamedTuple):
+    """A figure's panels, and what is to be put around them."""
+
+    panels: Figure
+    title: str
+    keys: Sequence[tuple[Any, str]]
+    paragraphs: Sequence[str]
+    """The footer: circumstances, how to read it, what is missing and why."""
+    functional: bool
+
+
+def save(drawing: Drawing, folder: Path, name: str, digest: str, bare: bool = False) -> list[Path]:
+    """As PNG and PDF, which say the digest of the data that they were drawn from.
+
+    Without dates and versions, so that the same trials give the same bytes. `bare`: with the key,
+    but without title and footer, for a page that says these itself.
+    """
     png, pdf = folder / f"{name}.png", folder / f"{name}.pdf"
+    _surround(drawing, bare)
     try:
         folder.mkdir(exist_ok=True)
-        figure.savefig(png, metadata={"Software": None})
-        figure.savefig(pdf, metadata={"CreationDate": None})
+        drawing.panels.savefig(png, metadata={"Software": None, "Source": digest})
+        drawing.panels.savefig(pdf, metadata={"CreationDate": None, "Keywords": digest})
     except OSError as e:
         raise Error(f"{e.filename or folder}: {e.strerror}", "figures go into the campaign") from e
     return [png, pdf]
 
 
-def surround(
-    figure: Figure,
-    title: str,
-    keys: Sequence[tuple[Any, str]],
-    paragraphs: Sequence[str],
-    functional: bool,
-) -> None:
+def _surround(drawing: Drawing, bare: bool) -> None:
     """Title, key and footer, for which the figure grows beyond its panels."""
+    figure, title, keys, paragraphs, functional = drawing
     footer = [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, 152)]
     key_lines = math.ceil(len(keys) / 8)
-    key_in = 0.17 * key_lines
-    head_in, foot_in = 0.2 + key_in, (len(footer) + 0.8) * FOOTER_PT * 1.25 / 72
+    title_in, key_in = 0.0 if bare else 0.17, 0.03 + 0.17 * key_lines
+    foot_in = 0.0 if bare else (len(footer) + 0.8) * FOOTER_PT * 1.25 / 72
     width, panels_in = figure.get_size_inches()
-    height = panels_in + head_in + foot_in
+    height = panels_in + title_in + key_in + foot_in
     figure.set_size_inches(width, height)
     figure.set_layout_engine("constrained", rect=(0, foot_in / height, 1, panels_in / height))
+    figure.legend(
+        [mark for mark, _ in keys], [name for _, name in keys],
+        loc="upper left", bbox_to_anchor=(0.0, 1 - title_in / height),
+        ncols=math.ceil(len(keys) / key_lines), frameon=False,
+        handlelength=2.8, columnspacing=1.2, borderpad=0.3, labelspacing=0.3,
+    )  # fmt: skip
+    if bare:
+        return
     top = 1 - 0.05 / height
     figure.text(0.01, top, title, fontsize=8, fontweight="bold", va="top")
     if functional:
         figure.text(0.99, top, FUNCTIONAL, fontsize=8, fontweight="bold", va="top", ha="right")
-    figure.legend(
-        [mark for mark, _ in keys], [name for _, name in keys],
-        loc="upper left", bbox_to_anchor=(0.0, 1 - 0.17 / height),
-        ncols=math.ceil(len(keys) / key_lines), frameon=False,
-        handlelength=2.8, columnspacing=1.2, borderpad=0.3, labelspacing=0.3,
-    )  # fmt: skip
     figure.text(0.01, foot_in / height - 0.02 / height, "\n".join(footer), fontsize=FOOTER_PT,
                 color="#333333", va="top", linespacing=1.25)  # fmt: skip
 

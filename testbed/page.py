@@ -106,6 +106,7 @@ def _page(store: Store, pictures: Sequence[Path]) -> str:
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta name="data" content="{store.digest()}">\n'
         f"<style>{_STYLE}</style></head>\n<body>\n"
         + "\n".join(part for part in parts if part)
         + f"\n<script>{_SCRIPT}</script>\n</body></html>\n"

@@ -6,6 +6,10 @@
     hosts/           of campaigns on other hosts, what each of these is: machine, versions, guests
     trials.parquet, trials.csv, histogram.parquet    derived: rewritten from trials.jsonl at will
     figures/         derived as well (`testbed.figures`)
+    conformance.json what `testbed conformance --json` printed, if somebody put it there
+
+A campaign that is kept for reference has trials.jsonl.gz in the place of trials.jsonl: the same,
+but smaller, and closed to further trials.
 
 Whoever appends holds a lock on trials.jsonl that the kernel drops when the process ends, however it
 ends; reading takes no lock. Nothing is measured here and nothing summarised.
@@ -14,8 +18,11 @@ ends; reading takes no lock. Nothing is measured here and nothing summarised.
 from __future__ import annotations
 
 import fcntl
+import gzip
+import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -118,8 +125,7 @@ class Store:
 
     def log(self) -> list[Trial]:
         """Every trial that was run, in that order. A torn last line is left out."""
-        with _explained(self._log_path):
-            lines = self._log_path.read_bytes().split(b"\n")[:-1]
+        lines = self.raw().split(b"\n")[:-1]
         trials = []
         for number, line in enumerate(lines, 1):
             try:
@@ -132,6 +138,25 @@ class Store:
                 ) from e
             trials.append(trial)
         return trials
+
+    def raw(self) -> bytes:
+        """trials.jsonl as it was written."""
+        kept = self.path / "trials.jsonl.gz"
+        if not kept.exists():
+            with _explained(self._log_path):
+                return self._log_path.read_bytes()
+        with _explained(kept):
+            try:
+                return gzip.decompress(kept.read_bytes())
+            except (EOFError, zlib.error) as e:
+                raise Error(f"{kept}: {e}", "fetch or copy it again") from e
+
+    def digest(self) -> str:
+        """SHA-256 of all that is not derived; whatever is derived can say of what."""
+        parts = [(self.path / "campaign.json").read_bytes(), self.raw()]
+        conformance = self.path / "conformance.json"
+        parts += [conformance.read_bytes()] if conformance.exists() else []
+        return "sha256:" + hashlib.sha256(b"\n".join(parts)).hexdigest()
 
     def done(self) -> set[tuple[str, int]]:
         """(cell id, block) of what need not be run again; failed trials are worth another try."""
@@ -207,6 +232,8 @@ def create(path: Path, campaign: Campaign) -> Store:
 def resume(path: Path) -> Store:
     """The campaign at `path`, open for appending. A last line torn by a kill is cut off."""
     campaign = open(path).campaign
+    if (path / "trials.jsonl.gz").exists():
+        raise Error(f"{path}: kept for reference, so it is finished", "start another")
     log = _lock(path)
     with _explained(path):
         text = (path / "trials.jsonl").read_bytes()

@@ -78,6 +78,15 @@ def add(commands: Commands) -> None:
                          help="smaller changes are equivalent (default: %(default)s)")  # fmt: skip
     compare.add_argument("--json", action="store_true")
 
+    keep = commands.add_parser(
+        "keep", help="keep a stored campaign for reference: whole, and small enough for git",
+        epilog="'testbed compare results/reference/NAME DIR' holds a later one against it.",
+    )  # fmt: skip
+    keep.set_defaults(call=_keep)
+    keep.add_argument("directory", type=Path, metavar="DIR")
+    keep.add_argument("-o", "--output", type=Path, metavar="DIR",
+                      help="default: results/reference/PLAN")  # fmt: skip
+
     conformance = commands.add_parser(
         "conformance", help="check what programs may rely on at localhost, through any datapath",
         epilog="Exit status: 0 nothing failed, 1 some checks failed, 3 could not run.",
@@ -170,6 +179,15 @@ def _report(arguments: argparse.Namespace) -> int:
     file = arguments.output or arguments.directory / "report.html"
     page.write(store.open(arguments.directory), file)
     print(file)
+    return 0
+
+
+def _keep(arguments: argparse.Namespace) -> int:
+    from testbed import reference, store
+
+    campaign = store.open(arguments.directory)
+    kept = reference.keep(campaign, arguments.output or reference.FOLDER / campaign.campaign.name)
+    print(kept.path)
     return 0
 
 

@@ -94,6 +94,19 @@ def test_without_apt_the_missing_packages_are_named(clone: Path, tmp_path: Path)
     assert ran.stderr == ("bootstrap: no apt here; install what these Debian packages hold: away\n")
 
 
+def test_packages_of_a_group_are_for_those_who_name_it(clone: Path, tmp_path: Path) -> None:
+    with (clone / "packages.txt").open("a") as file:
+        file.write("tex:away  /nowhere/*  # why\n")
+    bootstrap(clone)
+    path = tools(tmp_path / "bin", "sha256sum", "readlink", "grep", "cat", "true")
+    assert bootstrap(clone, "true", path=path).returncode == 0
+    ran = bootstrap(clone, "--tex", "true", path=path)
+    assert ran.returncode == 1
+    assert ran.stderr == "bootstrap: no apt here; install what these Debian packages hold: away\n"
+    ran = bootstrap(clone, "--text", "true")
+    assert ran.stderr == "bootstrap: no packages of a group text in packages.txt\n"
+
+
 def test_without_root_the_command_to_type_is_said(clone: Path, tmp_path: Path) -> None:
     (clone / "packages.txt").write_text("away  no-such-command  # why\n")
     path = tools(tmp_path / "bin", "true")
