@@ -266,18 +266,24 @@ def costs(trials: pd.DataFrame) -> list[Cost]:
     """
     found = []
     for id, table in trials[trials.status == "ok"].groupby("cell", sort=False):
-        cell = Cell.parse(str(id))
-        if "machine.softirq_s" not in table or cell.metric.of_building:
-            continue
-        done = table.payload_bytes / 1e9
-        if cell.metric is not Metric.THROUGHPUT:
-            done = table.transactions / 1e6
-        cost = table["machine.cpu_s"] / table["machine.active_s"] / (done / table.duration_s)
-        parts = table[[f"machine.{part}_s" for part in CPU]].clip(lower=0).mean()
-        if (cost > 0).any():
+        if cost := cost_values(table):
+            parts = table[[f"machine.{part}_s" for part in CPU]].clip(lower=0).mean()
             shares = {part: float(parts[f"machine.{part}_s"] / parts.sum()) for part in CPU}
-            found.append(Cost(cell, estimate(cost[cost > 0]), shares))
+            found.append(Cost(Cell.parse(str(id)), estimate(cost.values()), shares))
     return found
+
+
+def cost_values(table: pd.DataFrame) -> dict[int, float]:
+    """Block → what traffic cost in one cell's trials that are ok and say so (`Cost.total`)."""
+    metric = Metric(str(table.metric.iloc[0]))
+    if "machine.softirq_s" not in table or metric.of_building:
+        return {}
+    rows = table[table.status == "ok"]
+    done = rows.payload_bytes / 1e9
+    if metric is not Metric.THROUGHPUT:
+        done = rows.transactions / 1e6
+    cost = rows["machine.cpu_s"] / rows["machine.active_s"] / (done / rows.duration_s)
+    return {int(b): float(c) for b, c in zip(rows.block, cost, strict=True) if 0 < c < inf}
 
 
 def block_values(table: pd.DataFrame, quantity: str) -> dict[int, float]:

@@ -26,7 +26,7 @@ from typing import IO, BinaryIO, Protocol
 from testbed import datapaths, store
 from testbed.analysis import summarise, widest
 from testbed.model import Cell, Error, Status, Trial
-from testbed.plan import Plan
+from testbed.plan import Claim, Plan
 from testbed.store import Campaign, Store, frame
 from testbed.worker import BEAT_S, Event, Job
 
@@ -145,7 +145,7 @@ def resume(path: Path, keep: bool, report: Report, places: Sequence[Place] = HER
     plan = Plan(
         campaign.name,
         campaign.blocks,
-        **campaign.plan,
+        **{**campaign.plan, "claims": tuple(Claim(**c) for c in campaign.plan.get("claims", ()))},
         cells=tuple(map(Cell.parse, campaign.cells)),
     )
     job = Job((), plan.warmup_s, plan.duration_s, campaign.guest, str(path.absolute()),
@@ -424,6 +424,7 @@ def _describe(plan: Plan, seed: int, job: Job, ready: Event, places: Sequence[Pl
             "duration_s": plan.duration_s,
             "target_width": plan.target_width,
             "limit_s": plan.limit_s,
+            "claims": [asdict(claim) for claim in plan.claims],
         },
         cells=tuple(cell.id for cell in plan.cells),
         blocks=plan.blocks,

@@ -18,7 +18,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from testbed import figures, plan
+from testbed import claims, figures, plan
 from testbed.analysis import CPU, Estimate, Summary, costs
 from testbed.model import Error, Metric, Status
 from testbed.report import (
@@ -88,6 +88,7 @@ def _page(store: Store, pictures: Sequence[Path]) -> str:
             *(f"<p>{escape(c)}</p>" for c in controls_of(rows)),
             _results(rows, campaign.guest),
         ),
+        *_claims(store),
         *_section("Figures", "", *(_picture(path) for path in pictures)),
         *_costs(store),
         *_missing(store),
@@ -223,6 +224,25 @@ def _disturbed(store: Store) -> list[str]:
     heads = ("cell", "block", "disturbed by", "value", "counts")
     return _section("Disturbed trials", "Run once more, in the same block.",
                     _table("disturbed", heads, rows))  # fmt: skip
+
+
+def _claims(store: Store) -> list[str]:
+    """What the plan claims, and what came of it."""
+    found = claims.judge(store)
+    if not found:
+        return []
+    heads = ("claim", "cell", "bound", "ratio", "low", "high", "verdict")
+    rows = (
+        [Entry(row.claim.text), Entry(claims.what(row, store.campaign.guest)),
+         Entry(claims.bound(row.claim)), *_estimate(row.ratio, 1, ""),
+         Entry(row.verdict, look="" if row.verdict in _BORNE_OUT else "bold")]
+        for row in found
+    )  # fmt: skip
+    lead = "Ratios within a block. A claim holds if the whole 95 % interval keeps to the bound."
+    return _section("Claims", lead, _table("claims", heads, rows))
+
+
+_BORNE_OUT = (claims.Verdict.HOLDS, claims.Verdict.STATED)
 
 
 def _costs(store: Store) -> list[str]:

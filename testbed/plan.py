@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from itertools import product
@@ -42,6 +42,25 @@ MAX_UDP_BYTES = 65507
 """Largest UDP payload in an IPv4 packet: 65535 - 20 (RFC 791) - 8 (RFC 768)."""
 
 
+CPU_QUANTITY = "cpu"
+QUANTITIES = ("value", "p50_us", "p99_us", CPU_QUANTITY)
+"""What a claim may be about: columns of the tidy table, and what the host spends on the traffic."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a plan claims of a ratio: see `testbed.claims`."""
+
+    text: str
+    cells: str
+    """Glob of the ids of those that are divided."""
+    quantity: str = "value"
+    to: Mapping[str, Any] = field(default_factory=dict)
+    """What the divisor has otherwise, by fields of `Cell`; empty: the reference datapath."""
+    at_least: float | None = None
+    at_most: float | None = None
+
+
 @dataclass(frozen=True)
 class Plan:
     """A plan multiplied out. `warmup_s` precedes each trial of `duration_s`."""
@@ -56,6 +75,8 @@ class Plan:
     """Blocks are added until no ratio's interval reaches further from its mean than this share."""
     limit_s: float = 0.0
     """No block is begun that would likely end later than this after the start."""
+    claims: tuple[Claim, ...] = ()
+    """About those cells that are among `cells`."""
 
     def select(self, globs: Sequence[str]) -> Plan:
         """The same plan with only those cells whose id matches one of `globs` (`*` spans slashes).
@@ -97,7 +118,8 @@ def parse(text: str, where: str) -> Plan:
     if ("target_width" in table) != ("limit_s" in table):
         raise Error(f"plan {where}: target_width and limit_s: one without the other",
                     "give both, or leave out both")  # fmt: skip
-    keys = ("name", "blocks", "warmup_s", "duration_s", "target_width", "limit_s", "cells")
+    keys = ("name", "blocks", "warmup_s", "duration_s", "target_width", "limit_s", "cells",
+            "claims")  # fmt: skip
     _only(table, keys, where)
     groups = table.get("cells")
     if not (isinstance(groups, list) and groups and all(isinstance(g, dict) for g in groups)):
@@ -114,7 +136,35 @@ def parse(text: str, where: str) -> Plan:
         target_width=_share(table, "target_width", where) if "target_width" in table else None,
         limit_s=_seconds(table, "limit_s", where, least=1, most=86400) if "limit_s" in table else 0,
         cells=tuple(cells),
+        claims=tuple(
+            _claim(claim, cells, f"{where}: [[claims]] {n}")
+            for n, claim in enumerate(table.get("claims", ()), 1)
+        ),
     )
+
+
+def _claim(table: Mapping[str, Any], cells: Sequence[Cell], where: str) -> Claim:
+    """A `[[claims]]` table; its cells and their divisors have to be in the plan."""
+    _only(table, [field.name for field in fields(Claim)], where)
+    claim = Claim(**{"text": "", "cells": "", **table})
+    if not (isinstance(claim.text, str) and claim.text):
+        raise _wrong(where, "text", table.get("text"), "what is claimed, in words")
+    if claim.quantity not in QUANTITIES:
+        raise _wrong(where, "quantity", claim.quantity, f"one of {', '.join(QUANTITIES)}")
+    for key in ("at_least", "at_most"):
+        if not isinstance(table.get(key, 1.0), int | float):
+            raise _wrong(where, key, table[key], "a number")
+    about = [cell for cell in cells if fnmatchcase(cell.id, str(claim.cells))]
+    if not about:
+        raise _wrong(where, "cells", claim.cells, "a glob of ids that some cell of the plan has")
+    if claim.to:
+        try:
+            known = any(replace(cell, **claim.to) in cells for cell in about)
+        except TypeError:
+            known = False
+        if not known:
+            raise _wrong(where, "to", claim.to, "what a cell of the plan has in that place")
+    return claim
 
 
 _USUAL: dict[str, list[Any]] = {

@@ -67,6 +67,14 @@ def add(commands: Commands) -> None:
     page.add_argument("-o", "--output", type=Path, metavar="FILE",
                       help="default: DIR/report.html")  # fmt: skip
 
+    claims = commands.add_parser(
+        "claims", help="say whether a stored campaign bears out what its plan claims",
+        epilog="Exit status: 0 all claims hold, 1 one does not, 3 nobody can tell.",
+    )  # fmt: skip
+    claims.set_defaults(call=_claims)
+    claims.add_argument("directory", type=Path, metavar="DIR")
+    claims.add_argument("--json", action="store_true")
+
     compare = commands.add_parser(
         "compare", help="hold a stored campaign against an earlier one (needs no root)",
         epilog="Exit status: 0 none slower, 1 some slower, 3 could not compare.",
@@ -191,6 +199,20 @@ def _keep(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _claims(arguments: argparse.Namespace) -> int:
+    from testbed import claims, store
+
+    campaign = store.open(arguments.directory)
+    found = claims.judge(campaign)
+    if arguments.json:
+        print(json.dumps(claims.data(found), indent=1))
+    else:
+        from rich.console import Console
+
+        Console().print(claims.table(found, campaign.campaign.guest))
+    return claims.exit_status(found)
+
+
 def _compare(arguments: argparse.Namespace) -> int:
     from testbed import compare, figures, store
 
@@ -251,7 +273,7 @@ def _conformance(arguments: argparse.Namespace) -> int:
 
 
 def _print_table(campaign: Store, as_json: bool) -> None:
-    from testbed import report
+    from testbed import claims, report
 
     if as_json:
         print(json.dumps(report.data(campaign), indent=1))
@@ -260,6 +282,9 @@ def _print_table(campaign: Store, as_json: bool) -> None:
 
     console = Console()
     console.print(report.table(campaign, console.width))
+    if found := claims.judge(campaign):
+        console.print()
+        console.print(claims.table(found, campaign.campaign.guest))
 
 
 def _positive(text: str) -> int:
