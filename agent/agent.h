@@ -10,7 +10,8 @@
  *   sockets.c    single socket calls, ordered one by one
  *   histogram.c  latencies                  json.c       flat JSON
  *
- * Only libc, and of it only plain sockets, poll, pthreads and clock_gettime: what OSv has too.
+ * Only libc, and of it only plain sockets, poll, pthreads and clock_gettime: what OSv has too; but
+ * where there is close_range(), threads have descriptors of their own (`own_files`).
  * _GNU_SOURCE stays undefined, as newer glibc would then bind strtod's kin to names OSv lacks.
  */
 #ifndef AGENT_H
@@ -110,20 +111,32 @@ void address_set_port(union address *a, unsigned port);
 /* These give a socket, or -1 with errno. */
 int listen_at(struct endpoint e, union address *at);
 int dial(struct endpoint e, const union address *to);
-void set_timeouts(int fd, uint64_t receive_ns); /* sending: a tick */
+void set_timeouts(int fd); /* a tick, both ways */
 void set_option(int fd, int level, int name, int value);
 void close_by_reset(int fd);
 
-/* Bytes moved; 0 is the end (receive only); -1 with errno, EAGAIN after 5 s without progress. */
-ssize_t receive_some(int fd, void *buffer, size_t length);
+bool would_block(int error);
+
+/*
+ * Bytes moved; 0 is the end (receive only); -1 with errno: EAGAIN after 5 s without progress,
+ * ECANCELED within a tick of `*stop` (where it is not NULL).
+ */
+ssize_t receive_some(int fd, void *buffer, size_t length, const atomic_bool *stop);
+ssize_t send_some(int fd, const void *buffer, size_t length, const atomic_bool *stop);
 /* 0, or -1 with errno (ECONNRESET too when the peer ended before all was there). */
-int receive_all(int fd, void *buffer, size_t length);
-ssize_t send_some(int fd, const void *buffer, size_t length);
-int send_all(int fd, const void *buffer, size_t length);
+int receive_all(int fd, void *buffer, size_t length, const atomic_bool *stop);
+int send_all(int fd, const void *buffer, size_t length, const atomic_bool *stop);
 int send_both(int fd, const void *head, size_t head_length, const void *body, size_t length,
 	      const union address *to);
 const char *reason(int error);
 int start_thread(pthread_t *thread, void *(*run)(void *), void *argument);
+
+/*
+ * Gives the calling thread a table of descriptors of its own with `fd` (-1: none) alone in it, if the
+ * system can: true, and the thread has to close its copy too. In a table that threads share, each
+ * call on a socket counts a reference to it up and down, which takes percents of a transaction.
+ */
+bool own_files(int fd);
 
 /* --- stream.c --- */
 

@@ -52,7 +52,7 @@ static void tcp_stream(struct stream *s, uint64_t until_ns)
 		if (error)
 			return fail(s, "send to", reason(error));
 		shutdown(s->fd, SHUT_WR);
-		if (receive_all(s->fd, &s->is, sizeof(s->is)))
+		if (receive_all(s->fd, &s->is, sizeof(s->is), NULL))
 			return fail(s, "score from", reason(errno));
 		report_swap(&s->is);
 	} else {
@@ -74,10 +74,12 @@ static ssize_t receive_datagram(struct stream *s, enum datagram_type *type)
 	const struct datagram *head = s->buffer;
 
 	for (;;) {
-		ssize_t length = receive_some(s->fd, s->buffer, 1 << 16);
+		ssize_t length = recv(s->fd, s->buffer, 1 << 16, 0);
 
+		if (length < 0 && errno == EINTR)
+			continue;
 		if (length < 0)
-			return errno == EAGAIN || errno == EWOULDBLOCK ? 0 : -1;
+			return would_block(errno) ? 0 : -1;
 		*type = datagram_type(head, length);
 		if (*type && ntohl(head->flow) == s->flow)
 			return length;
@@ -196,9 +198,9 @@ static enum outcome exchange_tcp(struct stream *s, uint64_t nth, bool first, boo
 		order_swap(&wire);
 		error = send_both(s->fd, &wire, sizeof(wire), request, s->order.size, NULL);
 	} else {
-		error = send_all(s->fd, request, s->order.size);
+		error = send_all(s->fd, request, s->order.size, NULL);
 	}
-	if (error || receive_all(s->fd, s->buffer, s->order.size))
+	if (error || receive_all(s->fd, s->buffer, s->order.size, NULL))
 		return FAILED;
 	return intact(s->buffer, s->order.size, offset, fully, nth) ? DONE_RIGHT : DONE_CORRUPT;
 }
@@ -213,7 +215,7 @@ static enum outcome exchange_udp(struct stream *s, uint64_t nth, bool fully)
 	/* In one piece: for small messages copying costs less than a send of several parts. */
 	*s->request = (struct datagram){htonl(MAGIC ^ REQUEST), htonl(s->flow), htobe64(nth)};
 	memcpy(s->request + 1, pattern_at(offset), body);
-	if (send_some(s->fd, s->request, s->order.size) < 0)
+	if (send_some(s->fd, s->request, s->order.size, NULL) < 0)
 		return FAILED;
 	for (;;) {
 		ssize_t length = receive_datagram(s, &type);
@@ -324,11 +326,16 @@ static void transactions(struct stream *s)
 static void *drive(void *argument)
 {
 	struct stream *s = argument;
+	bool own = own_files(s->fd);
 
 	if (s->run->kind == STREAM)
 		stream(s);
 	else
 		transactions(s);
+	if (s->run->kind == CRR && s->fd >= 0)
+		disconnect(s);
+	else if (own && s->fd >= 0)
+		close(s->fd);
 	return NULL;
 }
 
@@ -392,7 +399,7 @@ static int open_stream(struct stream *s, const struct run *r, const union addres
 		return 0;
 	wire = s->order;
 	order_swap(&wire);
-	if (!send_all(s->fd, &wire, sizeof(wire)))
+	if (!send_all(s->fd, &wire, sizeof(wire), NULL))
 		return 0;
 	fail(s, "send to", reason(errno));
 	return -1;

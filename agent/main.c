@@ -244,7 +244,7 @@ static bool answer(struct session *s, char *line)
 		json_quote(s->out, s->fault);
 		fprintf(s->out, "}\n");
 	}
-	error = fclose(s->out) || send_all(s->fd, text, length);
+	error = fclose(s->out) || send_all(s->fd, text, length, NULL);
 	free(text);
 	return !error;
 }
@@ -259,7 +259,7 @@ static void *control(void *argument)
 	set_option(s->fd, IPPROTO_TCP, TCP_NODELAY, 1);
 	set_option(s->fd, SOL_SOCKET, SO_KEEPALIVE, 1);
 	while (length < sizeof(line) &&
-	       (got = receive_some(s->fd, line + length, sizeof(line) - length)) > 0) {
+	       (got = receive_some(s->fd, line + length, sizeof(line) - length, NULL)) > 0) {
 		char *end;
 
 		length += got;

@@ -130,13 +130,12 @@ void set_option(int fd, int level, int name, int value)
 	(void)!setsockopt(fd, level, name, &value, sizeof(value));
 }
 
-void set_timeouts(int fd, uint64_t receive_ns)
+void set_timeouts(int fd)
 {
-	struct timeval receive = {receive_ns / SECOND_NS, receive_ns % SECOND_NS / 1000};
-	struct timeval send = {0, TICK_NS / 1000};
+	struct timeval tick = {0, TICK_NS / 1000};
 
-	(void)!setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &receive, sizeof(receive));
-	(void)!setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &send, sizeof(send));
+	(void)!setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &tick, sizeof(tick));
+	(void)!setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &tick, sizeof(tick));
 }
 
 void close_by_reset(int fd)
@@ -208,7 +207,7 @@ int dial(struct endpoint e, const union address *to)
 	if (fd < 0)
 		return -1;
 	if (e.udp) {
-		set_timeouts(fd, TICK_NS);
+		set_timeouts(fd);
 		if (connect(fd, &to->any, address_size(to)))
 			return close_failed(fd);
 		return fd;
@@ -219,24 +218,55 @@ int dial(struct endpoint e, const union address *to)
 	    (errno != EINPROGRESS || await_connected(fd)))
 		return close_failed(fd);
 	fcntl(fd, F_SETFL, flags);
-	set_timeouts(fd, LIMIT_NS);
+	set_timeouts(fd);
 	return fd;
 }
 
-ssize_t receive_some(int fd, void *buffer, size_t length)
+bool would_block(int error)
 {
-	ssize_t got;
-
-	do
-		got = recv(fd, buffer, length, 0);
-	while (got < 0 && errno == EINTR);
-	return got;
+	return error == EAGAIN || error == EWOULDBLOCK;
 }
 
-int receive_all(int fd, void *buffer, size_t length)
+/*
+ * Whether to repeat a call that moved nothing: after a signal or a time-out, for 5 s. The time-out is a
+ * tick and no more, as send()'s runs on while part of the bytes is taken: only a call that moved
+ * nothing at all tells that there is no progress.
+ */
+static bool again(uint64_t *begin)
+{
+	uint64_t now;
+
+	if (!would_block(errno))
+		return errno == EINTR;
+	now = now_ns();
+	if (!*begin)
+		*begin = now;
+	return now - *begin <= LIMIT_NS;
+}
+
+static bool stopped(const atomic_bool *stop)
+{
+	errno = ECANCELED;
+	return stop && *stop;
+}
+
+ssize_t receive_some(int fd, void *buffer, size_t length, const atomic_bool *stop)
+{
+	uint64_t begin = 0;
+	ssize_t got;
+
+	while (!stopped(stop)) {
+		got = recv(fd, buffer, length, 0);
+		if (got >= 0 || !again(&begin))
+			return got;
+	}
+	return -1;
+}
+
+int receive_all(int fd, void *buffer, size_t length, const atomic_bool *stop)
 {
 	for (size_t at = 0; at < length;) {
-		ssize_t got = receive_some(fd, (char *)buffer + at, length - at);
+		ssize_t got = receive_some(fd, (char *)buffer + at, length - at, stop);
 
 		if (!got)
 			errno = ECONNRESET;
@@ -247,36 +277,23 @@ int receive_all(int fd, void *buffer, size_t length)
 	return 0;
 }
 
-/*
- * The time-out of send() is a tick and no more, as it runs on while part of the bytes is taken: only
- * a call that moved nothing at all tells that there is no progress.
- */
-ssize_t send_some(int fd, const void *buffer, size_t length)
+ssize_t send_some(int fd, const void *buffer, size_t length, const atomic_bool *stop)
 {
 	uint64_t begin = 0;
+	ssize_t sent;
 
-	for (;;) {
-		ssize_t sent = send(fd, buffer, length, MSG_NOSIGNAL);
-
-		if (sent >= 0)
+	while (!stopped(stop)) {
+		sent = send(fd, buffer, length, MSG_NOSIGNAL);
+		if (sent >= 0 || !again(&begin))
 			return sent;
-		if (errno == EAGAIN || errno == EWOULDBLOCK) {
-			uint64_t now = now_ns();
-
-			if (!begin)
-				begin = now;
-			if (now - begin > LIMIT_NS)
-				return -1;
-		} else if (errno != EINTR) {
-			return -1;
-		}
 	}
+	return -1;
 }
 
-int send_all(int fd, const void *buffer, size_t length)
+int send_all(int fd, const void *buffer, size_t length, const atomic_bool *stop)
 {
 	for (size_t at = 0; at < length;) {
-		ssize_t sent = send_some(fd, (const char *)buffer + at, length - at);
+		ssize_t sent = send_some(fd, (const char *)buffer + at, length - at, stop);
 
 		if (sent < 0)
 			return -1;
@@ -303,16 +320,17 @@ int send_both(int fd, const void *head, size_t head_length, const void *body, si
 	if (sent < 0)
 		return -1;
 	if ((size_t)sent < head_length) {
-		if (send_all(fd, (const char *)head + sent, head_length - sent))
+		if (send_all(fd, (const char *)head + sent, head_length - sent, NULL))
 			return -1;
 		sent = head_length;
 	}
-	return send_all(fd, (const char *)body + (sent - head_length), head_length + length - sent);
+	return send_all(fd, (const char *)body + (sent - head_length), head_length + length - sent,
+			NULL);
 }
 
 const char *reason(int error)
 {
-	return error == EAGAIN || error == EWOULDBLOCK ? "no progress for 5 s" : strerror(error);
+	return would_block(error) ? "no progress for 5 s" : strerror(error);
 }
 
 /* Small stacks: an OSv guest pays for all of a stack at once. */
@@ -326,4 +344,20 @@ int start_thread(pthread_t *thread, void *(*run)(void *), void *argument)
 	error = pthread_create(thread, &attributes, run, argument);
 	pthread_attr_destroy(&attributes);
 	return error;
+}
+
+/* Linux 5.9 and glibc 2.34; missing elsewhere (OSv). */
+#define CLOSE_RANGE_UNSHARE 2u
+extern int close_range(unsigned first, unsigned last, int flags) __attribute__((weak));
+
+bool own_files(int fd)
+{
+	unsigned least = 3; /* standard streams stay */
+	unsigned after = fd < (int)least ? least : fd + 1u;
+
+	if (!close_range || close_range(after, ~0u, CLOSE_RANGE_UNSHARE))
+		return false;
+	if (after - 1 > least)
+		close_range(least, after - 2, 0);
+	return true;
 }

@@ -36,8 +36,7 @@ struct server {
 	pthread_mutex_t lock;
 	pthread_cond_t left; /* a thread has gone */
 	unsigned threads, waiting;
-	int connection[MAX_WORKERS]; /* of busy threads; -1: free */
-	struct flow *flow;	     /* MAX_FLOWS of them (UDP) */
+	struct flow *flow; /* MAX_FLOWS of them (UDP) */
 };
 
 static void *tcp_worker(void *argument);
@@ -63,17 +62,17 @@ static void thread_leaves(struct server *s)
 }
 
 /* Until the client ends it. */
-static void echo(int fd, uint32_t size, void *buffer, uint64_t delay_ns)
+static void echo(const struct server *s, int fd, uint32_t size, void *buffer)
 {
 	void *large = size > CHUNK ? malloc(size) : NULL;
 
 	set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
 	if (size > CHUNK)
 		buffer = large;
-	while (buffer && !receive_all(fd, buffer, size)) {
-		if (delay_ns)
-			spin_ns(delay_ns);
-		if (send_all(fd, buffer, size))
+	while (buffer && !receive_all(fd, buffer, size, &s->stopping)) {
+		if (s->delay_ns)
+			spin_ns(s->delay_ns);
+		if (send_all(fd, buffer, size, &s->stopping))
 			break;
 	}
 	free(large);
@@ -86,8 +85,8 @@ static int serve_connection(const struct server *s, int fd, void *buffer)
 	struct score score;
 	struct order o;
 
-	set_timeouts(fd, LIMIT_NS);
-	if (receive_all(fd, &o, sizeof(o)))
+	set_timeouts(fd);
+	if (receive_all(fd, &o, sizeof(o), stop))
 		return -1;
 	order_swap(&o);
 	if (o.magic != MAGIC || !o.size || o.size > MAX_MESSAGE)
@@ -97,65 +96,54 @@ static int serve_connection(const struct server *s, int fd, void *buffer)
 		if (tcp_receive(fd, &o, UINT64_MAX, &score, buffer, stop))
 			return -1;
 		report_swap(&score.is);
-		return send_all(fd, &score.is, sizeof(score.is));
+		return send_all(fd, &score.is, sizeof(score.is), stop);
 	case STREAM_DOWN:
 		return tcp_send(fd, &o, UINT64_MAX, stop);
 	case REQUEST_RESPONSE:
-		echo(fd, o.size, buffer, s->delay_ns);
+		echo(s, fd, o.size, buffer);
 		return -1;
 	}
 	return -1;
 }
 
-/* Puts a new connection into the books. Its slot, or -1 if the server is stopping. */
-static int worker_begins(struct server *s, int fd)
+/* Has somebody wait for the next connection. False if the server is stopping. */
+static bool worker_begins(struct server *s)
 {
-	int slot = 0;
+	bool stopping;
 
 	pthread_mutex_lock(&s->lock);
-	if (s->stopping) {
-		slot = -1;
-	} else {
-		while (s->connection[slot] >= 0)
-			slot++;
-		s->connection[slot] = fd;
-		s->waiting--;
-		if (!s->waiting && s->threads < MAX_WORKERS && !add_thread(s, tcp_worker, s))
-			s->waiting++;
-	}
+	stopping = s->stopping;
+	s->waiting--;
+	if (!stopping && !s->waiting && s->threads < MAX_WORKERS && !add_thread(s, tcp_worker, s))
+		s->waiting++;
 	pthread_mutex_unlock(&s->lock);
-	return slot;
+	return !stopping;
 }
 
 static void *tcp_worker(void *argument)
 {
 	struct server *s = argument;
+	bool own = own_files(s->fd);
 	void *buffer = malloc(CHUNK);
 
 	while (buffer && !s->stopping) {
 		int fd = accept(s->fd, NULL, NULL);
-		int slot, outcome;
 
 		if (fd < 0) {
 			pause_ns(SECOND_NS / 1000); /* out of descriptors, say */
 			continue;
 		}
-		slot = worker_begins(s, fd);
-		if (slot < 0) {
-			close(fd);
-			break;
-		}
-		outcome = serve_connection(s, fd, buffer);
-		pthread_mutex_lock(&s->lock);
-		s->connection[slot] = -1;
-		s->waiting++;
-		pthread_mutex_unlock(&s->lock);
-		if (outcome)
+		if (!worker_begins(s) || serve_connection(s, fd, buffer))
 			close_by_reset(fd);
 		else
 			close(fd);
+		pthread_mutex_lock(&s->lock);
+		s->waiting++;
+		pthread_mutex_unlock(&s->lock);
 	}
 	free(buffer);
+	if (own)
+		close(s->fd);
 	pthread_mutex_lock(&s->lock);
 	s->waiting--;
 	thread_leaves(s);
@@ -166,6 +154,7 @@ static void *udp_sender(void *argument)
 {
 	struct flow *f = argument;
 	struct server *s = f->server;
+	bool own = own_files(s->fd);
 
 	udp_send(&f->sender, UINT64_MAX);
 	/* A stream of given bytes: the client knows from END what was lost at its tail. */
@@ -174,6 +163,8 @@ static void *udp_sender(void *argument)
 		datagram_send(s->fd, &f->peer, END, f->sender.flow, f->sender.sent, NULL, 0);
 		pause_ns(TICK_NS / 5);
 	}
+	if (own)
+		close(s->fd);
 	pthread_mutex_lock(&s->lock);
 	f->sending = false;
 	thread_leaves(s);
@@ -270,8 +261,9 @@ static void *udp_worker(void *argument)
 {
 	struct server *s = argument;
 	struct datagram *head = malloc(1 << 16);
+	bool own = own_files(s->fd);
 
-	set_timeouts(s->fd, TICK_NS);
+	set_timeouts(s->fd);
 	while (head && !s->stopping) {
 		union address from;
 		socklen_t size = sizeof(from);
@@ -281,6 +273,8 @@ static void *udp_worker(void *argument)
 			take_datagram(s, head, length, &from);
 	}
 	free(head);
+	if (own)
+		close(s->fd);
 	pthread_mutex_lock(&s->lock);
 	thread_leaves(s);
 	return NULL;
@@ -298,8 +292,6 @@ struct server *server_start(struct endpoint e, union address *at, uint64_t delay
 	s->fd = listen_at(e, at);
 	error = s->fd < 0 ? errno : 0;
 	s->waiting = 1;
-	for (unsigned i = 0; i < MAX_WORKERS; i++)
-		s->connection[i] = -1;
 	pthread_mutex_init(&s->lock, NULL);
 	pthread_cond_init(&s->left, NULL);
 	if (!error && e.udp && !(s->flow = calloc(MAX_FLOWS, sizeof(*s->flow))))
@@ -319,16 +311,13 @@ struct server *server_start(struct endpoint e, union address *at, uint64_t delay
 	return NULL;
 }
 
-/* accept() is woken by shutdown() of the listening socket; udp_worker looks up by itself. */
+/* accept() is woken by shutdown() of the listening socket; whoever serves looks up every tick. */
 void server_stop(struct server *s)
 {
 	pthread_mutex_lock(&s->lock);
 	s->stopping = true;
 	if (!s->endpoint.udp)
 		shutdown(s->fd, SHUT_RDWR);
-	for (unsigned i = 0; i < MAX_WORKERS; i++)
-		if (s->connection[i] >= 0)
-			shutdown(s->connection[i], SHUT_RDWR);
 	while (s->threads) {
 		for (unsigned i = 0; s->flow && i < MAX_FLOWS; i++)
 			s->flow[i].sender.heard_ns = 0;

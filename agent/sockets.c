@@ -130,11 +130,6 @@ static int await(int fd, int events, uint64_t deadline)
 	}
 }
 
-static bool would_block(int error)
-{
-	return error == EAGAIN || error == EWOULDBLOCK;
-}
-
 static int hold(struct session *s, int fd, bool udp)
 {
 	for (unsigned i = 0; i < MAX_SOCKETS; i++)

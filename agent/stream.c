@@ -18,10 +18,8 @@ int tcp_send(int fd, const struct order *o, uint64_t until_ns, const atomic_bool
 
 	while (o->bytes ? sent < o->bytes : now_ns() < until_ns) {
 		size_t length = o->bytes ? MIN(o->size, o->bytes - sent) : o->size;
-		ssize_t n = send_some(fd, pattern_at(o->phase + sent), length);
+		ssize_t n = send_some(fd, pattern_at(o->phase + sent), length, stop);
 
-		if (stop && *stop)
-			return ECANCELED;
 		if (n < 0)
 			return errno;
 		sent += n;
@@ -53,10 +51,8 @@ int tcp_receive(int fd, const struct order *o, uint64_t until_ns, struct score *
 {
 	score_start(s, o);
 	for (uint64_t nth = 0; s->last_ns < until_ns; nth++) {
-		ssize_t got = receive_some(fd, buffer, CHUNK);
+		ssize_t got = receive_some(fd, buffer, CHUNK, stop);
 
-		if (stop && *stop)
-			return ECANCELED;
 		if (got < 0)
 			return errno;
 		if (!got)
