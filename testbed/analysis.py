@@ -20,7 +20,7 @@ from statistics import fmean, stdev, variance
 import pandas as pd
 from scipy.special import bdtr, stdtr, stdtrit
 
-from testbed.model import AGAIN, SLOW, Cell, Metric, Pair, Status
+from testbed.model import AGAIN, SLOW, Cell, Metric, Pair, Status, Trial, percentile
 
 CONFIDENCE = 0.95
 
@@ -32,6 +32,10 @@ QUANTITIES = {
     Metric.MEMORY: ("value",),
 }
 """Metric → columns of the tidy table that are summarised."""
+TAIL = "p999_us"
+"""What `tails` adds to latency: the 99.9th percentile of all blocks' samples together."""
+EXCEEDANCES = 100
+"""So many samples must lie above a percentile of the tail, or it is an anecdote."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ class Summary:
 
     cell: Cell
     quantity: str
-    """Column of the tidy table, one of `QUANTITIES`."""
+    """Column of the tidy table, one of `QUANTITIES`; or `TAIL`."""
     status: Status
     """`ok` if any block was."""
     reason: str | None
@@ -191,6 +195,25 @@ def summarise(trials: pd.DataFrame, references: Mapping[str, str]) -> list[Summa
                 )
             )
     return summaries
+
+
+def tails(trials: Iterable[Trial]) -> list[Summary]:
+    """Of each latency cell that has the samples for it, the 99.9th percentile.
+
+    A block alone has too few, so those of all blocks are one sample: no interval, and no ratio. A
+    cell of fewer than 1,000 · `EXCEEDANCES` samples has none, and is left out.
+    """
+    found = []
+    kept = [t for t in trials if t.status is Status.OK and t.histogram_us]
+    for id in dict.fromkeys(trial.cell for trial in kept):
+        cell = Cell.parse(id)
+        blocks = [trial.histogram_us for trial in kept if trial.cell == id]
+        samples = [bucket for block in blocks for bucket in block]
+        enough = sum(count for _, count in samples) >= 1000 * EXCEEDANCES
+        if cell.metric is Metric.LATENCY and enough:
+            value = Estimate(percentile(samples, 99.9), nan, nan, len(blocks))
+            found.append(Summary(cell, TAIL, Status.OK, None, value, None, NOTHING, None))
+    return found
 
 
 def widest(summaries: Iterable[Summary]) -> float:

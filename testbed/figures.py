@@ -21,7 +21,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 from matplotlib.transforms import blended_transform_factory
 
-from testbed.analysis import Cost, Summary, costs, distribution
+from testbed.analysis import TAIL, Cost, Summary, costs, distribution
 from testbed.forest import forest, ratios
 from testbed.look import (
     RC,
@@ -369,7 +369,7 @@ def _sweep(rows: Sequence[Summary], axis: Axis, store: Store) -> Drawing:
     panels = figure.subplots(len(downs), len(pairs), sharex=True, sharey="row", squeeze=False)
     unit = UNITS[cell.metric]
     for across, (family, quantity) in zip(panels, downs, strict=True):
-        label = {"p50_us": "median, ", "p99_us": "p99, "}.get(quantity, "")
+        label = {"p50_us": "median, ", "p99_us": "p99, ", TAIL: "p99.9, "}.get(quantity, "")
         across[0].set_ylabel(f"{names(family)}\n{label}{unit.name}")
         for axes, pair in zip(across, pairs, strict=True):
             place = (family, quantity, pair)

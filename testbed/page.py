@@ -32,6 +32,7 @@ from testbed.report import (
     number,
     size_of,
     summaries,
+    tail_of,
     warning_of,
 )
 from testbed.store import Campaign, Store, frame
@@ -85,7 +86,7 @@ def _page(store: Store, pictures: Sequence[Path]) -> str:
         *_section(
             "Results",
             _legend(campaign),
-            *(f"<p>{escape(c)}</p>" for c in controls_of(rows)),
+            *(f"<p>{escape(line)}</p>" for line in (*tail_of(rows), *controls_of(rows))),
             _results(rows, campaign.guest),
         ),
         *_claims(store),

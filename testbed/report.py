@@ -19,7 +19,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from testbed.analysis import Estimate, Summary, controls, summarise
+from testbed.analysis import EXCEEDANCES, TAIL, Estimate, Summary, controls, summarise, tails
 from testbed.model import SLOW_US, Cell, Metric, Pair, Status, Trial
 from testbed.store import Campaign, Store, frame
 
@@ -51,7 +51,7 @@ def summaries(store: Store) -> list[Summary]:
     trials = store.trials()
     missing = set(store.campaign.cells) - {trial.cell for trial in trials}
     trials += [Trial(cell, 0, 0, Status.FAILED, reason="not run yet") for cell in missing]
-    found = summarise(frame(trials), store.campaign.references)
+    found = summarise(frame(trials), store.campaign.references) + tails(trials)
     return sorted(found, key=lambda row: reading_order(row.cell, row.quantity))
 
 
@@ -85,6 +85,7 @@ COLUMNS = (
     (Metric.THROUGHPUT, "value", "throughput"),
     (Metric.LATENCY, "p50_us", "latency p50"),
     (Metric.LATENCY, "p99_us", "latency p99"),
+    (Metric.LATENCY, TAIL, "latency p99.9"),
     (Metric.CONNECTIONS, "value", "connections"),
     (Metric.STARTUP, "value", "first answer"),
     (Metric.MEMORY, "value", "memory"),
@@ -94,7 +95,7 @@ COLUMNS = (
 def table(store: Store, width: int) -> Group:
     """The table for a terminal of `width` columns: intervals in brackets from 116, else as ±."""
     campaign, rows = store.campaign, summaries(store)
-    columns = [c for c in COLUMNS if any(row.cell.metric is c[0] for row in rows)]
+    columns = [c for c in COLUMNS if any((row.cell.metric, row.quantity) == c[:2] for row in rows)]
     sizes = {
         metric: {size_of(r.cell) for r in rows if r.cell.metric is metric} for metric in Metric
     }
@@ -121,7 +122,7 @@ def table(store: Store, width: int) -> Group:
             shown.add_row(label, datapath, *entries)
             label = ""
         shown.add_section()
-    lines = [_legend(campaign, rows), *controls_of(rows)]
+    lines = [_legend(campaign, rows), *tail_of(rows), *controls_of(rows)]
     footnotes = (Text(f"{superscript(n)} {reason}") for reason, n in notes.items())
     return Group(shown, *map(Text, lines), *footnotes)
 
@@ -136,6 +137,8 @@ def _entry(row: Summary, wide: bool, sized: bool, notes: dict[str, int]) -> Text
     if row.status is not Status.OK:
         return text.append(row.status + note(row.reason), style="yellow")
     text.append(interval(row.estimate, UNITS[row.cell.metric].scale, wide) + note(row.reason))
+    if row.quantity == TAIL:
+        return text
     if row.no_ratio:
         ratio = "no ratio" + note(row.no_ratio)
     elif row.reference == row.cell.datapath:
@@ -175,6 +178,12 @@ def _legend(campaign: Campaign, rows: Iterable[Summary]) -> str:
     divided = ", ".join(f"{one} by {other}" for one, other in pairs if other not in (None, one))
     interval = "95 % intervals over blocks" if campaign.blocks > 1 else "one block: no intervals"
     return f"Geometric means, {interval}." + (f" × ratio in a block: {divided}." if divided else "")
+
+
+def tail_of(rows: Iterable[Summary]) -> list[str]:
+    """What the 99.9th percentile is of, if it is there."""
+    text = f"p99.9: of all blocks together, where {EXCEEDANCES} samples or more lie above it."
+    return [text] if any(row.quantity == TAIL for row in rows) else []
 
 
 def controls_of(rows: Iterable[Summary]) -> list[str]:

@@ -187,6 +187,21 @@ def test_latency_is_summarised_by_median_and_99th_percentile_of_each_block() -> 
     assert [row.estimate.mean for row in rows] == pytest.approx([20, 180])
 
 
+def test_the_tail_is_of_all_blocks_together_and_needs_a_hundred_samples_above_it() -> None:
+    cell = "direct/native-guest/ipv4/tcp/latency/64x1"
+    slow = [(10.0, 50_000), (70.0, 60)], [(10.0, 49_840), (30.0, 60), (70.0, 40)]
+    blocks = [Trial(cell, n, 0, Status.OK, histogram_us=tuple(h)) for n, h in enumerate(slow)]
+    (tail,) = analysis.tails(blocks)
+    assert (tail.quantity, tail.estimate.mean, tail.estimate.blocks) == ("p999_us", 30.0, 2)
+    assert math.isnan(tail.estimate.low)
+    assert math.isnan(tail.ratio.mean)
+    assert analysis.tails([blocks[0], replace(blocks[1], status=Status.FAILED)]) == []
+    assert (
+        analysis.tails([replace(b, cell=cell.replace("latency", "connections")) for b in blocks])
+        == []
+    )
+
+
 def test_ok_without_a_value_counts_as_failed() -> None:
     cell = "direct/native-guest/ipv4/tcp/throughput/65536x1"
     (row,) = summary([Trial(cell, 0, 0, Status.OK, value=0.0)])

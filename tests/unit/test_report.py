@@ -124,6 +124,17 @@ def test_data_is_strict_json_with_null_for_what_there_is_not(little: store.Store
     assert len(plain["cells"]) == sum(2 if c.metric is Metric.LATENCY else 1 for c in PLAN.cells)
 
 
+def test_the_99_9th_percentile_stands_where_there_are_samples_for_it(little: store.Store) -> None:
+    assert "p99.9" not in printed(little, 160)
+    cell = Cell.parse("capture/native-guest/ipv4/tcp/latency/64x1")
+    little.append(replace(trial(cell, 0), histogram_us=((100.0, 99_000), (4321.0, 1_000))))
+    text = printed(little, 160)
+    assert "latency p99.9" in text
+    assert text.count("4321") == 1
+    assert "p99.9: of all blocks together, where 100 samples or more lie above it." in text
+    assert "nan" not in text
+
+
 def test_figures_come_out_the_same_bytes_from_stored_data(little: store.Store) -> None:
     little.close()
     stored = store.open(little.path)
