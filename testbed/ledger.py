@@ -64,6 +64,9 @@ class _Ledger:
 
     def remove(self) -> None:
         self.path.unlink()
+        self.close()
+
+    def close(self) -> None:
         self._file.close()
 
     def entries(self) -> list[Deferred]:
@@ -161,12 +164,11 @@ class Owner(Scope):
     def __init__(self) -> None:
         ROOT.mkdir(mode=0o700, exist_ok=True)
         path = ROOT / f"{secrets.token_hex(3)}.ledger"
-        new = path.with_suffix(
-            ".new"
-        )  # gets its name when it is locked: `clean` takes unlocked ones
-        file = new.open("x")
+        # It gets its name when it is locked: `clean` takes unlocked ones. (open(2), O_TMPFILE; a
+        # directory has to be given, or Python calls link(2), which links the symlink.)
+        file = os.fdopen(os.open(ROOT, os.O_TMPFILE | os.O_RDWR, 0o600), "w+")
         fcntl.flock(file, fcntl.LOCK_EX)
-        new.rename(path)
+        os.link(f"/proc/self/fd/{file.fileno()}", path, src_dir_fd=file.fileno())
         super().__init__(_Ledger(path, file))
         self._kept = False
 
@@ -182,7 +184,11 @@ class Owner(Scope):
 
 
 def clean() -> Iterator[str]:
-    """Take down what dead owners left, and only that. Yields a word on each thing removed."""
+    """Take down what dead owners left, and only that. Yields a word on each thing removed.
+
+    Goes on past what fails; that stays in its ledger, and `Error` names it at the end.
+    """
+    failures = []
     for path in sorted(ROOT.glob("*.ledger")):
         try:
             file = path.open("r+")
@@ -194,7 +200,19 @@ def clean() -> Iterator[str]:
             file.close()
             continue  # alive, or another clean is at it
         ledger = _Ledger(path, file)
+        whole = True
         for entry in reversed(ledger.entries()):
-            entry.undo()
-            yield str(entry)
-        ledger.remove()
+            try:
+                entry.undo()
+            except Exception as e:
+                failures.append(f"{entry}: {e}")
+                whole = False
+            else:
+                yield str(entry)
+        if whole:
+            ledger.remove()
+        else:
+            ledger.close()
+    if failures:
+        raise Error(f"left behind: {'; '.join(failures)}",
+                    hint="if another version of testbed made it, clean with that one")  # fmt: skip

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
+import functools
 import os
 import socket
 from collections.abc import Callable
@@ -27,7 +29,7 @@ NETNS = Path("/run/netns")
 IFA_F_NODAD = 0x02
 NUD_PERMANENT = 0x80
 CLONE_NEWNET = 0x40000000
-MS_BIND = 0x1000
+MS_BIND, MS_REC, MS_SHARED = 0x1000, 0x4000, 0x100000
 
 T = TypeVar("T")
 
@@ -40,7 +42,7 @@ def create_netns(owner: Scope, name: str) -> IPRoute:
     What a host may have opened on `all` (net.core.devconf_inherit_init_net) is closed again.
     """
     owner.defer(remove_netns, name=name)
-    NETNS.mkdir(exist_ok=True)
+    _share_folder()
     (NETNS / name).touch(mode=0o444, exist_ok=False)
     _in_thread(lambda: _unshare_netns(NETNS / name))
     ip = IPRoute(netns=name, flags=0)
@@ -116,6 +118,24 @@ def inside(netns: str, call: Callable[[], T]) -> T:
         return call()
 
     return _in_thread(run)
+
+
+@functools.cache
+def _share_folder() -> None:
+    """Make `/run/netns` a mount of its own, as `ip netns` does when it is not.
+
+    Who comes second mounts it over what is mounted in it already, which then nobody can unmount.
+    """
+    NETNS.mkdir(exist_ok=True)
+    folder = os.open(NETNS, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # so does iproute2
+        path = str(NETNS).encode()
+        if _libc.mount(b"", path, b"none", MS_SHARED | MS_REC, None):
+            _checked(_libc.mount(path, path, b"none", MS_BIND | MS_REC, None), f"mount {NETNS}")
+            _checked(_libc.mount(b"", path, b"none", MS_SHARED | MS_REC, None), f"share {NETNS}")
+    finally:
+        os.close(folder)
 
 
 def _unshare_netns(at: Path) -> None:

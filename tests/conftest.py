@@ -1,8 +1,8 @@
 """For all tests: `root` tests are skipped without root, and nothing may be left behind.
 
 What a run leaves is what is there after it and was not before: namespaces, links, cgroups, pins,
-eBPF objects, ledgers, child processes. Asked of the kernel directly, not through the code under
-test. What belongs to another testbed at work on this host is none of ours.
+eBPF objects, tables of nftables, ledgers, child processes. Asked of the kernel directly, not
+through the code under test. What belongs to another testbed at work on this host is none of ours.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pyroute2.nftables.main import NFTables
 
 from testbed.ledger import ROOT
 
@@ -25,6 +26,12 @@ KERNEL_PATIENCE_S = 10
 
 PRELOAD = {"maps.debug", "progs.debug"}
 """What a kernel with BPF_PRELOAD itself puts into a bpffs (names of files, as of 5.10)."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("testbed")
+    group.addoption("--kills", type=int, default=20, help="how often to kill what is under test")
+    group.addoption("--kill-seed", type=int, help="to have the same moments again")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,6 +56,7 @@ def nothing_is_left_behind() -> Iterator[None]:
 def snapshot() -> set[str]:
     """Everything of the kinds that a testbed makes, each as `kind name`."""
     return {
+        *(f"nftables {name}" for name in nftables()),
         *(f"netns {p.name}" for p in Path("/run/netns").glob("*")),
         *(f"link {name}" for _, name in socket.if_nameindex()),
         *(f"cgroup {p}" for mount in mounts("cgroup2") for p in mount.iterdir() if p.is_dir()),
@@ -96,6 +104,14 @@ def children() -> Iterator[tuple[int, str]]:
         for child, name in by_parent.get(queue.pop(), []):
             yield child, name
             queue.append(child)
+
+
+def nftables() -> set[str]:
+    """Tables of this namespace; none without root."""
+    if os.geteuid() != 0:
+        return set()
+    with NFTables(nfgen_family=0) as tables:
+        return {str(table.get("name")) for table in tables.get_tables()}
 
 
 def bpf_objects() -> Iterator[str]:

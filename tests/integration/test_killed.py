@@ -1,112 +1,161 @@
-"""SIGKILL at any moment while pods are built, run and taken down: `clean` removes what is left."""
+"""SIGKILL at any moment of `up`, of a campaign and of `down`: `clean` removes what is left.
+
+The command is killed, or a process that it started, or all of them: the whole harness. What goes on
+living has to end by itself, or when asked. `--kills` says how often, `--kill-seed` has the same
+moments again.
+"""
 
 from __future__ import annotations
 
+import os
 import random
-import re
-import socket
+import secrets
+import signal
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from testbed import bpf, ledger, process
-from testbed.netlink import NETNS
+from testbed import bpf, ledger, pods
+from testbed.model import Error
+from tests.conftest import others, snapshot
 
-from .conftest import Build
+pytestmark = pytest.mark.root
 
-pytestmark = [pytest.mark.root, pytest.mark.usefixtures("programs")]
+AT_ONCE = 4
+PATIENCE_S = 30
+KINDS = {"up": 2.5, "campaign": 2.5, "down": 0.4, "start": 2.5}
+"""About how long each takes, in seconds: when to kill it. A campaign's counts from when it has a
+worker, and the start of one until then."""
 
-ROUNDS, AT_ONCE = 5, 4
-LIFE_S = 1.5
-"""In which a process has built and taken down several pods."""
+TESTBED = (sys.executable, "-m", "testbed.cli")
+MARK = "TESTBED_TEST_KILLED"
+"""In the environment of a harness and of all that it starts."""
 
-BUILDER = """
-import sys
-from pathlib import Path
-from testbed import datapaths, runtimes
-from testbed.ledger import Owner
-from testbed.manifest import Manifest, Workload
-from testbed.model import Runtime, Transport
-from testbed.pod import Node, Pod
-
-kinds = {r: runtimes.prepare(r, runtimes.Options()) for r in (Runtime.PROCESS, Runtime.STANDIN)}
-manifest = Manifest(tuple(
-    Workload(name, runtime, ((Transport.TCP, port),)) for name, runtime, port in
-    (("native", Runtime.PROCESS, 6000), ("a", Runtime.STANDIN, 5001), ("b", Runtime.STANDIN, 5002))
-))
-with Owner() as owner:
-    print(owner.id, flush=True)
-    node = Node(owner)
-    for turn in range(1000):
-        with Pod(node, f"pod{turn}", manifest, datapaths.get("capture"), kinds,
-                 Path(sys.argv[1])) as pod:
-            pod.start()
+POD = """
+apiVersion: v1
+kind: Pod
+metadata: {{name: {name}, annotations: {{testbed/runtime.guest: standin}}}}
+spec:
+  runtimeClassName: process
+  containers:
+  - {{name: native, image: "host:sleep", args: ["1000"]}}
+  - {{name: guest, image: "host:sleep", args: ["1000"]}}
+"""
+PLAN = """
+name = "killed"
+blocks = 1
+warmup_s = 0.05
+duration_s = 0.1
+[[cells]]
+datapath = ["bridge", "capture", "steer"]
+pair = "native-guest"
+family = "ipv4"
+transport = "tcp"
+metric = "latency"
+size_bytes = 64
 """
 
 
-@pytest.fixture(scope="module")
-def programs(build: Build) -> None:
-    """Pins that all builders use: none of them has to compile."""
-    build("killed")
+def harness(mark: str) -> Iterator[int]:
+    """The processes of a command, but those of workloads, which are in cgroups of ours."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it just ended
+            marked = f"{MARK}={mark}".encode() in (process / "environ").read_bytes()
+            if marked and "tb-" not in (process / "cgroup").read_text():
+                yield int(process.name)
 
 
-def traces(mark: str) -> Iterator[str]:
-    """All that bears an owner's mark: also processes, by their cgroup or command."""
-    pins = bpf.PINS.rglob("*") if bpf.PINS.exists() else ()
-    for paths in (NETNS.iterdir(), process.cgroup_mount().iterdir(), pins, ledger.ROOT.iterdir()):
-        yield from (str(path) for path in paths if mark in path.name)
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+def start(mark: str, *words: str | Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [*TESTBED, *map(str, words)], env=os.environ | {MARK: mark},
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def kill_once(number: int, seed: int, folder: Path) -> str | None:
+    """One command killed, and what lives on ended; what was done. None: it was over before."""
+    chance = random.Random(f"{seed}/{number}")
+    kind = chance.choice(list(KINDS))
+    moment_s = chance.uniform(0, KINDS[kind])
+    mark = f"k{secrets.token_hex(3)}"
+    manifest, plan = folder / f"{mark}.yaml", folder / f"{mark}.toml"
+    manifest.write_text(POD.format(name=mark))
+    plan.write_text(PLAN)
+    up = ("up", manifest, "--wait", "10")
+    run = ("run", "--plan", plan, "--guest", "standin", "--out", folder / mark)
+    if kind == "down":
+        with start(mark, *up) as standing:
+            pass
+        assert standing.returncode == 0
+    with start(mark, *{"up": up, "down": ("down", mark)}.get(kind, run)) as running:
+        assert running.stderr
         try:
-            state = stat.read_text().rpartition(")")[2].split()[0]
-            if state not in "ZX" and mark in stat.with_name("cgroup").read_text():
-                yield str(stat.parent)
-        except OSError:
-            continue  # it just ended
+            if kind == "campaign":
+                running.stderr.readline()  # what its worker does first
+            with suppress(subprocess.TimeoutExpired):
+                running.wait(moment_s)
+            victims = sorted(harness(mark))
+            whole = len(victims)
+            if chance.random() < 0.5:
+                victims = [chance.choice(victims)] if victims else []
+            for pid in victims:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            running.wait(PATIENCE_S)
+        finally:
+            running.kill()
+    if mark in pods.names():
+        with suppress(Error):
+            pods.down(mark)
+    deadline = time.monotonic() + PATIENCE_S
+    while living := sorted(harness(mark)):
+        assert time.monotonic() < deadline, f"{living} live on after {kind}"
+        time.sleep(0.02)
+    if not victims:
+        return None
+    return f"{number}: {kind} after {moment_s:.3f} s, {len(victims)} of {whole} processes"
 
 
-def strays() -> set[int]:
-    """Slots with rows in maps of `capture` that are nobody's. Slot 0 is for BPF_PROG_TEST_RUN."""
+def strays() -> set[str]:
+    """Slots with rows in maps that are nobody's. Slot 0 is for BPF_PROG_TEST_RUN."""
     found = set()
-    for pins in bpf.PINS.glob("capture-*"):
+    for pins in [*bpf.PINS.glob("capture-*"), *bpf.PINS.glob("steer-*")]:
         programs = bpf.ProgramSet(pins, 0)
         try:
             slots = {key >> 24 for (key,) in programs.map("owners", "=I", "=I")}
             slots |= {slot for slot, *_ in programs.map("carried", "=BBBx", "=QQ")}
+            users = {int(p.name.partition("-")[0]) for p in (pins / "users").iterdir()}
+        except FileNotFoundError:
+            continue  # its last user just left
         finally:
             programs.close()
-        found |= slots - {int(p.name.partition("-")[0]) for p in (pins / "users").iterdir()} - {0}
+        found |= {f"row of slot {slot} of {pins.name}" for slot in slots - users - {0}}
     return found
 
 
-def test_after_a_kill_at_any_moment_clean_leaves_nothing(tmp_path: Path) -> None:
-    links = socket.if_nameindex()
-    chance = random.Random(2)
-    marks = []
-    for _ in range(ROUNDS):
-        builders = [
-            subprocess.Popen(
-                [sys.executable, "-c", BUILDER, str(tmp_path)],
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
-            )
-            for _ in range(AT_ONCE)
-        ]  # fmt: skip
-        for builder in builders:
-            assert builder.stdout
-            marks.append(builder.stdout.readline().strip())
-            assert re.fullmatch(r"[0-9a-f]{6}", marks[-1])
-        timers = [threading.Timer(chance.uniform(0, LIFE_S), b.kill) for b in builders]
-        for timer in timers:
-            timer.start()
-        for builder in builders:
-            builder.communicate()
-            assert builder.returncode == -9
-        for _ in ledger.clean():
-            pass
-        left = [trace for mark in marks for trace in traces(mark)]
-        assert left == []
-    assert socket.if_nameindex() == links
-    assert strays() == set()
+def test_after_a_kill_at_any_moment_clean_leaves_nothing(
+    tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    wanted = pytestconfig.getoption("kills")
+    seed = pytestconfig.getoption("kill_seed") or secrets.randbelow(10**6)
+    print(f"--kill-seed {seed}")
+    kills = number = 0
+    before = snapshot()
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        while kills < wanted:
+            numbers = range(number, number := number + AT_ONCE)
+            done = list(pool.map(lambda n: kill_once(n, seed, tmp_path), numbers))
+            print(*filter(None, done), sep="\n")
+            kills += sum(d is not None for d in done)
+            cleaned = list(ledger.clean())
+            deadline = time.monotonic() + PATIENCE_S
+            while left := (snapshot() | strays()) - before - others():
+                assert time.monotonic() < deadline, f"{sorted(left)}, after cleaning {cleaned}"
+                time.sleep(0.05)
+    assert number < 4 * wanted, "most commands were over before they could be killed"
