@@ -272,17 +272,20 @@ CPU = ("softirq", "system", "user", "guest")
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Host CPU seconds per gigabyte of payload (throughput) or million transactions (others)."""
+class Breakdown:
+    """A cell's value over all blocks, and what it is the sum of."""
 
     cell: Cell
     total: Estimate
     shares: Mapping[str, float]
-    """What of the total is spent on each of `CPU`; together 1."""
+    """What of the total is each part; together 1."""
 
 
-def costs(trials: pd.DataFrame) -> list[Cost]:
+def costs(trials: pd.DataFrame) -> list[Breakdown]:
     """What traffic costs the host, for every cell whose trials say so, as they first appear.
+
+    Host CPU seconds per gigabyte of payload (throughput) or million transactions (others), by what
+    they are spent on (`CPU`).
 
     All that the host did while there was traffic is counted, on all CPUs: CPU seconds per second
     by the rate that was measured. An idle host's own business is in it; on a quiet one, little.
@@ -292,12 +295,24 @@ def costs(trials: pd.DataFrame) -> list[Cost]:
         if cost := cost_values(table):
             parts = table[[f"machine.{part}_s" for part in CPU]].clip(lower=0).mean()
             shares = {part: float(parts[f"machine.{part}_s"] / parts.sum()) for part in CPU}
-            found.append(Cost(Cell.parse(str(id)), estimate(cost.values()), shares))
+            found.append(Breakdown(Cell.parse(str(id)), estimate(cost.values()), shares))
+    return found
+
+
+def breakdowns(trials: pd.DataFrame) -> list[Breakdown]:
+    """Of every cell whose trials have parts: starts in their steps, memory by whose it is."""
+    found = []
+    for id, table in trials[trials.status == "ok"].groupby("cell", sort=False):
+        cell = Cell.parse(str(id))
+        if cell.metric.of_building:
+            parts = table.filter(regex="^parts[.]").dropna(axis=1).mean().clip(lower=0)
+            shares = {str(name)[6:]: float(part / parts.sum()) for name, part in parts.items()}
+            found.append(Breakdown(cell, estimate(block_values(table, "value").values()), shares))
     return found
 
 
 def cost_values(table: pd.DataFrame) -> dict[int, float]:
-    """Block → what traffic cost in one cell's trials that are ok and say so (`Cost.total`)."""
+    """Block → what traffic cost in one cell's trials that are ok and say so (`costs`)."""
     metric = Metric(str(table.metric.iloc[0]))
     if "machine.softirq_s" not in table or metric.of_building:
         return {}

@@ -18,10 +18,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import blended_transform_factory
 
-from testbed.analysis import TAIL, Cost, Summary, costs, distribution
+from testbed.analysis import Breakdown, Summary, breakdowns, costs, distribution
 from testbed.forest import forest, ratios
 from testbed.look import (
     RC,
@@ -32,6 +32,7 @@ from testbed.look import (
     Style,
     absences,
     circumstances,
+    functional,
     keys_of,
     line_key,
     mark_of,
@@ -44,6 +45,7 @@ from testbed.look import (
 from testbed.model import Cell, Family, Metric, Pair, Status, Transport
 from testbed.report import UNITS, absence, grouped, names, number, present, rank, summaries
 from testbed.store import Store, frame
+from testbed.sweeps import AXES, along, scaling, sweep
 
 Blocks = Sequence[Sequence[tuple[float, int]]]
 """Histograms of a cell's blocks."""
@@ -65,26 +67,32 @@ def draw(store: Store, folder: Path | None = None, bare: bool = False) -> list[P
     in the name where there are several; likewise what it cost the host: `cpu-throughput-tcp.png`.
     Where one parameter takes three values or more, it has a figure of its own,
     `throughput-tcp-by-size.png`, and the others are of those parameters alone that most cells have.
-    All ratios to reference datapaths, controls too: `ratios-tcp.png`.
+    What depends on how many guests and pods there are: `scaling-tcp.png`. How long starts took and
+    what memory pods have, of which parts: `startup-tcp.png`. All ratios to reference datapaths,
+    controls too: `ratios-tcp.png`. Guests that cells name have figures of their own, with the name.
     """
     every, histograms, files = summaries(store), dict[Cell, list[Any]](), []
-    rows = [row for row in every if not row.cell.variant and not row.cell.metric.of_building]
+    rows = [row for row in every if not row.cell.variant]
+    crowds = [row for row in rows if _is_crowd(row.cell)]
+    traffic = [row for row in rows if not (row.cell.metric.of_building or _is_crowd(row.cell))]
     for trial in store.trials():
         if trial.status is Status.OK and trial.histogram_us:
             histograms.setdefault(Cell.parse(trial.cell), []).append(trial.histogram_us)
     spent = [cost for cost in costs(frame(store.trials())) if not cost.cell.variant]
     keep = partial(save, folder=folder or store.path / "figures", digest=store.digest(), bare=bare)
     with mpl.rc_context(RC):
-        for (metric, transport), kind in grouped(rows, _kind).items():
-            swept = [(axis, found) for axis in AXES if (found := _along(kind, axis))]
-            of_params = grouped(kind, lambda r: r.cell.params)
+        for (metric, transport, guest), kind in grouped(traffic, _kind).items():
+            whose = f"-{guest}" if guest else ""
+            swept = [(axis, found) for axis in AXES if (found := along(kind, axis))]
+            of_params = grouped(kind, lambda r: replace(r.cell, guest="").params)
             if swept:
                 params = max(of_params, key=lambda params: _weight(of_params[params]))
                 of_params = {params: of_params[params]}
             for params, group in of_params.items():
-                name = f"{metric}-{transport}" + (f"-{params}" if len(of_params) > 1 else "")
-                alike = [c for c in spent if _kind(c) == _kind(group[0])]
-                alike = [c for c in alike if c.cell.params == params]
+                name = f"{metric}-{transport}{whose}"
+                name += f"-{params}" if len(of_params) > 1 else ""
+                cells = {row.cell for row in group}
+                alike = [cost for cost in spent if cost.cell in cells]
                 if metric is Metric.LATENCY:
                     files += keep(_curves(group, histograms, store), name=name)
                 else:
@@ -92,13 +100,28 @@ def draw(store: Store, folder: Path | None = None, bare: bool = False) -> list[P
                 if alike:
                     files += keep(_spent(alike, store), name=f"cpu-{name}")
             for axis, found in swept:
-                name = f"{metric}-{transport}-by-{axis.name}"
-                files += keep(_sweep(found, axis, store), name=name)
+                name = f"{metric}-{transport}{whose}-by-{axis.name}"
+                files += keep(sweep(found, axis, store), name=name)
+        for (pair, family, transport, guest), group in grouped(rows, _place).items():
+            if drawing := scaling(group, store):
+                whose = f"-{guest}" if guest else ""
+                name = f"scaling-{transport}{whose}"
+                others = {_place(row) for row in crowds if _place(row)[2:] == (transport, guest)}
+                name += f"-{pair}-{family}" if len(others) > 1 else ""
+                files += keep(drawing, name=name)
+        built = [part for part in breakdowns(frame(store.trials())) if not _is_crowd(part.cell)]
+        for (metric, transport), parts in grouped(built, lambda p: _kind(p)[:2]).items():
+            files += keep(_built(parts, store), name=f"{metric}-{transport}")
         divided = [row for row in every if row.reference != row.cell.datapath]
-        for transport, group in grouped(divided, lambda r: r.cell.transport).items():
+        for (transport, guest), group in grouped(divided, lambda r: _kind(r)[1:]).items():
             if any(row.ratio.blocks for row in group):
-                files += keep(ratios(group, store), name=f"ratios-{transport}")
+                whose = f"-{guest}" if guest else ""
+                files += keep(ratios(group, store), name=f"ratios-{transport}{whose}")
     return files
+
+
+def _is_crowd(cell: Cell) -> bool:
+    return cell.guests > 1 or cell.pods > 1
 
 
 def _weight(rows: Sequence[Summary]) -> tuple[int, int]:
@@ -107,8 +130,12 @@ def _weight(rows: Sequence[Summary]) -> tuple[int, int]:
     return len(rows), size if rows[0].cell.metric is Metric.THROUGHPUT else -size
 
 
-def _kind(row: Ratio | Cost) -> tuple[Metric, Transport]:
-    return row.cell.metric, row.cell.transport
+def _kind(row: Ratio | Breakdown) -> tuple[Metric, Transport, str]:
+    return row.cell.metric, row.cell.transport, row.cell.guest
+
+
+def _place(row: Ratio) -> tuple[Pair, Family, Transport, str]:
+    return row.cell.pair, row.cell.family, row.cell.transport, row.cell.guest
 
 
 def draw_comparison(
@@ -142,6 +169,8 @@ def _bars(rows: Sequence[Summary], store: Store) -> Drawing:
     native = [row for row in rows if row.cell.pair is Pair.NATIVE_NATIVE]
     parts = [part for part in (native, [row for row in rows if row not in native]) if part]
     slots = [_slots(part) for part in parts]
+    own = rows[0].cell.guest
+    guest = own or store.campaign.guest
     figure = Figure(figsize=(WIDTH_IN, 2.2))
     how = (
         "Bars: geometric means over blocks; "
@@ -156,16 +185,16 @@ def _bars(rows: Sequence[Summary], store: Store) -> Drawing:
         family, part = families[n // len(parts)], parts[n % len(parts)]
         if n % len(parts) == 0:
             axes.set_title(names(family), loc="left", fontweight="bold")
-        _bar_panel(axes, part, family, slots[n % len(parts)], store.campaign.guest)
+        _bar_panel(axes, part, family, slots[n % len(parts)], guest)
     named = {Metric.THROUGHPUT: "goodput, Gbit/s", Metric.CONNECTIONS: "connections, 10³/s"}
     panels[0].set_ylabel(named[rows[0].cell.metric])
     return Drawing(
         figure, title_of(rows[0].cell), keys_of(rows, patch_key),
-        [f"{circumstances(store)} {how}", *absences(rows)], store.campaign.functional,
+        [f"{circumstances(store, own)} {how}", *absences(rows)], functional(store, rows),
     )  # fmt: skip
 
 
-def _slots(rows: Sequence[Summary] | Sequence[Cost]) -> list[tuple[Pair, str] | None]:
+def _slots(rows: Sequence[Summary] | Sequence[Breakdown]) -> list[tuple[Pair, str] | None]:
     """Places along the x axis: the datapaths of each pair, an empty place between pairs."""
     slots: list[tuple[Pair, str] | None] = []
     for pair in present(Pair, (row.cell.pair for row in rows)):
@@ -224,50 +253,122 @@ PARTS = {
 """What CPU time is spent on, from the bottom of the bars up. No colors: those are datapaths'."""
 
 
-def _spent(rows: Sequence[Cost], store: Store) -> Drawing:
+STEPS = {
+    "image": Part("#333333", "", "image"),
+    "links": Part("#777777", "////", "links"),
+    "datapath": Part("#ffffff", "....", "datapath"),
+    "launch": Part("#aaaaaa", "\\\\\\\\", "launch"),
+    "boot": Part("#dddddd", "", "boot"),
+    "answer": Part("#ffffff", "xxxx", "answer"),
+}
+OWNERS = {
+    "processes": Part("#cccccc", "", "processes"),
+    "kernel": Part("#555555", "////", "kernel"),
+}
+
+
+def _spent(rows: Sequence[Breakdown], store: Store) -> Drawing:
     """Host CPU time as bars of its parts, by pair and datapath, a panel per family."""
-    cell, guest = rows[0].cell, store.campaign.guest
+    cell = rows[0].cell
     families = present(Family, (row.cell.family for row in rows))
-    slots = _slots(rows)
+    slots, guest = _slots(rows), cell.guest or store.campaign.guest
     figure = Figure(figsize=(WIDTH_IN, 2.4))
     per = "gigabyte" if cell.metric is Metric.THROUGHPUT else "million transactions"
     how = (
         "Bars: geometric means over blocks of all that the host's CPUs did during traffic, by the "
         "traffic; whiskers: 95 % t-intervals of the whole."
     )
-    keys = [
-        (Patch(fc=part.color, hatch=part.hatch * 2, ec="black"), part.name)
-        for part in PARTS.values()
-    ]
     panels = figure.subplots(1, len(families), squeeze=False, sharey=True)[0]
     for axes, family in zip(panels, families, strict=True):
         axes.set_title(names(family), loc="left", fontweight="bold")
-        axes.set_xlim(-0.8, len(slots) - 0.2)
-        axes.grid(axis="y")
-        ticks = {at: slot[1] for at, slot in enumerate(slots) if slot}
-        axes.set_xticks(list(ticks), list(ticks.values()), rotation=90, fontsize=SMALL_PT)
-        for pair in present(Pair, (row.cell.pair for row in rows)):
-            middle = [at for at, slot in enumerate(slots) if slot and slot[0] is pair]
-            axes.text(sum(middle) / len(middle), 1.0, pair.label(guest).replace("→", "\n→ "),
-                      transform=axes.get_xaxis_transform(), ha="center", va="top",
-                      fontsize=SMALL_PT, bbox={"fc": "white", "ec": "none", "pad": 0.6},
-                      zorder=4)  # fmt: skip
-        for row in (row for row in rows if row.cell.family is family):
-            _stack(axes, row, slots.index((row.cell.pair, row.cell.datapath)))
-    tops = [max(c.total.mean, min(c.total.high, 1.5 * c.total.mean)) for c in rows]
-    panels[0].set_ylim(0, 1.25 * max(tops))
+        labels = [slot and (slot[0].label(guest), slot[1]) for slot in slots]
+        here = [row for row in rows if row.cell.family is family]
+        at = [slots.index((row.cell.pair, row.cell.datapath)) for row in here]
+        _stacks(axes, here, at, labels, PARTS)
+    _fit(panels[0], rows)
     panels[0].set_ylabel(f"CPU seconds per {per}")
     return Drawing(
-        figure, f"Host CPU per {per}: {title_of(cell)}", keys, [f"{circumstances(store)} {how}"],
-        store.campaign.functional,
+        figure, f"Host CPU per {per}: {title_of(cell)}", _keys(PARTS),
+        [f"{circumstances(store, cell.guest)} {how}"], functional(store, rows),
     )  # fmt: skip
 
 
-def _stack(axes: Axes, row: Cost, at: int) -> None:
+def _built(rows: Sequence[Breakdown], store: Store) -> Drawing:
+    """What building pods takes as bars of its parts, by runtime of the server and datapath."""
+    metric, unit = rows[0].cell.metric, UNITS[rows[0].cell.metric]
+    starts = metric is Metric.STARTUP
+    parts = STEPS if starts else OWNERS
+    title = ("From nothing to the first answer at localhost" if starts
+             else "Memory of a pod after its first answer")  # fmt: skip
+    how = (
+        "Bars: geometric means over blocks; whiskers: 95 % t-intervals of the whole. "
+        + ("Images and programs are in the cache; launch: until the program, or the virtual "
+           "machine, runs; boot: until it answers at its own address; answer: the first request "
+           "to localhost." if starts
+           else "Processes: proportional set size; kernel: what its memory grew by.")
+    )  # fmt: skip
+    families = present(Family, (row.cell.family for row in rows))
+    figure = Figure(figsize=(WIDTH_IN, 2.4))
+    panels = figure.subplots(1, len(families), squeeze=False, sharey=True)[0]
+    for axes, family in zip(panels, families, strict=True):
+        here = [row for row in rows if row.cell.family is family]
+        here = sorted(here, key=lambda r: (_server(r, store), rank(r.cell.datapath)))
+        labels: list[tuple[str, str] | None] = []
+        at: list[int] = []
+        for server, of in grouped(here, lambda r: _server(r, store)).items():
+            labels += [None] if labels else []
+            at += range(len(labels), len(labels) + len(of))
+            labels += [(server, row.cell.datapath) for row in of]
+        axes.set_title(names(family), loc="left", fontweight="bold")
+        _stacks(axes, here, at, labels, parts)
+    _fit(panels[0], rows, unit.scale)
+    panels[0].set_ylabel(unit.name)
+    return Drawing(
+        figure, title, _keys(parts), [f"{circumstances(store)} {how}"], functional(store, rows)
+    )
+
+
+def _server(row: Breakdown, store: Store) -> str:
+    return row.cell.label(store.campaign.guest).partition("→")[2]
+
+
+def _keys(parts: Mapping[str, Part]) -> list[tuple[Any, str]]:
+    return [
+        (Patch(fc=part.color, hatch=part.hatch * 2, ec="black"), part.name)
+        for part in parts.values()
+    ]
+
+
+def _stacks(
+    axes: Axes, rows: Sequence[Breakdown], at: Sequence[int],
+    labels: Sequence[tuple[str, str] | None], parts: Mapping[str, Part],
+) -> None:  # fmt: skip
+    """Bars of parts at places, whose labels are (group, bar)."""
+    axes.set_xlim(-0.8, len(labels) - 0.2)
+    axes.grid(axis="y")
+    ticks = {at: label[1] for at, label in enumerate(labels) if label}
+    axes.set_xticks(list(ticks), list(ticks.values()), rotation=90, fontsize=SMALL_PT)
+    for group in dict.fromkeys(label[0] for label in labels if label):
+        middle = [at for at, label in enumerate(labels) if label and label[0] == group]
+        axes.text(sum(middle) / len(middle), 1.0, group.replace("→", "\n→ "),
+                  transform=axes.get_xaxis_transform(), ha="center", va="top",
+                  fontsize=SMALL_PT, bbox={"fc": "white", "ec": "none", "pad": 0.6},
+                  zorder=4)  # fmt: skip
+    for row, place in zip(rows, at, strict=True):
+        _stack(axes, row, place, parts, UNITS[row.cell.metric].scale
+               if row.cell.metric.of_building else 1)  # fmt: skip
+
+
+def _fit(axes: Axes, rows: Sequence[Breakdown], scale: float = 1) -> None:
+    tops = [max(c.total.mean, min(c.total.high, 1.5 * c.total.mean)) for c in rows]
+    axes.set_ylim(0, 1.25 * max(tops) / scale)
+
+
+def _stack(axes: Axes, row: Breakdown, at: int, parts: Mapping[str, Part], scale: float) -> None:
     """One bar of its parts, with the interval of the whole."""
-    mean, low, high, _ = astuple(row.total)
+    mean, low, high = (x / scale for x in astuple(row.total)[:3])
     bottom = 0.0
-    for name, part in PARTS.items():
+    for name, part in parts.items():
         height = mean * row.shares[name]
         axes.bar(at, height, 0.86, bottom, color=part.color, hatch=part.hatch, edgecolor="black")
         bottom += height
@@ -289,7 +390,7 @@ def _curves(rows: Sequence[Summary], histograms: Mapping[Cell, Blocks], store: S
         for axes, pair in zip(line, pairs, strict=True):
             axes.grid(visible=True)
             if family is families[0]:
-                axes.set_title(pair.label(store.campaign.guest))
+                axes.set_title(replace(rows[0].cell, pair=pair).label(store.campaign.guest))
             if family is families[-1]:
                 axes.set_xlabel("round-trip time, µs")
             absent = []
@@ -311,7 +412,8 @@ def _curves(rows: Sequence[Summary], histograms: Mapping[Cell, Blocks], store: S
         corner.set_xlim(min(low for low, _ in ends) / 1.3, max(high for _, high in ends) * 1.3)
     return Drawing(
         figure, title_of(rows[0].cell), keys_of(rows, line_key),
-        [f"{circumstances(store)} {how}", *absences(rows)], store.campaign.functional,
+        [f"{circumstances(store, rows[0].cell.guest)} {how}", *absences(rows)],
+        functional(store, rows),
     )  # fmt: skip
 
 
@@ -325,94 +427,3 @@ def _curve(axes: Axes, style: Style, blocks: Blocks) -> tuple[float, float]:
     )
     axes.plot([p50, p99], [0.5, 0.99], ls="none", color=style.color, zorder=3, **mark_of(style))
     return p01, p999
-
-
-class Axis(NamedTuple):
-    """A parameter that cells may differ in."""
-
-    name: str
-    field: str
-    label: str
-
-
-AXES = (
-    Axis("size", "size_bytes", "message size, bytes"),
-    Axis("streams", "streams", "streams"),
-    Axis("rate", "rate_per_s", "requests per second"),
-)
-
-
-def _along(rows: Sequence[Summary], axis: Axis) -> list[Summary]:
-    """Those rows that differ along an axis alone, where it has three values or more."""
-
-    def others(row: Summary) -> Cell:
-        changes: Any = {axis.field: 0}
-        return replace(row.cell, **changes)
-
-    rows = [row for row in rows if getattr(row.cell, axis.field)]  # no rate is none, not the least
-    sets = grouped(rows, lambda r: (others(r), r.quantity))
-    return [row for found in sets.values() if len(found) > 2 for row in found]
-
-
-def _sweep(rows: Sequence[Summary], axis: Axis, store: Store) -> Drawing:
-    """Means with intervals along a parameter: panels per pair (across), family and quantity."""
-    cell, guest = rows[0].cell, store.campaign.guest
-    pairs = present(Pair, (row.cell.pair for row in rows))
-    downs = list(dict.fromkeys((row.cell.family, row.quantity) for row in rows))
-    figure = Figure(figsize=(WIDTH_IN, 0.45 + 1.3 * len(downs)))
-    fixed = [f"{cell.size_bytes} B"] if axis.field != "size_bytes" else []
-    fixed += [f"{cell.streams} streams"] if axis.field != "streams" and cell.streams > 1 else []
-    title = ", ".join([f"{cell.metric.capitalize()} by {axis.name}", names(cell.transport), *fixed])
-    how = "Geometric means over blocks; whiskers: 95 % t-intervals."
-    if axis.field == "rate_per_s":
-        how += " Each request is timed from when it was due."
-    panels = figure.subplots(len(downs), len(pairs), sharex=True, sharey="row", squeeze=False)
-    unit = UNITS[cell.metric]
-    for across, (family, quantity) in zip(panels, downs, strict=True):
-        label = {"p50_us": "median, ", "p99_us": "p99, ", TAIL: "p99.9, "}.get(quantity, "")
-        across[0].set_ylabel(f"{names(family)}\n{label}{unit.name}")
-        for axes, pair in zip(across, pairs, strict=True):
-            place = (family, quantity, pair)
-            here = [r for r in rows if (r.cell.family, r.quantity, r.cell.pair) == place]
-            for datapath, line in grouped(here, lambda r: r.cell.datapath).items():
-                _sweep_line(axes, line, axis, datapath, unit.scale)
-            axes.set_xscale("log")
-            axes.set_yscale("log")
-            axes.grid(visible=True)
-    for axes, pair in zip(panels[0], pairs, strict=True):
-        axes.set_title(pair.label(guest))
-    ticks = sorted({getattr(row.cell, axis.field) for row in rows})
-    for axes in panels[-1]:
-        axes.set_xlabel(axis.label)
-        axes.set_xticks(
-            ticks, [f"{tick}" for tick in ticks], rotation=30 if max(ticks) > 999 else 0
-        )
-        axes.xaxis.set_minor_locator(NullLocator())
-    for across in panels:
-        low, high = across[0].get_ylim()
-        if high / low < 10:
-            across[0].set_yscale("linear")
-            across[0].set_ylim(0, high)
-        else:
-            across[0].yaxis.set_minor_locator(LogLocator(subs=(1, 2, 5)))
-            across[0].yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-            across[0].yaxis.set_major_formatter(NullFormatter())
-    return Drawing(
-        figure, title, keys_of(rows, line_key),
-        [f"{circumstances(store)} {how}", *absences(rows)], store.campaign.functional,
-    )  # fmt: skip
-
-
-def _sweep_line(
-    axes: Axes, rows: Sequence[Summary], axis: Axis, datapath: str, scale: float
-) -> None:
-    """One datapath's line; a gap where it has no value."""
-    style = style_of(datapath)
-    rows = sorted(rows, key=lambda r: int(getattr(r.cell, axis.field)))
-    x = [getattr(row.cell, axis.field) for row in rows]
-    mean = [row.estimate.mean / scale for row in rows]
-    axes.plot(x, mean, color=style.color, ls=style.line, lw=1.2, **mark_of(style))
-    for row, at in zip(rows, x, strict=True):
-        if not math.isnan(row.estimate.low):
-            ends = [row.estimate.low / scale, row.estimate.high / scale]
-            axes.plot([at, at], ends, color=style.color, lw=0.8)

@@ -22,6 +22,7 @@ from testbed.look import (
     Ratio,
     absences,
     circumstances,
+    functional,
     keys_of,
     point_key,
     style_of,
@@ -41,10 +42,11 @@ def ratios(rows: Sequence[Summary], store: Store) -> Drawing:
     )
     missing = {f"No ratio of {r.cell.datapath}: {r.no_ratio}": None for r in rows if r.no_ratio}
     absent = [*absences(rows), *missing]
+    guest = rows[0].cell.guest
     return Drawing(
         figure, f"Ratio to the reference datapath, {names(rows[0].cell.transport)}",
-        keys_of(shown, point_key), [f"{circumstances(store)} {how}", *absent],
-        store.campaign.functional,
+        keys_of(shown, point_key), [f"{circumstances(store, guest)} {how}", *absent],
+        functional(store, rows),
     )  # fmt: skip
 
 
@@ -54,7 +56,7 @@ def forest(rows: Sequence[Ratio], guest: str, band: float = 0.0) -> Figure:
     sized = len({size_of(row.cell) for row in rows}) > len({row.cell.metric for row in rows})
 
     def line_of(row: Ratio) -> tuple[str, str]:
-        place = f"{row.cell.pair.label(guest)}, {names(row.cell.family, row.cell.transport)}"
+        place = f"{row.cell.label(guest)}, {names(row.cell.family, row.cell.transport)}"
         return place, row.cell.datapath + (f", {size_of(row.cell)}" if sized else "")
 
     lines = list(dict.fromkeys(map(line_of, rows)))

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from testbed.analysis import Estimate, Summary
+from testbed.analysis import Breakdown, Estimate, Summary
 from testbed.model import Cell, Error, Status
 from testbed.report import FUNCTIONAL, absence, blocks_of, guest_of, names, rank, size_of
 from testbed.store import Store
@@ -185,10 +185,15 @@ def title_of(cell: Cell) -> str:
     return f"{cell.metric.capitalize()}, {names(cell.transport)}, {size_of(cell)} messages"
 
 
-def circumstances(store: Store) -> str:
-    """What a figure's footer says of its campaign."""
+def functional(store: Store, rows: Iterable[Summary | Breakdown]) -> bool:
+    """Whether any of the rows is of an emulated guest."""
+    return any(store.campaign.is_functional(row.cell) for row in rows)
+
+
+def circumstances(store: Store, guest: str = "") -> str:
+    """What a figure's footer says of its campaign, and of the guest that its cells name."""
     campaign = store.campaign
     return (
-        f"Guest {guest_of(campaign)}. Host {campaign.host}: kernel {campaign.kernel}, "
+        f"Guest {guest_of(campaign, guest)}. Host {campaign.host}: kernel {campaign.kernel}, "
         f"{campaign.cpu}. Campaign {store.path.name}, {blocks_of(campaign)}."
     )

@@ -83,7 +83,7 @@ def manifest(pairs: Iterable[Pair], guest: Runtime, guests: int = 1) -> Manifest
                 name,
                 guest if name.startswith("guest") else Runtime.PROCESS,
                 tuple((transport, port(name)) for transport in Transport),
-                cpus=(_cpu(name),),
+                cpus=(_cpu(name, alone=guests > 1),),
                 control_port=CONTROL_PORT + i,
             )
             for i, name in enumerate(sorted(names, key=port))
@@ -91,10 +91,11 @@ def manifest(pairs: Iterable[Pair], guest: Runtime, guests: int = 1) -> Manifest
     )
 
 
-def _cpu(name: str) -> int:
-    """Natives from the first CPU on, guests from the last one back."""
+def _cpu(name: str, alone: bool) -> int:
+    """Natives from the first CPU on, guests from the last back, which leave that one `alone`."""
     cpus = machine.cpus()
     if name.startswith("guest"):
+        cpus = cpus[1:] if alone and len(cpus) > 1 else cpus
         return cpus[(GUESTS_PORTS - port(name)) % len(cpus)]
     return cpus[(port(name) - NATIVES_PORTS - 1) % len(cpus)]
 

@@ -201,3 +201,44 @@ def test_every_datapath_of_the_design_has_a_look_of_its_own() -> None:
     assert len(set(looks)) == len(looks)
     assert len(set(lines)) == len(lines)
     assert len({s.color for s in look.STYLES.values()}) == len(looks)
+
+
+def test_starts_memory_and_scaling_have_figures_and_guests_that_cells_name_their_own(
+    tmp_path: Path,
+) -> None:
+    text = """
+    name = "scale"
+    blocks = 2
+    warmup_s = 0
+    duration_s = 1
+    [[cells]]
+    datapath = ["direct", "steer"]
+    pair = "native-guest"
+    family = "ipv4"
+    transport = "tcp"
+    metric = ["throughput", "startup", "memory"]
+    size_bytes = 64
+    guest = "standin"
+    guests = [1, 4, 16]
+    """
+    cells = plan.parse(text, "scale.toml").cells
+    campaign = replace(
+        CAMPAIGN, cells=tuple(c.id for c in cells), references={"steer": "direct"},
+        guests={"standin": {"kernel": "", "accelerator": "none"}},
+    )  # fmt: skip
+    parts = {
+        Metric.STARTUP: dict.fromkeys(figures.STEPS, 20.0),
+        Metric.MEMORY: {"processes": 3e6, "kernel": -1e3},
+    }
+    with store.create(tmp_path / "scale", campaign) as made:
+        for cell in cells:
+            for block in range(2):
+                of = parts.get(cell.metric, {})
+                value = (sum(of.values()) or 1e9) * (1 + block / 50)
+                made.append(Trial(cell.id, block, 0, Status.OK, value=value, parts=of))
+        names = [f.name for f in figures.draw(made) if f.suffix == ".png"]
+        warning = report.warning_of(made.campaign)
+    assert names == ["throughput-tcp-standin.png", "scaling-tcp-standin.png", "startup-tcp.png",
+                     "memory-tcp.png", "ratios-tcp-standin.png"]  # fmt: skip
+    assert warning == "osv: emulated guest: functional, not a speed claim"
+    assert not any(made.campaign.is_functional(cell) for cell in cells)
