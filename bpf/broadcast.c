@@ -29,7 +29,7 @@ enum reason {
 	REASON_TRUNCATED, /* dropped: too short for its headers */
 	REASON_UNHANDLED, /* dropped: a protocol that has no ports, an extension header */
 	REASON_FRAGMENT_ORPHAN, /* dropped: a fragment whose first was not seen */
-	REASON_NO_GUEST,	/* dropped: the guest has no link */
+	REASON_NO_GUEST,	/* dropped: the guest is down */
 	REASON_ODD_SOURCE, /* passed on: a native flow with other addresses than 127.0.0.1, ::1 */
 	REASON_ANSWERED,   /* ARP request or neighbor solicitation */
 	REASON_COPIED,	   /* copies made */
@@ -85,7 +85,7 @@ int lo_ingress(struct __sk_buff *skb)
 		return TC_ACT_OK;
 	if (p.destination.kind == NATIVE_VIEW
 		    ? !port_of(here.slot, p.destination.n)
-		    : is_icmp(p.protocol) || owner(here.slot, p.protocol, p.destination_port) < 0)
+		    : is_icmp(p.protocol) || serving(here.slot, p.protocol, p.destination_port) < 0)
 		return TC_ACT_OK;
 	return drop(skb, here.slot, REASON_UNWANTED);
 }
@@ -170,8 +170,10 @@ int port_ingress(struct __sk_buff *skb)
 {
 	struct here here = where(skb);
 	struct packet p = {};
-	int verdict = admit(skb, here, &p);
+	int verdict;
 
+	wake(skb, here);
+	verdict = admit(skb, here, &p);
 	if (verdict != ADMITTED)
 		return verdict;
 	switch (p.destination.kind) {
@@ -190,7 +192,7 @@ int port_ingress(struct __sk_buff *skb)
 	tally(skb, here.slot, REASON_COPIED);
 	if (p.destination.kind == GUEST_VIEW ||
 	    (p.destination.kind == ALIAS && !is_icmp(p.protocol) &&
-	     owner(here.slot, p.protocol, p.destination_port) >= 0))
+	     serving(here.slot, p.protocol, p.destination_port) >= 0))
 		return drop(skb, here.slot, REASON_UNWANTED);
 	return enter_lo(skb, here.slot, &p);
 }

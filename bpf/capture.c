@@ -37,7 +37,7 @@ enum reason {
 	REASON_TRUNCATED, /* dropped: too short for its headers */
 	REASON_UNHANDLED, /* dropped: a protocol that has no ports, an extension header */
 	REASON_FRAGMENT_ORPHAN, /* dropped: a fragment whose first was not seen */
-	REASON_NO_GUEST,	/* dropped: the guest has no link, or no IPv6 (TCP: refused) */
+	REASON_NO_GUEST,	/* passed on, to be refused: the guest is down, or has no IPv6 */
 	REASON_ODD_SOURCE, /* passed on: a native flow with other addresses than 127.0.0.1, ::1 */
 	REASON_ANSWERED,   /* ARP request or neighbor solicitation */
 	REASONS,
@@ -140,8 +140,10 @@ int port_ingress(struct __sk_buff *skb)
 	struct here here = where(skb);
 	struct packet p = {};
 	u8 to = 0;
-	int verdict = leave_port(skb, here, &p, &to);
+	int verdict;
 
+	wake(skb, here);
+	verdict = leave_port(skb, here, &p, &to);
 	switch (verdict) {
 	case TO_GUEST:
 		return redirect_marked(skb, here.slot, to);

@@ -46,7 +46,7 @@ struct odd_addresses {
 	__be32 words[8]; /* as in struct packet, from the native to the guest */
 };
 
-BPF_ARRAY(guests, u32, SLOTS * 256); /* slot << 8 | n: ifindex of the port; 0: none */
+BPF_ARRAY(guests, u32, SLOTS * 256); /* slot << 8 | n: ifindex of the port; 0: the guest is down */
 BPF_HASH(owners, u32, u32, 16384);   /* slot << 24 | protocol << 16 | port: n; not here: native */
 #define IPV4_ONLY 0x100		     /* in the value: that guest knows no IPv6 */
 BPF_PERCPU_ARRAY(counters, struct count, SLOTS *REASONS);
@@ -124,6 +124,25 @@ static __always_inline u32 port_of(u8 slot, u8 n)
 	return ifindex ? *ifindex : 0;
 }
 
+/* Who sends is up. That a guest ended is for others to say: they clear its row. */
+static __always_inline void wake(struct __sk_buff *skb, struct here here)
+{
+	u32 key = here.slot << 8 | here.n, *ifindex = guests.lookup(&key);
+
+	if (ifindex && !*ifindex)
+		*ifindex = skb->ifindex;
+}
+
+/* The guest that serves a port, or -1: a native, or nobody as the owner is down. What is for nobody
+ * is the natives', too: on `lo` no socket listens, and the kernel refuses at once.
+ */
+static __always_inline int serving(u8 slot, u8 protocol, u16 port)
+{
+	int n = owner(slot, protocol, port);
+
+	return n < 0 || port_of(slot, n) ? n : -1;
+}
+
 static __always_inline struct address as(u8 kind, u8 n)
 {
 	struct address address = {kind, n};
@@ -164,10 +183,10 @@ static __always_inline int leave_lo(struct __sk_buff *skb, struct here here, u8 
 		n = ownership(here.slot, p.protocol, p.destination_port);
 		if (n < 0)
 			return TC_ACT_OK;
-		if (p.v6 && n & IPV4_ONLY) {
+		if ((p.v6 && n & IPV4_ONLY) || !port_of(here.slot, n)) {
 			/* Sent on, it would be lost in silence. On `lo` no socket listens: refused. */
 			tally(skb, here.slot, REASON_NO_GUEST);
-			return p.protocol == IPPROTO_TCP ? TC_ACT_OK : TC_ACT_SHOT;
+			return TC_ACT_OK;
 		}
 		n = (u8)n;
 		source = as(NATIVE_SOURCE, 0);
@@ -295,7 +314,8 @@ static __always_inline int leave_port(struct __sk_buff *skb, struct here here, s
 		return verdict;
 	switch (p->destination.kind) {
 	case ALIAS:
-		n = is_icmp(p->protocol) ? -1 : owner(here.slot, p->protocol, p->destination_port);
+		n = is_icmp(p->protocol) ? -1
+					 : serving(here.slot, p->protocol, p->destination_port);
 		if (n < 0)
 			return TO_NATIVE;
 		source = as(GUEST_VIEW, here.n);

@@ -99,8 +99,9 @@ static __always_inline bool is_localhost(struct address a)
 
 /* A socket is about to dial, or to send to, an address: of the guest that owns the port, if that is
  * its `localhost`. Returns true if `a` is now another one. What is bound to an address or device can
- * only go by `lo`. A guest without IPv6 is reached from ::1 by a v4-mapped address, where the call
- * may give one: connect may, unless the socket is IPv6-only (ENETUNREACH); sendmsg may not.
+ * only go by `lo`; so has what is for a guest that is down, to be refused. A guest without IPv6 is
+ * reached from ::1 by a v4-mapped address, where the call may give one: connect may, unless the
+ * socket is IPv6-only (ENETUNREACH); sendmsg may not.
  */
 static __always_inline bool dial(struct bpf_sock_addr *ctx, struct bpf_sock *sk, bool bound,
 				 bool connects, __be32 *a)
@@ -114,7 +115,8 @@ static __always_inline bool dial(struct bpf_sock_addr *ctx, struct bpf_sock *sk,
 		return false;
 	if (is_localhost(to))
 		n = ownership(slot, ctx->protocol, port);
-	if (n >= 0 && (bound || stays_on_lo(sk) || (n & IPV4_ONLY && !is_mapped(a) && !connects))) {
+	if (n >= 0 && (bound || stays_on_lo(sk) || !port_of(slot, n) ||
+		       (n & IPV4_ONLY && !is_mapped(a) && !connects))) {
 		tally_call(slot, REASON_FALLBACK);
 		n = -1;
 	}

@@ -35,7 +35,7 @@ enum reason {
 	REASON_TRUNCATED, /* dropped: too short for its headers */
 	REASON_UNHANDLED, /* dropped: a protocol that has no ports, an extension header */
 	REASON_FRAGMENT_ORPHAN, /* dropped: a fragment whose first was not seen */
-	REASON_NO_GUEST,	/* dropped: the guest has no link, or no IPv6 (TCP: refused) */
+	REASON_NO_GUEST,	/* passed on, to be refused: the guest is down, or has no IPv6 */
 	REASON_ODD_SOURCE, /* passed on: a native flow with other addresses than 127.0.0.1, ::1 */
 	REASON_ANSWERED,   /* ARP request or neighbor solicitation */
 	REASON_STEERED,	   /* calls: a native dialed a guest, or sent it a datagram, past `lo` */
@@ -229,8 +229,10 @@ int port_ingress(struct __sk_buff *skb)
 	struct here here = where(skb);
 	struct packet p = {};
 	u8 to = 0;
-	int verdict = settle(skb, here);
+	int verdict;
 
+	wake(skb, here);
+	verdict = settle(skb, here);
 	if (verdict != NOT_SETTLED)
 		return verdict;
 	verdict = leave_port(skb, here, &p, &to);

@@ -25,6 +25,9 @@ from testbed.model import Error, Family, Transport
 
 LINK_MTU = 1500
 LO_IFINDEX = 1
+NO_IFINDEX = 0x7FFFFFFF
+SO_BINDTOIFINDEX = 62
+"""Takes any number, since Linux 5.0; the device need not be there (socket(7) does not say so)."""
 RT_TABLE_LOCAL = 255
 IPV4_ONLY = 0x100
 """In a value of `owners`: the guest has no IPv6."""
@@ -40,8 +43,9 @@ Owners = Mapping[tuple[Transport, int], int]
 def hold_ports(pod: str, netns: str, owners: Owners) -> list[socket.socket]:
     """Bind every port that a guest owns: natives get EADDRINUSE, and none of them as ephemeral.
 
-    Bound to `lo`: what comes from outside the pod is not theirs to swallow. On `lo`, the programs
-    take the packets before a socket could. Raises `Error` if a native process has one of the ports.
+    None of them takes a packet, so that the kernel refuses what is for a guest that is down: TCP's
+    do not listen, UDP's are bound to a device that there is not. Raises `Error` if a native process
+    has one of the ports.
     """
     held: list[socket.socket] = []
 
@@ -50,7 +54,8 @@ def hold_ports(pod: str, netns: str, owners: Owners) -> list[socket.socket]:
             kind = socket.SOCK_STREAM if transport is Transport.TCP else socket.SOCK_DGRAM
             held.append(socket.socket(socket.AF_INET6, kind))
             held[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            held[-1].setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
+            device = LO_IFINDEX if transport is Transport.TCP else NO_IFINDEX
+            held[-1].setsockopt(socket.SOL_SOCKET, SO_BINDTOIFINDEX, device)
             try:
                 held[-1].bind(("::", port))
             except OSError as e:
@@ -154,8 +159,12 @@ class Rows:
         for flow in _flows(slot, guests):
             _carried(self.programs)[flow] = (0, 0)
 
+    def port(self, n: int) -> int:
+        """The link of guest n; 0 while the guest is down."""
+        return int(_guests(self.programs)[self.programs.slot << 8 | n,][0])
+
     def set_port(self, n: int, ifindex: int) -> None:
-        """The link of guest n."""
+        """Say so; a guest that sends has its link back."""
         _guests(self.programs)[self.programs.slot << 8 | n,] = (ifindex,)
 
     def carried(self, client: int | None, server: int | None) -> tuple[int, ...]:

@@ -38,6 +38,7 @@ from testbed.model import (
     LINK_PREFIX,
     POD_MAC,
     Address,
+    Cell,
     Error,
     Family,
     Runtime,
@@ -298,7 +299,9 @@ class Pod:
     def start_workload(self, name: str) -> None:
         """Start one workload (again)."""
         _, workload = self._find(name)
-        self.processes[name] = self._runtimes[workload.runtime].start(self.place(workload))
+        running = self._runtimes[workload.runtime].start(self.place(workload))
+        with self.lock:
+            self.processes[name] = running
 
     def place(self, workload: Workload) -> Place:
         """Where a workload of the manifest runs, or another native one."""
@@ -318,14 +321,24 @@ class Pod:
 
     def stop_workload(self, name: str) -> None:
         """End one workload, and the connections that its peers in the pod still have with it."""
-        process.end(self.processes.pop(name))
+        process.end(running := self.processes.pop(name))
+        self.refuse(name, running)
         self.end_peers(name)
+
+    def refuse(self, name: str, ended: subprocess.Popen[bytes]) -> bool:
+        """What is for a guest whose process has ended is refused; False if its next one runs."""
+        with self.lock:
+            if self.processes.get(name, ended) is not ended:
+                return False
+            if n := self.number_of(name):
+                self.attachment.guest_ended(n)
+        return True
 
     def end_peers(self, name: str) -> None:
         """End natives' TCP connections with a guest that is gone: it sent them neither FIN nor RST.
 
-        Connections of other guests are not this host's to end; their next segment is answered by
-        the next guest's kernel.
+        Connections of other guests are not this host's to end; their next segment is refused, or
+        answered by the next guest's kernel.
         """
         n, workload = self._find(name)
         if not n:
@@ -426,3 +439,17 @@ class Pod:
         self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
     ) -> None:
         self.close()
+
+
+def unsupported(datapath: Datapath, cell: Cell, guest: Prepared) -> str | None:
+    """Why a cell cannot be had with this guest, or None."""
+    if cell.pair not in datapath.pairs:
+        return f"{datapath.name} does not carry {cell.pair.label('guest')}"
+    if cell.pair.guests and cell.family not in guest.families:
+        kernel = guest.description.kernel or guest.description.runtime
+        return f"the guest's kernel ({kernel}) has no {cell.family.replace('ip', 'IP')}"
+    if datapath.layout is Layout.SOCKET and not guest.uses_tap:
+        return f"{datapath.name} carries frames of a virtual machine, which a stand-in is not"
+    if datapath.layout is Layout.ROUTED and guest.description.runtime is Runtime.OSV:
+        return "OSv has its loopback in the kernel, which would have to be changed"
+    return datapath.unsupported(cell)

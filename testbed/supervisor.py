@@ -82,7 +82,9 @@ class Supervisor:
         name, process = self._alive.pop(fd)
         self._poller.unregister(fd)
         os.close(fd)
-        if self._pod.processes.get(name) is process:  # it was not us who ended it
+        if self._pod.processes.get(name) is not process:
+            return  # it was us who ended it
+        if self._pod.refuse(name, process):
             self.deaths.append(name)
             self._pod.end_peers(name)
 

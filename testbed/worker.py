@@ -27,7 +27,7 @@ from testbed import datapaths, machine, runtimes, trial
 from testbed.deployment import Built, Deployment
 from testbed.ledger import Owner
 from testbed.model import Cell, Error, Runtime, Status, Trial
-from testbed.pod import Node, Pod
+from testbed.pod import Node, Pod, unsupported
 from testbed.supervisor import Supervisor
 
 BEAT_S = 5
@@ -155,7 +155,9 @@ class _Bench:
 
     def _unsupported(self, cell: Cell) -> str | None:
         guest = self.guests[cell.guest]
-        return guest.message if isinstance(guest, Error) else unsupported(cell, guest)
+        if isinstance(guest, Error):
+            return guest.message
+        return unsupported(datapaths.get(cell.datapath), cell, guest)
 
     def _build(
         self, name: str, deployment: Deployment, cells: Sequence[Cell], stack: ExitStack
@@ -204,21 +206,6 @@ class _Bench:
         for pod in built.pods:
             if not (self.job.keep and pod in self.failed):
                 pod.close()
-
-
-def unsupported(cell: Cell, guest: runtimes.Prepared) -> str | None:
-    """Why a cell cannot be measured with this guest, or None."""
-    datapath = datapaths.get(cell.datapath)
-    if cell.pair not in datapath.pairs:
-        return f"{cell.datapath} does not carry {cell.pair.label('guest')}"
-    if cell.pair.guests and cell.family not in guest.families:
-        kernel = guest.description.kernel or guest.description.runtime
-        return f"the guest's kernel ({kernel}) has no {cell.family.replace('ip', 'IP')}"
-    if datapath.layout is datapaths.Layout.SOCKET and not guest.uses_tap:
-        return f"{cell.datapath} carries frames of a virtual machine, which a stand-in is not"
-    if datapath.layout is datapaths.Layout.ROUTED and guest.description.runtime is Runtime.OSV:
-        return "OSv has its loopback in the kernel, which would have to be changed"
-    return datapath.unsupported(cell)
 
 
 def main() -> None:

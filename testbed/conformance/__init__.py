@@ -90,6 +90,8 @@ class Result:
     datapath: str
     guest: str
     """What runs the guests: a runtime, `foreign` in another's pod, empty where there are none."""
+    kernel: str
+    """Of the guests, where it is their own and known."""
     pair: Pair
     family: Family
     transport: Transport

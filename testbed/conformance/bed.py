@@ -51,6 +51,8 @@ class Stage(Protocol):
     datapath: str
     guest: str
     """What runs the guests; empty where there are none."""
+    kernel: str
+    """The guests', where it is their own and known."""
     pairs: frozenset[Pair]
     netns: str
     emulated: bool
@@ -75,6 +77,7 @@ class OwnStage:
         self.node, self.datapath, self.pairs = node, datapath.name, datapath.pairs
         self.runtime = guest.description.runtime
         self.guest = str(self.runtime) if any(pair.guests for pair in self.pairs) else ""
+        self.kernel = guest.description.kernel if self.guest else ""
         self.emulated = guest.description.functional_only
         self._datapath, self._consoles = datapath, consoles
         self._runtimes: Mapping[Runtime, Prepared] = {
@@ -147,6 +150,7 @@ class ForeignStage:
     """Somebody else's pod: agents of our own as natives, one guest whose agent is there already."""
 
     guest = "foreign"
+    kernel = ""
     emulated = False
     pairs = frozenset(Pair) - {Pair.GUEST_GUEST}
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
+from types import TracebackType
+from typing import Self
 
 from testbed.conformance import check, expect
 from testbed.conformance.bed import Bed
 from testbed.conformance.connections import exchange
-from testbed.model import Error, Pair
+from testbed.conformance.sockets import Peer
+from testbed.conformance.volume import amount
+from testbed.model import Error, Pair, Transport
 
 END_S = 2.0
 """How soon a program has to learn that its peer is gone."""
 BACK_S = 40.0
 """How soon a workload is back; an emulated machine boots."""
+
+RESTARTS = 100
+EACH = 5
+"""Connections that every client has to make between two restarts, while nothing changes."""
 
 BETWEEN = frozenset({Pair.NATIVE_GUEST, Pair.GUEST_NATIVE})
 ANOTHER = BETWEEN | {Pair.NATIVE_NATIVE, Pair.GUEST_GUEST}
@@ -90,6 +99,91 @@ def pod_rebuilt(bed: Bed) -> None:
     stage.close()
     stage.build()
     works_again(bed)
+
+
+class _Client:
+    """Makes one short connection after the other, in a thread of its own.
+
+    `made` came to a good end, `refused` failed while the server was going, gone, or coming;
+    `wrong` says what else happened: a failure while it was there, or a connection that hung.
+    """
+
+    def __init__(self, bed: Bed, peer: Peer, epoch: list[int]) -> None:
+        """`epoch` is even while the server is there."""
+        self.made = self.refused = 0
+        self.wrong: list[str] = []
+        self._bed, self._peer, self._epoch = bed, peer, epoch
+        self._target = str(peer.localhost(bed.family))
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._work, name=f"restarts {peer.name}")
+
+    def _work(self) -> None:
+        while not self._ending.is_set() and not self.wrong:
+            epoch, began, failure = self._epoch[0], time.monotonic(), ""
+            try:
+                result = self._peer.agent.run(
+                    Transport.TCP, self._bed.family, self._target, self._bed.port, "crr", 64,
+                    bytes=64,
+                )  # fmt: skip
+            except (Error, OSError) as e:
+                failure = str(e)
+            took_s = time.monotonic() - began
+            if took_s > END_S:
+                self.wrong.append(f"{self._peer.name} hung for {took_s:.1f} s ({failure})")
+            elif not failure:
+                expect(result.transactions == 1, "no transaction, no failure")
+                self.made += 1
+            elif epoch % 2 or epoch != self._epoch[0]:
+                self.refused += 1
+            else:
+                self.wrong.append(f"{self._peer.name}: {failure}")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._ending.set()
+        self._thread.join()
+
+
+@check("a server that restarts costs its clients nothing else", disruptive=True,
+       pairs=frozenset({Pair.NATIVE_GUEST}))  # fmt: skip
+def restarts_under_load(bed: Bed) -> None:
+    """Of 100 restarts of a guest clients see refusals while it is down; none fails else, or hangs.
+
+    The clients are a native and the other guest. What they begin and end while the guest serves
+    has to succeed; what a restart overlaps may fail, and has to do so soon.
+    """
+    pod = bed.own_pod.pod
+    works_again(bed)
+    epoch = [1]
+    clients = [_Client(bed, peer, epoch) for peer in (bed.client, bed.peer("guest2"))]
+    with clients[0], clients[1]:
+        for _ in range(amount(bed, RESTARTS)):
+            server = bed.peer(bed.server_name)
+            server.agent.serve(Transport.TCP, bed.family, bed.port, server.here(bed.family))
+            epoch[0] += 1
+            _all_go_on(clients, "made", EACH)
+            epoch[0] += 1
+            pod.processes[bed.server_name].kill()
+            pod.processes[bed.server_name].wait()
+            _all_go_on(clients, "refused", 1)
+            pod.revive()
+
+
+def _all_go_on(clients: list[_Client], what: str, by: int) -> None:
+    """Wait until each client has so many more of what it counts. Raises `Failure`."""
+    goals = [getattr(client, what) + by for client in clients]
+
+    def reached() -> bool:
+        for client in clients:
+            expect(not client.wrong, "; ".join(client.wrong))
+        return all(getattr(c, what) >= goal for c, goal in zip(clients, goals, strict=True))
+
+    _until(reached, f"no more connections are {what}")
 
 
 def _until(holds: Callable[[], bool], otherwise: str) -> None:

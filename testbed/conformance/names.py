@@ -135,8 +135,10 @@ def native_traffic_untouched(bed: Bed) -> None:
 def connections_do_not_disturb_each_other(bed: Bed) -> None:
     """Of two connections between the same workloads one is reset, and the other does not mind."""
     listener = bed.serve()
-    first, second = bed.dial(), bed.dial()
-    fars = [listener.accept()[0] for _ in range(2)]
-    by_port = {far.peer_name[1]: far for far in fars}
-    first.reset()
-    exchange(second, by_port[second.own_name[1]])
+    nears = [bed.dial() for _ in range(2)]
+    for i, near in enumerate(nears):
+        near.send(f"{i}")
+    fars = {far.receive(1).text: far for far, _ in (listener.accept() for _ in nears)}
+    expect(fars.keys() == {b"0", b"1"}, f"the connections brought {list(fars)}")
+    nears[0].reset()
+    exchange(nears[1], fars[b"1"])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 
 from testbed import datapaths, runtimes
 from testbed.conformance import (
@@ -22,8 +23,8 @@ from testbed.conformance import (
 )
 from testbed.conformance.bed import ROLES, Bed, ForeignStage, OwnStage, Stage
 from testbed.ledger import Owner
-from testbed.model import Error, Family, Runtime
-from testbed.pod import Node
+from testbed.model import Cell, Error, Family, Metric, Pair, Runtime
+from testbed.pod import Node, unsupported
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def run(choice: Choice) -> Iterator[Result | Progress]:
     with Owner() as owner, TemporaryDirectory(prefix="testbed-") as consoles:
         if choice.netns:
             stage = ForeignStage(owner, choice.netns, choice.control, choice.datapaths[0])
-            yield from through(stage, chosen, choice.families)
+            yield from through(stage, cases(chosen, stage.pairs, choice.families))
             return
         native = runtimes.prepare(Runtime.PROCESS, options)
         guest, why = runtimes.choose(choice.guest, options)
@@ -70,24 +71,46 @@ def run(choice: Choice) -> Iterator[Result | Progress]:
             yield Progress(f"guests are {guest.description.runtime}: {why}", 0, 0)
         node = Node(owner)
         for name in choice.datapaths:
-            yield Progress(f"building the pod of {name}", 0, 0)
             datapath = datapaths.get(name)
+            chosen_cases = cases(chosen, datapath.pairs, choice.families)
+            lacking = {}
+            for case in chosen_cases:
+                if reason := unsupported(datapath, _cell(name, case), guest):
+                    lacking[case] = reason
+            if len(lacking) == len(chosen_cases):  # and it may be that no such pod can be built
+                for case, reason in lacking.items():
+                    yield Result(
+                        case.check.name, name, guest.description.runtime, guest.description.kernel,
+                        case.pair, case.family, case.transport, Status.UNSUPPORTED, reason, 0,
+                    )  # fmt: skip
+                continue
+            yield Progress(f"building the pod of {name}", 0, 0)
             with OwnStage(node, datapath, guest, native, Path(consoles)) as own:
-                yield from through(own, chosen, choice.families)
+                yield from through(own, chosen_cases, lacking)
 
 
-def through(
-    stage: Stage, chosen: list[Check], families: tuple[Family, ...]
-) -> Iterator[Result | Progress]:
-    """All cases of one pod."""
-    runner = _Runner(stage, _families(stage))
-    cases = [
+def cases(
+    chosen: Iterable[Check], pairs: Collection[Pair], families: tuple[Family, ...]
+) -> list[Case]:
+    """Those of the checks, through these pairs; what breaks the pod last."""
+    return [
         Case(check, pair, family, transport)
         for check in sorted(chosen, key=lambda c: c.disruptive)
-        for pair in ROLES if pair in check.pairs and pair in stage.pairs
+        for pair in ROLES if pair in check.pairs and pair in pairs
         for family in families if family in check.families
         for transport in check.transports
     ]  # fmt: skip
+
+
+def _cell(datapath: str, case: Case) -> Cell:
+    return Cell(datapath, case.pair, case.family, case.transport, Metric.LATENCY, size_bytes=64)
+
+
+def through(
+    stage: Stage, cases: Sequence[Case], lacking: Mapping[Case, str] = MappingProxyType({})
+) -> Iterator[Result | Progress]:
+    """Cases through one pod; of those in `lacking` only the reason why they are unsupported."""
+    runner = _Runner(stage, _families(stage), lacking)
     done = 0
 
     def progress(text: str) -> Progress:
@@ -127,10 +150,13 @@ class _Parked:
 class _Runner:
     stage: Stage
     families: dict[str, frozenset[Family]]
+    lacking: Mapping[Case, str]
     parked: list[_Parked] = field(default_factory=list)
 
     def run(self, case: Case) -> Result | None:
         """The result, or None if the case lies idle until `resume`."""
+        if case in self.lacking:
+            return self._result(case, Status.UNSUPPORTED, self.lacking[case], 0)
         for name in ROLES[case.pair]:
             if case.family not in self.families[name]:
                 reason = f"{name} has no {case.family.replace('ip', 'IP')}"
@@ -175,7 +201,7 @@ class _Runner:
 
     def _result(self, case: Case, status: Status, reason: str, duration_s: float) -> Result:
         return Result(
-            case.check.name, self.stage.datapath, self.stage.guest,
+            case.check.name, self.stage.datapath, self.stage.guest, self.stage.kernel,
             case.pair, case.family, case.transport, status, reason, round(duration_s, 4),
         )  # fmt: skip
 

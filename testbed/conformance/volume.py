@@ -13,14 +13,15 @@ EMULATED_SHARE = 16
 """Guests without KVM get a sixteenth of it, and the reason says so."""
 
 
-def _amount(bed: Bed, whole: int) -> int:
+def amount(bed: Bed, whole: int) -> int:
+    """How much of it is done here."""
     return whole // EMULATED_SHARE if bed.stage.emulated and bed.pair.guests else whole
 
 
 @check("no connection is lost to chance")
 def sequential_connections(bed: Bed) -> None:
     """10,000 connections, one after the other, without one failure."""
-    count = _amount(bed, SEQUENTIAL)
+    count = amount(bed, SEQUENTIAL)
     bed.server.agent.serve(bed.transport, bed.family, bed.port, bed.server.here(bed.family))
     result = bed.client.agent.run(
         bed.transport, bed.family, str(bed.target), bed.port, "crr", 64, bytes=count * 64
@@ -32,23 +33,21 @@ def sequential_connections(bed: Bed) -> None:
 @check("no connection is lost to crowding")
 def concurrent_connections(bed: Bed) -> None:
     """2,000 connections open at once, each with its own bytes."""
-    count = _amount(bed, CONCURRENT)
+    count = amount(bed, CONCURRENT)
     listener = bed.serve(backlog=count)
     nears = connect_many(bed.client, bed.family, (bed.target, bed.port), count)
-    ports = {}
-    for _ in range(count):
-        far, name = listener.accept()
-        ports[name[1]] = far
-    expect(len(ports) == count, f"{len(ports)} different clients of {count}")
+    for i, near in enumerate(nears):
+        near.send(f"{i:4}")
+    fars = {far.receive(4).text: far for far, _ in (listener.accept() for _ in nears)}
+    expect(len(fars) == count, f"{len(fars)} different clients of {count}")
     for i in range(0, count, 50):
-        nears[i].send(f"{i}")
-    for i in range(0, count, 50):
-        got = ports[nears[i].own_name[1]].receive(len(f"{i}"))
-        expect(got.text == f"{i}".encode(), f"connection {i} brought {got.text!r}")
+        fars[f"{i:4}".encode()].send(f"{i:4}")
+        got = nears[i].receive(4)
+        expect(got.text == f"{i:4}".encode(), f"connection {i} was answered {got.text!r}")
 
 
 def _bulk(bed: Bed, direction: str) -> None:
-    size = _amount(bed, BULK_BYTES)
+    size = amount(bed, BULK_BYTES)
     bed.server.agent.serve(bed.transport, bed.family, bed.port, bed.server.here(bed.family))
     result = bed.client.agent.run(
         bed.transport, bed.family, str(bed.target), bed.port, "stream", 65_536,
@@ -76,7 +75,7 @@ def requests_side_by_side(bed: Bed) -> None:
     bed.server.agent.serve(bed.transport, bed.family, bed.port, bed.server.here(bed.family))
     result = bed.client.agent.run(
         bed.transport, bed.family, str(bed.target), bed.port, "rr", 1000, streams=8,
-        bytes=_amount(bed, 400_000),
+        bytes=amount(bed, 400_000),
     )  # fmt: skip
     expect(not result.corrupt, f"{result.corrupt} answers were another's")
     expect(not result.lost, f"{result.lost} requests were lost")

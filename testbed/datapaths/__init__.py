@@ -117,6 +117,9 @@ class Attachment(Protocol):
     def rewire(self, wiring: Wiring) -> None:
         """Attach again after links were replaced; counters go on."""
 
+    def guest_ended(self, n: int) -> None:
+        """Refuse what is for guest n, where the datapath can, until it sends something again."""
+
     def detach(self) -> None:
         """Remove everything that attaching made."""
 
@@ -143,6 +146,9 @@ class LinkCounters:
 
     def rewire(self, wiring: Wiring) -> None:
         self.wiring = wiring
+
+    def guest_ended(self, n: int) -> None:
+        pass
 
     def detach(self) -> None:
         pass
@@ -180,6 +186,8 @@ class ProgramsOfPod:
             self._programs = bpf.load(name, self._scope)
             self._rows = localhost.Rows(self._programs, reasons)
             self._rows.fill(self._scope, wiring.owners, {p.n: p.families for p in wiring.ports})
+            for port in wiring.ports:
+                self._rows.set_port(port.n, port.ifindex)
             localhost.prepare_lo(self._scope, wiring.netns, wiring.owners, local)
             self._attach_lo()
             self._links = self._scope.part()
@@ -199,7 +207,13 @@ class ProgramsOfPod:
     def rewire(self, wiring: Wiring) -> None:
         self._wiring = wiring
         self._links.undo()
+        for port in wiring.ports:
+            if port.ifindex and self._rows.port(port.n):  # 0: vanished again; the guest is down
+                self._rows.set_port(port.n, port.ifindex)
         self._attach_links()
+
+    def guest_ended(self, n: int) -> None:
+        self._rows.set_port(n, 0)
 
     def detach(self) -> None:
         self._scope.undo()
@@ -212,7 +226,6 @@ class ProgramsOfPod:
 
     def _attach_links(self) -> None:
         for port in self._wiring.ports:
-            self._rows.set_port(port.n, port.ifindex)
             self._attach(port.ifindex, bpf.INGRESS, "port_ingress", port.n)
             self._attach(port.ifindex, bpf.EGRESS, "port_egress", port.n)
 

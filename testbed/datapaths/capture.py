@@ -49,8 +49,6 @@ class _Attachment(ProgramsOfPod):
         wiring, slot = self._wiring, self._programs.slot
         self._links.defer(forget_pod, pins=str(self._programs.pins), slot=slot)
         _pods(self._programs)[slot,] = (wiring.uplink_ifindex, wiring.uplink_peer_ifindex)
-        for port in wiring.ports:
-            self._rows.set_port(port.n, port.ifindex)
         self._attach(wiring.uplink_peer_ifindex, EGRESS, "bridge_egress", netns=wiring.node)
         for port in wiring.ports:
             self._attach(port.ifindex, EGRESS, "bridge_egress", port.n, wiring.node)

@@ -41,7 +41,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
                 node = Node(stack.enter_context(Owner()))
                 stack.callback(node.ip.close)
                 stages[key] = stack.enter_context(OwnStage(node, chosen, guest, native, consoles))
-            through = suite.through(stages[key], checks(globs), families)
+            cases = suite.cases(checks(globs), chosen.pairs, families)
+            through = suite.through(stages[key], cases)
             return [event for event in through if isinstance(event, Result)]
 
         yield run
