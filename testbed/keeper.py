@@ -33,7 +33,7 @@ from testbed import bpf, datapaths, images, netlink, pods, process, runtimes
 from testbed.ledger import Owner
 from testbed.manifest import Probe, Restart, Spec, Workload
 from testbed.model import Error, Family, Runtime, Transport, alias, guest_link, loopback
-from testbed.pod import Node, Pod
+from testbed.pod import Pod
 from testbed.runtimes import Options, Prepared, container
 from testbed.supervisor import Supervisor
 
@@ -150,15 +150,15 @@ def keep(spec: Spec, datapath: str, options: Options, built: Callable[[], None])
                 _write_etc(spec, scratch)
                 if Runtime.CONTAINER in prepared:
                     container.own(owner, scratch, f"tb-{owner.id}-{spec.name}")
-                node, way = Node(owner), datapaths.get(datapath)
                 with (
-                    Pod(node, spec.name, spec.manifest, way, prepared, scratch) as pod,
+                    Pod(
+                        owner, spec.name, spec.manifest, datapaths.get(datapath), prepared, scratch
+                    ) as pod,
                     Supervisor(pod),
                     _Kept(spec, pod, prepared, scratch) as kept,
                 ):
                     built()
                     asker = kept.serve(server, ending)
-                node.ip.close()
         answer: dict[str, Any] = {}
     except Error as e:
         if asker is None:
@@ -304,9 +304,8 @@ class _Kept:
     def describe(self) -> dict[str, Any]:
         """Status, wiring, counters and events."""
         with self.pod.lock:
-            netns, ip = self.pod.link_netns
-            links = _links(self.pod.netns, self.pod.ip)
-            links += _links(netns, ip) if netns != self.pod.netns else []
+            ips = {self.pod.netns: self.pod.ip, self.pod.link_netns: self.pod.link_ip}
+            links = [link for netns, ip in ips.items() for link in _links(netns, ip)]
             counters = self.pod.attachment.counters()
         return {
             **self.status(),

@@ -3,21 +3,23 @@
 Links are made by convergence: `_build_links` makes what is not there, so that building a pod and
 mending one whose tap or bridge vanished are the same code. Nothing here watches; `supervisor` does.
 
-    layout `bridge`:   guest 1 ─ tap ─┐   node's namespace    ┊  pod's namespace
-                                      ├─ bridge ──────── veth ─┊─ eth0, pod_link
-                       guest 2 ─ tap ─┘                        ┊     natives at lo
+    layout `bridge`:   guest 1 ─ g1 ─┐  its links' namespace  ┊  pod's namespace
+                                     ├─ bridge ───────── pod ─┊─ guests, pod_link
+                       guest 2 ─ g2 ─┘                        ┊     natives at lo
 
-    layout `pod`:                           guest 1 ─ tap, pod_link
-                                            guest 2 ─ tap, pod_link
+    layout `pod`:                           guest 1 ─ g1, pod_link
+                                            guest 2 ─ g2, pod_link
 
     layout `routed`:                        the same, and guests without `lo`
 
     layout `socket`:                        guest 1 ─ a program of the datapath
+
+The namespace of the links stands for the host's own. It is the pod's alone, because namespaces go
+at once (the kernel takes their links down later), while whoever removes a link waits for it.
 """
 
 from __future__ import annotations
 
-import itertools
 import socket
 import subprocess
 import threading
@@ -55,23 +57,13 @@ MTU = 1500
 """Of every guest link (OSv's driver knows no other)."""
 
 
-class Node:
-    """A namespace in the place of the host's own, for any number of pods."""
+BRIDGE, TO_POD, TO_GUESTS = "bridge", "pod", "guests"
+"""Links of layout `bridge`: the last is the pod's own, the others are in its links' namespace."""
 
-    def __init__(self, owner: Scope) -> None:
-        self.owner = owner
-        self.lock = threading.RLock()
-        """Held while links change: a netlink socket serves one thread at a time."""
-        self.netns = f"tb-{owner.id}-node"
-        self.ip = netlink.create_netns(owner, self.netns)
-        self.numbers = itertools.count(1)
-        """Of pods, for the names of their links (15 characters at most)."""
-        # Ports of bridges need no addresses, and have nothing to say to IPv6 routers.
-        netlink.set_sysctls(self.netns, {"net/ipv6/conf/default/disable_ipv6": 1})
 
-    def close(self) -> None:
-        """Close the socket; the namespace goes with its owner."""
-        self.ip.close()
+def port_name(n: int) -> str:
+    """The host's end of guest n's link."""
+    return f"g{n}"
 
 
 class Pod:
@@ -82,21 +74,26 @@ class Pod:
 
     def __init__(
         self,
-        node: Node,
+        owner: Scope,
         name: str,
         manifest: Manifest,
         datapath: Datapath,
         runtimes: Mapping[Runtime, Prepared],
         consoles: Path,
     ) -> None:
-        self.node, self.name, self.manifest, self.datapath = node, name, manifest, datapath
-        self.lock = node.lock
-        self.netns = f"tb-{node.owner.id}-{name}"
+        self.name, self.manifest, self.datapath = name, manifest, datapath
+        self.lock = threading.RLock()
+        """Held while links change: a netlink socket serves one thread at a time."""
+        self.netns = f"tb-{owner.id}-{name}"
+        bridged = datapath.layout is Layout.BRIDGE
+        self.link_netns = f"{self.netns}-links" if bridged else self.netns
+        """The namespace that holds guests' ports, and the bridge."""
         self._runtimes = runtimes
         self._consoles = consoles
-        self._guest_netns: dict[int, IPRoute] = {}
+        self._ips: dict[str, IPRoute] = {}
+        """Sockets, by namespace."""
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._owner = node.owner.part()
+        self._owner = owner.part()
         try:
             with self.lock:
                 self._build()
@@ -105,19 +102,17 @@ class Pod:
             raise
 
     def _build(self) -> None:
-        self.number = next(self.node.numbers)
-        self.ip = netlink.create_netns(self._owner, self.netns)
-        for n, guest in self.manifest.guests.items():
-            if not self._runtimes[guest.runtime].uses_tap:
-                self._guest_netns[n] = netlink.create_netns(self._owner, f"{self.netns}-g{n}")
+        for netns in dict.fromkeys((self.netns, self.link_netns, *self._standins.values())):
+            self._ips[netns] = netlink.create_netns(self._owner, netns)
+        if self.datapath.layout is Layout.BRIDGE:
+            # Ports of bridges need no addresses, and have nothing to say to IPv6 routers.
+            netlink.set_sysctls(self.link_netns, {"net/ipv6/conf/default/disable_ipv6": 1})
         root = process.create_cgroup(self._owner, self.netns)
         self.cgroup, self.guest_cgroup = root / "natives", root / "guests"
         self.cgroup.mkdir()
         self.guest_cgroup.mkdir()
-        if self.datapath.layout is Layout.BRIDGE:
-            self._owner.defer(netlink.remove_links, netns=self.node.netns, group=self.number)
         if self.datapath.layout is Layout.SOCKET:
-            if self._guest_netns:
+            if self._standins:
                 raise Error(f"{self.datapath.name} carries frames of virtual machines only",
                             hint="choose guests other than stand-ins")  # fmt: skip
             self._sockets = process.create_folder(self._owner, f"{self.netns}-sockets")
@@ -129,15 +124,23 @@ class Pod:
     # --- links ------------------------------------------------------------------------------
 
     @property
-    def _bridge(self) -> str:
-        return f"br{self.number}"
+    def ip(self) -> IPRoute:
+        """A socket in the pod's namespace."""
+        return self._ips[self.netns]
 
     @property
-    def _uplink(self) -> str:
-        return f"u{self.number}"
+    def link_ip(self) -> IPRoute:
+        """A socket in the links' namespace."""
+        return self._ips[self.link_netns]
 
-    def _port(self, n: int) -> str:
-        return f"g{self.number}.{n}"
+    @property
+    def _standins(self) -> dict[int, str]:
+        """Their namespaces."""
+        return {
+            n: f"{self.netns}-g{n}"
+            for n, guest in self.manifest.guests.items()
+            if not self._runtimes[guest.runtime].uses_tap
+        }
 
     def _socket(self, n: int) -> Path | None:
         """In the place of a port, where there are no links."""
@@ -147,39 +150,26 @@ class Pod:
         """Links whose loss breaks the pod."""
         if self.datapath.layout is Layout.SOCKET:
             return set()
-        names = {self._port(n) for n in self.manifest.guests}
+        names = {port_name(n) for n in self.manifest.guests}
         bridged = self.datapath.layout is Layout.BRIDGE
-        return names | {self._bridge, self._uplink} if bridged else names
-
-    @property
-    def link_netns(self) -> tuple[str, IPRoute]:
-        """The namespace that holds bridge and ports, and its socket."""
-        if self.datapath.layout is Layout.BRIDGE:
-            return self.node.netns, self.node.ip
-        return self.netns, self.ip
+        return names | {BRIDGE, TO_POD} if bridged else names
 
     def _build_links(self) -> None:
         """Make every link that is not there."""
         if self.datapath.layout is Layout.SOCKET:
             return
-        _, ip = self.link_netns
+        ip = self.link_ip
         there = netlink.find(ip, *self._link_names())
         bridge = None
         if self.datapath.layout is Layout.BRIDGE:
-            bridge = there.get(self._bridge) or netlink.create_link(
-                ip,
-                self._bridge,
-                self.number,
-                kind="bridge",
-                br_stp_state=0,
-                br_mcast_snooping=0,
-                state="up",
+            bridge = there.get(BRIDGE) or netlink.create_link(
+                ip, BRIDGE, kind="bridge", br_stp_state=0, br_mcast_snooping=0, state="up"
             )
-            uplink = there.get(self._uplink) or self._create_uplink(ip)
+            uplink = there.get(TO_POD) or self._create_uplink()
             ip.link("set", index=uplink, master=bridge)
-        neighbors_at = netlink.find(self.ip, "eth0")["eth0"] if bridge else 0
+        neighbors_at = netlink.find(self.ip, TO_GUESTS)[TO_GUESTS] if bridge else 0
         for n in self.manifest.guests:
-            port = there.get(self._port(n)) or self._create_port(ip, n)
+            port = there.get(port_name(n)) or self._create_port(n)
             ip.link("set", index=port, state="up", **({"master": bridge} if bridge else {}))
             for family in Family:
                 netlink.add_neighbor(
@@ -189,60 +179,60 @@ class Pod:
                     length = guest_link(family, n).max_prefixlen
                     self.ip.route("replace", dst=f"{guest_link(family, n)}/{length}", oif=port)
 
-    def _create_uplink(self, ip: IPRoute) -> int:
-        peer = {"ifname": "eth0", "net_ns_fd": self.netns, "address": POD_MAC}
-        uplink = netlink.create_link(
-            ip, self._uplink, self.number, kind="veth", state="up", peer=peer
-        )
-        eth0 = netlink.find(self.ip, "eth0")["eth0"]
+    def _create_uplink(self) -> int:
+        peer = {"ifname": TO_GUESTS, "net_ns_fd": self.netns, "address": POD_MAC}
+        uplink = netlink.create_link(self.link_ip, TO_POD, kind="veth", state="up", peer=peer)
+        guests = netlink.find(self.ip, TO_GUESTS)[TO_GUESTS]
         for family in Family:
-            netlink.add_address(self.ip, eth0, pod_link(family), LINK_PREFIX[family])
-        self.ip.link("set", index=eth0, state="up")
+            netlink.add_address(self.ip, guests, pod_link(family), LINK_PREFIX[family])
+        self.ip.link("set", index=guests, state="up")
         return uplink
 
-    def _create_port(self, ip: IPRoute, n: int) -> int:
+    def _create_port(self, n: int) -> int:
         """The host's end of guest n's link. In the pod every port has the pod's address."""
-        name = self._port(n)
-        if guest_ip := self._guest_netns.get(n):
-            peer = {"ifname": "eth0", "net_ns_fd": f"{self.netns}-g{n}", "address": guest_mac(n)}
-            port = netlink.create_link(ip, name, self.number, kind="veth", peer=peer)
+        ip, name = self.link_ip, port_name(n)
+        if netns := self._standins.get(n):
+            guest_ip = self._ips[netns]
+            peer = {"ifname": "eth0", "net_ns_fd": netns, "address": guest_mac(n)}
+            port = netlink.create_link(ip, name, kind="veth", peer=peer)
             eth0 = netlink.find(guest_ip, "eth0")["eth0"]
             for family in Family:
                 netlink.add_address(guest_ip, eth0, guest_link(family, n), LINK_PREFIX[family])
             guest_ip.link("set", index=eth0, state="up")
             if self.datapath.layout is Layout.ROUTED:
-                self._take_loopback(n, guest_ip)
+                self._take_loopback(netns)
         else:
-            port = netlink.create_link(ip, name, self.number, kind="tuntap", mode="tap", vnet_hdr=1)
+            port = netlink.create_link(ip, name, kind="tuntap", mode="tap", vnet_hdr=1)
         if self.datapath.layout is not Layout.BRIDGE:
             ip.link("set", index=port, state="up")
             for family in Family:
                 netlink.add_address(ip, port, pod_link(family), pod_link(family).max_prefixlen)
         return port
 
-    def _take_loopback(self, n: int, ip: IPRoute) -> None:
+    def _take_loopback(self, netns: str) -> None:
         """Of a stand-in. That `lo` is down is not enough: routes to its own addresses stay."""
+        ip = self._ips[netns]
         ip.flush_addr(index=1)
         ip.link("set", index=1, state="down")
         ip.route("replace", dst="0.0.0.0/0", gateway=str(pod_link(Family.IPV4)))
-        netlink.set_sysctls(f"{self.netns}-g{n}", {"net/ipv4/conf/eth0/route_localnet": 1})
+        netlink.set_sysctls(netns, {"net/ipv4/conf/eth0/route_localnet": 1})
 
     def wiring(self) -> Wiring:
         """The links as they are now, for the datapath."""
-        there = netlink.find(self.link_netns[1], *self._link_names())
+        there = netlink.find(self.link_ip, *self._link_names())
         bridged = self.datapath.layout is Layout.BRIDGE
         return Wiring(
             pod=self.name,
             netns=self.netns,
-            node=self.node.netns,
+            link_netns=self.link_netns,
             layout=self.datapath.layout,
-            uplink_ifindex=netlink.find(self.ip, "eth0")["eth0"] if bridged else 0,
-            uplink_peer_ifindex=there[self._uplink] if bridged else 0,
+            uplink_ifindex=netlink.find(self.ip, TO_GUESTS)[TO_GUESTS] if bridged else 0,
+            uplink_peer_ifindex=there[TO_POD] if bridged else 0,
             ports=tuple(
                 Port(
                     n,
-                    self._port(n),
-                    there.get(self._port(n), 0),
+                    port_name(n),
+                    there.get(port_name(n), 0),
                     self._runtimes[guest.runtime].families,
                     self._socket(n),
                     guest.control_port,
@@ -257,7 +247,7 @@ class Pod:
     def missing_links(self) -> set[str]:
         """Links that somebody took away."""
         with self.lock:
-            return self._link_names() - netlink.find(self.link_netns[1], *self._link_names()).keys()
+            return self._link_names() - netlink.find(self.link_ip, *self._link_names()).keys()
 
     def mend(self) -> None:
         """Make vanished links again, attach the datapath, restart guests that lost their tap."""
@@ -266,11 +256,7 @@ class Pod:
             self._build_links()
             self.attachment.rewire(self.wiring())
         for n, guest in self.manifest.guests.items():
-            if (
-                self._port(n) in missing
-                and n not in self._guest_netns
-                and guest.name in self.processes
-            ):
+            if port_name(n) in missing and n not in self._standins and guest.name in self.processes:
                 self.stop_workload(guest.name)
                 self.start_workload(guest.name)
 
@@ -309,12 +295,12 @@ class Pod:
         if not n:
             netns, cgroup = self.netns, self.cgroup
         else:
-            netns = self.link_netns[0] if runtime.uses_tap else f"{self.netns}-g{n}"
+            netns = self._standins.get(n, self.link_netns)
             cgroup = self.guest_cgroup
         if workload.program:
             cgroup = cgroup / workload.name
             cgroup.mkdir(exist_ok=True)
-        return Place(workload, n, netns, self._port(n) if runtime.uses_tap else "", cgroup,
+        return Place(workload, n, netns, port_name(n) if runtime.uses_tap else "", cgroup,
                      self.console(workload.name), self._consoles,
                      self._socket(n) if runtime.uses_tap else None,
                      not n or self.datapath.layout is not Layout.ROUTED)  # fmt: skip
@@ -426,10 +412,8 @@ class Pod:
         self._undo()
 
     def _undo(self) -> None:
-        for ip in self._guest_netns.values():
+        for ip in self._ips.values():
             ip.close()
-        if hasattr(self, "ip"):
-            self.ip.close()
         self._owner.undo()
 
     def __enter__(self) -> Self:

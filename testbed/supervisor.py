@@ -36,9 +36,9 @@ class Supervisor:
         self.mended: list[str] = []
         self._pod = pod
         self._wake, self._sleeper = os.pipe()
-        netns, _ = pod.link_netns
         self._links = netlink.inside(
-            netns, lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+            pod.link_netns,
+            lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE),
         )
         self._links.bind((0, RTMGRP_LINK))
         self._links.setblocking(False)

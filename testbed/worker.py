@@ -18,16 +18,16 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from testbed import datapaths, machine, runtimes, trial
 from testbed.deployment import Built, Deployment
-from testbed.ledger import Owner
+from testbed.ledger import Owner, Scope
 from testbed.model import Cell, Error, Runtime, Status, Trial
-from testbed.pod import Node, Pod, unsupported
+from testbed.pod import Pod, unsupported
 from testbed.supervisor import Supervisor
 
 BEAT_S = 5
@@ -73,8 +73,8 @@ def work(job: Job) -> Iterator[Event]:
            "guests": {name: asdict(of.description) for name, of in guests.items()
                       if name and not isinstance(of, Error)},
            "machine": machine.facts(), "versions": machine.versions()}  # fmt: skip
-    with Owner() as owner, closing(Node(owner)) as node:
-        bench = _Bench(job, node, guests, options)
+    with Owner() as owner:
+        bench = _Bench(job, owner, guests, options)
         for number, ids in job.blocks:
             yield from bench.block(number, [Cell.parse(id) for id in ids])
             if bench.failed and job.keep:
@@ -124,8 +124,8 @@ def _be_deaf() -> None:
 class _Bench:
     """Where blocks are run."""
 
-    def __init__(self, job: Job, node: Node, guests: Guests, options: runtimes.Options) -> None:
-        self.job, self.node, self.guests, self.options = job, node, guests, options
+    def __init__(self, job: Job, owner: Scope, guests: Guests, options: runtimes.Options) -> None:
+        self.job, self.owner, self.guests, self.options = job, owner, guests, options
         self.native = runtimes.prepare(Runtime.PROCESS, options)
         self.failed: list[Pod] = []
 
@@ -172,7 +172,7 @@ class _Bench:
         built = Built()
         stack.callback(self._close, built)
         names = [f"{name}-{k}" for k in range(deployment.pods)] if deployment.pods > 1 else [name]
-        pods = (Pod(self.node, name, manifest, datapath, kinds, consoles) for name in names)
+        pods = (Pod(self.owner, name, manifest, datapath, kinds, consoles) for name in names)
         try:
             built.build(cells, guest, lambda: runtimes.prepare(runtime, self.options), pods)
         except (Error, OSError) as e:

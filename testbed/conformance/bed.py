@@ -20,10 +20,10 @@ from testbed.agent import Agent
 from testbed.conformance import Case, Unsupported
 from testbed.conformance.sockets import TIMEOUT_S, Peer, Sock
 from testbed.datapaths import Datapath
-from testbed.ledger import Owner
+from testbed.ledger import Owner, Scope
 from testbed.manifest import Manifest, Workload
 from testbed.model import CONTROL_PORT, Address, Error, Family, Pair, Runtime, Transport, loopback
-from testbed.pod import Node, Pod
+from testbed.pod import Pod
 from testbed.runtimes import Place, Prepared
 from testbed.supervisor import Supervisor
 
@@ -72,9 +72,9 @@ class OwnStage:
     """A pod with two native workloads and two guests, for one datapath."""
 
     def __init__(
-        self, node: Node, datapath: Datapath, guest: Prepared, native: Prepared, consoles: Path
+        self, owner: Scope, datapath: Datapath, guest: Prepared, native: Prepared, consoles: Path
     ) -> None:
-        self.node, self.datapath, self.pairs = node, datapath.name, datapath.pairs
+        self.owner, self.datapath, self.pairs = owner, datapath.name, datapath.pairs
         self.runtime = guest.description.runtime
         self.guest = str(self.runtime) if any(pair.guests for pair in self.pairs) else ""
         self.kernel = guest.description.kernel if self.guest else ""
@@ -100,7 +100,9 @@ class OwnStage:
 
     def another(self, name: str) -> Pod:
         """A second pod of the same kind, built but not started."""
-        return Pod(self.node, name, self.manifest(), self._datapath, self._runtimes, self._consoles)
+        return Pod(
+            self.owner, name, self.manifest(), self._datapath, self._runtimes, self._consoles
+        )
 
     def build(self) -> None:
         """The pod, its workloads ready, watched over."""

@@ -85,7 +85,7 @@ def link_replaced_under_load(bed: Bed) -> None:
     native.ask_send(1 << 30, timeout_s=0.5)
     guest.poll("read")
     port = next(p for p in pod.wiring().ports if p.n == 1)
-    pod.link_netns[1].link("del", index=port.ifindex)
+    pod.link_ip.link("del", index=port.ifindex)
     native.answer()
     _until(lambda: not pod.missing_links(), "the link was not made again")
     works_again(bed)

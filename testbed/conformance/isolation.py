@@ -103,11 +103,13 @@ def from_outside(bed: Bed, destinations: list[Address]) -> None:
     wiring = pod.wiring()
     if wiring.layout is not Layout.BRIDGE:
         raise Unsupported("this pod has no uplink to come in by")
-    name = netlink.inside(wiring.node, lambda: socket.if_indextoname(wiring.uplink_peer_ifindex))
+    name = netlink.inside(
+        wiring.link_netns, lambda: socket.if_indextoname(wiring.uplink_peer_ifindex)
+    )
     sources = [ip_address(STRANGER[bed.family]), guest_link(bed.family, 9)]
     sources += [alias(bed.family), native_source(bed.family), loopback(bed.family)]
     with nothing_arrives(bed, bed.serve(bed.loopback)):
-        frames.send(wiring.node, name, [
+        frames.send(wiring.link_netns, name, [
             frames.datagram((ALIAS_MAC, POD_MAC), source, to, (7777, bed.port))
             for source in sources for to in destinations
         ])  # fmt: skip

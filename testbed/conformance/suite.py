@@ -24,7 +24,7 @@ from testbed.conformance import (
 from testbed.conformance.bed import ROLES, Bed, ForeignStage, OwnStage, Stage
 from testbed.ledger import Owner
 from testbed.model import Cell, Error, Family, Metric, Pair, Runtime
-from testbed.pod import Node, unsupported
+from testbed.pod import unsupported
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,6 @@ def run(choice: Choice) -> Iterator[Result | Progress]:
         guest, why = runtimes.choose(choice.guest, options)
         if why:
             yield Progress(f"guests are {guest.description.runtime}: {why}", 0, 0)
-        node = Node(owner)
         for name in choice.datapaths:
             datapath = datapaths.get(name)
             chosen_cases = cases(chosen, datapath.pairs, choice.families)
@@ -85,7 +84,7 @@ def run(choice: Choice) -> Iterator[Result | Progress]:
                     )  # fmt: skip
                 continue
             yield Progress(f"building the pod of {name}", 0, 0)
-            with OwnStage(node, datapath, guest, native, Path(consoles)) as own:
+            with OwnStage(owner, datapath, guest, native, Path(consoles)) as own:
                 yield from through(own, chosen_cases, lacking)
 
 

@@ -15,8 +15,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
 
-from pyroute2 import IPRoute
-
 from testbed import bpf, localhost, netlink
 from testbed.ledger import Scope
 from testbed.model import CONTROL_PORT, Cell, Error, Family, Pair, Transport, alias
@@ -42,7 +40,7 @@ class Layout(StrEnum):
     POD = "pod"
     """In the pod's namespace: the pod routes between its guests."""
     BRIDGE = "bridge"
-    """In the node's namespace, ports of the pod's bridge, as the pod's own veth is."""
+    """In a namespace in the host's place, ports of the pod's bridge, as the pod's own veth is."""
     ROUTED = "routed"
     """As `pod`, and guests have no loopback: 127.0.0.0/8 takes their default route, to the pod."""
     SOCKET = "socket"
@@ -72,13 +70,13 @@ class Wiring:
     pod: str
     netns: str
     """Name of the pod's namespace (under /run/netns)."""
-    node: str
-    """Name of the namespace in the place of the host's own: bridges and, in `bridge`, ports."""
+    link_netns: str
+    """Name of the namespace that holds ports and bridge; the pod's, but in layout `bridge`."""
     layout: Layout
     uplink_ifindex: int
     """The pod's veth in `netns`; 0 but in layout `bridge`."""
     uplink_peer_ifindex: int
-    """Its other end in `node`, a port of the pod's bridge; 0 but in layout `bridge`."""
+    """Its other end in `link_netns`, a port of the pod's bridge; 0 but in layout `bridge`."""
     ports: tuple[Port, ...]
     owners: Mapping[tuple[Transport, int], int]
     """(transport, port) → n of the guest that serves it; what is not here is native."""
@@ -134,8 +132,8 @@ class LinkCounters:
         """Of the guests' ports among the two; between natives, of `lo`."""
         ports = {p.n: p.ifindex for p in self.wiring.ports}
         ends = {ports[n] for n in (client, server) if n is not None}
-        native = not ends or self.wiring.layout is not Layout.BRIDGE
-        with IPRoute(netns=self.wiring.netns if native else self.wiring.node) as ip:
+        netns = self.wiring.link_netns if ends else self.wiring.netns
+        with netlink.open_socket(netns) as ip:
             total = sum((Count(*netlink.traffic(ip, i)) for i in ends or {1}), Count())
         if (client is None) is (server is None):  # a packet goes into one end and out of the other
             return Count(total.packets // 2, total.bytes // 2)
@@ -159,7 +157,7 @@ def add_aliases(wiring: Wiring) -> None:
 
     It goes with the links.
     """
-    with IPRoute(netns=wiring.netns) as ip:
+    with netlink.open_socket(wiring.netns) as ip:
         for port in wiring.ports:
             for family in Family:
                 netlink.add_address(ip, port.ifindex, alias(family), alias(family).max_prefixlen)

@@ -1,8 +1,8 @@
 """eBPF moves `localhost` packets from the pod's `lo` to the guest that owns the port, and back.
 
 What the programs do is told in `bpf/capture.c`; here they are attached: to `lo` and the veth in the
-pod's namespace, and to the bridge's ports in the node's. The kernel's own loopback serves whatever
-no guest owns.
+pod's namespace, and to the bridge's ports in that of its links. The kernel's own loopback serves
+whatever no guest owns.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class _Attachment(ProgramsOfPod):
         wiring, slot = self._wiring, self._programs.slot
         self._links.defer(forget_pod, pins=str(self._programs.pins), slot=slot)
         _pods(self._programs)[slot,] = (wiring.uplink_ifindex, wiring.uplink_peer_ifindex)
-        self._attach(wiring.uplink_peer_ifindex, EGRESS, "bridge_egress", netns=wiring.node)
+        self._attach(wiring.uplink_peer_ifindex, EGRESS, "bridge_egress", netns=wiring.link_netns)
         for port in wiring.ports:
-            self._attach(port.ifindex, EGRESS, "bridge_egress", port.n, wiring.node)
-            self._attach(port.ifindex, INGRESS, "port_ingress", port.n, wiring.node)
-        self._attach(wiring.uplink_peer_ifindex, INGRESS, "router", netns=wiring.node)
+            self._attach(port.ifindex, EGRESS, "bridge_egress", port.n, wiring.link_netns)
+            self._attach(port.ifindex, INGRESS, "port_ingress", port.n, wiring.link_netns)
+        self._attach(wiring.uplink_peer_ifindex, INGRESS, "router", netns=wiring.link_netns)
         self._attach(wiring.uplink_ifindex, INGRESS, "uplink_ingress")
 
 

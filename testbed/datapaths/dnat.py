@@ -15,8 +15,6 @@ import socket
 import subprocess
 from collections.abc import Iterable
 
-from pyroute2 import IPRoute
-
 from testbed import netlink
 from testbed.datapaths import Attachment, Layout, LinkCounters, Wiring, add_aliases
 from testbed.ledger import Scope
@@ -75,7 +73,7 @@ class _Attachment(LinkCounters):
             **{f"net/ipv4/conf/{p.ifname}/route_localnet": 1 for p in wiring.ports},
             **{f"net/ipv4/conf/{p.ifname}/send_redirects": 0 for p in wiring.ports},
         })  # fmt: skip
-        with IPRoute(netns=wiring.netns) as ip:
+        with netlink.open_socket(wiring.netns) as ip:
             for port in wiring.ports:
                 ip.route("replace", family=socket.AF_INET6, dst="::1/128", oif=port.ifindex,
                          type="local", table=LOCAL_TABLE, priority=LO_METRIC + port.n)  # fmt: skip

@@ -15,8 +15,6 @@ import subprocess
 import time
 from collections.abc import Iterator
 
-from pyroute2 import IPRoute
-
 from testbed import netlink, process
 from testbed.datapaths import Attachment, Count, Layout, LinkCounters, Port, Wiring
 from testbed.ledger import Scope
@@ -83,7 +81,7 @@ class _Attachment(LinkCounters):
 
         There, as at every address of the pod, passt listens for the guest.
         """
-        with IPRoute(netns=self.wiring.netns) as ip:
+        with netlink.open_socket(self.wiring.netns) as ip:
             netlink.create_link(ip, "template", kind="bridge", state="up")
             for port in self.wiring.ports:
                 for family in Family:

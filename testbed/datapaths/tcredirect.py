@@ -1,7 +1,7 @@
 """No `localhost`: guest and veth tied by tc redirect, as Kata Containers and urunc do. A reference.
 
-    pod's namespace   ┊   node's namespace
-              eth0 ───┊─── u  <── u32, mirred ──>  g1 ─── guest 1
+    pod's namespace   ┊   its links' namespace
+            guests ───┊─── pod  <── u32, mirred ──>  g1 ─── guest 1
 
 There the guest takes over the pod's end of the veth, and whoever talks to it is outside; nothing
 native is left in the pod. Here whoever talks to it are the pod's natives, at the other end: the
@@ -11,8 +11,7 @@ only, and both links leave the bridge: there is no other way for a packet.
 
 from __future__ import annotations
 
-from pyroute2 import IPRoute
-
+from testbed import netlink
 from testbed.datapaths import Attachment, Layout, LinkCounters, Wiring
 from testbed.ledger import Scope
 from testbed.model import Cell, Error, Pair
@@ -52,7 +51,7 @@ class _Attachment(LinkCounters):
         self._tie()
 
     def detach(self) -> None:
-        with IPRoute(netns=self.wiring.node) as ip:
+        with netlink.open_socket(self.wiring.link_netns) as ip:
             for ifindex in self._ends:
                 if any(q.get("kind") == "ingress" for q in ip.get_qdiscs(ifindex)):
                     ip.tc("del", "ingress", ifindex, INGRESS)
@@ -63,7 +62,7 @@ class _Attachment(LinkCounters):
 
     def _tie(self) -> None:
         one, other = self._ends
-        with IPRoute(netns=self.wiring.node) as ip:
+        with netlink.open_socket(self.wiring.link_netns) as ip:
             for here, there in ((one, other), (other, one)):
                 ip.link("set", index=here, master=0)
                 ip.tc("add", "ingress", here, INGRESS)

@@ -17,8 +17,6 @@ import struct
 import sys
 from collections.abc import Mapping
 
-from pyroute2 import IPRoute
-
 from testbed import netlink, process
 from testbed.datapaths import Attachment, Layout, LinkCounters, Wiring
 from testbed.ledger import Scope
@@ -82,7 +80,7 @@ class _Attachment(LinkCounters):
 
     def _route(self) -> None:
         """What takes the device; rules for it come before those for the pod's own addresses."""
-        with IPRoute(netns=self.wiring.netns) as ip:
+        with netlink.open_socket(self.wiring.netns) as ip:
             device = netlink.create_link(ip, DEVICE, kind="tuntap", mode="tun")
             ip.link("set", index=device, state="up")
             ip.route("add", dst=f"{guest_view(Family.IPV4, 0)}/24", oif=device)

@@ -26,18 +26,18 @@ class Bed:
 
     def __init__(self, owner: Scope, name: str) -> None:
         mark = f"{owner.id}-{name}"
-        self.pod, self.node = f"pod-{mark}", f"node-{mark}"
+        self.pod, self.links = f"pod-{mark}", f"links-{mark}"
         self.guests = {n: f"guest{n}-{mark}" for n in (1, 2)}
         self._ip = {
             ns: netlink.create_netns(owner, ns)
-            for ns in (self.pod, self.node, *self.guests.values())
+            for ns in (self.pod, self.links, *self.guests.values())
         }
         self.cgroup = process.create_cgroup(owner, f"bpf-{mark}")
-        netlink.set_sysctls(self.node, {"net/ipv6/conf/default/disable_ipv6": 1})
-        self._bridge = netlink.create_link(self._ip[self.node], "br", kind="bridge", state="up")
+        netlink.set_sysctls(self.links, {"net/ipv6/conf/default/disable_ipv6": 1})
+        self._bridge = netlink.create_link(self._ip[self.links], "br", kind="bridge", state="up")
         uplink = self._link("u", self.pod, model.POD_MAC, model.pod_link)
         self.wiring = Wiring(
-            pod=name, netns=self.pod, node=self.node, layout=Layout.BRIDGE,
+            pod=name, netns=self.pod, link_netns=self.links, layout=Layout.BRIDGE,
             uplink_ifindex=netlink.find(self._ip[self.pod], "eth0")["eth0"],
             uplink_peer_ifindex=uplink,
             ports=tuple(self.link_guest(n) for n in self.guests),
@@ -49,7 +49,7 @@ class Bed:
         return Port(n, f"g{n}", port)
 
     def unlink_guest(self, n: int) -> None:
-        self._ip[self.node].link("del", ifname=f"g{n}")
+        self._ip[self.links].link("del", ifname=f"g{n}")
 
     def netns(self, workload: int | None) -> str:
         return self.guests[workload] if workload else self.pod
@@ -60,8 +60,8 @@ class Bed:
 
     def _link(self, name: str, netns: str, mac: str, address: Callable[[Family], Address]) -> int:
         peer = {"ifname": "eth0", "net_ns_fd": netns, "address": mac}
-        port = netlink.create_link(self._ip[self.node], name, kind="veth", state="up", peer=peer)
-        self._ip[self.node].link("set", index=port, master=self._bridge)
+        port = netlink.create_link(self._ip[self.links], name, kind="veth", state="up", peer=peer)
+        self._ip[self.links].link("set", index=port, master=self._bridge)
         eth0 = netlink.find(self._ip[netns], "eth0")["eth0"]
         for family in Family:
             netlink.add_address(self._ip[netns], eth0, address(family), model.LINK_PREFIX[family])

@@ -258,7 +258,7 @@ def test_the_bridge_brings_nobody_to_loopback(pod: Pod) -> None:
 
     with open_socket(bed.pod, Family.IPV4, Transport.UDP) as server:
         server.bind(("", 6001))
-        netlink.inside(bed.node, send)
+        netlink.inside(bed.links, send)
         assert attachment.counters()["outside"].packets >= before + len(frames)
         server.settimeout(0)
         with pytest.raises(BlockingIOError):
@@ -325,7 +325,7 @@ def test_detaching_leaves_nothing(owner: Owner) -> None:
         return [*sysctls, *sorted(routes), *qdiscs]
 
     with owner.part() as part, closing(Bed(part, "c")) as bed:
-        before = {ns: netlink.inside(ns, settings) for ns in (bed.pod, bed.node)}
+        before = {ns: netlink.inside(ns, settings) for ns in (bed.pod, bed.links)}
         pins = set(bpf.PINS.rglob("*"))
         attachment = get("capture").attach(bed.wiring, part)
         assert {ns: netlink.inside(ns, settings) for ns in before} != before

@@ -13,7 +13,6 @@ from testbed.conformance.bed import OwnStage
 from testbed.datapaths import Datapath
 from testbed.ledger import Owner
 from testbed.model import Family, Runtime
-from testbed.pod import Node
 from testbed.runtimes import Options
 
 Run = Callable[..., list[Result]]
@@ -38,9 +37,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
                 options = Options(hosts_patch=hosts_patch)
                 guest = runtimes.prepare(Runtime.STANDIN, options)
                 native = runtimes.prepare(Runtime.PROCESS, options)
-                node = Node(stack.enter_context(Owner()))
-                stack.callback(node.ip.close)
-                stages[key] = stack.enter_context(OwnStage(node, chosen, guest, native, consoles))
+                owner = stack.enter_context(Owner())
+                stages[key] = stack.enter_context(OwnStage(owner, chosen, guest, native, consoles))
             cases = suite.cases(checks(globs), chosen.pairs, families)
             through = suite.through(stages[key], cases)
             return [event for event in through if isinstance(event, Result)]

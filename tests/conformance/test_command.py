@@ -15,7 +15,7 @@ from testbed import datapaths, runtimes
 from testbed.conformance.bed import OwnStage
 from testbed.ledger import Owner
 from testbed.model import Family, Runtime, guest_link
-from testbed.pod import Node, Pod
+from testbed.pod import Pod
 from testbed.runtimes import Options
 
 
@@ -80,17 +80,15 @@ def foreign_pod(tmp_path: Path) -> Iterator[Pod]:
     """A pod whose natives are not started, as somebody else might have built it."""
     runtime = {r: runtimes.prepare(r, Options()) for r in (Runtime.PROCESS, Runtime.STANDIN)}
     with Owner() as owner:
-        node = Node(owner)
         stage = OwnStage.__new__(OwnStage)
         stage.runtime, stage.pairs = Runtime.STANDIN, datapaths.get("capture").pairs
         stage.guest = "standin"
         with Pod(
-            node, "foreign", stage.manifest(), datapaths.get("capture"), runtime, tmp_path
+            owner, "foreign", stage.manifest(), datapaths.get("capture"), runtime, tmp_path
         ) as pod:
             pod.start_workload("guest1")
             pod.wait_ready("guest1")
             yield pod
-        node.ip.close()
 
 
 @pytest.mark.root

@@ -1,9 +1,9 @@
-"""Pods of stand-ins for the tests, all of one node; programs are compiled once for all of them."""
+"""Pods of stand-ins for the tests, all of one owner; programs are compiled once for all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from testbed import datapaths, runtimes
 from testbed.ledger import Owner
 from testbed.manifest import Manifest
 from testbed.model import Runtime
-from testbed.pod import Node, Pod
+from testbed.pod import Pod
 from testbed.runtimes import Options, Prepared
 
 from .sockets import MANIFEST, Bench
@@ -27,12 +27,6 @@ def owner() -> Iterator[Owner]:
 
 
 @pytest.fixture(scope="session")
-def node(owner: Owner) -> Iterator[Node]:
-    with closing(Node(owner)) as node:
-        yield node
-
-
-@pytest.fixture(scope="session")
 def prepared() -> dict[Runtime, Prepared]:
     """Runtimes without a hypervisor."""
     return {r: runtimes.prepare(r, Options()) for r in (Runtime.PROCESS, Runtime.STANDIN)}
@@ -40,7 +34,7 @@ def prepared() -> dict[Runtime, Prepared]:
 
 @pytest.fixture(scope="module")
 def build(
-    node: Node, prepared: dict[Runtime, Prepared], tmp_path_factory: pytest.TempPathFactory
+    owner: Owner, prepared: dict[Runtime, Prepared], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Build]:
     """Builds pods, which are taken down at the end of the module."""
     consoles = tmp_path_factory.mktemp("consoles")
@@ -52,7 +46,7 @@ def build(
             datapath: str = "capture",
             runtimes: dict[Runtime, Prepared] = prepared,
         ) -> Pod:
-            pod = Pod(node, name, manifest, datapaths.get(datapath), runtimes, consoles / name)
+            pod = Pod(owner, name, manifest, datapaths.get(datapath), runtimes, consoles / name)
             return stack.enter_context(pod)
 
         yield build

@@ -15,13 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from pyroute2 import IPRoute
 from scapy.layers.inet import IP, UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
 from testbed import datapaths, model, netlink, process, runtimes, trial
 from testbed.datapaths import Layout
+from testbed.ledger import Owner
 from testbed.manifest import Manifest
 from testbed.model import Cell, Error, Family, Metric, Runtime, Transport, guest_link, guest_mac
 from testbed.model import Pair as Roles
@@ -124,9 +124,8 @@ def test_a_stream_arrives_whole(bench: Bench, pair: Pair, family: Family) -> Non
 @FAMILIES
 def test_a_link_that_was_lost_is_made_again(bench: Bench, family: Family) -> None:
     pod = bench.pod
-    with IPRoute(netns=pod.netns) as ip:
-        ip.link("del", ifname=f"g{pod.number}.1")
-    assert pod.missing_links() == {f"g{pod.number}.1"}
+    pod.link_ip.link("del", ifname="g1")
+    assert pod.missing_links() == {"g1"}
     pod.mend()
     for pair in (Pair(0, 1), Pair(1, 0), Pair(2, 1)):
         with connected(bench, pair, family, Transport.TCP) as (near, far):
@@ -146,8 +145,7 @@ def test_no_guest_reaches_loopback_but_by_the_alias(bench: Bench) -> None:
         IPv6(src=link6, dst="::1"),
         IPv6(src="::1", dst=localhost(1, Family.IPV6)),
     ]
-    with IPRoute(netns=bench.pod.netns) as ip:
-        port_mac = ip.get_links(ifname=f"g{bench.pod.number}.1")[0].get("address")
+    port_mac = bench.pod.link_ip.get_links(ifname="g1")[0].get("address")
     frames = [
         bytes(Ether(src=guest_mac(1), dst=mac) / p / UDP(sport=40000, dport=PORTS[0]) / b"forged")
         for p in forged
@@ -170,13 +168,13 @@ def in_pod(netns: str, *command: str) -> str:
     return subprocess.run(entered, check=True, capture_output=True, text=True).stdout
 
 
-def test_dnat_leaves_no_rules(build: Build) -> None:
+def test_dnat_leaves_no_rules(build: Build, owner: Owner) -> None:
     need("dnat")
     pod = build("rules", datapath="dnat")
     assert in_pod(pod.netns, "nft", "list", "tables") == f"table inet {pod.netns}\n"
     pod.attachment.detach()
     assert in_pod(pod.netns, "nft", "list", "tables") == ""
-    pod.attachment = datapaths.get("dnat").attach(pod.wiring(), pod.node.owner)
+    pod.attachment = datapaths.get("dnat").attach(pod.wiring(), owner)
 
 
 def test_proxies_end_with_their_pod(build: Build) -> None:
@@ -241,15 +239,13 @@ def test_tied_links_carry_all_there_is(tied: Bench, pair: Pair, family: Family) 
     before = tied.pod.attachment.carried(*ends)
     exchange(tied, pair, family)
     assert (tied.pod.attachment.carried(*ends) - before).bytes > len(DATA)
-    bridge = in_pod(tied.pod.node.netns, "bridge", "link")
-    assert f"g{tied.pod.number}.1" not in bridge
+    assert "g1" not in in_pod(tied.pod.link_netns, "bridge", "link")
 
 
-@pytest.mark.parametrize("lost", ["g{}.1", "u{}"])
+@pytest.mark.parametrize("lost", ["g1", "pod"])
 def test_links_that_were_lost_are_tied_again(tied: Bench, lost: str) -> None:
     pod = tied.pod
-    with IPRoute(netns=pod.node.netns) as ip:
-        ip.link("del", ifname=lost.format(pod.number))
+    pod.link_ip.link("del", ifname=lost)
     pod.mend()
     exchange(tied, Pair(0, 1), Family.IPV4)
 

@@ -14,7 +14,7 @@ from testbed.datapaths import get
 from testbed.ledger import Owner
 from testbed.manifest import Manifest, Program, Workload
 from testbed.model import Error, Runtime
-from testbed.pod import Node, Pod
+from testbed.pod import Pod
 from testbed.runtimes import Options, Prepared, container
 
 pytestmark = pytest.mark.root
@@ -28,7 +28,7 @@ def runtime() -> Prepared:
 
 
 @pytest.fixture(scope="module")
-def pod(owner: Owner, node: Node, runtime: Prepared) -> Iterator[Pod]:
+def pod(owner: Owner, runtime: Prepared) -> Iterator[Pod]:
     scratch = process.create_folder(owner, f"{owner.id}-containers")
     (scratch / "hosts.native").write_text("127.0.0.1 localhost\n10.1.2.3 db\n")
     (scratch / "resolv.conf").write_text("nameserver 127.0.0.11\n")
@@ -36,7 +36,7 @@ def pod(owner: Owner, node: Node, runtime: Prepared) -> Iterator[Pod]:
     container.own(owner, scratch, f"tb-{owner.id}-containers")
     manifest = Manifest(())
     with Pod(
-        node, "containers", manifest, get("loopback"), {Runtime.CONTAINER: runtime}, scratch
+        owner, "containers", manifest, get("loopback"), {Runtime.CONTAINER: runtime}, scratch
     ) as p:
         yield p
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
-from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
+from testbed import netlink
 from testbed.model import Family, Transport, guest_mac
 from testbed.pod import Pod
 from testbed.supervisor import Supervisor
@@ -32,12 +32,11 @@ def supervisor(pod: Pod) -> Iterator[Supervisor]:
 
 def links(pod: Pod) -> dict[str, str]:
     """What can vanish, by name."""
-    ports = {f"port of guest {n}": f"g{pod.number}.{n}" for n in (1, 2)}
-    return {**ports, "uplink": f"u{pod.number}", "bridge": f"br{pod.number}"}
+    return {**{f"port of guest {n}": f"g{n}" for n in (1, 2)}, "uplink": "pod", "bridge": "bridge"}
 
 
 def remove(pod: Pod, ifname: str) -> None:
-    with IPRoute(netns=pod.node.netns) as ip:
+    with netlink.open_socket(pod.link_netns) as ip:  # the supervisor has the pod's own
         ip.link("del", ifname=ifname)
 
 
@@ -117,7 +116,7 @@ def silenced(bench: Bench) -> Iterator[None]:
 
     With another MAC than its own it is dropped as a forger.
     """
-    with IPRoute(netns=bench.netns(1)) as ip:
+    with netlink.open_socket(bench.netns(1)) as ip:
         eth0 = ip.link_lookup(ifname="eth0")[0]
         ip.link("set", index=eth0, address="02:00:00:00:00:01")
         yield

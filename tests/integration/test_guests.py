@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from pyroute2 import IPRoute
 
 from testbed import datapaths, kernels, runtimes, trial, worker
+from testbed.ledger import Owner
 from testbed.model import Cell, Family, Metric, Pair, Runtime, Status, Transport
-from testbed.pod import Node, Pod
+from testbed.pod import Pod
 from testbed.runtimes import Options, Prepared
 from testbed.runtimes.osv import Osv
 from testbed.runtimes.osv import prepare as prepare_osv
@@ -39,7 +39,7 @@ Start = Callable[[str, Prepared, Collection[Pair]], Pod]
 
 @pytest.fixture(scope="module")
 def start(
-    node: Node, prepared: dict[Runtime, Prepared], tmp_path_factory: pytest.TempPathFactory
+    owner: Owner, prepared: dict[Runtime, Prepared], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Start]:
     """Builds pods as the worker does, with workloads that are ready."""
     consoles = tmp_path_factory.mktemp("consoles")
@@ -48,7 +48,7 @@ def start(
         def start(name: str, guest: Prepared, pairs: Collection[Pair]) -> Pod:
             runtime = guest.description.runtime
             kinds = {**prepared, runtime: guest}
-            pod = Pod(node, name, trial.manifest(pairs, runtime), datapaths.get("capture"), kinds,
+            pod = Pod(owner, name, trial.manifest(pairs, runtime), datapaths.get("capture"), kinds,
                       consoles / name)  # fmt: skip
             stack.enter_context(pod).start()
             stack.enter_context(Supervisor(pod))
@@ -219,8 +219,7 @@ def test_a_machine_whose_tap_vanishes_gets_another_one_and_works(guests: Guests)
     pod = guests.pod
     pod.revive()
     before = pod.processes["guest1"].pid
-    with IPRoute(netns=pod.node.netns) as ip:
-        ip.link("del", ifname=f"g{pod.number}.1")
+    pod.link_ip.link("del", ifname="g1")
     wait_until(
         lambda: "guest1" in pod.processes and pod.processes["guest1"].pid != before, "another guest"
     )

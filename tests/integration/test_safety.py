@@ -1,6 +1,6 @@
 """What must not arrive in a pod with `capture` does not, and is counted.
 
-guest 1 ─ eth0 ─ g1 ─┬─ bridge ─ u ─ eth0 ─ pod: a native at 6000, wildcard
+guest 1 ─ eth0 ─ g1 ─┬─ bridge ─ pod ─ guests ─ pod: a native at 6000, wildcard
 guest 2 ─ eth0 ─ g2 ─┘    └ frames from outside
 """
 
@@ -176,7 +176,6 @@ def test_nothing_from_outside_reaches_localhost(
     bench: Bench, family: Family, transport: Transport
 ) -> None:
     """From the bridge: towards addresses that only we may use, and from such."""
-    bridge = f"br{bench.pod.number}"
     ends = [
         *((STRANGER[family], to) for to in reserved(family).values()),
         *((source, model.pod_link(family)) for source in reserved(family).values()),
@@ -190,7 +189,7 @@ def test_nothing_from_outside_reaches_localhost(
     ]
     before, heard = bench.counted("outside"), [segments_heard(bench, n) for n in PORTS]
     with nothing_arrives(bench, family, transport):
-        send_frames(bench.pod.node.netns, bridge, *frames)
+        send_frames(bench.pod.link_netns, "bridge", *frames)
     assert bench.counted("outside") - before == len(frames)
     assert [segments_heard(bench, n) for n in PORTS] == heard
 
@@ -200,7 +199,6 @@ def test_a_socket_bound_to_loopback_hears_nothing_from_outside(
     bench: Bench, family: Family
 ) -> None:
     """Neither at its address nor at the pod's; one at all addresses hears what is for the pod."""
-    bridge = f"br{bench.pod.number}"
     loopback, pod = model.loopback(family), model.pod_link(family)
     frames = [
         framed("02:00:00:00:00:99", model.POD_MAC, packet(STRANGER[family], to, Transport.UDP),
@@ -208,12 +206,12 @@ def test_a_socket_bound_to_loopback_hears_nothing_from_outside(
         for to in (loopback, pod)
     ]  # fmt: skip
     with bench.serve(0, family, Transport.UDP, str(loopback)) as server:
-        send_frames(bench.pod.node.netns, bridge, *frames)
+        send_frames(bench.pod.link_netns, "bridge", *frames)
         server.setblocking(False)
         with pytest.raises(BlockingIOError):
             server.recv(100)
     with bench.serve(0, family, Transport.UDP) as server:
-        send_frames(bench.pod.node.netns, bridge, *frames)
+        send_frames(bench.pod.link_netns, "bridge", *frames)
         assert server.recvfrom(100)[1][0] == STRANGER[family]
         server.setblocking(False)
         with pytest.raises(BlockingIOError):
@@ -228,7 +226,7 @@ def test_no_link_but_lo_takes_loopback_addresses(bench: Bench) -> None:
     pod = netlink.inside(bench.pod.netns, conf)
     assert pod.pop("lo") == "1"
     assert set(pod.values()) == {"0"}
-    for netns in (bench.pod.node.netns, bench.netns(1)):
+    for netns in (bench.pod.link_netns, bench.netns(1)):
         assert set(netlink.inside(netns, conf).values()) == {"0"}
 
 

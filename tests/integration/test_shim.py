@@ -26,7 +26,7 @@ from testbed.agent import Agent
 from testbed.ledger import Owner
 from testbed.manifest import Manifest, Program, Workload
 from testbed.model import Family, Runtime, Transport
-from testbed.pod import Node, Pod
+from testbed.pod import Pod
 from testbed.runtimes import Options
 
 from .sockets import PATIENCE_S, domain, wait_until
@@ -146,13 +146,11 @@ def pod(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("shim")
     osv = runtimes.prepare(Runtime.OSV, Options(osv_kernel=kernel.path, hosts_patch=False))
     with Owner() as owner:
-        node = Node(owner)
-        with Pod(node, "shim", manifest(folder), datapath, {Runtime.OSV: osv}, folder) as pod:
+        with Pod(owner, "shim", manifest(folder), datapath, {Runtime.OSV: osv}, folder) as pod:
             for_outsiders(pod)
             pod.start_workload("agent")
             pod.wait_ready("agent")
             yield pod
-        node.ip.close()
 
 
 OUTSIDER = {Family.IPV4: ip_address("169.254.64.9"), Family.IPV6: ip_address("fd77::64:9")}

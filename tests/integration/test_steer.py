@@ -22,6 +22,7 @@ from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Raw
 
 from testbed import datapaths, model, netlink, process
+from testbed.ledger import Owner
 from testbed.model import Error, Family, Transport
 from testbed.pod import Pod
 
@@ -393,14 +394,14 @@ def test_a_guest_that_is_dialed_by_its_own_address_is_shown_as_it_is(
 
 
 @pytest.fixture(scope="module")
-def lacking(build: Build) -> Iterator[Members]:
+def lacking(build: Build, owner: Owner) -> Iterator[Members]:
     """A pod whose guest 1 is said to know no IPv6 (its kernel would know)."""
     pod = build("steer4", datapath="direct")
     wiring = pod.wiring()
     ports = tuple(replace(port, families=frozenset({Family.IPV4})) for port in wiring.ports)
     whole, attachment = (
         pod.attachment,
-        datapaths.get("steer").attach(replace(wiring, ports=ports), pod.node.owner.part()),
+        datapaths.get("steer").attach(replace(wiring, ports=ports), owner.part()),
     )
     pod.attachment = attachment
     yield Members(pod)
@@ -632,7 +633,7 @@ def test_a_guest_pings_localhost(members: Members) -> None:
 def test_a_port_that_vanished_is_made_again(natives: Bench, family: Family) -> None:
     pod = natives.pod
     before = pod.attachment.carried(None, 1)
-    pod.ip.link("del", index=netlink.find(pod.ip, f"g{pod.number}.1")[f"g{pod.number}.1"])
+    pod.link_ip.link("del", ifname="g1")
     pod.mend()
     for pair in (Pair(0, 1), Pair(1, 0), Pair(1, 2), Pair(2, 1)):
         with natives.connected(pair, family) as (client, server):
@@ -646,11 +647,9 @@ def test_a_port_that_vanished_is_made_again(natives: Bench, family: Family) -> N
 def test_natives_hear_of_a_guests_death(natives: Bench, pair: Pair, family: Family) -> None:
     """Its kernel is gone, and says nothing: here, its link is down."""
     pod = natives.pod
-    port = f"g{pod.number}.1"
-    index = netlink.find(pod.ip, port)[port]
     with natives.connected(pair, family) as ends:
         native = ends[pair.index(0)]
-        pod.ip.link("del", index=index)
+        pod.link_ip.link("del", ifname="g1")
         pod.end_peers("guest1")
         with pytest.raises(ConnectionAbortedError):
             native.recv(1)
@@ -671,9 +670,9 @@ def test_two_pods_are_separate(build: Build, members: Members) -> None:
         pass
 
 
-def test_a_native_that_has_a_guests_port_already_is_named(build: Build) -> None:
+def test_a_native_that_has_a_guests_port_already_is_named(build: Build, owner: Owner) -> None:
     pod = build("steer3", datapath="direct")
     with netlink.inside(pod.netns, socket.socket) as native:
         native.bind(("127.0.0.1", PORTS[1]))
         with pytest.raises(Error, match=f"tcp port {PORTS[1]} is guest 1's"):
-            datapaths.get("steer").attach(pod.wiring(), pod.node.owner.part())
+            datapaths.get("steer").attach(pod.wiring(), owner.part())

@@ -92,10 +92,10 @@ def test_large_segments_arrive_whole_with_and_without_checksum_offload(
 ) -> None:
     ends = [n or None for n in pair]
     carried, before = bench.pod.attachment.carried(*ends), bench.checksum_errors()
-    ports = [f"u{bench.pod.number}", *(f"g{bench.pod.number}.{n}" for n in (1, 2))]
     links = [
-        *((bench.netns(n), "eth0") for n in PORTS),
-        *((bench.pod.node.netns, p) for p in ports),
+        (bench.pod.netns, "guests"),
+        *((bench.netns(n), "eth0") for n in (1, 2)),
+        *((bench.pod.link_netns, port) for port in ("pod", "g1", "g2")),
     ]
     for netns, ifname in links:
         set_checksum_offload(netns, ifname, offload)

@@ -14,7 +14,7 @@ from testbed.datapaths import get
 from testbed.ledger import Owner
 from testbed.manifest import Manifest, Program, Workload
 from testbed.model import Error, Family, Runtime
-from testbed.pod import Node, Pod
+from testbed.pod import Pod
 from testbed.runtimes import Options, Prepared
 
 from .sockets import domain
@@ -47,12 +47,12 @@ def runtime() -> Prepared:
 
 
 @pytest.fixture(scope="module")
-def pod(owner: Owner, node: Node, runtime: Prepared) -> Iterator[Pod]:
+def pod(owner: Owner, runtime: Prepared) -> Iterator[Pod]:
     scratch = process.create_folder(owner, f"{owner.id}-wasm")
     (scratch / "hosts.native").write_text("127.0.0.1 localhost\n::1 localhost\n")
     (scratch / "resolv.conf").write_text("")
     datapath = get("loopback")
-    with Pod(node, "wasm", Manifest(()), datapath, {Runtime.WASM: runtime}, scratch) as pod:
+    with Pod(owner, "wasm", Manifest(()), datapath, {Runtime.WASM: runtime}, scratch) as pod:
         yield pod
 
 
