@@ -72,10 +72,13 @@ class _Inside(AsyncIPRoute):  # type: ignore[misc]
     def __init__(self, netns: str) -> None:
         super().__init__()
         self._netns = netns
-        ioctls = IPRouteProxy()  # for taps, which are not made by netlink
-        self.request_proxy = SimpleNamespace(
-            handle=lambda message: inside(netns, lambda: ioctls.handle(message))
-        )
+        self.request_proxy = SimpleNamespace(handle=self._handle)
+
+    def _handle(self, message: Any) -> bytes:
+        """What is not done by netlink: taps."""
+        if message.get(("linkinfo", "kind")) != "tuntap":
+            return b""
+        return inside(self._netns, lambda: bytes(IPRouteProxy().handle(message)))
 
     def setup_socket(self) -> socket.socket:
         opened: socket.socket = inside(self._netns, super().setup_socket)
@@ -88,9 +91,9 @@ def remove_netns(name: str) -> None:
         pyroute2.netns.remove(name)
 
 
-def find(ip: IPRoute, *names: str) -> dict[str, int]:
-    """Indices of those of the links that are there. (A dump would list the links of every pod.)"""
-    return {name: found[0] for name in names if (found := ip.link_lookup(ifname=name))}
+def links(netns: str) -> dict[str, int]:
+    """Indices of a namespace's links, by name."""
+    return {name: index for index, name in inside(netns, socket.if_nameindex)}
 
 
 def create_link(ip: IPRoute, ifname: str, **spec: Any) -> int:

@@ -159,7 +159,7 @@ class Pod:
         if self.datapath.layout is Layout.SOCKET:
             return
         ip = self.link_ip
-        there = netlink.find(ip, *self._link_names())
+        there = netlink.links(self.link_netns)
         bridge = None
         if self.datapath.layout is Layout.BRIDGE:
             bridge = there.get(BRIDGE) or netlink.create_link(
@@ -167,7 +167,7 @@ class Pod:
             )
             uplink = there.get(TO_POD) or self._create_uplink()
             ip.link("set", index=uplink, master=bridge)
-        neighbors_at = netlink.find(self.ip, TO_GUESTS)[TO_GUESTS] if bridge else 0
+        neighbors_at = netlink.links(self.netns)[TO_GUESTS] if bridge else 0
         for n in self.manifest.guests:
             port = there.get(port_name(n)) or self._create_port(n)
             ip.link("set", index=port, state="up", **({"master": bridge} if bridge else {}))
@@ -182,7 +182,7 @@ class Pod:
     def _create_uplink(self) -> int:
         peer = {"ifname": TO_GUESTS, "net_ns_fd": self.netns, "address": POD_MAC}
         uplink = netlink.create_link(self.link_ip, TO_POD, kind="veth", state="up", peer=peer)
-        guests = netlink.find(self.ip, TO_GUESTS)[TO_GUESTS]
+        guests = netlink.links(self.netns)[TO_GUESTS]
         for family in Family:
             netlink.add_address(self.ip, guests, pod_link(family), LINK_PREFIX[family])
         self.ip.link("set", index=guests, state="up")
@@ -195,7 +195,7 @@ class Pod:
             guest_ip = self._ips[netns]
             peer = {"ifname": "eth0", "net_ns_fd": netns, "address": guest_mac(n)}
             port = netlink.create_link(ip, name, kind="veth", peer=peer)
-            eth0 = netlink.find(guest_ip, "eth0")["eth0"]
+            eth0 = netlink.links(netns)["eth0"]
             for family in Family:
                 netlink.add_address(guest_ip, eth0, guest_link(family, n), LINK_PREFIX[family])
             guest_ip.link("set", index=eth0, state="up")
@@ -219,14 +219,14 @@ class Pod:
 
     def wiring(self) -> Wiring:
         """The links as they are now, for the datapath."""
-        there = netlink.find(self.link_ip, *self._link_names())
+        there = netlink.links(self.link_netns)
         bridged = self.datapath.layout is Layout.BRIDGE
         return Wiring(
             pod=self.name,
             netns=self.netns,
             link_netns=self.link_netns,
             layout=self.datapath.layout,
-            uplink_ifindex=netlink.find(self.ip, TO_GUESTS)[TO_GUESTS] if bridged else 0,
+            uplink_ifindex=netlink.links(self.netns)[TO_GUESTS] if bridged else 0,
             uplink_peer_ifindex=there[TO_POD] if bridged else 0,
             ports=tuple(
                 Port(
@@ -247,7 +247,7 @@ class Pod:
     def missing_links(self) -> set[str]:
         """Links that somebody took away."""
         with self.lock:
-            return self._link_names() - netlink.find(self.link_ip, *self._link_names()).keys()
+            return self._link_names() - netlink.links(self.link_netns).keys()
 
     def mend(self) -> None:
         """Make vanished links again, attach the datapath, restart guests that lost their tap."""

@@ -38,7 +38,7 @@ class Bed:
         uplink = self._link("u", self.pod, model.POD_MAC, model.pod_link)
         self.wiring = Wiring(
             pod=name, netns=self.pod, link_netns=self.links, layout=Layout.BRIDGE,
-            uplink_ifindex=netlink.find(self._ip[self.pod], "eth0")["eth0"],
+            uplink_ifindex=netlink.links(self.pod)["eth0"],
             uplink_peer_ifindex=uplink,
             ports=tuple(self.link_guest(n) for n in self.guests),
             owners=OWNERS, cgroup=self.cgroup,
@@ -62,7 +62,7 @@ class Bed:
         peer = {"ifname": "eth0", "net_ns_fd": netns, "address": mac}
         port = netlink.create_link(self._ip[self.links], name, kind="veth", state="up", peer=peer)
         self._ip[self.links].link("set", index=port, master=self._bridge)
-        eth0 = netlink.find(self._ip[netns], "eth0")["eth0"]
+        eth0 = netlink.links(netns)["eth0"]
         for family in Family:
             netlink.add_address(self._ip[netns], eth0, address(family), model.LINK_PREFIX[family])
         self._ip[netns].link("set", index=eth0, state="up")
