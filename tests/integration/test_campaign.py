@@ -263,7 +263,7 @@ def test_what_a_killed_worker_left_is_cleaned_and_the_campaign_is_resumed(
     assert said.startswith("testbed: the worker ended with status -9")
     assert said.endswith("then --resume")
     assert left_by(mark)
-    assert f"removed netns tb-{mark}-node" in clean()
+    assert f"removed netns tb-{mark}-block" in clean()
     assert left_by(mark) == []
     done = command("run", "--resume", tmp_path / "out")
     assert done.returncode == 0, done.stderr
