@@ -146,7 +146,7 @@ def reference(datapath: str, pair: Pair, references: Mapping[str, str]) -> str |
     Native to native is the kernel's own loopback in every datapath, so that is what it is held to;
     but a variant, to what it is a variant of.
     """
-    if pair is Pair.NATIVE_NATIVE and "~" not in datapath:
+    if pair.shape is Pair.NATIVE_NATIVE and "~" not in datapath:
         return "loopback"
     return references.get(datapath)
 

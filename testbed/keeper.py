@@ -34,7 +34,7 @@ from testbed.ledger import Owner
 from testbed.manifest import Probe, Restart, Spec, Workload
 from testbed.model import Error, Family, Runtime, Transport, alias, guest_link, loopback
 from testbed.pod import Pod
-from testbed.runtimes import Options, Prepared, container
+from testbed.runtimes import Options, Prepared
 from testbed.supervisor import Supervisor
 
 FIRST_DELAY_S, LAST_DELAY_S = 0.5, 60.0
@@ -148,12 +148,9 @@ def keep(spec: Spec, datapath: str, options: Options, built: Callable[[], None])
             with _ending() as ending, Owner() as owner:
                 scratch = process.create_folder(owner, f"{owner.id}.pod")
                 _write_etc(spec, scratch)
-                if Runtime.CONTAINER in prepared:
-                    container.own(owner, scratch, f"tb-{owner.id}-{spec.name}")
+                way = datapaths.get(datapath)
                 with (
-                    Pod(
-                        owner, spec.name, spec.manifest, datapaths.get(datapath), prepared, scratch
-                    ) as pod,
+                    Pod(owner, spec.name, spec.manifest, way, prepared, scratch, scratch) as pod,
                     Supervisor(pod),
                     _Kept(spec, pod, prepared, scratch) as kept,
                 ):

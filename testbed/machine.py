@@ -35,7 +35,7 @@ def facts() -> dict[str, str]:
 def versions() -> dict[str, str]:
     """Versions of what takes part in a measurement."""
     found = {"python": platform.python_version()}
-    for name in ("testbed", "pyroute2", "pandas", "scipy", "matplotlib"):
+    for name in ("testbed", "pyroute2", "pandas", "scipy", "matplotlib", "wasmtime"):
         found[name] = metadata.version(name)
     for name, command in (
         ("qemu", ["qemu-system-x86_64", "--version"]),

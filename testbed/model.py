@@ -6,6 +6,7 @@ addresses stands in `bpf/addresses.h`, and a test holds the two together.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -61,24 +62,35 @@ class Runtime(StrEnum):
 
 
 class Pair(StrEnum):
-    """Client role and server role of a cell. `guest-self` is a guest that dials itself."""
+    """Client role and server role of a cell. `guest-self` is a guest that dials itself.
+
+    `native` is a plain process; containers and WASM components are native to the pod as well.
+    """
 
     NATIVE_NATIVE = "native-native"
     NATIVE_GUEST = "native-guest"
     GUEST_NATIVE = "guest-native"
     GUEST_GUEST = "guest-guest"
     GUEST_SELF = "guest-self"
+    WASM_GUEST = "wasm-guest"
+    GUEST_WASM = "guest-wasm"
+    WASM_CONTAINER = "wasm-container"
+
+    @property
+    def shape(self) -> Pair:
+        """The same with all that is native called so: the datapath sees no difference."""
+        return Pair(re.sub("wasm|container", "native", self.value))
 
     @property
     def guests(self) -> int:
         """Number of guests that the pair needs."""
-        return {"native-native": 0, "guest-guest": 2}.get(self.value, 1)
+        return {"native-native": 0, "guest-guest": 2}.get(self.shape.value, 1)
 
     def label(self, guest: str) -> str:
         """The pair as people read it, for one guest runtime: `process→osv`."""
         client, server = self.value.split("-")
         names = {"native": "process", "guest": guest, "self": "itself"}
-        return f"{names[client]}→{names[server]}"
+        return f"{names.get(client, client)}→{names.get(server, server)}"
 
 
 class Metric(StrEnum):

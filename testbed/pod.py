@@ -43,6 +43,7 @@ from testbed.model import (
     Cell,
     Error,
     Family,
+    Metric,
     Runtime,
     Transport,
     guest_link,
@@ -51,7 +52,7 @@ from testbed.model import (
     native_view,
     pod_link,
 )
-from testbed.runtimes import Place, Prepared
+from testbed.runtimes import Place, Prepared, container
 
 MTU = 1500
 """Of every guest link (OSv's driver knows no other)."""
@@ -80,7 +81,9 @@ class Pod:
         datapath: Datapath,
         runtimes: Mapping[Runtime, Prepared],
         consoles: Path,
+        scratch: Path | None = None,
     ) -> None:
+        """`scratch`: a folder with the files of a `Spec`; without, one of the pod's own."""
         self.name, self.manifest, self.datapath = name, manifest, datapath
         self.lock = threading.RLock()
         """Held while links change: a netlink socket serves one thread at a time."""
@@ -89,7 +92,7 @@ class Pod:
         self.link_netns = f"{self.netns}-links" if bridged else self.netns
         """The namespace that holds guests' ports, and the bridge."""
         self._runtimes = runtimes
-        self._consoles = consoles
+        self._consoles, self._given = consoles, scratch
         self._ips: dict[str, IPRoute] = {}
         """Sockets, by namespace."""
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -102,6 +105,9 @@ class Pod:
             raise
 
     def _build(self) -> None:
+        self._scratch = self._given or process.create_folder(self._owner, f"{self.netns}-scratch")
+        if Runtime.CONTAINER in self._runtimes:
+            container.own(self._owner, self._scratch, self.netns)
         for netns in dict.fromkeys((self.netns, self.link_netns, *self._standins.values())):
             self._ips[netns] = netlink.create_netns(self._owner, netns)
         if self.datapath.layout is Layout.BRIDGE:
@@ -297,11 +303,10 @@ class Pod:
         else:
             netns = self._standins.get(n, self.link_netns)
             cgroup = self.guest_cgroup
-        if workload.program:
-            cgroup = cgroup / workload.name
-            cgroup.mkdir(exist_ok=True)
+        cgroup = cgroup / workload.name
+        cgroup.mkdir(exist_ok=True)
         return Place(workload, n, netns, port_name(n) if runtime.uses_tap else "", cgroup,
-                     self.console(workload.name), self._consoles,
+                     self.console(workload.name), self._scratch,
                      self._socket(n) if runtime.uses_tap else None,
                      not n or self.datapath.layout is not Layout.ROUTED)  # fmt: skip
 
@@ -427,7 +432,7 @@ class Pod:
 
 def unsupported(datapath: Datapath, cell: Cell, guest: Prepared) -> str | None:
     """Why a cell cannot be had with this guest, or None."""
-    if cell.pair not in datapath.pairs:
+    if cell.pair.shape not in datapath.pairs:
         return f"{datapath.name} does not carry {cell.pair.label('guest')}"
     if cell.pair.guests and cell.family not in guest.families:
         kernel = guest.description.kernel or guest.description.runtime
@@ -436,4 +441,6 @@ def unsupported(datapath: Datapath, cell: Cell, guest: Prepared) -> str | None:
         return f"{datapath.name} carries frames of a virtual machine, which a stand-in is not"
     if datapath.layout is Layout.ROUTED and guest.description.runtime is Runtime.OSV:
         return "OSv has its loopback in the kernel, which would have to be changed"
+    if cell.metric is Metric.CONNECTIONS and cell.pair.startswith("wasm"):
+        return "WASI has no close by reset: what was measured would be how many ports there are"
     return datapath.unsupported(cell)

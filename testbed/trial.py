@@ -45,10 +45,15 @@ ROLES = {
     Pair.GUEST_NATIVE: ("guest1", "native1"),
     Pair.GUEST_GUEST: ("guest1", "guest2"),
     Pair.GUEST_SELF: ("guest1", "guest1"),
+    Pair.WASM_GUEST: ("wasm1", "guest1"),
+    Pair.GUEST_WASM: ("guest1", "wasm1"),
+    Pair.WASM_CONTAINER: ("wasm1", "container1"),
 }
 """Client and server of each pair, by name."""
 
-NATIVES_PORTS, GUESTS_PORTS = 8000, 8010
+NATIVES = {"native": Runtime.PROCESS, "wasm": Runtime.WASM, "container": Runtime.CONTAINER}
+"""What runs a native workload, by the kind in its name."""
+PORTS = {"native": 8000, "wasm": 8004, "container": 8006, "guest": 8010}
 """Workload number n of its kind serves at the n-th port above."""
 MODES: dict[Metric, Mode] = {
     Metric.THROUGHPUT: "stream",
@@ -70,8 +75,14 @@ def ends(pair: Pair, guests: int = 1) -> list[tuple[str, str]]:
 
 def port(name: str) -> int:
     """That a workload serves, TCP and UDP."""
-    kind, first = ("guest", GUESTS_PORTS) if name.startswith("guest") else ("native", NATIVES_PORTS)
-    return first + int(name.removeprefix(kind))
+    kind, number = _split(name)
+    return PORTS[kind] + number
+
+
+def natives(pairs: Iterable[Pair]) -> set[Runtime]:
+    """What runs the native workloads that the pairs need."""
+    kinds = {_split(name)[0] for pair in pairs for name in ROLES[pair]}
+    return {NATIVES[kind] for kind in kinds & NATIVES.keys()}
 
 
 def manifest(pairs: Iterable[Pair], guest: Runtime, guests: int = 1) -> Manifest:
@@ -81,7 +92,7 @@ def manifest(pairs: Iterable[Pair], guest: Runtime, guests: int = 1) -> Manifest
         tuple(
             Workload(
                 name,
-                guest if name.startswith("guest") else Runtime.PROCESS,
+                NATIVES.get(_split(name)[0], guest),
                 tuple((transport, port(name)) for transport in Transport),
                 cpus=(_cpu(name, alone=guests > 1),),
                 control_port=CONTROL_PORT + i,
@@ -92,12 +103,20 @@ def manifest(pairs: Iterable[Pair], guest: Runtime, guests: int = 1) -> Manifest
 
 
 def _cpu(name: str, alone: bool) -> int:
-    """Natives from the first CPU on, guests from the last back, which leave that one `alone`."""
-    cpus = machine.cpus()
-    if name.startswith("guest"):
-        cpus = cpus[1:] if alone and len(cpus) > 1 else cpus
-        return cpus[(GUESTS_PORTS - port(name)) % len(cpus)]
-    return cpus[(port(name) - NATIVES_PORTS - 1) % len(cpus)]
+    """Natives from the first CPU on, containers after them; guests from the last back, which leave
+    the first `alone`.
+    """
+    cpus, (kind, number) = machine.cpus(), _split(name)
+    if kind == "guest" and alone and len(cpus) > 1:
+        cpus = cpus[1:]
+    first = {"guest": -number, "container": number}.get(kind, number - 1)
+    return cpus[first % len(cpus)]
+
+
+def _split(name: str) -> tuple[str, int]:
+    """Kind and number of a workload."""
+    kind = name.rstrip("0123456789")
+    return kind, int(name[len(kind) :])
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -126,7 +126,7 @@ class _Bench:
 
     def __init__(self, job: Job, owner: Scope, guests: Guests, options: runtimes.Options) -> None:
         self.job, self.owner, self.guests, self.options = job, owner, guests, options
-        self.native = runtimes.prepare(Runtime.PROCESS, options)
+        self.natives: dict[Runtime, runtimes.Prepared | Error] = {}
         self.failed: list[Pod] = []
 
     def block(self, number: int, cells: Sequence[Cell]) -> Iterator[Event]:
@@ -155,9 +155,17 @@ class _Bench:
 
     def _unsupported(self, cell: Cell) -> str | None:
         guest = self.guests[cell.guest]
-        if isinstance(guest, Error):
-            return guest.message
+        missing = [e.message for e in self._natives([cell]).values() if isinstance(e, Error)]
+        if isinstance(guest, Error) or missing:
+            return guest.message if isinstance(guest, Error) else missing[0]
         return unsupported(datapaths.get(cell.datapath), cell, guest)
+
+    def _natives(self, cells: Iterable[Cell]) -> dict[Runtime, runtimes.Prepared | Error]:
+        """What runs the cells' natives, prepared when first needed."""
+        kinds = trial.natives(cell.pair for cell in cells)
+        for kind in kinds - self.natives.keys():
+            self.natives[kind] = _prepared(kind, self.options)
+        return {kind: self.natives[kind] for kind in kinds}
 
     def _build(
         self, name: str, deployment: Deployment, cells: Sequence[Cell], stack: ExitStack
@@ -167,7 +175,10 @@ class _Bench:
         assert not isinstance(guest, Error)
         runtime = guest.description.runtime
         manifest = trial.manifest({cell.pair for cell in cells}, runtime, deployment.guests)
-        kinds = {Runtime.PROCESS: self.native, runtime: guest}
+        kinds = {runtime: guest} | {
+            kind: native for kind, native in self._natives(cells).items()
+            if not isinstance(native, Error)
+        }  # fmt: skip
         consoles = Path(self.job.directory, "consoles")
         built = Built()
         stack.callback(self._close, built)

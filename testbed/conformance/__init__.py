@@ -26,7 +26,7 @@ MODULES = ("connections", "datagrams", "names", "volume", "isolation", "changes"
 
 Body = Callable[["Bed"], Iterator[None] | None]
 
-EVERY = frozenset(Pair)
+EVERY = frozenset(pair.shape for pair in Pair)
 NATIVE_CLIENT = frozenset({Pair.NATIVE_NATIVE, Pair.NATIVE_GUEST})
 NATIVE_SERVER = frozenset({Pair.NATIVE_NATIVE, Pair.GUEST_NATIVE})
 GUEST_CLIENT = frozenset({Pair.GUEST_NATIVE, Pair.GUEST_GUEST, Pair.GUEST_SELF})

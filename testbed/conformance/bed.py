@@ -17,7 +17,7 @@ from typing import Protocol, Self, TypeVar
 
 from testbed import netlink, process, runtimes
 from testbed.agent import Agent
-from testbed.conformance import Case, Unsupported
+from testbed.conformance import EVERY, Case, Unsupported
 from testbed.conformance.sockets import TIMEOUT_S, Peer, Sock
 from testbed.datapaths import Datapath
 from testbed.ledger import Owner, Scope
@@ -154,7 +154,7 @@ class ForeignStage:
     guest = "foreign"
     kernel = ""
     emulated = False
-    pairs = frozenset(Pair) - {Pair.GUEST_GUEST}
+    pairs = EVERY - {Pair.GUEST_GUEST}
 
     def __init__(self, owner: Owner, netns: Path, control: str, datapath: str) -> None:
         """`control` is the guest agent's ADDRESS or ADDRESS:PORT ([…]:PORT for IPv6)."""

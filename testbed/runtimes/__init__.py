@@ -59,10 +59,12 @@ class Place:
 
     @property
     def etc(self) -> dict[Path, str]:
-        """Files of a pod that somebody wrote (`Spec`) → paths that they stand at in its workloads.
+        """Files of the pod → paths that they stand at in its workloads, of whose `Spec` they are.
 
-        `localhost` is loopback to natives, and the alias to guests.
+        `localhost` is loopback to natives, and the alias to guests. An agent needs no more.
         """
+        if not self.workload.program:
+            return {images.hosts_file(patched=self.n > 0): "/etc/hosts"}
         kind = "guest" if self.n else "native"
         return {self.scratch / f"hosts.{kind}": "/etc/hosts",
                 self.scratch / "resolv.conf": "/etc/resolv.conf"}  # fmt: skip

@@ -1,8 +1,7 @@
 """An OCI container, run by runc in the pod's network namespace, without any daemon.
 
 It has its own mount, PID, UTS and IPC namespaces, the capabilities that Docker gives, and a layer
-of its own above the image's files, new at every start. The traffic agent is no image of its own:
-it is `process` that plans measure.
+of its own above the image's files, new at every start.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 
 from testbed import process, rootfs
 from testbed.ledger import Scope
-from testbed.manifest import Workload
+from testbed.manifest import Program, Workload
 from testbed.model import Error, Family, Runtime
 from testbed.rootfs import Root
 from testbed.runtimes import Description, Options, Place
@@ -92,12 +91,16 @@ class Container:
         return [*_command(place.scratch), "exec", place.workload.name]
 
     def _root(self, workload: Workload) -> Root:
-        if workload.program is None:
-            raise Error(f"container {workload.name!r} has no program")
-        image = workload.program.image
+        image = _program(workload).image
         if image not in self._roots:
             self._roots[image] = rootfs.unpack(image)
         return self._roots[image]
+
+
+def _program(workload: Workload) -> Program:
+    """The workload's, or the traffic agent."""
+    port = str(workload.control_port)
+    return workload.program or Program(rootfs.AGENT, args=("--control-port", port))
 
 
 def own(owner: Scope, scratch: Path, cgroup: str) -> None:
@@ -137,14 +140,14 @@ def _runc(scratch: Path, *arguments: str) -> None:
 
 def _config(place: Place, root: Root) -> dict[str, Any]:
     """config.json of the OCI runtime specification, 1.0.2."""
-    program = place.workload.program
-    assert program is not None
+    program = _program(place.workload)
     arguments = program.args or (() if program.command else root.arguments)
     command = [*(program.command or root.entrypoint), *arguments]
     if not command:
         raise Error(f"the image of {place.workload.name!r} says nothing to run",
                     hint="give it a command")  # fmt: skip
-    hostname = (place.scratch / "hostname").read_text().strip()
+    file = place.scratch / "hostname"
+    hostname = file.read_text().strip() if file.exists() else place.workload.name
     env = {"PATH": rootfs.PATH, "HOSTNAME": hostname, "HOME": "/root"}
     env |= dict(variable.split("=", 1) for variable in root.env) | dict(program.env)
     group = place.cgroup.relative_to(process.cgroup_mount()) / "container"
@@ -180,7 +183,9 @@ def _config(place: Place, root: Root) -> dict[str, Any]:
 
 def _mounts(place: Place) -> list[dict[str, Any]]:
     safe = ["nosuid", "noexec", "nodev"]
-    files = place.etc | {place.scratch / "hostname": "/etc/hostname"}
+    files = dict(place.etc)
+    if (hostname := place.scratch / "hostname").exists():
+        files[hostname] = "/etc/hostname"
     return [
         {"destination": "/proc", "type": "proc", "source": "proc", "options": safe},
         {"destination": "/dev", "type": "tmpfs", "source": "tmpfs",

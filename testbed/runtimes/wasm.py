@@ -1,7 +1,7 @@
 """A WASI 0.2 component, run by wasmtime in a process of its own in the pod's namespace.
 
-The image is a component, or a Python file that componentize-py makes one of. Both are compiled to
-machine code once, and kept in the cache by content.
+The image is a component, or a Python file that componentize-py makes one of; the traffic agent is
+such a file. Both are compiled to machine code once, and kept in the cache by content.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
-from testbed import machine, process, rootfs
-from testbed.manifest import Workload
+from testbed import agent, machine, process, rootfs
+from testbed.manifest import Program, Workload
 from testbed.model import Error, Family, Runtime
 from testbed.runtimes import Description, Options, Place, refuse_limits
 
@@ -97,14 +97,12 @@ class Wasm:
         if workload.program and (workload.program.command or workload.program.working_dir):
             raise Error(f"{workload.name!r}: a component has neither command nor workingDir",
                         hint="give it args")  # fmt: skip
-        self._compile(workload)
+        self._compile(workload.program or _agent(workload))
 
     def start(self, place: Place) -> subprocess.Popen[bytes]:
-        program = place.workload.program
-        assert program is not None
+        program = place.workload.program or _agent(place.workload)
         return process.spawn(
-            [sys.executable, "-P", "-m", "testbed.wasi", self._compile(place.workload),
-             *program.args],
+            [sys.executable, "-P", "-m", "testbed.wasi", self._compile(program), *program.args],
             cgroup=place.cgroup, netns=place.netns, cpus=place.workload.cpus, binds=place.etc,
             output=place.console, env={"PATH": rootfs.PATH, **dict(program.env)},
         )  # fmt: skip
@@ -113,11 +111,9 @@ class Wasm:
         raise Error(f"{place.workload.name!r} is a component: it runs nothing but itself",
                     hint="see what it prints: testbed logs")  # fmt: skip
 
-    def _compile(self, workload: Workload) -> Path:
-        """The machine code of the workload's image, made if it is not in the cache."""
-        if workload.program is None:
-            raise Error(f"component {workload.name!r} has no program")
-        source = Path(workload.program.image)
+    def _compile(self, program: Program) -> Path:
+        """The machine code of an image, made if it is not in the cache."""
+        source = Path(program.image)
         try:
             data = source.read_bytes()
         except OSError as e:
@@ -136,6 +132,12 @@ class Wasm:
             new.write_bytes(_machine_code(component))
             new.replace(compiled)
         return compiled
+
+
+def _agent(workload: Workload) -> Program:
+    """The traffic agent's twin."""
+    port = str(workload.control_port)
+    return Program(str(agent.SOURCES / "agent.py"), args=("--control-port", port))
 
 
 def _machine_code(component: Path) -> bytes:

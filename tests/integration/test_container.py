@@ -15,7 +15,7 @@ from testbed.ledger import Owner
 from testbed.manifest import Manifest, Program, Workload
 from testbed.model import Error, Runtime
 from testbed.pod import Pod
-from testbed.runtimes import Options, Prepared, container
+from testbed.runtimes import Options, Prepared
 
 pytestmark = pytest.mark.root
 
@@ -33,11 +33,8 @@ def pod(owner: Owner, runtime: Prepared) -> Iterator[Pod]:
     (scratch / "hosts.native").write_text("127.0.0.1 localhost\n10.1.2.3 db\n")
     (scratch / "resolv.conf").write_text("nameserver 127.0.0.11\n")
     (scratch / "hostname").write_text("shop\n")
-    container.own(owner, scratch, f"tb-{owner.id}-containers")
-    manifest = Manifest(())
-    with Pod(
-        owner, "containers", manifest, get("loopback"), {Runtime.CONTAINER: runtime}, scratch
-    ) as p:
+    kinds = {Runtime.CONTAINER: runtime}
+    with Pod(owner, "containers", Manifest(()), get("loopback"), kinds, scratch, scratch) as p:
         yield p
 
 

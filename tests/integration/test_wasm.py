@@ -9,12 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from testbed import netlink, process, runtimes
+from testbed import netlink, process, runtimes, trial
 from testbed.datapaths import get
 from testbed.ledger import Owner
 from testbed.manifest import Manifest, Program, Workload
-from testbed.model import Error, Family, Runtime
-from testbed.pod import Pod
+from testbed.model import (
+    Cell,
+    Error,
+    Family,
+    Metric,
+    Pair,
+    Runtime,
+    Status,
+    Transport,
+)
+from testbed.pod import Pod, unsupported
 from testbed.runtimes import Options, Prepared
 
 from .sockets import domain
@@ -51,8 +60,8 @@ def pod(owner: Owner, runtime: Prepared) -> Iterator[Pod]:
     scratch = process.create_folder(owner, f"{owner.id}-wasm")
     (scratch / "hosts.native").write_text("127.0.0.1 localhost\n::1 localhost\n")
     (scratch / "resolv.conf").write_text("")
-    datapath = get("loopback")
-    with Pod(owner, "wasm", Manifest(()), datapath, {Runtime.WASM: runtime}, scratch) as pod:
+    kinds = {Runtime.WASM: runtime}
+    with Pod(owner, "wasm", Manifest(()), get("loopback"), kinds, scratch, scratch) as pod:
         yield pod
 
 
@@ -102,6 +111,57 @@ def test_it_dials_in_the_pod(run: Run, pod: Pod, host: str) -> None:
         answering.start()
         assert run(host, str(server.getsockname()[1])) == "pong ping\n"
         answering.join()
+
+
+# --- the traffic agent ----------------------------------------------------------------------
+
+PAIRS = [pair for pair in Pair if pair is not pair.shape]
+METRICS = [(Metric.THROUGHPUT, Transport.TCP, 65536), (Metric.LATENCY, Transport.UDP, 64)]
+
+
+@pytest.fixture(scope="module", params=["steer", "capture"])
+def bench(
+    request: pytest.FixtureRequest, owner: Owner, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Pod, Prepared]]:
+    """A pod of what the pairs need, and its guest."""
+    kinds = {
+        kind: runtimes.prepare(kind, Options())
+        for kind in (*trial.natives(PAIRS), Runtime.STANDIN)
+    }  # fmt: skip
+    manifest = trial.manifest(PAIRS, Runtime.STANDIN)
+    name, consoles = f"agents-{request.param}", tmp_path_factory.mktemp("consoles")
+    with Pod(owner, name, manifest, get(request.param), kinds, consoles) as pod:
+        pod.start()
+        yield pod, kinds[Runtime.STANDIN]
+
+
+@pytest.mark.parametrize(("metric", "transport", "size"), METRICS)
+@pytest.mark.parametrize("family", Family, ids=str)
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_pairs_with_components_are_measured_in_both_families(
+    bench: tuple[Pod, Prepared],
+    pair: Pair,
+    family: Family,
+    metric: Metric,
+    transport: Transport,
+    size: int,
+) -> None:
+    pod, guest = bench
+    cell = Cell(pod.datapath.name, pair, family, transport, metric, size)
+    result = trial.run(cell, [pod], guest, 0.05, 0.2)
+    if result.status is not Status.OK:  # on a busy machine
+        result = trial.run(cell, [pod], guest, 0.1, 1.5)
+    assert result.status is Status.OK, result.reason
+
+
+def test_what_a_component_has_no_calls_for_is_told(bench: tuple[Pod, Prepared]) -> None:
+    pod, guest = bench
+    cell = Cell("steer", Pair.WASM_GUEST, Family.IPV4, Transport.TCP, Metric.CONNECTIONS, 64)
+    assert "WASI has no close by reset" in (unsupported(get("steer"), cell, guest) or "")
+    with pod.agent("wasm1") as agent:
+        agent.ask(op="socket", transport="tcp", family="ipv4")
+        with pytest.raises(Error, match="a component has no socket"):
+            agent.answer()
 
 
 def test_what_is_no_component_is_refused(runtime: Prepared, tmp_path: Path) -> None:
