@@ -22,7 +22,7 @@ PROTOCOLS = (6, 17)
 
 @pytest.fixture(scope="session")
 def loaded() -> Iterator[ProgramSet]:
-    with Owner() as owner, (ledger.ROOT / "slot0.lock").open("w") as lock:
+    with Owner() as owner, (ledger.ROOT / "slot0-capture.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one test run at a time has slot 0
         programs = bpf.load("capture", owner)
         owners = [

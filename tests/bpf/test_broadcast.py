@@ -39,7 +39,7 @@ class Doors(Programs):
 
 @pytest.fixture(scope="module")
 def doors() -> Iterator[Doors]:
-    with Owner() as owner, (ledger.ROOT / "slot0.lock").open("w") as lock:
+    with Owner() as owner, (ledger.ROOT / "slot0-broadcast.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one test run at a time has slot 0
         programs = bpf.load("broadcast", owner)
         owners = {6 << 16 | OWN_PORT: US, 17 << 16 | OWN_PORT: US,
