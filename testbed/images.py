@@ -84,7 +84,7 @@ class Definition:
 
     program: Path
     arguments: tuple[str, ...] = ()
-    files: dict[str, Path] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict, hash=False)
     """Path in the guest → file here."""
     shim: bool = True
     """On OSv, 127.0.0.1 and ::1 are the pod's, whatever the hosts file says."""

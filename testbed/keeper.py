@@ -40,9 +40,9 @@ from testbed.supervisor import Supervisor
 FIRST_DELAY_S, LAST_DELAY_S = 0.5, 60.0
 """Before a restart. It doubles each time, and starts anew after a run of `LAST_DELAY_S`. Kubernetes
 begins with 10 s and ends at 5 min; here somebody is watching."""
-EAGER_PERIOD_S = 0.05
+EAGER_PERIOD_S = 0.02
 """Between questions to a workload that was not ready yet; later the probe's own period counts."""
-EAGER_CONNECT_S = 0.1
+EAGER_CONNECT_S = 0.05
 """Then an unready guest is asked anew: while it boots it hears nothing, and the kernel's own second
 attempt comes a second later."""
 EVENTS = 100

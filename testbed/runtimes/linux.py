@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Sequence
 
 from testbed import accelerator, images, kernels, process, vm
-from testbed.images import Image
+from testbed.images import Definition, Image
 from testbed.kernels import LinuxKernel
 from testbed.manifest import Workload
 from testbed.model import Error, Family, Runtime, guest_mac, pod_link
@@ -34,6 +34,7 @@ class Linux:
 
     def __init__(self, kernel: LinuxKernel, image: Image, hosts_patch: bool) -> None:
         self.kernel, self.image, self.hosts_patch = kernel, image, hosts_patch
+        self._composed: dict[Definition, Image] = {}
         self.accelerator = accelerator.accelerator(kernel.path).name
         self.vhost = self.accelerator == "kvm" and accelerator.vhost_net()
         self.description = Description(
@@ -72,10 +73,11 @@ class Linux:
         )  # fmt: skip
 
     def _compose(self, workload: Workload) -> Image:
-        image = images.compose_linux(
-            definition(workload), self.kernel, hosts_patch=self.hosts_patch
-        )
-        return as_told(workload, image)
+        wanted = definition(workload)
+        if wanted not in self._composed:
+            image = images.compose_linux(wanted, self.kernel, hosts_patch=self.hosts_patch)
+            self._composed[wanted] = image
+        return as_told(workload, self._composed[wanted])
 
 
 def command(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from testbed import accelerator, images, kernels, process, vm
-from testbed.images import Image
+from testbed.images import Definition, Image
 from testbed.kernels import OsvKernel
 from testbed.manifest import Workload
 from testbed.model import Error, Family, Runtime, guest_mac
@@ -38,6 +38,7 @@ class Osv:
     def __init__(self, kernel: OsvKernel, hosts_patch: bool) -> None:
         self.kernel, self.hosts_patch = kernel, hosts_patch
         self.image = images.compose_osv(images.load(images.AGENT), hosts_patch=hosts_patch)
+        self._composed: dict[Definition, Image] = {}
         self.families = kernel.families
         self.accelerator = accelerator.accelerator(kernel.path).name
         self.vhost = self.accelerator == "kvm" and accelerator.vhost_net()
@@ -76,8 +77,10 @@ class Osv:
         )  # fmt: skip
 
     def _compose(self, workload: Workload) -> Image:
-        image = images.compose_osv(definition(workload), hosts_patch=self.hosts_patch)
-        return as_told(workload, image)
+        wanted = definition(workload)
+        if wanted not in self._composed:
+            self._composed[wanted] = images.compose_osv(wanted, hosts_patch=self.hosts_patch)
+        return as_told(workload, self._composed[wanted])
 
 
 def command(

@@ -1,0 +1,119 @@
+"""How long a person waits for `testbed up` and `ps`: whole commands, all caches warm."""
+
+from __future__ import annotations
+
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from testbed import kernels, pods
+
+pytestmark = [pytest.mark.root, pytest.mark.bench]
+
+NATIVES_LIMIT_S, GUEST_LIMIT_S, MANY_LIMIT_S, PS_LIMIT_S = 1.0, 2.0, 15.0, 0.4
+"""Of the fastest round: what else the machine does, only adds."""
+ROUNDS, MANY = 5, 20
+SERVER = """\
+import socket
+
+server = socket.create_server(("127.0.0.1", 8003))
+while True:
+    server.accept()[0].close()
+"""
+HTTPD = """{{name: c{port}, image: "host:", command: [httpd, -f, -p, "{port}"],
+    ports: [{{containerPort: {port}}}]}}"""
+
+
+def testbed(*words: str | Path) -> None:
+    subprocess.run([sys.executable, "-m", "testbed.cli", *words], check=True, capture_output=True)
+
+
+@pytest.fixture
+def names() -> Iterator[list[str]]:
+    """Of pods that are taken down afterwards."""
+    names: list[str] = []
+    yield names
+    take_down(names)
+
+
+def take_down(names: list[str]) -> None:
+    for name in set(names) & set(pods.names()):
+        pods.down(name)
+    names.clear()
+
+
+def manifest(folder: Path, names: list[str], containers: list[str], count: int = 1) -> Path:
+    """Of so many new pods, whose names are added."""
+    (folder / "serve.py").write_text(SERVER)
+    documents, lines = [], "".join(f"  - {container}\n" for container in containers)
+    for _ in range(count):
+        names.append(f"b{secrets.token_hex(3)}")
+        documents.append(
+            f"apiVersion: v1\nkind: Pod\nmetadata:\n  name: {names[-1]}\n"
+            "  annotations: {testbed/runtime.component: wasm, testbed/runtime.guest: osv}\n"
+            f"spec:\n  containers:\n{lines}"
+        )
+    file = folder / "pods.yaml"
+    file.write_text("---\n".join(documents))
+    return file
+
+
+def measure(
+    benchmark: BenchmarkFixture, names: list[str], folder: Path, containers: list[str],
+    count: int = 1, rounds: int = ROUNDS,
+) -> float:  # fmt: skip
+    """Seconds of the fastest `up`."""
+
+    def setup() -> tuple[tuple[str, Path], dict[str, object]]:
+        take_down(names)
+        return ("up", manifest(folder, names, containers, count)), {}
+
+    benchmark.pedantic(  # type: ignore[no-untyped-call]
+        testbed, setup=setup, rounds=rounds, warmup_rounds=1
+    )
+    assert benchmark.stats
+    return float(benchmark.stats.stats.min)
+
+
+COMPONENT = "{name: component, image: serve.py, ports: [{containerPort: 8003}]}"
+GUEST = (
+    "{name: guest, image: agent, ports: [{containerPort: 8011}], "
+    "readinessProbe: {tcpSocket: {port: 4700}}}"
+)
+
+
+def test_two_containers_and_a_component(
+    benchmark: BenchmarkFixture, names: list[str], tmp_path: Path
+) -> None:
+    containers = [HTTPD.format(port=8001), HTTPD.format(port=8002), COMPONENT]
+    assert measure(benchmark, names, tmp_path, containers) < NATIVES_LIMIT_S
+
+
+def test_the_same_with_a_unikernel_that_serves(
+    benchmark: BenchmarkFixture, names: list[str], tmp_path: Path
+) -> None:
+    if kernels.find_osv(download=False) is None:
+        pytest.skip("no OSv kernel here")
+    containers = [HTTPD.format(port=8001), HTTPD.format(port=8002), COMPONENT, GUEST]
+    assert measure(benchmark, names, tmp_path, containers) < GUEST_LIMIT_S
+
+
+def test_twenty_pods_of_four_containers_and_their_list(
+    benchmark: BenchmarkFixture, names: list[str], tmp_path: Path
+) -> None:
+    containers = [HTTPD.format(port=8001 + n) for n in range(4)]
+    assert measure(benchmark, names, tmp_path, containers, MANY, rounds=1) < MANY_LIMIT_S
+
+
+def test_pods_are_listed(benchmark: BenchmarkFixture, names: list[str], tmp_path: Path) -> None:
+    testbed("up", manifest(tmp_path, names, [HTTPD.format(port=8001)], MANY))
+    benchmark.pedantic(  # type: ignore[no-untyped-call]
+        testbed, args=("ps",), rounds=ROUNDS
+    )
+    assert benchmark.stats
+    assert benchmark.stats.stats.min < PS_LIMIT_S
