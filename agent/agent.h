@@ -33,6 +33,7 @@
 #define SECOND_NS     1000000000ull
 #define LIMIT_NS      (5 * SECOND_NS) /* without progress for so long, a run is over */
 #define TICK_NS	      (SECOND_NS / 4) /* how often a thread that waits for datagrams looks up */
+#define LATE_NS	      4000000ull      /* a paced sender makes up for no more than this */
 #define SPIN_NS	      100000ull	      /* how long before its time a thread that sleeps wakes up */
 #define MAX_MESSAGE   (1u << 20)      /* bytes of one write, request or response over TCP */
 #define MAX_DATAGRAM  65507u

@@ -165,6 +165,9 @@ static int open_socket(struct endpoint e)
 		/* BSD stacks refuse to send a datagram that is larger than the buffer. */
 		set_option(fd, SOL_SOCKET, SO_SNDBUF, 256 << 10);
 		set_option(fd, SOL_SOCKET, SO_RCVBUF, 1 << 20);
+#ifdef SO_RCVBUFFORCE /* beyond what the system grants everybody, for those who may */
+		set_option(fd, SOL_SOCKET, SO_RCVBUFFORCE, 1 << 20);
+#endif
 	}
 	return fd;
 }

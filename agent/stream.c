@@ -140,6 +140,8 @@ int udp_send(struct sender *s, uint64_t until_ns)
 		}
 		if (o->rate_bps)
 			due += (double)s->sent * o->size * 8 * SECOND_NS / o->rate_bps;
+		if (o->rate_bps && now > due + LATE_NS)
+			begin += now - due - LATE_NS;
 		if (due > now) {
 			pause_ns(MIN(due - now, TICK_NS));
 			progress = now;

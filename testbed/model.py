@@ -97,6 +97,7 @@ class Metric(StrEnum):
     """What a trial measures; the unit of its value is `unit`."""
 
     THROUGHPUT = "throughput"
+    """TCP: of a stream. UDP: at the highest rate with hardly any loss (`testbed.search`)."""
     LATENCY = "latency"
     CONNECTIONS = "connections"
     STARTUP = "startup"
@@ -305,6 +306,9 @@ class Trial:
     errors: int = 0
     histogram_us: tuple[tuple[float, int], ...] = ()
     """Round-trip times (or connect/request/close times): (upper bound of bucket in µs, count)."""
+    searched: tuple[tuple[float, float, float], ...] = ()
+    """Of a search for a rate all attempts: bits per second sent and arrived, share of datagrams
+    lost. The last is the trial."""
     parts: dict[str, float] = field(default_factory=dict)
     """What the value is the sum of: of a start the steps, of memory whose it is."""
     dialed: str | None = None
@@ -334,6 +338,7 @@ class Trial:
         """The inverse of `as_json`."""
         data = dict(data, status=Status(data["status"]))
         data["histogram_us"] = tuple((float(u), int(c)) for u, c in data.get("histogram_us", ()))
+        data["searched"] = tuple((s, a, lost) for s, a, lost in data.get("searched", ()))
         return cls(**data)
 
 

@@ -27,6 +27,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from math import nan
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -262,13 +263,14 @@ def frame(trials: Sequence[Trial]) -> pd.DataFrame:
     """Tidy table: one row a trial.
 
     Columns: the cell's fields; block, order, status, reason; value in the metric's unit; p50_us and
-    p99_us of the trial's histogram (NaN without one); what else the trial says. Dictionaries become
-    columns such as `carried.packets`.
+    p99_us of the trial's histogram (NaN without one); loss, where a rate was searched; what else
+    the trial says. Dictionaries become columns such as `carried.packets`.
     """
     rows = []
     for trial in trials:
         row = {**vars(Cell.parse(trial.cell)), **vars(trial)}
-        histogram = row.pop("histogram_us")
+        histogram, searched = row.pop("histogram_us"), row.pop("searched")
+        row["loss"] = searched[-1][2] if searched else nan
         row["p50_us"], row["p99_us"] = percentile(histogram, 50), percentile(histogram, 99)
         for name in ("parts", "carried", "counters", "machine"):
             row.update({f"{name}.{key}": value for key, value in row.pop(name).items()})
@@ -282,7 +284,7 @@ _COLUMNS = (
     "datapath", "pair", "family", "transport", "metric", "size_bytes", "streams",
     "rate_per_s", "guest", "guests", "pods",
     "cell", "block", "order", "status", "reason", "value", "p50_us", "p99_us", "duration_s",
-    "payload_bytes", "transactions", "errors", "dialed", "started",
+    "payload_bytes", "transactions", "errors", "loss", "dialed", "started",
 )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """One cell measured in standing pods, and the proof that its packets took the datapath.
 
 Of several guests or pods all are at work at once, each dialled by a client of its own: rates are
-summed up, and times are of all of them together.
+summed up, and times are of all of them together. The throughput of UDP is searched for by short
+attempts (`testbed.search`), and measured at the rate that was found.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from testbed import machine
+from testbed import machine, search
 from testbed.agent import Agent, Mode, Result, Server
 from testbed.datapaths import Count
 from testbed.manifest import Manifest, Workload
@@ -64,6 +65,11 @@ STOLEN_SHARE = 0.02
 """A trial is disturbed if a hypervisor below took more of the CPUs' time."""
 CLOCK_SLACK_S = 1.0
 """How much later than by the receiver's clock a trial may end by the host's: set-up, score, end."""
+SHORT = 0.25
+"""What an attempt in a search for a rate lasts, by what a trial does."""
+LONG_ATTEMPTS = 6
+"""So often the rate that was found may fail to hold for a whole trial, and is lowered, by more each
+time."""
 
 
 def ends(pair: Pair, guests: int = 1) -> list[tuple[str, str]]:
@@ -184,9 +190,48 @@ def run(
         with flows(cell, pods, guest) as found:
             trial = replace(trial, dialed=found[0].dialed)
             machines = [pod.guest_cgroup for pod in pods if guest.description.accelerator]
+            if cell.metric is Metric.THROUGHPUT and cell.transport is Transport.UDP:
+                return _search(trial, cell, found, warmup_s, duration_s, machines)
             return _measure(trial, cell, found, warmup_s, duration_s, machines)
     except (Error, OSError) as e:
         return replace(trial, reason=str(e))
+
+
+def _search(
+    trial: Trial,
+    cell: Cell,
+    flows: Sequence[Flow],
+    warmup_s: float,
+    duration_s: float,
+    machines: Sequence[Path],
+) -> Trial:
+    """The trial at the highest rate that stays within the bound on loss for all of its duration."""
+    searched: list[search.Attempt] = []
+
+    def keep(payload_bytes: int, lost: int, took_s: float) -> search.Attempt:
+        sent_bytes = payload_bytes + lost * cell.size_bytes
+        sent_bps, arrived_bps = sent_bytes * 8 / took_s, payload_bytes * 8 / took_s
+        searched.append(search.Attempt(sent_bps, arrived_bps, 1 - payload_bytes / sent_bytes))
+        return searched[-1]
+
+    def attempt(rate_bps: float) -> search.Attempt:
+        results = at_once(flows, cell, streams=cell.streams, duration_s=duration_s * SHORT,
+                          warmup_s=warmup_s * SHORT, rate_bps=rate_bps / len(flows))  # fmt: skip
+        whole = _together(results)
+        return keep(whole.bytes, whole.lost, whole.duration_s)
+
+    rate_bps = search.highest_rate(attempt)
+    for n in range(1, LONG_ATTEMPTS + 1):
+        measured = _measure(trial, cell, flows, warmup_s, duration_s, machines, rate_bps)
+        if measured.status is not Status.OK or not measured.duration_s:
+            return replace(measured, searched=tuple(searched))
+        last = keep(measured.payload_bytes, measured.errors, measured.duration_s)
+        if last.passed:
+            return replace(measured, searched=tuple(searched))
+        rate_bps = (rate_bps or last.offered_bps) / (1 + search.RESOLUTION) ** n
+    return replace(measured, status=Status.FAILED, value=None, searched=tuple(searched),
+                   reason=f"more than {search.LOSS:.1%} of datagrams are lost at what short "
+                   "attempts bore")  # fmt: skip
 
 
 def _measure(
@@ -196,12 +241,14 @@ def _measure(
     warmup_s: float,
     duration_s: float,
     machines: Sequence[Path],
+    rate_bps: float = 0.0,
 ) -> Trial:
     pods = {flow.pod.name: flow.pod for flow in flows}.values()
     carried, counters = [flow.carried() for flow in flows], _counters(pods)
     busy, began = machine.busy(machines), time.monotonic()
     results = at_once(flows, cell, streams=cell.streams, duration_s=duration_s, warmup_s=warmup_s,
-                      rate_per_s=cell.rate_per_s / len(flows))  # fmt: skip
+                      rate_per_s=cell.rate_per_s / len(flows),
+                      rate_bps=rate_bps / len(flows))  # fmt: skip
     elapsed_s = time.monotonic() - began
     spent = {key: value - busy[key] for key, value in machine.busy(machines).items()}
     carried = [flow.carried() - before for flow, before in zip(flows, carried, strict=True)]

@@ -172,9 +172,8 @@ def test_udp_keeps_to_its_rate(client: Agent, server: Agent, family: Family) -> 
         Transport.UDP, family, str(loopback(family)), port, "stream", 1400,
         streams=2, duration_s=0.5, warmup_s=0.1, rate_bps=20e6,
     )  # fmt: skip
-    assert (result.bytes + result.lost * 1400) * 8 / result.duration_s == pytest.approx(
-        20e6, rel=0.1
-    )
+    sent_bps = (result.bytes + result.lost * 1400) * 8 / result.duration_s
+    assert 14e6 < sent_bps < 21e6  # what a busy machine holds up is not made up for
 
 
 @pytest.mark.parametrize("mode", ["rr", "crr"])

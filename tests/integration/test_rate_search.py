@@ -1,0 +1,41 @@
+"""UDP throughput over a link of known speed: the rate that is found is the link's."""
+
+from __future__ import annotations
+
+import pytest
+
+from testbed import netlink, search, trial
+from testbed.model import Cell, Family, Metric, Pair, Runtime, Status, Transport, Trial
+from testbed.runtimes import Prepared
+
+from .conftest import Build
+
+pytestmark = pytest.mark.root
+
+LINK_BPS = 40e6
+SIZE = 1400
+HEADERS = {Family.IPV4: 14 + 20 + 8, Family.IPV6: 14 + 40 + 8}
+"""Ethernet, IP, UDP: they take their share of the link."""
+
+
+@pytest.mark.parametrize("family", Family, ids=str)
+def test_the_rate_that_is_found_is_what_the_link_can_carry(
+    build: Build, prepared: dict[Runtime, Prepared], family: Family
+) -> None:
+    pair, guest = Pair.NATIVE_GUEST, prepared[Runtime.STANDIN]
+    pod = build(f"slow-{family}", trial.manifest([pair], Runtime.STANDIN), "direct")
+    pod.start()
+    port = netlink.find(pod.ip, pod._port(1))[pod._port(1)]
+    # A token bucket (tc-tbf); rates are in bytes per second.
+    pod.ip.tc("add", "tbf", port, rate=int(LINK_BPS / 8), burst=20_000, limit=50_000)
+    cell = Cell("direct", pair, family, Transport.UDP, Metric.THROUGHPUT, SIZE)
+    found = trial.run(cell, [pod], guest, warmup_s=0.1, duration_s=0.6)
+
+    assert (found.status, found.reason) == (Status.OK, None)
+    attempts = [search.Attempt(*attempt) for attempt in found.searched]
+    most_bps = LINK_BPS * SIZE / (SIZE + HEADERS[family])
+    assert 0.85 * most_bps < (found.value or 0) < 1.05 * most_bps
+    assert attempts[0].loss > 0.2  # as fast as it goes is too fast
+    assert attempts[-1].passed
+    assert attempts[-1].arrived_bps == pytest.approx(found.value)
+    assert Trial.from_json(found.as_json()) == found
