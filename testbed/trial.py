@@ -208,26 +208,29 @@ def _search(
     """The trial at the highest rate that stays within the bound on loss for all of its duration."""
     searched: list[search.Attempt] = []
 
-    def keep(payload_bytes: int, lost: int, took_s: float) -> search.Attempt:
+    def keep(payload_bytes: int, lost: int, took_s: float, least_s: float) -> search.Attempt:
+        # A receiver that was held up empties its buffer faster than that was filled.
+        took_s = max(took_s, least_s)
         sent_bytes = payload_bytes + lost * cell.size_bytes
         sent_bps, arrived_bps = sent_bytes * 8 / took_s, payload_bytes * 8 / took_s
         searched.append(search.Attempt(sent_bps, arrived_bps, 1 - payload_bytes / sent_bytes))
         return searched[-1]
 
     def attempt(rate_bps: float) -> search.Attempt:
-        results = at_once(flows, cell, streams=cell.streams, duration_s=duration_s * SHORT,
+        short_s = duration_s * SHORT
+        results = at_once(flows, cell, streams=cell.streams, duration_s=short_s,
                           warmup_s=warmup_s * SHORT, rate_bps=rate_bps / len(flows))  # fmt: skip
         whole = _together(results)
-        return keep(whole.bytes, whole.lost, whole.duration_s)
+        return keep(whole.bytes, whole.lost, whole.duration_s, short_s)
 
     rate_bps = search.highest_rate(attempt)
     for n in range(1, LONG_ATTEMPTS + 1):
         measured = _measure(trial, cell, flows, warmup_s, duration_s, machines, rate_bps)
         if measured.status is not Status.OK or not measured.duration_s:
             return replace(measured, searched=tuple(searched))
-        last = keep(measured.payload_bytes, measured.errors, measured.duration_s)
+        last = keep(measured.payload_bytes, measured.errors, measured.duration_s, duration_s)
         if last.passed:
-            return replace(measured, searched=tuple(searched))
+            return replace(measured, value=last.arrived_bps, searched=tuple(searched))
         rate_bps = (rate_bps or last.offered_bps) / (1 + search.RESOLUTION) ** n
     return replace(measured, status=Status.FAILED, value=None, searched=tuple(searched),
                    reason=f"more than {search.LOSS:.1%} of datagrams are lost at what short "
