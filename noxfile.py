@@ -39,6 +39,12 @@ def figures(session: nox.Session) -> None:
 
 
 @nox.session
+def paper(session: nox.Session) -> None:
+    """Build paper/main.pdf from a stored campaign, after ./bootstrap --tex (-- DIR)."""
+    run(session, "testbed", "paper", *session.posargs)
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """Test all but speed; without root, only what needs none (-- arguments for pytest)."""
     run(session, "pytest", "-m", "not bench", *session.posargs)

@@ -62,7 +62,7 @@ class Part(NamedTuple):
 def draw(store: Store, folder: Path | None = None, bare: bool = False) -> list[Path]:
     """Draw all figures of a campaign into its `figures/`, as PNG and PDF; say which they are.
 
-    Or into another `folder`, or `bare`, without title and footer, for a page that says these.
+    Or into another `folder`; or `bare`, as PDF without title and footer, for the paper.
     One figure per metric, transport and parameters: `throughput-tcp.png`, and with the parameters
     in the name where there are several; likewise what it cost the host: `cpu-throughput-tcp.png`.
     Where one parameter takes three values or more, it has a figure of its own,

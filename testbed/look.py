@@ -111,18 +111,19 @@ class Drawing(NamedTuple):
 def save(drawing: Drawing, folder: Path, name: str, digest: str, bare: bool = False) -> list[Path]:
     """As PNG and PDF, which say the digest of the data that they were drawn from.
 
-    Without dates and versions, so that the same trials give the same bytes. `bare`: with the key,
-    but without title and footer, for a page that says these itself.
+    Without dates and versions, so that the same trials give the same bytes. `bare`: as PDF, without
+    title and footer, for a page that says these itself.
     """
     png, pdf = folder / f"{name}.png", folder / f"{name}.pdf"
     _surround(drawing, bare)
     try:
         folder.mkdir(exist_ok=True)
-        drawing.panels.savefig(png, metadata={"Software": None, "Source": digest})
         drawing.panels.savefig(pdf, metadata={"CreationDate": None, "Keywords": digest})
+        if not bare:
+            drawing.panels.savefig(png, metadata={"Software": None, "Source": digest})
     except OSError as e:
         raise Error(f"{e.filename or folder}: {e.strerror}", "figures go into the campaign") from e
-    return [png, pdf]
+    return [pdf] if bare else [png, pdf]
 
 
 def _surround(drawing: Drawing, bare: bool) -> None:

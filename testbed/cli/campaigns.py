@@ -95,6 +95,14 @@ def add(commands: Commands) -> None:
     keep.add_argument("-o", "--output", type=Path, metavar="DIR",
                       help="default: results/reference/PLAN")  # fmt: skip
 
+    paper = commands.add_parser(
+        "paper", help="build paper/main.pdf from a stored campaign (needs LaTeX, no root)",
+        epilog="LaTeX is installed by ./bootstrap --tex.",
+    )  # fmt: skip
+    paper.set_defaults(call=_paper)
+    paper.add_argument("directory", type=Path, metavar="DIR", nargs="?",
+                       help="default: results/reference/paper")  # fmt: skip
+
     conformance = commands.add_parser(
         "conformance", help="check what programs may rely on at localhost, through any datapath",
         epilog="Exit status: 0 nothing failed, 1 some checks failed, 3 could not run.",
@@ -211,6 +219,13 @@ def _claims(arguments: argparse.Namespace) -> int:
 
         Console().print(claims.table(found, campaign.campaign.guest))
     return claims.exit_status(found)
+
+
+def _paper(arguments: argparse.Namespace) -> int:
+    from testbed import paper, reference, store
+
+    print(paper.build(store.open(arguments.directory or reference.FOLDER / "paper")))
+    return 0
 
 
 def _compare(arguments: argparse.Namespace) -> int:
