@@ -4,7 +4,8 @@ A ledger is one file per owner (a process that builds: a campaign's worker, a te
 `/run/testbed`, which lives exactly as long as the kernel objects that it lists. An entry is a call
 to make later: a module-level function of this package and its arguments as JSON. Undoing is
 idempotent and goes backwards; whatever was never made is no error. `clean` does it for owners that
-died: a living one holds a lock on its file.
+died: a living one holds a lock on its file. Another process may also go on in a dead owner's place
+(`Owner(left)`): what that one has written down already is not written down again.
 """
 
 from __future__ import annotations
@@ -49,9 +50,10 @@ class _Ledger:
         self.path, self._file = path, file
         self._numbers = 0
         self._lock = threading.Lock()
+        self.left: list[Deferred] = []
+        """What a dead owner left, in the order of making."""
 
-    def record(self, undo: Callable[..., None], arguments: dict[str, Any]) -> Deferred:
-        call = f"{undo.__module__}:{undo.__qualname__}"
+    def record(self, call: str, arguments: dict[str, Any]) -> Deferred:
         with self._lock:
             self._numbers += 1
             entry = Deferred(self, self._numbers, call, arguments)
@@ -69,18 +71,20 @@ class _Ledger:
     def close(self) -> None:
         self._file.close()
 
-    def entries(self) -> list[Deferred]:
-        """What a dead owner left, in the order of making."""
+    def read(self) -> None:
+        """Find what a dead owner left."""
+        text = self._file.read()
+        whole = text.rfind("\n") + 1  # killed in mid-line: that thing was not made yet
+        self._file.truncate(whole)
+        self._file.seek(whole)
         left: dict[int, Deferred] = {}
-        for text in self._file:
-            if not text.endswith("\n"):
-                break  # killed in mid-line: that thing was not made yet
-            line = json.loads(text)
+        for line in map(json.loads, text[:whole].splitlines()):
             if "struck" in line:
                 del left[line["struck"]]
             else:
+                self._numbers = line["n"]
                 left[line["n"]] = Deferred(self, line["n"], line["call"], line["arguments"])
-        return list(left.values())
+        self.left = list(left.values())
 
     def _write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
@@ -107,6 +111,10 @@ class Deferred:
         return f"{self.call.rpartition(':')[2].removeprefix('remove_')} {words}"
 
 
+def _call(undo: Callable[..., None]) -> str:
+    return f"{undo.__module__}:{undo.__qualname__}"
+
+
 class Scope:
     """Things of one owner that are taken down together, as a context manager."""
 
@@ -123,9 +131,21 @@ class Scope:
 
     def defer(self, undo: Callable[..., None], **arguments: Any) -> Deferred:
         """Write down how to undo what is about to be made. Call it before making it."""
-        entry = self._ledger.record(undo, arguments)
+        for entry in self.left(undo):
+            if entry.arguments == json.loads(json.dumps(arguments)):
+                return entry
+        entry = self._ledger.record(_call(undo), arguments)
         self._entries.append(entry)
         return entry
+
+    @property
+    def goes_on(self) -> bool:
+        """In a dead owner's place, with what that one made."""
+        return bool(self._ledger.left)
+
+    def left(self, undo: Callable[..., None]) -> list[Deferred]:
+        """Entries with this call that a dead owner left, in whose place this one goes on."""
+        return [entry for entry in self._ledger.left if entry.call == _call(undo)]
 
     def part(self) -> Scope:
         """A part that can be taken down by itself, and goes with the whole at the latest."""
@@ -159,17 +179,27 @@ class Scope:
 
 
 class Owner(Scope):
-    """Everything that this process made. Leaving it takes all of it down."""
+    """Everything that this process made. Leaving it takes all of it down.
 
-    def __init__(self) -> None:
-        ROOT.mkdir(mode=0o700, exist_ok=True)
-        path = ROOT / f"{secrets.token_hex(3)}.ledger"
-        # It gets its name when it is locked: `clean` takes unlocked ones. (open(2), O_TMPFILE; a
-        # directory has to be given, or Python calls link(2), which links the symlink.)
-        file = os.fdopen(os.open(ROOT, os.O_TMPFILE | os.O_RDWR, 0o600), "w+")
-        fcntl.flock(file, fcntl.LOCK_EX)
-        os.link(f"/proc/self/fd/{file.fileno()}", path, src_dir_fd=file.fileno())
-        super().__init__(_Ledger(path, file))
+    `left` is the ledger of a dead owner to go on with. Raises `Error` if that one lives.
+    """
+
+    def __init__(self, left: Path | None = None) -> None:
+        if left:
+            dead = _dead(left)
+            if dead is None:
+                raise Error(f"{left} is somebody's who lives")
+            super().__init__(dead)
+            self._entries += dead.left
+        else:
+            ROOT.mkdir(mode=0o700, exist_ok=True)
+            path = ROOT / f"{secrets.token_hex(3)}.ledger"
+            # It gets its name when it is locked: `clean` takes unlocked ones. (open(2), O_TMPFILE;
+            # a directory has to be given, or Python calls link(2), which links the symlink.)
+            file = os.fdopen(os.open(ROOT, os.O_TMPFILE | os.O_RDWR, 0o600), "w+")
+            fcntl.flock(file, fcntl.LOCK_EX)
+            os.link(f"/proc/self/fd/{file.fileno()}", path, src_dir_fd=file.fileno())
+            super().__init__(_Ledger(path, file))
         self._kept = False
 
     def undo(self) -> None:
@@ -183,36 +213,61 @@ class Owner(Scope):
         self._kept = True
 
 
-def clean() -> Iterator[str]:
-    """Take down what dead owners left, and only that. Yields a word on each thing removed.
+def is_dead(path: Path) -> bool:
+    """Whether the owner of a ledger died, and left what it made."""
+    file = _locked(path)
+    if file:
+        file.close()
+    return file is not None
 
-    Goes on past what fails; that stays in its ledger, and `Error` names it at the end.
+
+def clean(only: Path | None = None) -> Iterator[str]:
+    """Take down what dead owners left, and only that; or one of them, by its ledger.
+
+    Yields a word on each thing removed. Goes on past what fails; that stays, and `Error` names it.
     """
-    failures = []
-    for path in sorted(ROOT.glob("*.ledger")):
-        try:
-            file = path.open("r+")
-        except FileNotFoundError:
-            continue  # another clean was at it
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            continue  # alive, or another clean is at it
-        ledger = _Ledger(path, file)
-        whole = True
-        for entry in reversed(ledger.entries()):
+    failures: list[str] = []
+    for path in [only] if only else sorted(ROOT.glob("*.ledger")):
+        ledger = _dead(path)
+        if not ledger:
+            continue
+        before = len(failures)
+        for entry in reversed(ledger.left):
             try:
                 entry.undo()
             except Exception as e:
                 failures.append(f"{entry}: {e}")
-                whole = False
             else:
                 yield str(entry)
-        if whole:
+        if len(failures) == before:
             ledger.remove()
         else:
             ledger.close()
     if failures:
         raise Error(f"left behind: {'; '.join(failures)}",
                     hint="if another version of testbed made it, clean with that one")  # fmt: skip
+
+
+def _dead(path: Path) -> _Ledger | None:
+    """The ledger of a dead owner; None if it is alive, or another `clean` is at it."""
+    file = _locked(path)
+    if file is None:
+        return None
+    ledger = _Ledger(path, file)
+    ledger.read()
+    return ledger
+
+
+def _locked(path: Path) -> TextIOWrapper | None:
+    try:
+        file = path.open("r+")
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+    except BlockingIOError:
+        pass
+    file.close()
+    return None

@@ -84,6 +84,8 @@ def release_ports(held: list[socket.socket]) -> None:
 
 # --- lo -------------------------------------------------------------------------------------
 
+_LO = ("net/ipv4/conf/lo/route_localnet", "net/ipv4/conf/lo/accept_local")
+_RESERVED = "net/ipv4/ip_local_reserved_ports"
 _VIEWS = (f"{model.native_view(Family.IPV4, 0)}/24", model.NATIVE_VIEW_NET6)
 
 
@@ -96,25 +98,20 @@ def prepare_lo(owner: Scope, netns: str, owners: Owners, local: Sequence[str] = 
     own on whatever link.
     """
     routes = [*_VIEWS, *local]
-    owner.defer(unprepare_lo, netns=netns, routes=routes)
-    _set_lo(netns, 1, [port for _, port in owners])
+    before = netlink.sysctls(netns, *_LO, _RESERVED)
+    owner.defer(unprepare_lo, netns=netns, routes=routes, before=before)
+    ports = ",".join(str(port) for port in sorted({port for _, port in owners}))
+    reserved = ",".join(filter(None, (before[_RESERVED], ports)))
+    netlink.set_sysctls(netns, dict.fromkeys(_LO, 1) | {_RESERVED: reserved or "\n"})
     _change_routes("replace", netns, routes)
 
 
-def unprepare_lo(netns: str, routes: list[str]) -> None:
+def unprepare_lo(netns: str, routes: list[str], before: dict[str, str]) -> None:
     """Undo what was set on a namespace's `lo`; one that is gone is no error."""
     if not (netlink.NETNS / netns).exists():
         return
-    _set_lo(netns, 0, [])
+    netlink.set_sysctls(netns, before | {_RESERVED: before[_RESERVED] or "\n"})
     _change_routes("del", netns, routes)
-
-
-def _set_lo(netns: str, on: int, ports: Iterable[int]) -> None:
-    netlink.set_sysctls(netns, {
-        "net/ipv4/conf/lo/route_localnet": on,
-        "net/ipv4/conf/lo/accept_local": on,
-        "net/ipv4/ip_local_reserved_ports": ",".join(str(p) for p in sorted(set(ports))) or "\n",
-    })  # fmt: skip
 
 
 def _change_routes(command: str, netns: str, routes: Sequence[str]) -> None:
@@ -157,7 +154,7 @@ class Rows:
             nature = 0 if Family.IPV6 in guests[n] else IPV4_ONLY
             _owners(self.programs)[tuple(key)] = (n | nature,)
         for flow in _flows(slot, guests):
-            _carried(self.programs)[flow] = (0, 0)
+            _carried(self.programs).add(flow, (0, 0))
 
     def port(self, n: int) -> int:
         """The link of guest n; 0 while the guest is down."""

@@ -8,11 +8,12 @@ Nothing here knows what a pod is.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import functools
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from typing import Any, TypeVar
 
 import pyroute2.netns
 from pyroute2 import AsyncIPRoute, IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
 from pyroute2.netlink.rtnl.iprsocket import IPRouteProxy
 
 from testbed.ledger import Scope
@@ -30,6 +32,7 @@ IFA_F_NODAD = 0x02
 NUD_PERMANENT = 0x80
 CLONE_NEWNET = 0x40000000
 MS_BIND, MS_REC, MS_SHARED = 0x1000, 0x4000, 0x100000
+NS_GET_NSTYPE = 0xB703
 
 T = TypeVar("T")
 
@@ -42,9 +45,8 @@ def create_netns(owner: Scope, name: str) -> IPRoute:
     What a host may have opened on `all` (net.core.devconf_inherit_init_net) is closed again.
     """
     owner.defer(remove_netns, name=name)
-    _share_folder()
-    (NETNS / name).touch(mode=0o444, exist_ok=False)
-    _in_thread(lambda: _unshare_netns(NETNS / name))
+    if not is_netns(NETNS / name):
+        _in_thread(lambda: _unshare_netns(_place(name)))
     ip = open_socket(name)
     ip.link("set", index=1, state="up")
     off = {"ipv4": ("route_localnet", "accept_local"),
@@ -55,6 +57,23 @@ def create_netns(owner: Scope, name: str) -> IPRoute:
          for family, keys in off.items() for key in keys for links in ("all", "default")},
     )  # fmt: skip
     return ip
+
+
+def hold_netns(owner: Scope, name: str, path: Path) -> IPRoute:
+    """Know somebody else's namespace by a name of ours; returns a socket in it."""
+    owner.defer(remove_netns, name=name)
+    if not is_netns(NETNS / name):
+        _mount_netns(path, _place(name))
+    return open_socket(name)
+
+
+def is_netns(path: Path) -> bool:
+    """Whether a path is of a network namespace (ioctl_ns(2))."""
+    try:
+        with path.open() as file:
+            return bool(fcntl.ioctl(file, NS_GET_NSTYPE) == CLONE_NEWNET)
+    except OSError:
+        return False
 
 
 def open_socket(netns: str) -> IPRoute:
@@ -86,7 +105,7 @@ class _Inside(AsyncIPRoute):  # type: ignore[misc]
 
 
 def remove_netns(name: str) -> None:
-    """Remove a namespace. Its links go with it, a moment later."""
+    """Remove a namespace's name. With its last one it goes, and its links a moment later."""
     if (NETNS / name).exists():
         pyroute2.netns.remove(name)
 
@@ -100,6 +119,19 @@ def create_link(ip: IPRoute, ifname: str, **spec: Any) -> int:
     """Make a link and return its index. It goes with its namespace."""
     ip.link("add", ifname=ifname, **spec)
     return int(ip.link_lookup(ifname=ifname)[0])
+
+
+def remove_link(netns: str, ifname: str) -> None:
+    """Remove a link, where it does not go with its namespace. One that is gone is no error."""
+
+    try:
+        with open_socket(netns) as ip:
+            ip.link("del", index=links(netns)[ifname])
+    except (FileNotFoundError, KeyError):
+        pass
+    except NetlinkError as e:  # whatever was its other end went
+        if e.code != errno.ENODEV:
+            raise
 
 
 def add_address(ip: IPRoute, ifindex: int, address: Address, prefix_length: int) -> None:
@@ -143,10 +175,21 @@ def _share_folder() -> None:
         os.close(folder)
 
 
+def _place(name: str) -> Path:
+    """A file to mount a namespace at."""
+    _share_folder()
+    (NETNS / name).touch(mode=0o444)
+    return NETNS / name
+
+
 def _unshare_netns(at: Path) -> None:
     """Move this thread to a new namespace and mount it at a path: `ip netns add` without a fork."""
     _checked(_libc.unshare(CLONE_NEWNET), "make a network namespace")
-    source, target = b"/proc/thread-self/ns/net", str(at).encode()
+    _mount_netns(Path("/proc/thread-self/ns/net"), at)
+
+
+def _mount_netns(path: Path, at: Path) -> None:
+    source, target = str(path).encode(), str(at).encode()
     _checked(_libc.mount(source, target, b"none", MS_BIND, None), f"mount {at}")
 
 
@@ -162,7 +205,7 @@ def _in_thread(call: Callable[[], T]) -> T:
         return pool.submit(call).result()
 
 
-def set_sysctls(netns: str, values: dict[str, int | str]) -> None:
+def set_sysctls(netns: str, values: Mapping[str, int | str]) -> None:
     """Write sysctls (`net/…`, with slashes) of a namespace."""
 
     def write() -> None:
@@ -170,6 +213,11 @@ def set_sysctls(netns: str, values: dict[str, int | str]) -> None:
             Path("/proc/sys", key).write_text(str(value))
 
     inside(netns, write)
+
+
+def sysctls(netns: str, *keys: str) -> dict[str, str]:
+    """Read sysctls (`net/…`, with slashes) of a namespace."""
+    return inside(netns, lambda: {key: Path("/proc/sys", key).read_text().strip() for key in keys})
 
 
 def traffic(ip: IPRoute, ifindex: int) -> tuple[int, int]:

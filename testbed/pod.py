@@ -21,7 +21,6 @@ at once (the kernel takes their links down later), while whoever removes a link 
 from __future__ import annotations
 
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Collection, Mapping
@@ -53,6 +52,7 @@ from testbed.model import (
     pod_link,
 )
 from testbed.runtimes import Place, Prepared, container
+from testbed.sandbox import Sandbox, settle
 
 MTU = 1500
 """Of every guest link (OSv's driver knows no other)."""
@@ -82,8 +82,11 @@ class Pod:
         runtimes: Mapping[Runtime, Prepared],
         consoles: Path,
         scratch: Path | None = None,
+        sandbox: Sandbox | None = None,
     ) -> None:
-        """`scratch`: a folder with the files of a `Spec`; without, one of the pod's own."""
+        """`scratch`: a folder with the files of a `Spec`; without, one of the pod's own. `sandbox`:
+        the namespace that guests are to join; without, one of the pod's own.
+        """
         self.name, self.manifest, self.datapath = name, manifest, datapath
         self.lock = threading.RLock()
         """Held while links change: a netlink socket serves one thread at a time."""
@@ -93,9 +96,12 @@ class Pod:
         """The namespace that holds guests' ports, and the bridge."""
         self._runtimes = runtimes
         self._consoles, self._given = consoles, scratch
+        self.sandbox = sandbox
         self._ips: dict[str, IPRoute] = {}
         """Sockets, by namespace."""
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.processes: dict[str, process.Running] = {}
+        self.cut_off: set[str] = set()
+        """Guests that run, if they do, with a link that is not there any more."""
         self._owner = owner.part()
         try:
             with self.lock:
@@ -109,19 +115,28 @@ class Pod:
         if Runtime.CONTAINER in self._runtimes:
             container.own(self._owner, self._scratch, self.netns)
         for netns in dict.fromkeys((self.netns, self.link_netns, *self._standins.values())):
-            self._ips[netns] = netlink.create_netns(self._owner, netns)
+            if self.sandbox and netns == self.netns:
+                self._ips[netns] = self.sandbox.join(self._owner, netns, self._own_links())
+            else:
+                self._ips[netns] = netlink.create_netns(self._owner, netns)
         if self.datapath.layout is Layout.BRIDGE:
             # Ports of bridges need no addresses, and have nothing to say to IPv6 routers.
             netlink.set_sysctls(self.link_netns, {"net/ipv6/conf/default/disable_ipv6": 1})
         root = process.create_cgroup(self._owner, self.netns)
         self.cgroup, self.guest_cgroup = root / "natives", root / "guests"
-        self.cgroup.mkdir()
-        self.guest_cgroup.mkdir()
+        for group in (self.cgroup, self.guest_cgroup):
+            group.mkdir(exist_ok=True)
+        if self.sandbox and self.sandbox.cgroup:
+            self.cgroup = self.sandbox.cgroup
         if self.datapath.layout is Layout.SOCKET:
             if self._standins:
                 raise Error(f"{self.datapath.name} carries frames of virtual machines only",
                             hint="choose guests other than stand-ins")  # fmt: skip
             self._sockets = process.create_folder(self._owner, f"{self.netns}-sockets")
+        if self._owner.goes_on:
+            missing = self.missing_links()
+            self.cut_off = {g.name for n, g in self.manifest.guests.items()
+                            if port_name(n) in missing and n not in self._standins}  # fmt: skip
         self._build_links()
         began = time.monotonic()
         self.attachment: Attachment = self.datapath.attach(self.wiring(), self._owner)
@@ -160,6 +175,11 @@ class Pod:
         bridged = self.datapath.layout is Layout.BRIDGE
         return names | {BRIDGE, TO_POD} if bridged else names
 
+    def _own_links(self) -> set[str]:
+        """Links in the pod's own namespace."""
+        bridged = self.datapath.layout is Layout.BRIDGE
+        return {TO_GUESTS} if bridged else self._link_names()
+
     def _build_links(self) -> None:
         """Make every link that is not there."""
         if self.datapath.layout is Layout.SOCKET:
@@ -189,6 +209,7 @@ class Pod:
         peer = {"ifname": TO_GUESTS, "net_ns_fd": self.netns, "address": POD_MAC}
         uplink = netlink.create_link(self.link_ip, TO_POD, kind="veth", state="up", peer=peer)
         guests = netlink.links(self.netns)[TO_GUESTS]
+        self._settle(TO_GUESTS)
         for family in Family:
             netlink.add_address(self.ip, guests, pod_link(family), LINK_PREFIX[family])
         self.ip.link("set", index=guests, state="up")
@@ -210,10 +231,15 @@ class Pod:
         else:
             port = netlink.create_link(ip, name, kind="tuntap", mode="tap", vnet_hdr=1)
         if self.datapath.layout is not Layout.BRIDGE:
+            self._settle(name)
             ip.link("set", index=port, state="up")
             for family in Family:
                 netlink.add_address(ip, port, pod_link(family), pod_link(family).max_prefixlen)
         return port
+
+    def _settle(self, ifname: str) -> None:
+        if self.sandbox:
+            settle(self.netns, ifname)
 
     def _take_loopback(self, netns: str) -> None:
         """Of a stand-in. That `lo` is down is not enough: routes to its own addresses stay."""
@@ -316,7 +342,7 @@ class Pod:
         self.refuse(name, running)
         self.end_peers(name)
 
-    def refuse(self, name: str, ended: subprocess.Popen[bytes]) -> bool:
+    def refuse(self, name: str, ended: process.Running) -> bool:
         """What is for a guest whose process has ended is refused; False if its next one runs."""
         with self.lock:
             if self.processes.get(name, ended) is not ended:

@@ -1,7 +1,9 @@
 """The pods that stand on this host, asked through their keepers' sockets; builds nothing.
 
 A keeper listens at an abstract Unix socket named after its pod: the kernel's list of sockets is the
-list of pods, and no file has to be kept true. Questions and answers are one line of JSON each.
+list of pods. Questions and answers are one line of JSON each. What a keeper would answer it also
+writes down, for when it is killed: its pod then is an orphan, and stands until somebody takes it
+over (`keeper.keep`) or down.
 """
 
 from __future__ import annotations
@@ -11,9 +13,11 @@ import os
 import socket
 import struct
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from testbed import ledger
 from testbed.model import Error
 
 PREFIX = "testbed/pod/"
@@ -26,15 +30,68 @@ def socket_name(pod: str) -> str:
     return f"\0{PREFIX}{pod}"
 
 
+class NoKeeper(Error):
+    """Nobody answers for a pod."""
+
+
+@dataclass(frozen=True)
+class Orphan:
+    """A pod whose keeper was killed."""
+
+    ledger: Path
+    folder: Path
+    """What the keeper wrote for itself."""
+    status: dict[str, Any]
+    """What it would last have answered, but for `keeper`, which is None."""
+
+
+def folder_name(owner_id: str) -> str:
+    """Of what an owner writes down about its pod, beside its ledger."""
+    return f"{owner_id}.pod"
+
+
+def write_down(folder: Path, status: dict[str, Any]) -> None:
+    """Keep a status for whoever comes after this process."""
+    new = folder / "status.new"
+    new.write_text(json.dumps(status | {"keeper": None}))
+    new.rename(folder / "status.json")
+
+
+def orphans() -> dict[str, Orphan]:
+    """By the pods' names."""
+    found = {}
+    for path in ledger.ROOT.glob("*.pod/status.json"):
+        book = path.parent.with_suffix(".ledger")
+        with suppress(FileNotFoundError):  # it is being taken down
+            if ledger.is_dead(book):
+                status = json.loads(path.read_text())
+                found[status["name"]] = Orphan(book, path.parent, status)
+    return found
+
+
+def orphan(pod: str) -> Orphan:
+    """One of them. Raises `Error` if there is none of that name."""
+    if found := orphans().get(pod):
+        return found
+    there = names()
+    if pod in there:
+        raise Error(f"the keeper of pod {pod!r} is alive", hint=f"testbed describe {pod}")
+    raise Error(f"no pod {pod!r}", hint=f"there are: {', '.join(there) or 'none'}")
+
+
 def names() -> list[str]:
-    """All pods of this host, from its list of Unix sockets."""
+    """All pods of this host: from its list of Unix sockets, and orphans."""
     paths = (line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines())
-    return sorted({p.removeprefix(f"@{PREFIX}") for p in paths if p.startswith(f"@{PREFIX}")})
+    kept = {p.removeprefix(f"@{PREFIX}") for p in paths if p.startswith(f"@{PREFIX}")}
+    return sorted(kept | orphans().keys())
 
 
 def status(pod: str) -> dict[str, Any]:
     """What the keeper knows of its pod, as `ps --json` prints it."""
-    return _ask(pod, "status", PATIENCE_S)
+    try:
+        return _ask(pod, "status", PATIENCE_S)
+    except NoKeeper:
+        return orphan(pod).status
 
 
 def all() -> list[dict[str, Any]]:
@@ -58,12 +115,21 @@ def workloads(pod: str, name: str | None) -> list[dict[str, Any]]:
 
 def describe(pod: str) -> dict[str, Any]:
     """Its wiring: links with addresses and programs, counters, events."""
-    return _ask(pod, "describe", PATIENCE_S)
+    try:
+        return _ask(pod, "describe", PATIENCE_S)
+    except NoKeeper:
+        orphan(pod)
+        raise Error(f"the keeper of pod {pod!r} was killed, and the pod goes on without",
+                    hint=f"testbed adopt {pod}, or testbed down {pod}") from None  # fmt: skip
 
 
 def down(pod: str) -> None:
     """Take a pod down; returns when nothing of it is left."""
-    _ask(pod, "down", DOWN_PATIENCE_S)
+    try:
+        _ask(pod, "down", DOWN_PATIENCE_S)
+    except NoKeeper:
+        for _ in ledger.clean(orphan(pod).ledger):
+            pass
 
 
 def trusted(peer: socket.socket) -> bool:
@@ -74,7 +140,7 @@ def trusted(peer: socket.socket) -> bool:
 
 
 def _ask(pod: str, question: str, patience_s: float) -> dict[str, Any]:
-    """Raises `Error` if there is no such pod, or its keeper has an error to tell."""
+    """Raises `NoKeeper` if nobody listens, `Error` if the keeper has an error to tell."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
         asking.settimeout(patience_s)
         try:
@@ -86,9 +152,9 @@ def _ask(pod: str, question: str, patience_s: float) -> dict[str, Any]:
         except TimeoutError as e:
             raise Error(f"the keeper of pod {pod!r} does not answer") from e
         except OSError as e:
-            raise Error(f"no pod {pod!r}", hint=f"there are: {', '.join(names()) or 'none'}") from e
+            raise NoKeeper(f"no keeper of pod {pod!r}") from e
     if not line:
-        raise Error(f"the keeper of pod {pod!r} ended", hint="testbed clean")
+        raise NoKeeper(f"the keeper of pod {pod!r} ended")
     answer: dict[str, Any] = json.loads(line)
     if "error" in answer:
         raise Error(answer["error"], answer.get("hint"))

@@ -15,8 +15,10 @@ import shutil
 import signal
 import subprocess
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from testbed import ledger
 from testbed.ledger import Scope
@@ -37,7 +39,7 @@ def create_cgroup(owner: Scope, name: str) -> Path:
     """Make a cgroup below the mount. When it is taken back, the processes in it are killed."""
     path = cgroup_mount() / name
     owner.defer(remove_cgroup, path=str(path))
-    path.mkdir(parents=True)
+    path.mkdir(parents=True, exist_ok=True)
     return path
 
 
@@ -55,7 +57,7 @@ def create_folder(owner: Scope, name: str) -> Path:
     """Make a folder beside the ledgers, for what programs are told and tell in files."""
     path = ledger.ROOT / name
     owner.defer(remove_folder, path=str(path))
-    path.mkdir(mode=0o700)
+    path.mkdir(mode=0o700, exist_ok=True)
     return path
 
 
@@ -132,7 +134,7 @@ def spawn(
 _WRAPPERS = {"sh", "dash", "bash", "busybox", "nsenter", "taskset", "unshare"}
 
 
-def launched(process: subprocess.Popen[bytes]) -> bool:
+def launched(process: Running) -> bool:
     """Whether what `spawn` started has become the program, or has ended."""
     try:
         return Path(f"/proc/{process.pid}/exe").readlink().name not in _WRAPPERS
@@ -153,12 +155,70 @@ def resident_bytes(group: Path) -> int:
     return total * 1024
 
 
+class Running(Protocol):
+    """A process that was started: a child (`subprocess.Popen`), or an `Orphan`."""
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
+
+
+class Orphan:
+    """A process whose parent died: whoever takes over its end, does so without being its parent.
+
+    Raises `ProcessLookupError` if the process of that pid is gone, or is another than the one that
+    `started` then (`started_at`).
+    """
+
+    UNKNOWN = 137
+    """Its exit status, which only a parent is told (Kubernetes' ContainerStatusUnknown)."""
+
+    def __init__(self, pid: int, started: int) -> None:
+        self.pid, self._fd = pid, os.pidfd_open(pid)
+        weakref.finalize(self, os.close, self._fd)
+        if started_at(pid) != started:  # asked when the descriptor holds it
+            raise ProcessLookupError(pid)
+
+    def poll(self) -> int | None:
+        return self.UNKNOWN if select.select([self._fd], [], [], 0)[0] else None
+
+    def wait(self, timeout: float | None = None) -> int:
+        if not select.select([self._fd], [], [], timeout)[0]:
+            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
+        return self.UNKNOWN
+
+    def terminate(self) -> None:
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, which: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._fd, which)
+
+
+def started_at(pid: int) -> int:
+    """When a process started, in clock ticks since boot: with its pid, it is no other's.
+
+    0 for one that is gone or a zombie (proc_pid_stat(5)).
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return 0 if fields[0] == "Z" else int(fields[19])
+
+
 GRACE_S = 1.0
 """Between asking a process to end and insisting."""
 
 
-def end(process: subprocess.Popen[bytes], grace_s: float = GRACE_S) -> None:
-    """Ask a child to end (SIGTERM), insist after `grace_s`, and collect it."""
+def end(process: Running, grace_s: float = GRACE_S) -> None:
+    """Ask a process to end (SIGTERM), insist after `grace_s`, and collect it."""
     process.terminate()
     try:
         process.wait(grace_s)

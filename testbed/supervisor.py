@@ -11,7 +11,6 @@ import os
 import select
 import socket
 import threading
-from subprocess import Popen
 from types import TracebackType
 from typing import Self
 
@@ -19,6 +18,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from testbed import netlink
 from testbed.pod import Pod
+from testbed.process import Running
 
 RTMGRP_LINK = 1
 RETRY_MS = 250
@@ -46,9 +46,9 @@ class Supervisor:
         self._poller = select.poll()
         self._poller.register(self._wake, select.POLLIN)
         self._poller.register(self._links, select.POLLIN)
-        self._alive: dict[int, tuple[str, Popen[bytes]]] = {}
+        self._alive: dict[int, tuple[str, Running]] = {}
         """By descriptor."""
-        self._met: set[Popen[bytes]] = set()
+        self._met: set[Running] = set()
         """Processes that are watched, or were until they ended."""
 
     def _watch(self) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import socket
 import struct
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from testbed import netlink
@@ -26,8 +28,8 @@ def attach_tc(
 ) -> None:
     """Run a tc program on a link's packets (`hook`: INGRESS or EGRESS), with a class to read.
 
-    Only the 16 bits of the class's minor number reach it. rtnetlink by hand: pyroute2 needs five
-    times as long for it, and a pod has a dozen.
+    One that is there already is replaced at once. Only the 16 bits of the class's minor number
+    reach it. rtnetlink by hand: pyroute2 needs five times as long for it, and a pod has a dozen.
     """
     owner.defer(detach_tc, netns=netns, ifindex=ifindex)
     kind, options = _attribute(TCA_KIND, b"bpf\0"), b"".join((
@@ -73,7 +75,8 @@ def _tc(
     info: int = 0,
 ) -> None:
     """One request about a qdisc or filter (struct tcmsg) and the kernel's answer, as OSError."""
-    flags = 1 | 4 | (0x600 if message != RTM_DELQDISC else 0)  # REQUEST, ACK; CREATE, EXCL
+    # NLM_F_REQUEST and _ACK; _CREATE and _EXCL, or _CREATE alone, which also replaces.
+    flags = 5 | {RTM_NEWQDISC: 0x600, RTM_NEWTFILTER: 0x400}.get(message, 0)
     body = struct.pack("=BxxxiIII", socket.AF_UNSPEC, ifindex, handle, parent, info) + attributes
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink_socket:
         netlink_socket.send(struct.pack("=IHHII", 16 + len(body), message, flags, 1, 0) + body)
@@ -86,7 +89,8 @@ def attach_cgroup(owner: Scope, cgroup: Path, name: str, program: int) -> None:
     """Run a cgroup program, named after its hook, for the processes of a cgroup2 directory."""
     id = struct.unpack_from("=4xI", syscall.info(program, 128))[0]
     owner.defer(detach_cgroup, cgroup=str(cgroup), name=name, id=id)
-    _change_cgroup(syscall.ATTACH, cgroup, name, program)
+    if id not in _attached(cgroup, name):
+        _change_cgroup(syscall.ATTACH, cgroup, name, program)
 
 
 def detach_cgroup(cgroup: str, name: str, id: int) -> None:
@@ -103,10 +107,25 @@ def detach_cgroup(cgroup: str, name: str, id: int) -> None:
         os.close(program)
 
 
+def _attached(cgroup: Path, name: str) -> list[int]:
+    """Ids of the programs at a cgroup's hook."""
+    ids = (ctypes.c_uint32 * 64)()  # BPF_CGROUP_MAX_PROGS
+    with _directory(cgroup) as fd:
+        answer = syscall.bpf(syscall.QUERY, "=IIIxxxxQI", fd, ATTACH_TYPES[name], 0,
+                             syscall.address(ids), len(ids))  # fmt: skip
+    return ids[: struct.unpack_from("=4x24xI", answer)[0]]
+
+
 def _change_cgroup(command: int, cgroup: Path, name: str, program: int) -> None:
-    fd = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with _directory(cgroup) as fd:
         flags = 2 if command == syscall.ATTACH else 0  # BPF_F_ALLOW_MULTI: others may attach theirs
         syscall.call(command, "=IIII", fd, program, ATTACH_TYPES[name], flags)
+
+
+@contextmanager
+def _directory(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield fd
     finally:
         os.close(fd)

@@ -80,8 +80,10 @@ def load(name: str, owner: Scope) -> ProgramSet:
     users = pins / "users"  # made last: without it, whoever loaded was killed
     with _lock():
         _mount_bpffs()
-        taken = {int(p.name.partition("-")[0]) for p in users.glob("*")}
-        slot = min(set(range(1, MAX_SLOTS + 1)) - taken, default=None)
+        taken = {_slot(p.name) for p in users.glob("*")}
+        left = {_slot(entry.arguments["user"]) for entry in owner.left(remove_user)
+                if entry.arguments["pins"] == str(pins)} - {0}  # fmt: skip
+        slot = min(left or set(range(1, MAX_SLOTS + 1)) - taken, default=None)
         if slot is None:
             raise Error(f"all {MAX_SLOTS} slots of the programs {name!r} are taken",
                         hint="take down a pod, or run 'testbed clean'")  # fmt: skip
@@ -94,8 +96,13 @@ def load(name: str, owner: Scope) -> ProgramSet:
             _load(name, pins)
             users.mkdir()
         keeper.mkdir(exist_ok=True)
-        user.mkdir()
+        user.mkdir(exist_ok=True)
     return ProgramSet(pins, slot)
+
+
+def _slot(user: str) -> int:
+    """`SLOT-OWNER`; slot 0 holds the programs while none of the owner's pods does."""
+    return int(user.partition("-")[0])
 
 
 def remove_user(pins: str, user: str) -> None:

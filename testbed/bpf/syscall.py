@@ -8,6 +8,7 @@ import os
 import platform
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ _SYS_BPF = {"x86_64": 321, "aarch64": 280}
 CREATE, LOOKUP, UPDATE, DELETE, NEXT_KEY, LOAD, PIN, GET, ATTACH, DETACH, TEST_RUN, FD_BY_ID = (
     0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 13,
 )  # fmt: skip
-INFO, BTF_LOAD, BTF_BY_ID = 15, 18, 19
+INFO, QUERY, BTF_LOAD, BTF_BY_ID = 15, 16, 18, 19
 """enum bpf_cmd."""
 
 
@@ -71,11 +72,19 @@ class Map:
     """Copies of each value; 0 if the map is not per CPU."""
 
     def __setitem__(self, key: tuple[int, ...], value: tuple[int, ...]) -> None:
+        self._update(key, value, 0)
+
+    def add(self, key: tuple[int, ...], value: tuple[int, ...]) -> None:
+        """Set a value where there is none."""
+        with suppress(FileExistsError):
+            self._update(key, value, 1)  # BPF_NOEXIST
+
+    def _update(self, key: tuple[int, ...], value: tuple[int, ...], flags: int) -> None:
         data = self.value.pack(*value)
         if self.cpus:  # in the first copy; the others are zero
             data = data.ljust(self._stride * self.cpus, b"\0")
         k, v = ctypes.create_string_buffer(self.key.pack(*key)), ctypes.create_string_buffer(data)
-        call(UPDATE, "=IxxxxQQQ", self.fd, address(k), address(v), 0)
+        call(UPDATE, "=IxxxxQQQ", self.fd, address(k), address(v), flags)
 
     def __getitem__(self, key: tuple[int, ...]) -> tuple[int, ...]:
         """The value; KeyError if there is none."""

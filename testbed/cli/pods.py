@@ -7,24 +7,46 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from testbed.cli.common import Commands
 from testbed.model import Error
+
+if TYPE_CHECKING:
+    from testbed.keeper import Order
+    from testbed.sandbox import Sandbox
 
 
 def add(commands: Commands) -> None:
     """Of pods by hand."""
     up = commands.add_parser(
         "up", help="build the pods of a Kubernetes manifest, and leave them standing",
-        epilog="Which runtime: annotation testbed/runtime.CONTAINER, or runtimeClassName.",
+        epilog="Which runtime: annotation testbed/runtime.CONTAINER, or runtimeClassName. "
+        "A pod whose keeper was killed is taken over.",
     )  # fmt: skip
+    attach = commands.add_parser(
+        "attach", help="have a manifest's guests join a pod that somebody else made",
+        epilog="Links, programs and guests come into the namespace; what is there is left alone, "
+        "and is all that is there after 'testbed detach POD'.",
+    )  # fmt: skip
+    adopt = commands.add_parser("adopt", help="take over a pod whose keeper was killed, as it is")
     up.set_defaults(call=_up)
-    up.add_argument("manifest", type=Path, metavar="FILE", help="v1 Pods, in YAML")
-    up.add_argument("--datapath", default="steer", metavar="NAME",
-                    help="what makes localhost work (default: %(default)s)")  # fmt: skip
-    up.add_argument("--osv-kernel", type=Path, metavar="PATH", help="as for run")
-    up.add_argument("--wait", type=float, default=60, metavar="S",
-                    help="for the pods to be ready (default: %(default)s)")  # fmt: skip
+    attach.set_defaults(call=_attach)
+    adopt.set_defaults(call=_adopt)
+    attach.add_argument("--netns", type=Path, required=True, metavar="PATH",
+                        help="its namespace: /run/netns/NAME or /proc/PID/ns/net")  # fmt: skip
+    attach.add_argument("--cgroup", type=Path, metavar="PATH",
+                        help="its processes' cgroup (v2), for steer's fast path; without, they go "
+                        "by lo")  # fmt: skip
+    adopt.add_argument("pod", metavar="POD")
+    for command in (up, attach):
+        command.add_argument("manifest", type=Path, metavar="FILE", help="v1 Pods, in YAML")
+        command.add_argument("--datapath", default="steer", metavar="NAME",
+                             help="what makes localhost work (default: %(default)s)")  # fmt: skip
+        command.add_argument("--osv-kernel", type=Path, metavar="PATH", help="as for run")
+    for command in (up, attach, adopt):
+        command.add_argument("--wait", type=float, default=60, metavar="S",
+                             help="for the pods to be ready (default: %(default)s)")  # fmt: skip
 
     ps = commands.add_parser("ps", help="list pods and their workloads")
     ps.set_defaults(call=_ps)
@@ -35,10 +57,11 @@ def add(commands: Commands) -> None:
         ("logs", _logs, "what a pod's workloads printed; a guest's console"),
         ("exec", _exec, "run a command inside a workload (exec POD -- COMMAND)"),
         ("down", _down, "take pods down"),
+        ("detach", _down, "the same, of guests that were attached to somebody else's pod"),
     ):
         command = commands.add_parser(name, help=text)
         command.set_defaults(call=call)
-        command.add_argument("pod", metavar="POD", nargs="+" if name == "down" else None)
+        command.add_argument("pod", metavar="POD", nargs="+" if call is _down else None)
         if name in ("logs", "exec"):
             command.add_argument("-c", "--container", metavar="NAME", help="which workload")
         if name == "logs":
@@ -50,17 +73,45 @@ def add(commands: Commands) -> None:
 
 
 def _up(arguments: argparse.Namespace) -> int:
-    from testbed import keeper, kubernetes, runtimes
+    return _start(_ordered(arguments), arguments.wait)
+
+
+def _attach(arguments: argparse.Namespace) -> int:
+    from testbed.sandbox import Sandbox
+
+    cgroup = arguments.cgroup and arguments.cgroup.absolute()
+    return _start(_ordered(arguments, Sandbox(arguments.netns.absolute(), cgroup)), arguments.wait)
+
+
+def _adopt(arguments: argparse.Namespace) -> int:
+    from testbed import keeper
+
+    return _start([keeper.of_orphan(arguments.pod)], arguments.wait)
+
+
+def _ordered(arguments: argparse.Namespace, sandbox: Sandbox | None = None) -> list[Order]:
+    from testbed import kubernetes, runtimes
+    from testbed.keeper import Order
 
     specs = kubernetes.read(arguments.manifest)
+    if sandbox and len(specs) > 1:
+        raise Error(f"{arguments.manifest} has {len(specs)} pods, for one namespace",
+                    hint="leave one")  # fmt: skip
     for spec in specs:
         for warning in spec.warnings:
             print(f"testbed: {warning}", file=sys.stderr)
     options = runtimes.Options(osv_kernel=arguments.osv_kernel)
+    return [Order(spec, arguments.datapath, options, sandbox) for spec in specs]
+
+
+def _start(orders: list[Order], patience_s: float) -> int:
+    from testbed import keeper
+
     with keeper.Starting() as starting:
-        for spec in specs:
-            starting.start(spec, arguments.datapath, options)
-        unready = starting.wait(arguments.wait)
+        for order in orders:
+            starting.start(order)
+        starting.wait_built()
+        unready = starting.wait(patience_s)
     for line in unready:
         print(f"testbed: {line}", file=sys.stderr)
     return 1 if unready else 0
@@ -83,6 +134,10 @@ def _ps(arguments: argparse.Namespace) -> int:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
+    for pod in found:
+        if pod["keeper"] is None:
+            print(f"testbed: the keeper of pod {pod['name']} was killed, and the pod is as it was "
+                  f"then; testbed adopt {pod['name']}", file=sys.stderr)  # fmt: skip
     return 0
 
 
@@ -128,6 +183,8 @@ def _describe(arguments: argparse.Namespace) -> int:
         return 0
     for key in ("name", "datapath", "ready", "since", "keeper", "cgroup"):
         print(f"{key:<10} {found[key]}")
+    if found["sandbox"]:
+        print(f"{'joined':<10} {found['sandbox']['netns']} {found['sandbox']['id']}")
     for w in found["workloads"]:
         print(f"\n{w['name']} ({w['runtime']}): {w['state']}{', ready' if w['ready'] else ''}")
         for key in ("addresses", "ports", "pid", "restarts", "exit_status", "log"):

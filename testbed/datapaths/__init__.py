@@ -247,6 +247,9 @@ class Datapath(Protocol):
     localhost: bool
     """Clients dial `localhost`; else the server's link address."""
     pairs: frozenset[Pair]
+    in_kernel: bool
+    """What it makes is all in the kernel and in the ledger: it works on when whoever attached it
+    died, and a namespace that is not its own is left as it was."""
 
     def unsupported(self, cell: Cell) -> str | None:
         """Why this cell cannot be measured here, or None."""

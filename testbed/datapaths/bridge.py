@@ -16,6 +16,7 @@ class Bridge:
     layout = Layout.BRIDGE
     reference = "direct"
     localhost = False
+    in_kernel = True
     pairs = frozenset({Pair.NATIVE_GUEST, Pair.GUEST_NATIVE, Pair.GUEST_GUEST})
 
     def unsupported(self, cell: Cell) -> str | None:

@@ -30,6 +30,7 @@ class Broadcast:
     layout = Layout.POD
     reference = "direct"
     localhost = True
+    in_kernel = True
     pairs = frozenset(Pair)
 
     def unsupported(self, cell: Cell) -> str | None:

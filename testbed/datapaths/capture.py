@@ -25,6 +25,7 @@ class Capture:
     layout = Layout.BRIDGE
     reference = "bridge"
     localhost = True
+    in_kernel = True
     pairs = frozenset(Pair)
 
     def unsupported(self, cell: Cell) -> str | None:

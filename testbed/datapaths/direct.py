@@ -15,6 +15,7 @@ class Direct:
     layout = Layout.POD
     reference = "direct"
     localhost = False
+    in_kernel = True
     pairs = frozenset({Pair.NATIVE_GUEST, Pair.GUEST_NATIVE})
 
     def unsupported(self, cell: Cell) -> str | None:

@@ -39,6 +39,7 @@ class Dnat:
     layout = Layout.POD
     reference = "direct"
     localhost = True
+    in_kernel = False
     pairs = frozenset(Pair) - {Pair.NATIVE_NATIVE}
 
     def unsupported(self, cell: Cell) -> str | None:

@@ -12,6 +12,7 @@ class Loopback:
     layout = Layout.POD
     reference = "loopback"
     localhost = True
+    in_kernel = True
     pairs = frozenset({Pair.NATIVE_NATIVE})
 
     def unsupported(self, cell: Cell) -> str | None:

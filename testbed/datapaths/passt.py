@@ -40,6 +40,7 @@ class Passt:
     layout = Layout.SOCKET
     reference = "direct"
     localhost = True
+    in_kernel = False
     pairs = frozenset(Pair) - {Pair.NATIVE_NATIVE}
 
     def unsupported(self, cell: Cell) -> str | None:

@@ -42,6 +42,7 @@ class Proxy:
     layout = Layout.POD
     reference = "direct"
     localhost = True
+    in_kernel = False
     pairs = frozenset(Pair) - {Pair.NATIVE_NATIVE}
 
     def unsupported(self, cell: Cell) -> str | None:

@@ -43,6 +43,7 @@ class Steer:
     layout = Layout.POD
     reference = "direct"
     localhost = True
+    in_kernel = True
     pairs = frozenset(Pair)
 
     def unsupported(self, cell: Cell) -> str | None:

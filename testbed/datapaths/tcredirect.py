@@ -26,6 +26,7 @@ class TcRedirect:
     layout = Layout.BRIDGE
     reference = "bridge"
     localhost = False
+    in_kernel = False
     pairs = frozenset({Pair.NATIVE_GUEST, Pair.GUEST_NATIVE})
 
     def unsupported(self, cell: Cell) -> str | None:

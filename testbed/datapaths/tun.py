@@ -45,6 +45,7 @@ class Tun:
     layout = Layout.ROUTED
     reference = "direct"
     localhost = True
+    in_kernel = False
     pairs = frozenset(Pair) - {Pair.NATIVE_NATIVE}
 
     def unsupported(self, cell: Cell) -> str | None:

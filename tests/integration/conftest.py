@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import secrets
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
-from testbed import datapaths, runtimes
+from testbed import datapaths, pods, runtimes
 from testbed.ledger import Owner
 from testbed.manifest import Manifest
 from testbed.model import Runtime
@@ -61,3 +63,35 @@ def pod(build: Build, request: pytest.FixtureRequest) -> Pod:
 @pytest.fixture(scope="module")
 def bench(pod: Pod) -> Bench:
     return Bench(pod)
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    """Of a pod that is taken down afterwards, if it stands."""
+    name = f"t{secrets.token_hex(3)}"
+    yield name
+    if name in pods.names():
+        pods.down(name)
+
+
+@pytest.fixture
+def manifest(tmp_path: Path, name: str) -> Callable[..., Path]:
+    """Writes a manifest: containers as YAML, then further lines of the spec.
+
+    `guests` are run as stand-ins, whatever the `runtime` of the others is.
+    """
+
+    def write(
+        containers: str, spec: str = "", runtime: str = "process", guests: Sequence[str] = ()
+    ) -> Path:
+        file = tmp_path / "pod.yaml"
+        lines = (dedent(spec).strip() + "\ncontainers:\n" + dedent(containers).strip()).splitlines()
+        standins = "".join(f"    testbed/runtime.{guest}: standin\n" for guest in guests)
+        annotations = f"  annotations:\n{standins}" if guests else ""
+        file.write_text(
+            f"apiVersion: v1\nkind: Pod\nmetadata:\n  name: {name}\n{annotations}"
+            f"spec:\n  runtimeClassName: {runtime}\n" + "".join(f"  {line}\n" for line in lines)
+        )
+        return file
+
+    return write

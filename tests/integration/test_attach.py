@@ -1,0 +1,199 @@
+"""Guests that join a pod which somebody else made, and leave it as it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from testbed import netlink, pods, process
+from testbed.ledger import Owner
+from testbed.model import Error, Family, alias, loopback
+from testbed.sandbox import Sandbox
+
+from .commands import run, there, workload
+from .sockets import wait_until
+
+pytestmark = pytest.mark.root
+
+PORT, NATIVE_PORT = 9000, 9001
+GUEST = f"""
+- name: guest
+  image: "host:busybox"
+  args: [nc, -ll, -p, "{PORT}", -e, cat]
+  ports: [{{containerPort: {PORT}}}]
+"""
+SETTINGS: dict[str, int | str] = {
+    "net/ipv4/ip_local_reserved_ports": "4000-4001",
+    "net/ipv4/conf/all/rp_filter": 1,
+    "net/ipv6/conf/default/disable_ipv6": 1,
+}
+"""What pods of others may have."""
+
+
+@dataclass
+class Theirs:
+    """A pod of somebody else's: a namespace with a link, and a cgroup."""
+
+    owner: Owner
+    name: str
+    cgroup: Path
+
+    @property
+    def netns(self) -> Path:
+        return netlink.NETNS / self.name
+
+    def run(self, *words: str) -> str:
+        command = ["nsenter", f"--net={self.netns}", *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    def state(self) -> list[str]:
+        """All that attaching could change."""
+        routes = (("ip", family, "route", "show", "table", "all") for family in ("-4", "-6"))
+        asked = (("ip", "addr"), *routes, ("tc", "qdisc"), ("ss", "-lntuH"))
+        return [*(self.run(*words) for words in asked), *netlink.inside(self.name, _settings)]
+
+    def connect(self, family: Family) -> socket.socket:
+        """To the guest, at `localhost`."""
+        to = (str(loopback(family)), PORT)
+        return netlink.inside(self.name, lambda: socket.create_connection(to, 5))
+
+    def serve(self, family: Family, host: str, port: int) -> socket.socket:
+        af = socket.AF_INET6 if family is Family.IPV6 else socket.AF_INET
+        return netlink.inside(self.name, lambda: socket.create_server((host, port), family=af))
+
+
+def _settings() -> list[str]:
+    """All sysctls of the network stack that can be read."""
+    files = (p for f in ("ipv4", "ipv6") for p in sorted(Path("/proc/sys/net", f).rglob("*")))
+    readable = (p for p in files if p.is_file() and p.stat().st_mode & 0o400)
+    return [f"{p} {p.read_text()}" for p in readable if p.name != "stable_secret"]
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Iterator[Theirs]:
+    with Owner() as owner:
+        theirs = Theirs(
+            owner, f"tb-{owner.id}-theirs", process.create_cgroup(owner, f"tb-{owner.id}")
+        )
+        with netlink.create_netns(owner, theirs.name) as ip:
+            netlink.create_link(
+                ip, "eth0", kind="veth", state="up", peer={"ifname": "peer", "state": "up"}
+            )
+        netlink.set_sysctls(theirs.name, SETTINGS)
+        theirs.run("ip", "addr", "add", "10.1.2.3/24", "dev", "eth0")
+        yield theirs
+
+
+def echoes(connection: socket.socket) -> bool:
+    with connection:
+        connection.sendall(b"hello")
+        return connection.recv(5) == b"hello"
+
+
+def dials(netns: str, family: Family, native: socket.socket) -> bool:
+    """Whether a guest reaches a native server at what `localhost` is to it."""
+    to = (str(alias(family)), NATIVE_PORT)
+    with netlink.inside(netns, lambda: socket.create_connection(to, 5)) as guest:
+        accepted, _ = native.accept()
+        with accepted:
+            guest.sendall(b"hello")
+            return accepted.recv(5) == b"hello"
+
+
+@pytest.mark.parametrize("datapath", ["steer", "capture"])
+def test_guests_join_and_leave_all_as_it_was(
+    manifest: Callable[..., Path], name: str, theirs: Theirs, datapath: str
+) -> None:
+    before = theirs.state()
+    run("attach", "--netns", theirs.netns, "--datapath", datapath,
+        manifest(GUEST, runtime="standin"))  # fmt: skip
+    guest_netns = f"{pods.status(name)['netns']}-g1"
+    for family in Family:
+        assert echoes(theirs.connect(family))
+        with theirs.serve(family, str(loopback(family)), NATIVE_PORT) as native:
+            assert dials(guest_netns, family, native)
+    assert name in run("ps").stdout
+    assert str(theirs.netns) in run("describe", name).stdout
+    assert theirs.state() != before
+    run("detach", name)
+    assert theirs.state() == before
+    assert not there(name)
+
+
+def test_processes_of_a_cgroup_that_is_named_go_past_lo(
+    manifest: Callable[..., Path], name: str, theirs: Theirs
+) -> None:
+    run("attach", "--netns", theirs.netns, "--cgroup", theirs.cgroup,
+        manifest(GUEST, runtime="standin"))  # fmt: skip
+    script = 'echo $$ > "$0/cgroup.procs" && echo hello | exec nc -w 1 127.0.0.1 9000'
+    assert theirs.run("busybox", "sh", "-c", script, str(theirs.cgroup)) == "hello\n"
+    assert echoes(theirs.connect(Family.IPV4))
+    assert pods.describe(name)["counters"]["steered"]["packets"] == 1
+    run("down", name)
+    assert theirs.cgroup.is_dir()
+
+
+def test_a_pod_known_by_a_process_of_it_is_kept_after_the_keeper_s_death(
+    manifest: Callable[..., Path], name: str
+) -> None:
+    script = "ip link set lo up && echo ready && exec sleep 1000"
+    with subprocess.Popen(["unshare", "--net", "sh", "-c", script], text=True,
+                          stdout=subprocess.PIPE) as one:  # fmt: skip
+        assert one.stdout
+        assert one.stdout.readline() == "ready\n"
+        attach = ("attach", "--netns", f"/proc/{one.pid}/ns/net",
+                  manifest(GUEST, runtime="standin"))  # fmt: skip
+        run(*attach)
+        os.kill(pods.status(name)["keeper"], signal.SIGKILL)
+        wait_until(lambda: pods.status(name)["keeper"] is None, "it is dead")
+        run(*attach)
+        assert workload(name, "guest")["restarts"] == 0
+        one.kill()
+    run("detach", name)
+    assert not there(name)
+
+
+def test_what_nothing_can_join_is_refused_and_left_alone(
+    manifest: Callable[..., Path], name: str, theirs: Theirs, tmp_path: Path
+) -> None:
+    before = theirs.state()
+    file = manifest(GUEST, runtime="standin")
+
+    def refused(*options: str | Path, netns: str | Path = theirs.netns) -> str:
+        message = run("attach", "--netns", netns, *options, file, status=3).stderr
+        assert message.count("\n") == 1
+        assert name not in pods.names()
+        return message
+
+    assert "/etc/passwd is no network namespace" in refused(netns="/etc/passwd")
+    assert "own network namespace" in refused(netns="/proc/self/ns/net")
+    assert f"{tmp_path} is no cgroup" in refused("--cgroup", tmp_path)
+    assert "dnat needs a pod that it has for itself" in refused("--datapath", "dnat")
+    with theirs.serve(Family.IPV4, "0.0.0.0", PORT):
+        assert f"port {PORT} is guest 1's, but a native process has it" in refused()
+    assert theirs.state() == before
+    file = manifest(GUEST.replace("name: guest", "name: native"))
+    assert "native would be native to" in refused()
+
+
+@pytest.mark.parametrize(("command", "problem"), [
+    ("ip addr add 169.254.79.9/32 dev eth0", "an address 169.254.79.9/32"),
+    ("ip route add fd77::78:0/112 dev lo", "a route to fd77::78:0/112"),
+    ("ip link add g1 type bridge", "a link g1"),
+    ("tc qdisc add dev lo clsact", "programs on lo"),
+    ("sysctl -qw net/ipv6/conf/lo/disable_ipv6=1", "IPv6 is disabled on lo"),
+    ("ip link set lo down", "lo is down"),
+])  # fmt: skip
+def test_what_is_in_the_way_is_named(theirs: Theirs, command: str, problem: str) -> None:
+    theirs.run(*command.split())
+    before = theirs.state()
+    with pytest.raises(Error, match=problem), theirs.owner.part() as part:
+        Sandbox(theirs.netns).join(part, f"{theirs.name}-joined", {"g1"})
+    assert theirs.state() == before
