@@ -116,7 +116,7 @@ static __always_inline int native_to_guest(struct __sk_buff *skb, struct here he
 		return drop(skb, here.slot, REASON_TOO_BIG);
 	if (p->syn)
 		clamp_mss(skb, p);
-	if (rewrite(skb, p, source, as(LINK, here.n)) || address_frame(skb, here.n))
+	if (rewrite(skb, p, source, as(LINK, here.n), here.n))
 		return drop(skb, here.slot, REASON_TRUNCATED);
 	if (source.kind == ALIAS)
 		carry(skb, here.slot, here.n, 0);
@@ -138,7 +138,7 @@ static __always_inline int guest_to_guest(struct __sk_buff *skb, struct here her
 		   owner(here.slot, p->protocol, p->destination_port) != here.n) {
 		return drop(skb, here.slot, REASON_UNWANTED);
 	}
-	if (rewrite(skb, p, source, as(LINK, here.n)) || address_frame(skb, here.n))
+	if (rewrite(skb, p, source, as(LINK, here.n), here.n))
 		return drop(skb, here.slot, REASON_TRUNCATED);
 	carry(skb, here.slot, client, server);
 	return TC_ACT_OK;

@@ -29,6 +29,7 @@ enum place { LO, PORT, UPLINK };
 
 struct packet {
 	__be32 from[8]; /* source, then destination, as they stand; IPv4 uses the first two words */
+	__be32 before[3]; /* the IP header as far as the addresses; IPv6 has two words */
 	struct address source, destination;
 	u16 source_port; /* of the flow; an ICMP error speaks for the flow that it is about, in the */
 	u16 destination_port; /* direction in which the error travels; host order */
@@ -65,7 +66,8 @@ static __always_inline int read(struct __sk_buff *skb, u32 offset, void *to, u32
 	void *from = (void *)(long)skb->data + offset;
 
 	if (from + size <= (void *)(long)skb->data_end) {
-		__builtin_memcpy(to, from, size);
+		/* All headers begin so; byte for byte would take long. */
+		__builtin_memcpy(to, __builtin_assume_aligned(from, 4), size);
 		return 0;
 	}
 	return bpf_skb_load_bytes(skb, offset, to, size);
@@ -150,6 +152,7 @@ static __always_inline int parse_ip(struct __sk_buff *skb, struct packet *p)
 
 		if (read(skb, ETH_HLEN, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5)
 			return -1;
+		__builtin_memcpy(p->before, &ip, sizeof(p->before));
 		p->from[0] = ip.saddr;
 		p->from[1] = ip.daddr;
 		p->source = classify4(ip.saddr);
@@ -165,6 +168,7 @@ static __always_inline int parse_ip(struct __sk_buff *skb, struct packet *p)
 		p->v6 = true;
 		if (read(skb, ETH_HLEN, &ip, sizeof(ip)) || ip.version != 6)
 			return -1;
+		__builtin_memcpy(p->before, &ip, 8);
 		__builtin_memcpy(p->from, &ip.saddr, sizeof(p->from));
 		p->source = classify6(p->from);
 		p->destination = classify6(p->from + 4);
@@ -268,23 +272,74 @@ static __always_inline void reverse(const struct packet *p, const __be32 *from, 
 	}
 }
 
-/* Give the packet these addresses in words of its family, `to` as in `struct packet`. Returns 0, or
- * nonzero where it is too short; it must be dropped then.
+/* What the one's complement sum of words grows by (RFC 1624), as bpf_csum_diff has it. */
+static __always_inline __wsum difference(const __be32 *from, const __be32 *to, u32 words)
+{
+	u64 sum = 0;
+
+#pragma unroll
+	for (u32 i = 0; i < words; i++)
+		sum += (u64)(u32)~from[i] + to[i];
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	return (sum & 0xffffffff) + (sum >> 32);
+}
+
+/* The checksum of an IPv4 header whose words grow by that. */
+static __always_inline void replace_checksum(__be16 *checksum, __wsum diff)
+{
+	u32 sum = (u16) ~*checksum + (diff & 0xffff) + (diff >> 16);
+
+	sum = (sum & 0xffff) + (sum >> 16);
+	*checksum = ~((sum & 0xffff) + (sum >> 16));
+}
+
+/* The headers up to the addresses, so that they are written by one call; `pad` keeps words aligned. */
+struct head {
+	u16 pad, macs[6];
+	__be16 protocol;
+	__be32 ip[10];
+};
+
+#define TO_LO -1
+
+/* To guest n from the alias; to `lo` from nobody to nobody: it takes only these for its own. */
+static __always_inline void render_macs(int n, u16 *macs)
+{
+	macs[0] = n == TO_LO ? 0 : bpf_htons(0x0277);
+	macs[1] = 0;
+	macs[2] = n == TO_LO ? 0 : bpf_htons(0x0100 | n);
+	macs[3] = macs[0];
+	macs[4] = 0;
+	macs[5] = n == TO_LO ? 0 : bpf_htons(0x0001);
+}
+
+/* Give the packet these addresses in words of its family, `to` as in `struct packet`, and its frame
+ * those of the link of guest n, or TO_LO. Returns 0, or nonzero where it is too short; it must
+ * be dropped then.
  */
-static __always_inline int rewrite_words(struct __sk_buff *skb, struct packet *p, __be32 *to)
+static __always_inline int rewrite_words(struct __sk_buff *skb, struct packet *p, __be32 *to, int n)
 {
 	u64 flags = BPF_F_PSEUDO_HDR;
+	struct head head = {};
 	__wsum diff;
 	u32 checksum;
 
+	render_macs(n, head.macs);
 	if (p->v6) {
-		diff = bpf_csum_diff(p->from, 32, to, 32, 0);
-		if (bpf_skb_store_bytes(skb, ETH_HLEN + 8, to, 32, 0))
+		head.protocol = bpf_htons(ETH_P_IPV6);
+		__builtin_memcpy(head.ip, p->before, 8);
+		diff = difference(p->from, to, 8);
+		__builtin_memcpy(head.ip + 2, to, 32);
+		if (bpf_skb_store_bytes(skb, 0, head.macs, ETH_HLEN + 40, 0))
 			return -1;
 	} else {
-		diff = bpf_csum_diff(p->from, 8, to, 8, 0);
-		if (bpf_l3_csum_replace(skb, ETH_HLEN + 10, 0, diff, 0) ||
-		    bpf_skb_store_bytes(skb, ETH_HLEN + 12, to, 8, 0))
+		head.protocol = bpf_htons(ETH_P_IP);
+		__builtin_memcpy(head.ip, p->before, 12);
+		diff = difference(p->from, to, 2);
+		replace_checksum((void *)(head.ip + 2) + 2, diff);
+		head.ip[3] = to[0];
+		head.ip[4] = to[1];
+		if (bpf_skb_store_bytes(skb, 0, head.macs, ETH_HLEN + 20, 0))
 			return -1;
 	}
 	if (p->later)
@@ -315,7 +370,7 @@ static __always_inline int rewrite_words(struct __sk_buff *skb, struct packet *p
 }
 
 static __always_inline int rewrite(struct __sk_buff *skb, struct packet *p, struct address source,
-				   struct address destination)
+				   struct address destination, int n)
 {
 	__be32 to[8] = {};
 
@@ -326,7 +381,7 @@ static __always_inline int rewrite(struct __sk_buff *skb, struct packet *p, stru
 		to[0] = render4(source);
 		to[1] = render4(destination);
 	}
-	return rewrite_words(skb, p, to);
+	return rewrite_words(skb, p, to, n);
 }
 
 /* A SYN that leaves `lo` offers segments of `lo`'s size. Linux sends this option first. */
@@ -347,18 +402,11 @@ static __always_inline void clamp_mss(struct __sk_buff *skb, const struct packet
 	}
 }
 
-/* From the alias's MAC to guest n's; a frame from `lo` has none. */
+/* From the alias's MAC to guest n's. */
 static __always_inline int address_frame(struct __sk_buff *skb, u8 n)
 {
-	u8 macs[12] = {0x02, 0x77, 0, 0, 1, n, 0x02, 0x77, 0, 0, 0, 1};
+	u16 macs[6];
 
-	return bpf_skb_store_bytes(skb, 0, macs, sizeof(macs), 0);
-}
-
-/* `lo` takes only frames from nobody to nobody for its own. */
-static __always_inline int clear_frame(struct __sk_buff *skb)
-{
-	u8 macs[12] = {};
-
+	render_macs(n, macs);
 	return bpf_skb_store_bytes(skb, 0, macs, sizeof(macs), 0);
 }

@@ -206,7 +206,7 @@ static __always_inline int leave_lo(struct __sk_buff *skb, struct here here, u8 
 		return drop(skb, here.slot, REASON_TOO_BIG);
 	if (p.syn)
 		clamp_mss(skb, &p);
-	if (rewrite(skb, &p, source, as(LINK, n)) || address_frame(skb, n))
+	if (rewrite(skb, &p, source, as(LINK, n), n))
 		return drop(skb, here.slot, REASON_TRUNCATED);
 	if (source.kind == ALIAS)
 		carry(skb, here.slot, n, 0);
@@ -336,7 +336,7 @@ static __always_inline int leave_port(struct __sk_buff *skb, struct here here, s
 	default:
 		return drop(skb, here.slot, REASON_SPOOFED);
 	}
-	if (rewrite(skb, p, source, as(LINK, n)) || address_frame(skb, n))
+	if (rewrite(skb, p, source, as(LINK, n), n))
 		return drop(skb, here.slot, REASON_TRUNCATED);
 	*to = n;
 	return TO_GUEST;
@@ -352,12 +352,12 @@ static __always_inline int enter_lo(struct __sk_buff *skb, u8 slot, struct packe
 
 	switch (p->destination.kind) {
 	case ALIAS:
-		if (rewrite(skb, p, as(NATIVE_VIEW, n), as(LOOPBACK, 0)))
+		if (rewrite(skb, p, as(NATIVE_VIEW, n), as(LOOPBACK, 0), TO_LO))
 			return drop(skb, slot, REASON_TRUNCATED);
 		carry(skb, slot, n, 0);
 		break;
 	case NATIVE_SOURCE:
-		if (rewrite(skb, p, as(LOOPBACK, 0), as(LOOPBACK, 0)))
+		if (rewrite(skb, p, as(LOOPBACK, 0), as(LOOPBACK, 0), TO_LO))
 			return drop(skb, slot, REASON_TRUNCATED);
 		carry(skb, slot, 0, n);
 		break;
@@ -372,14 +372,12 @@ static __always_inline int enter_lo(struct __sk_buff *skb, u8 slot, struct packe
 		if (!addresses)
 			return drop(skb, slot, REASON_FRAGMENT_ORPHAN);
 		reverse(p, addresses->words, to);
-		if (rewrite_words(skb, p, to))
+		if (rewrite_words(skb, p, to, TO_LO))
 			return drop(skb, slot, REASON_TRUNCATED);
 		carry(skb, slot, 0, n);
 		break;
 	default:
 		return drop(skb, slot, REASON_SPOOFED);
 	}
-	if (clear_frame(skb))
-		return drop(skb, slot, REASON_TRUNCATED);
 	return bpf_redirect(LO_IFINDEX, BPF_F_INGRESS);
 }
