@@ -61,6 +61,8 @@ MODES: dict[Metric, Mode] = {
     Metric.LATENCY: "rr",
     Metric.CONNECTIONS: "crr",
 }
+FEW = 16
+"""So many flows get their share of the CPUs often enough; with more, trials are longer."""
 STOLEN_SHARE = 0.02
 """A trial is disturbed if a hypervisor below took more of the CPUs' time."""
 CLOCK_SLACK_S = 1.0
@@ -247,6 +249,8 @@ def _measure(
     rate_bps: float = 0.0,
 ) -> Trial:
     pods = {flow.pod.name: flow.pod for flow in flows}.values()
+    longer = max(1.0, len(flows) / FEW)
+    warmup_s, duration_s = warmup_s * longer, duration_s * longer
     carried, counters = [flow.carried() for flow in flows], _counters(pods)
     busy, began = machine.busy(machines), time.monotonic()
     results = at_once(flows, cell, streams=cell.streams, duration_s=duration_s, warmup_s=warmup_s,
