@@ -116,6 +116,11 @@ def add(commands: Commands) -> None:
                              help="only checks like 'datagram-*' (may be repeated)")  # fmt: skip
     conformance.add_argument("--list", action="store_true", help="list the checks, and run none")
     conformance.add_argument("--json", action="store_true", help="print the results as JSON")
+    conformance.add_argument("--keep", action="store_true",
+                             help="put the results into results/reference/conformance")  # fmt: skip
+    conformance.add_argument("--pages", action="store_true",
+                             help="write docs/conformance.md and README's table from what is kept, "
+                             "and run nothing")  # fmt: skip
     conformance.add_argument("--junit", type=Path, metavar="FILE",
                              help="write the results as JUnit's XML, too")  # fmt: skip
     conformance.add_argument("--netns", type=Path, metavar="PATH",
@@ -253,12 +258,18 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _conformance(arguments: argparse.Namespace) -> int:
     from testbed import campaign, conformance, datapaths
-    from testbed.conformance import output, suite
+    from testbed.conformance import kept, output, suite
 
     globs = tuple(arguments.check or ("*",))
     if arguments.list:
         _print(output.listing(conformance.checks(globs)))
         return 0
+    if arguments.pages:
+        for path in kept.write_pages():
+            print(path)
+        return 0
+    if arguments.keep and (arguments.check or arguments.family or arguments.netns):
+        raise Error("only whole runs are kept", hint="leave out --check, --family and --netns")
     foreign = arguments.netns is not None
     if foreign != (arguments.control is not None):
         raise Error("a pod that is there already needs both --netns and --control")
@@ -275,6 +286,8 @@ def _conformance(arguments: argparse.Namespace) -> int:
                 results.append(event)
             else:
                 report(campaign.Progress(event.text, event.done, event.total, None))
+    for run in kept.runs_of(results) if arguments.keep else ():
+        print(f"kept in {kept.keep(run)}", file=sys.stderr)
     if arguments.junit:
         arguments.junit.write_bytes(output.junit(results))
     if arguments.json:

@@ -195,7 +195,7 @@ class _Runner:
         text = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
         why = impossible.why(self.stage.datapath, self.stage.guest, case)
         if status is Status.FAIL and why:
-            status, text = Status.UNSUPPORTED, f"{why} ({text})"
+            status, text = Status.UNSUPPORTED, why
         return self._result(case, status, text, duration_s)
 
     def _result(self, case: Case, status: Status, reason: str, duration_s: float) -> Result:

@@ -104,8 +104,8 @@ def test_figures_older_than_their_data_are_stale(kept: store.Store, change: str)
 
 
 def test_the_references_of_this_project_are_whole_and_fresh() -> None:
-    for folder in sorted(reference.FOLDER.glob("*/")):
-        found = store.open(folder)
+    for campaign in sorted(reference.FOLDER.glob("*/campaign.json")):
+        found = store.open(folder := campaign.parent)
         assert found.trials()
         derived = [*(folder / "figures").glob("*.pdf"), folder / "report.html"]
         assert reference.stale(found, derived) == []

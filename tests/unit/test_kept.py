@@ -1,0 +1,76 @@
+"""Conformance results that are kept, and the pages made of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from testbed.conformance import Result, Status, checks, kept
+from testbed.model import Error, Family, Pair, Transport
+
+STEER = ("steer", "osv", "ipv6 v0.57.0")
+
+
+def result(
+    check: str, status: Status = Status.PASS, reason: str = "", family: Family = Family.IPV4,
+    run: tuple[str, str, str] = STEER,
+) -> Result:  # fmt: skip
+    pair, transport = Pair.NATIVE_GUEST, Transport.TCP
+    return Result(check, *run, pair, family, transport, status, reason, 0.1)
+
+
+def test_a_run_counts_passes_and_keeps_whatever_did_not_pass_with_its_reason() -> None:
+    (run,) = kept.runs_of([
+        result("connect"), result("connect", Status.FAIL, "refused", Family.IPV6),
+        result("idle", Status.UNSUPPORTED, "no"),
+    ])  # fmt: skip
+    assert run.checks["connect"] == kept.Outcome(1, {}, {"refused": ["native-guest ipv6 tcp"]})
+    assert [run.total(status) for status in Status] == [1, 1, 1]
+
+
+def test_what_is_kept_is_read_as_it_was_in_the_order_of_datapaths_and_guests(
+    tmp_path: Path,
+) -> None:
+    names = [("proxy", "standin", ""), STEER, ("steer", "standin", ""), ("loopback", "", "")]
+    runs = kept.runs_of([result("connect", Status.FAIL, "refused", run=run) for run in names])
+    files = {kept.keep(run, tmp_path).name for run in runs}
+    assert files == {"proxy-standin.json", "steer-osv-ipv6.json", "steer-standin.json",
+                     "loopback.json"}  # fmt: skip
+    assert kept.read(tmp_path) == [runs[3], runs[2], runs[1], runs[0]]
+    with pytest.raises(Error, match="no results"):
+        kept.read(tmp_path / "nothing")
+
+
+def test_a_cell_says_what_passed_what_failed_and_why_the_rest_is_unsupported() -> None:
+    runs = kept.runs_of([
+        result("connect"), result("connect", Status.FAIL, "guest1: refused"),
+        result("idle", Status.UNSUPPORTED, "guest1 has no such thing"),
+        result("idle", Status.UNSUPPORTED, "guest2 has no such thing"),
+    ])  # fmt: skip
+    page = kept.page(runs, checks(["connect", "idle"]))
+    lines = page.splitlines()
+    assert any(line.endswith("| 1 **✗1** |") for line in lines)
+    assert any(line.endswith("| (2)<sup>1</sup> |") for line in lines)
+    assert "1. the guest has no such thing" in lines
+    assert "- connect (1): guest1: refused" in lines
+
+
+def test_a_readme_without_the_place_for_the_sums_is_refused() -> None:
+    with pytest.raises(Error, match="lacks the place"):
+        kept.with_sums("nothing", [])
+
+
+def test_the_pages_of_this_project_say_what_is_kept() -> None:
+    runs = kept.read()
+    assert kept.PAGE.read_text() == kept.page(runs, checks())
+    readme = kept.README.read_text()
+    assert readme == kept.with_sums(readme, runs)
+
+
+def test_every_check_was_run_by_every_run_that_is_kept() -> None:
+    names = {check.name for check in checks()}
+    for run in kept.read():
+        assert run.checks.keys() <= names
+        if run.datapath == "steer":
+            assert run.checks.keys() == names
