@@ -83,20 +83,32 @@ static __always_inline u32 tuple(const struct packet *p, const __be32 *addresses
 	return sizeof(tuple->ipv4);
 }
 
-/* Whether a connection has these very addresses, in whatever state (TIME_WAIT, too: handing its
- * packets to the listener would keep the client from using its port again).
- */
-static __always_inline bool is_connection(struct __sk_buff *skb, struct bpf_sock_tuple *real,
-					  u32 size)
+/* The tuple of a guest's flow to the alias as it is on `lo`; returns its size. */
+static __always_inline u32 tuple_on_lo(const struct packet *p, struct bpf_sock_tuple *on_lo)
 {
-	struct bpf_sock *sk = bpf_skc_lookup_tcp(skb, real, size, BPF_F_CURRENT_NETNS, 0);
-	bool found;
+	__be32 from[8] = {};
+
+	if (p->v6) {
+		render6(as(NATIVE_VIEW, p->source.n), from);
+		render6(as(LOOPBACK, 0), from + 4);
+	} else {
+		from[0] = render4(as(NATIVE_VIEW, p->source.n));
+		from[1] = render4(as(LOOPBACK, 0));
+	}
+	return tuple(p, from, on_lo);
+}
+
+/* State of the connection that has these very addresses, or 0. */
+static __always_inline u32 connection(struct __sk_buff *skb, struct bpf_sock_tuple *tuple, u32 size)
+{
+	struct bpf_sock *sk = bpf_skc_lookup_tcp(skb, tuple, size, BPF_F_CURRENT_NETNS, 0);
+	u32 state;
 
 	if (!sk)
-		return false;
-	found = sk->state != BPF_TCP_LISTEN;
+		return 0;
+	state = sk->state;
 	bpf_sk_release(sk);
-	return found;
+	return state == BPF_TCP_LISTEN ? 0 : state;
 }
 
 /* Hand a guest's packet to the socket that `lo` would find for it. Fails for sockets that are not of
@@ -106,19 +118,11 @@ static __always_inline int assign(struct __sk_buff *skb, const struct packet *p)
 {
 	struct bpf_sock_tuple on_lo = {};
 	struct bpf_sock *sk;
-	__be32 from[8] = {};
 	bool serves = true;
 	int failed = -1;
 	u32 size;
 
-	if (p->v6) {
-		render6(as(NATIVE_VIEW, p->source.n), from);
-		render6(as(LOOPBACK, 0), from + 4);
-	} else {
-		from[0] = render4(as(NATIVE_VIEW, p->source.n));
-		from[1] = render4(as(LOOPBACK, 0));
-	}
-	size = tuple(p, from, &on_lo);
+	size = tuple_on_lo(p, &on_lo);
 	if (p->carried == IPPROTO_TCP) {
 		sk = bpf_skc_lookup_tcp(skb, &on_lo, size, BPF_F_CURRENT_NETNS, 0);
 		if (!sk)
@@ -148,11 +152,23 @@ static __always_inline int pass(struct __sk_buff *skb, u8 slot, u8 client, u8 se
 	return TC_ACT_OK;
 }
 
+/* Whether it goes by `lo`: a connection in TIME_WAIT has the client's port until a SYN uses that
+ * again, which is for the listener, that the kernel would not find at the alias. So the SYN, and all
+ * that follows it. (Handed to the listener, what follows would still meet TIME_WAIT.)
+ */
+static __always_inline bool is_over(struct __sk_buff *skb, const struct packet *p)
+{
+	struct bpf_sock_tuple on_lo = {};
+	u32 size = tuple_on_lo(p, &on_lo);
+
+	return p->syn || connection(skb, &on_lo, size);
+}
+
 /* To the alias, where no guest owns the port. */
 static __always_inline int to_native(struct __sk_buff *skb, struct here here, struct packet *p)
 {
 	struct bpf_sock_tuple real = {};
-	u32 size;
+	u32 size, state = 0;
 
 	if (p->destination.kind != ALIAS)
 		return enter_lo(skb, here.slot, p);
@@ -161,10 +177,11 @@ static __always_inline int to_native(struct __sk_buff *skb, struct here here, st
 			return pass(skb, here.slot, here.n, 0);
 		if (p->protocol == IPPROTO_TCP) {
 			size = tuple(p, p->from, &real);
-			if (is_connection(skb, &real, size))
+			state = connection(skb, &real, size);
+			if (state && !(state == BPF_TCP_TIME_WAIT && is_over(skb, p)))
 				return pass(skb, here.slot, here.n, 0);
 		}
-		if (!p->error && !assign(skb, p)) {
+		if (!state && !p->error && !assign(skb, p)) {
 			tally(skb, here.slot, REASON_ASSIGNED);
 			return pass(skb, here.slot, here.n, 0);
 		}
@@ -218,9 +235,14 @@ static __always_inline int settle(struct __sk_buff *skb, struct here here)
 		return NOT_SETTLED;
 	if (kind == POD_LINK && (protocol == IPPROTO_TCP || protocol == IPPROTO_UDP))
 		return pass(skb, here.slot, 0, here.n);
-	if (kind == ALIAS && protocol == IPPROTO_TCP && is_connection(skb, real, size))
-		return pass(skb, here.slot, here.n, 0);
-	return NOT_SETTLED;
+	if (kind != ALIAS || protocol != IPPROTO_TCP)
+		return NOT_SETTLED;
+	switch (connection(skb, real, size)) {
+	case 0:
+	case BPF_TCP_TIME_WAIT:
+		return NOT_SETTLED;
+	}
+	return pass(skb, here.slot, here.n, 0);
 }
 
 /* From guest n, to whoever owns the port; all else is the namespace's. */

@@ -289,8 +289,7 @@ class Pod:
             self.attachment.rewire(self.wiring())
         for n, guest in self.manifest.guests.items():
             if port_name(n) in missing and n not in self._standins and guest.name in self.processes:
-                self.stop_workload(guest.name)
-                self.start_workload(guest.name)
+                self.restart_workload(guest.name)
 
     # --- workloads --------------------------------------------------------------------------
 
@@ -341,6 +340,12 @@ class Pod:
         process.end(running := self.processes.pop(name))
         self.refuse(name, running)
         self.end_peers(name)
+
+    def restart_workload(self, name: str) -> None:
+        """Stop one workload and start it; whoever else wants to, after that."""
+        with self.lock:
+            self.stop_workload(name)
+            self.start_workload(name)
 
     def refuse(self, name: str, ended: process.Running) -> bool:
         """What is for a guest whose process has ended is refused; False if its next one runs."""

@@ -126,8 +126,7 @@ class OwnStage:
         try:
             return self.pod.agent(name)
         except OSError:  # it was lost in the case before: that one's fault, not the next one's
-            self.pod.stop_workload(name)
-            self.pod.start_workload(name)
+            self.pod.restart_workload(name)
             self.pod.wait_ready(name)
             return self.pod.agent(name)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from ipaddress import ip_address
 
+from pyroute2 import IPRoute
+
 from testbed import netlink
-from testbed.conformance import NATIVE_SERVER, UDP, Unsupported, check, expect, frames
+from testbed.conformance import NATIVE_SERVER, UDP, check, expect, frames
 from testbed.conformance.bed import Bed
 from testbed.conformance.connections import exchange, refused_at_once
 from testbed.conformance.sockets import Sock
@@ -97,19 +99,39 @@ def loopback_by_the_link(bed: Bed) -> None:
         ])  # fmt: skip
 
 
-def from_outside(bed: Bed, destinations: list[Address]) -> None:
-    """Frames come to the pod by its uplink, from nobody of the pod."""
+@contextmanager
+def uplink(bed: Bed) -> Iterator[tuple[str, str]]:
+    """Namespace and name of the outer end of the pod's uplink; where it has none, of a new one."""
     pod = bed.own_pod.pod
     wiring = pod.wiring()
-    if wiring.layout is not Layout.BRIDGE:
-        raise Unsupported("this pod has no uplink to come in by")
-    name = netlink.inside(
-        wiring.link_netns, lambda: socket.if_indextoname(wiring.uplink_peer_ifindex)
-    )
+    if wiring.layout is Layout.BRIDGE:
+        netns, ifindex = wiring.link_netns, wiring.uplink_peer_ifindex
+        yield netns, netlink.inside(netns, lambda: socket.if_indextoname(ifindex))
+        return
+
+    def link(command: str, **spec: str) -> None:
+        with IPRoute() as ip:
+            ip.link(command, ifname="outside", **spec)
+
+    outside = f"{pod.netns}-outside"
+    scope = bed.own_pod.owner.part()
+    with ExitStack() as stack:
+        stack.callback(scope.undo)
+        with netlink.create_netns(scope, outside) as ip:
+            peer = {"ifname": "outside", "net_ns_fd": pod.netns, "address": POD_MAC}
+            netlink.create_link(ip, "eth0", kind="veth", state="up", peer=peer)
+        # The namespace's own end would take its time.
+        stack.callback(netlink.inside, pod.netns, lambda: link("del"))
+        netlink.inside(pod.netns, lambda: link("set", state="up"))
+        yield outside, "eth0"
+
+
+def from_outside(bed: Bed, destinations: list[Address]) -> None:
+    """Frames come to the pod by its uplink, from nobody of the pod."""
     sources = [ip_address(STRANGER[bed.family]), guest_link(bed.family, 9)]
     sources += [alias(bed.family), native_source(bed.family), loopback(bed.family)]
-    with nothing_arrives(bed, bed.serve(bed.loopback)):
-        frames.send(wiring.link_netns, name, [
+    with uplink(bed) as (netns, name), nothing_arrives(bed, bed.serve(bed.loopback)):
+        frames.send(netns, name, [
             frames.datagram((ALIAS_MAC, POD_MAC), source, to, (7777, bed.port))
             for source in sources for to in destinations
         ])  # fmt: skip

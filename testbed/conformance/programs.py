@@ -74,13 +74,15 @@ def spawn(bed: Bed, name: str, argv: Sequence[str], output: Path) -> subprocess.
 
 
 @contextmanager
-def serving(bed: Bed, argv: Sequence[str], folder: Path, port: int = 0) -> Iterator[None]:
-    """A server program in the server's place, ready, ended after."""
+def serving(
+    bed: Bed, argv: Sequence[str], folder: Path, port: int = 0, says: str = ""
+) -> Iterator[None]:
+    """A server program in the server's place, ready (and having said so), ended after."""
     output = folder / "server.log"
     running = spawn(bed, bed.server_name, argv, output)
     try:
         deadline = time.monotonic() + RUN_S
-        while not _is_bound(bed, port or bed.port):
+        while not (_is_bound(bed, port or bed.port) and says in output.read_text()):
             if running.poll() is not None or time.monotonic() > deadline:
                 raise Unsupported(f"{Path(argv[0]).name} does not serve: {_last(output)}")
             time.sleep(0.02)
@@ -231,7 +233,7 @@ def postgresql_as_installed(bed: Bed) -> None:
             raise Unsupported(f"initdb: {made.stderr.strip().splitlines()[-1]}")
         argv = [*as_user, postgres, "-D", str(data), "-p", str(bed.port), "-c", "fsync=off",
                 "-h", bed.server.here(bed.family), "-k", str(folder)]  # fmt: skip
-        with serving(bed, argv, folder):
+        with serving(bed, argv, folder, says="ready to accept connections"):
             ask = [psql, "-h", str(bed.target), "-p", str(bed.port), "-U", user, "-Atc"]
             out = run(bed, [*ask, "select count(*) from generate_series(1, 100000) x"], folder)
         expect(out.strip() == "100000", f"psql printed {out.strip()!r}")

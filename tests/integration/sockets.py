@@ -103,6 +103,28 @@ class Bench:
                 far.settimeout(PATIENCE_S)
                 yield near, far
 
+    def refuses_until_it_sends(self, family: Family, transport: Transport) -> None:
+        """Guest 1 is said to have ended: nobody is let through, though its kernel would answer."""
+        target = {n: (localhost(n, family), PORTS[1]) for n in (0, 2)}
+        with self.serve(1, family, transport):
+            self.pod.attachment.guest_ended(1)
+            for n in target:
+                with self.open(n, family, transport) as client:
+                    began = time.monotonic()
+                    try:
+                        client.connect(target[n])
+                        client.send(b"?")
+                        client.recv(1)
+                    except ConnectionRefusedError:
+                        assert time.monotonic() - began < 1
+                    else:
+                        raise AssertionError(f"{n} got through")
+        with self.open(1, family, Transport.UDP) as guest:
+            guest.sendto(b"!", (localhost(1, family), PORTS[0]))
+        for n in target:
+            with self.connected(Pair(n, 1), family, transport):
+                pass
+
     def raw(self, n: int, *frames: bytes) -> None:
         """Send Ethernet frames out of guest n's interface, as its kernel never would."""
         send_frames(self.netns(n), "eth0", *frames)

@@ -162,6 +162,14 @@ def test_connections_with_others_survive_a_guests_death(
 
 
 @FAMILIES
+@pytest.mark.parametrize("transport", Transport, ids=str)
+def test_a_guest_that_ended_is_refused_until_it_sends(
+    bench: Bench, supervisor: Supervisor, family: Family, transport: Transport
+) -> None:
+    bench.refuses_until_it_sends(family, transport)
+
+
+@FAMILIES
 def test_the_next_guest_on_the_port_works(
     bench: Bench, supervisor: Supervisor, family: Family
 ) -> None:

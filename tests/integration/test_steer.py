@@ -659,6 +659,14 @@ def test_natives_hear_of_a_guests_death(natives: Bench, pair: Pair, family: Fami
         assert server.recv(1) == b"?"
 
 
+@FAMILIES
+@TRANSPORTS
+def test_a_guest_that_ended_is_refused_until_it_sends(
+    natives: Bench, family: Family, transport: Transport
+) -> None:
+    natives.refuses_until_it_sends(family, transport)
+
+
 def test_two_pods_are_separate(build: Build, members: Members) -> None:
     other = Members(build("steer2", datapath="steer"))
     with members.serve(1, Family.IPV4, Transport.TCP):
