@@ -74,7 +74,7 @@ class OwnStage:
     def __init__(
         self, owner: Scope, datapath: Datapath, guest: Prepared, native: Prepared, consoles: Path
     ) -> None:
-        self.owner, self.datapath, self.pairs = owner, datapath.name, datapath.pairs
+        self.owner, self.datapath, self.pairs = owner, datapath.name, datapath.pairs & EVERY
         self.runtime = guest.description.runtime
         self.guest = str(self.runtime) if any(pair.guests for pair in self.pairs) else ""
         self.kernel = guest.description.kernel if self.guest else ""
