@@ -50,7 +50,7 @@ def read(path: Path) -> list[Spec]:
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise Error(f"{path} is not YAML: {' '.join(str(e).split())}") from e
     specs = [
-        _spec(document, f"{path}, document {number}", path.parent)
+        spec(document, f"{path}, document {number}", path.parent)
         for number, document in enumerate(documents, start=1)
         if document is not None
     ]
@@ -227,7 +227,8 @@ class _Pod(_Model):
 # --- from there to ours ---------------------------------------------------------------------
 
 
-def _spec(document: object, where: str, folder: Path) -> Spec:
+def spec(document: object, where: str, folder: Path) -> Spec:
+    """One pod. Raises `Error` as `read` does; paths in it are relative to `folder`."""
     try:
         pod = _Pod.model_validate(document)
     except ValidationError as e:

@@ -81,7 +81,9 @@ def orphan(pod: str) -> Orphan:
 
 def names() -> list[str]:
     """All pods of this host: from its list of Unix sockets, and orphans."""
-    paths = (line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines())
+    paths = (
+        line.split()[-1] for line in Path("/proc/thread-self/net/unix").read_text().splitlines()
+    )
     kept = {p.removeprefix(f"@{PREFIX}") for p in paths if p.startswith(f"@{PREFIX}")}
     return sorted(kept | orphans().keys())
 

@@ -1,0 +1,241 @@
+"""The CNI plugin in a chain, called as libcni does, with Debian's plugins before it.
+
+a host of the test's own                    ┊  a pod
+  cni0, a bridge ── veth, by `bridge` ──────┊─ eth0, addresses by `host-local`
+                                            ┊  lo, up by `loopback`
+                               guest ─ g1 ──┊─ by `testbed-cni`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from testbed import netlink, pods
+from testbed.ledger import Owner
+from testbed.model import Family, loopback
+
+from .commands import there
+from .sockets import wait_until
+
+pytestmark = pytest.mark.root
+
+FOLDERS = ["/usr/lib/cni", "/opt/cni/bin"]
+PORT = 9000
+OWN = Path(sys.executable).with_name("testbed-cni")
+T = TypeVar("T")
+
+
+def guest(port: int = PORT) -> dict[str, Any]:
+    """A Pod with a guest that echoes."""
+    container = {"name": "guest", "image": "host:busybox", "ports": [{"containerPort": port}],
+                 "args": ["nc", "-ll", "-p", str(port), "-e", "cat"]}  # fmt: skip
+    spec = {"runtimeClassName": "standin", "containers": [container]}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "guests"}, "spec": spec}
+
+
+@dataclass
+class Runtime:
+    """A container runtime on a host, with a pod that it has made a namespace for."""
+
+    host: str
+    pod: str
+    network: dict[str, Any]
+    """A network configuration list."""
+    container: str = field(default_factory=lambda: secrets.token_hex(16))
+    cached: dict[str, Any] | None = None
+    """The result of the last ADD."""
+
+    @property
+    def netns(self) -> str:
+        return str(netlink.NETNS / self.pod)
+
+    def on_host(self, call: Callable[[], T]) -> T:
+        return netlink.inside(self.host, call)
+
+    def call(
+        self, command: str, plugin: dict[str, Any], previous: Any = None, **environment: str
+    ) -> tuple[int, Any]:
+        """Execute one plugin: its exit status, and what it printed."""
+        name = plugin["type"]
+        program = OWN if name == "testbed-cni" else shutil.which(name, path=":".join(FOLDERS))
+        given = {"cniVersion": self.network["cniVersion"], "name": self.network["name"], **plugin}
+        if previous is not None:
+            given["prevResult"] = previous
+        variables = {"CNI_COMMAND": command, "CNI_CONTAINERID": self.container,
+                     "CNI_NETNS": self.netns, "CNI_IFNAME": "eth0",
+                     "CNI_PATH": ":".join(FOLDERS), "PATH": os.environ["PATH"]}  # fmt: skip
+        done = subprocess.run(
+            ["nsenter", f"--net={netlink.NETNS / self.host}", str(program)], check=False, text=True,
+            input=json.dumps(given), capture_output=True, env=variables | environment,
+        )  # fmt: skip
+        return done.returncode, json.loads(done.stdout) if done.stdout else done.stderr
+
+    def all(self, command: str, **environment: str) -> None:
+        """Execute the list: ADD in its order, each with the result of the one before; CHECK with
+        the last result; DEL with that, and backwards."""
+        plugins = self.network["plugins"]
+        result = None if command == "ADD" else self.cached
+        for plugin in reversed(plugins) if command == "DEL" else plugins:
+            status, answer = self.call(command, plugin, result, **environment)
+            assert status == 0, answer
+            if command == "ADD":
+                result = answer
+        self.cached = result
+
+
+@pytest.fixture
+def runtime(tmp_path: Path) -> Iterator[Runtime]:
+    own = {"type": "testbed-cni", "guests": guest()}
+    with Owner() as owner:
+        host, pod = (f"tb-{owner.id}-{what}" for what in ("host", "sandbox"))
+        for netns in (host, pod):
+            netlink.create_netns(owner, netns).close()
+        runtime = Runtime(host, pod, {"cniVersion": "1.0.0", "name": "net", "plugins": [own]})
+        yield runtime
+        runtime.call("DEL", own)
+
+
+@pytest.fixture
+def chained(runtime: Runtime, tmp_path: Path) -> Runtime:
+    """The same, with main plugins."""
+    needed = ("bridge", "host-local", "loopback")
+    if missing := [p for p in needed if shutil.which(p, path=":".join(FOLDERS)) is None]:
+        pytest.skip(f"no {', '.join(missing)}; apt-get install containernetworking-plugins")
+    ranges = [[{"subnet": "10.99.0.0/24"}], [{"subnet": "fd99::/64"}]]
+    ipam = {"type": "host-local", "dataDir": str(tmp_path), "ranges": ranges}
+    bridge = {"type": "bridge", "bridge": "cni0", "isGateway": True, "ipam": ipam}
+    runtime.network["plugins"][:0] = [bridge, {"type": "loopback"}]
+    return runtime
+
+
+def echoes(runtime: Runtime, family: Family) -> bool:
+    """Whether the guest answers a process of the pod at `localhost`."""
+    to = (str(loopback(family)), PORT)
+    with netlink.inside(runtime.pod, lambda: socket.create_connection(to, 5)) as connection:
+        connection.sendall(b"hello")
+        return connection.recv(5) == b"hello"
+
+
+def ready(runtime: Runtime, name: str) -> bool:
+    return runtime.on_host(lambda: pods.status(name))["ready"] is True
+
+
+def test_guests_join_a_pod_of_other_plugins_and_leave_it(chained: Runtime) -> None:
+    arguments = {"CNI_ARGS": "IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web"}
+    chained.all("ADD", **arguments)
+    assert chained.cached
+    assert {a["address"].partition("/")[0] for a in chained.cached["ips"]} == {
+        "10.99.0.2", "fd99::2",
+    }  # fmt: skip
+    names = [i["name"] for i in chained.cached["interfaces"]]
+    assert (names[0], names[-2:]) == ("cni0", ["eth0", "g1"])
+    chained.all("CHECK", **arguments)
+    wait_until(lambda: ready(chained, "web.shop"), "the guest serves")
+    for family in Family:
+        assert echoes(chained, family)
+    chained.all("DEL", **arguments)
+    assert not there("web.shop")
+    assert set(netlink.links(chained.pod)) == {"lo"}
+    chained.all("DEL", **arguments)
+
+
+def test_what_the_plugin_before_made_goes_through_unchanged(runtime: Runtime) -> None:
+    own = runtime.network["plugins"][0]
+    before = {
+        "cniVersion": "1.0.0", "interfaces": [{"name": "eth0", "mac": "02:00:00:00:00:01"}],
+        "ips": [{"address": "10.1.2.3/24", "interface": 0}], "dns": {"nameservers": ["10.1.2.1"]},
+        "routes": [{"dst": "0.0.0.0/0"}],
+    }  # fmt: skip
+    status, after = runtime.call("ADD", own, before)
+    assert status == 0, after
+    added = after["interfaces"].pop()
+    assert after == before
+    assert (added["name"], added["sandbox"]) == ("g1", runtime.netns)
+    again, refused = runtime.call("ADD", own, before)
+    assert (again, refused["code"]) == (1, 100)
+    assert "stands already" in refused["msg"]
+
+
+def test_a_pod_without_guests_passes(runtime: Runtime, tmp_path: Path) -> None:
+    before = {"cniVersion": "1.0.0", "interfaces": []}
+    own = {"type": "testbed-cni", "guests": str(tmp_path)}
+    for command, answer in (("ADD", before), ("CHECK", ""), ("DEL", "")):
+        assert runtime.call(command, own, before) == (0, answer)
+    (tmp_path / f"{runtime.container}.yaml").write_text(json.dumps(guest()))
+    status, after = runtime.call("ADD", own, before)
+    assert (status, after["interfaces"][0]["name"]) == (0, "g1")
+    assert runtime.call("DEL", own) == (0, "")
+    assert not there(runtime.container)
+
+
+def test_a_check_finds_out_and_a_delete_cleans_up_after_a_killed_keeper(runtime: Runtime) -> None:
+    own = runtime.network["plugins"][0]
+    _, result = runtime.call("ADD", own, {"cniVersion": "1.0.0"})
+    assert runtime.call("CHECK", own, result) == (0, "")
+    keeper = runtime.on_host(lambda: pods.status(runtime.container))["keeper"]
+    os.kill(keeper, signal.SIGKILL)
+    wait_until(lambda: runtime.call("CHECK", own, result)[0] == 1, "it is dead")
+    status, refused = runtime.call("CHECK", own, result)
+    assert (status, refused["code"]) == (1, 100)
+    assert "keeper" in refused["msg"]
+    other = {"CNI_CONTAINERID": "another", "CNI_ARGS": f"K8S_POD_NAME={runtime.container}"}
+    assert runtime.call("DEL", own, **other) == (0, "")
+    assert there(runtime.container)
+    assert runtime.call("DEL", own) == (0, "")
+    assert not there(runtime.container)
+
+
+@pytest.mark.parametrize(("change", "environment", "code", "words"), [
+    ({"cniVersion": "2.0.0"}, {}, 1, "cniVersion '2.0.0'"),
+    ({"guest": 1}, {}, 2, "guest is 1"),
+    ({}, {"CNI_COMMAND": "GET"}, 4, "CNI_COMMAND is 'GET'"),
+    ({}, {"CNI_NETNS": ""}, 4, "CNI_NETNS is not set"),
+    ({}, {"CNI_ARGS": "K8S_POD_NAME=../x"}, 4, "'../x' is no name of a pod"),
+    ({"prevResult": None}, {}, 7, "no prevResult"),
+    ({"guests": "/none.yaml"}, {}, 7, "cannot read /none.yaml"),
+    ({"guests": {"kind": "Pod"}}, {}, 7, "guests, apiVersion"),
+    ({"datapath": "dnat"}, {}, 100, "dnat needs a pod that it has for itself"),
+    ({}, {"CNI_NETNS": "/etc/passwd"}, 100, "/etc/passwd is no network namespace"),
+    ({"runtimeConfig": {"cgroupPath": "/none"}}, {}, 100, "none is no cgroup"),
+])  # fmt: skip
+def test_errors_are_as_the_specification_has_them(
+    runtime: Runtime, change: dict[str, Any], environment: dict[str, str], code: int, words: str
+) -> None:
+    own = {**runtime.network["plugins"][0], **change}
+    status, error = runtime.call("ADD", own, change.get("prevResult", {}), **environment)
+    assert status == 1
+    assert error["cniVersion"] == own.get("cniVersion", "1.0.0")
+    assert error["code"] == code
+    assert words in error["msg"]
+
+
+def test_what_is_no_json_is_refused() -> None:
+    done = subprocess.run([OWN], input="{", capture_output=True, text=True, check=False)
+    assert (done.returncode, json.loads(done.stdout)["code"]) == (1, 6)
+
+
+def test_versions_are_told_fast() -> None:
+    times_s = []
+    for _ in range(5):
+        began = time.monotonic()
+        done = subprocess.run(
+            [OWN], input='{"cniVersion": "1.0.0"}', capture_output=True, text=True, check=True,
+            env={"CNI_COMMAND": "VERSION"},
+        )  # fmt: skip
+        times_s.append(time.monotonic() - began)
+        assert "1.0.0" in json.loads(done.stdout)["supportedVersions"]
+    assert min(times_s) < 0.2
