@@ -7,6 +7,8 @@ tests/; here are only the commands.
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
 
 import nox
@@ -19,11 +21,24 @@ nox.options.default_venv_backend = "none"
 nox.options.sessions = ["lint", "tests"]
 
 
+def tool_of(session: nox.Session, name: str) -> str:
+    """A tool of `.venv`, whichever nox this is."""
+    if not (BIN / name).exists():
+        session.error(f"{name} is not in .venv; type: ./bootstrap nox -s {session.name}")
+    return str(BIN / name)
+
+
 def run(session: nox.Session, tool: str, *args: str) -> None:
-    """Run a tool of `.venv`, whichever nox this is."""
-    if not (BIN / tool).exists():
-        session.error(f"{tool} is not in .venv; type: ./bootstrap nox -s {session.name}")
-    session.run(str(BIN / tool), *args)
+    """Run a tool."""
+    session.run(tool_of(session, tool), *args)
+
+
+def become(session: nox.Session, tool: str, *args: str) -> None:
+    """End with a tool, whose exit status says more than nox's own, which is 0 or 1."""
+    command = [tool_of(session, tool), *args]
+    session.log(shlex.join(command))
+    os.chdir(ROOT)
+    os.execv(command[0], command)
 
 
 @nox.session
@@ -52,16 +67,28 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Time the code's own costs: images, programs, links (-- arguments for pytest)."""
-    run(session, "pytest", "-m", "bench", *session.posargs)
+    """Hold speed against tests/bench/bands.toml; exit status 1: worse, 3: could not measure."""
+    options = ("--benchmark-quiet", "--benchmark-autosave")
+    become(session, "pytest", "-m", "bench", *options, *session.posargs)
+
+
+@nox.session
+def history(session: nox.Session) -> None:
+    """Draw how benchmarks went over time, from stored runs (-- FILE.png JSON|FOLDER…)."""
+    stored = session.posargs or ["build/history.png", ".benchmarks"]
+    (ROOT / "build").mkdir(exist_ok=True)
+    run(session, "python", "-m", "tests.bench.history", *stored)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style, types, and that imports go down only."""
+    """Check style, types, that imports go down only, and CI's workflows."""
     run(session, "ruff", "check")
     run(session, "ruff", "format", "--check")
     run(session, "mypy")
     run(session, "lint-imports", "--no-cache")
     sources = sorted(p for d in ("agent", "bpf", "osv") for p in (ROOT / d).rglob("*.[ch]"))
     run(session, "clang-format", "--dry-run", "--Werror", *map(str, sources))
+    workflow = ROOT / ".github/workflows/ci.yml"
+    run(session, "check-jsonschema", "--builtin-schema", "vendor.github-workflows", str(workflow))
+    run(session, "zizmor", "--quiet", "--offline", str(workflow))
