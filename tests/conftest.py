@@ -21,6 +21,8 @@ from pyroute2.nftables.main import NFTables
 
 from testbed.ledger import ROOT
 
+pytest_plugins = ["tests.bench.gate"]
+
 KERNEL_PATIENCE_S = 10
 """The kernel takes namespaces and programs down after the call that removed them returned."""
 
@@ -60,7 +62,7 @@ def snapshot() -> set[str]:
         *(f"netns {p.name}" for p in Path("/run/netns").glob("*")),
         *(f"link {name}" for _, name in socket.if_nameindex()),
         *(f"cgroup {p}" for mount in mounts("cgroup2") for p in mount.iterdir() if p.is_dir()),
-        *(f"pin {p}" for mount in mounts("bpf") for p in mount.rglob("*") if p.name not in PRELOAD),
+        *(f"pin {p}" for p in pins() if p.name not in PRELOAD),
         *(f"ledger {p.name}" for p in ROOT.glob("*.ledger")),
         *(f"process {pid} {name}" for pid, name in children()),
         *bpf_objects(),
@@ -85,6 +87,13 @@ def mounts(kind: str) -> list[Path]:
     """Where file systems of a kind are mounted."""
     lines = (line.split() for line in Path("/proc/mounts").read_text().splitlines())
     return [Path(where) for _, where, fs, *_ in lines if fs == kind]
+
+
+def pins() -> Iterator[Path]:
+    """All that is in file systems of eBPF. (Path.rglob fails at what goes meanwhile.)"""
+    for mount in mounts("bpf"):
+        for folder, folders, files in os.walk(mount):
+            yield from (Path(folder, name) for name in (*folders, *files))
 
 
 def children() -> Iterator[tuple[int, str]]:

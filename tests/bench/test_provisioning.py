@@ -1,31 +1,34 @@
 """What it costs to build pods and take them down: namespaces, links, addresses, the datapath.
 
-Pods of one native and two stand-ins, without the start of workloads. Nothing is compiled but once.
-What the kernel does after the last call returned is not in it.
+Pods of one native and two stand-ins, without the start of workloads, against making and removing
+a veth pair by netlink. Programs are compiled before. What the kernel does after the last call
+returned is not in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from pytest_benchmark.fixture import BenchmarkFixture
 
-from testbed import datapaths, runtimes
+from testbed import datapaths, netlink, runtimes
 from testbed.datapaths import Attachment
-from testbed.ledger import Owner, Scope
+from testbed.ledger import Owner
 from testbed.manifest import Manifest, Workload
 from testbed.model import Runtime, Transport
 from testbed.pod import Pod
 from testbed.runtimes import Options
 
+from .gate import Ratio
+from .references import netlink_round_trips
+
 pytestmark = [pytest.mark.root, pytest.mark.bench]
 
-ROUNDS, MANY = 10, 50
+MANY = 50
 POD_LIMIT_S, MANY_LIMIT_S, ATTACH_LIMIT_S = 0.05, 5.0, 0.05
-"""Of the mean round."""
+
+DATAPATHS = pytest.mark.parametrize("datapath", ["direct", "bridge", "capture", "steer"])
 
 MANIFEST = Manifest(
     (
@@ -39,8 +42,8 @@ MANIFEST = Manifest(
 class Site:
     """Where pods are built, and those that stand."""
 
-    def __init__(self, owner: Scope, consoles: Path) -> None:
-        self._owner, self._consoles = owner, consoles
+    def __init__(self, owner: Owner, consoles: Path) -> None:
+        self.owner, self._consoles = owner, consoles
         kinds = (Runtime.PROCESS, Runtime.STANDIN)
         self._runtimes = {r: runtimes.prepare(r, Options()) for r in kinds}
         self.pods: list[Pod] = []
@@ -49,71 +52,87 @@ class Site:
         way = datapaths.get(datapath)
         for _ in range(count):
             name = f"pod{len(self.pods)}"
-            self.pods.append(Pod(self._owner, name, MANIFEST, way, self._runtimes, self._consoles))
+            self.pods.append(Pod(self.owner, name, MANIFEST, way, self._runtimes, self._consoles))
 
-    def take_down(self, *_: object) -> None:
+    def take_down(self) -> None:
         while self.pods:
             self.pods.pop().close()
-
-
-def run(benchmark: BenchmarkFixture, call: Callable[..., object], **options: Any) -> None:
-    benchmark.pedantic(call, **options)  # type: ignore[no-untyped-call]
-
-
-def mean_s(benchmark: BenchmarkFixture) -> float:
-    assert benchmark.stats
-    return float(benchmark.stats.stats.mean)
 
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
     with Owner() as owner:
         site = Site(owner, tmp_path)
+        site.build("capture")  # has the programs compiled
+        site.build("steer")
+        site.take_down()
         yield site
         site.take_down()
 
 
-@pytest.mark.parametrize("datapath", ["direct", "bridge"])
-def test_building_a_pods_links(benchmark: BenchmarkFixture, site: Site, datapath: str) -> None:
-    run(benchmark, site.build, args=(datapath,), teardown=site.take_down, rounds=ROUNDS)
-    assert mean_s(benchmark) < POD_LIMIT_S
+@pytest.fixture
+def round_trips(site: Site) -> Iterator[Callable[[], None]]:
+    with netlink.create_netns(site.owner, f"tb-{site.owner.id}-reference") as ip:
+        yield netlink_round_trips(ip, links=1)
 
 
-@pytest.mark.parametrize("datapath", ["direct", "bridge", "capture"])
-def test_taking_a_pod_down(benchmark: BenchmarkFixture, site: Site, datapath: str) -> None:
-    run(
-        benchmark,
-        site.take_down,
-        setup=lambda: site.build(datapath),
-        rounds=ROUNDS,
-        warmup_rounds=1,
+@DATAPATHS
+def test_building_a_pod(
+    ratio: Ratio, site: Site, round_trips: Callable[[], None], datapath: str
+) -> None:
+    typical_s = ratio(
+        f"build a pod of {datapath}",
+        lambda: site.build(datapath),
+        round_trips,
+        teardown=site.take_down,
     )
-    assert mean_s(benchmark) < POD_LIMIT_S
+    assert typical_s < POD_LIMIT_S
 
 
-@pytest.mark.parametrize("datapath", ["direct", "bridge", "capture"])
-def test_building_fifty_pods(benchmark: BenchmarkFixture, site: Site, datapath: str) -> None:
-    """Programs compiled in this time, too."""
-    run(benchmark, site.build, args=(datapath, MANY), teardown=site.take_down, rounds=2)
-    assert mean_s(benchmark) < MANY_LIMIT_S
+@DATAPATHS
+def test_taking_a_pod_down(
+    ratio: Ratio, site: Site, round_trips: Callable[[], None], datapath: str
+) -> None:
+    typical_s = ratio(
+        f"take a pod of {datapath} down",
+        site.take_down,
+        round_trips,
+        setup=lambda: site.build(datapath),
+    )
+    assert typical_s < POD_LIMIT_S
 
 
-@pytest.mark.parametrize("datapath", ["direct", "bridge", "capture"])
-def test_taking_fifty_pods_down(benchmark: BenchmarkFixture, site: Site, datapath: str) -> None:
-    run(benchmark, site.take_down, setup=lambda: site.build(datapath, MANY), rounds=2)
-    assert mean_s(benchmark) < MANY_LIMIT_S
+@pytest.mark.parametrize("datapath", ["capture", "steer"])
+def test_fifty_pods(
+    ratio: Ratio, site: Site, round_trips: Callable[[], None], datapath: str
+) -> None:
+    def as_many_trips() -> None:
+        for _ in range(MANY):
+            round_trips()
+
+    typical_s = ratio(
+        f"build {MANY} pods of {datapath}",
+        lambda: site.build(datapath, MANY),
+        as_many_trips,
+        teardown=site.take_down,
+        rounds=2,
+    )
+    assert typical_s < MANY_LIMIT_S
 
 
-def test_attaching_capture_to_a_second_pod(benchmark: BenchmarkFixture, site: Site) -> None:
-    """To links that are there: a first pod has had the programs compiled."""
-    site.build("capture")
-    site.build("bridge")
-    capture, (_, pod) = datapaths.get("capture"), site.pods
+@pytest.mark.parametrize("datapath", ["capture", "steer"])
+def test_attaching_to_a_pod(
+    ratio: Ratio, site: Site, round_trips: Callable[[], None], datapath: str
+) -> None:
+    """To links that are there."""
+    site.build("bridge" if datapath == "capture" else "direct")
+    way, wiring = datapaths.get(datapath), site.pods[0].wiring()
     with Owner() as owner:
         attached: list[Attachment] = []
-
-        def attach() -> None:
-            attached.append(capture.attach(pod.wiring(), owner))
-
-        run(benchmark, attach, teardown=lambda: attached.pop().detach(), rounds=ROUNDS)
-    assert mean_s(benchmark) < ATTACH_LIMIT_S
+        typical_s = ratio(
+            f"attach {datapath}",
+            lambda: attached.append(way.attach(wiring, owner)),
+            round_trips,
+            teardown=lambda: attached.pop().detach(),
+        )
+    assert typical_s < ATTACH_LIMIT_S

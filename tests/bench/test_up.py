@@ -1,4 +1,7 @@
-"""How long a person waits for `testbed up` and `ps`: whole commands, all caches warm."""
+"""How long a person waits for `testbed up` and `ps`: whole commands, all caches warm.
+
+Against the start of a Python that does nothing.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pytest_benchmark.fixture import BenchmarkFixture
 
 from testbed import kernels, pods
+
+from .gate import Ratio
+from .references import start_of_python
 
 pytestmark = [pytest.mark.root, pytest.mark.bench]
 
 NATIVES_LIMIT_S, GUEST_LIMIT_S, MANY_LIMIT_S, PS_LIMIT_S = 1.0, 2.0, 15.0, 0.4
-"""Of the fastest round: what else the machine does, only adds."""
 ROUNDS, MANY = 5, 20
 SERVER = """\
 import socket
@@ -64,20 +68,18 @@ def manifest(folder: Path, names: list[str], containers: list[str], count: int =
 
 
 def measure(
-    benchmark: BenchmarkFixture, names: list[str], folder: Path, containers: list[str],
+    ratio: Ratio, what: str, names: list[str], folder: Path, containers: list[str],
     count: int = 1, rounds: int = ROUNDS,
 ) -> float:  # fmt: skip
-    """Seconds of the fastest `up`."""
+    """Typical seconds of an `up`."""
+    file = folder / "pods.yaml"
 
-    def setup() -> tuple[tuple[str, Path], dict[str, object]]:
+    def setup() -> None:
         take_down(names)
-        return ("up", manifest(folder, names, containers, count)), {}
+        manifest(folder, names, containers, count)
 
-    benchmark.pedantic(  # type: ignore[no-untyped-call]
-        testbed, setup=setup, rounds=rounds, warmup_rounds=1
-    )
-    assert benchmark.stats
-    return float(benchmark.stats.stats.min)
+    return ratio(f"up: {what}", lambda: testbed("up", file), start_of_python, rounds=rounds,
+                 setup=setup)  # fmt: skip
 
 
 COMPONENT = "{name: component, image: serve.py, ports: [{containerPort: 8003}]}"
@@ -87,33 +89,30 @@ GUEST = (
 )
 
 
-def test_two_containers_and_a_component(
-    benchmark: BenchmarkFixture, names: list[str], tmp_path: Path
-) -> None:
+def test_two_containers_and_a_component(ratio: Ratio, names: list[str], tmp_path: Path) -> None:
     containers = [HTTPD.format(port=8001), HTTPD.format(port=8002), COMPONENT]
-    assert measure(benchmark, names, tmp_path, containers) < NATIVES_LIMIT_S
+    what = "two containers and a component"
+    assert measure(ratio, what, names, tmp_path, containers) < NATIVES_LIMIT_S
 
 
 def test_the_same_with_a_unikernel_that_serves(
-    benchmark: BenchmarkFixture, names: list[str], tmp_path: Path
+    ratio: Ratio, names: list[str], tmp_path: Path
 ) -> None:
     if kernels.find_osv(download=False) is None:
         pytest.skip("no OSv kernel here")
     containers = [HTTPD.format(port=8001), HTTPD.format(port=8002), COMPONENT, GUEST]
-    assert measure(benchmark, names, tmp_path, containers) < GUEST_LIMIT_S
+    what = "the same and a unikernel that serves"
+    assert measure(ratio, what, names, tmp_path, containers) < GUEST_LIMIT_S
 
 
 def test_twenty_pods_of_four_containers_and_their_list(
-    benchmark: BenchmarkFixture, names: list[str], tmp_path: Path
+    ratio: Ratio, names: list[str], tmp_path: Path
 ) -> None:
     containers = [HTTPD.format(port=8001 + n) for n in range(4)]
-    assert measure(benchmark, names, tmp_path, containers, MANY, rounds=1) < MANY_LIMIT_S
+    what = f"{MANY} pods of four containers"
+    assert measure(ratio, what, names, tmp_path, containers, MANY, rounds=1) < MANY_LIMIT_S
 
 
-def test_pods_are_listed(benchmark: BenchmarkFixture, names: list[str], tmp_path: Path) -> None:
+def test_pods_are_listed(ratio: Ratio, names: list[str], tmp_path: Path) -> None:
     testbed("up", manifest(tmp_path, names, [HTTPD.format(port=8001)], MANY))
-    benchmark.pedantic(  # type: ignore[no-untyped-call]
-        testbed, args=("ps",), rounds=ROUNDS
-    )
-    assert benchmark.stats
-    assert benchmark.stats.stats.min < PS_LIMIT_S
+    assert ratio(f"ps: {MANY} pods", lambda: testbed("ps"), start_of_python) < PS_LIMIT_S
