@@ -153,9 +153,10 @@ def test_after_a_kill_at_any_moment_clean_leaves_nothing(
             done = list(pool.map(lambda n: kill_once(n, seed, tmp_path), numbers))
             print(*filter(None, done), sep="\n")
             kills += sum(d is not None for d in done)
-            cleaned = list(ledger.clean())
+            with suppress(Error):  # what cannot be cleaned is found below, if it is of ours
+                list(ledger.clean())
             deadline = time.monotonic() + PATIENCE_S
             while left := (snapshot() | strays()) - before - others():
-                assert time.monotonic() < deadline, f"{sorted(left)}, after cleaning {cleaned}"
+                assert time.monotonic() < deadline, sorted(left)
                 time.sleep(0.05)
     assert number < 4 * wanted, "most commands were over before they could be killed"
