@@ -103,7 +103,7 @@ def pod_rebuilt(bed: Bed) -> None:
     works_again(bed)
 
 
-class _Client:
+class Client:
     """Makes one short connection after the other, in a thread of its own.
 
     `made` came to a good end, `refused` failed while the server was going, gone, or coming;
@@ -114,7 +114,7 @@ class _Client:
         """`epoch` is even while the server is there."""
         self.made = self.refused = 0
         self.wrong: list[str] = []
-        self._bed, self._peer, self._epoch = bed, peer, epoch
+        self.bed, self._peer, self._epoch = bed, peer, epoch
         self._target = str(peer.localhost(bed.family))
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._work, name=f"restarts {peer.name}")
@@ -124,7 +124,7 @@ class _Client:
             epoch, began, failure = self._epoch[0], time.monotonic(), ""
             try:
                 result = self._peer.agent.run(
-                    Transport.TCP, self._bed.family, self._target, self._bed.port, "crr", 64,
+                    Transport.TCP, self.bed.family, self._target, self.bed.port, "crr", 64,
                     bytes=64,
                 )  # fmt: skip
             except (Error, OSError) as e:
@@ -162,21 +162,21 @@ def restarts_under_load(bed: Bed) -> None:
     pod = bed.own_pod.pod
     works_again(bed)
     epoch = [1]
-    clients = [_Client(bed, peer, epoch) for peer in (bed.client, bed.peer("guest2"))]
+    clients = [Client(bed, peer, epoch) for peer in (bed.client, bed.peer("guest2"))]
     with clients[0], clients[1]:
         for _ in range(amount(bed, RESTARTS)):
             server = bed.peer(bed.server_name)
             server.agent.serve(Transport.TCP, bed.family, bed.port, server.here(bed.family))
             epoch[0] += 1
-            _all_go_on(clients, "made", EACH)
+            all_go_on(clients, "made", EACH)
             epoch[0] += 1
             pod.processes[bed.server_name].kill()
             pod.processes[bed.server_name].wait()
-            _all_go_on(clients, "refused", 1)
+            all_go_on(clients, "refused", 1)
             pod.revive()
 
 
-def _all_go_on(clients: list[_Client], what: str, by: int) -> None:
+def all_go_on(clients: list[Client], what: str, by: int) -> None:
     """Wait until each client has so many more of what it counts. Raises `Failure`."""
     goals = [getattr(client, what) + by for client in clients]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import pytest
 
 from testbed import datapaths
-from testbed.conformance import EVERY, IPV4, Result, Status, checks, impossible
+from testbed.conformance import EVERY, IPV4, Result, Status, changes, checks, impossible
 from testbed.datapaths.bridge import Bridge
 from testbed.model import Pair, Runtime
 
@@ -16,6 +16,7 @@ from .conftest import Run
 SLOW = {
     "bulk-up", "bulk-down", "sequential-connections", "concurrent-connections", "full-backlog",
     "idle", "keepalive", "nginx-and-wrk", "iperf3", "postgresql-as-installed", "syn-flood",
+    "restarts-under-load",
 }  # fmt: skip
 """Seconds each; the suite itself is where they run."""
 QUICK = [check.name for check in checks() if check.name not in SLOW]
@@ -82,6 +83,34 @@ def test_capture_passes_with_stand_ins(run: Run) -> None:
     assert not failed(results)
     passed = {r.pair for r in results if r.status is Status.PASS}
     assert passed == EVERY
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("datapath", ["capture", "steer"])
+def test_clients_get_through_restarts_of_a_guest(
+    run: Run, monkeypatch: pytest.MonkeyPatch, datapath: str
+) -> None:
+    """Three of them; the suite itself has a hundred."""
+    monkeypatch.setattr(changes, "RESTARTS", 3)
+    results = run(datapath, "restarts-under-load")
+    assert [r.status for r in results] == [Status.PASS] * 2, failed(results)
+
+
+@pytest.mark.root
+def test_a_refusal_while_the_guest_serves_is_a_failure(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = changes.all_go_on
+
+    def disturb(clients: list[changes.Client], what: str, by: int) -> None:
+        if what == "made":
+            clients[0].bed.own_pod.pod.attachment.guest_ended(1)
+        go_on(clients, what, by)
+
+    monkeypatch.setattr(changes, "all_go_on", disturb)
+    (result,) = run("steer", "restarts-under-load", families=IPV4)
+    assert result.status is Status.FAIL
+    assert "refused" in result.reason
 
 
 @pytest.mark.root
