@@ -11,7 +11,7 @@
  *   histogram.c  latencies                  json.c       flat JSON
  *
  * Only libc, and of it only plain sockets, poll, pthreads and clock_gettime: what OSv has too; but
- * where there is close_range(), threads have descriptors of their own (`own_files`).
+ * where there is unshare(), threads have descriptors of their own (`own_files`).
  * _GNU_SOURCE stays undefined, as newer glibc would then bind strtod's kin to names OSv lacks.
  */
 #ifndef AGENT_H

@@ -349,17 +349,22 @@ int start_thread(pthread_t *thread, void *(*run)(void *), void *argument)
 	return error;
 }
 
-/* Linux 5.9 and glibc 2.34; missing elsewhere (OSv). */
-#define CLOSE_RANGE_UNSHARE 2u
-extern int close_range(unsigned first, unsigned last, int flags) __attribute__((weak));
+/*
+ * Missing elsewhere: OSv has no unshare(). It may have close_range(), which takes CLOSE_RANGE_UNSHARE and
+ * closes the descriptors of all threads.
+ */
+#define CLONE_FILES 0x400
+extern int unshare(int flags) __attribute__((weak));
+extern int close_range(unsigned first, unsigned last, int flags) __attribute__((weak)); /* 5.9 */
 
 bool own_files(int fd)
 {
 	unsigned least = 3; /* standard streams stay */
 	unsigned after = fd < (int)least ? least : fd + 1u;
 
-	if (!close_range || close_range(after, ~0u, CLOSE_RANGE_UNSHARE))
+	if (!unshare || !close_range || close_range(~0u, ~0u, 0) || unshare(CLONE_FILES))
 		return false;
+	close_range(after, ~0u, 0);
 	if (after - 1 > least)
 		close_range(least, after - 2, 0);
 	return true;

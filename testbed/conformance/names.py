@@ -48,7 +48,7 @@ def every_address_answers(bed: Bed) -> None:
         expect(took_s < 1, f"{address} took {took_s:.1f} s")
     if not reached and len(set(bed.client.resolve("localhost"))) == 1:
         raise Unsupported("the resolver over there knows localhost in the other family alone")
-    expect(reached == 1, f"{reached} addresses of localhost reach the server")
+    expect(reached > 0, "no address of localhost reaches the server")
 
 
 @check("getpeername(2), getsockname(2)")
