@@ -24,9 +24,10 @@ from typing import Any, TypeVar
 
 import pytest
 
-from testbed import netlink, pods
+from testbed import netlink, pods, process
 from testbed.ledger import Owner
 from testbed.model import Family, loopback
+from testbed.runtimes import container
 
 from .commands import there
 from .sockets import wait_until
@@ -239,3 +240,84 @@ def test_versions_are_told_fast() -> None:
         times_s.append(time.monotonic() - began)
         assert "1.0.0" in json.loads(done.stdout)["supportedVersions"]
     assert min(times_s) < 0.2
+
+
+PODMAN_CONF = """
+[containers]
+default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]
+[network]
+network_backend = "cni"
+cni_plugin_dirs = {folders}
+network_config_dir = "{work}/networks"
+[engine]
+runtime = "runc"
+cgroup_manager = "cgroupfs"
+events_logger = "none"
+"""
+
+
+@dataclass
+class Podman:
+    """podman on a host of the test's own: with its network, mounts and files."""
+
+    work: Path
+    host: int
+    """A process there."""
+    cgroup: str
+
+    def run(self, *command: str | Path, status: int = 0) -> str:
+        settings = {"CONTAINERS_CONF": str(self.work / "containers.conf")}
+        inside = ["nsenter", f"--target={self.host}", "--net", "--mount"]
+        done = subprocess.run([*inside, *map(str, command)], capture_output=True, text=True,
+                              env=os.environ | settings, check=False)  # fmt: skip
+        assert done.returncode == status, done.stderr
+        return done.stdout
+
+    def __call__(self, *command: str | Path) -> str:
+        folders = [f"--{name}=/var/lib/{name}" for name in ("root", "runroot", "tmpdir")]
+        return self.run("podman", *folders, "--storage-driver", "vfs", *command)
+
+
+@pytest.fixture
+def podman(owner: Owner, tmp_path: Path) -> Iterator[Podman]:
+    if missing := [p for p in ("podman", "runc", "busybox") if shutil.which(p) is None]:
+        pytest.skip(f"no {', '.join(missing)}; apt-get install podman")
+    folders = [str(OWN.parent), *FOLDERS]
+    (tmp_path / "containers.conf").write_text(
+        PODMAN_CONF.format(folders=json.dumps(folders), work=tmp_path)
+    )
+    (tmp_path / "networks").mkdir()
+    cgroup = process.create_cgroup(owner, f"tb-{owner.id}-podman").name
+    container.own(owner, tmp_path, cgroup)
+    script = "ip link set lo up && mount -t tmpfs none /var/lib && echo ready && exec sleep 1000"
+    command = ["unshare", "--net", "--mount", "--propagation", "private", "sh", "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as host:
+        assert host.stdout
+        assert host.stdout.readline() == "ready\n"
+        podman = Podman(tmp_path, host.pid, cgroup)
+        try:
+            yield podman
+            podman("rm", "--all", "--force", "--time", "0")
+        finally:
+            host.kill()
+
+
+def test_a_container_of_podman_s_has_guests_at_its_localhost(
+    podman: Podman, chained: Runtime, name: str
+) -> None:
+    network = {**chained.network, "cniVersion": "0.4.0", "name": "net"}
+    (podman.work / "networks" / "net.conflist").write_text(json.dumps(network))
+    root = podman.work / "rootfs"
+    (root / "bin").mkdir(parents=True)
+    shutil.copy(shutil.which("busybox") or "", root / "bin/busybox")
+    where = ("--network", "net", "--cgroup-parent", f"/{podman.cgroup}", "--rootfs", root)
+    podman("run", "--detach", "--name", name, *where, "busybox", "sleep", "1000")
+    pod = [sys.executable, "-m", "testbed.cli"]
+    [there_is] = json.loads(podman.run(*pod, "ps", "--json"))
+    assert there_is["name"] == name
+    for address in ("127.0.0.1", "::1"):
+        ask = f"while ! echo hello | busybox nc -w 1 {address} {PORT}; do :; done"
+        assert podman("exec", name, "busybox", "sh", "-c", ask) == "hello\n"
+    podman("rm", "--force", "--time", "0", name)
+    assert json.loads(podman.run(*pod, "ps", "--json")) == []
+    assert not there(name)
