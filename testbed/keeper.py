@@ -117,8 +117,8 @@ class Starting:
             unready = {name for name in unready if not pods.status(name)["settled"]}
             time.sleep(0.01 if unready else 0)
         return [
-            f"{name}: {w['name']} is not ready ({w['state']}); see 'testbed logs {name} -c "
-            f"{w['name']}'"
+            f"{name}: {w['name']} is not ready ({w['state']}{_last_words(Path(w['log']))}); see "
+            f"'testbed logs {name} -c {w['name']}'"
             for name in self._keepers
             for w in pods.status(name)["workloads"]
             if not w["ready"] and w["state"] != "completed"
@@ -136,6 +136,15 @@ class Starting:
             os.kill(pid, signal.SIGTERM)
         for pid, _ in self._keepers.values():
             os.waitpid(pid, 0)
+
+
+def _last_words(log: Path) -> str:
+    """The last line that a workload printed, after a colon; empty if it was silent."""
+    try:
+        lines = log.read_text(errors="replace").split("\n")
+    except FileNotFoundError:
+        return ""
+    return next((f": {line.strip()}" for line in reversed(lines) if line.strip()), "")
 
 
 def _read_all(fd: int) -> bytes:
