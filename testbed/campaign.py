@@ -201,11 +201,18 @@ Blocks = tuple[tuple[int, tuple[str, ...]], ...]
 
 
 def _blocks(plan: Plan, seed: int, numbers: range, done: set[tuple[str, int]]) -> Blocks:
-    """These blocks' cells in their random order, without those that are done."""
+    """These blocks' cells in their random order, without those that are done.
+
+    Those that differ in their datapath alone follow each other: they are to be divided, and a
+    machine changes within a block, too.
+    """
     blocks = []
     for number in numbers:
-        order = [cell.id for cell in plan.cells]
-        random.Random(f"{seed}/{number}").shuffle(order)
+        chance = random.Random(f"{seed}/{number}")
+        alike: dict[Cell, list[str]] = {}
+        for cell in chance.sample(plan.cells, len(plan.cells)):
+            alike.setdefault(replace(cell, datapath=""), []).append(cell.id)
+        order = (id for ids in alike.values() for id in ids)
         if left := tuple(id for id in order if (id, number) not in done):
             blocks.append((number, left))
     return tuple(blocks)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from testbed import machine, process, trial
-from testbed.model import Cell, Family, Metric, Status, Trial
+from testbed.model import Cell, Family, Metric, Pair, Status, Trial
 from testbed.pod import Pod
 from testbed.runtimes import Prepared
 
@@ -30,18 +30,24 @@ class Deployment:
     guest: str
     guests: int
     pods: int
-    stands: bool
-    """From the beginning of a block to its end."""
+    pair: Pair | None
+    """None: whichever, of pods that stand from the beginning of a block to its end."""
 
     @classmethod
     def of(cls, cell: Cell) -> Deployment:
         stands = cell.guests == cell.pods == 1 and not cell.metric.of_building
-        return cls(cell.datapath, cell.guest, cell.guests, cell.pods, stands)
+        pair = None if stands else cell.pair
+        return cls(cell.datapath, cell.guest, cell.guests, cell.pods, pair)
+
+    @property
+    def stands(self) -> bool:
+        return self.pair is None
 
     @property
     def name(self) -> str:
         """Of its pods, unique in a block."""
-        parts = [self.datapath, self.guest, "" if self.stands else f"{self.guests}x{self.pods}"]
+        parts = [self.datapath, self.guest]
+        parts += [f"{self.pair}-{self.guests}x{self.pods}"] if self.pair else []
         return "-".join(part for part in parts if part)
 
 

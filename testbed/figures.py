@@ -42,7 +42,7 @@ from testbed.look import (
     style_of,
     title_of,
 )
-from testbed.model import Cell, Family, Metric, Pair, Status, Transport
+from testbed.model import Cell, Family, Metric, Pair, Runtime, Status, Transport
 from testbed.report import UNITS, absence, grouped, names, number, present, rank, summaries
 from testbed.store import Store, frame
 from testbed.sweeps import AXES, along, scaling, sweep
@@ -294,7 +294,7 @@ def _spent(rows: Sequence[Breakdown], store: Store) -> Drawing:
 
 
 def _built(rows: Sequence[Breakdown], store: Store) -> Drawing:
-    """What building pods takes as bars of its parts, by runtime of the server and datapath."""
+    """What building pods takes as bars of its parts, by pair and datapath, apart with machines."""
     metric, unit = rows[0].cell.metric, UNITS[rows[0].cell.metric]
     starts = metric is Metric.STARTUP
     parts = STEPS if starts else OWNERS
@@ -307,29 +307,39 @@ def _built(rows: Sequence[Breakdown], store: Store) -> Drawing:
            "to localhost." if starts
            else "Processes: proportional set size; kernel: what its memory grew by.")
     )  # fmt: skip
-    families = present(Family, (row.cell.family for row in rows))
+    groups = grouped(rows, lambda r: (r.cell.family, _boots(r, store)))
+    places = sorted(groups)
+    slots = [_labels(groups[place], store) for place in places]
     figure = Figure(figsize=(WIDTH_IN, 2.4))
-    panels = figure.subplots(1, len(families), squeeze=False, sharey=True)[0]
-    for axes, family in zip(panels, families, strict=True):
-        here = [row for row in rows if row.cell.family is family]
-        here = sorted(here, key=lambda r: (_server(r, store), rank(r.cell.datapath)))
-        labels: list[tuple[str, str] | None] = []
-        at: list[int] = []
-        for server, of in grouped(here, lambda r: _server(r, store)).items():
-            labels += [None] if labels else []
-            at += range(len(labels), len(labels) + len(of))
-            labels += [(server, row.cell.datapath) for row in of]
-        axes.set_title(names(family), loc="left", fontweight="bold")
+    panels = figure.subplots(
+        1, len(places), squeeze=False, width_ratios=[len(labels) + 1 for labels in slots]
+    )[0]  # fmt: skip
+    for axes, place, labels in zip(panels, places, slots, strict=True):
+        here, kind = groups[place], "virtual machines" if place[1] else "no virtual machines"
+        axes.set_title(f"{names(place[0])}, {kind}", loc="left", fontweight="bold")
+        at = [labels.index((r.cell.label(store.campaign.guest), r.cell.datapath)) for r in here]
         _stacks(axes, here, at, labels, parts)
-    _fit(panels[0], rows, unit.scale)
+        _fit(axes, here, unit.scale)
     panels[0].set_ylabel(unit.name)
     return Drawing(
         figure, title, _keys(parts), [f"{circumstances(store)} {how}"], functional(store, rows)
     )
 
 
-def _server(row: Breakdown, store: Store) -> str:
-    return row.cell.label(store.campaign.guest).partition("→")[2]
+def _boots(row: Breakdown, store: Store) -> bool:
+    """Whether there is a virtual machine, beside which all else is small."""
+    guest = Runtime(row.cell.guest or store.campaign.guest)
+    return row.cell.pair.guests > 0 and guest is not Runtime.STANDIN
+
+
+def _labels(rows: Sequence[Breakdown], store: Store) -> list[tuple[str, str] | None]:
+    """Places along the x axis: the datapaths of each pair, an empty place between pairs."""
+    of_pair = grouped(rows, lambda r: r.cell.label(store.campaign.guest))
+    labels: list[tuple[str, str] | None] = []
+    for pair, of in of_pair.items():
+        datapaths = sorted({row.cell.datapath for row in of}, key=rank)
+        labels += [None, *((pair, datapath) for datapath in datapaths)]
+    return labels[1:]
 
 
 def _keys(parts: Mapping[str, Part]) -> list[tuple[Any, str]]:

@@ -185,7 +185,9 @@ class _Bench:
         names = [f"{name}-{k}" for k in range(deployment.pods)] if deployment.pods > 1 else [name]
         pods = (Pod(self.owner, name, manifest, datapath, kinds, consoles) for name in names)
         try:
-            built.build(cells, guest, lambda: runtimes.prepare(runtime, self.options), pods)
+            built.build(
+                cells, guest, lambda: [runtimes.prepare(kind, self.options) for kind in kinds], pods
+            )
         except (Error, OSError) as e:
             self.failed += built.pods
             return e if isinstance(e, Error) else Error(str(e))
