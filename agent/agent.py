@@ -22,6 +22,7 @@ VERSION = "1"
 LIMIT_NS = 5_000_000_000
 TICK_NS = 250_000_000
 SECOND_NS = 1_000_000_000
+LATE_NS = 4_000_000
 CHUNK = 128 << 10
 MAX_MESSAGE, MAX_DATAGRAM, MAX_STREAMS = 1 << 20, 65507, 64
 SAMPLE_EVERY, SAMPLE_BYTES = 16, 64
@@ -296,6 +297,7 @@ def udp_send(connection, order, flow, until_ns):
             if now - heard > LIMIT_NS:
                 raise TimeoutError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         due = begin + sent * order.size * 8 * SECOND_NS // order.rate_bps if order.rate_bps else now
+        begin += max(0, now - due - LATE_NS)
         if due > now:
             time.sleep(min(due - now, TICK_NS) / 1e9)
             continue

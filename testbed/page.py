@@ -92,6 +92,7 @@ def _page(store: Store, pictures: Sequence[Path]) -> str:
         *_claims(store),
         *_section("Figures", "", *(_picture(path) for path in pictures)),
         *_costs(store),
+        *_searches(store),
         *_missing(store),
         *_disturbed(store),
         *_conformance(store.path / "conformance.json"),
@@ -263,6 +264,23 @@ def _costs(store: Store) -> list[str]:
     lead = "Seconds of all CPUs together, during traffic, per gigabyte or million transactions."
     heads = ("cell", "CPU s per", "mean", "low", "high", *CPU)
     return _section("Host CPU", lead, _table("costs", heads, rows))
+
+
+def _searches(store: Store) -> list[str]:
+    """Every attempt of every search for a rate."""
+    found = [trial for trial in store.trials() if trial.searched]
+    if not found:
+        return []
+    rows = [
+        [Entry(t.cell), Entry(str(t.block), t.block), Entry(str(n), n),
+         *(Entry(f"{bps / 1e6:.1f}", bps, look="number") for bps in (sent_bps, arrived_bps)),
+         Entry(f"{loss:.3%}", loss, look="number")]
+        for t in found
+        for n, (sent_bps, arrived_bps, loss) in enumerate(t.searched, 1)
+    ]  # fmt: skip
+    heads = ("cell", "block", "attempt", "sent, Mbit/s", "arrived, Mbit/s", "lost")
+    return _section("Searches for a rate", "The last attempt of each is the trial.",
+                    _table("searches", heads, rows))  # fmt: skip
 
 
 def _picture(path: Path) -> str:

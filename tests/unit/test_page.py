@@ -68,6 +68,19 @@ def test_a_page_is_the_same_from_the_same_data(html: Path, tmp_path: Path) -> No
     assert again.read_bytes() == html.read_bytes()
 
 
+def test_a_search_for_a_rate_is_shown_attempt_by_attempt(campaign: Path) -> None:
+    cell = "bridge/native-guest/ipv4/udp/throughput/1400x1"
+    searched = ((4e8, 3e8, 0.25), (2.5e8, 2.499e8, 0.0004))
+    with store.resume(campaign) as resumed:
+        resumed.append(Trial(cell, 0, 9, Status.OK, value=2.499e8, searched=searched))
+    page.write(store.open(campaign), campaign / "report.html")
+    text = (campaign / "report.html").read_text()
+    searches = text[text.index('id="searches"') :]
+    assert shown(searches, "searches", 2) == ["1", "2"]
+    assert shown(searches, "searches", 4) == ["300.0", "249.9"]
+    assert shown(searches, "searches", 5) == ["25.000%", "0.040%"]
+
+
 def test_the_command_repeats_the_campaign() -> None:
     shipped = plan.load("quick")
     every = replace(CAMPAIGN, name="quick", cells=tuple(c.id for c in shipped.cells))
