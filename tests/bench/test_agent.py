@@ -1,9 +1,7 @@
 """The traffic agent must not be the bottleneck: beside iperf3 and sockperf, pinned, on loopback.
 
-Across CPUs a round trip is mostly the waking of the other CPU, which varies by more than the
-programs differ: its band is wide. On one CPU it is mostly system calls, each of which costs a
-program with several threads a little more: an idle thread added to sockperf makes it 3 to 4 %
-slower there, and that much is granted to the agent.
+On one CPU a round trip is mostly system calls; across CPUs it is mostly the waking of the other,
+which varies by more than the programs differ. On stand-ins both programs must find the same.
 """
 
 from __future__ import annotations
@@ -15,13 +13,18 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic, sleep
 
 import pytest
 
+from testbed import datapaths, process, runtimes, trial
 from testbed.agent import Agent, Direction, build
-from testbed.model import Family, Transport
+from testbed.ledger import Owner
+from testbed.manifest import Manifest
+from testbed.model import Family, Pair, Runtime, Transport, guest_link, loopback
+from testbed.pod import Pod
 
 from .gate import Ratio
 
@@ -30,7 +33,7 @@ pytestmark = [
     pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs"),
 ]
 
-ROUNDS, SECONDS = 5, 0.4
+ROUNDS, SECONDS = 10, 0.4
 IPERF3_BYTES = 800_000_000
 
 
@@ -73,6 +76,12 @@ def two_agents(*cpus: int) -> Iterator[list[Agent]]:
         yield agents
 
 
+def megabyte_s(said: bytes) -> float:
+    """Seconds that a megabyte took, of iperf3's JSON."""
+    received = json.loads(said)["end"]["sum_received"]
+    return 1e6 * float(received["seconds"]) / float(received["bytes"])
+
+
 @pytest.mark.parametrize("direction", ["up", "down"])
 def test_a_tcp_stream_is_as_fast_as_iperf3s(ratio: Ratio, direction: Direction) -> None:
     port = free_port()
@@ -89,8 +98,7 @@ def test_a_tcp_stream_is_as_fast_as_iperf3s(ratio: Ratio, direction: Direction) 
         reverse = ["-R"] if direction == "down" else []
         command = ["iperf3", "-c", "127.0.0.1", "-p", str(port), "-J", "-n", f"{IPERF3_BYTES}"]
         done = subprocess.run(pinned(0, *command, *reverse), check=True, capture_output=True)
-        received = json.loads(done.stdout)["end"]["sum_received"]
-        return 1e6 * float(received["seconds"]) / float(received["bytes"])
+        return megabyte_s(done.stdout)
 
     with two_agents(0, 1) as (client, server), started(pinned(1, "iperf3", "-s", "-p", str(port))):
         served = server.serve(Transport.TCP, Family.IPV4)
@@ -131,3 +139,53 @@ def test_transactions_are_as_fast_as_sockperfs(
             await_port(transport, port)
             what = f"agent: {transport} transaction, CPU 0 to {server_cpu}, by sockperf's"
             ratio(what, agent_s, sockperf_s, rounds=ROUNDS)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("family", Family, ids=str)
+@pytest.mark.parametrize("datapath", ["direct", "steer"])
+def test_iperf3_finds_the_same_of_a_stand_in(
+    ratio: Ratio, tmp_path: Path, datapath: str, family: Family
+) -> None:
+    """From the pod to the stand-in, both programs where workloads are, on the CPUs of these."""
+    port = 5201
+    agents = trial.manifest([Pair.NATIVE_GUEST], Runtime.STANDIN)
+    workloads = {w.name: w for w in agents.workloads}
+    guest = workloads["guest1"]
+    workloads["guest1"] = replace(guest, ports=(*guest.ports, (Transport.TCP, port)))
+    way = datapaths.get(datapath)
+    kinds = {r: runtimes.prepare(r, runtimes.Options()) for r in (Runtime.PROCESS, Runtime.STANDIN)}
+    dialed = str(loopback(family) if way.localhost else guest_link(family, 1))
+    said, log = tmp_path / "client.json", tmp_path / "server.txt"
+
+    def start_iperf3(name: str, output: Path, *options: str) -> subprocess.Popen[bytes]:
+        place = pod.place(workloads[name])
+        command = ["iperf3", *options, "-p", str(port), "--forceflush"]
+        return process.spawn(command, cgroup=place.cgroup, netns=place.netns,
+                             cpus=place.workload.cpus, output=output)  # fmt: skip
+
+    def agent_s() -> float:
+        result = client.run(Transport.TCP, family, dialed, trial.port("guest1"), "stream",
+                            128 << 10, duration_s=SECONDS, warmup_s=0.1)  # fmt: skip
+        return 1e6 * result.duration_s / result.bytes
+
+    def iperf3_s() -> float:
+        said.unlink(missing_ok=True)
+        options = ("-c", dialed, "-J", "-n", f"{IPERF3_BYTES}")
+        assert start_iperf3("native1", said, *options).wait() == 0
+        return megabyte_s(said.read_bytes())
+
+    with (
+        Owner() as owner,
+        Pod(owner, "beside", Manifest(tuple(workloads.values())), way, kinds, tmp_path) as pod,
+    ):
+        pod.start()
+        iperf3 = start_iperf3("guest1", log, "-s")
+        with pod.agent("native1") as client, pod.agent("guest1") as server:
+            server.serve(Transport.TCP, family, trial.port("guest1"))
+            while not (log.exists() and "listening" in log.read_text()):
+                assert iperf3.poll() is None
+                sleep(0.01)
+            what = f"agent: a megabyte to a stand-in, {datapath}, {family}, by iperf3's"
+            ratio(what, agent_s, iperf3_s, rounds=ROUNDS)
+        process.end(iperf3)
