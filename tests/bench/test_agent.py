@@ -177,10 +177,12 @@ def test_iperf3_finds_the_same_of_a_stand_in(
 
     with (
         Owner() as owner,
+        ExitStack() as stack,
         Pod(owner, "beside", Manifest(tuple(workloads.values())), way, kinds, tmp_path) as pod,
     ):
         pod.start()
         iperf3 = start_iperf3("guest1", log, "-s")
+        stack.callback(process.end, iperf3)
         with pod.agent("native1") as client, pod.agent("guest1") as server:
             server.serve(Transport.TCP, family, trial.port("guest1"))
             while not (log.exists() and "listening" in log.read_text()):
@@ -188,4 +190,3 @@ def test_iperf3_finds_the_same_of_a_stand_in(
                 sleep(0.01)
             what = f"agent: a megabyte to a stand-in, {datapath}, {family}, by iperf3's"
             ratio(what, agent_s, iperf3_s, rounds=ROUNDS)
-        process.end(iperf3)
