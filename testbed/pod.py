@@ -316,6 +316,9 @@ class Pod:
     def start_workload(self, name: str) -> None:
         """Start one workload (again)."""
         _, workload = self._find(name)
+        with self.lock:
+            if name in self.processes:  # it has ended, and that may not have been noticed yet
+                self.bury(name)
         running = self._runtimes[workload.runtime].start(self.place(workload))
         with self.lock:
             self.processes[name] = running
@@ -337,9 +340,9 @@ class Pod:
 
     def stop_workload(self, name: str) -> None:
         """End one workload, and the connections that its peers in the pod still have with it."""
-        process.end(running := self.processes.pop(name))
-        self.refuse(name, running)
-        self.end_peers(name)
+        with self.lock:
+            process.end(self.processes.pop(name))
+            self.bury(name)
 
     def restart_workload(self, name: str) -> None:
         """Stop one workload and start it; whoever else wants to, after that."""
@@ -347,14 +350,14 @@ class Pod:
             self.stop_workload(name)
             self.start_workload(name)
 
-    def refuse(self, name: str, ended: process.Running) -> bool:
-        """What is for a guest whose process has ended is refused; False if its next one runs."""
-        with self.lock:
-            if self.processes.get(name, ended) is not ended:
-                return False
-            if n := self.number_of(name):
-                self.attachment.guest_ended(n)
-        return True
+    def bury(self, name: str) -> None:
+        """A workload has ended: what is for a guest is refused, and its peers are told.
+
+        With the lock held, and not when its next process runs: that one's connections would end.
+        """
+        if n := self.number_of(name):
+            self.attachment.guest_ended(n)
+        self.end_peers(name)
 
     def end_peers(self, name: str) -> None:
         """End natives' TCP connections with a guest that is gone: it sent them neither FIN nor RST.

@@ -82,11 +82,10 @@ class Supervisor:
         name, process = self._alive.pop(fd)
         self._poller.unregister(fd)
         os.close(fd)
-        if self._pod.processes.get(name) is not process:
-            return  # it was us who ended it
-        if self._pod.refuse(name, process):
-            self.deaths.append(name)
-            self._pod.end_peers(name)
+        with self._pod.lock:
+            if self._pod.processes.get(name) is process:  # it was not us who ended it
+                self.deaths.append(name)
+                self._pod.bury(name)
 
     def _drain(self) -> None:
         """Forget messages: what they say is asked for anew, as there may be too many to get all."""
