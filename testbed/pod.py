@@ -52,7 +52,7 @@ from testbed.model import (
     pod_link,
 )
 from testbed.runtimes import Place, Prepared, container
-from testbed.sandbox import Sandbox, settle
+from testbed.sandbox import Sandbox
 
 MTU = 1500
 """Of every guest link (OSv's driver knows no other)."""
@@ -239,7 +239,7 @@ class Pod:
 
     def _settle(self, ifname: str) -> None:
         if self.sandbox:
-            settle(self.netns, ifname)
+            self.sandbox.settle(self.netns, ifname)
 
     def _take_loopback(self, netns: str) -> None:
         """Of a stand-in. That `lo` is down is not enough: routes to its own addresses stay."""

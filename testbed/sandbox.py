@@ -73,6 +73,12 @@ class Sandbox:
             owner.defer(netlink.remove_link, netns=name, ifname=ifname)
         return ip
 
+    @staticmethod
+    def settle(netns: str, ifname: str) -> None:
+        """Have a link of ours be what it is in our own namespaces, whatever the default is here."""
+        off = ("disable_ipv6", "accept_dad", "accept_ra", "autoconf")
+        netlink.set_sysctls(netns, {f"net/ipv6/conf/{ifname}/{key}": 0 for key in off})
+
     def _obstacles(
         self, ip: IPRoute, name: str, links: Collection[str]
     ) -> Iterator[tuple[str, str]]:
@@ -95,9 +101,3 @@ class Sandbox:
                     yield f"there is a route to {net}", other
         if any(qdisc.get("kind") == "clsact" for qdisc in ip.get_qdiscs(1)):
             yield "there are programs on lo", f"{enter} tc qdisc del dev lo clsact"
-
-
-def settle(netns: str, ifname: str) -> None:
-    """Have a link of ours be what it is in namespaces of our own, whatever the default here is."""
-    off = ("disable_ipv6", "accept_dad", "accept_ra", "autoconf")
-    netlink.set_sysctls(netns, {f"net/ipv6/conf/{ifname}/{key}": 0 for key in off})

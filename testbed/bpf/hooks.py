@@ -15,6 +15,7 @@ from testbed import netlink
 from testbed.bpf import syscall
 from testbed.bpf.bytecode import ATTACH_TYPES
 from testbed.ledger import Scope
+from testbed.model import Error
 
 CLSACT, INGRESS, EGRESS = 0xFFFFFFF1, 0xFFFFFFF2, 0xFFFFFFF3
 """Handles (linux/pkt_sched.h) of the qdisc clsact and its two hooks."""
@@ -86,10 +87,17 @@ def _tc(
 
 
 def attach_cgroup(owner: Scope, cgroup: Path, name: str, program: int) -> None:
-    """Run a cgroup program, named after its hook, for the processes of a cgroup2 directory."""
+    """Run a cgroup program, named after its hook, for the processes of a cgroup2 directory.
+
+    Raises `Error` if it does so for somebody else: whoever was first to detach it, would for both.
+    """
     id = struct.unpack_from("=4xI", syscall.info(program, 128))[0]
+    runs = id in _running(cgroup, name)
+    if runs and not owner.goes_on:
+        raise Error(f"{cgroup}, or one above it, is the cgroup of another pod with this datapath",
+                    hint="give the pod's own")  # fmt: skip
     owner.defer(detach_cgroup, cgroup=str(cgroup), name=name, id=id)
-    if id not in _attached(cgroup, name):
+    if not runs:
         _change_cgroup(syscall.ATTACH, cgroup, name, program)
 
 
@@ -107,11 +115,11 @@ def detach_cgroup(cgroup: str, name: str, id: int) -> None:
         os.close(program)
 
 
-def _attached(cgroup: Path, name: str) -> list[int]:
-    """Ids of the programs at a cgroup's hook."""
+def _running(cgroup: Path, name: str) -> list[int]:
+    """Ids of the programs at a hook that run for a cgroup, also those attached above it."""
     ids = (ctypes.c_uint32 * 64)()  # BPF_CGROUP_MAX_PROGS
     with _directory(cgroup) as fd:
-        answer = syscall.bpf(syscall.QUERY, "=IIIxxxxQI", fd, ATTACH_TYPES[name], 0,
+        answer = syscall.bpf(syscall.QUERY, "=IIIxxxxQI", fd, ATTACH_TYPES[name], 1,
                              syscall.address(ids), len(ids))  # fmt: skip
     return ids[: struct.unpack_from("=4x24xI", answer)[0]]
 

@@ -136,6 +136,13 @@ def test_processes_of_a_cgroup_that_is_named_go_past_lo(
     assert theirs.run("busybox", "sh", "-c", script, str(theirs.cgroup)) == "hello\n"
     assert echoes(theirs.connect(Family.IPV4))
     assert pods.describe(name)["counters"]["steered"]["packets"] == 1
+    netlink.create_netns(theirs.owner, f"{theirs.name}-2").close()
+    file = manifest(GUEST, runtime="standin")
+    file.write_text(file.read_text().replace(name, f"{name}-2"))
+    refused = run("attach", "--netns", f"{theirs.netns}-2", "--cgroup", theirs.cgroup, file,
+                  status=3)  # fmt: skip
+    assert "is the cgroup of another pod" in refused.stderr
+    assert pods.describe(name)["counters"]["steered"]["packets"] == 1
     run("down", name)
     assert theirs.cgroup.is_dir()
 
