@@ -107,6 +107,21 @@ def test_packages_of_a_group_are_for_those_who_name_it(clone: Path, tmp_path: Pa
     assert ran.stderr == "bootstrap: no packages of a group text in packages.txt\n"
 
 
+@pytest.mark.root
+def test_of_several_names_the_first_that_apt_knows_is_installed(clone: Path) -> None:
+    running = f"linux-headers-{os.uname().release}"
+    names = "linux-headers-amd64,linux-headers-RUNNING"
+    (clone / "packages.txt").write_text(f"{names}  /nowhere/*  # why\nother  /nowhere/*  # why\n")
+    ubuntu = clone / "bin"
+    ubuntu.mkdir()
+    for name, script in (("apt-cache", f'test "$2" = {running}'), ("apt-get", 'echo "$*" >&2')):
+        (ubuntu / name).write_text(f"#!/bin/sh\n{script}\n")
+        (ubuntu / name).chmod(0o755)
+    ran = bootstrap(clone, "true", path=f"{ubuntu}:{os.environ['PATH']}")
+    assert f"bootstrap: installing system packages: {running} other\n" in ran.stderr
+    assert f"--no-install-recommends {running} other\n" in ran.stderr
+
+
 def test_without_root_the_command_to_type_is_said(clone: Path, tmp_path: Path) -> None:
     (clone / "packages.txt").write_text("away  no-such-command  # why\n")
     path = tools(tmp_path / "bin", "true")
