@@ -74,10 +74,25 @@ static __always_inline void add(struct __sk_buff *skb, struct count *count)
 	}
 }
 
+#ifdef TRACED
+BPF_PERCPU_ARRAY(noted, u32, 1); /* what the packet under way was counted as last, plus one */
+
+static __always_inline void note(u32 reason)
+{
+	u32 zero = 0, *last = noted.lookup(&zero);
+
+	if (last)
+		*last = reason;
+}
+#endif
+
 static __always_inline void tally(struct __sk_buff *skb, u8 slot, u32 reason)
 {
 	u32 key = slot * REASONS + reason;
 
+#ifdef TRACED
+	note(reason + 1);
+#endif
 	add(skb, counters.lookup(&key));
 }
 

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +25,7 @@ from typing import Any, Self
 
 from pyroute2 import IPRoute
 
-from testbed import bpf, netlink, pods, process
+from testbed import bpf, datapaths, netlink, pods, process
 from testbed.manifest import Probe, Restart, Spec, Workload
 from testbed.model import Error, Family, Runtime, Transport, guest_link, loopback
 from testbed.pod import Pod
@@ -58,6 +59,7 @@ class Kept:
         self.began = datetime.now(UTC).isoformat(timespec="seconds")
         self.events: deque[str] = deque(maxlen=EVENTS)
         self.stopping = threading.Event()
+        self._tracing = threading.Lock()
         self.stop, self._stopper = os.pipe()
         """Readable (at its end) when everybody is to stop."""
         were = {w["name"]: w for w in left["workloads"]} if left else {}
@@ -116,11 +118,42 @@ class Kept:
                 question = json.loads(line)["ask"]
                 if question == "down":
                     return asker
+                if question == "trace":
+                    thread = threading.Thread(target=self._trace, args=(asker,), name="trace")
+                    self._threads.append(thread)
+                    thread.start()
+                    continue
                 answer = self.describe() if question == "describe" else self.status()
                 asker.sendall(json.dumps(answer).encode() + b"\n")
             except (OSError, ValueError, KeyError):
                 pass  # the asker is gone, or no client of ours
             asker.close()
+
+    def _trace(self, asker: socket.socket) -> None:
+        """Have the traced programs at work for as long as the asker listens."""
+        with asker, suppress(OSError):  # gone
+            if not self._tracing.acquire(blocking=False):
+                answer: dict[str, Any] = {"error": f"{self.spec.name} is being traced already"}
+                asker.sendall(json.dumps(answer).encode() + b"\n")
+                return
+            try:
+                attachment = self.pod.attachment
+                if not isinstance(attachment, datapaths.ProgramsOfPod):
+                    raise Error(f"the datapath {self.pod.datapath.name} has no programs to trace",
+                                hint="testbed up --datapath steer")  # fmt: skip
+                with attachment.traced(self.pod.lock) as programs:
+                    answer = {
+                        "pins": str(programs.pins), "slot": programs.slot,
+                        "programs": bpf.entries(attachment.name), "reasons": attachment.reasons,
+                        "guests": {n: w.name for n, w in self.spec.manifest.guests.items()},
+                    }  # fmt: skip
+                    asker.sendall(json.dumps(answer).encode() + b"\n")
+                    select.select([asker.fileno(), self.stop], [], [])
+            except Error as e:
+                answer = {"error": e.message, "hint": e.hint}
+                asker.sendall(json.dumps(answer).encode() + b"\n")
+            finally:
+                self._tracing.release()
 
     def status(self) -> dict[str, Any]:
         """The pod as plain data."""

@@ -12,7 +12,8 @@ import json
 import os
 import socket
 import struct
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from testbed.model import Error
 
 PREFIX = "testbed/pod/"
 PATIENCE_S = 5.0
-DOWN_PATIENCE_S = 60.0
+DOWN_PATIENCE_S = TRACE_PATIENCE_S = 60.0
 
 
 def socket_name(pod: str) -> str:
@@ -141,8 +142,24 @@ def trusted(peer: socket.socket) -> bool:
     return uid in (0, os.getuid())
 
 
+@contextmanager
+def trace(pod: str) -> Iterator[dict[str, Any]]:
+    """What is needed to read of its programs' events, which there are as long as this is held."""
+    with _asking(pod, "trace", TRACE_PATIENCE_S) as answer:
+        yield answer
+
+
 def _ask(pod: str, question: str, patience_s: float) -> dict[str, Any]:
-    """Raises `NoKeeper` if nobody listens, `Error` if the keeper has an error to tell."""
+    with _asking(pod, question, patience_s) as answer:
+        return answer
+
+
+@contextmanager
+def _asking(pod: str, question: str, patience_s: float) -> Iterator[dict[str, Any]]:
+    """The answer, while connected.
+
+    Raises `NoKeeper` if nobody listens, `Error` if the keeper has an error to tell.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
         asking.settimeout(patience_s)
         try:
@@ -155,9 +172,9 @@ def _ask(pod: str, question: str, patience_s: float) -> dict[str, Any]:
             raise Error(f"the keeper of pod {pod!r} does not answer") from e
         except OSError as e:
             raise NoKeeper(f"no keeper of pod {pod!r}") from e
-    if not line:
-        raise NoKeeper(f"the keeper of pod {pod!r} ended")
-    answer: dict[str, Any] = json.loads(line)
-    if "error" in answer:
-        raise Error(answer["error"], answer.get("hint"))
-    return answer
+        if not line:
+            raise NoKeeper(f"the keeper of pod {pod!r} ended")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise Error(answer["error"], answer.get("hint"))
+        yield answer

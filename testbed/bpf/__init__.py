@@ -3,9 +3,9 @@
 `bytecode` compiles, `programs` has what the kernel holds, `hooks` attaches, `syscall` is bpf(2).
 """
 
-from testbed.bpf.bytecode import SOURCES, compile, headers, source
-from testbed.bpf.hooks import EGRESS, INGRESS, attach_cgroup, attach_tc
-from testbed.bpf.programs import PINS, ProgramSet, load
+from testbed.bpf.bytecode import SOURCES, compile, entries, headers, source
+from testbed.bpf.hooks import EGRESS, INGRESS, attach_cgroup, attach_tc, replace_tc
+from testbed.bpf.programs import PINS, ProgramSet, load, load_traced
 from testbed.bpf.syscall import Map, run
 
 __all__ = [
@@ -18,8 +18,11 @@ __all__ = [
     "attach_cgroup",
     "attach_tc",
     "compile",
+    "entries",
     "headers",
     "load",
+    "load_traced",
+    "replace_tc",
     "run",
     "source",
 ]

@@ -68,23 +68,25 @@ class Bytecode:
     btf: bytes
     """Type information (BTF) of the maps."""
 
-    def load(self, pins: Path) -> None:
-        """Have the kernel verify the programs and pin them, and maps that are not there yet.
+    def load(self, pins: Path, shared: Path | None = None) -> None:
+        """Have the kernel verify programs and pin them, and their maps.
 
+        Maps that are in `shared` are not made, and programs that are not for tc then left out.
         Raises OSError with what the verifier says.
         """
         btf, fds = syscall.load_btf(self.btf) if self.btf else 0, []
         for shape in self.maps:
-            path = pins / f"map_{shape.name}"
-            if path.exists():
-                fds.append(syscall.open_pin(path))
+            if shared and (there := shared / f"map_{shape.name}").exists():
+                fds.append(syscall.open_pin(there))
             else:
                 typed = (btf, *shape.types) if any(shape.types) else (0, 0, 0)
                 fds.append(syscall.create_map(shape.name, shape.shape, typed))
-                syscall.pin(fds[-1], path)
+                syscall.pin(fds[-1], pins / f"map_{shape.name}")
         if btf:
             os.close(btf)
         for program in self.programs:
+            if shared and program.kind != TYPES["skb"]:
+                continue
             code = _renamed(program.code, fds)
             fd = syscall.load_program(program.name, program.kind, program.attach_type, code)
             syscall.pin(fd, pins / f"program_{program.name}")
@@ -93,8 +95,38 @@ class Bytecode:
             os.close(fd)
 
 
+TRACED = "-traced"
+"""What the name of a set's traced variant ends with (`bpf/trace.h`)."""
+
+_ENTRY = re.compile(r"^int (\w+)\(struct __sk_buff \*skb\)$", re.MULTILINE)
+_TRACED_ENTRY = """
+int {name}(struct __sk_buff *skb)
+{{
+	u64 time_ns = bpf_ktime_get_ns();
+	int verdict;
+
+	note(0);
+	tell(skb, time_ns, {number}, 0, false);
+	verdict = plain_{name}(skb);
+	tell(skb, time_ns, {number}, verdict, true);
+	return verdict;
+}}
+"""
+
+
 def source(name: str) -> str:
-    """The text of `bpf/NAME.c` with our headers in it: bcc knows maps in the main file only."""
+    """The text of `bpf/NAME.c` with our headers in it: bcc knows maps in the main file only.
+
+    That of a traced variant has its tc programs wrapped.
+    """
+    if name.endswith(TRACED):
+        plain = source(name.removesuffix(TRACED))
+        wrapped = (
+            _TRACED_ENTRY.format(name=entry, number=number)
+            for number, entry in enumerate(_ENTRY.findall(plain))
+        )
+        inner = _ENTRY.sub(r"static __always_inline int plain_\1(struct __sk_buff *skb)", plain)
+        return "\n".join(("#define TRACED", inner, (SOURCES / "trace.h").read_text(), *wrapped))
     seen: set[str] = set()
 
     def text(file: str) -> str:
@@ -105,6 +137,11 @@ def source(name: str) -> str:
         return re.sub(r'^#include "(\S+)"\n', lambda m: text(m[1]), body, flags=re.MULTILINE)
 
     return text(f"{name}.c")
+
+
+def entries(name: str) -> list[str]:
+    """The tc programs of a set, in the order of their numbers in events."""
+    return _ENTRY.findall(source(name))
 
 
 @dataclass(frozen=True)

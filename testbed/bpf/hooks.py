@@ -33,6 +33,11 @@ def attach_tc(
     reach it. rtnetlink by hand: pyroute2 needs five times as long for it, and a pod has a dozen.
     """
     owner.defer(detach_tc, netns=netns, ifindex=ifindex)
+    replace_tc(netns, ifindex, hook, program, name, classid)
+
+
+def replace_tc(netns: str, ifindex: int, hook: int, program: int, name: str, classid: int) -> None:
+    """Put a program into the place of the one that `attach_tc` attached: no packet is missed."""
     kind, options = _attribute(TCA_KIND, b"bpf\0"), b"".join((
         _attribute(TCA_BPF_FD, struct.pack("=I", program)),
         _attribute(TCA_BPF_NAME, name.encode() + b"\0"),

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from testbed import ledger
 from testbed.bpf import bytecode, syscall
+from testbed.bpf.bytecode import Bytecode
 from testbed.ledger import Scope
 from testbed.model import Error
 
@@ -105,6 +106,22 @@ def _slot(user: str) -> int:
     return int(user.partition("-")[0])
 
 
+def load_traced(programs: ProgramSet, owner: Scope) -> ProgramSet:
+    """The traced variant of the tc programs of a set: its slot and maps, and `events` besides."""
+    name = programs.pins.name.rpartition("-")[0] + bytecode.TRACED
+    compiled = bytecode.get(name)
+    pins = programs.pins / f"traced-{programs.slot}"
+    owner.defer(remove_traced, pins=str(pins))
+    pins.mkdir()
+    _verify(compiled, name, pins, programs.pins)
+    return ProgramSet(pins, programs.slot)
+
+
+def remove_traced(pins: str) -> None:
+    """Remove the pins of a traced variant. That they are gone is no error."""
+    _remove(Path(pins))
+
+
 def remove_user(pins: str, user: str) -> None:
     """Give a slot back; with the last one the pins go, too."""
     with _lock():
@@ -151,12 +168,16 @@ def _mount_bpffs() -> None:
 
 def _load(name: str, pins: Path) -> None:
     compiled = bytecode.get(name)
+    pins.mkdir()
+    _verify(compiled, name, pins)
+
+
+def _verify(compiled: Bytecode, name: str, pins: Path, shared: Path | None = None) -> None:
     with suppress(ValueError):  # may not; kernels before 5.11 alone count maps as locked memory
         unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
         resource.setrlimit(resource.RLIMIT_MEMLOCK, unlimited)
-    pins.mkdir()
     try:
-        compiled.load(pins)
+        compiled.load(pins, shared)
     except OSError as e:
         _remove(pins)
         raise Error(f"bpf/{name}.c does not load: {e.strerror}",

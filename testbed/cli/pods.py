@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import sys
+from contextlib import ExitStack, suppress
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,6 +72,21 @@ def add(commands: Commands) -> None:
             command.add_argument("words", nargs="+", metavar="COMMAND")
         if name == "describe":
             command.add_argument("--json", action="store_true")
+
+    trace = commands.add_parser(
+        "trace", help="each packet at each of the datapath's programs, and what became of it",
+        epilog="Ends with Ctrl-C. While it runs, the pod's programs are slower; before and after, "
+        "they are not.",
+    )  # fmt: skip
+    trace.set_defaults(call=_trace)
+    trace.add_argument("pod", metavar="POD")
+    trace.add_argument("--port", type=int, metavar="N", help="only packets from or to a port")
+    trace.add_argument(
+        "--pcap", type=Path, metavar="FILE",
+        help="write them as pcapng, too: how they came, and how they went",
+    )  # fmt: skip
+    trace.add_argument("--count", type=int, metavar="N", help="end after so many")
+    trace.add_argument("--json", action="store_true", help="a line of JSON for each")
 
 
 def _up(arguments: argparse.Namespace) -> int:
@@ -201,4 +218,25 @@ def _describe(arguments: argparse.Namespace) -> int:
     print("\nevents")
     for event in found["events"]:
         print(f"  {event}")
+    return 0
+
+
+def _trace(arguments: argparse.Namespace) -> int:
+    from testbed import pcapng, trace
+
+    with ExitStack() as stack:
+        tracing = stack.enter_context(trace.opened(arguments.pod))
+        capture = None
+        if arguments.pcap:
+            capture = pcapng.Writer(stack.enter_context(arguments.pcap.open("wb")))
+        print(f"tracing {arguments.pod}; end it with Ctrl-C", file=sys.stderr, flush=True)
+        events = (e for e in tracing.events()
+                  if arguments.port is None or e.has_port(arguments.port))  # fmt: skip
+        with suppress(KeyboardInterrupt):
+            for event in islice(events, arguments.count):
+                print(json.dumps(event.data()) if arguments.json else event, flush=True)
+                if capture:
+                    trace.write(capture, event)
+        if tracing.missed:
+            print(f"testbed: {tracing.missed} were missed: too many at once", file=sys.stderr)
     return 0

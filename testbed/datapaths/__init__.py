@@ -8,7 +8,9 @@ and its name in `NAMES`.
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib import import_module
@@ -175,13 +177,16 @@ class ProgramsOfPod:
         local: Sequence[str] = (),
     ) -> None:  # fmt: skip
         """`reasons` in the order of the programs' `enum reason`; `local`: see `prepare_lo`."""
+        self.name, self.reasons = name, reasons
         self._wiring = wiring
         self._scope = owner.part()
         self._links = self._scope
         self._held: list[socket.socket] = []
+        self._places: dict[tuple[str, int, int], tuple[str, int]] = {}
+        """(namespace, ifindex, hook) → name and class of the program there."""
         try:
             self._held = localhost.hold_ports(wiring.pod, wiring.netns, wiring.owners)
-            self._programs = bpf.load(name, self._scope)
+            self._programs = self._at_work = bpf.load(name, self._scope)
             self._rows = localhost.Rows(self._programs, reasons)
             self._rows.fill(self._scope, wiring.owners, {p.n: p.families for p in wiring.ports})
             for port in wiring.ports:
@@ -231,10 +236,28 @@ class ProgramsOfPod:
         self, ifindex: int, hook: int, name: str, n: int = 0, netns: str | None = None
     ) -> None:
         """To a link of the pod's namespace, or of another; `n` for a guest's port."""
-        bpf.attach_tc(
-            self._links, netns or self._wiring.netns, ifindex, hook, self._programs.program(name),
-            name, classid=self._programs.slot << 8 | n,
-        )  # fmt: skip
+        place, classid = (netns or self._wiring.netns, ifindex, hook), self._programs.slot << 8 | n
+        self._places[place] = name, classid
+        bpf.attach_tc(self._links, *place, self._at_work.program(name), name, classid)
+
+    @contextmanager
+    def traced(self, lock: threading.RLock) -> Iterator[bpf.ProgramSet]:
+        """Have the traced variant of the programs at work; the lock is held while they change."""
+        with self._scope.part() as part:
+            variant = bpf.load_traced(self._programs, part)
+            try:
+                self._replace(variant, lock)
+                yield variant
+            finally:
+                self._replace(self._programs, lock)
+                variant.close()
+
+    def _replace(self, programs: bpf.ProgramSet, lock: threading.RLock) -> None:
+        with lock:
+            self._at_work = programs
+            for place, (name, classid) in self._places.items():
+                with suppress(OSError):  # that link is gone
+                    bpf.replace_tc(*place, programs.program(name), name, classid)
 
 
 class Datapath(Protocol):
