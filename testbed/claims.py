@@ -64,7 +64,7 @@ def judge(store: Store) -> list[Found]:
     for claim in (Claim(**claim) for claim in campaign.plan.get("claims", ())):
         for cell in map(Cell.parse, campaign.cells):
             to = divisor(cell, claim, campaign.references)
-            if not fnmatchcase(cell.id, claim.cells) or to == cell:
+            if not fnmatchcase(cell.id, claim.cells) or to == cell or to.id not in campaign.cells:
                 continue
             mine, others = values(cell, claim.quantity), values(to, claim.quantity)
             ratio = estimate(mine[b] / others[b] for b in sorted(mine.keys() & others.keys()))

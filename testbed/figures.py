@@ -171,23 +171,26 @@ def _bars(rows: Sequence[Summary], store: Store) -> Drawing:
     slots = [_slots(part) for part in parts]
     own = rows[0].cell.guest
     guest = own or store.campaign.guest
-    figure = Figure(figsize=(WIDTH_IN, 2.2))
+    narrow = sum(map(len, slots)) > 24  # families side by side would leave no room for labels
+    lines = len(families) if narrow else 1
+    figure = Figure(figsize=(WIDTH_IN, 2.2 if lines == 1 else 1.7 * lines))
     how = (
         "Bars: geometric means over blocks; "
         + ("whiskers: 95 % t-intervals" if store.campaign.blocks > 1 else "no interval from one")
         + ("; native and guest pairs on scales of their own." if len(parts) > 1 else ".")
     )
     panels = figure.subplots(
-        1, len(families) * len(parts), squeeze=False,
-        width_ratios=[len(s) + 1 for s in slots] * len(families),
-    )[0]  # fmt: skip
-    for n, axes in enumerate(panels):
+        lines, len(families) * len(parts) // lines, squeeze=False,
+        width_ratios=[len(s) + 1 for s in slots] * (len(families) // lines),
+    )  # fmt: skip
+    for n, axes in enumerate(panels.flat):
         family, part = families[n // len(parts)], parts[n % len(parts)]
         if n % len(parts) == 0:
             axes.set_title(names(family), loc="left", fontweight="bold")
         _bar_panel(axes, part, family, slots[n % len(parts)], guest)
     named = {Metric.THROUGHPUT: "goodput, Gbit/s", Metric.CONNECTIONS: "connections, 10³/s"}
-    panels[0].set_ylabel(named[rows[0].cell.metric])
+    for line in panels:
+        line[0].set_ylabel(named[rows[0].cell.metric])
     return Drawing(
         figure, title_of(rows[0].cell), keys_of(rows, patch_key),
         [f"{circumstances(store, own)} {how}", *absences(rows)], functional(store, rows),
@@ -400,9 +403,8 @@ def _curves(rows: Sequence[Summary], histograms: Mapping[Cell, Blocks], store: S
         for axes, pair in zip(line, pairs, strict=True):
             axes.grid(visible=True)
             if family is families[0]:
-                axes.set_title(replace(rows[0].cell, pair=pair).label(store.campaign.guest))
-            if family is families[-1]:
-                axes.set_xlabel("round-trip time, µs")
+                label = replace(rows[0].cell, pair=pair).label(store.campaign.guest)
+                axes.set_title(label.replace("→", "\n→ ") if len(pairs) > 5 else label)
             absent = []
             for row in rows:
                 if (row.cell.family, row.cell.pair, row.quantity) != (family, pair, "p50_us"):
@@ -414,6 +416,7 @@ def _curves(rows: Sequence[Summary], histograms: Mapping[Cell, Blocks], store: S
                     absent.append(f"{row.cell.datapath}: {absence(row.status)}")
             axes.text(0.96, 0.05, "\n".join(absent), transform=axes.transAxes, ha="right",
                       bbox={"fc": "white", "ec": "none", "pad": 1})  # fmt: skip
+    figure.supxlabel("round-trip time, µs", fontsize=mpl.rcParams["axes.labelsize"])
     corner = panels[0][0]
     corner.set_ylim(0, 1.04)
     corner.set_xscale("log")

@@ -23,17 +23,25 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import Any, NamedTuple
 
-from testbed import figures, model
-from testbed.analysis import CONFIDENCE, Estimate, Summary, controls, cost_values, estimate
+from testbed import claims, figures, model
+from testbed.analysis import (
+    CONFIDENCE,
+    Estimate,
+    Summary,
+    block_values,
+    controls,
+    cost_values,
+    estimate,
+)
 from testbed.model import SLOW_US, Cell, Error, Family, Pair, Status
 from testbed.plan import CPU_QUANTITY
-from testbed.report import UNITS, Unit, absence, names, number, rank, summaries
+from testbed.report import UNITS, Unit, absence, grouped, names, number, rank, summaries
 from testbed.store import Store, frame
 
 FOLDER = Path(__file__).resolve().parent.parent / "paper"
 
 CALL = re.compile(
-    r"\\(mean|interval|ratio|low|high|verdict|size|ratios|tally|fact)(?:\[(\w+)\])?\{([^{}]+)\}"
+    r"\\(mean|interval|ratio|low|high|verdict|of|ratios|tally|fact)(?:\[(\w+)\])?\{([^{}]+)\}"
 )
 """A macro of the text: \\kind[quantity]{cell, glob of cells, or fact}."""
 MADE = re.compile(r"\\(?:resultfigure\{|input\{generated/)([\w-]+)\}")
@@ -141,8 +149,8 @@ class Answers:
         self.cells: dict[str, list[Summary]] = {}
         for row in self.rows:
             self.cells.setdefault(self.id_of(row.cell), []).append(row)
-        self._spent = {
-            self.id_of(Cell.parse(str(id))): cost_values(table)
+        self._tables = {
+            self.id_of(Cell.parse(str(id))): table
             for id, table in frame(store.trials()).groupby("cell")
         }
         self.conformance = _conformance(store)
@@ -160,16 +168,25 @@ class Answers:
             return self.facts[asked]
         if kind in ("ratios", "tally"):
             return self._of_many(kind, asked)
-        row = self.row(asked, quantity)
+        id, _, other = asked.partition(" to ")
+        row = self._known(id, "" if kind == "of" else quantity)
+        if kind == "of":
+            return _parameter(row.cell, quantity)
+        if kind in _OF_CELL:
+            return _OF_CELL[kind](row)
+        if other:
+            row = self._divided(row, self._known(other, quantity).cell)
+        elif row.no_ratio:
+            raise KeyError(row.no_ratio)
+        return _OF_RATIO[kind](row.ratio)
+
+    def _known(self, id: str, quantity: str) -> Summary:
+        row = self.row(id, quantity)
         if row is None:
             raise KeyError("no such cell in this campaign")
         if row.status is not Status.OK:
             raise KeyError(f"{row.status}: {row.reason}")
-        if kind in ("mean", "interval", "size"):
-            return _OF_CELL[kind](row)
-        if row.no_ratio:
-            raise KeyError(row.no_ratio)
-        return _OF_RATIO[kind](row.ratio)
+        return row
 
     def row(self, id: str, quantity: str = "") -> Summary | None:
         """The first quantity of a cell, the one that is so called (`p99`), or what it costs."""
@@ -180,11 +197,21 @@ class Answers:
 
     def _cost(self, row: Summary) -> Summary:
         """The same cell, of what its traffic costs the host."""
-        mine = self._spent.get(self.id_of(row.cell), {})
-        to = replace(row.cell, datapath=row.reference or row.cell.datapath)
-        others = self._spent.get(self.id_of(to), {})
-        ratio = estimate(mine[b] / others[b] for b in sorted(mine.keys() & others.keys()))
-        return replace(row, quantity=CPU_QUANTITY, estimate=estimate(mine.values()), ratio=ratio)
+        row = replace(row, quantity=CPU_QUANTITY)
+        row = replace(row, estimate=estimate(self._values(row.cell, CPU_QUANTITY).values()))
+        return self._divided(row, replace(row.cell, datapath=row.reference or row.cell.datapath))
+
+    def _divided(self, row: Summary, to: Cell) -> Summary:
+        """The same, with the ratio to another cell in those blocks that have both."""
+        mine, others = (self._values(cell, row.quantity) for cell in (row.cell, to))
+        both = sorted(mine.keys() & others.keys())
+        return replace(row, ratio=estimate(mine[block] / others[block] for block in both))
+
+    def _values(self, cell: Cell, quantity: str) -> dict[int, float]:
+        table = self._tables.get(self.id_of(cell))
+        if table is None:
+            return {}
+        return cost_values(table) if quantity == CPU_QUANTITY else block_values(table, quantity)
 
     def _of_many(self, kind: str, glob: str) -> str:
         """Of all ratios like `glob`: their range; or how many are below, at and above one."""
@@ -220,9 +247,12 @@ def _interval(of: Estimate, unit: Unit) -> str:
     return shown + (rf"\,{escape(unit.name)}" if unit.name else "")
 
 
-def _size(row: Summary) -> str:
-    kib, rest = divmod(row.cell.size_bytes, 1024)
-    return rf"{row.cell.size_bytes}\,bytes" if rest else rf"{kib}\,KiB"
+def _parameter(cell: Cell, name: str) -> str:
+    """The size of a cell's messages, or how many streams, guests, pods it has."""
+    if name != "size":
+        return str(getattr(cell, name))
+    kib, rest = divmod(cell.size_bytes, 1024)
+    return rf"{cell.size_bytes}\,bytes" if rest else rf"{kib}\,KiB"
 
 
 def _verdict(ratio: Estimate) -> str:
@@ -234,7 +264,6 @@ def _verdict(ratio: Estimate) -> str:
 _OF_CELL: Mapping[str, Callable[[Summary], str]] = {
     "mean": lambda row: _interval(replace(row.estimate, blocks=1), _unit(row)),
     "interval": lambda row: _interval(row.estimate, _unit(row)),
-    "size": _size,
 }
 _OF_RATIO: Mapping[str, Callable[[Estimate], str]] = {
     "ratio": lambda ratio: _interval(ratio, Unit(1, "")),
@@ -280,6 +309,10 @@ def _facts(answers: Answers) -> Iterator[tuple[str, str]]:
             yield f"guest/{name}/{key}", escape(value)
     for name, version in campaign.versions.items():
         yield f"version/{name}", escape(version)
+    judged = Counter(found.verdict for found in claims.judge(store))
+    yield "claims", str(judged.total())
+    for verdict in claims.Verdict:
+        yield f"claims/{verdict}", str(judged[verdict])
     if found := controls(answers.rows):
         yield from (("aa/ratios", str(found.same)), ("aa/differing", str(found.differing)),
                     ("aa/bound", str(found.bound)), ("slow/cells", str(found.slow)),
@@ -408,20 +441,34 @@ def _conformance_table(answers: Answers) -> list[str]:
     return [*lines, r"\bottomrule", r"\end{tabular}"]
 
 
+def _claims_table(answers: Answers) -> list[str]:
+    """What the plan claims, and what came of it, a row per cell."""
+    found = claims.judge(answers.store)
+    lines = [r"\begin{tabular*}{\columnwidth}{@{\extracolsep{\fill}}lll@{}}", r"\toprule",
+             r"claim & ratio & verdict \\"]  # fmt: skip
+    for claim, rows in grouped(found, lambda row: row.claim.text).items():
+        lines += [r"\midrule", rf"\multicolumn{{3}}{{@{{}}l}}{{\emph{{{escape(claim)}}}}} \\"]
+        for row in rows:
+            what = f"{row.cell.label(answers.store.campaign.guest)}, {names(row.cell.family)}"
+            ratio = _interval(row.ratio, Unit(1, "")) if row.ratio.blocks else "not measured"
+            lines.append(rf"{escape(what)} & {ratio} & {escape(row.verdict)} \\")
+    return [*lines, r"\bottomrule", r"\end{tabular*}"]
+
+
 def _addresses(answers: Answers) -> list[str]:
     """The address plan, from the code."""
     plan: dict[str, Callable[[Family], Any]] = {
-        "alias: what \\texttt{localhost} is in a guest": model.alias,
-        "native source: natives, to guests": model.native_source,
-        "the same, of unusual flows": model.native_source_odd,
-        "pod's end of the link": model.pod_link,
-        "guest's own address": lambda family: model.guest_link(family, 0),
+        "alias": model.alias,
+        "native source": model.native_source,
+        "\\quad of unusual flows": model.native_source_odd,
+        "pod on the link": model.pod_link,
+        "guest on the link": lambda family: model.guest_link(family, 0),
         "guest, to guests": lambda family: model.guest_view(family, 0),
         "guest, to natives": lambda family: model.native_view(family, 0),
     }
     lines = [r"\begin{tabular}{@{}lll@{}}", r"\toprule", r"use & IPv4 & IPv6 \\", r"\midrule"]
     for use, address in plan.items():
-        if use.startswith("guest's"):
+        if use == "guest on the link":
             lines.append(r"\midrule")
         shown = [rf"\addr{{{address(family)}}}" for family in Family]
         lines.append(" & ".join([use, *shown]) + r" \\")
@@ -430,6 +477,7 @@ def _addresses(answers: Answers) -> list[str]:
 
 TABLES: Mapping[str, Callable[[Answers], list[str]]] = {
     "table-addresses": _addresses,
+    "table-claims": _claims_table,
     "table-conformance": _conformance_table,
     "table-standin": lambda answers: _results(answers, "standin"),
     "table-osv": lambda answers: _results(answers, "osv"),

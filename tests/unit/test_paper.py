@@ -15,7 +15,8 @@ from testbed.model import Error, Status, Trial
 
 WAY = "native-guest/ipv4/tcp/throughput/65536x1"
 CAMPAIGN = store.Campaign(
-    name="little", plan={"duration_s": 1.3},
+    name="little",
+    plan={"duration_s": 1.3, "claims": [{"text": "fast", "cells": "steer/*", "at_least": 0.97}]},
     cells=(f"direct/{WAY}", f"steer/{WAY}", f"passt/{WAY}", f"tun/{WAY}"), blocks=3, seed=1,
     references={"direct": "direct", "steer": "direct", "passt": "direct", "tun": "direct"},
     guest="standin", guest_kernel="", accelerator="none", kernel="6.18_x", cpu="a CPU",
@@ -68,15 +69,20 @@ def write(folder: Path, text: str) -> None:
     [
         (rf"\mean{{direct/{WAY},guest=standin}}", r"20.0\,Gbit/s"),
         (rf"\ratio{{steer/{WAY},guest=standin}}", "0.900 [0.900, 0.900]"),
+        (
+            rf"\ratio{{direct/{WAY},guest=standin to steer/{WAY},guest=standin}}",
+            "1.11 [1.11, 1.11]",
+        ),
         (rf"\low{{steer/{WAY},guest=standin}}", "0.900"),
         (rf"\verdict{{steer/{WAY},guest=standin}}", "below"),
         (rf"\verdict{{tun/{WAY},guest=standin}}", "not distinguishable from"),
         (rf"\verdict[cpu]{{steer/{WAY},guest=standin}}", "above"),
-        (rf"\size{{steer/{WAY},guest=standin}}", r"64\,KiB"),
+        (rf"\of[size]{{steer/{WAY},guest=standin}}", r"64\,KiB"),
         (r"\tally{steer/*}", "1 of 1 below one, 0 above"),
         (r"\ratios{*/tcp/throughput/*}", "0.82 to 0.90"),
         (r"\fact{kernel}", r"6.18\_x"),
         (r"\fact{trials/unsupported}", "3"),
+        (r"\fact{claims/does not hold}", "1"),
         (r"\fact{conformance/steer/standin/tried}", "3"),
         (r"\fact{plan/duration}", r"1.3\,s"),
     ],
