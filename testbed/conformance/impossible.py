@@ -65,7 +65,6 @@ GUESTS: dict[str, tuple[Impossible, ...]] = {
         Impossible(
             frozenset({"gso-sizes"}),
             "OSv sends the beginning of a burst again and again, each time after a time-out",
-            families=(Family.IPV6,),
         ),
     ),
 }
