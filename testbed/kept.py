@@ -86,7 +86,10 @@ class Kept:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         self.events.append(f"{now} {what}")
         with self._writing:
-            pods.write_down(self.scratch, self.status())
+            try:
+                pods.write_down(self.scratch, self.status())
+            except OSError as e:  # /run is full: a keeper to come will know what was before
+                self.events.append(f"{now} cannot be written down: {e}")
 
     def _start(self) -> None:
         for watched in self.init:
@@ -323,7 +326,9 @@ class Watched:
             left = process.Orphan(was["pid"], was["started"])
             if name not in pod.cut_off:
                 return left
-            self._say("its link was lost while nobody kept the pod")
+            self._say("its link was lost")
+            process.end(left)
+            raise ProcessLookupError(was["pid"])
         process.empty_cgroup(pod.place(self.workload).cgroup)
         return None
 

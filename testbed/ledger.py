@@ -17,6 +17,7 @@ import os
 import secrets
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import TextIOWrapper
@@ -27,6 +28,7 @@ from typing import Any, Protocol, Self
 from testbed.model import Error
 
 ROOT = Path("/run/testbed")
+PATIENCE_S = 1
 
 
 def _die_of_signals() -> None:
@@ -186,9 +188,7 @@ class Owner(Scope):
 
     def __init__(self, left: Path | None = None) -> None:
         if left:
-            dead = _dead(left)
-            if dead is None:
-                raise Error(f"{left} is somebody's who lives")
+            dead = _taken(left)
             super().__init__(dead)
             self._entries += dead.left
         else:
@@ -228,7 +228,7 @@ def clean(only: Path | None = None) -> Iterator[str]:
     """
     failures: list[str] = []
     for path in [only] if only else sorted(ROOT.glob("*.ledger")):
-        ledger = _dead(path)
+        ledger = _taken(path) if only else _dead(path)
         if not ledger:
             continue
         before = len(failures)
@@ -246,6 +246,19 @@ def clean(only: Path | None = None) -> Iterator[str]:
     if failures:
         raise Error(f"left behind: {'; '.join(failures)}",
                     hint="if another version of testbed made it, clean with that one")  # fmt: skip
+
+
+def _taken(path: Path) -> _Ledger:
+    """The ledger of a dead owner, also if somebody looks at it just now (`is_dead`).
+
+    Raises `Error` if there is none, or somebody else has it for longer.
+    """
+    deadline = time.monotonic() + PATIENCE_S
+    while (ledger := _dead(path)) is None:
+        if time.monotonic() > deadline:
+            raise Error(f"somebody else is at what {path} lists")
+        time.sleep(0.01)
+    return ledger
 
 
 def _dead(path: Path) -> _Ledger | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from testbed import netlink, pods, process
+from testbed import datapaths, kubernetes, netlink, pods, process
 from testbed.ledger import Owner
 from testbed.model import Error, Family, alias, loopback
 from testbed.sandbox import Sandbox
@@ -167,27 +167,34 @@ def test_a_pod_known_by_a_process_of_it_is_kept_after_the_keeper_s_death(
     assert not there(name)
 
 
-def test_what_nothing_can_join_is_refused_and_left_alone(
-    manifest: Callable[..., Path], name: str, theirs: Theirs, tmp_path: Path
+def test_what_can_never_be_joined_is_refused(
+    manifest: Callable[..., Path], theirs: Theirs, tmp_path: Path
+) -> None:
+    [guests] = kubernetes.read(manifest(GUEST, runtime="standin"))
+    [natives] = kubernetes.read(manifest(GUEST))
+    joined = Sandbox(theirs.netns)
+    for sandbox, spec, datapath, problem in (
+        (Sandbox(Path("/etc/passwd")), guests, "steer", "/etc/passwd is no network namespace"),
+        (Sandbox(Path("/proc/self/ns/net")), guests, "steer", "own network namespace"),
+        (Sandbox(theirs.netns, tmp_path), guests, "steer", f"{tmp_path} is no cgroup"),
+        (joined, guests, "dnat", "dnat needs a pod that it has for itself"),
+        (joined, natives, "steer", "guest would be native to"),
+    ):
+        with pytest.raises(Error, match=problem):
+            sandbox.check(spec, datapaths.get(datapath))
+    joined.check(guests, datapaths.get("steer"))
+
+
+def test_what_cannot_be_joined_is_left_alone(
+    manifest: Callable[..., Path], name: str, theirs: Theirs
 ) -> None:
     before = theirs.state()
-    file = manifest(GUEST, runtime="standin")
-
-    def refused(*options: str | Path, netns: str | Path = theirs.netns) -> str:
-        message = run("attach", "--netns", netns, *options, file, status=3).stderr
-        assert message.count("\n") == 1
-        assert name not in pods.names()
-        return message
-
-    assert "/etc/passwd is no network namespace" in refused(netns="/etc/passwd")
-    assert "own network namespace" in refused(netns="/proc/self/ns/net")
-    assert f"{tmp_path} is no cgroup" in refused("--cgroup", tmp_path)
-    assert "dnat needs a pod that it has for itself" in refused("--datapath", "dnat")
+    attach = ("attach", "--netns", theirs.netns, manifest(GUEST, runtime="standin"))
     with theirs.serve(Family.IPV4, "0.0.0.0", PORT):
-        assert f"port {PORT} is guest 1's, but a native process has it" in refused()
+        refused = run(*attach, status=3).stderr
+    assert f"port {PORT} is guest 1's, but a native process has it" in refused
+    assert name not in pods.names()
     assert theirs.state() == before
-    file = manifest(GUEST.replace("name: guest", "name: native"))
-    assert "native would be native to" in refused()
 
 
 @pytest.mark.parametrize(("command", "problem"), [
