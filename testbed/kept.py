@@ -126,7 +126,8 @@ class Kept:
                     self._threads.append(thread)
                     thread.start()
                     continue
-                answer = self.describe() if question == "describe" else self.status()
+                answers = {"describe": self.describe, "traffic": self.traffic}
+                answer = answers.get(question, self.status)()
                 asker.sendall(json.dumps(answer).encode() + b"\n")
             except (OSError, ValueError, KeyError):
                 pass  # the asker is gone, or no client of ours
@@ -174,16 +175,32 @@ class Kept:
             "workloads": [w.status() for w in (*self.init, *self.watched)],
         }
 
+    def traffic(self) -> dict[str, Any]:
+        """What the datapath carried between each two, of whom one is a guest, and counted."""
+        ends: dict[int | None, str] = {None: "natives"}
+        ends |= {n: w.name for n, w in self.spec.manifest.guests.items()}
+        with self.pod.lock:
+            attachment = self.pod.attachment
+            counters = attachment.counters()
+            traffic = [
+                {"client": ends[client], "server": ends[server],
+                 **vars(attachment.carried(client, server))}
+                for client in ends for server in ends if client or server
+            ]  # fmt: skip
+        return {
+            "traffic": traffic,
+            "counters": {reason: vars(count) for reason, count in counters.items()},
+        }
+
     def describe(self) -> dict[str, Any]:
-        """Status, wiring, counters and events."""
+        """Status, wiring, traffic, counters and events."""
         with self.pod.lock:
             ips = {self.pod.netns: self.pod.ip, self.pod.link_netns: self.pod.link_ip}
             links = [link for netns, ip in ips.items() for link in _links(netns, ip)]
-            counters = self.pod.attachment.counters()
         return {
             **self.status(),
             "links": links,
-            "counters": {reason: vars(count) for reason, count in counters.items()},
+            **self.traffic(),
             "cgroup": str(self.pod.cgroup),
             "events": list(self.events),
         }

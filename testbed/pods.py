@@ -117,9 +117,19 @@ def workloads(pod: str, name: str | None) -> list[dict[str, Any]]:
 
 
 def describe(pod: str) -> dict[str, Any]:
-    """Its wiring: links with addresses and programs, counters, events."""
+    """Its wiring: links with addresses and programs, traffic, counters, events."""
+    return _ask_keeper(pod, "describe")
+
+
+def traffic(pod: str) -> dict[str, Any]:
+    """What its datapath carried between each two, and what it counted."""
+    return _ask_keeper(pod, "traffic")
+
+
+def _ask_keeper(pod: str, question: str) -> dict[str, Any]:
+    """Raises `Error` where there is none to ask."""
     try:
-        return _ask(pod, "describe", PATIENCE_S)
+        return _ask(pod, question, PATIENCE_S)
     except NoKeeper:
         orphan(pod)
         raise Error(f"the keeper of pod {pod!r} was killed, and the pod goes on without",

@@ -26,12 +26,30 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (campaigns, hosts, pods, images):
         module.add(commands)
+    completion = commands.add_parser(
+        "completion", help="print what has a shell complete commands, options and names of pods",
+        epilog='For instance in .bashrc: eval "$(testbed completion bash)"',
+    )  # fmt: skip
+    completion.set_defaults(call=_completion)
+    completion.add_argument("shell", choices=("bash", "zsh"))
     return top
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    from argcomplete.shell_integration import shellcode
+
+    print(shellcode(["testbed"], shell=arguments.shell))
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry of `testbed`; returns the exit code."""
-    arguments = parser().parse_args(argv)
+    known = parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what might come next
+        import argcomplete
+
+        argcomplete.autocomplete(known)
+    arguments = known.parse_args(argv)
     try:
         return int(arguments.call(arguments))
     except Error as e:

@@ -6,10 +6,11 @@ import argparse
 import json
 import os
 import sys
+import time
 from contextlib import ExitStack, suppress
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from testbed.cli.common import Commands
 from testbed.model import Error
@@ -40,7 +41,7 @@ def add(commands: Commands) -> None:
     attach.add_argument("--cgroup", type=Path, metavar="PATH",
                         help="its processes' cgroup (v2), for steer's fast path; without, they go "
                         "by lo")  # fmt: skip
-    adopt.add_argument("pod", metavar="POD")
+    _pod(adopt, metavar="POD")
     for command in (up, attach):
         command.add_argument("manifest", type=Path, metavar="FILE", help="v1 Pods, in YAML")
         command.add_argument("--datapath", default="steer", metavar="NAME",
@@ -63,7 +64,7 @@ def add(commands: Commands) -> None:
     ):
         command = commands.add_parser(name, help=text)
         command.set_defaults(call=call)
-        command.add_argument("pod", metavar="POD", nargs="+" if call is _down else None)
+        _pod(command, metavar="POD", nargs="+" if call is _down else None)
         if name in ("logs", "exec"):
             command.add_argument("-c", "--container", metavar="NAME", help="which workload")
         if name == "logs":
@@ -73,13 +74,23 @@ def add(commands: Commands) -> None:
         if name == "describe":
             command.add_argument("--json", action="store_true")
 
+    top = commands.add_parser(
+        "top", help="packets and bits per second of each pair of workloads, and what is counted"
+    )
+    top.set_defaults(call=_top)
+    _pod(top, metavar="POD", nargs="*", help="default: all")
+    top.add_argument("--interval", type=float, default=1.0, metavar="S",
+                     help="between two looks (default: %(default)s)")  # fmt: skip
+    top.add_argument("--once", action="store_true", help="print one interval, and end")
+    top.add_argument("--json", action="store_true", help="the same, as JSON")
+
     trace = commands.add_parser(
         "trace", help="each packet at each of the datapath's programs, and what became of it",
         epilog="Ends with Ctrl-C. While it runs, the pod's programs are slower; before and after, "
         "they are not.",
     )  # fmt: skip
     trace.set_defaults(call=_trace)
-    trace.add_argument("pod", metavar="POD")
+    _pod(trace, metavar="POD")
     trace.add_argument("--port", type=int, metavar="N", help="only packets from or to a port")
     trace.add_argument(
         "--pcap", type=Path, metavar="FILE",
@@ -87,6 +98,18 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     trace.add_argument("--count", type=int, metavar="N", help="end after so many")
     trace.add_argument("--json", action="store_true", help="a line of JSON for each")
+
+
+def _pod(command: argparse.ArgumentParser, **options: Any) -> None:
+    """An argument that names pods."""
+
+    def standing(**_: object) -> list[str]:
+        from testbed import pods
+
+        return pods.names()
+
+    argument = command.add_argument("pod", **options)
+    argument.completer = standing  # type: ignore[attr-defined]
 
 
 def _up(arguments: argparse.Namespace) -> int:
@@ -212,6 +235,10 @@ def _describe(arguments: argparse.Namespace) -> int:
         for key in ("addresses", "programs"):
             if link[key]:
                 print(f"  {key:<12} {' '.join(link[key])}")
+    print("\ntraffic")
+    for flow in found["traffic"]:
+        ends = f"{flow['client']}→{flow['server']}"
+        print(f"  {ends:<16} {flow['packets']} packets, {flow['bytes']} bytes")
     print("\ncounters")
     for reason, count in found["counters"].items():
         print(f"  {reason:<16} {count['packets']} packets, {count['bytes']} bytes")
@@ -239,4 +266,31 @@ def _trace(arguments: argparse.Namespace) -> int:
                     trace.write(capture, event)
         if tracing.missed:
             print(f"testbed: {tracing.missed} were missed: too many at once", file=sys.stderr)
+    return 0
+
+
+def _top(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.live import Live
+
+    from testbed import pods, top
+
+    def chosen() -> list[str]:
+        return arguments.pod or pods.names()
+
+    before = top.look(chosen())
+    if arguments.once or arguments.json:
+        time.sleep(arguments.interval)
+        found = top.rates(before, top.look(chosen()))
+        if arguments.json:
+            print(json.dumps(top.data(found), indent=1))
+        else:
+            Console().print(top.table(found))
+        return 0
+    with suppress(KeyboardInterrupt), Live(screen=True, auto_refresh=False) as live:
+        while True:
+            time.sleep(arguments.interval)
+            now = top.look(chosen())
+            live.update(top.table(top.rates(before, now)), refresh=True)
+            before = now
     return 0

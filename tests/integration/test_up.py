@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from testbed import ledger, pods
+from testbed import ledger, netlink, pods
 
 from .commands import TESTBED, run, there, workload
 from .sockets import wait_until
@@ -43,6 +45,36 @@ def test_a_pod_stands_until_it_is_taken_down(manifest: Callable[..., Path], name
     run("down", name)
     assert not there(name)
     assert f"no pod '{name}'" in run("down", name, status=3).stderr
+
+
+def test_top_tells_what_each_pair_carries(manifest: Callable[..., Path], name: str) -> None:
+    file = manifest("""
+        - name: guest
+          image: "host:busybox"
+          args: [nc, -ll, -p, "9000", -e, cat]
+          ports: [{containerPort: 9000}]
+    """, runtime="standin")  # fmt: skip
+    run("up", file)
+    netns = pods.status(name)["netns"]
+    stop = threading.Event()
+
+    def talk() -> None:
+        with socket.create_connection(("127.0.0.1", 9000)) as connection:
+            while not stop.wait(0.01):
+                connection.sendall(b"x" * 1000)
+                connection.recv(1000)
+
+    talking = threading.Thread(target=lambda: netlink.inside(netns, talk))
+    talking.start()
+    told = json.loads(run("top", name, "--json", "--interval=0.5").stdout)
+    rates = {rate["what"]: rate for rate in told}
+    assert rates["natives→guest"]["packets_per_s"] > 10
+    assert rates["natives→guest"]["bps"] > 8 * 1000
+    assert rates["guest→natives"]["packets"] == 0
+    assert "natives→guest" in run("top", name, "--once", "--interval=0.1").stdout
+    stop.set()
+    talking.join()
+    assert f"no pod '{name}x'" in run("top", f"{name}x", "--once", status=3).stderr
 
 
 def test_logs_and_exec(manifest: Callable[..., Path], name: str) -> None:
@@ -159,6 +191,22 @@ def test_pods_are_listed_fast(manifest: Callable[..., Path], name: str) -> None:
         run("ps")
         times_s.append(time.monotonic() - began)
     assert min(times_s) < 0.4
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"), [("testbed tr", "trace"), ("testbed trace ", ""), ("testbed logs ", "")]
+)
+def test_a_shell_is_told_commands_and_the_names_of_pods(
+    manifest: Callable[..., Path], name: str, tmp_path: Path, line: str, offered: str
+) -> None:
+    run("up", manifest('- {name: a, image: "host:sleep", args: ["1000"]}'))
+    told = tmp_path / "told"
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)),
+             "_ARGCOMPLETE_STDOUT_FILENAME": str(told), "_ARGCOMPLETE_IFS": "\n"}  # fmt: skip
+    subprocess.run(TESTBED, env=os.environ | asked, check=False)
+    assert (offered or name) in told.read_text().split()
+    assert "complete" in run("completion", "bash").stdout
+    assert "compdef" in run("completion", "zsh").stdout
 
 
 def test_no_ledger_is_left(name: str) -> None:
