@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
@@ -105,20 +106,19 @@ class OwnStage:
         )
 
     def build(self) -> None:
-        """The pod, its workloads ready, watched over."""
-        self.pod: Pod = self.another(self.name)
-        self.netns = self.pod.netns
-        try:
+        """The pod, its workloads ready, watched over. If that fails, nothing stands."""
+        with ExitStack() as stack:
+            self.pod = self.another(self.name)
+            stack.callback(self.pod.close)
+            self.netns = self.pod.netns
             self.pod.start()
-        except BaseException:
-            self.pod.close()
-            raise
-        self.supervisor = Supervisor(self.pod)
-        self.supervisor.__enter__()
+            stack.enter_context(Supervisor(self.pod))
+            self._standing = stack.pop_all()
+            self._stands = True
 
     def close(self) -> None:
-        self.supervisor.__exit__(None, None, None)
-        self.pod.close()
+        self._stands = False
+        self._standing.close()
 
     def agent(self, name: str) -> Agent:
         if name not in {w.name for w in self.pod.manifest.workloads}:
@@ -131,7 +131,10 @@ class OwnStage:
             return self.pod.agent(name)
 
     def revive(self) -> None:
-        self.pod.revive()
+        if self._stands:
+            self.pod.revive()
+        else:
+            self.build()
 
     def guest_netns(self, name: str) -> str:
         if self.runtime is not Runtime.STANDIN:
