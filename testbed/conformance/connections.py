@@ -522,7 +522,8 @@ def no_stalls(bed: Bed) -> None:
         far.send("done")
         near.receive(4)
         slow += time.monotonic() - began > STALL_S
-    expect(slow <= 4, f"{slow} of 40 exchanges took more than {STALL_S * 1000:.0f} ms")
+    often = 20 if bed.stage.emulated else 4  # a stall is in every exchange; a busy host in some
+    expect(slow <= often, f"{slow} of 40 exchanges took more than {STALL_S * 1000:.0f} ms")
 
 
 @check("RFC 9293, 3.7.1; RFC 6691: maximum segment size")
