@@ -19,6 +19,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
@@ -188,7 +189,9 @@ class Owner(Scope):
 
     def __init__(self, left: Path | None = None) -> None:
         if left:
-            dead = _taken(left)
+            dead = _dead(left)
+            if dead is None:
+                raise Error(f"somebody else is at what {left} lists")
             super().__init__(dead)
             self._entries += dead.left
         else:
@@ -215,7 +218,7 @@ class Owner(Scope):
 
 def is_dead(path: Path) -> bool:
     """Whether the owner of a ledger died, and left what it made."""
-    file = _locked(path)
+    file = _seen(path)
     if file:
         file.close()
     return file is not None
@@ -228,8 +231,10 @@ def clean(only: Path | None = None) -> Iterator[str]:
     """
     failures: list[str] = []
     for path in [only] if only else sorted(ROOT.glob("*.ledger")):
-        ledger = _taken(path) if only else _dead(path)
+        ledger = _dead(path)
         if not ledger:
+            if only:
+                raise Error(f"somebody else is at what {only} lists")
             continue
         before = len(failures)
         for entry in reversed(ledger.left):
@@ -248,39 +253,38 @@ def clean(only: Path | None = None) -> Iterator[str]:
                     hint="if another version of testbed made it, clean with that one")  # fmt: skip
 
 
-def _taken(path: Path) -> _Ledger:
-    """The ledger of a dead owner, also if somebody looks at it just now (`is_dead`).
-
-    Raises `Error` if there is none, or somebody else has it for longer.
-    """
-    deadline = time.monotonic() + PATIENCE_S
-    while (ledger := _dead(path)) is None:
-        if time.monotonic() > deadline:
-            raise Error(f"somebody else is at what {path} lists")
-        time.sleep(0.01)
-    return ledger
-
-
 def _dead(path: Path) -> _Ledger | None:
-    """The ledger of a dead owner; None if it is alive, or another `clean` is at it."""
-    file = _locked(path)
+    """The ledger of a dead owner; None if it is alive, or somebody else is at it."""
+    file = _seen(path)
     if file is None:
         return None
-    ledger = _Ledger(path, file)
-    ledger.read()
-    return ledger
-
-
-def _locked(path: Path) -> TextIOWrapper | None:
-    try:
-        file = path.open("r+")
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(file.fileno()).st_nlink:
-            return file
-    except BlockingIOError:
-        pass
+    deadline = time.monotonic() + PATIENCE_S
+    while not _lock(file, fcntl.LOCK_EX):  # who only looks (`is_dead`) is gone soon
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.005)
+    else:
+        if os.fstat(file.fileno()).st_nlink:  # else somebody was faster
+            ledger = _Ledger(path, file)
+            ledger.read()
+            return ledger
     file.close()
     return None
+
+
+def _seen(path: Path) -> TextIOWrapper | None:
+    """The file of a dead owner, to look at: others may do so as well."""
+    with suppress(FileNotFoundError):
+        file = path.open("r+")
+        if _lock(file, fcntl.LOCK_SH):
+            return file
+        file.close()
+    return None
+
+
+def _lock(file: TextIOWrapper, kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
