@@ -112,6 +112,7 @@ def load_traced(programs: ProgramSet, owner: Scope) -> ProgramSet:
     compiled = bytecode.get(name)
     pins = programs.pins / f"traced-{programs.slot}"
     owner.defer(remove_traced, pins=str(pins))
+    _remove(pins)  # of a keeper that was killed meanwhile
     pins.mkdir()
     _verify(compiled, name, pins, programs.pins)
     return ProgramSet(pins, programs.slot)
