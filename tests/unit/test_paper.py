@@ -130,6 +130,18 @@ def test_a_figure_that_the_campaign_has_not_is_named(campaign: store.Store, fold
         paper.generate(campaign, folder)
 
 
+def test_a_campaign_without_results_of_checks_has_those_that_are_kept(
+    campaign: store.Store,
+) -> None:
+    (campaign.path / "conformance.json").unlink()
+    facts = paper.Answers(campaign).facts
+    counts = [
+        int(facts[f"conformance/steer/standin/{key}"]) for key in ("passed", "failed", "tried")
+    ]
+    assert counts[0] > 500
+    assert counts[0] + counts[1] == counts[2]
+
+
 # --- what is made ---------------------------------------------------------------------------
 
 
