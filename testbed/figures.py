@@ -68,7 +68,7 @@ def draw(store: Store, folder: Path | None = None, bare: bool = False) -> list[P
     Where one parameter takes three values or more, it has a figure of its own,
     `throughput-tcp-by-size.png`, and the others are of those parameters alone that most cells have.
     What depends on how many guests and pods there are: `scaling-tcp.png`. How long starts took and
-    what memory pods have, of which parts: `startup-tcp.png`. All ratios to reference datapaths,
+    what memory pods have, of which parts: `startup-tcp.png`. Other ratios to reference datapaths,
     controls too: `ratios-tcp.png`. Guests that cells name have figures of their own, with the name.
     """
     every, histograms, files = summaries(store), dict[Cell, list[Any]](), []
@@ -112,7 +112,8 @@ def draw(store: Store, folder: Path | None = None, bare: bool = False) -> list[P
         built = [part for part in breakdowns(frame(store.trials())) if not _is_crowd(part.cell)]
         for (metric, transport), parts in grouped(built, lambda p: _kind(p)[:2]).items():
             files += keep(_built(parts, store), name=f"{metric}-{transport}")
-        divided = [row for row in every if row.reference != row.cell.datapath]
+        divided = [row for row in every if row.reference != row.cell.datapath
+                   and not (row.cell.metric.of_building or _is_crowd(row.cell))]  # fmt: skip
         for (transport, guest), group in grouped(divided, lambda r: _kind(r)[1:]).items():
             if any(row.ratio.blocks for row in group):
                 whose = f"-{guest}" if guest else ""

@@ -66,10 +66,11 @@ def forest(rows: Sequence[Ratio], guest: str, band: float = 0.0) -> Figure:
         heights[line] = at
     figure = Figure(figsize=(WIDTH_IN, 0.5 + 0.115 * at))
     panels = figure.subplots(1, len(columns), sharex=True, sharey=True, squeeze=False)[0]
+    gap = "   " if len(columns) < 4 else "\n"
     low, high = _span([row.ratio for row in rows], band)
     for axes, (metric, quantity, name) in zip(panels, columns, strict=True):
         better = "→ better" if metric.higher_is_better else "better ←"
-        axes.set_title(f"{name}   {better}", loc="left")
+        axes.set_title(f"{name}{gap}{better}", loc="left")
         axes.axvspan(1 / (1 + band), 1 + band, color="#dddddd", lw=0)
         axes.axvline(1, color="black", lw=0.6)
         for row in rows:
@@ -89,6 +90,8 @@ def forest(rows: Sequence[Ratio], guest: str, band: float = 0.0) -> Figure:
     corner.set_xlim(low, high)
     steps = _NEAR if high / low < 3 else _FAR
     ticks = [x for x in steps if low < x < high]
+    if len(ticks) * len(columns) > _TICKS:
+        ticks = [x for x in ticks if math.log10(x).is_integer()]
     corner.set_xticks(ticks, [f"{x:g}" for x in ticks], minor=False)
     corner.xaxis.set_minor_locator(NullLocator())
     return figure
@@ -99,6 +102,8 @@ _NEAR = (0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2)
 
 _FAR = (0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 100)
 """Ticks of an axis of ratios: of a narrow one and of others."""
+_TICKS = 24
+"""So many have room for their labels, over all panels; of more, only powers of ten."""
 
 
 def _span(ratios: Iterable[Estimate], band: float) -> tuple[float, float]:
