@@ -16,7 +16,7 @@ import stat
 import struct
 import tempfile
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,22 +150,33 @@ def check_alias(addresses: Iterable[Address]) -> None:
             )
 
 
-def compose_osv(definition: Definition, *, hosts_patch: bool = True) -> Image:
+def compose_osv(
+    definition: Definition, *, hosts_patch: bool = True, etc: Mapping[str, bytes] = {}
+) -> Image:
     """A disk for OSv: MBR and ROFS with the program, libraries, shim, hosts and mount points.
+
+    `etc` are files that a pod gives to all its guests, by path; they go before those of images.
 
     Raises `Error` if the program cannot run on OSv or something is missing.
     """
-    return _store(osv_tree(definition, hosts_patch=hosts_patch), "img", definition.command)
+    tree = {**osv_tree(definition, hosts_patch=hosts_patch), **etc}
+    return _store(tree, "img", definition.command)
 
 
 def compose_linux(
-    definition: Definition, kernel: kernels.LinuxKernel, *, hosts_patch: bool = True
+    definition: Definition,
+    kernel: kernels.LinuxKernel,
+    *,
+    hosts_patch: bool = True,
+    etc: Mapping[str, bytes] = {},
 ) -> Image:
     """An initramfs for a Linux kernel: busybox, program with *all* libraries, hosts, modules.
 
+    `etc` as for OSv.
+
     Raises `Error` if the program cannot run there or something is missing.
     """
-    tree = linux_tree(definition, kernel, hosts_patch=hosts_patch)
+    tree = {**linux_tree(definition, kernel, hosts_patch=hosts_patch), **etc}
     return _store(tree, "cpio", definition.command)
 
 

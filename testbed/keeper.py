@@ -18,17 +18,17 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from testbed import datapaths, images, pods, process, runtimes
+from testbed import datapaths, images, nft, pods, process, resolver, runtimes
 from testbed.datapaths import Datapath
 from testbed.kept import Kept
 from testbed.ledger import Owner
 from testbed.manifest import Spec
-from testbed.model import Error, Family, Runtime, alias, loopback
+from testbed.model import Error, Family, Runtime, Transport, alias, loopback
 from testbed.pod import Pod
 from testbed.runtimes import Options, Prepared
 from testbed.sandbox import Sandbox
@@ -179,7 +179,12 @@ def keep(order: Order, built: Callable[[], None]) -> None:
                         owner.keep()
                     raise
                 before = left.status if left else None
-                with pod, Supervisor(pod), Kept(spec, pod, prepared, scratch, before) as kept:
+                with (
+                    pod,
+                    _connected(spec, pod),
+                    Supervisor(pod),
+                    Kept(spec, pod, prepared, scratch, before) as kept,
+                ):
                     built()
                     asker = kept.serve(server, ending)
         answer: dict[str, Any] = {}
@@ -231,6 +236,8 @@ def _listen(name: str) -> socket.socket:
 
 def _prepare(spec: Spec, options: Options) -> dict[Runtime, Prepared]:
     """All runtimes, and all images, at once: before anything is built."""
+    etc = {path: text.encode() for path, text in _etc(spec, guest=True).items()}
+    options = replace(options, etc=etc)
     workloads = (*spec.init, *spec.manifest.workloads)
     kinds = dict.fromkeys(w.runtime for w in workloads)
     with ThreadPoolExecutor() as pool:
@@ -240,14 +247,42 @@ def _prepare(spec: Spec, options: Options) -> dict[Runtime, Prepared]:
     return prepared
 
 
-def _write_etc(spec: Spec, scratch: Path) -> None:
-    """What Kubernetes puts into /etc of containers."""
+def _etc(spec: Spec, *, guest: bool) -> dict[str, str]:
+    """What Kubernetes puts into /etc of containers, by path (`runtimes.ETC`)."""
+    known = images.hosts_file(patched=guest).read_text()
+    own = (alias if guest else loopback)(Family.IPV4)
     aliases = "".join(f"{address} {' '.join(names)}\n" for address, names in spec.host_aliases)
-    for kind, patched, own in (
-        ("native", False, loopback(Family.IPV4)),
-        ("guest", True, alias(Family.IPV4)),
-    ):
-        known = images.hosts_file(patched=patched).read_text()
-        (scratch / f"hosts.{kind}").write_text(f"{known}{own} {spec.hostname}\n{aliases}")
-    (scratch / "resolv.conf").write_text(spec.resolv_conf)
+    resolv_conf = resolver.of_guests(spec.resolv_conf) if guest else spec.resolv_conf
+    return {"/etc/hosts": f"{known}{own} {spec.hostname}\n{aliases}",
+            "/etc/resolv.conf": resolv_conf}  # fmt: skip
+
+
+def _write_etc(spec: Spec, scratch: Path) -> None:
+    """The files that workloads have in the place of their own (`Place.etc`)."""
+    for kind, guest in (("native", False), ("guest", True)):
+        (scratch / kind).mkdir(exist_ok=True)
+        for path, text in _etc(spec, guest=guest).items():
+            (scratch / kind / Path(path).name).write_text(text)
     (scratch / "hostname").write_text(f"{spec.hostname}\n")
+
+
+@contextlib.contextmanager
+def _connected(spec: Spec, pod: Pod) -> Iterator[None]:
+    """The pod on the node's network, where there can be one, and its guests' way to its resolver.
+
+    In somebody else's namespace, that is somebody else's. Raises `Error` if it has ports of the
+    node, and there is no such network.
+    """
+    why = "whoever made its namespace connects it" if pod.sandbox else nft.unsupported()
+    if why is None:
+        pod.connect(spec.host_ports)
+    elif spec.host_ports:
+        raise Error(f"pod {spec.name!r} cannot have a hostPort: {why}")
+    server = resolver.to_relay(spec.resolv_conf)
+    dns = (Transport.UDP, resolver.PORT)
+    if server is None or not spec.manifest.guests or dns in spec.manifest.owners:
+        yield
+        return
+    waits = any(dns in workload.ports for workload in spec.manifest.natives)
+    with resolver.Relay(pod.netns, server, waits=waits):
+        yield

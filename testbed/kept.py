@@ -168,6 +168,7 @@ class Kept:
             "settled": all(w.is_settled for w in self.watched)
             or any(w.state == "failed" for w in self.init),
             "datapath": self.pod.datapath.name,
+            "addresses": [str(address) for address in self.pod.addresses.values()],
             "since": self.began,
             "keeper": os.getpid(),
             "netns": self.pod.netns,

@@ -28,7 +28,7 @@ from pydantic import (
 from pydantic.alias_generators import to_camel
 
 from testbed import manifest
-from testbed.manifest import Manifest, Program, Restart, Spec, Workload
+from testbed.manifest import HostPort, Manifest, Program, Restart, Spec, Workload
 from testbed.model import Error, Runtime, Transport
 
 ANNOTATION = "testbed/runtime"
@@ -116,6 +116,7 @@ class _Port(_Model):
     container_port: PortNumber
     protocol: Literal["TCP", "UDP"] = "TCP"
     name: str = ""
+    host_port: PortNumber | None = None
 
 
 class _Limits(_Model):
@@ -250,6 +251,7 @@ def spec(document: object, where: str, folder: Path) -> Spec:
             hostname=pod.spec.hostname or pod.metadata.name,
             host_aliases=tuple((str(a.ip), a.hostnames) for a in pod.spec.host_aliases),
             resolv_conf=_resolv_conf(pod.spec),
+            host_ports=_host_ports(pod.spec),
             warnings=tuple(warnings),
         )
     except Error as e:
@@ -321,9 +323,6 @@ def _check_runtime(container: _Container, runtime: Runtime, spec: _PodSpec, wher
     if (is_virtual or runtime is Runtime.WASM) and any(p and p.exec for p in probes):
         raise Error(f"{who} has an exec probe, and nothing can be started in it",
                     hint="ask it by tcpSocket or httpGet")  # fmt: skip
-    if is_virtual and (spec.host_aliases or spec.dns_config != _DnsConfig()):
-        raise Error(f"{who} cannot be given hostAliases or dnsConfig: its files are its image's",
-                    hint="leave them out, or put the files into an image definition")  # fmt: skip
 
 
 def _workload(container: _Container, runtime: Runtime, folder: Path) -> Workload:
@@ -341,6 +340,17 @@ def _workload(container: _Container, runtime: Runtime, folder: Path) -> Workload
     )
     ports = tuple((Transport(p.protocol.lower()), p.container_port) for p in container.ports)
     return Workload(container.name, runtime, ports, program=program)
+
+
+def _host_ports(spec: _PodSpec) -> tuple[HostPort, ...]:
+    ports = [
+        HostPort(Transport(p.protocol.lower()), p.host_port, p.container_port)
+        for container in spec.containers for p in container.ports if p.host_port
+    ]  # fmt: skip
+    taken = [(p.transport, p.host_port) for p in ports]
+    if twice := {port for port in taken if taken.count(port) > 1}:
+        raise Error("{} hostPort {} is claimed twice".format(*twice.pop()), hint="choose another")
+    return tuple(ports)
 
 
 def _image(image: str, folder: Path) -> str:

@@ -117,6 +117,15 @@ class Restart(StrEnum):
 
 
 @dataclass(frozen=True)
+class HostPort:
+    """A port of the node that leads to one of the pod."""
+
+    transport: Transport
+    host_port: int
+    port: int
+
+
+@dataclass(frozen=True)
 class Spec:
     """A pod as somebody wrote it: the workloads, and what it has beside them."""
 
@@ -129,5 +138,6 @@ class Spec:
     host_aliases: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """(address, names) of further lines in hosts files."""
     resolv_conf: str = ""
+    host_ports: tuple[HostPort, ...] = ()
     warnings: tuple[str, ...] = ()
     """What was asked for and is not done."""

@@ -187,6 +187,22 @@ def native_view(family: Family, n: int) -> Address:
     return ip_address(_NATIVE_VIEW[family]) + n
 
 
+MAX_PODS = 65000
+"""With addresses of one node."""
+
+_NODE = {Family.IPV4: "10.77.0.1", Family.IPV6: "fd77:1::1"}
+
+
+def node_address(family: Family) -> Address:
+    """The node's own on its network, 10.77.0.0/16 and fd77:1::/112. It routes for its pods."""
+    return ip_address(_NODE[family])
+
+
+def pod_address(family: Family, n: int) -> Address:
+    """What the n-th pod of the node (from 1) has there: the pod's IP."""
+    return node_address(family) + n
+
+
 ALIAS_MAC = "02:77:00:00:00:01"
 """Answered for alias, native source and guest views; source MAC of translated frames."""
 POD_MAC = "02:77:00:00:00:03"

@@ -40,11 +40,16 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def create_netns(owner: Scope, name: str) -> IPRoute:
+    """`make_netns`, for one owner."""
+    owner.defer(remove_netns, name=name)
+    return make_netns(name)
+
+
+def make_netns(name: str) -> IPRoute:
     """Make a namespace with `lo` up and addresses usable at once; returns a socket in it.
 
     What a host may have opened on `all` (net.core.devconf_inherit_init_net) is closed again.
     """
-    owner.defer(remove_netns, name=name)
     if not is_netns(NETNS / name):
         _in_thread(lambda: _unshare_netns(_place(name)))
     ip = open_socket(name)
@@ -138,6 +143,18 @@ def add_address(ip: IPRoute, ifindex: int, address: Address, prefix_length: int)
     """Give a link an address, usable at once. One that it has already is no error."""
     ip.addr("replace", index=ifindex, address=str(address), prefixlen=prefix_length,
             flags=IFA_F_NODAD if address.version == 6 else 0)  # fmt: skip
+
+
+def add_route(ip: IPRoute, ifindex: int, address: Address) -> None:
+    """Route one address to a link that it is on."""
+    ip.route("replace", dst=f"{address}/{address.max_prefixlen}", oif=ifindex,
+             **({"scope": "link"} if address.version == 4 else {}))  # fmt: skip
+
+
+def add_default_route(ip: IPRoute, ifindex: int, gateway: Address) -> None:
+    """Route all else to a gateway that is on the link."""
+    ip.route("replace", dst="0.0.0.0/0" if gateway.version == 4 else "::/0", gateway=str(gateway),
+             oif=ifindex)  # fmt: skip
 
 
 def add_neighbor(ip: IPRoute, ifindex: int, address: Address, mac: str) -> None:

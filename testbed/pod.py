@@ -30,11 +30,11 @@ from typing import Self
 
 from pyroute2 import IPRoute
 
-from testbed import netlink, process
+from testbed import gateway, netlink, node, process
 from testbed.agent import Agent
-from testbed.datapaths import Attachment, Datapath, Layout, Port, Wiring
+from testbed.datapaths import Attachment, Datapath, Layout, Port, ProgramsOfPod, Wiring
 from testbed.ledger import Scope
-from testbed.manifest import Manifest, Workload
+from testbed.manifest import HostPort, Manifest, Workload
 from testbed.model import (
     LINK_PREFIX,
     POD_MAC,
@@ -49,6 +49,7 @@ from testbed.model import (
     guest_mac,
     loopback,
     native_view,
+    pod_address,
     pod_link,
 )
 from testbed.runtimes import Place, Prepared, container
@@ -99,6 +100,8 @@ class Pod:
         self.sandbox = sandbox
         self._ips: dict[str, IPRoute] = {}
         """Sockets, by namespace."""
+        self.addresses: dict[Family, Address] = {}
+        """Its own on the node's network, if it is connected."""
         self.processes: dict[str, process.Running] = {}
         self.cut_off: set[str] = set()
         """Guests that run, if they do, with a link that is not there any more."""
@@ -141,6 +144,21 @@ class Pod:
         began = time.monotonic()
         self.attachment: Attachment = self.datapath.attach(self.wiring(), self._owner)
         self.attached_s = time.monotonic() - began
+
+    def connect(self, ports: Collection[HostPort]) -> None:
+        """Give it addresses on the node's network, and the ports there; before it is started.
+
+        It and its guests reach out from them, and are reached at them. Raises `Error` if another
+        pod has one of the ports, or there is no nftables.
+        """
+        with self.lock:
+            n = node.join(self._owner, self.name, self.netns, ports)
+            self.addresses = {family: pod_address(family, n) for family in Family}
+            gateway.open(
+                self.netns, node.UPLINK, self.addresses, self.manifest.owners,
+                {p.n: p.families for p in self.wiring().ports},
+                tracked=not isinstance(self.attachment, ProgramsOfPod),
+            )  # fmt: skip
 
     # --- links ------------------------------------------------------------------------------
 
@@ -202,8 +220,7 @@ class Pod:
                     self.ip, neighbors_at or port, guest_link(family, n), guest_mac(n)
                 )
                 if not bridge:
-                    length = guest_link(family, n).max_prefixlen
-                    self.ip.route("replace", dst=f"{guest_link(family, n)}/{length}", oif=port)
+                    netlink.add_route(self.ip, port, guest_link(family, n))
 
     def _create_uplink(self) -> int:
         peer = {"ifname": TO_GUESTS, "net_ns_fd": self.netns, "address": POD_MAC}
@@ -226,6 +243,8 @@ class Pod:
             for family in Family:
                 netlink.add_address(guest_ip, eth0, guest_link(family, n), LINK_PREFIX[family])
             guest_ip.link("set", index=eth0, state="up")
+            for family in Family:
+                netlink.add_default_route(guest_ip, eth0, pod_link(family))
             if self.datapath.layout is Layout.ROUTED:
                 self._take_loopback(netns)
         else:
@@ -246,7 +265,6 @@ class Pod:
         ip = self._ips[netns]
         ip.flush_addr(index=1)
         ip.link("set", index=1, state="down")
-        ip.route("replace", dst="0.0.0.0/0", gateway=str(pod_link(Family.IPV4)))
         netlink.set_sysctls(netns, {"net/ipv4/conf/eth0/route_localnet": 1})
 
     def wiring(self) -> Wiring:

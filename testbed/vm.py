@@ -14,7 +14,7 @@ from pathlib import Path
 
 from testbed import images
 from testbed.accelerator import QEMU
-from testbed.model import LINK_PREFIX, Address, Family, guest_link
+from testbed.model import LINK_PREFIX, Address, Family, guest_link, pod_link
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Vm:
     """File that the serial console is appended to."""
     loopback: bool = True
     """Whether it has one; without, 127.0.0.0/8 takes the default route. (Linux alone heeds it.)"""
-    gateways: tuple[Address, ...] = ()
-    """Default routes; none is needed for what is on the link."""
+    gateways: tuple[Address, ...] = tuple(map(pod_link, Family))
+    """Default routes, one of each family at most."""
     memory_mib: int = 256
     vhost: bool = False
     socket: Path | None = None

@@ -130,7 +130,7 @@ def _adopt(arguments: argparse.Namespace) -> int:
 
 
 def _ordered(arguments: argparse.Namespace, sandbox: Sandbox | None = None) -> list[Order]:
-    from testbed import kubernetes, runtimes
+    from testbed import kubernetes, nft, runtimes
     from testbed.keeper import Order
 
     specs = kubernetes.read(arguments.manifest)
@@ -140,6 +140,8 @@ def _ordered(arguments: argparse.Namespace, sandbox: Sandbox | None = None) -> l
     for spec in specs:
         for warning in spec.warnings:
             print(f"testbed: {warning}", file=sys.stderr)
+    if (why := nft.unsupported()) and not sandbox:
+        print(f"testbed: pods get no addresses of their own: {why}", file=sys.stderr)
     options = runtimes.Options(osv_kernel=arguments.osv_kernel)
     return [Order(spec, arguments.datapath, options, sandbox) for spec in specs]
 
@@ -164,11 +166,12 @@ def _ps(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(found, indent=1))
         return 0
-    head = ("POD", "WORKLOAD", "RUNTIME", "STATE", "READY", "RESTARTS", "PORTS", "ADDRESSES",
+    head = ("POD", "IP", "WORKLOAD", "RUNTIME", "STATE", "READY", "RESTARTS", "PORTS", "ADDRESSES",
             "DATAPATH")  # fmt: skip
     rows = [head] + [
-        (p["name"], w["name"], w["runtime"], w["state"], "yes" if w["ready"] else "no",
-         str(w["restarts"]), ",".join(w["ports"]) or "-", ",".join(w["addresses"]), p["datapath"])
+        (p["name"], ",".join(p["addresses"]) or "-", w["name"], w["runtime"], w["state"],
+         "yes" if w["ready"] else "no", str(w["restarts"]), ",".join(w["ports"]) or "-",
+         ",".join(w["addresses"]), p["datapath"])
         for p in found for w in p["workloads"]
     ]  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -221,7 +224,8 @@ def _describe(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(found, indent=1))
         return 0
-    for key in ("name", "datapath", "ready", "since", "keeper", "cgroup"):
+    found["addresses"] = " ".join(found["addresses"]) or "-"
+    for key in ("name", "datapath", "addresses", "ready", "since", "keeper", "cgroup"):
         print(f"{key:<10} {found[key]}")
     if found["sandbox"]:
         print(f"{'joined':<10} {found['sandbox']['netns']} {found['sandbox']['id']}")

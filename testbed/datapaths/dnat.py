@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import shutil
 import socket
-import subprocess
-from collections.abc import Iterable
 
-from testbed import netlink
+from testbed import netlink, nft
 from testbed.datapaths import Attachment, Layout, LinkCounters, Wiring, add_aliases
 from testbed.ledger import Scope
 from testbed.model import (
     Cell,
-    Error,
     Family,
     Pair,
     alias,
@@ -44,7 +41,7 @@ class Dnat:
 
     def unsupported(self, cell: Cell) -> str | None:
         if shutil.which("nft") is None:
-            return "no nft; apt-get install nftables"
+            return nft.MISSING
         return None
 
     def attach(self, wiring: Wiring, owner: Scope) -> Attachment:
@@ -54,7 +51,7 @@ class Dnat:
 class _Attachment(LinkCounters):
     def __init__(self, wiring: Wiring) -> None:
         super().__init__(wiring)
-        _nft(wiring.netns, rules(wiring))
+        nft.load(wiring.netns, rules(wiring))
         self._open(wiring)
 
     def rewire(self, wiring: Wiring) -> None:
@@ -63,7 +60,7 @@ class _Attachment(LinkCounters):
 
     def detach(self) -> None:
         """The rest is settings of links and of a namespace that go with the pod."""
-        _nft(self.wiring.netns, f"delete table inet {self.wiring.netns}")
+        nft.load(self.wiring.netns, f"delete table inet {self.wiring.netns}")
 
     def _open(self, wiring: Wiring) -> None:
         add_aliases(wiring)
@@ -111,9 +108,10 @@ chain guests_see {{
     oifname @ports iifname @ports meta nfproto ipv6 snat ip6 to {_POD6}
 }}
 chain between_guests {{
-    type filter hook forward priority filter; policy drop
+    type filter hook forward priority filter
     ct status dnat accept
     ct state related accept
+    iifname @ports oifname @ports drop
 }}
 """
 
@@ -124,33 +122,17 @@ def rules(wiring: Wiring) -> str:
     owners = wiring.owners.items()
     return "\n".join((
         f"table inet {wiring.netns} {{",
-        _elements("set ports", "ifname", (f'"{p.ifname}"' for p in ports)),
+        nft.elements("set ports", "ifname", (f'"{p.ifname}"' for p in ports)),
         *(
-            _elements(f"set links{ip[3]}", f"ifname . {ip}_addr",
+            nft.elements(f"set links{ip[3]}", f"ifname . {ip}_addr",
                       (f'"{p.ifname}" . {guest_link(family, p.n)}' for p in ports))
-            + _elements(f"map owners{ip[3]}", f"inet_proto . inet_service : {ip}_addr",
+            + nft.elements(f"map owners{ip[3]}", f"inet_proto . inet_service : {ip}_addr",
                         (f"{t} . {port} : {guest_link(family, n)}" for (t, port), n in owners))
             for family, ip in ((Family.IPV4, "ipv4"), (Family.IPV6, "ipv6"))
         ),
         CHAINS,
         "}",
     ))  # fmt: skip
-
-
-def _elements(what: str, kind: str, elements: Iterable[str]) -> str:
-    listed = ", ".join(elements)
-    return f"{what} {{ type {kind}; " + (f"elements = {{ {listed} }}; }}\n" if listed else "}\n")
-
-
-def _nft(netns: str, text: str) -> None:
-    """One transaction. Raises `Error` with what nft says."""
-    done = subprocess.run(
-        ["nsenter", f"--net={netlink.NETNS / netns}", "nft", "-f", "-"],
-        input=text, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise Error(f"nft refuses the rules of {netns}: {done.stderr.strip().splitlines()[0]}",
-                    hint="see whether the kernel has nf_tables with NAT")  # fmt: skip
 
 
 DATAPATH = Dnat()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +19,9 @@ from testbed import agent, images, kernels, rootfs
 from testbed.manifest import Workload
 from testbed.model import Error, Family, Runtime
 from testbed.process import spawn
+
+ETC = (Path("/etc/hosts"), Path("/etc/resolv.conf"))
+"""What a pod with a `Spec` gives to all its workloads, to natives and guests each their own."""
 
 
 class Absent(Error):
@@ -32,6 +35,8 @@ class Options:
     osv_kernel: Path | None = None
     hosts_patch: bool = True
     """False leaves the stock hosts file in guests: there `localhost` is the guest itself."""
+    etc: Mapping[str, bytes] = field(default_factory=dict)
+    """Files of guests by path, in the place of those of their images; of a pod with a `Spec`."""
     say: Callable[[str], None] = print
     """Is told, in a line, how far something long is."""
 
@@ -61,13 +66,12 @@ class Place:
     def etc(self) -> dict[Path, str]:
         """Files of the pod → paths that they stand at in its workloads, of whose `Spec` they are.
 
-        `localhost` is loopback to natives, and the alias to guests. An agent needs no more.
+        The pod's loopback is the alias to guests. An agent needs no more.
         """
         if not self.workload.program:
             return {images.hosts_file(patched=self.n > 0): "/etc/hosts"}
         kind = "guest" if self.n else "native"
-        return {self.scratch / f"hosts.{kind}": "/etc/hosts",
-                self.scratch / "resolv.conf": "/etc/resolv.conf"}  # fmt: skip
+        return {self.scratch / kind / path.name: str(path) for path in ETC}
 
 
 @dataclass(frozen=True)

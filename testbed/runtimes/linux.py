@@ -9,7 +9,7 @@ from testbed import accelerator, images, kernels, process, vm
 from testbed.images import Definition, Image
 from testbed.kernels import LinuxKernel
 from testbed.manifest import Workload
-from testbed.model import Error, Family, Runtime, guest_mac, pod_link
+from testbed.model import Error, Family, Runtime, guest_mac
 from testbed.runtimes import Absent, Description, Options, Place, as_told, definition, memory_mib
 from testbed.vm import Vm
 
@@ -21,7 +21,7 @@ def prepare(options: Options) -> Linux:
     except Error as e:
         raise Absent(e.message, e.hint) from e
     image = images.compose_linux(images.load(images.AGENT), kernel, hosts_patch=options.hosts_patch)
-    return Linux(kernel, image, options.hosts_patch)
+    return Linux(kernel, image, options)
 
 
 class Linux:
@@ -32,8 +32,9 @@ class Linux:
     ready_limit_s = 30.0
     """2.2 s where nothing else runs, emulated."""
 
-    def __init__(self, kernel: LinuxKernel, image: Image, hosts_patch: bool) -> None:
-        self.kernel, self.image, self.hosts_patch = kernel, image, hosts_patch
+    def __init__(self, kernel: LinuxKernel, image: Image, options: Options) -> None:
+        self.kernel, self.image = kernel, image
+        self._hosts_patch, self._etc = options.hosts_patch, options.etc
         self._composed: dict[Definition, Image] = {}
         self.accelerator = accelerator.accelerator(kernel.path).name
         self.vhost = self.accelerator == "kvm" and accelerator.vhost_net()
@@ -60,7 +61,7 @@ class Linux:
         machine = Vm(
             self.accelerator, place.tap, guest_mac(place.n), vm.link_addresses(place.n),
             place.console, vhost=self.vhost, memory_mib=memory_mib(workload), socket=place.socket,
-            loopback=place.loopback, gateways=() if place.loopback else (pod_link(Family.IPV4),),
+            loopback=place.loopback,
         )  # fmt: skip
         image, arguments = self.image, ["--control-port", str(workload.control_port)]
         if not place.loopback:
@@ -75,8 +76,9 @@ class Linux:
     def _compose(self, workload: Workload) -> Image:
         wanted = definition(workload)
         if wanted not in self._composed:
-            image = images.compose_linux(wanted, self.kernel, hosts_patch=self.hosts_patch)
-            self._composed[wanted] = image
+            self._composed[wanted] = images.compose_linux(
+                wanted, self.kernel, hosts_patch=self._hosts_patch, etc=self._etc
+            )
         return as_told(workload, self._composed[wanted])
 
 

@@ -25,7 +25,7 @@ def prepare(options: Options) -> Osv:
     kernel = kernels.find_osv(options.osv_kernel, progress=progress)
     if kernel is None:
         raise Absent("no OSv kernel, and none can be downloaded", hint="give one by --osv-kernel")
-    return Osv(kernel, options.hosts_patch)
+    return Osv(kernel, options)
 
 
 class Osv:
@@ -35,9 +35,9 @@ class Osv:
     ready_limit_s = 15.0
     """0.3 s where nothing else runs, a second more for IPv6's duplicate address detection."""
 
-    def __init__(self, kernel: OsvKernel, hosts_patch: bool) -> None:
-        self.kernel, self.hosts_patch = kernel, hosts_patch
-        self.image = images.compose_osv(images.load(images.AGENT), hosts_patch=hosts_patch)
+    def __init__(self, kernel: OsvKernel, options: Options) -> None:
+        self.kernel, self._hosts_patch, self._etc = kernel, options.hosts_patch, options.etc
+        self.image = images.compose_osv(images.load(images.AGENT), hosts_patch=options.hosts_patch)
         self._composed: dict[Definition, Image] = {}
         self.families = kernel.families
         self.accelerator = accelerator.accelerator(kernel.path).name
@@ -79,7 +79,9 @@ class Osv:
     def _compose(self, workload: Workload) -> Image:
         wanted = definition(workload)
         if wanted not in self._composed:
-            self._composed[wanted] = images.compose_osv(wanted, hosts_patch=self.hosts_patch)
+            self._composed[wanted] = images.compose_osv(
+                wanted, hosts_patch=self._hosts_patch, etc=self._etc
+            )
         return as_told(workload, self._composed[wanted])
 
 

@@ -30,8 +30,9 @@ def runtime() -> Prepared:
 @pytest.fixture(scope="module")
 def pod(owner: Owner, runtime: Prepared) -> Iterator[Pod]:
     scratch = process.create_folder(owner, f"{owner.id}-containers")
-    (scratch / "hosts.native").write_text("127.0.0.1 localhost\n10.1.2.3 db\n")
-    (scratch / "resolv.conf").write_text("nameserver 127.0.0.11\n")
+    (scratch / "native").mkdir()
+    (scratch / "native/hosts").write_text("127.0.0.1 localhost\n10.1.2.3 db\n")
+    (scratch / "native/resolv.conf").write_text("nameserver 127.0.0.11\n")
     (scratch / "hostname").write_text("shop\n")
     kinds = {Runtime.CONTAINER: runtime}
     with Pod(owner, "containers", Manifest(()), get("loopback"), kinds, scratch, scratch) as p:

@@ -58,8 +58,9 @@ def runtime() -> Prepared:
 @pytest.fixture(scope="module")
 def pod(owner: Owner, runtime: Prepared) -> Iterator[Pod]:
     scratch = process.create_folder(owner, f"{owner.id}-wasm")
-    (scratch / "hosts.native").write_text("127.0.0.1 localhost\n::1 localhost\n")
-    (scratch / "resolv.conf").write_text("")
+    (scratch / "native").mkdir()
+    (scratch / "native/hosts").write_text("127.0.0.1 localhost\n::1 localhost\n")
+    (scratch / "native/resolv.conf").write_text("")
     kinds = {Runtime.WASM: runtime}
     with Pod(owner, "wasm", Manifest(()), get("loopback"), kinds, scratch, scratch) as pod:
         yield pod
