@@ -15,7 +15,7 @@ import threading
 from ipaddress import ip_address
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 from testbed import netlink
 from testbed.model import Address, Family, alias, loopback
@@ -124,8 +124,7 @@ class _Questions(asyncio.DatagramProtocol):
         self._asking: set[asyncio.Task[None]] = set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.DatagramTransport)
-        self._transport = transport
+        self._transport = cast(asyncio.DatagramTransport, transport)
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
         task = asyncio.get_running_loop().create_task(self._ask(data, addr))

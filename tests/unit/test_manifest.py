@@ -8,7 +8,7 @@ from textwrap import dedent, indent
 import pytest
 
 from testbed import kubernetes
-from testbed.manifest import Probe, Restart, Spec
+from testbed.manifest import HostPort, Probe, Restart, Spec
 from testbed.model import Error, Runtime, Transport
 
 
@@ -36,7 +36,8 @@ def test_a_manifest_is_read_as_kubernetes_means_it(tmp_path: Path) -> None:
           args: [-f]
           env: [{name: PORT, value: "80"}, {name: URL, value: "http://localhost:$(PORT)"}]
           workingDir: /srv
-          ports: [{containerPort: 80, name: http}, {containerPort: 53, protocol: UDP}]
+          ports: [{containerPort: 80, name: http, hostPort: 8080},
+                  {containerPort: 53, protocol: UDP}]
           resources: {limits: {memory: 64Mi, cpu: 500m}}
           readinessProbe: {httpGet: {port: http, path: /health}, periodSeconds: 3}
           livenessProbe: {exec: {command: [test, -e, /tmp/alive]}, initialDelaySeconds: 5}
@@ -55,6 +56,7 @@ def test_a_manifest_is_read_as_kubernetes_means_it(tmp_path: Path) -> None:
     assert read_.resolv_conf == "nameserver 127.0.0.11\noptions ndots:2\n"
     assert (web.runtime, engine.runtime) == (Runtime.CONTAINER, Runtime.STANDIN)
     assert web.ports == ((Transport.TCP, 80), (Transport.UDP, 53))
+    assert read_.host_ports == (HostPort(Transport.TCP, 8080, 80),)
     program = web.program
     assert program is not None
     assert program.command == ("httpd", "-p", "80", "$(PORT)", "$(NOBODY)")
@@ -117,8 +119,10 @@ def test_what_matters_to_clusters_alone_is_a_warning(tmp_path: Path) -> None:
         (pod("- {name: a, image: x, volumeMounts: []}"), "volumeMounts is not supported"),
         (pod("- {name: a, image: x, comand: [ls]}"), "spec.containers.0.comand: comand is not"),
         (pod("- {name: a, image: x}", "hostNetwork: true"), "spec.hostNetwork: hostNetwork is not"),
-        (pod("- {name: a, image: x, ports: [{containerPort: 80, hostPort: 80}]}"),
-         "spec.containers.0.ports.0.hostPort: hostPort is not supported"),
+        (pod("- {name: a, image: x, ports: [{containerPort: 80, hostIP: 10.0.0.1}]}"),
+         "spec.containers.0.ports.0.hostIP: hostIP is not supported"),
+        (pod("- name: a\n  image: x\n  ports: [{containerPort: 80, hostPort: 8}, "
+             "{containerPort: 81, hostPort: 8}]"), "tcp hostPort 8 is claimed twice"),
         (pod("- {name: a, image: x, ports: [{containerPort: 70000}]}"), "to 65535, not 70000"),
         (pod("- {name: a, image: x, resources: {limits: {memory: much}}}"),
          "limits.memory: a quantity like 500m, 2 or 128Mi was expected, not 'much'"),
@@ -134,8 +138,6 @@ def test_what_matters_to_clusters_alone_is_a_warning(tmp_path: Path) -> None:
          "document 1: 'a' and 'b' both claim tcp port 80"),
         (pod("- {name: a, image: x, livenessProbe: {exec: {command: [ls]}}}",
              annotations="{testbed/runtime: osv}"), "nothing can be started in it"),
-        (pod("- {name: a, image: x}", "hostAliases: [{ip: 10.0.0.1, hostnames: [db]}]",
-             "{testbed/runtime: linux}"), "cannot be given hostAliases or dnsConfig"),
         ("apiVersion: apps/v1\nkind: Deployment", "apiVersion: Input should be 'v1'"),
         ("- a", "the document: "),
         ("", "holds no pod"),
