@@ -43,7 +43,18 @@ from testbed.look import (
     title_of,
 )
 from testbed.model import Cell, Family, Metric, Pair, Runtime, Status, Transport
-from testbed.report import UNITS, absence, grouped, names, number, present, rank, summaries
+from testbed.report import (
+    UDP_RATE,
+    UDP_RATE_MEANS,
+    UNITS,
+    absence,
+    grouped,
+    names,
+    number,
+    present,
+    rank,
+    summaries,
+)
 from testbed.store import Store, frame
 from testbed.sweeps import AXES, along, scaling, sweep
 
@@ -179,6 +190,7 @@ def _bars(rows: Sequence[Summary], store: Store) -> Drawing:
         "Bars: geometric means over blocks; "
         + ("whiskers: 95 % t-intervals" if store.campaign.blocks > 1 else "no interval from one")
         + ("; native and guest pairs on scales of their own." if len(parts) > 1 else ".")
+        + (f" {UDP_RATE_MEANS}." if _kind(rows[0])[:2] == UDP_RATE else "")
     )
     panels = figure.subplots(
         lines, len(families) * len(parts) // lines, squeeze=False,

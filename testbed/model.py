@@ -218,6 +218,10 @@ CONTROL_PORT = 4700
 """TCP port on which a traffic agent takes its orders, at the workload's own address."""
 
 
+UDP_LOSS = 0.001
+"""Share of datagrams that may be lost at the rate that is called UDP's throughput."""
+
+
 # --- cells and trials -----------------------------------------------------------------------
 
 

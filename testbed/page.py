@@ -28,11 +28,11 @@ from testbed.report import (
     controls_of,
     grouped,
     guest_of,
+    meanings_of,
     names,
     number,
     size_of,
     summaries,
-    tail_of,
     warning_of,
 )
 from testbed.store import Campaign, Store, frame
@@ -86,7 +86,7 @@ def _page(store: Store, pictures: Sequence[Path]) -> str:
         *_section(
             "Results",
             _legend(campaign),
-            *(f"<p>{escape(line)}</p>" for line in (*tail_of(rows), *controls_of(rows))),
+            *(f"<p>{escape(line)}</p>" for line in (*meanings_of(rows), *controls_of(rows))),
             _results(rows, campaign.guest),
         ),
         *_claims(store),

@@ -20,9 +20,20 @@ from rich.table import Table
 from rich.text import Text
 
 from testbed.analysis import EXCEEDANCES, TAIL, Estimate, Summary, controls, summarise, tails
-from testbed.model import SLOW_US, Cell, Metric, Pair, Status, Trial
+from testbed.model import (
+    SLOW_US,
+    UDP_LOSS,
+    Cell,
+    Metric,
+    Pair,
+    Status,
+    Transport,
+    Trial,
+)
 from testbed.store import Campaign, Store, frame
 
+UDP_RATE = (Metric.THROUGHPUT, Transport.UDP)
+UDP_RATE_MEANS = f"UDP: the highest rate at which at most {UDP_LOSS:.1%} of datagrams are lost"
 FUNCTIONAL = "emulated guest: functional, not a speed claim"
 
 DATAPATHS = (
@@ -122,7 +133,7 @@ def table(store: Store, width: int) -> Group:
             shown.add_row(label, datapath, *entries)
             label = ""
         shown.add_section()
-    lines = [_legend(campaign, rows), *tail_of(rows), *controls_of(rows)]
+    lines = [_legend(campaign, rows), *meanings_of(rows), *controls_of(rows)]
     footnotes = (Text(f"{superscript(n)} {reason}") for reason, n in notes.items())
     return Group(shown, *map(Text, lines), *footnotes)
 
@@ -180,10 +191,15 @@ def _legend(campaign: Campaign, rows: Iterable[Summary]) -> str:
     return f"Geometric means, {interval}." + (f" × ratio in a block: {divided}." if divided else "")
 
 
-def tail_of(rows: Iterable[Summary]) -> list[str]:
-    """What the 99.9th percentile is of, if it is there."""
-    text = f"p99.9: of all blocks together, where {EXCEEDANCES} samples or more lie above it."
-    return [text] if any(row.quantity == TAIL for row in rows) else []
+def meanings_of(rows: Iterable[Summary]) -> list[str]:
+    """What of a campaign's quantities does not go without saying."""
+    rows, lines = list(rows), []
+    if any(row.quantity == TAIL for row in rows):
+        lines.append(f"p99.9: of all blocks together, where {EXCEEDANCES} samples or more lie "
+                     "above it.")  # fmt: skip
+    if any((r.cell.metric, r.cell.transport) == UDP_RATE for r in rows):
+        lines.append(f"{UDP_RATE_MEANS}.")
+    return lines
 
 
 def controls_of(rows: Iterable[Summary]) -> list[str]:

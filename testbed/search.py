@@ -13,10 +13,8 @@ from collections.abc import Callable
 from math import sqrt
 from typing import NamedTuple
 
-from testbed.model import Error
+from testbed.model import UDP_LOSS, Error
 
-LOSS = 0.001
-"""Share of datagrams that may be lost."""
 RESOLUTION = 0.05
 """How far apart the highest rate that passed and the lowest that did not may stay."""
 DOWN = 0.7
@@ -36,11 +34,11 @@ class Attempt(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        return self.loss <= LOSS
+        return self.loss <= UDP_LOSS
 
 
 def highest_rate(attempt: Callable[[float], Attempt]) -> float:
-    """The highest rate in bit/s whose loss stays at or below `LOSS`; 0 is as fast as it goes.
+    """The highest rate in bit/s whose loss stays at or below `UDP_LOSS`; 0 is as fast as it goes.
 
     Raises `Error` if even a small part of what can be sent is too much.
     """
@@ -56,6 +54,6 @@ def highest_rate(attempt: Callable[[float], Attempt]) -> float:
             high, rate = rate, sqrt(low * rate) if low else rate * DOWN
         if not low and high < LEAST * flood.offered_bps:
             raise Error(
-                f"more than {LOSS:.1%} of datagrams are lost even at {high / 1e6:.3g} Mbit/s"
+                f"more than {UDP_LOSS:.1%} of datagrams are lost even at {high / 1e6:.3g} Mbit/s"
             )
     return low

@@ -25,6 +25,7 @@ from testbed.model import (
     CONTROL_PORT,
     SLOW,
     SLOW_US,
+    UDP_LOSS,
     Cell,
     Error,
     Metric,
@@ -235,7 +236,7 @@ def _search(
             return replace(measured, value=last.arrived_bps, searched=tuple(searched))
         rate_bps = (rate_bps or last.offered_bps) / (1 + search.RESOLUTION) ** n
     return replace(measured, status=Status.FAILED, value=None, searched=tuple(searched),
-                   reason=f"more than {search.LOSS:.1%} of datagrams are lost at what short "
+                   reason=f"more than {UDP_LOSS:.1%} of datagrams are lost at what short "
                    "attempts bore")  # fmt: skip
 
 

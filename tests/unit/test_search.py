@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testbed.model import Error
-from testbed.search import LOSS, RESOLUTION, Attempt, highest_rate
+from testbed.model import UDP_LOSS, Error
+from testbed.search import RESOLUTION, Attempt, highest_rate
 
 
 class Link:
@@ -31,9 +31,9 @@ def test_what_is_found_passes_and_is_within_the_resolution_of_what_the_link_carr
     link = Link(carries, carries * faster, livelock)
     found = highest_rate(link)
     if found:
-        assert carries / (1 + RESOLUTION) <= found <= carries * (1 + LOSS)
+        assert carries / (1 + RESOLUTION) <= found <= carries * (1 + UDP_LOSS)
     else:
-        assert faster <= 1 + LOSS
+        assert faster <= 1 + UDP_LOSS
     assert len(link.asked) < 30
 
 
