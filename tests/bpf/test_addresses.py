@@ -97,15 +97,6 @@ def test_every_address_has_its_kind_and_number(
     assert not wrong
 
 
-def test_frames_are_addressed_to_the_mac_addresses_of_the_plan() -> None:
-    source = bpf.source("capture")
-    guest = [int(x, 16) for x in model.guest_mac(0).split(":")][:5]
-    alias = [int(x, 16) for x in model.ALIAS_MAC.split(":")]
-    macs = re.search(r"macs\[12\] = \{(.*?)\};", source)
-    assert macs
-    assert [int(x, 0) if x != "n" else x for x in macs[1].split(", ")] == [*guest, "n", *alias]
-
-
 def test_the_links_mtu_is_the_one_of_the_plan() -> None:
     assert re.search(rf"#define LINK_MTU +{LINK_MTU}\n", bpf.source("capture"))
 
