@@ -123,14 +123,17 @@ def check(
 
 
 def checks(globs: Iterable[str] = ("*",)) -> list[Check]:
-    """The checks whose names match. Raises `Error` for a pattern that matches none."""
+    """Those whose names match, in the order of `MODULES`. Raises `Error` if none matches one."""
     for module in MODULES:
         import_module(f"{__name__}.{module}")
     globs = list(globs)
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in _checks):
             raise Error(f"no check is named {glob!r}", hint="see testbed conformance --list")
-    return [c for c in _checks.values() if any(fnmatchcase(c.name, glob) for glob in globs)]
+    ordered = sorted(
+        _checks.values(), key=lambda c: MODULES.index(c.body.__module__.split(".")[-1])
+    )
+    return [c for c in ordered if any(fnmatchcase(c.name, glob) for glob in globs)]
 
 
 def expect(holds: bool, otherwise: str) -> None:
