@@ -67,7 +67,7 @@ RC: Any = {
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
     "pdf.fonttype": 42,  # TrueType: what publishers' checks accept
-    "savefig.dpi": 300,
+    "savefig.dpi": 200,
 }
 
 

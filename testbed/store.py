@@ -27,6 +27,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from math import nan
 from pathlib import Path
 from types import TracebackType
@@ -180,9 +181,9 @@ class Store:
         table, histogram = frame(trials), histograms(trials)
         written = []
         for name, write in (
-            ("trials.parquet", table.to_parquet),
+            ("trials.parquet", partial(table.to_parquet, compression="zstd")),
             ("trials.csv", table.to_csv),
-            ("histogram.parquet", histogram.to_parquet),
+            ("histogram.parquet", partial(histogram.to_parquet, compression="zstd")),
         ):
             with _replacing(self.path / name) as beside:
                 write(beside, index=False)
