@@ -226,6 +226,8 @@ def others() -> Iterator[Finding]:
     """Programs of other people, which some of the datapaths are made of."""
     whole = []
     for name in datapaths.NAMES:
+        if Pair.NATIVE_GUEST not in datapaths.get(name).pairs:
+            continue  # natives alone need nothing
         cells = (Cell(name, Pair.NATIVE_GUEST, Family.IPV4, transport, Metric.LATENCY, 64)
                  for transport in Transport)  # fmt: skip
         lacks = {reason for cell in cells if (reason := datapaths.get(name).unsupported(cell))}

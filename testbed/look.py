@@ -44,8 +44,9 @@ STYLES = {
     "passt": Style("#CC79A7", "||||", (0, (3, 1, 1, 1)), ">"),
     "tun": Style("#555555", "", (0, (1, 3)), "*"),
     "broadcast": Style("#000000", "", (0, (8, 2)), "h"),
+    "routed": Style("#AAAA00", "**", (0, (6, 1, 1, 1)), "p"),
 }
-"""In the order of bars and rows. Okabe and Ito's eight colours, two greys and a wine."""
+"""In the order of bars and rows. Okabe and Ito's eight colours, two greys, a wine and an olive."""
 
 
 NOVEL = Style("#CCCCCC", "OO", (0, (2, 2)), "d")

@@ -203,6 +203,16 @@ def pod_address(family: Family, n: int) -> Address:
     return node_address(family) + n
 
 
+_BETWEEN_HOSTS = {Family.IPV4: "10.78.0.0", Family.IPV6: "fd77:2::"}
+
+
+def address_between_hosts(family: Family, n: int) -> Address:
+    """Of a pod that another host's pod dials: of the k-th two of hosts, client's and server's are
+    number 2k and 2k + 1.
+    """
+    return ip_address(_BETWEEN_HOSTS[family]) + n
+
+
 ALIAS_MAC = "02:77:00:00:00:01"
 """Answered for alias, native source and guest views; source MAC of translated frames."""
 POD_MAC = "02:77:00:00:00:03"

@@ -84,11 +84,14 @@ class Pod:
         consoles: Path,
         scratch: Path | None = None,
         sandbox: Sandbox | None = None,
+        elsewhere: Mapping[str, Mapping[Family, Address]] = {},
     ) -> None:
         """`scratch`: a folder with the files of a `Spec`; without, one of the pod's own. `sandbox`:
-        the namespace that guests are to join; without, one of the pod's own.
+        the namespace that guests are to join; without, one of the pod's own. `elsewhere`: those of
+        the manifest's workloads that another host's pod has, and their addresses there.
         """
         self.name, self.manifest, self.datapath = name, manifest, datapath
+        self.elsewhere = elsewhere
         self.lock = threading.RLock()
         """Held while links change: a netlink socket serves one thread at a time."""
         self.netns = f"tb-{owner.id}-{name}"
@@ -315,6 +318,10 @@ class Pod:
         """What the workload printed so far."""
         return self._consoles / f"{self.name}-{workload}.log"
 
+    @property
+    def _here(self) -> list[Workload]:
+        return [w for w in self.manifest.workloads if w.name not in self.elsewhere]
+
     def start(self) -> None:
         """Start all workloads at once and wait until each one's agent answers."""
         self.launch()
@@ -323,12 +330,12 @@ class Pod:
     def launch(self) -> None:
         """Start all workloads."""
         self._consoles.mkdir(parents=True, exist_ok=True)
-        for workload in self.manifest.workloads:
+        for workload in self._here:
             self.start_workload(workload.name)
 
     def wait(self, families: Collection[Family] = tuple(Family)) -> None:
         """Wait until all workloads answer in those families that they have of these."""
-        for workload in self.manifest.workloads:
+        for workload in self._here:
             self.wait_ready(workload.name, families)
 
     def start_workload(self, name: str) -> None:
@@ -447,7 +454,9 @@ class Pod:
     def agent(self, name: str, timeout_s: float = 5, family: Family = Family.IPV4) -> Agent:
         """A control connection to the workload's agent, at its own address. Raises `OSError`."""
         _, workload = self._find(name)
-        to = (str(self.address(name, family)), workload.control_port)
+        there = self.elsewhere.get(name)  # whichever family the hosts have between them
+        address = next(iter(there.values())) if there else self.address(name, family)
+        to = (str(address), workload.control_port)
         return Agent(netlink.inside(self.netns, lambda: socket.create_connection(to, timeout_s)))
 
     def _find(self, name: str) -> tuple[int, Workload]:

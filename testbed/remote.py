@@ -12,7 +12,8 @@ was kept, too).
     DIRECTORY/campaigns/HASH       consoles, until they are fetched
 
 A host is believed only by the key that is on file for it. What fails on one host is that host's
-error; nothing is ever run here in its place. Cells between two hosts are not made here.
+error; nothing is ever run here in its place. Cells between two hosts take hosts by twos: the first
+of each has the worker, the second the servers' pod (`far`), and measures nothing itself.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from ipaddress import ip_address
 from pathlib import Path, PurePosixPath
 from shlex import quote
 from typing import Any, BinaryIO, Self
@@ -41,7 +43,8 @@ import fabric
 import paramiko
 
 from testbed import kernels
-from testbed.model import Error
+from testbed.datapaths.routed import Side
+from testbed.model import Error, Family
 from testbed.worker import Job
 
 ROOT = Path(__file__).parents[1]
@@ -77,9 +80,25 @@ class Host:
     """CPUs to use; none: all."""
     directory: str = "/var/lib/testbed"
     """Where to work there."""
+    link: tuple[str, ...] = ()
+    """Its addresses on the link to other hosts, for cells between two; none: `address`."""
+
+    @property
+    def on_link(self) -> dict[Family, str]:
+        """Where it is met on that link. Raises `Error` for a name that has no address."""
+        found: dict[Family, str] = {}
+        for word in self.link or (self.address,):
+            try:
+                infos = socket.getaddrinfo(word, None, type=socket.SOCK_STREAM)
+            except OSError as e:
+                raise Error(f"{self.name}: {word} has no address: {e.strerror}") from e
+            for *_, (address, *_) in infos:
+                found.setdefault(Family(f"ipv{ip_address(address).version}"), str(address))
+        return found
 
 
-_HOST_KEYS = ("name", "address", "port", "user", "key", "sudo", "labels", "cpus", "directory")
+_HOST_KEYS = ("name", "address", "port", "user", "key", "sudo", "labels", "cpus", "directory",
+              "link")  # fmt: skip
 
 
 def load(path: Path) -> tuple[Host, ...]:
@@ -153,6 +172,8 @@ def _host(table: Mapping[str, Any], known_hosts: Path, path: Path, where: str) -
                        lambda v: several(v, lambda n: number(n, 0, 1 << 16)))),
         directory=get("directory", "/var/lib/testbed", "an absolute path",
                       lambda v: text(v) and v.startswith("/")),
+        link=tuple(get("link", (), "a list of names or IP addresses",
+                       lambda v: several(v, text))),
     )  # fmt: skip
 
 
@@ -345,22 +366,24 @@ class _In(io.RawIOBase):
 
 
 class _Out(io.RawIOBase):
-    """A channel's standard input; closing it is its end."""
+    """The standard input of channels, the same for all; closing it is its end."""
 
-    def __init__(self, channel: paramiko.Channel) -> None:
-        self._channel = channel
+    def __init__(self, *channels: paramiko.Channel) -> None:
+        self._channels = channels
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
-        self._channel.sendall(bytes(data))
+        for channel in self._channels:
+            channel.sendall(bytes(data))
         return len(data)
 
     def close(self) -> None:
         if not self.closed:
-            with suppress(OSError):  # the link is gone, and the stream with it
-                self._channel.shutdown_write()
+            for channel in self._channels:
+                with suppress(OSError):  # the link is gone, and the stream with it
+                    channel.shutdown_write()
         super().close()
 
 
@@ -447,8 +470,10 @@ mv -T "$new" {quote(folder)} 2>/dev/null || test -d {quote(folder)}"""
 class Place:
     """Where a campaign's worker runs: a host."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, far: Host | None = None, number: int = 0) -> None:
+        """`far`: the other host of cells between two, of which this is the `number`-th first."""
         self.host, self.name = host, host.name
+        self._far, self._number = far, number
 
     def start(self, job: Job, log: BinaryIO, say: Say) -> Worker:
         """Bring the host up to date and start a worker there, with its job; it complains to `log`.
@@ -465,17 +490,72 @@ class Place:
                 if finding["state"] == "missing":
                     what = f"{self.name}: {finding['name']}: {finding['detail']}"
                     raise Error(what, finding["hint"])
-            return Worker(site, job, log)
+            if not self._far:
+                return Worker(site, job, log)
+            say(f"starting servers on {self._far.name}")
+            clients = Side(2 * self._number, self._far.on_link)
+            servers = Side(2 * self._number + 1, self.host.on_link)
+            far = _Far(self._far, servers, log)
+            try:
+                return Worker(site, replace(job, side=replace(clients, lacks=far.lacks)), log, far)
+            except BaseException:
+                far.close()
+                raise
         except BaseException:
             link.close()
             raise
 
 
+def places(hosts: Sequence[Host], between: bool) -> list[Place]:
+    """Where workers run: on every host, or, for cells `between` two, on the first of each two.
+
+    Raises `Error` if one host is left alone.
+    """
+    if not between:
+        return [Place(host) for host in hosts]
+    if len(hosts) % 2:
+        raise Error(f"cells between hosts take hosts by twos, and {len(hosts)} are chosen",
+                    "choose by --on NAME")  # fmt: skip
+    twos = zip(hosts[::2], hosts[1::2], strict=True)
+    return [Place(first, second, number) for number, (first, second) in enumerate(twos)]
+
+
+class _Far:
+    """The servers' pod on the other host, as long as it is wanted."""
+
+    def __init__(self, host: Host, side: Side, log: BinaryIO) -> None:
+        self._link = Link(host)
+        try:
+            site = Site(self._link, lambda _: None)
+            site.clean()
+            self.channel = self._link.start(site.python("testbed.far"))
+            self.channel.sendall((json.dumps(asdict(side)) + "\n").encode())
+            said = io.BufferedReader(_In(self.channel.recv)).readline()
+            if not said:
+                log.write(_In(self.channel.recv_stderr).readall())
+                raise Error(f"{host.name}: its servers do not start", f"see {log.name}")
+            answer = json.loads(said)
+            if "error" in answer:
+                raise Error(f"{host.name}: {answer['error']}", answer["hint"])
+            self.lacks = {Family(family): why for family, why in answer["lacks"].items()}
+        except BaseException:
+            self._link.close()
+            raise
+
+    def close(self) -> None:
+        """Have it taken down, and wait for that."""
+        with suppress(OSError):
+            self.channel.shutdown_write()
+        self.channel.status_event.wait(END_LIMIT_S)
+        self._link.close()
+
+
 class Worker:
     """A worker on a host, with what `campaign` uses of the Popen of a local one."""
 
-    def __init__(self, site: Site, job: Job, log: BinaryIO) -> None:
-        self._link = site.link
+    def __init__(self, site: Site, job: Job, log: BinaryIO, far: _Far | None = None) -> None:
+        """`far` ends with it."""
+        self._link, self._far = site.link, far
         self._consoles = Path(job.directory, "consoles")
         # The same for every contact of a campaign: what a lost link left is fetched by the next.
         campaign = hashlib.sha256(f"{platform.node()}:{job.directory}".encode()).hexdigest()
@@ -483,13 +563,13 @@ class Worker:
         job = replace(job, directory=self._directory, osv_kernel=site.kernel(job))
         # Its shell outlives it, to tell of a signal that ended it.
         self._channel = site.link.start(f"({site.python('testbed.worker')}); exit $?")
-        self.stdin = io.TextIOWrapper(io.BufferedWriter(_Out(self._channel)))
+        channels = [self._channel, *([far.channel] if far else ())]
+        self.stdin = io.TextIOWrapper(io.BufferedWriter(_Out(*channels)))
         self.stdout = io.TextIOWrapper(io.BufferedReader(_In(self._channel.recv)))
         self._complaints = threading.Thread(target=self._copy, args=(log,), daemon=True)
         self._complaints.start()
         with suppress(OSError):
-            self.stdin.write(json.dumps(asdict(job)) + "\n")
-            self.stdin.flush()
+            self._channel.sendall((json.dumps(asdict(job)) + "\n").encode())
 
     def _copy(self, log: BinaryIO) -> None:
         for line in _In(self._channel.recv_stderr):
@@ -507,6 +587,8 @@ class Worker:
                     self._fetch()
             return int(status)
         finally:
+            if self._far:
+                self._far.close()
             self._link.close()
 
     def _fetch(self) -> None:

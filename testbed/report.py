@@ -38,7 +38,7 @@ FUNCTIONAL = "emulated guest: functional, not a speed claim"
 
 DATAPATHS = (
     "loopback", "direct", "bridge", "tcredirect", "capture", "steer", "dnat", "proxy", "passt",
-    "tun", "broadcast",
+    "tun", "broadcast", "routed",
 )  # fmt: skip
 """In the order of bars and rows."""
 

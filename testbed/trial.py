@@ -358,6 +358,8 @@ def _value(metric: Metric, result: Result) -> float:
 def _dialed(cell: Cell, pod: Pod, client: str, server: str, guest: Prepared) -> str:
     if pod.datapath.localhost:
         return guest.dialed(cell.family) if pod.number_of(client) else "localhost"
+    if server in pod.elsewhere:
+        return str(pod.elsewhere[server][cell.family])
     n = pod.number_of(server)
     return str(guest_link(cell.family, n) if n else pod_link(cell.family))
 

@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from testbed import datapaths, machine, runtimes, trial
+from testbed.datapaths import Datapath
+from testbed.datapaths.routed import Routed, Side
 from testbed.deployment import Built, Deployment
 from testbed.ledger import Owner, Scope
 from testbed.model import Cell, Error, Runtime, Status, Trial
@@ -50,12 +52,15 @@ class Job:
     hosts_patch: bool = True
     keep: bool = False
     """Leave a pod that failed standing."""
+    side: Side | None = None
+    """The client's end of cells between this host and another, if it is given one."""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Job:
         """The inverse of `dataclasses.asdict` after JSON."""
         blocks = tuple((number, tuple(cells)) for number, cells in data["blocks"])
-        return cls(**{**data, "blocks": blocks})
+        side = Side.from_json(data["side"]) if data["side"] else None
+        return cls(**{**data, "blocks": blocks, "side": side})
 
 
 Event = dict[str, Any]
@@ -158,7 +163,12 @@ class _Bench:
         missing = [e.message for e in self._natives([cell]).values() if isinstance(e, Error)]
         if isinstance(guest, Error) or missing:
             return guest.message if isinstance(guest, Error) else missing[0]
-        return unsupported(datapaths.get(cell.datapath), cell, guest)
+        return unsupported(self._datapath(cell.datapath), cell, guest)
+
+    def _datapath(self, name: str) -> Datapath:
+        """Which of this worker's own, if it goes between hosts."""
+        found = datapaths.get(name)
+        return Routed(self.job.side) if isinstance(found, Routed) else found
 
     def _natives(self, cells: Iterable[Cell]) -> dict[Runtime, runtimes.Prepared | Error]:
         """What runs the cells' natives, prepared when first needed."""
@@ -171,10 +181,10 @@ class _Bench:
         self, name: str, deployment: Deployment, cells: Sequence[Cell], stack: ExitStack
     ) -> Built | Error:
         """The pods, ready, or why there are none: that fails their cells and not the campaign."""
-        guest, datapath = self.guests[deployment.guest], datapaths.get(deployment.datapath)
+        guest, datapath = self.guests[deployment.guest], self._datapath(deployment.datapath)
         assert not isinstance(guest, Error)
-        runtime = guest.description.runtime
-        manifest = trial.manifest({cell.pair for cell in cells}, runtime, deployment.guests)
+        runtime, pairs = guest.description.runtime, {cell.pair for cell in cells}
+        manifest = trial.manifest(pairs, runtime, deployment.guests)
         kinds = {runtime: guest} | {
             kind: native for kind, native in self._natives(cells).items()
             if not isinstance(native, Error)
@@ -183,7 +193,10 @@ class _Bench:
         built = Built()
         stack.callback(self._close, built)
         names = [f"{name}-{k}" for k in range(deployment.pods)] if deployment.pods > 1 else [name]
-        pods = (Pod(self.owner, name, manifest, datapath, kinds, consoles) for name in names)
+        far = datapath.side.other if isinstance(datapath, Routed) and datapath.side else {}
+        elsewhere = {server: far for pair in pairs for _, server in trial.ends(pair) if far}
+        pods = (Pod(self.owner, name, manifest, datapath, kinds, consoles, elsewhere=elsewhere)
+                for name in names)  # fmt: skip
         try:
             built.build(
                 cells, guest, lambda: [runtimes.prepare(kind, self.options) for kind in kinds], pods
@@ -221,11 +234,12 @@ class _Bench:
                 pod.close()
 
 
-def main() -> None:
-    """Entry of `python -m testbed.worker`."""
-    job = Job.from_json(json.loads(sys.stdin.readline()))
+def end_when_nobody_listens() -> None:
+    """Raise `KeyboardInterrupt` in the main thread at a signal, at the end of standard input, or
+    after `SILENCE_S` without a line there.
+    """
 
-    def give_up_when_nobody_listens() -> None:
+    def listen() -> None:
         while select.select([0], [], [], SILENCE_S)[0] and os.read(0, 4096):
             pass
         os.kill(os.getpid(), signal.SIGTERM)
@@ -236,7 +250,13 @@ def main() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    threading.Thread(target=give_up_when_nobody_listens, daemon=True).start()
+    threading.Thread(target=listen, daemon=True).start()
+
+
+def main() -> None:
+    """Entry of `python -m testbed.worker`."""
+    job = Job.from_json(json.loads(sys.stdin.readline()))
+    end_when_nobody_listens()
     try:
         for event in work(job):
             _say(event)

@@ -157,7 +157,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if hosts := common.chosen(arguments):
         from testbed import remote
 
-        places = [remote.Place(host) for host in hosts]
+        ids = store.open(path).campaign.cells if arguments.resume else [c.id for c in chosen.cells]
+        places = remote.places(hosts, between=any(id.startswith("routed/") for id in ids))
     else:
         doctor.preflight()
     try:

@@ -33,6 +33,7 @@ NAMES = (
     "broadcast",
     "passt",
     "tun",
+    "routed",
 )
 
 

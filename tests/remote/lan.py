@@ -107,6 +107,7 @@ class SshHost:
 
     def __init__(self, lan: Lan, name: str, n: int) -> None:
         self.lan, self.name, self.address = lan, name, f"10.77.0.{n}"
+        self.address6 = f"fd77:3::{n}"
         self.cache = lan.path / f"{name}.cache"
         netns = f"tb-{lan.owner.id}-{name}"
         netlink.create_netns(lan.owner, netns).close()
@@ -128,8 +129,9 @@ class SshHost:
         script = lan.path / f"{name}.sh"
         script.write_text(
             _BOOT.format(
-                name=name, address=self.address, config=config, cgroup=self._cgroup,
-                mount=process.cgroup_mount(), aside=lan.path / f"{name}.cgroup",
+                name=name, address=self.address, address6=self.address6, config=config,
+                cgroup=self._cgroup, mount=process.cgroup_mount(),
+                aside=lan.path / f"{name}.cgroup",
             )
         )  # fmt: skip
         self._command = f"echo $$ > {self._cgroup}/cgroup.procs && exec " + shlex.join([
@@ -168,6 +170,11 @@ class SshHost:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     @property
+    def received_bytes(self) -> int:
+        """By its end of its cable, so far."""
+        return int(self.shell("cat /sys/class/net/eth0/statistics/rx_bytes"))
+
+    @property
     def left(self) -> list[str]:
         """What a campaign has there now: ledgers and namespaces."""
         return self.shell("cd /run && ls -d testbed/*.ledger netns/* 2>/dev/null || true").split()
@@ -189,6 +196,7 @@ mount -t bpf bpf /sys/fs/bpf
 hostname {name}
 ip link set lo up
 ip address replace {address}/24 dev eth0
+ip address replace {address6}/64 dev eth0 nodad
 ip link set eth0 up
 exec /usr/sbin/sshd -D -e -f {config}
 """
@@ -197,7 +205,7 @@ exec /usr/sbin/sshd -D -e -f {config}
 def trials(campaign: Path) -> list[dict[str, Any]]:
     """The lines of a campaign's log that are whole.
 
-    Of a trial that was disturbed (these hosts may be guests, too) and repeated, only the repetition.
+    Of a trial that was disturbed (this host may be a guest, too) and repeated, the repetition.
     """
     log = campaign / "trials.jsonl"
     lines = log.read_text().split("\n")[:-1] if log.exists() else []

@@ -240,3 +240,86 @@ def test_a_host_is_given_the_osv_kernel_that_is_here(
     assert (lan.work / "kernels" / f"{kernel.sha256}.elf").read_bytes() == kernel.path.read_bytes()
     assert {trial["host"] for trial in trials(out)} == {"alpha"}
     assert not list(alpha.cache.rglob("kernel.elf"))
+
+
+# --- between two hosts ----------------------------------------------------------------------
+
+
+BETWEEN = """
+name = "between"
+blocks = 1
+warmup_s = 0
+duration_s = 0.3
+
+[[cells]]
+datapath = ["loopback", "routed"]
+pair = "native-native"
+family = ["ipv4", "ipv6"]
+transport = ["tcp", "udp"]
+metric = "latency"
+size_bytes = 64
+
+[[cells]]
+datapath = "routed"
+pair = "native-native"
+family = ["ipv4", "ipv6"]
+transport = "tcp"
+metric = "throughput"
+size_bytes = 65536
+"""
+
+
+def start_between(lan: Lan, folder: Path, *hosts: SshHost) -> Command:
+    plan = folder / "between.toml"
+    plan.write_text(BETWEEN)
+    inventory = lan.inventory(*hosts)
+    for host in hosts:
+        line = f'address = "{host.address}"\n'
+        own = f'link = ["{host.address}", "{host.address6}"]\n'
+        inventory.write_text(inventory.read_text().replace(line, line + own))
+    return lan.testbed("run", "--plan", plan, "--guest", "standin", "--out", folder / "out",
+                       "--hosts", inventory)  # fmt: skip
+
+
+def test_a_client_on_one_host_dials_a_server_on_another_by_plain_routing(
+    lan: Lan, alpha: SshHost, beta: SshHost, tmp_path: Path
+) -> None:
+    routes = [host.shell("ip route; ip -6 route") for host in (alpha, beta)]
+    for host in (alpha, beta):
+        host.shell("sysctl -w net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1")
+    before = beta.received_bytes
+    status, _, errors = start_between(lan, tmp_path, alpha, beta).end()
+    assert status == 0, errors
+    found = trials(tmp_path / "out")
+    assert Counter((t["cell"].partition("/")[0], t["status"]) for t in found) == {
+        ("loopback", "ok"): 4, ("routed", "ok"): 6,
+    }  # fmt: skip
+    assert {t["host"] for t in found} == {"alpha"}
+    assert {t["dialed"] for t in found} == {"localhost", "10.78.0.1", "fd77:2::1"}
+    sent = sum(t["payload_bytes"] for t in found if t["cell"].startswith("routed/"))
+    assert beta.received_bytes - before >= sent / 2  # it went over their link; half are answers
+    assert alpha.left == beta.left == []
+    assert [host.shell("ip route; ip -6 route") for host in (alpha, beta)] == routes
+
+
+def test_hosts_that_do_not_forward_lack_what_goes_between_them(
+    lan: Lan, alpha: SshHost, beta: SshHost, tmp_path: Path
+) -> None:
+    alpha.shell("sysctl -w net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=0")
+    beta.shell("sysctl -w net.ipv4.ip_forward=0 net.ipv6.conf.all.forwarding=1")
+    status, _, errors = start_between(lan, tmp_path, alpha, beta).end()
+    assert status == 0, errors
+    reasons = {t.get("reason") for t in trials(tmp_path / "out")}
+    assert reasons == {
+        None,
+        "alpha does not forward IPv6; sysctl -w net.ipv6.conf.all.forwarding=1 there",
+        "beta does not forward IPv4; sysctl -w net.ipv4.ip_forward=1 there",
+    }
+
+
+def test_hosts_are_taken_by_twos_where_cells_go_between_them(
+    lan: Lan, alpha: SshHost, beta: SshHost, gamma: SshHost, tmp_path: Path
+) -> None:
+    status, _, errors = start_between(lan, tmp_path, alpha, beta, gamma).end()
+    assert status == 3
+    assert "take hosts by twos, and 3 are chosen; choose by --on NAME" in errors

@@ -1,0 +1,130 @@
+"""Between two hosts: the client's pod is on one, the server's on the other, and both route plainly.
+
+    client's pod        a host               another host         server's pod
+          eth0 ──┊── tb-r0 ── its link ══ its link ── tb-r1 ──┊── eth0
+
+What `localhost` saves: a service on another node, in a cluster's network without an overlay
+(flannel's backend host-gw). Each host gets one route, to the other's pod by the other's address on
+their link. Whether it forwards is its owner's to decide, as that is about all of its links.
+"""
+
+from __future__ import annotations
+
+import errno
+import platform
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, Self
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from testbed import netlink
+from testbed.datapaths import Attachment, Count, Layout, LinkCounters, Wiring
+from testbed.ledger import Scope
+from testbed.model import Address, Cell, Error, Family, Pair, address_between_hosts
+
+UPLINK = "eth0"
+FORWARDS = {Family.IPV4: "net/ipv4/ip_forward", Family.IPV6: "net/ipv6/conf/all/forwarding"}
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two ends, as its host is told of it."""
+
+    number: int
+    """Of its pod, as in `address_between_hosts`; the other's differs in the last bit."""
+    via: Mapping[Family, str]
+    """The other host's address on their link, in the families that it has there."""
+    lacks: Mapping[Family, str] = field(default_factory=dict)
+    """Why a family cannot be had at the other end."""
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `dataclasses.asdict` after JSON."""
+        via = {Family(family): address for family, address in data["via"].items()}
+        lacks = {Family(family): why for family, why in data["lacks"].items()}
+        return cls(data["number"], via, lacks)
+
+    @property
+    def other(self) -> dict[Family, Address]:
+        """The addresses of the pod at the other end."""
+        return {family: address_between_hosts(family, self.number ^ 1) for family in self.via}
+
+    def lacking(self) -> dict[Family, str]:
+        """Why a family cannot be had at this end, on the host that this is called on."""
+        here, lacks = platform.node(), {}
+        for family, key in FORWARDS.items():
+            name = family.replace("ip", "IP")
+            if family not in self.via:
+                lacks[family] = f"the inventory has no {name} address of the host that {here} meets"
+            elif Path("/proc/sys", key).read_text().strip() == "0":
+                setting = key.replace("/", ".")
+                lacks[family] = f"{here} does not forward {name}; sysctl -w {setting}=1 there"
+        return lacks
+
+
+class Routed:
+    name = "routed"
+    layout = Layout.POD
+    reference = "loopback"
+    localhost = False
+    in_kernel = True
+    pairs = frozenset({Pair.NATIVE_NATIVE})
+
+    def __init__(self, side: Side | None = None) -> None:
+        """Which end, of what is nowhere without."""
+        self.side = side
+
+    def unsupported(self, cell: Cell) -> str | None:
+        if not self.side:
+            return "it goes between two hosts; --hosts FILE"
+        return {**self.side.lacks, **self.side.lacking()}.get(cell.family)
+
+    def attach(self, wiring: Wiring, owner: Scope) -> Attachment:
+        assert self.side
+        number, ifname = self.side.number, f"tb-r{self.side.number}"
+        with IPRoute() as host, netlink.open_socket(wiring.netns) as pod:
+            try:
+                peer = {"ifname": UPLINK, "net_ns_fd": wiring.netns}
+                port = netlink.create_link(host, ifname, kind="veth", state="up", peer=peer)
+            except NetlinkError as e:
+                if e.code != errno.EEXIST:
+                    raise
+                raise Error(f"{platform.node()} has a link {ifname}: another campaign goes "
+                            "between these hosts", hint="wait for its end") from e  # fmt: skip
+            uplink = netlink.links(wiring.netns)[UPLINK]
+            pod.link("set", index=uplink, state="up")
+            macs = {at: ip.get_links(at)[0].get("address")
+                    for ip, at in ((host, port), (pod, uplink))}  # fmt: skip
+            for family, there in self.side.other.items():
+                here = address_between_hosts(family, number)
+                netlink.add_address(pod, uplink, here, here.max_prefixlen)
+                netlink.add_route(pod, uplink, there)
+                netlink.add_neighbor(pod, uplink, there, macs[port])
+                netlink.add_route(host, port, here)
+                netlink.add_neighbor(host, port, here, macs[uplink])
+                owner.defer(remove_route, address=str(there))
+                host.route("replace", dst=f"{there}/{there.max_prefixlen}",
+                           gateway=self.side.via[family])  # fmt: skip
+        return _Uplink(wiring)
+
+
+def remove_route(address: str) -> None:
+    """Remove this host's route to the other's pod. One that is gone is no error."""
+    with IPRoute() as host, suppress(NetlinkError):
+        host.route("del", dst=f"{address}/{ip_address(address).max_prefixlen}")
+
+
+class _Uplink(LinkCounters):
+    """What the pod's link to its host carried."""
+
+    def carried(self, client: int | None, server: int | None) -> Count:
+        with netlink.open_socket(self.wiring.netns) as ip:
+            return Count(*netlink.traffic(ip, netlink.links(self.wiring.netns)[UPLINK]))
+
+
+DATAPATH = Routed()

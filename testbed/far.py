@@ -1,0 +1,47 @@
+"""The servers' end of cells between two hosts: their pod, on the host that measures nothing.
+
+    python -m testbed.far
+
+Its `Side` comes as one line of JSON on standard input. When the pod is ready, a line of JSON leaves
+by standard output: what it lacks, or its error. The pod stands until nobody listens any more, as
+a worker works.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+
+from testbed import process, runtimes, trial
+from testbed.datapaths.routed import Routed, Side
+from testbed.ledger import Owner
+from testbed.model import Error, Runtime
+from testbed.pod import Pod
+from testbed.worker import end_when_nobody_listens
+
+
+def main() -> None:
+    """Entry of `python -m testbed.far`."""
+    side = Side.from_json(json.loads(sys.stdin.readline()))
+    end_when_nobody_listens()
+    try:
+        program = runtimes.prepare(Runtime.PROCESS, runtimes.Options())
+        manifest = trial.manifest(Routed.pairs, Runtime.STANDIN)
+        clients = {client: side.other for pair in Routed.pairs for client, _ in trial.ends(pair)}
+        with Owner() as owner:
+            consoles = process.create_folder(owner, f"{owner.id}-consoles")
+            with Pod(owner, "far", manifest, Routed(side), {Runtime.PROCESS: program}, consoles,
+                     elsewhere=clients) as pod:  # fmt: skip
+                pod.start()
+                print(json.dumps({"lacks": side.lacking()}), flush=True)
+                signal.pause()
+    except Error as e:
+        print(json.dumps({"error": e.message, "hint": e.hint}))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
