@@ -200,7 +200,7 @@ def _bars(rows: Sequence[Summary], store: Store) -> Drawing:
         family, part = families[n // len(parts)], parts[n % len(parts)]
         if n % len(parts) == 0:
             axes.set_title(names(family), loc="left", fontweight="bold")
-        _bar_panel(axes, part, family, slots[n % len(parts)], guest)
+        _bar_panel(axes, part, family, slots[n % len(parts)], guest, upright=not narrow)
     named = {Metric.THROUGHPUT: "goodput, Gbit/s", Metric.CONNECTIONS: "connections, 10³/s"}
     for line in panels:
         line[0].set_ylabel(named[rows[0].cell.metric])
@@ -220,11 +220,14 @@ def _slots(rows: Sequence[Summary] | Sequence[Breakdown]) -> list[tuple[Pair, st
 
 
 def _bar_panel(
-    axes: Axes, rows: Sequence[Summary], family: Family, slots: Sequence[Any], guest: str
-) -> None:
+    axes: Axes, rows: Sequence[Summary], family: Family, slots: Sequence[Any], guest: str,
+    upright: bool,
+) -> None:  # fmt: skip
     scale = UNITS[rows[0].cell.metric].scale
     means = [row.estimate.mean / scale for row in rows if row.status is Status.OK]
-    axes.set_ylim(0, 1.3 * max(means, default=1))
+    most = 1.5 * max(means, default=1)  # so far up whiskers are drawn, and end with an arrow
+    tops = [row.estimate.high / scale for row in rows if row.status is Status.OK]
+    axes.set_ylim(0, 1.2 * min(most, max((t for t in tops if t > 0), default=most / 1.5)))
     axes.set_xlim(-0.8, len(slots) - 0.2)
     axes.grid(axis="y")
     axes.set_xticks([])
@@ -249,14 +252,16 @@ def _bar_panel(
             x / scale for x in (row.estimate.mean, row.estimate.low, row.estimate.high)
         )
         axes.bar(at, mean, width=0.86, color=style.color, hatch=style.hatch, edgecolor="black")
+        top = mean if math.isnan(high) else min(high, most)
         if not math.isnan(low):
             axes.errorbar(
-                at, mean, [[mean - low], [high - mean]], color="black", lw=0.8, capsize=1.5
+                at, mean, [[mean - low], [top - mean]], color="black", lw=0.8, capsize=1.5
             )
-        top = mean if math.isnan(high) else min(high, 1.15 * max(means))
+            if top < high:
+                axes.plot(at, top, "^", color="black", ms=2.5)
         axes.annotate(number(mean, mean), (at, top), (0, 1.5), textcoords="offset points",
                       ha="center", va="bottom", fontsize=SMALL_PT, annotation_clip=False,
-                      rotation=90 if len(slots) > 8 else 0,
+                      rotation=0 if upright and len(slots) <= 8 else 90,
                       bbox={"fc": "white", "ec": "none", "pad": 0.2, "alpha": 0.8})  # fmt: skip
 
 
@@ -429,7 +434,8 @@ def _curves(rows: Sequence[Summary], histograms: Mapping[Cell, Blocks], store: S
                     absent.append(f"{row.cell.datapath}: {absence(row.status)}")
             axes.text(0.96, 0.05, "\n".join(absent), transform=axes.transAxes, ha="right",
                       bbox={"fc": "white", "ec": "none", "pad": 1})  # fmt: skip
-    figure.supxlabel("round-trip time, µs", fontsize=mpl.rcParams["axes.labelsize"])
+    for axes in panels[-1]:
+        axes.set_xlabel("round trip, µs")
     corner = panels[0][0]
     corner.set_ylim(0, 1.04)
     corner.set_xscale("log")

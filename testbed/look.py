@@ -34,13 +34,13 @@ class Style(NamedTuple):
 
 STYLES = {
     "loopback": Style("#999999", "", "-", "o"),
-    "direct": Style("#56B4E9", "....", (0, (1, 1)), "s"),
+    "direct": Style("#56B4E9", "..", (0, (1, 1)), "s"),
     "bridge": Style("#E69F00", "////", "--", "^"),
     "tcredirect": Style("#882255", "xxxx", (0, (3, 1, 1, 1, 1, 1)), "<"),
     "capture": Style("#D55E00", "\\\\\\\\", "-", "D"),
     "steer": Style("#0072B2", "----", "-", "v"),
     "dnat": Style("#009E73", "++++", "-.", "P"),
-    "proxy": Style("#F0E442", "ooo", (0, (5, 1)), "X"),
+    "proxy": Style("#F0E442", "o", (0, (5, 1)), "X"),
     "passt": Style("#CC79A7", "||||", (0, (3, 1, 1, 1)), ">"),
     "tun": Style("#555555", "", (0, (1, 3)), "*"),
     "broadcast": Style("#000000", "", (0, (8, 2)), "h"),
