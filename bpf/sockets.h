@@ -4,10 +4,13 @@
  * the guest's own address before a packet is made, and is told afterwards what it dialed.
  *
  * A socket that has an entry in `sockets` was made in the cgroup, so its names are shown right: only
- * to such may a guest's packets be handed without passing `lo`.
+ * to such may a guest's packets be handed without passing `lo`. To make one takes longer than all else
+ * that a connection meets here, so what most connections dial, 127.0.0.1 or ::1 by TCP, needs none: it
+ * shows in the connection's addresses (`dialed_plainly`).
  *
  * What shows: connections of MPTCP have the guest's own address; a datagram that a guest sends to the
- * pod's address on the link, not to the alias, is answered from the alias.
+ * pod's address on the link, not to the alias, is answered from the alias; a connection that a guest
+ * makes to that address, from a port that it owns, looks like one to `localhost`.
  */
 
 enum dialed {
@@ -65,10 +68,10 @@ static __always_inline void render(struct address is, bool mapped, __be32 *a)
 	}
 }
 
-static __always_inline void remember(struct bpf_sock *sk, u32 dialed, const __be32 *address)
+static __always_inline void remember(struct bpf_sock *sk, u32 dialed, const __be32 *address,
+				     u64 flags)
 {
-	struct socket new = {},
-		      *socket = sockets.sk_storage_get(sk, &new, BPF_SK_STORAGE_GET_F_CREATE);
+	struct socket new = {}, *socket = sockets.sk_storage_get(sk, &new, flags);
 
 	if (!socket)
 		return;
@@ -109,6 +112,7 @@ static __always_inline bool dial(struct bpf_sock_addr *ctx, struct bpf_sock *sk,
 	u16 port = bpf_ntohs(ctx->user_port);
 	struct address to = classify(a);
 	u8 slot = slot_of(ctx);
+	bool plain;
 	int n = -1;
 
 	if (!slot || (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_UDP))
@@ -122,12 +126,14 @@ static __always_inline bool dial(struct bpf_sock_addr *ctx, struct bpf_sock *sk,
 	}
 	/* A connected IPv6 socket sends to its v4-mapped peer as if it were unconnected. */
 	if (to.kind == LINK && (connects || sk->state != BPF_TCP_ESTABLISHED))
-		remember(sk, DIRECT, a);
+		remember(sk, DIRECT, a, BPF_SK_STORAGE_GET_F_CREATE);
 	if (n < 0)
 		return false;
 	if (to.kind == UNSPECIFIED)
 		render(as(LOOPBACK, 0), is_mapped(a), a);
-	remember(sk, LOCALHOST, a);
+	plain = ctx->protocol == IPPROTO_TCP && classify(a).kind == LOOPBACK &&
+		(is_mapped(a) || !(n & IPV4_ONLY));
+	remember(sk, LOCALHOST, a, plain ? 0 : BPF_SK_STORAGE_GET_F_CREATE);
 	render(as(LINK, n), is_mapped(a) || n & IPV4_ONLY, a);
 	tally_call(slot, REASON_STEERED);
 	return true;
@@ -306,6 +312,15 @@ int recvmsg6(struct bpf_sock_addr *ctx)
 	return 1;
 }
 
+/* Whether a connection without an entry, to this peer, is one to a guest's port at 127.0.0.1 or ::1.
+ * One that was dialed by other addresses has an entry.
+ */
+static __always_inline bool dialed_plainly(struct bpf_sock_addr *ctx, struct address peer, u16 port)
+{
+	return ctx->protocol == IPPROTO_TCP && peer.kind == LINK &&
+	       owner(slot_of(ctx), IPPROTO_TCP, port) == peer.n;
+}
+
 /* The other end of a connection: of one that was dialed, what was dialed; of an accepted one, the
  * loopback address, as of any client at `localhost`. UDP keeps the guest's view, for a server answers
  * to the address that it was given.
@@ -324,9 +339,12 @@ static __always_inline bool show_peer(struct bpf_sock_addr *ctx, struct address 
 	if (peer.kind != LINK || !ctx->sk)
 		return false;
 	socket = sockets.sk_storage_get(ctx->sk, 0, 0);
-	if (!socket || socket->dialed != LOCALHOST)
+	if (!socket && dialed_plainly(ctx, peer, bpf_ntohs(ctx->user_port)))
+		render(as(LOOPBACK, 0), is_mapped(a), a);
+	else if (socket && socket->dialed == LOCALHOST)
+		__builtin_memcpy(a, socket->address, sizeof(socket->address));
+	else
 		return false;
-	__builtin_memcpy(a, socket->address, sizeof(socket->address));
 	return true;
 }
 
@@ -356,7 +374,7 @@ int getpeername6(struct bpf_sock_addr *ctx)
 }
 
 /* This end: the loopback address, of whatever was dialed at `localhost`, by us or by a guest. */
-static __always_inline bool show_local(struct bpf_sock_addr *ctx, __be32 *a)
+static __always_inline bool show_local(struct bpf_sock_addr *ctx, struct address peer, __be32 *a)
 {
 	struct address local = classify(a);
 	struct socket *socket;
@@ -368,17 +386,21 @@ static __always_inline bool show_local(struct bpf_sock_addr *ctx, __be32 *a)
 	if (local.kind != POD_LINK || !ctx->sk)
 		return false;
 	socket = sockets.sk_storage_get(ctx->sk, 0, 0);
-	if (!socket || socket->dialed != LOCALHOST)
+	if (!socket && dialed_plainly(ctx, peer, bpf_ntohs(ctx->sk->dst_port)))
+		render(as(LOOPBACK, 0), is_mapped(a), a);
+	else if (socket && socket->dialed == LOCALHOST)
+		render(as(LOOPBACK, 0), is_mapped(socket->address), a);
+	else
 		return false;
-	render(as(LOOPBACK, 0), is_mapped(socket->address), a);
 	return true;
 }
 
 int getsockname4(struct bpf_sock_addr *ctx)
 {
 	__be32 a[4] = MAPPED(ctx->user_ip4);
+	struct bpf_sock *sk = ctx->sk;
 
-	if (show_local(ctx, a))
+	if (sk && show_local(ctx, classify4(sk->dst_ip4), a))
 		ctx->user_ip4 = a[3];
 	return 1;
 }
@@ -386,8 +408,14 @@ int getsockname4(struct bpf_sock_addr *ctx)
 int getsockname6(struct bpf_sock_addr *ctx)
 {
 	__be32 a[4] = WORDS(ctx->user_ip6);
+	struct bpf_sock *sk = ctx->sk;
 
-	if (show_local(ctx, a))
+	if (!sk)
+		return 1;
+
+	__be32 peer[4] = WORDS(sk->dst_ip6);
+
+	if (show_local(ctx, classify(peer), a))
 		show6(ctx, a);
 	return 1;
 }

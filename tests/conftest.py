@@ -43,14 +43,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs root"))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def nothing_is_left_behind() -> Iterator[None]:
-    before = snapshot()
-    yield
+BEFORE = pytest.StashKey[set[str]]()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput"):  # a worker of xdist's: its controller looks
+        session.config.stash[BEFORE] = snapshot()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if BEFORE not in session.config.stash:
+        return
     deadline = time.monotonic() + KERNEL_PATIENCE_S
-    while left := snapshot() - before - others():
+    while left := snapshot() - session.config.stash[BEFORE] - others():
         if time.monotonic() > deadline:
-            pytest.fail("left behind: " + ", ".join(sorted(left)), pytrace=False)
+            pytest.exit("left behind: " + ", ".join(sorted(left)), pytest.ExitCode.TESTS_FAILED)
         gc.collect()  # a program that Python still holds is there until its object goes
         time.sleep(0.1)
 
