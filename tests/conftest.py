@@ -14,6 +14,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 import pytest
@@ -37,13 +38,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that clean this host, or leave it something to be cleaned, run in one process: what
+    one's `testbed clean` finds would be another's. Files of other kinds may run beside them.
+    """
+    for item in items:
+        kind = item.path.parent.name
+        alone = kind in ("integration", "bpf", "bench")
+        item.add_marker(pytest.mark.xdist_group("host" if alone else str(item.path)))
     if os.geteuid() != 0:
         for item in items:
             if item.get_closest_marker("root"):
                 item.add_marker(pytest.mark.skip(reason="needs root"))
 
 
-BEFORE = pytest.StashKey[set[str]]()
+BEFORE = pytest.StashKey[AbstractSet[object]]()
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -41,6 +41,7 @@ def bench(project: Path) -> tuple[int, str]:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "bench", TEST, "--benchmark-quiet",
                "--benchmark-json", "run.json", "-p", "no:cacheprovider"]  # fmt: skip
     env = os.environ | {"PYTHONPATH": str(project)}
+    env.pop("PYTEST_XDIST_WORKER", None)  # it would measure nothing, as if it were one
     done = subprocess.run(
         command, cwd=project, env=env, capture_output=True, text=True, check=False
     )
