@@ -61,10 +61,7 @@ def paper(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Test all but speed; without root, only what needs none (-- arguments for pytest).
-
-    In two processes, as much of it is waiting.
-    """
+    """Test all but speed; without root, only what needs none (-- arguments for pytest)."""
     run(session, "pytest", "-m", "not bench", "-n2", "--dist=loadgroup", *session.posargs)
 
 

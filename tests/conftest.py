@@ -37,6 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--kill-seed", type=int, help="to have the same moments again")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist is to find the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that clean this host, or leave it something to be cleaned, run in one process: what
     one's `testbed clean` finds would be another's. Files of other kinds may run beside them.
