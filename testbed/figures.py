@@ -268,7 +268,7 @@ def _bar_panel(
 PARTS = {
     "softirq": Part("#333333", "", "softirq"),
     "system": Part("#888888", "////", "system"),
-    "user": Part("#ffffff", "....", "user"),
+    "user": Part("#ffffff", "..", "user"),
     "guest": Part("#cccccc", "", "guests' QEMU"),
 }
 """What CPU time is spent on, from the bottom of the bars up. No colors: those are datapaths'."""
@@ -277,7 +277,7 @@ PARTS = {
 STEPS = {
     "image": Part("#333333", "", "image"),
     "links": Part("#777777", "////", "links"),
-    "datapath": Part("#ffffff", "....", "datapath"),
+    "datapath": Part("#ffffff", "..", "datapath"),
     "launch": Part("#aaaaaa", "\\\\\\\\", "launch"),
     "boot": Part("#dddddd", "", "boot"),
     "answer": Part("#ffffff", "xxxx", "answer"),
