@@ -62,7 +62,7 @@ def paper(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Test all but speed; without root, only what needs none (-- arguments for pytest)."""
-    run(session, "pytest", "-m", "not bench", "-n2", "--dist=loadgroup", *session.posargs)
+    run(session, "pytest", "-m", "not bench", "-n2", "--dist=loadfile", *session.posargs)
 
 
 @nox.session

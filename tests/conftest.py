@@ -16,9 +16,11 @@ import time
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pyroute2.nftables.main import NFTables
+from xdist.scheduler import LoadFileScheduling
 
 from testbed.ledger import ROOT
 
@@ -37,15 +39,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--kill-seed", type=int, help="to have the same moments again")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist is to find the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that clean this host, or leave it something to be cleaned, run in one process: what
-    one's `testbed clean` finds would be another's. Files of other kinds may run beside them.
+class Scheduling(LoadFileScheduling):  # type: ignore[misc]
+    """Over processes: files, but tests that clean this host, or leave it something to be cleaned,
+    are all for one of them. What `testbed clean` finds there would be another's.
     """
-    for item in items:
-        kind = item.path.parent.name
-        alone = kind in ("integration", "bpf", "bench")
-        item.add_marker(pytest.mark.xdist_group("host" if alone else str(item.path)))
+
+    def _split_scope(self, nodeid: str) -> str:
+        folder = Path(nodeid.partition("::")[0]).parent.name
+        return "host" if folder in ("integration", "bpf") else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if os.geteuid() != 0:
         for item in items:
             if item.get_closest_marker("root"):
