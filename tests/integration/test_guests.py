@@ -33,7 +33,7 @@ FAMILIES = pytest.mark.parametrize("family", Family, ids=str)
 GUESTS_PORT = trial.port("guest1")
 PAIRS = [pair for pair in Pair if pair is pair.shape]
 GUESTS_PAIRS = (Pair.NATIVE_GUEST, Pair.GUEST_NATIVE, Pair.GUEST_GUEST, Pair.GUEST_SELF)
-WARMUP_S, DURATIONS_S = 0.05, (0.1, 1.0)
+WARMUP_S, DURATIONS_S = 0.05, (0.1, 1.0, 2.0)
 
 Start = Callable[[str, Prepared, Collection[Pair]], Pod]
 
