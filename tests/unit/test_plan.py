@@ -126,7 +126,8 @@ def test_shipped_plans_are_sound(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "minutes"), [("quick", 3), ("standard", 15), ("paper", 40), ("proof", 30)]
+    ("name", "minutes"),
+    [("quick", 3), ("standard", 15), ("paper", 40), ("proof", 30), ("costs", 20)],
 )
 def test_shipped_plans_fit_their_time(name: str, minutes: float) -> None:
     """0.7 s around each trial, 2.5 s per guest, 0.1 s per stand-in, 30 s besides."""
