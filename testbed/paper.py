@@ -4,7 +4,8 @@
 stand for is written to `paper/generated/`, with the tables and figures that the text has. Whatever
 the campaign cannot answer is an error that names the line and the cell. All that is made says the
 digest of the data. A cell's guests are always named here, `…/64x1,guest=osv`, also where the
-campaign's own id leaves them out. LaTeX is run, but nothing is measured here.
+campaign's own id leaves them out. What is claimed, and what came of it, may be another campaign's,
+the `proof`, of fewer cells and more blocks. LaTeX is run, but nothing is measured here.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ MADE = re.compile(r"\\(?:resultfigure\{|input\{generated/)([\w-]+)\}")
 """A figure or table of the text."""
 
 
-def build(campaign: Store, folder: Path = FOLDER) -> Path:
+def build(campaign: Store, folder: Path = FOLDER, proof: Store | None = None) -> Path:
     """The paper as `main.pdf` in `folder`. Raises `Error` for what the campaign or LaTeX lacks."""
     if not shutil.which("latexmk"):
         raise Error("no latexmk here, which runs LaTeX", "./bootstrap --tex nox -s paper")
-    generate(campaign, folder)
+    generate(campaign, folder, proof)
     return typeset(campaign, folder)
 
 
@@ -73,10 +74,10 @@ def typeset(campaign: Store, folder: Path) -> Path:
     return folder / "main.pdf"
 
 
-def generate(campaign: Store, folder: Path = FOLDER) -> list[Path]:
+def generate(campaign: Store, folder: Path = FOLDER, proof: Store | None = None) -> list[Path]:
     """Write `generated/` anew: numbers.tex, tables, figures. Says which files they are."""
     made, digest = folder / "generated", campaign.digest()
-    answers, tables_and_figures = Answers(campaign), wanted(folder)
+    answers, tables_and_figures = Answers(campaign, proof), wanted(folder)
     lines = [
         rf"\answer{{{kind}[{quantity}]}}{{{asked}}}{{{answer}}}"
         for (kind, quantity, asked), answer in numbers(answers, folder).items()
@@ -143,8 +144,8 @@ def _lines(folder: Path) -> Iterator[tuple[str, str]]:
 class Answers:
     """What a campaign says, as LaTeX. A KeyError has the reason why it says nothing."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, store: Store, proof: Store | None = None) -> None:
+        self.store, self.proof = store, proof or store
         self.rows = list(summaries(store))
         self.cells: dict[str, list[Summary]] = {}
         for row in self.rows:
@@ -309,8 +310,9 @@ def _facts(answers: Answers) -> Iterator[tuple[str, str]]:
             yield f"guest/{name}/{key}", escape(value)
     for name, version in campaign.versions.items():
         yield f"version/{name}", escape(version)
-    judged = Counter(found.verdict for found in claims.judge(store))
+    judged = Counter(found.verdict for found in claims.judge(answers.proof))
     yield "claims", str(judged.total())
+    yield "claims/blocks", str(len({trial.block for trial in answers.proof.trials()}))
     for verdict in claims.Verdict:
         yield f"claims/{verdict}", str(judged[verdict])
     if found := controls(answers.rows):
@@ -464,13 +466,13 @@ def _conformance_table(answers: Answers) -> list[str]:
 
 def _claims_table(answers: Answers) -> list[str]:
     """What the plan claims, and what came of it, a row per cell."""
-    found = claims.judge(answers.store)
+    found = claims.judge(answers.proof)
     lines = [r"\begin{tabular*}{\columnwidth}{@{\extracolsep{\fill}}lll@{}}", r"\toprule",
              r"claim & ratio & verdict \\"]  # fmt: skip
     for claim, rows in grouped(found, lambda row: row.claim.text).items():
         lines += [r"\midrule", rf"\multicolumn{{3}}{{@{{}}l}}{{\emph{{{escape(claim)}}}}} \\"]
         for row in rows:
-            what = f"{row.cell.label(answers.store.campaign.guest)}, {names(row.cell.family)}"
+            what = f"{row.cell.label(answers.proof.campaign.guest)}, {names(row.cell.family)}"
             ratio = _interval(row.ratio, Unit(1, "")) if row.ratio.blocks else "not measured"
             lines.append(rf"{escape(what)} & {ratio} & {escape(row.verdict)} \\")
     return [*lines, r"\bottomrule", r"\end{tabular*}"]

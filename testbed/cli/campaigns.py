@@ -102,6 +102,9 @@ def add(commands: Commands) -> None:
     paper.set_defaults(call=_paper)
     paper.add_argument("directory", type=Path, metavar="DIR", nargs="?",
                        help="default: results/reference/paper")  # fmt: skip
+    paper.add_argument("--proof", type=Path, metavar="DIR",
+                       help="of plan proof: what came of the claims (default: "
+                       "results/reference/proof)")  # fmt: skip
 
     conformance = commands.add_parser(
         "conformance", help="check what programs may rely on at localhost, through any datapath",
@@ -230,7 +233,9 @@ def _claims(arguments: argparse.Namespace) -> int:
 def _paper(arguments: argparse.Namespace) -> int:
     from testbed import paper, reference, store
 
-    print(paper.build(store.open(arguments.directory or reference.FOLDER / "paper")))
+    campaign = store.open(arguments.directory or reference.FOLDER / "paper")
+    proof = store.open(arguments.proof or reference.FOLDER / "proof")
+    print(paper.build(campaign, proof=proof))
     return 0
 
 
