@@ -178,8 +178,7 @@ int setsockopt(struct bpf_sockopt *ctx)
 {
 	struct socket new = {}, *socket;
 
-	if (ctx->optlen > 4096) /* the kernel has shown a page, and would take it for all */
-		ctx->optlen = 0;
+	ctx->optlen = 0; /* what the program gave, and not a copy of what was shown, a page at most */
 	if (!ctx->sk)
 		return 1;
 	switch (ctx->level << 16 | ctx->optname) {
