@@ -178,8 +178,8 @@ int setsockopt(struct bpf_sockopt *ctx)
 {
 	struct socket new = {}, *socket;
 
-	ctx->optlen =
-		0; /* what the program gave, and not a copy of what was shown, a page at most */
+	/* Let the kernel take what the program gave, not a copy of what it shows: that is a page at most. */
+	ctx->optlen = 0;
 	if (!ctx->sk)
 		return 1;
 	switch (ctx->level << 16 | ctx->optname) {
