@@ -3,9 +3,9 @@
 
 componentize-py makes it a WASI component, which has sockets and poll, but no threads: everything
 that may wait is a generator that yields what it waits for, and one loop goes on with whichever can.
-Runs as plain Python just as well. Not here: socket calls as orders, UDP streams down, and closing
-by reset, for which WASI has no call. A socket that is forgotten instead of closed would end the
-component.
+Runs as plain Python just as well. Not here: UDP streams down. What WASI has no call for (an option,
+a flag, closing by reset) is ENOPROTOOPT or EOPNOTSUPP, as from a kernel that lacks it. A socket
+that is forgotten instead of closed would end the component.
 """
 
 import errno
@@ -663,14 +663,232 @@ class Failing:
             raise Refused(f"{self.run._place(self.what)}: {e.strerror or e}") from e
 
 
+# --- single socket calls --------------------------------------------------------------------
+
+LINUX = {
+    "EPERM": 1, "EINTR": 4, "EIO": 5, "EBADF": 9, "EAGAIN": 11, "ENOMEM": 12, "EACCES": 13,
+    "EINVAL": 22, "EMFILE": 24, "EPIPE": 32, "EPROTO": 71, "EDESTADDRREQ": 89, "EMSGSIZE": 90,
+    "ENOPROTOOPT": 92, "EOPNOTSUPP": 95, "EAFNOSUPPORT": 97, "EADDRINUSE": 98,
+    "EADDRNOTAVAIL": 99, "ENETDOWN": 100, "ENETUNREACH": 101, "ECONNABORTED": 103,
+    "ECONNRESET": 104, "ENOBUFS": 105, "EISCONN": 106, "ENOTCONN": 107, "ETIMEDOUT": 110,
+    "ECONNREFUSED": 111, "EHOSTUNREACH": 113, "EALREADY": 114, "EINPROGRESS": 115,
+}  # fmt: skip
+"""Errors by the numbers that answers have; WASI's own are others."""
+NUMBERS = {getattr(errno, name): number for name, number in LINUX.items()}
+LEVELS = {"SO": socket.SOL_SOCKET, "TCP": socket.IPPROTO_TCP, "IP": socket.IPPROTO_IP,
+          "IPV6": socket.IPPROTO_IPV6}  # fmt: skip
+FLAGS = {"oob": "MSG_OOB", "peek": "MSG_PEEK"}
+WAYS = {"read": socket.SHUT_RD, "write": socket.SHUT_WR, "both": socket.SHUT_RDWR}
+READINESS = {"readable": select.POLLIN, "writable": select.POLLOUT, "error": select.POLLERR,
+             "hangup": select.POLLHUP}  # fmt: skip
+URGENT = select.POLLPRI if hasattr(socket, "MSG_OOB") else 0
+WISHES = {"read": select.POLLIN, "write": select.POLLOUT, "urgent": URGENT, "error": 0}
+MAX_SOCKETS, SHOWN = 4096, 32
+
+
+class Sockets:
+    """The sockets of one controller, and the calls on them that it orders."""
+
+    def __init__(self):
+        self._held = {}
+        self.orders = {
+            "socket": self._socket, "set": self._set, "get": self._get, "bind": self._bind,
+            "listen": self._listen, "connect": self._connect, "accept": self._accept,
+            "names": self._names, "send": self._send, "receive": self._receive,
+            "poll": self._poll, "shutdown": self._shutdown, "close": self._close,
+            "resolve": self._resolve,
+        }  # fmt: skip
+
+    def end(self):
+        for held in self._held.values():
+            held.close()
+
+    def carry_out(self, order):
+        """The answer, which has what came before an error, too."""
+        answer = {"errno": 0}
+        try:
+            yield from self.orders[order["op"]](order, answer) or ()
+        except TimeoutError:
+            answer["errno"] = LINUX["ETIMEDOUT"]
+        except OSError as e:
+            answer["errno"] = NUMBERS.get(e.errno, LINUX["EIO"])
+        return answer
+
+    def _of(self, order):
+        held = self._held.get(int(order["socket"]))
+        if held is None:
+            raise Refused("socket: no such socket")
+        return held
+
+    def _hold(self, made, answer):
+        if len(self._held) == MAX_SOCKETS:
+            made.close()
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        made.setblocking(False)
+        answer["socket"] = next(n for n in range(MAX_SOCKETS) if n not in self._held)
+        self._held[answer["socket"]] = made
+
+    def _socket(self, order, answer):
+        answer["socket"] = -1
+        self._hold(socket.socket(FAMILIES[order["family"]], KINDS[order["transport"]]), answer)
+
+    def _set(self, order, answer):
+        value = order["text"].encode() if "text" in order else int(order["value"])
+        try:
+            self._of(order).setsockopt(*option_of(order), value)
+        except OSError as e:
+            only = (errno.ENOPROTOOPT, "IPV6_V6ONLY", 1)  # WASI has no other sockets
+            if (e.errno, order["option"], value) != only:
+                raise
+
+    def _get(self, order, answer):
+        answer["value"] = 0
+        answer["value"] = self._of(order).getsockopt(*option_of(order))
+
+    def _bind(self, order, answer):
+        self._of(order).bind(address_of(order))
+
+    def _listen(self, order, answer):
+        self._of(order).listen(int(order.get("backlog", 128)))
+
+    def _connect(self, order, answer):
+        held, deadline = self._of(order), deadline_of(order)
+        with suppress(BlockingIOError):
+            if "address" in order:
+                held.connect(address_of(order))
+                return
+        if not order.get("timeout_s", 1):
+            with suppress(TimeoutError):  # WASI begins to dial when it is first polled
+                yield held, select.POLLOUT, deadline
+            raise BlockingIOError(errno.EINPROGRESS, os.strerror(errno.EINPROGRESS))
+        yield held, select.POLLOUT, deadline
+        if code := held.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            raise OSError(code, os.strerror(code))
+
+    def _accept(self, order, answer):
+        answer.update(socket=-1, address="", port=0)
+        held, deadline = self._of(order), deadline_of(order)
+        yield held, select.POLLIN, deadline
+        made, name = held.accept()
+        self._hold(made, answer)
+        answer.update(address=name[0], port=name[1])
+
+    def _names(self, order, answer):
+        held = self._of(order)
+        answer["own_address"], answer["own_port"] = held.getsockname()[:2]
+        answer.update(peer_address="", peer_port=0)
+        with suppress(OSError):
+            answer["peer_address"], answer["peer_port"] = held.getpeername()[:2]
+
+    def _send(self, order, answer):
+        answer["bytes"] = sent = 0
+        held, deadline, flag = self._of(order), deadline_of(order), flag_of(order)
+        text, phase = order.get("text", "").encode(), int(order.get("phase", 0))
+        size = len(text) if "text" in order else int(order.get("size", 0))
+        to = (address_of(order),) if "address" in order else ()
+        while True:
+            piece = text[sent:] or pattern(phase + sent, min(size - sent, CHUNK))
+            try:
+                sent += held.sendto(piece, flag, *to) if to else held.send(piece, flag)
+            except BlockingIOError:
+                yield held, select.POLLOUT, deadline
+            answer["bytes"] = sent
+            if sent >= size:
+                return
+
+    def _receive(self, order, answer):
+        answer.update(bytes=0, intact=1, ended=0, address="", port=0, hex="")
+        held, deadline, flag = self._of(order), deadline_of(order), flag_of(order)
+        size, phase = int(order.get("size", MAX_MESSAGE)), int(order.get("phase", 0))
+        udp = held.type == socket.SOCK_DGRAM
+        while True:
+            length = min(size - answer["bytes"], CHUNK)
+            try:
+                if udp:
+                    data, (answer["address"], answer["port"], *_) = held.recvfrom(length, flag)
+                else:
+                    data = held.recv(length, flag)
+            except BlockingIOError as e:
+                if now_ns() > deadline:  # WASI says ready for good when refused
+                    raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from e
+                yield held, URGENT if order.get("flag") == "oob" else select.POLLIN, deadline
+                continue
+            answer["ended"] = int(not data and not udp and length > 0)
+            answer["hex"] += data[: SHOWN - len(answer["hex"]) // 2].hex()
+            answer["intact"] &= intact(data, phase + answer["bytes"], True, 0)
+            answer["bytes"] += len(data)
+            if udp or flag or order.get("some") or answer["ended"] or answer["bytes"] >= size:
+                return
+
+    def _poll(self, order, answer):
+        answer.update(readable=0, writable=0, urgent=0, error=0, hangup=0)
+        held, deadline = self._of(order), deadline_of(order)
+        if order["for"] == "urgent" and not URGENT:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        yield held, WISHES[order["for"]], deadline
+        asking = select.poll()
+        asking.register(held, select.POLLIN | select.POLLOUT | URGENT)
+        for _, events in asking.poll(0):
+            answer.update({key: int(bool(events & bit)) for key, bit in READINESS.items()})
+            answer["urgent"] = int(bool(events & URGENT))
+
+    def _shutdown(self, order, answer):
+        self._of(order).shutdown(WAYS[order["how"]])
+
+    def _close(self, order, answer):
+        self._of(order).close()
+        del self._held[int(order["socket"])]
+
+    def _resolve(self, order, answer):
+        answer.update(addresses="", failure="")
+        family = FAMILIES.get(order["family"], socket.AF_UNSPEC)
+        try:
+            found = socket.getaddrinfo(order["name"], None, family, socket.SOCK_STREAM)
+        except socket.gaierror as e:
+            answer["failure"] = e.strerror
+        else:
+            answer["addresses"] = " ".join(name[0] for *_, name in found)
+            answer["failure"] = "" if found else "no address"  # so says WASI
+
+
+def option_of(order):
+    """Level and number of an option."""
+    name = order["option"]
+    number = getattr(socket, name, None)
+    if number is None or (sys.platform, name) == ("wasi", "TCP_NODELAY"):  # taken, to no effect
+        raise OSError(errno.ENOPROTOOPT, os.strerror(errno.ENOPROTOOPT))
+    return LEVELS[name.partition("_")[0]], number
+
+
+def flag_of(order):
+    name = FLAGS[order["flag"]] if order.get("flag") else ""
+    flag = getattr(socket, name, None) if name else 0
+    if flag is None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    return flag
+
+
+def address_of(order):
+    text = order["address"]
+    try:
+        socket.inet_pton(FAMILIES["ipv6" if ":" in text else "ipv4"], text)
+    except OSError as e:
+        raise Refused("address: not an IPv4 or IPv6 address") from e
+    return text, int(order.get("port", 0))
+
+
+def deadline_of(order):
+    return now_ns() + int(order.get("timeout_s", 2) * SECOND_NS)
+
+
 # --- control --------------------------------------------------------------------------------
 
 
 class Session:
-    """One controller. Its servers end with its connection."""
+    """One controller. Its servers and sockets end with its connection."""
 
     def __init__(self, connection):
-        self.connection, self.servers = connection, {}
+        self.connection, self.servers, self.sockets = connection, {}, Sockets()
         connection.setblocking(False)
 
     def serve(self):
@@ -686,16 +904,19 @@ class Session:
                     return
                 *lines, data = (data + got).split(b"\n")
                 for line in lines:
-                    answer = json.dumps(self._answer(line)) + "\n"
+                    answer = json.dumps((yield from self._answer(line))) + "\n"
                     yield from send_all(self.connection, answer.encode())
         finally:
             for server in self.servers.values():
                 server.stop()
+            self.sockets.end()
             self.connection.close()
 
     def _answer(self, line):
         try:
             order = json.loads(line)
+            if order.get("op") in self.sockets.orders:
+                return {"ok": True, **(yield from self.sockets.carry_out(order))}
             carry_out = {
                 "hello": self._hello,
                 "serve": self._serve,
@@ -703,11 +924,11 @@ class Session:
                 "run": lambda order: Run(order).carry_out(),
             }.get(order.get("op"))
             if carry_out is None:
-                raise Refused(f"op: a component has no {order.get('op')}")
+                raise Refused("op: no such order")
             return {"ok": True, **carry_out(order)}
         except Refused as e:
             return {"ok": False, "error": str(e)}
-        except (ValueError, KeyError, TypeError) as e:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
             return {"ok": False, "error": f"order: {e!r}"}
 
     def _hello(self, order):
@@ -744,9 +965,9 @@ def works(family):
     return True
 
 
-def control(port, family):
+def control(listening):
     """Takes connections of controllers."""
-    with closing(bound(FAMILIES[family], socket.SOCK_STREAM, (ANY[family], port))) as listening:
+    with closing(listening):
         listening.listen(16)
         while True:
             yield listening, select.POLLIN, None
@@ -759,9 +980,13 @@ def control(port, family):
 
 def main():
     port = int(sys.argv[sys.argv.index("--control-port") + 1])
-    for family in FAMILIES:
-        LOOP.start(control(port, family))
+    for family in filter(works, FAMILIES):
+        listening = bound(FAMILIES[family], socket.SOCK_STREAM, (ANY[family], port))
+        port = listening.getsockname()[1]
+        LOOP.start(control(listening))
+    print("agent: control port", port, flush=True)
     LOOP.run(lambda: False)
 
 
-main()
+if __name__ == "__main__":
+    main()

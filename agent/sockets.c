@@ -378,7 +378,7 @@ static bool order_receive(struct session *s)
 	unsigned char shown[SHOWN];
 	uint64_t deadline, total = 0;
 	double size = MAX_MESSAGE, phase = 0, some = 0;
-	bool intact_so_far = true, ended = false, truncated = false;
+	bool intact_so_far = true, ended = false;
 	int flags, error = 0;
 	struct held *h;
 
@@ -409,16 +409,14 @@ static bool order_receive(struct session *s)
 		if (total < SHOWN)
 			memcpy(shown + total, s->buffer, MIN(got, (ssize_t)(SHOWN - total)));
 		intact_so_far &= intact(s->buffer, got, phase + total, true, 0);
-		truncated = m.msg_flags & MSG_TRUNC;
 		total += got;
 		ended = !got && !h->udp && part.iov_len;
 		if (h->udp || some || ended || flags)
 			break;
 	} while (!error && total < size);
 	fprintf(s->out,
-		"{\"ok\":true,\"errno\":%d,\"bytes\":%llu,\"intact\":%d,\"ended\":%d,"
-		"\"truncated\":%d",
-		error, (unsigned long long)total, intact_so_far, ended, truncated);
+		"{\"ok\":true,\"errno\":%d,\"bytes\":%llu,\"intact\":%d,\"ended\":%d",
+		error, (unsigned long long)total, intact_so_far, ended);
 	put_address(s, "", &from);
 	fprintf(s->out, ",\"hex\":\"");
 	for (unsigned i = 0; i < MIN(total, SHOWN); i++)

@@ -94,6 +94,11 @@ def natives(pairs: Iterable[Pair]) -> set[Runtime]:
     return {NATIVES[kind] for kind in kinds & NATIVES.keys()}
 
 
+def runtime(name: str, guest: Runtime) -> Runtime:
+    """What runs the workload of that name."""
+    return NATIVES.get(_split(name)[0], guest)
+
+
 def manifest(pairs: Iterable[Pair], guest: Runtime, guests: int = 1) -> Manifest:
     """A pod with what the pairs need: the ends of each on different CPUs, where there are two."""
     names = {name for pair in pairs for both in ends(pair, guests) for name in both}
@@ -101,7 +106,7 @@ def manifest(pairs: Iterable[Pair], guest: Runtime, guests: int = 1) -> Manifest
         tuple(
             Workload(
                 name,
-                NATIVES.get(_split(name)[0], guest),
+                runtime(name, guest),
                 tuple((transport, port(name)) for transport in Transport),
                 cpus=(_cpu(name, alone=guests > 1),),
                 control_port=CONTROL_PORT + i,

@@ -114,6 +114,10 @@ def add(commands: Commands) -> None:
     conformance.add_argument("--datapath", nargs="+", metavar="NAME",
                              help="default: all that make localhost work")  # fmt: skip
     _add_guest(conformance)
+    conformance.add_argument("--native", type=Runtime, default=Runtime.PROCESS,
+                             choices=(Runtime.PROCESS, Runtime.WASM),
+                             help="what natives are (default: process); with wasm checks run "
+                             "through wasm→guest, guest→wasm and wasm→container")  # fmt: skip
     conformance.add_argument("--family", nargs="+", type=Family, choices=tuple(Family))
     conformance.add_argument("--check", action="append", metavar="GLOB",
                              help="only checks like 'datagram-*' (may be repeated)")  # fmt: skip
@@ -282,7 +286,7 @@ def _conformance(arguments: argparse.Namespace) -> int:
     localhost = [name for name in datapaths.NAMES if datapaths.get(name).localhost]
     choice = suite.Choice(
         tuple(arguments.datapath or (["foreign"] if foreign else localhost)), arguments.guest,
-        tuple(arguments.family or Family), globs, arguments.osv_kernel,
+        tuple(arguments.family or Family), globs, arguments.native, arguments.osv_kernel,
         netns=arguments.netns, control=arguments.control or "",
     )  # fmt: skip
     results = []

@@ -10,7 +10,7 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -25,25 +25,36 @@ from testbed.ledger import Owner, Scope
 from testbed.manifest import Manifest, Workload
 from testbed.model import CONTROL_PORT, Address, Error, Family, Pair, Runtime, Transport, loopback
 from testbed.pod import Pod
-from testbed.runtimes import Place, Prepared
+from testbed.runtimes import Options, Place, Prepared
 from testbed.supervisor import Supervisor
+from testbed.trial import ROLES, natives, runtime
 
 T = TypeVar("T")
 
 PORTS_EACH = 32
 PORTS = {
     name: range(start, start + PORTS_EACH)
-    for name, start in (("native1", 8000), ("native2", 8032), ("guest1", 8064), ("guest2", 8096))
-}
+    for name, start in (
+        ("native1", 8000), ("native2", 8032), ("guest1", 8064), ("guest2", 8096),
+        ("wasm1", 8128), ("container1", 8160),
+    )
+}  # fmt: skip
 """Both transports' ports that a workload owns; a pod that is not ours must have it so, too."""
 
-ROLES = {
-    Pair.NATIVE_NATIVE: ("native1", "native2"),
-    Pair.NATIVE_GUEST: ("native1", "guest1"),
-    Pair.GUEST_NATIVE: ("guest1", "native1"),
-    Pair.GUEST_GUEST: ("guest1", "guest2"),
-    Pair.GUEST_SELF: ("guest1", "guest1"),
-}
+
+def manifest(pairs: Collection[Pair], guest: Runtime) -> Manifest:
+    """Two native processes, the ends of the pairs, and two guests if any pair has one."""
+    names = {"native1", "native2", *(name for pair in pairs for name in ROLES[pair])}
+    if any(pair.guests for pair in pairs):
+        names |= {"guest1", "guest2"}
+    inside = [name for name in PORTS if name in names and not name.startswith("guest")]
+    return Manifest(tuple(
+        Workload(
+            name, runtime(name, guest), tuple((t, port) for t in Transport for port in PORTS[name]),
+            control_port=CONTROL_PORT + (inside.index(name) if name in inside else 0),
+        )
+        for name in PORTS if name in names
+    ))  # fmt: skip
 
 
 class Stage(Protocol):
@@ -70,40 +81,27 @@ class Stage(Protocol):
 
 
 class OwnStage:
-    """A pod with two native workloads and two guests, for one datapath."""
+    """A pod with what the pairs need, for one datapath."""
 
     def __init__(
-        self, owner: Scope, datapath: Datapath, guest: Prepared, native: Prepared, consoles: Path
-    ) -> None:
-        self.owner, self.datapath, self.pairs = owner, datapath.name, datapath.pairs & EVERY
+        self, owner: Scope, datapath: Datapath, pairs: frozenset[Pair], guest: Prepared,
+        options: Options, consoles: Path,
+    ) -> None:  # fmt: skip
+        self.owner, self.datapath, self.pairs = owner, datapath.name, pairs
         self.runtime = guest.description.runtime
         self.guest = str(self.runtime) if any(pair.guests for pair in self.pairs) else ""
         self.kernel = guest.description.kernel if self.guest else ""
         self.emulated = guest.description.functional_only
         self._datapath, self._consoles = datapath, consoles
-        self._runtimes: Mapping[Runtime, Prepared] = {
-            Runtime.PROCESS: native, self.runtime: guest,
-        }  # fmt: skip
+        needed = {Runtime.PROCESS, *natives(pairs)}
+        self._runtimes = {self.runtime: guest, **{r: runtimes.prepare(r, options) for r in needed}}
         self.name = f"conform-{datapath.name}"
         self.build()
 
-    def manifest(self) -> Manifest:
-        """Guests only where the datapath has a pair with one."""
-        names = [name for name in PORTS if self.guest or name.startswith("native")]
-        return Manifest(tuple(
-            Workload(
-                name, Runtime.PROCESS if name.startswith("native") else self.runtime,
-                tuple((t, port) for t in Transport for port in PORTS[name]),
-                control_port=CONTROL_PORT + (name == "native2"),
-            )
-            for name in names
-        ))  # fmt: skip
-
     def another(self, name: str) -> Pod:
         """A second pod of the same kind, built but not started."""
-        return Pod(
-            self.owner, name, self.manifest(), self._datapath, self._runtimes, self._consoles
-        )
+        workloads = manifest(self.pairs, self.runtime)
+        return Pod(self.owner, name, workloads, self._datapath, self._runtimes, self._consoles)
 
     def build(self) -> None:
         """The pod, its workloads ready, watched over. If that fails, nothing stands."""
@@ -208,7 +206,10 @@ def _patiently(call: Callable[[], T]) -> T:
 
 
 class Bed:
-    """One case: `client` and `server` are its workloads, `port` is the server's to use."""
+    """One case: `client` and `server` are its workloads, `port` is the server's to use.
+
+    `pair` is the pair's shape: to a check a component or a container is one more native.
+    """
 
     _ports: Mapping[str, Iterator[int]] = {
         name: itertools.cycle(ports) for name, ports in PORTS.items()
@@ -216,7 +217,7 @@ class Bed:
 
     def __init__(self, stage: Stage, case: Case) -> None:
         self.stage, self.case = stage, case
-        self.pair, self.family, self.transport = case.pair, case.family, case.transport
+        self.pair, self.family, self.transport = case.pair.shape, case.family, case.transport
         self._opened: list[Peer] = []
         try:
             self.client_name, self.server_name = ROLES[case.pair]

@@ -60,8 +60,12 @@ def server_killed(bed: Bed) -> None:
     near, _ = bed.connected()
     exchange_began = time.monotonic()
     near.ask_receive(1, timeout_s=BACK_S)
-    pod.processes[bed.server_name].kill()
-    pod.processes[bed.server_name].wait()
+    server = pod.processes[bed.server_name]
+    if bed.server_name.startswith("container"):
+        server.terminate()  # runc hands that on, and would leave its container if killed
+    else:
+        server.kill()
+    server.wait()
     if bed.client.is_guest and bed.server.is_guest:  # its next segment is answered by the next one
         pod.revive()
         answer = near.answer() if bed.stage.guest == "standin" else None

@@ -235,6 +235,8 @@ def any_process(bed: Bed) -> None:
     """A process that merely entered the pod's namespace is served like all others."""
     import socket
 
+    if bed.client.name != "native1":
+        raise Unsupported("its client is a plain process, not the component")
     listener = bed.serve()
     where = (str(bed.loopback), bed.port)
     near = netlink.inside(bed.stage.netns, lambda: socket.create_connection(where, 3))

@@ -266,12 +266,8 @@ def datagram_many_servers(bed: Bed) -> None:
     """One unconnected socket asks servers of several workloads, and knows the answers apart."""
     client = bed.open(bed.client)
     asked = {}
-    for name in ("native2", "guest1") if bed.pair.guests else ("native2", "native1"):
-        if name == bed.client_name and bed.pair.guests:
-            name = "native1"
+    for name in (bed.server_name, "native1" if bed.server_name == "native2" else "native2"):
         port = bed.next_port(name)
-        if port in asked:
-            continue
         asked[port] = bed.serve(port=port, peer=bed.peer(name))
     for port in asked:
         client.send(str(port), to=(bed.target, port))

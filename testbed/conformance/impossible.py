@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from testbed.conformance import EVERY, Case
-from testbed.model import Family, Pair
+from testbed.model import Family, Pair, Runtime
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Impossible:
     def holds(self, case: Case) -> bool:
         return (
             case.check.name in self.checks
-            and case.pair in self.pairs
+            and case.pair.shape in self.pairs
             and case.family in self.families
         )
 
@@ -69,10 +69,31 @@ GUESTS: dict[str, tuple[Impossible, ...]] = {
     ),
 }
 
+WASI: tuple[Impossible, ...] = (
+    Impossible(
+        frozenset({"reset", "reset-wakes-reader", "close-with-unread-data"}),
+        "WASI's streams say that they failed, not why",
+        pairs=EVERY,
+    ),
+    Impossible(
+        frozenset({"reset-is-polled"}),
+        "WASI's poll says that a stream is ready, not what for",
+        pairs=EVERY,
+    ),
+    Impossible(
+        frozenset({
+            "datagram-refused", "datagram-refused-after-close", "datagram-refusals-to-their-own",
+        }),
+        "WASI tells of a refused datagram when the next is sent, not to who waits for an answer",
+        pairs=EVERY,
+    ),
+)  # fmt: skip
+
 
 def why(datapath: str, guest: str, case: Case) -> str | None:
     """Why this case cannot pass, or None."""
-    for entry in (*DATAPATHS.get(datapath, ()), *GUESTS.get(guest, ())):
+    wasi = WASI if Runtime.WASM in case.pair else ()
+    for entry in (*DATAPATHS.get(datapath, ()), *GUESTS.get(guest, ()), *wasi):
         if entry.holds(case):
             return entry.why
     return None

@@ -1,8 +1,9 @@
 """What came of the suite, kept for reference: one small file a run, and the pages made of them.
 
-A run is a datapath with one kind of guest. Of each check its file has the number of passes, and
-each case that did not pass, with the reason. `docs/conformance.md` is the matrix of checks by runs,
-and README.md has its sums, between two comments; both are written anew from the files alone.
+A run is a datapath with one kind of guest and of native. Of each check its file has the number of
+passes, and each case that did not pass, with the reason. `docs/conformance.md` is the matrix of
+checks by runs, and README.md has its sums, between two comments; both are written anew from the
+files alone.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ INTRODUCTION = """\
 Each check runs through every pair of workloads, family and transport that it is about and the
 datapath carries; a cell counts those cases. A number alone passed, **✗** failed, and what is in
 brackets is unsupported, with the number of its reason below. An empty cell: the check is about no
-pair that the datapath carries.
+pair that the datapath carries. Natives are processes, or WASI components where a column says WASM.
 
 This page is written by `testbed conformance --pages` from `results/reference/conformance`, where
 `testbed conformance --keep` puts its results.
@@ -66,13 +67,16 @@ class Run:
     guest: str
     kernel: str
     """Flavor and version; empty for guests without a kernel of their own."""
+    native: str
+    """`wasm` where natives were components, else `process`."""
     checks: dict[str, Outcome]
 
     @property
     def name(self) -> str:
-        """`steer-osv-ipv6`: of its file."""
+        """`steer-osv-ipv6`, `steer-wasm-standin`: of its file."""
         flavor = self.kernel.split()[:1] if self.guest == Runtime.OSV else []
-        return "-".join(filter(None, (self.datapath, self.guest, *flavor)))
+        native = self.native if self.native != Runtime.PROCESS else ""
+        return "-".join(filter(None, (self.datapath, native, self.guest, *flavor)))
 
     def total(self, status: Status) -> int:
         """Cases of all checks that ended so."""
@@ -81,9 +85,10 @@ class Run:
 
 def runs_of(results: Iterable[Result]) -> list[Run]:
     """One run for each datapath, in the order of its first result."""
-    runs: dict[tuple[str, str, str], dict[str, Outcome]] = {}
+    runs: dict[tuple[str, str, str, str], dict[str, Outcome]] = {}
     for r in results:
-        found = runs.setdefault((r.datapath, r.guest, r.kernel), {})
+        native = Runtime.WASM if Runtime.WASM in r.pair else Runtime.PROCESS
+        found = runs.setdefault((r.datapath, r.guest, r.kernel, native), {})
         outcome = found.get(r.check, Outcome(0, {}, {}))
         if r.status is Status.PASS:
             outcome = Outcome(outcome.passed + 1, outcome.unsupported, outcome.failed)
@@ -114,9 +119,9 @@ def read(folder: Path = FOLDER) -> list[Run]:
     return sorted(runs, key=_column)
 
 
-def _column(run: Run) -> tuple[int, int, str]:
+def _column(run: Run) -> tuple[int, str, int, str]:
     guest = GUESTS.index(Runtime(run.guest)) if run.guest else -1
-    return datapaths.NAMES.index(run.datapath), guest, run.kernel
+    return datapaths.NAMES.index(run.datapath), run.native, guest, run.kernel
 
 
 # --- pages ----------------------------------------------------------------------------------
@@ -141,11 +146,11 @@ def with_sums(text: str, runs: Sequence[Run]) -> str:
 
 def _sums(runs: Sequence[Run]) -> list[str]:
     rows = [
-        (run.datapath, _guest(run), *(str(run.total(status)) for status in
-                                      (Status.PASS, Status.FAIL, Status.UNSUPPORTED)))
+        (run.datapath, _workloads(run), *(str(run.total(status)) for status in
+                                          (Status.PASS, Status.FAIL, Status.UNSUPPORTED)))
         for run in runs
     ]  # fmt: skip
-    return _table(("datapath", "guests", "pass", "fail", "unsupported"), rows, "llrrr")
+    return _table(("datapath", "workloads", "pass", "fail", "unsupported"), rows, "llrrr")
 
 
 def page(runs: Sequence[Run], all_checks: Iterable[Check]) -> str:
@@ -155,7 +160,7 @@ def page(runs: Sequence[Run], all_checks: Iterable[Check]) -> str:
     for check in all_checks:
         cells = [_cell(run.checks.get(check.name), notes) for run in runs]
         rows.append((f"**{check.name}** {check.proves}", *cells))
-    heads = [f"{run.datapath}<br>{_guest(run)}" for run in runs]
+    heads = [f"{run.datapath}<br>{_workloads(run)}" for run in runs]
     lines = [
         INTRODUCTION,
         *_table(("check", *heads), rows, "l" + "r" * len(runs)),
@@ -173,7 +178,7 @@ def page(runs: Sequence[Run], all_checks: Iterable[Check]) -> str:
             for name, outcome in run.checks.items() if outcome.failed
         ]  # fmt: skip
         if failures:
-            lines += [f"### {run.datapath}, {_guest(run)}", "", *failures, ""]
+            lines += [f"### {run.datapath}, {_workloads(run)}", "", *failures, ""]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -207,10 +212,11 @@ def _cell(outcome: Outcome | None, notes: _Notes) -> str:
     return " ".join(said)
 
 
-def _guest(run: Run) -> str:
+def _workloads(run: Run) -> str:
+    guest = {Runtime.STANDIN: "stand-ins", Runtime.LINUX: "Linux"}.get(Runtime(run.guest), "")
     if run.guest == Runtime.OSV:
-        return f"OSv {run.kernel.split()[0]}"
-    return {Runtime.STANDIN: "stand-ins", Runtime.LINUX: "Linux"}.get(Runtime(run.guest), "")
+        guest = f"OSv {run.kernel.split()[0]}"
+    return f"WASM, {guest}" if run.native == Runtime.WASM else guest
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> list[str]:

@@ -61,6 +61,8 @@ def spawn(bed: Bed, name: str, argv: Sequence[str], output: Path) -> subprocess.
     """Start a program where a workload is."""
     stage = bed.own_pod
     pod = stage.pod
+    if bed.case.pair is not bed.pair:
+        raise Unsupported("a component of WASI runs nothing but itself")
     is_guest = pod.number_of(name) is not None
     if is_guest and stage.runtime is not Runtime.STANDIN:
         raise Unsupported(f"a guest of {stage.guest} runs the traffic agent alone")

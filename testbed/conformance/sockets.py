@@ -20,7 +20,8 @@ from testbed.model import Address, Family, Transport, loopback
 
 TIMEOUT_S = 3.0
 CONTROL_SLACK_S = 30.0
-NO_SUCH_OPTION = (errno.ENOPROTOOPT, errno.EOPNOTSUPP)
+LACKS = (errno.ENOPROTOOPT, errno.EOPNOTSUPP)
+FLAGS = {"oob": "MSG_OOB", "peek": "MSG_PEEK"}
 LOCALHOST = ("localhost", "ip6-localhost")
 """The second where a guest's resolver knows a name in one family only."""
 
@@ -38,7 +39,6 @@ class Received:
     """All of it is the pattern that was asked for."""
     ended: bool
     """The other end will send no more."""
-    truncated: bool
     sender: Name | None
     """Of a datagram."""
 
@@ -60,6 +60,7 @@ class Peer:
     def __init__(self, name: str, agent: Agent) -> None:
         self.name, self.agent = name, agent
         self.is_guest = name.startswith("guest")
+        self.api = "WASI" if name.startswith("wasm") else f"the kernel of {name}"
 
     def socket(self, transport: Transport, family: Family) -> Sock:
         """Raises `Unsupported` if the kernel over there lacks the family."""
@@ -121,10 +122,10 @@ class Sock:
     def set(self, option: str, value: int | str) -> None:
         """setsockopt. Raises `Unsupported` if the kernel over there has no such option."""
         keys: dict[str, Any] = {"text": value} if isinstance(value, str) else {"value": value}
-        self._tried("set", option=option, **keys)
+        self._tried(option, "set", option=option, **keys)
 
     def get(self, option: str) -> int:
-        return int(self._tried("get", option=option)["value"])
+        return int(self._tried(option, "get", option=option)["value"])
 
     def bind(self, address: Address | str, port: int = 0) -> None:
         self._call("bind", address=str(address), port=port)
@@ -169,7 +170,8 @@ class Sock:
 
         Raises `TimeoutError` if not all of it was taken in time.
         """
-        return int(self._call("send", **self._sending(what, phase, to, flag, timeout_s))["bytes"])
+        keys = self._sending(what, phase, to, flag, timeout_s)
+        return int(self._tried(FLAGS.get(flag, ""), "send", **keys)["bytes"])
 
     def ask_send(self, what: int, timeout_s: float) -> None:
         """Begin a `send` whose end `answer` waits for."""
@@ -204,18 +206,20 @@ class Sock:
     ) -> Received:  # fmt: skip
         """A datagram; of a stream `size` bytes or all to the end, or what comes first (`some`)."""
         keys: dict[str, Any] = {"flag": flag} if flag else {}
-        answer = self._call(
-            "receive", size=size, phase=phase, some=int(some), timeout_s=timeout_s, **keys
-        )
+        answer = self._tried(
+            FLAGS.get(flag, ""), "receive",
+            size=size, phase=phase, some=int(some), timeout_s=timeout_s, **keys,
+        )  # fmt: skip
         sender = (ip_address(answer["address"]), answer["port"]) if answer["address"] else None
         return Received(
             answer["bytes"], bytes.fromhex(answer["hex"]), bool(answer["intact"]),
-            bool(answer["ended"]), bool(answer["truncated"]), sender,
+            bool(answer["ended"]), sender,
         )  # fmt: skip
 
     def poll(self, wish: str, timeout_s: float = TIMEOUT_S) -> Readiness:
         """Wait until it is ready to `read`, `write`, `urgent`, or has an `error` or hang-up."""
-        answer = self._call("poll", timeout_s=timeout_s, **{"for": wish})
+        lacked = "POLLPRI" if wish == "urgent" else ""
+        answer = self._tried(lacked, "poll", timeout_s=timeout_s, **{"for": wish})
         return Readiness(**{k: bool(answer[k]) for k in Readiness.__dataclass_fields__})
 
     def shutdown(self, how: str = "write") -> None:
@@ -233,13 +237,13 @@ class Sock:
         limit_s = keys.get("timeout_s", 0) + CONTROL_SLACK_S
         return self.peer.call(op, limit_s, socket=self.id, **keys)
 
-    def _tried(self, op: str, **keys: Any) -> dict[str, Any]:
+    def _tried(self, what: str, op: str, **keys: Any) -> dict[str, Any]:
+        """A call of `what` some have not got. Raises `Unsupported` then."""
         try:
             return self._call(op, **keys)
         except OSError as e:
-            lacks = e.errno in NO_SUCH_OPTION or (op == "get" and e.errno == errno.EINVAL)
-            if lacks:
-                raise Unsupported(f"the kernel of {self.peer.name} has no {keys['option']}") from e
+            if what and (e.errno in LACKS or (op == "get" and e.errno == errno.EINVAL)):
+                raise Unsupported(f"{self.peer.api} has no {what}") from e
             raise
 
 

@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from testbed import datapaths, runtimes
 from testbed.conformance import (
+    EVERY,
     Case,
     Check,
     Failure,
@@ -21,10 +22,12 @@ from testbed.conformance import (
     checks,
     impossible,
 )
-from testbed.conformance.bed import ROLES, Bed, ForeignStage, OwnStage, Stage
+from testbed.conformance.bed import Bed, ForeignStage, OwnStage, Stage
+from testbed.datapaths import Datapath
 from testbed.ledger import Owner
 from testbed.model import Cell, Error, Family, Metric, Pair, Runtime
 from testbed.pod import unsupported
+from testbed.trial import ROLES
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Choice:
     guest: str = "best"
     families: tuple[Family, ...] = tuple(Family)
     globs: tuple[str, ...] = ("*",)
+    native: Runtime = Runtime.PROCESS
+    """What the natives are: processes, or WASI components, whose pairs are others."""
     osv_kernel: Path | None = None
     hosts_patch: bool = True
     netns: Path | None = None
@@ -62,16 +67,19 @@ def run(choice: Choice) -> Iterator[Result | Progress]:
     options = runtimes.Options(osv_kernel=choice.osv_kernel, hosts_patch=choice.hosts_patch)
     with Owner() as owner, TemporaryDirectory(prefix="testbed-") as consoles:
         if choice.netns:
+            if choice.native is not Runtime.PROCESS:
+                raise Error(f"no {choice.native} is brought to a pod that is there already",
+                            hint="leave out --native")  # fmt: skip
             stage = ForeignStage(owner, choice.netns, choice.control, choice.datapaths[0])
             yield from through(stage, cases(chosen, stage.pairs, choice.families))
             return
-        native = runtimes.prepare(Runtime.PROCESS, options)
         guest, why = runtimes.choose(choice.guest, options)
         if why:
             yield Progress(f"guests are {guest.description.runtime}: {why}", 0, 0)
         for name in choice.datapaths:
             datapath = datapaths.get(name)
-            chosen_cases = cases(chosen, datapath.pairs, choice.families)
+            pairs = carried(datapath, choice.native)
+            chosen_cases = cases(chosen, pairs, choice.families)
             lacking = {}
             for case in chosen_cases:
                 if reason := unsupported(datapath, _cell(name, case), guest):
@@ -84,8 +92,15 @@ def run(choice: Choice) -> Iterator[Result | Progress]:
                     )  # fmt: skip
                 continue
             yield Progress(f"building the pod of {name}", 0, 0)
-            with OwnStage(owner, datapath, guest, native, Path(consoles)) as own:
+            with OwnStage(owner, datapath, pairs, guest, options, Path(consoles)) as own:
                 yield from through(own, chosen_cases, lacking)
+
+
+def carried(datapath: Datapath, native: Runtime) -> frozenset[Pair]:
+    """Pairs that the datapath carries: those of processes, or of another kind of native."""
+    others = {pair for pair in Pair if native in pair.split("-")}
+    wanted = EVERY if native is Runtime.PROCESS else others
+    return frozenset(pair for pair in wanted if pair.shape in datapath.pairs)
 
 
 def cases(
@@ -95,7 +110,7 @@ def cases(
     return [
         Case(check, pair, family, transport)
         for check in sorted(chosen, key=lambda c: c.disruptive)
-        for pair in ROLES if pair in check.pairs and pair in pairs
+        for pair in Pair if pair in pairs and pair.shape in check.pairs
         for family in families if family in check.families
         for transport in check.transports
     ]  # fmt: skip

@@ -21,25 +21,26 @@ Run = Callable[..., list[Result]]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """`run(datapath, *globs)`: the results of the checks that match."""
-    stages: dict[tuple[str, bool], OwnStage] = {}
+    stages: dict[tuple[str, Runtime, bool], OwnStage] = {}
     consoles = tmp_path_factory.mktemp("consoles")
     with ExitStack() as stack:
 
         def run(
             datapath: str | Datapath,
             *globs: str,
+            native: Runtime = Runtime.PROCESS,
             hosts_patch: bool = True,
             families: tuple[Family, ...] = tuple(Family),
         ) -> list[Result]:
             chosen = datapaths.get(datapath) if isinstance(datapath, str) else datapath
-            key = (chosen.name, hosts_patch)
+            key, pairs = (chosen.name, native, hosts_patch), suite.carried(chosen, native)
             if key not in stages:
                 options = Options(hosts_patch=hosts_patch)
                 guest = runtimes.prepare(Runtime.STANDIN, options)
-                native = runtimes.prepare(Runtime.PROCESS, options)
                 owner = stack.enter_context(Owner())
-                stages[key] = stack.enter_context(OwnStage(owner, chosen, guest, native, consoles))
-            cases = suite.cases(checks(globs), chosen.pairs, families)
+                stage = OwnStage(owner, chosen, pairs, guest, options, consoles)
+                stages[key] = stack.enter_context(stage)
+            cases = suite.cases(checks(globs), pairs, families)
             through = suite.through(stages[key], cases)
             return [event for event in through if isinstance(event, Result)]
 

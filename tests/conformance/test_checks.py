@@ -113,6 +113,30 @@ def test_a_refusal_while_the_guest_serves_is_a_failure(
     assert "refused" in result.reason
 
 
+COMPONENTS = {Pair.WASM_GUEST, Pair.GUEST_WASM, Pair.WASM_CONTAINER}
+
+
+@pytest.mark.root
+def test_a_component_has_connections_and_datagrams_as_a_process_has(run: Run) -> None:
+    results = run("steer", "connect", "refused", "connect-without-*", "half-close", "flow-control",
+                  "accept-names", "datagram", "datagram-64k", "datagram-many-servers",
+                  native=Runtime.WASM)  # fmt: skip
+    assert {r.status for r in results} == {Status.PASS}, failed(results)
+    assert {r.pair for r in results} == COMPONENTS
+
+
+@pytest.mark.root
+def test_what_wasi_has_no_call_for_is_unsupported_and_says_so(run: Run) -> None:
+    results = run("steer", "segment-size", "no-stalls", "urgent-data", native=Runtime.WASM,
+                  families=IPV4)  # fmt: skip
+    assert {r.status for r in results} == {Status.UNSUPPORTED}
+    assert {r.reason for r in results} == {
+        "WASI has no TCP_MAXSEG", "WASI has no TCP_NODELAY", "WASI has no MSG_OOB",
+        "WASI has no POLLPRI",
+    }  # fmt: skip
+    assert {r.pair for r in results} == COMPONENTS
+
+
 @pytest.mark.root
 def test_what_lay_idle_is_resumed_after_the_other_checks(run: Run) -> None:
     results = run("loopback", "idle", "connect")

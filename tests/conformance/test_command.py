@@ -12,7 +12,8 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from testbed import datapaths, runtimes
-from testbed.conformance.bed import OwnStage
+from testbed.conformance import EVERY
+from testbed.conformance.bed import manifest
 from testbed.ledger import Owner
 from testbed.model import Family, Runtime, guest_link
 from testbed.pod import Pod
@@ -40,6 +41,7 @@ def test_list_shows_every_check_and_runs_none() -> None:
         (("--datapath", "direct"), "direct does not make localhost work"),
         (("--netns", "/run/netns/nonsense"), "needs both --netns and --control"),
         (("--netns", "/nonsense", "--control", "::1"), "no network namespace /nonsense"),
+        (("--netns", "/", "--control", "::1", "--native", "wasm"), "no wasm is brought to a pod"),
     ],
 )
 @pytest.mark.root
@@ -83,12 +85,8 @@ def foreign_pod(tmp_path: Path) -> Iterator[Pod]:
     """A pod whose natives are not started, as somebody else might have built it."""
     runtime = {r: runtimes.prepare(r, Options()) for r in (Runtime.PROCESS, Runtime.STANDIN)}
     with Owner() as owner:
-        stage = OwnStage.__new__(OwnStage)
-        stage.runtime, stage.pairs = Runtime.STANDIN, datapaths.get("capture").pairs
-        stage.guest = "standin"
-        with Pod(
-            owner, "foreign", stage.manifest(), datapaths.get("capture"), runtime, tmp_path
-        ) as pod:
+        workloads = manifest(EVERY, Runtime.STANDIN)
+        with Pod(owner, "foreign", workloads, datapaths.get("capture"), runtime, tmp_path) as pod:
             pod.start_workload("guest1")
             pod.wait_ready("guest1")
             yield pod

@@ -14,10 +14,9 @@ STEER = ("steer", "osv", "ipv6 v0.57.0")
 
 def result(
     check: str, status: Status = Status.PASS, reason: str = "", family: Family = Family.IPV4,
-    run: tuple[str, str, str] = STEER,
+    run: tuple[str, str, str] = STEER, pair: Pair = Pair.NATIVE_GUEST,
 ) -> Result:  # fmt: skip
-    pair, transport = Pair.NATIVE_GUEST, Transport.TCP
-    return Result(check, *run, pair, family, transport, status, reason, 0.1)
+    return Result(check, *run, pair, family, Transport.TCP, status, reason, 0.1)
 
 
 def test_a_run_counts_passes_and_keeps_whatever_did_not_pass_with_its_reason() -> None:
@@ -40,6 +39,17 @@ def test_what_is_kept_is_read_as_it_was_in_the_order_of_datapaths_and_guests(
     assert kept.read(tmp_path) == [runs[3], runs[2], runs[1], runs[0]]
     with pytest.raises(Error, match="no results"):
         kept.read(tmp_path / "nothing")
+
+
+def test_checks_with_components_are_a_run_of_their_own() -> None:
+    standins = ("steer", "standin", "")
+    runs = kept.runs_of([
+        result("connect", run=standins), result("connect", run=standins, pair=Pair.WASM_CONTAINER),
+        result("connect", run=standins, pair=Pair.WASM_GUEST),
+    ])  # fmt: skip
+    totals = {run.name: run.total(Status.PASS) for run in runs}
+    assert totals == {"steer-standin": 1, "steer-wasm-standin": 2}
+    assert "| check | steer<br>stand-ins | steer<br>WASM, stand-ins |" in kept.page(runs, [])
 
 
 def test_a_cell_says_what_passed_what_failed_and_why_the_rest_is_unsupported() -> None:
