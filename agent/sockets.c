@@ -414,8 +414,7 @@ static bool order_receive(struct session *s)
 		if (h->udp || some || ended || flags)
 			break;
 	} while (!error && total < size);
-	fprintf(s->out,
-		"{\"ok\":true,\"errno\":%d,\"bytes\":%llu,\"intact\":%d,\"ended\":%d",
+	fprintf(s->out, "{\"ok\":true,\"errno\":%d,\"bytes\":%llu,\"intact\":%d,\"ended\":%d",
 		error, (unsigned long long)total, intact_so_far, ended);
 	put_address(s, "", &from);
 	fprintf(s->out, ",\"hex\":\"");
