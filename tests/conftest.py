@@ -12,6 +12,7 @@ import gc
 import os
 import socket
 import struct
+import sys
 import time
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
@@ -72,10 +73,14 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if BEFORE not in session.config.stash:
         return
+    for name in ("last_value", "last_traceback", "last_exc"):  # whose frames hold programs
+        vars(sys).pop(name, None)
     deadline = time.monotonic() + KERNEL_PATIENCE_S
     while left := snapshot() - session.config.stash[BEFORE] - others():
         if time.monotonic() > deadline:
-            pytest.exit("left behind: " + ", ".join(sorted(left)), pytest.ExitCode.TESTS_FAILED)
+            print("\nleft behind:", *sorted(left), sep="\n  ")
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            break
         gc.collect()  # a program that Python still holds is there until its object goes
         time.sleep(0.1)
 
