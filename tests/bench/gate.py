@@ -20,7 +20,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from .verdicts import BANDS, Band, Measured, Verdict, bands, judge, measured
 
 PATIENCE_S = 20
-"""So long a benchmark has more rounds on a machine that is too noisy for those it was given."""
+"""So long a benchmark has more rounds on a machine that is too noisy: twice as many, and again."""
 
 COULD_NOT_MEASURE = 3
 """Exit status, as `testbed`'s own. (1: something failed, 4: usage, both pytest's.)"""
@@ -95,9 +95,10 @@ def ratio(
             verdict, why = judge(of, band)
             if verdict is not Verdict.UNKNOWN or not band or perf_counter() > deadline:
                 break
-            prepare()
-            times.append(_timed(operation))
-            teardown()
+            for _ in range(len(times)):  # not one by one: to look too often is to find by chance
+                prepare()
+                times.append(_timed(operation))
+                teardown()
         row = Row(name, median(times), median(references), of, band, verdict, goal_s)
         request.config.stash[ROWS].append(row)
         benchmark.extra_info |= {
