@@ -19,8 +19,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from .verdicts import BANDS, Band, Measured, Verdict, bands, judge, measured
 
-PATIENCE_S = 20
-"""So long a benchmark has more rounds on a machine that is too noisy: twice as many, and again."""
+LIMIT_S = 40
+"""On a machine that is too noisy a benchmark has twice as many rounds, and again, in this time."""
 
 COULD_NOT_MEASURE = 3
 """Exit status, as `testbed`'s own. (1: something failed, 4: usage, both pytest's.)"""
@@ -83,17 +83,18 @@ def ratio(
             setup()
             references.append(_timed(reference))
 
-        benchmark.name = name
+        benchmark.name, began = name, perf_counter()
         benchmark.pedantic(  # type: ignore[no-untyped-call]
             lambda: times.append(_timed(operation)),
             setup=prepare, teardown=teardown, rounds=rounds, warmup_rounds=1,
         )  # fmt: skip
         del times[0], references[0]  # warm-up
-        band, deadline = known.get(name), perf_counter() + PATIENCE_S
+        band = known.get(name)
         while True:
             of = measured([time / by for time, by in zip(times, references, strict=True)])
             verdict, why = judge(of, band)
-            if verdict is not Verdict.UNKNOWN or not band or perf_counter() > deadline:
+            too_long = 2 * (perf_counter() - began) > LIMIT_S
+            if verdict is not Verdict.UNKNOWN or not band or too_long:
                 break
             for _ in range(len(times)):  # not one by one: to look too often is to find by chance
                 prepare()
