@@ -431,7 +431,7 @@ def started(pod: Pod, name: str) -> Iterator[None]:
     pod.start_workload(name)
     try:
         if name in SERVERS:
-            wait_until(lambda: accepts(pod, SERVERS[name]), f"{name} serves", 15)
+            wait_until(lambda: accepts(pod, SERVERS[name]), f"{name} serves", 40)
         yield
     finally:
         pod.stop_workload(name)
