@@ -71,12 +71,13 @@ def empty_cgroup(group: Path) -> None:
     """Kill every process in the cgroup and below; returns when the last one is gone.
 
     By pid and not by `cgroup.kill`, which kernels before 5.14 lack. New children of a dying process
-    are met in the next round.
+    are met in the next round. One that is listed no more may still be there for a moment.
     """
     deadline = time.monotonic() + 10
-    while pids := [
-        int(pid) for procs in group.rglob("cgroup.procs") for pid in procs.read_text().split()
-    ]:
+    while "populated 1" in (group / "cgroup.events").read_text():
+        pids = [
+            int(pid) for procs in group.rglob("cgroup.procs") for pid in procs.read_text().split()
+        ]
         if time.monotonic() > deadline:
             raise Error(f"processes {pids} in {group} do not die")
         for pid in pids:
@@ -85,6 +86,7 @@ def empty_cgroup(group: Path) -> None:
                 signal.pidfd_send_signal(fd, signal.SIGKILL)
                 select.select([fd], [], [], 1)
                 os.close(fd)
+        time.sleep(0.001)
 
 
 def spawn(
