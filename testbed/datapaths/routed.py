@@ -98,15 +98,15 @@ class Routed:
                             "between these hosts", hint="wait for its end") from e  # fmt: skip
             uplink = netlink.links(wiring.netns)[UPLINK]
             pod.link("set", index=uplink, state="up")
-            macs = {at: ip.get_links(at)[0].get("address")
-                    for ip, at in ((host, port), (pod, uplink))}  # fmt: skip
+            hosts_mac, pods_mac = (ip.get_links(at)[0].get("address")
+                                   for ip, at in ((host, port), (pod, uplink)))  # fmt: skip
             for family, there in self.side.other.items():
                 here = address_between_hosts(family, number)
                 netlink.add_address(pod, uplink, here, here.max_prefixlen)
                 netlink.add_route(pod, uplink, there)
-                netlink.add_neighbor(pod, uplink, there, macs[port])
+                netlink.add_neighbor(pod, uplink, there, hosts_mac)
                 netlink.add_route(host, port, here)
-                netlink.add_neighbor(host, port, here, macs[uplink])
+                netlink.add_neighbor(host, port, here, pods_mac)
                 owner.defer(remove_route, address=str(there))
                 host.route("replace", dst=f"{there}/{there.max_prefixlen}",
                            gateway=self.side.via[family])  # fmt: skip
