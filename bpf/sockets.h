@@ -6,7 +6,7 @@
  * A socket that has an entry in `sockets` was made in the cgroup, so its names are shown right: only
  * to such may a guest's packets be handed without passing `lo`. To make one takes longer than all else
  * that a connection meets here, so what most connections dial, 127.0.0.1 or ::1 by TCP, needs none: it
- * shows in the connection's addresses (`dialed_plainly`).
+ * shows in the connection's addresses (`dialed_localhost`).
  *
  * What shows: connections of MPTCP have the guest's own address; a datagram that a guest sends to the
  * pod's address on the link, not to the alias, is answered from the alias; a connection that a guest
@@ -312,11 +312,19 @@ int recvmsg6(struct bpf_sock_addr *ctx)
 	return 1;
 }
 
-/* Whether a connection without an entry, to this peer, is one to a guest's port at 127.0.0.1 or ::1.
- * One that was dialed by other addresses has an entry.
+/* Whether a socket with this peer dialed `localhost`, and then by which address. A connection without
+ * an entry, to a port that its peer owns, did by 127.0.0.1 or ::1: all others have an entry.
  */
-static __always_inline bool dialed_plainly(struct bpf_sock_addr *ctx, struct address peer, u16 port)
+static __always_inline bool dialed_localhost(struct bpf_sock_addr *ctx, struct address peer,
+					     u16 port, bool mapped, __be32 *dialed)
 {
+	struct socket *socket = sockets.sk_storage_get(ctx->sk, 0, 0);
+
+	if (socket) {
+		__builtin_memcpy(dialed, socket->address, sizeof(socket->address));
+		return socket->dialed == LOCALHOST;
+	}
+	render(as(LOOPBACK, 0), mapped, dialed);
 	return ctx->protocol == IPPROTO_TCP && peer.kind == LINK &&
 	       owner(slot_of(ctx), IPPROTO_TCP, port) == peer.n;
 }
@@ -328,7 +336,7 @@ static __always_inline bool dialed_plainly(struct bpf_sock_addr *ctx, struct add
 static __always_inline bool show_peer(struct bpf_sock_addr *ctx, struct address local, __be32 *a)
 {
 	struct address peer = classify(a);
-	struct socket *socket;
+	__be32 dialed[4];
 
 	if (peer.kind == NATIVE_VIEW || (peer.kind == LINK && local.kind == ALIAS)) {
 		if (ctx->protocol != IPPROTO_TCP)
@@ -336,15 +344,10 @@ static __always_inline bool show_peer(struct bpf_sock_addr *ctx, struct address 
 		render(as(LOOPBACK, 0), is_mapped(a), a);
 		return true;
 	}
-	if (peer.kind != LINK || !ctx->sk)
+	if (peer.kind != LINK || !ctx->sk ||
+	    !dialed_localhost(ctx, peer, bpf_ntohs(ctx->user_port), is_mapped(a), dialed))
 		return false;
-	socket = sockets.sk_storage_get(ctx->sk, 0, 0);
-	if (!socket && dialed_plainly(ctx, peer, bpf_ntohs(ctx->user_port)))
-		render(as(LOOPBACK, 0), is_mapped(a), a);
-	else if (socket && socket->dialed == LOCALHOST)
-		__builtin_memcpy(a, socket->address, sizeof(socket->address));
-	else
-		return false;
+	__builtin_memcpy(a, dialed, sizeof(dialed));
 	return true;
 }
 
@@ -377,21 +380,16 @@ int getpeername6(struct bpf_sock_addr *ctx)
 static __always_inline bool show_local(struct bpf_sock_addr *ctx, struct address peer, __be32 *a)
 {
 	struct address local = classify(a);
-	struct socket *socket;
+	__be32 dialed[4];
 
 	if (local.kind == ALIAS && ctx->protocol == IPPROTO_TCP) {
 		render(as(LOOPBACK, 0), is_mapped(a), a);
 		return true;
 	}
-	if (local.kind != POD_LINK || !ctx->sk)
+	if (local.kind != POD_LINK || !ctx->sk ||
+	    !dialed_localhost(ctx, peer, bpf_ntohs(ctx->sk->dst_port), is_mapped(a), dialed))
 		return false;
-	socket = sockets.sk_storage_get(ctx->sk, 0, 0);
-	if (!socket && dialed_plainly(ctx, peer, bpf_ntohs(ctx->sk->dst_port)))
-		render(as(LOOPBACK, 0), is_mapped(a), a);
-	else if (socket && socket->dialed == LOCALHOST)
-		render(as(LOOPBACK, 0), is_mapped(socket->address), a);
-	else
-		return false;
+	render(as(LOOPBACK, 0), is_mapped(dialed), a);
 	return true;
 }
 
