@@ -134,6 +134,10 @@ def writable(waiting, limit_ns=LIMIT_NS):
     yield waiting, select.POLLOUT, now_ns() + limit_ns
 
 
+def failure(code):
+    return OSError(code, os.strerror(code))
+
+
 def receive_some(connection, into):
     while True:
         try:
@@ -149,7 +153,7 @@ def receive_all(connection, length):
     while got < length:
         more = yield from receive_some(connection, view[got:])
         if not more:
-            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+            raise failure(errno.ECONNRESET)
         got += more
     return data
 
@@ -523,7 +527,7 @@ class Run:
             except BlockingIOError:
                 yield from writable(connection)
             if code := connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                raise OSError(code, os.strerror(code))
+                raise failure(code)
             if not self.udp and self.mode != "stream":
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except BaseException:
@@ -723,7 +727,7 @@ class Sockets:
     def _hold(self, made, answer):
         if len(self._held) == MAX_SOCKETS:
             made.close()
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            raise failure(errno.EMFILE)
         made.setblocking(False)
         answer["socket"] = next(n for n in range(MAX_SOCKETS) if n not in self._held)
         self._held[answer["socket"]] = made
@@ -760,10 +764,10 @@ class Sockets:
         if not order.get("timeout_s", 1):
             with suppress(TimeoutError):  # WASI begins to dial when it is first polled
                 yield held, select.POLLOUT, deadline
-            raise BlockingIOError(errno.EINPROGRESS, os.strerror(errno.EINPROGRESS))
+            raise failure(errno.EINPROGRESS)
         yield held, select.POLLOUT, deadline
         if code := held.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            raise OSError(code, os.strerror(code))
+            raise failure(code)
 
     def _accept(self, order, answer):
         answer.update(socket=-1, address="", port=0)
@@ -810,7 +814,7 @@ class Sockets:
                     data = held.recv(length, flag)
             except BlockingIOError as e:
                 if now_ns() > deadline:  # WASI says ready for good when refused
-                    raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from e
+                    raise failure(errno.ETIMEDOUT) from e
                 yield held, URGENT if order.get("flag") == "oob" else select.POLLIN, deadline
                 continue
             answer["ended"] = int(not data and not udp and length > 0)
@@ -824,7 +828,7 @@ class Sockets:
         answer.update(readable=0, writable=0, urgent=0, error=0, hangup=0)
         held, deadline = self._of(order), deadline_of(order)
         if order["for"] == "urgent" and not URGENT:
-            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+            raise failure(errno.EOPNOTSUPP)
         yield held, WISHES[order["for"]], deadline
         asking = select.poll()
         asking.register(held, select.POLLIN | select.POLLOUT | URGENT)
@@ -856,7 +860,7 @@ def option_of(order):
     name = order["option"]
     number = getattr(socket, name, None)
     if number is None or (sys.platform, name) == ("wasi", "TCP_NODELAY"):  # taken, to no effect
-        raise OSError(errno.ENOPROTOOPT, os.strerror(errno.ENOPROTOOPT))
+        raise failure(errno.ENOPROTOOPT)
     return LEVELS[name.partition("_")[0]], number
 
 
@@ -864,7 +868,7 @@ def flag_of(order):
     name = FLAGS[order["flag"]] if order.get("flag") else ""
     flag = getattr(socket, name, None) if name else 0
     if flag is None:
-        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        raise failure(errno.EOPNOTSUPP)
     return flag
 
 
