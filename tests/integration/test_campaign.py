@@ -22,6 +22,7 @@ from testbed import agent, bpf, model, process, store
 from testbed.ledger import ROOT
 from testbed.model import Family, Status
 from testbed.netlink import NETNS
+from tests.campaigns import trials
 
 from .conftest import Build
 from .sockets import wait_until
@@ -80,18 +81,8 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def stored(out: Path) -> Counter[tuple[str, int]]:
-    """What was run, from the log as it stands; a torn last line counts for nothing.
-
-    A trial that was disturbed (this host may be a guest, too) counts together with its repetition.
-    """
-    lines = (out / "trials.jsonl").read_text().split("\n")[:-1]
-    runs: Counter[tuple[str, int]] = Counter()
-    disturbed = None
-    for trial in map(json.loads, lines):
-        cell = (trial["cell"], trial["block"])
-        runs[cell] += cell != disturbed
-        disturbed = cell if "disturbed" in trial and cell != disturbed else None
-    return runs
+    """What was run, from the log as it stands."""
+    return Counter((trial["cell"], trial["block"]) for trial in trials(out))
 
 
 # --- processes, and what they leave ---------------------------------------------------------

@@ -10,7 +10,6 @@ pulling its plug.
 
 from __future__ import annotations
 
-import json
 import shlex
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from testbed import netlink, process
 from testbed.ledger import Owner
@@ -64,6 +62,7 @@ class Lan:
         tables = [
             f'[[hosts]]\nname = "{host.name}"\naddress = "{host.address}"\n'
             f'key = "client"\ndirectory = "{at}"\n'
+            f'link = ["{host.address}", "{host.address6}"]\n'
             for host in hosts
         ]
         path = self.path / f"{'-'.join(host.name for host in hosts)}.toml"
@@ -200,21 +199,6 @@ ip address replace {address6}/64 dev eth0 nodad
 ip link set eth0 up
 exec /usr/sbin/sshd -D -e -f {config}
 """
-
-
-def trials(campaign: Path) -> list[dict[str, Any]]:
-    """The lines of a campaign's log that are whole.
-
-    Of a trial that was disturbed (this host may be a guest, too) and repeated, the repetition.
-    """
-    log = campaign / "trials.jsonl"
-    lines = log.read_text().split("\n")[:-1] if log.exists() else []
-    found: list[dict[str, Any]] = []
-    for trial in map(json.loads, lines):
-        cell = (trial["cell"], trial["block"])
-        found = [t for t in found if "disturbed" not in t or (t["cell"], t["block"]) != cell]
-        found.append(trial)
-    return found
 
 
 def wait_until(holds: Callable[[], object], what: str, limit_s: float = 10) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from testbed import kernels, machine
+from tests.campaigns import trials
 
-from .lan import Command, Lan, SshHost, trials, wait_until
+from .lan import Command, Lan, SshHost, wait_until
 
 pytestmark = pytest.mark.root
 
@@ -272,13 +273,7 @@ size_bytes = 65536
 def start_between(lan: Lan, folder: Path, *hosts: SshHost) -> Command:
     plan = folder / "between.toml"
     plan.write_text(BETWEEN)
-    inventory = lan.inventory(*hosts)
-    for host in hosts:
-        line = f'address = "{host.address}"\n'
-        own = f'link = ["{host.address}", "{host.address6}"]\n'
-        inventory.write_text(inventory.read_text().replace(line, line + own))
-    return lan.testbed("run", "--plan", plan, "--guest", "standin", "--out", folder / "out",
-                       "--hosts", inventory)  # fmt: skip
+    return start(lan, folder / "out", plan, *hosts)
 
 
 def test_a_client_on_one_host_dials_a_server_on_another_by_plain_routing(
