@@ -112,7 +112,8 @@ void address_set_port(union address *a, unsigned port);
 /* These give a socket, or -1 with errno. */
 int listen_at(struct endpoint e, union address *at);
 int dial(struct endpoint e, const union address *to);
-void set_timeouts(int fd); /* a tick, both ways */
+void set_timeouts(int fd); /* a tick, both ways; what is accepted has them too */
+void wait_untimed(int fd); /* to receive: its timer takes a percent of a transaction */
 void set_option(int fd, int level, int name, int value);
 void close_by_reset(int fd);
 
@@ -120,7 +121,7 @@ bool would_block(int error);
 
 /*
  * Bytes moved; 0 is the end (receive only); -1 with errno: EAGAIN after 5 s without progress,
- * ECANCELED within a tick of `*stop` (where it is not NULL).
+ * ECANCELED when `*stop` (where it is not NULL) is seen, after a tick or being woken.
  */
 ssize_t receive_some(int fd, void *buffer, size_t length, const atomic_bool *stop);
 ssize_t send_some(int fd, const void *buffer, size_t length, const atomic_bool *stop);
@@ -131,6 +132,7 @@ int send_both(int fd, const void *head, size_t head_length, const void *body, si
 	      const union address *to);
 const char *reason(int error);
 int start_thread(pthread_t *thread, void *(*run)(void *), void *argument);
+void wait_a_tick(pthread_cond_t *for_this, pthread_mutex_t *lock); /* at most */
 
 /*
  * Gives the calling thread a table of descriptors of its own with `fd` (-1: none) alone in it, if the
@@ -138,6 +140,13 @@ int start_thread(pthread_t *thread, void *(*run)(void *), void *argument);
  * call on a socket counts a reference to it up and down, which takes percents of a transaction.
  */
 bool own_files(int fd);
+
+/*
+ * Ends the call that a thread waits in, if it has descriptors of its own: its sockets are nobody
+ * else's to shut down. It may be just about to wait: to be repeated until it has ended.
+ */
+void be_woken(void); /* before any thread is */
+void wake(pthread_t thread);
 
 /* --- stream.c --- */
 

@@ -16,8 +16,16 @@
 
 #include "agent.h"
 
+/* The threads of a run. */
+struct group {
+	pthread_mutex_t lock;
+	pthread_cond_t ended; /* one has */
+	unsigned running;
+};
+
 struct stream {
 	const struct run *run;
+	struct group *group;
 	const union address *to;
 	struct order order;
 	uint32_t flow;
@@ -27,7 +35,10 @@ struct stream {
 	struct histogram *latency;
 	struct report is;
 	uint64_t transactions, errors;
-	char fault[256]; /* empty: none */
+	char fault[256];		  /* empty: none */
+	bool own;			  /* the thread's descriptors are its own */
+	atomic_uint_fast64_t progress_ns; /* of transactions: when the last one was done */
+	atomic_bool stalled;		  /* that is too long ago: the thread has to give up */
 	pthread_t thread;
 };
 
@@ -198,9 +209,9 @@ static enum outcome exchange_tcp(struct stream *s, uint64_t nth, bool first, boo
 		order_swap(&wire);
 		error = send_both(s->fd, &wire, sizeof(wire), request, s->order.size, NULL);
 	} else {
-		error = send_all(s->fd, request, s->order.size, NULL);
+		error = send_all(s->fd, request, s->order.size, &s->stalled);
 	}
-	if (error || receive_all(s->fd, s->buffer, s->order.size, NULL))
+	if (error || receive_all(s->fd, s->buffer, s->order.size, &s->stalled))
 		return FAILED;
 	return intact(s->buffer, s->order.size, offset, fully, nth) ? DONE_RIGHT : DONE_CORRUPT;
 }
@@ -229,11 +240,20 @@ static enum outcome exchange_udp(struct stream *s, uint64_t nth, bool fully)
 	}
 }
 
+/* Calls on the socket end after a tick, but where `attend` can wake the thread that waits in one. */
+static void limit_calls(struct stream *s)
+{
+	if (!s->own || s->run->kind == STREAM || s->run->endpoint.udp)
+		set_timeouts(s->fd);
+}
+
 static int connect_stream(struct stream *s)
 {
 	s->fd = dial(s->run->endpoint, s->to);
 	if (s->fd < 0)
 		return -1;
+	if (s->run->kind == CRR)
+		limit_calls(s);
 	if (!s->run->endpoint.udp && s->run->kind != STREAM)
 		set_option(s->fd, IPPROTO_TCP, TCP_NODELAY, 1);
 	return 0;
@@ -269,11 +289,12 @@ static uint64_t wait_until(uint64_t due)
 static void transactions(struct stream *s)
 {
 	const struct order *o = &s->order;
-	uint64_t now = now_ns(), progress = now, scored_ns = now + o->warmup_ns, first_ns = 0;
+	uint64_t now = now_ns(), scored_ns = now + o->warmup_ns, first_ns = 0;
 	uint64_t until_ns = o->bytes ? UINT64_MAX : scored_ns + s->run->duration_ns;
 	bool udp = s->run->endpoint.udp, renew = s->run->kind == CRR, succeeded = false;
 	uint64_t gap_ns = s->run->gap_ns, begin = now;
 
+	s->progress_ns = now;
 	if (gap_ns) /* streams out of step */
 		begin += s->flow % 1024 * gap_ns / 1024;
 	for (uint64_t nth = 0;
@@ -291,15 +312,16 @@ static void transactions(struct stream *s)
 			outcome = udp ? exchange_udp(s, nth, fully)
 				      : exchange_tcp(s, nth, renew || !nth, fully);
 		}
-		if (outcome == FAILED && (!renew || !succeeded || now_ns() - progress > LIMIT_NS))
+		if (outcome == FAILED &&
+		    (!renew || !succeeded || now_ns() - s->progress_ns > LIMIT_NS))
 			return fail(s, what, reason(errno));
 		if (renew && s->fd >= 0)
 			disconnect(s);
 		now = now_ns();
 		if (outcome <= DONE_CORRUPT) {
-			progress = now;
+			s->progress_ns = now;
 			succeeded = true;
-		} else if (now - progress > LIMIT_NS) {
+		} else if (now - s->progress_ns > LIMIT_NS) {
 			return fail(s, what, reason(EAGAIN));
 		}
 		s->is.corrupt += outcome == DONE_CORRUPT;
@@ -326,16 +348,22 @@ static void transactions(struct stream *s)
 static void *drive(void *argument)
 {
 	struct stream *s = argument;
-	bool own = own_files(s->fd);
 
+	s->own = own_files(s->fd);
+	if (s->run->kind != CRR)
+		limit_calls(s);
 	if (s->run->kind == STREAM)
 		stream(s);
 	else
 		transactions(s);
 	if (s->run->kind == CRR && s->fd >= 0)
 		disconnect(s);
-	else if (own && s->fd >= 0)
+	else if (s->own && s->fd >= 0)
 		close(s->fd);
+	pthread_mutex_lock(&s->group->lock);
+	s->group->running--;
+	pthread_cond_signal(&s->group->ended);
+	pthread_mutex_unlock(&s->group->lock);
 	return NULL;
 }
 
@@ -444,8 +472,27 @@ static void merge(struct stream *into, const struct stream *from)
 	histogram_merge(into->latency, from->latency);
 }
 
+/* Until all threads have ended. Who has had no transaction done for 5 s is told to give up. */
+static void attend(struct group *group, struct stream *all, unsigned streams)
+{
+	pthread_mutex_lock(&group->lock);
+	while (group->running) {
+		wait_a_tick(&group->ended, &group->lock);
+		for (unsigned i = 0; i < streams; i++) {
+			uint64_t progress_ns = all[i].progress_ns;
+
+			if (!progress_ns || now_ns() < progress_ns + LIMIT_NS)
+				continue;
+			all[i].stalled = true;
+			wake(all[i].thread);
+		}
+	}
+	pthread_mutex_unlock(&group->lock);
+}
+
 void run(const struct run *r, FILE *out)
 {
+	struct group group = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, 0};
 	struct stream *all = calloc(r->streams, sizeof(*all));
 	struct stream named = {.run = r};
 	const char *fault = NULL, *why;
@@ -463,10 +510,15 @@ void run(const struct run *r, FILE *out)
 	while (!fault && opened < r->streams)
 		if (open_stream(&all[opened++], r, &to))
 			fault = all[opened - 1].fault;
+	pthread_mutex_lock(&group.lock);
 	while (!fault && !error && started < r->streams) {
+		all[started].group = &group;
 		error = start_thread(&all[started].thread, drive, &all[started]);
 		started += !error;
 	}
+	group.running = started;
+	pthread_mutex_unlock(&group.lock);
+	attend(&group, all, started);
 	for (unsigned i = 0; i < started; i++) {
 		pthread_join(all[i].thread, NULL);
 		if (!fault && *all[i].fault)

@@ -387,6 +387,7 @@ int main(int argc, char **argv)
 	signal(SIGPIPE, SIG_IGN);
 	signal(SIGTERM, end);
 	signal(SIGINT, end);
+	be_woken();
 	pattern_init();
 	return listen_for_control(port);
 }

@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <signal.h>
 #include <string.h>
 #include <sys/time.h>
 #include <sys/uio.h>
@@ -138,6 +139,13 @@ void set_timeouts(int fd)
 	(void)!setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &tick, sizeof(tick));
 }
 
+void wait_untimed(int fd)
+{
+	struct timeval forever = {0};
+
+	(void)!setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &forever, sizeof(forever));
+}
+
 void close_by_reset(int fd)
 {
 	struct linger l = {.l_onoff = 1};
@@ -210,7 +218,6 @@ int dial(struct endpoint e, const union address *to)
 	if (fd < 0)
 		return -1;
 	if (e.udp) {
-		set_timeouts(fd);
 		if (connect(fd, &to->any, address_size(to)))
 			return close_failed(fd);
 		return fd;
@@ -221,7 +228,6 @@ int dial(struct endpoint e, const union address *to)
 	    (errno != EINPROGRESS || await_connected(fd)))
 		return close_failed(fd);
 	fcntl(fd, F_SETFL, flags);
-	set_timeouts(fd);
 	return fd;
 }
 
@@ -333,7 +339,7 @@ int send_both(int fd, const void *head, size_t head_length, const void *body, si
 
 const char *reason(int error)
 {
-	return would_block(error) ? "no progress for 5 s" : strerror(error);
+	return would_block(error) || error == ECANCELED ? "no progress for 5 s" : strerror(error);
 }
 
 /* Small stacks: an OSv guest pays for all of a stack at once. */
@@ -349,6 +355,17 @@ int start_thread(pthread_t *thread, void *(*run)(void *), void *argument)
 	return error;
 }
 
+void wait_a_tick(pthread_cond_t *for_this, pthread_mutex_t *lock)
+{
+	struct timespec until;
+
+	clock_gettime(CLOCK_REALTIME, &until);
+	until.tv_nsec += TICK_NS;
+	until.tv_sec += until.tv_nsec / SECOND_NS;
+	until.tv_nsec %= SECOND_NS;
+	pthread_cond_timedwait(for_this, lock, &until);
+}
+
 /*
  * Missing elsewhere: OSv has no unshare(). It may have close_range(), which takes CLOSE_RANGE_UNSHARE and
  * closes the descriptors of all threads.
@@ -356,6 +373,8 @@ int start_thread(pthread_t *thread, void *(*run)(void *), void *argument)
 #define CLONE_FILES 0x400
 extern int unshare(int flags) __attribute__((weak));
 extern int close_range(unsigned first, unsigned last, int flags) __attribute__((weak)); /* 5.9 */
+
+static atomic_bool files_are_own;
 
 bool own_files(int fd)
 {
@@ -367,5 +386,24 @@ bool own_files(int fd)
 	close_range(after, ~0u, 0);
 	if (after - 1 > least)
 		close_range(least, after - 2, 0);
+	files_are_own = true;
 	return true;
+}
+
+static void nothing(int signal)
+{
+	(void)signal;
+}
+
+void be_woken(void)
+{
+	struct sigaction action = {.sa_handler = nothing}; /* calls are not started again */
+
+	sigaction(SIGURG, &action, NULL);
+}
+
+void wake(pthread_t thread)
+{
+	if (files_are_own)
+		pthread_kill(thread, SIGURG);
 }

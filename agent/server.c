@@ -36,6 +36,7 @@ struct server {
 	pthread_mutex_t lock;
 	pthread_cond_t left; /* a thread has gone */
 	unsigned threads, waiting;
+	pthread_t thread[MAX_WORKERS + MAX_FLOWS + 1];
 	struct flow *flow; /* MAX_FLOWS of them (UDP) */
 };
 
@@ -44,28 +45,32 @@ static void *tcp_worker(void *argument);
 /* With the lock held. */
 static int add_thread(struct server *s, void *(*run)(void *), void *argument)
 {
-	pthread_t thread;
-	int error = start_thread(&thread, run, argument);
+	int error = start_thread(&s->thread[s->threads], run, argument);
 
 	if (error)
 		return error;
-	pthread_detach(thread);
-	s->threads++;
+	pthread_detach(s->thread[s->threads++]);
 	return 0;
 }
 
 static void thread_leaves(struct server *s)
 {
-	s->threads--;
+	unsigned i = 0;
+
+	while (!pthread_equal(s->thread[i], pthread_self()))
+		i++;
+	s->thread[i] = s->thread[--s->threads];
 	pthread_cond_signal(&s->left);
 	pthread_mutex_unlock(&s->lock);
 }
 
 /* Until the client ends it. */
-static void echo(const struct server *s, int fd, uint32_t size, void *buffer)
+static void echo(const struct server *s, int fd, uint32_t size, void *buffer, bool own)
 {
 	void *large = size > CHUNK ? malloc(size) : NULL;
 
+	if (own)
+		wait_untimed(fd);
 	set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
 	if (size > CHUNK)
 		buffer = large;
@@ -79,13 +84,12 @@ static void echo(const struct server *s, int fd, uint32_t size, void *buffer)
 }
 
 /* Serves one connection. 0 if it was brought to a good end, and is to be closed in peace. */
-static int serve_connection(const struct server *s, int fd, void *buffer)
+static int serve_connection(const struct server *s, int fd, void *buffer, bool own)
 {
 	const atomic_bool *stop = &s->stopping;
 	struct score score;
 	struct order o;
 
-	set_timeouts(fd);
 	if (receive_all(fd, &o, sizeof(o), stop))
 		return -1;
 	order_swap(&o);
@@ -100,7 +104,7 @@ static int serve_connection(const struct server *s, int fd, void *buffer)
 	case STREAM_DOWN:
 		return tcp_send(fd, &o, UINT64_MAX, stop);
 	case REQUEST_RESPONSE:
-		echo(s, fd, o.size, buffer);
+		echo(s, fd, o.size, buffer, own);
 		return -1;
 	}
 	return -1;
@@ -130,10 +134,11 @@ static void *tcp_worker(void *argument)
 		int fd = accept(s->fd, NULL, NULL);
 
 		if (fd < 0) {
-			pause_ns(SECOND_NS / 1000); /* out of descriptors, say */
+			if (!would_block(errno))
+				pause_ns(SECOND_NS / 1000); /* out of descriptors, say */
 			continue;
 		}
-		if (!worker_begins(s) || serve_connection(s, fd, buffer))
+		if (!worker_begins(s) || serve_connection(s, fd, buffer, own))
 			close_by_reset(fd);
 		else
 			close(fd);
@@ -263,7 +268,6 @@ static void *udp_worker(void *argument)
 	struct datagram *head = malloc(1 << 16);
 	bool own = own_files(s->fd);
 
-	set_timeouts(s->fd);
 	while (head && !s->stopping) {
 		union address from;
 		socklen_t size = sizeof(from);
@@ -291,6 +295,8 @@ struct server *server_start(struct endpoint e, union address *at, uint64_t delay
 	s->delay_ns = delay_ns;
 	s->fd = listen_at(e, at);
 	error = s->fd < 0 ? errno : 0;
+	if (!error)
+		set_timeouts(s->fd);
 	s->waiting = 1;
 	pthread_mutex_init(&s->lock, NULL);
 	pthread_cond_init(&s->left, NULL);
@@ -311,7 +317,9 @@ struct server *server_start(struct endpoint e, union address *at, uint64_t delay
 	return NULL;
 }
 
-/* accept() is woken by shutdown() of the listening socket; whoever serves looks up every tick. */
+/* accept() is woken by shutdown() of the listening socket; whoever serves looks up every tick, or is
+ * woken.
+ */
 void server_stop(struct server *s)
 {
 	pthread_mutex_lock(&s->lock);
@@ -321,7 +329,9 @@ void server_stop(struct server *s)
 	while (s->threads) {
 		for (unsigned i = 0; s->flow && i < MAX_FLOWS; i++)
 			s->flow[i].sender.heard_ns = 0;
-		pthread_cond_wait(&s->left, &s->lock);
+		for (unsigned i = 0; i < s->threads; i++)
+			wake(s->thread[i]);
+		wait_a_tick(&s->left, &s->lock);
 	}
 	pthread_mutex_unlock(&s->lock);
 	close(s->fd);

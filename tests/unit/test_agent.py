@@ -8,10 +8,12 @@ import random
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import monotonic
 
 import pytest
 
@@ -153,6 +155,23 @@ def test_servers_end_with_their_controller(control_port: int) -> None:
             except Error:
                 agent.hello()
     pytest.fail("the port is still taken")
+
+
+def test_a_server_stops_at_once_also_while_clients_are_silent(agent: Agent) -> None:
+    served = agent.serve(Transport.TCP, Family.IPV4, bind="localhost")
+    order = struct.pack(">4I3Q", 0x74626137, 3, 64, 0, 0, 0, 0)  # agent.h: requests of 64 bytes
+    with (
+        socket.create_connection(("127.0.0.1", served.port), 5) as asked,
+        socket.create_connection(("127.0.0.1", served.port), 5) as silent,
+    ):
+        asked.sendall(order + bytes(64))
+        assert len(asked.recv(64, socket.MSG_WAITALL)) == 64
+        began = monotonic()
+        agent.stop(served)
+        assert monotonic() - began < 2
+        for connection in (asked, silent):
+            with pytest.raises(ConnectionResetError):
+                connection.recv(1)
 
 
 def test_garbage_on_the_data_ports_does_no_harm(agent: Agent) -> None:
