@@ -39,6 +39,7 @@ struct packet {
 	u8 l4;		      /* offset of the layer 4 header */
 	u8 v6, fragment, later, error;
 	u8 syn; /* with options */
+	u8 fin, rst;
 	u8 fault;
 	__be32 id; /* of the datagram, if this is a fragment */
 };
@@ -120,6 +121,8 @@ static __always_inline int parse_l4(struct __sk_buff *skb, struct packet *p)
 		p->source_port = bpf_ntohs(tcp.source);
 		p->destination_port = bpf_ntohs(tcp.dest);
 		p->syn = tcp.syn && tcp.doff > 5;
+		p->fin = tcp.fin;
+		p->rst = tcp.rst;
 		return FINE;
 	}
 	if (p->carried == IPPROTO_UDP) {

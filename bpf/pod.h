@@ -46,6 +46,12 @@ struct odd_addresses {
 	__be32 words[8]; /* as in struct packet, from the native to the guest */
 };
 
+/* A TCP connection between guests. */
+struct conversation {
+	u8 slot, client, server, v6;
+	u16 client_port, server_port;
+};
+
 BPF_ARRAY(guests, u32, SLOTS * 256); /* slot << 8 | n: ifindex of the port; 0: the guest is down */
 BPF_HASH(owners, u32, u32, 16384);   /* slot << 24 | protocol << 16 | port: n; not here: native */
 #define IPV4_ONLY 0x100		     /* in the value: that guest knows no IPv6 */
@@ -53,6 +59,8 @@ BPF_PERCPU_ARRAY(counters, struct count, SLOTS *REASONS);
 BPF_TABLE("percpu_hash", struct flow, struct count, carried, 16384);
 /* Two such flows with the same ports, but different addresses, would be mistaken for each other. */
 BPF_TABLE("lru_hash", struct odd_key, struct odd_addresses, odd, 16384);
+/* Those whose client may be waiting: for userspace, which tells it when the server's guest ends. */
+BPF_TABLE("lru_hash", struct conversation, u8, conversations, 16384);
 
 struct here {
 	u8 slot, n;
@@ -315,6 +323,21 @@ static __always_inline int admit(struct __sk_buff *skb, struct here here, struct
 	return p->fault == FINE ? ADMITTED : drop_fault(skb, here.slot, p->fault);
 }
 
+/* From the client's SYN to a RST, or the server's FIN. */
+static __always_inline void follow(const struct packet *p, u8 slot, u8 client, u8 server,
+				   bool answers)
+{
+	struct conversation it = {slot, client, server, p->v6};
+	u8 lasts = 1;
+
+	it.client_port = answers ? p->destination_port : p->source_port;
+	it.server_port = answers ? p->source_port : p->destination_port;
+	if (p->rst || (p->fin && answers))
+		conversations.delete(&it);
+	else if (p->syn && !answers)
+		conversations.update(&it, &lasts);
+}
+
 /* From guest n. Towards the alias it dials `localhost`; towards a native source or a guest's view
  * it answers, from a port that it owns. Returns TO_GUEST with the other guest's number, TO_NATIVE, or
  * a verdict.
@@ -335,6 +358,7 @@ static __always_inline int leave_port(struct __sk_buff *skb, struct here here, s
 			return TO_NATIVE;
 		source = as(GUEST_VIEW, here.n);
 		carry(skb, here.slot, here.n, n);
+		follow(p, here.slot, here.n, n, false);
 		break;
 	case NATIVE_SOURCE:
 	case NATIVE_SOURCE_ODD:
@@ -347,6 +371,7 @@ static __always_inline int leave_port(struct __sk_buff *skb, struct here here, s
 			return drop(skb, here.slot, REASON_SPOOFED);
 		source = as(ALIAS, 0);
 		carry(skb, here.slot, n, here.n);
+		follow(p, here.slot, n, here.n, true);
 		break;
 	default:
 		return drop(skb, here.slot, REASON_SPOOFED);

@@ -449,6 +449,7 @@ def _describe(plan: Plan, seed: int, job: Job, ready: Event, places: Sequence[Pl
         governor=facts["governor"],
         host=", ".join(names) or facts["host"],
         revision=revision(),
+        congestion_control=facts["congestion_control"],
         offloads=guest["offloads"],
         versions=ready["versions"],
         images=guest["digests"],

@@ -109,7 +109,7 @@ def exit_status(rows: Sequence[Comparison]) -> int:
 def circumstances(before: Store, after: Store) -> dict[str, tuple[Any, Any]]:
     """What may explain a change besides the revision: what differs, earlier and later."""
     names = ("guest", "guest_kernel", "accelerator", "kernel", "cpu", "governor", "host",
-             "offloads", "plan")  # fmt: skip
+             "congestion_control", "offloads", "plan")  # fmt: skip
     pairs = {
         name: (getattr(before.campaign, name), getattr(after.campaign, name)) for name in names
     }

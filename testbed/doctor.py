@@ -26,6 +26,8 @@ from testbed.model import Cell, Error, Family, Metric, Pair, Transport
 
 KERNEL_FLOOR = (5, 10)
 """bpf_redirect_peer (`capture`) and getpeername hooks with it."""
+UNPACED = ("cubic", "reno")
+"""TCP's congestion controls that every Linux has."""
 MEMORY_MIB = 1024
 DISK_MIB = 1024
 """Two guests with everything around them; images, kernels and a campaign."""
@@ -92,6 +94,7 @@ def host() -> Iterator[Finding]:
         yield _try("headers", _headers)
         yield _try("eBPF", lambda: _programs(owner, netns))
     yield _try("C compiler", _compiler)
+    yield _congestion()
 
 
 def _kernel() -> Finding:
@@ -150,6 +153,16 @@ def _compiler() -> str:
     if path := shutil.which("cc") or shutil.which("gcc"):
         return path
     raise Error("none, for the traffic agent", hint="apt-get install gcc libc6-dev")
+
+
+def _congestion() -> Finding:
+    """Pacing keeps a stream below what the path could carry, and that is what is measured then."""
+    found = machine.congestion_control()
+    if found in UNPACED:
+        return Finding("TCP", State.FINE, f"congestion control {found}")
+    return Finding("TCP", State.DEGRADED, f"congestion control {found}",
+                   "if it paces, as bbr does, a stream in a pod reaches some 0.6 of what it would; "
+                   "sysctl net.ipv4.tcp_congestion_control=cubic")  # fmt: skip
 
 
 # --- what guests run on ---------------------------------------------------------------------

@@ -20,6 +20,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from testbed import bpf, model, netlink
 from testbed.bpf import ProgramSet
+from testbed.challenge import Conversation
 from testbed.ledger import Scope
 from testbed.model import Error, Family, Transport
 
@@ -171,6 +172,15 @@ class Rows:
         except KeyError:
             return (0, 0)
 
+    def take_conversations(self, n: int) -> list[Conversation]:
+        """Forget guest n's TCP connections with other guests; returns those that these dialed."""
+        taken = []
+        for client, _, v6, *ports in _take_conversations(self.programs, [n]):
+            if client != n:
+                family = Family.IPV6 if v6 else Family.IPV4
+                taken.append(Conversation(client, family, *ports))
+        return taken
+
     def counters(self) -> dict[str, tuple[int, ...]]:
         """Everything else that was counted, by reason."""
         counters, first = _counters(self.programs), self.programs.slot * len(self.reasons)
@@ -193,6 +203,7 @@ def clear(pins: str, slot: int, owners: list[list[int]], guests: list[int], reas
         for flow in _flows(slot, guests):
             with suppress(KeyError):
                 del _carried(programs)[flow]
+        _take_conversations(programs, guests)
     finally:
         programs.close()
 
@@ -211,6 +222,20 @@ def _carried(programs: ProgramSet) -> bpf.Map:
 
 def _counters(programs: ProgramSet) -> bpf.Map:
     return programs.map("counters", "=I", "=QQ")
+
+
+def _take_conversations(programs: ProgramSet, guests: list[int]) -> list[tuple[int, ...]]:
+    """Delete those of some guests; programs that follow none have no such map."""
+    taken = []
+    with suppress(FileNotFoundError):
+        conversations = programs.map("conversations", "=BBBBHH", "=B")
+        for key in conversations:
+            slot, client, server, *_ = key
+            if slot == programs.slot and (client in guests or server in guests):
+                taken.append(key[1:])
+                with suppress(KeyError):
+                    del conversations[key]
+    return taken
 
 
 def _flows(slot: int, guests: Iterable[int]) -> list[tuple[int, int, int]]:

@@ -16,7 +16,9 @@ def cache_folder() -> Path:
 
 
 def facts() -> dict[str, str]:
-    """What a result has to say about the machine: kernel, cpu, governor, host."""
+    """What a result has to say about the machine: kernel, cpu, governor, host, and by what TCP's
+    congestion is controlled.
+    """
     cpuinfo = Path("/proc/cpuinfo").read_text()
     models = [
         line.partition(":")[2].strip()
@@ -29,7 +31,13 @@ def facts() -> dict[str, str]:
         "cpu": f"{os.cpu_count()}x {models[0] if models else platform.machine()}",
         "governor": governor.read_text().strip() if governor.exists() else "unknown",
         "host": platform.node(),
+        "congestion_control": congestion_control(),
     }
+
+
+def congestion_control() -> str:
+    """Of TCP, where nobody chooses another; a new network namespace has it from the first one."""
+    return Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
 
 
 def versions() -> dict[str, str]:

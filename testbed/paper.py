@@ -283,7 +283,7 @@ def _facts(answers: Answers) -> Iterator[tuple[str, str]]:
     trials, log = store.trials(), store.log()
     yield "digest", store.digest()
     yield "digest/short", store.digest()[: len("sha256:") + 16]
-    for name in ("revision", "kernel", "cpu", "governor"):
+    for name in ("revision", "kernel", "cpu", "governor", "congestion_control"):
         yield name, escape(str(getattr(campaign, name)))
     if campaign.started:
         began = datetime.fromisoformat(campaign.started)

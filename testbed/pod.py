@@ -387,8 +387,7 @@ class Pod:
     def end_peers(self, name: str) -> None:
         """End natives' TCP connections with a guest that is gone: it sent them neither FIN nor RST.
 
-        Connections of other guests are not this host's to end; their next segment is refused, or
-        answered by the next guest's kernel.
+        Connections of other guests are the datapath's to end (`Attachment.guest_ended`).
         """
         n, workload = self._find(name)
         if not n:

@@ -66,6 +66,8 @@ class Campaign:
     host: str
     revision: str
     """Git revision of this project, with `-dirty` if it was."""
+    congestion_control: str = "unknown"
+    """Of TCP on the host."""
     offloads: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     images: Mapping[str, str] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
 
-from testbed import bpf, localhost, netlink
+from testbed import bpf, challenge, localhost, netlink
 from testbed.ledger import Scope
 from testbed.model import CONTROL_PORT, Cell, Error, Family, Pair, Transport, alias
 
@@ -119,7 +119,10 @@ class Attachment(Protocol):
         """Attach again after links were replaced; counters go on."""
 
     def guest_ended(self, n: int) -> None:
-        """Refuse what is for guest n, where the datapath can, until it sends something again."""
+        """Refuse what is for guest n, where the datapath can, until it sends something again.
+
+        Guests that wait for its answer are refused as well.
+        """
 
     def detach(self) -> None:
         """Remove everything that attaching made."""
@@ -218,6 +221,10 @@ class ProgramsOfPod:
 
     def guest_ended(self, n: int) -> None:
         self._rows.set_port(n, 0)
+        if waiting := self._rows.take_conversations(n):
+            links = {port.n: port.ifname for port in self._wiring.ports}
+            with netlink.inside(self._wiring.link_netns, challenge.open_socket) as opened:
+                challenge.send(opened, [(c, links[c.client]) for c in waiting])
 
     def detach(self) -> None:
         self._scope.undo()

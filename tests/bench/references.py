@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pyroute2 import IPRoute
@@ -17,8 +17,8 @@ SCHED_CLS = 3
 """enum bpf_prog_type."""
 
 
-@functools.cache
-def redirect_program() -> int:
+@contextmanager
+def redirect_program() -> Iterator[int]:
     """Descriptor of a tc program that does nothing but redirect: `return bpf_redirect(1, 0)`."""
     code = bytes.fromhex(
         "b701000001000000"  # r1 = 1
@@ -26,7 +26,11 @@ def redirect_program() -> int:
         "8500000017000000"  # call BPF_FUNC_redirect (23)
         "9500000000000000"  # exit
     )
-    return load_program("redirect", SCHED_CLS, 0, code)
+    program = load_program("redirect", SCHED_CLS, 0, code)
+    try:
+        yield program
+    finally:
+        os.close(program)
 
 
 def netlink_round_trips(ip: IPRoute, links: int) -> Callable[[], None]:

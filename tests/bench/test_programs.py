@@ -39,6 +39,12 @@ REPEAT, SINGLE = 20_000, 300
 Frame = Callable[[Plan], bytes]
 
 
+@pytest.fixture(scope="module")
+def redirect() -> Iterator[int]:
+    with redirect_program() as program:
+        yield program
+
+
 def per_packet(program: int, sent: bytes) -> float:
     """Seconds; the frame must come out as it went in."""
     verdict, after, ns = bpf.run(program, sent, REPEAT)
@@ -83,28 +89,28 @@ TRANSLATED: dict[str, tuple[str, Frame]] = {
 
 @pytest.mark.parametrize("what", LEFT_ALONE)
 def test_a_packet_that_capture_leaves_alone(
-    ratio: Ratio, capture: ProgramSet, family: Family, what: str
+    ratio: Ratio, capture: ProgramSet, redirect: int, family: Family, what: str
 ) -> None:
     name, make = LEFT_ALONE[what]
     program, data = capture.program(name), make(Plan(family))
     ratio(
         f"capture: {what}, {family}",
         lambda: per_packet(program, data),
-        lambda: per_packet(redirect_program(), data),
+        lambda: per_packet(redirect, data),
         goal_s=GOAL_S,
     )
 
 
 @pytest.mark.parametrize("what", TRANSLATED)
 def test_a_packet_that_capture_translates(
-    ratio: Ratio, capture: ProgramSet, family: Family, what: str
+    ratio: Ratio, capture: ProgramSet, redirect: int, family: Family, what: str
 ) -> None:
     name, make = TRANSLATED[what]
     program, data = capture.program(name), make(Plan(family))
     ratio(
         f"capture: {what}, translated, {family}",
         lambda: per_single(program, data),
-        lambda: per_single(redirect_program(), data),
+        lambda: per_single(redirect, data),
         goal_s=GOAL_S,
     )
 
@@ -160,7 +166,13 @@ ESTABLISHED: dict[str, tuple[str, Callable[[Plan, int], bytes]]] = {
 
 @pytest.mark.parametrize("what", ESTABLISHED)
 def test_a_packet_of_a_connection_that_steer_has_handed_over(
-    ratio: Ratio, steer: ProgramSet, netns: str, connection: int, family: Family, what: str
+    ratio: Ratio,
+    steer: ProgramSet,
+    redirect: int,
+    netns: str,
+    connection: int,
+    family: Family,
+    what: str,
 ) -> None:
     name, make = ESTABLISHED[what]
     program, data = steer.program(name), make(Plan(family), connection)
@@ -169,7 +181,7 @@ def test_a_packet_of_a_connection_that_steer_has_handed_over(
         lambda: ratio(
             f"steer: {what}, {family}",
             lambda: per_packet(program, data),
-            lambda: per_packet(redirect_program(), data),
+            lambda: per_packet(redirect, data),
             goal_s=GOAL_S,
         ),
     )

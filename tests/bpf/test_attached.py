@@ -315,6 +315,31 @@ def test_a_guest_whose_link_was_replaced_is_reached_again(pod: Pod) -> None:
     assert (attachment.carried(None, 1) - before).packets > 0
 
 
+@FAMILIES
+def test_a_guest_that_waits_for_one_that_ended_is_refused(pod: Pod, family: Family) -> None:
+    """As if the machine had been killed: its link goes, and it says no word."""
+    bed, attachment = pod
+    with (
+        open_socket(bed.guests[1], family, Transport.TCP) as server,
+        open_socket(bed.guests[2], family, Transport.TCP) as client,
+    ):
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(("", 5001))
+        server.listen()
+        client.connect((localhost(2, family), 5001))
+        with server.accept()[0] as accepted:
+            client.sendall(b"request")
+            assert accepted.recv(7) == b"request"
+            bed.unlink_guest(1)
+            attachment.guest_ended(1)
+            with pytest.raises(ConnectionResetError):
+                client.recv(1)
+    new = bed.link_guest(1)
+    attachment.rewire(replace(bed.wiring, ports=(new, bed.wiring.ports[1])))
+    with open_socket(bed.guests[1], family, Transport.UDP) as up_again:
+        up_again.sendto(b"", (localhost(1, family), 6000))
+
+
 def test_detaching_leaves_nothing(owner: Owner) -> None:
     def settings() -> list[str]:
         with IPRoute() as ip:

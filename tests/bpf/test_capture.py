@@ -9,6 +9,7 @@ checksums are right, and nothing else has changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from ipaddress import ip_address
 
 import pytest
@@ -17,6 +18,10 @@ from scapy.layers.inet6 import IPv6ExtHdrFragment
 from scapy.layers.l2 import Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
+from testbed.bpf import ProgramSet
+from testbed.challenge import Conversation
+from testbed.datapaths.capture import REASONS
+from testbed.localhost import Rows
 from testbed.model import POD_MAC, Address, Family, guest_mac
 
 from .frames import (
@@ -128,6 +133,49 @@ class TestTranslation:
             sent = to_guest(ip(source, a.link) / L4[l4](1, 2), US)
             assert programs.redirects("router", sent) == sent
         assert programs.passes("router", to_guest(ip(a.pod_link, a.link) / L4[l4](1, 2), US))
+
+
+class TestConversations:
+    """What `capture` remembers of TCP between guests; guest 3 is the client of guest 0 (us), or its
+    server."""
+
+    @pytest.fixture
+    def rows(self, loaded: ProgramSet) -> Iterator[Rows]:
+        with closing(ProgramSet(loaded.pins, 0)) as programs:
+            yield Rows(programs, REASONS)
+
+    @pytest.mark.parametrize(("flags", "waits"), [("PA", True), ("FA", True), ("R", False)])
+    def test_a_client_waits_until_it_resets(
+        self, programs: Programs, rows: Rows, a: Plan, flags: str, waits: bool
+    ) -> None:
+        for flag in ("S", flags):
+            dialed = segment(EPHEMERAL, ANOTHERS_PORT, flag)
+            programs.redirects("port_ingress", from_guest(ip(a.link, a.alias) / dialed))
+        expected = [Conversation(US, a.family, EPHEMERAL, ANOTHERS_PORT)] if waits else []
+        assert rows.take_conversations(ANOTHER) == expected
+        assert rows.take_conversations(ANOTHER) == []
+
+    @pytest.mark.parametrize(("flags", "waits"), [("SA", True), ("FA", False), ("R", False)])
+    def test_until_the_server_ends_it(
+        self, programs: Programs, rows: Rows, a: Plan, flags: str, waits: bool
+    ) -> None:
+        mine = rows.programs.map("conversations", "=BBBBHH", "=B")
+        key = (0, ANOTHER, US, int(a.family is Family.IPV6), EPHEMERAL, OWN_PORT)
+        mine[key] = (1,)
+        answer = segment(OWN_PORT, EPHEMERAL, flags)
+        programs.redirects("port_ingress", from_guest(ip(a.link, a.others_view) / answer))
+        expected = [Conversation(ANOTHER, a.family, EPHEMERAL, OWN_PORT)] if waits else []
+        assert rows.take_conversations(US) == expected
+
+    def test_who_dialed_itself_is_not_told(self, programs: Programs, rows: Rows, a: Plan) -> None:
+        dialed = segment(EPHEMERAL, OWN_PORT, "S")
+        programs.redirects("port_ingress", from_guest(ip(a.link, a.alias) / dialed))
+        assert rows.take_conversations(US) == []
+
+
+def segment(sport: int, dport: int, flags: str) -> Packet:
+    """A segment with the option that each side's first has."""
+    return TCP(sport=sport, dport=dport, flags=flags, options=[("MSS", 1460)])
 
 
 def test_ping_of_localhost_is_answered_by_the_pod(programs: Programs, a: Plan) -> None:
