@@ -30,6 +30,8 @@ NO_IFINDEX = 0x7FFFFFFF
 SO_BINDTOIFINDEX = 62
 """Takes any number, since Linux 5.0; the device need not be there (socket(7) does not say so)."""
 RT_TABLE_LOCAL = 255
+FEW = 64
+"""What guests below this number carried from and to natives is in the map `carried_few`."""
 IPV4_ONLY = 0x100
 """In a value of `owners`: the guest has no IPv6."""
 PROTOCOLS = {Transport.TCP: socket.IPPROTO_TCP, Transport.UDP: socket.IPPROTO_UDP}
@@ -167,8 +169,12 @@ class Rows:
 
     def carried(self, client: int | None, server: int | None) -> tuple[int, ...]:
         """Between two workloads, both directions; None for native, of which one must be a guest."""
+        c, s = client or 0, server or 0
+        if not (c and s) and c + s < FEW:
+            row = 2 * ((c + s) << 1 | (not c))
+            return _carried_few(self.programs)[self.programs.slot,][row : row + 2]
         try:
-            return _carried(self.programs)[self.programs.slot, client or 0, server or 0]
+            return _carried(self.programs)[self.programs.slot, c, s]
         except KeyError:
             return (0, 0)
 
@@ -197,6 +203,7 @@ def clear(pins: str, slot: int, owners: list[list[int]], guests: list[int], reas
             _guests(programs)[slot << 8 | n,] = (0,)
         for reason in range(reasons):
             _counters(programs)[slot * reasons + reason,] = (0, 0)
+        _carried_few(programs)[slot,] = (0,) * 4 * FEW
         for owned in owners:
             with suppress(KeyError):
                 del _owners(programs)[tuple(owned)]
@@ -220,6 +227,10 @@ def _carried(programs: ProgramSet) -> bpf.Map:
     return programs.map("carried", "=BBBx", "=QQ")
 
 
+def _carried_few(programs: ProgramSet) -> bpf.Map:
+    return programs.map("carried_few", "=I", f"={4 * FEW}Q")
+
+
 def _counters(programs: ProgramSet) -> bpf.Map:
     return programs.map("counters", "=I", "=QQ")
 
@@ -239,6 +250,6 @@ def _take_conversations(programs: ProgramSet, guests: list[int]) -> list[tuple[i
 
 
 def _flows(slot: int, guests: Iterable[int]) -> list[tuple[int, int, int]]:
-    """Keys of `carried`: all pairs that are not native to native."""
+    """Keys of `carried`: all pairs that are neither native to native nor in `carried_few`."""
     workloads = [0, *guests]
-    return [(slot, c, s) for c in workloads for s in workloads if c or s]
+    return [(slot, c, s) for c in workloads for s in workloads if (c and s) or c + s >= FEW]

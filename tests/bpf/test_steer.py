@@ -51,10 +51,7 @@ def loaded() -> Iterator[ProgramSet]:
         rows.fill(owner, owners, {US: set(Family), ANOTHER: set(Family)})
         for n in (US, ANOTHER):
             rows.set_port(n, ifindex=1)
-        carried = programs.map("carried", "=BBBx", "=QQ")
-        carried[0, US, 0] = (0, 0)  # guest 0 is native's number, too: no pod has such a row
         yield programs
-        del carried[0, US, 0]
         programs.close()
 
 
