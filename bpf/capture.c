@@ -14,8 +14,8 @@
  *   guest to native:   port_ingress > uplink_ingress > lo   back: lo_egress > eth0 > router > g1
  *   guest to guest:    port_ingress > g2                    back: port_ingress > g1
  *
- * What takes part in a flow is told by addresses and port owners alone; there is no state but for
- * fragments, and for native flows that are not from 127.0.0.1 to 127.0.0.1.
+ * What takes part in a flow is told by addresses and port owners alone; nothing depends on state but
+ * fragments, and native flows that are not from 127.0.0.1 to 127.0.0.1.
  *
  * The programs are loaded once for all pods. A tc filter's class says where a program stands
  * (cls_bpf puts it, 16 bits, into tc_classid): the pod's slot in the high byte, the guest's number

@@ -1,7 +1,9 @@
 """A pod with two stand-ins for guests, bare of everything but links; and servers that echo in them.
 
-pod namespace -- eth0 -- u -- bridge -- g1 -- eth0 -- namespace of guest 1
-                                     -- g2 -- eth0 -- namespace of guest 2
+pod namespace -- eth0 -- u -- bridge -- g1 ---- eth0 -- namespace of guest 1
+                                     -- g200 -- eth0 -- namespace of guest 200
+
+What guests carry is counted in two places, by their number: one of them is in each.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from testbed.datapaths import Layout, Port, Wiring
 from testbed.ledger import Scope
 from testbed.model import Address, Family, Transport, guest_link, guest_mac
 
-OWNERS = {(t, port): n for t in Transport for port, n in ((5001, 1), (5002, 2))}
+OWNERS = {(t, port): n for t in Transport for port, n in ((5001, 1), (5002, 200))}
 PATIENCE_S = 3
 
 
@@ -27,7 +29,7 @@ class Bed:
     def __init__(self, owner: Scope, name: str) -> None:
         mark = f"{owner.id}-{name}"
         self.pod, self.links = f"pod-{mark}", f"links-{mark}"
-        self.guests = {n: f"guest{n}-{mark}" for n in (1, 2)}
+        self.guests = {n: f"guest{n}-{mark}" for n in (1, 200)}
         self._ip = {
             ns: netlink.create_netns(owner, ns)
             for ns in (self.pod, self.links, *self.guests.values())

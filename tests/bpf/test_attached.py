@@ -1,6 +1,6 @@
 """`capture` at work between namespaces: a pod, two stand-ins for guests, the node's bridge.
 
-    pod: 6000, 6001        guest 1: 5001        guest 2: 5002
+    pod: 6000, 6001        guest 1: 5001        guest 200: 5002
 
 The pod has no other workloads than these tests' own sockets, opened from inside the namespaces.
 """
@@ -59,10 +59,10 @@ def pod(owner: Owner) -> Iterator[Pod]:
 
 PAIRS = [
     (None, 1, 5001),
-    (None, 2, 5002),
+    (None, 200, 5002),
     (1, None, 6000),
-    (1, 2, 5002),
-    (2, 1, 5001),
+    (1, 200, 5002),
+    (200, 1, 5001),
     (1, 1, 5001),
 ]
 
@@ -321,12 +321,12 @@ def test_a_guest_that_waits_for_one_that_ended_is_refused(pod: Pod, family: Fami
     bed, attachment = pod
     with (
         open_socket(bed.guests[1], family, Transport.TCP) as server,
-        open_socket(bed.guests[2], family, Transport.TCP) as client,
+        open_socket(bed.guests[200], family, Transport.TCP) as client,
     ):
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         server.bind(("", 5001))
         server.listen()
-        client.connect((localhost(2, family), 5001))
+        client.connect((localhost(200, family), 5001))
         with server.accept()[0] as accepted:
             client.sendall(b"request")
             assert accepted.recv(7) == b"request"
