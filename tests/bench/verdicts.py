@@ -64,14 +64,16 @@ def measured(ratios: Sequence[float]) -> Measured:
 
 
 def judge(of: Measured, band: Band | None) -> tuple[Verdict, str]:
-    """The verdict, and why there is none. Ratios are of times: less is better."""
+    """The verdict, and why there is none. Ratios are of times: less is better, and what may be so
+    without being surely so is within.
+    """
     if band is None:
         return Verdict.UNKNOWN, f"{BANDS.name} has no value for it"
     if of.low > band.high:
         return Verdict.WORSE, ""
     if of.high < band.low:
         return Verdict.BETTER, ""
-    if band.low <= of.median <= band.high and of.high / of.low <= (1 + band.share) ** 2:
+    if of.median <= band.high and of.high / of.low <= (1 + band.share) ** 2:
         return Verdict.WITHIN, ""
     return Verdict.UNKNOWN, f"the machine is too noisy: {of.low:.3g} to {of.high:.3g} by chance"
 

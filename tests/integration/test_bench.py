@@ -80,6 +80,7 @@ BAND = Band(2.0, 0.25)
         (2.4, 2.45, 2.6, Verdict.WITHIN),
         (2.6, 2.7, 2.8, Verdict.WORSE),
         (1.4, 1.5, 1.55, Verdict.BETTER),
+        (1.5, 1.55, 1.65, Verdict.WITHIN),
         (1.2, 2.0, 3.0, Verdict.UNKNOWN),
         (2.45, 2.6, 2.7, Verdict.UNKNOWN),
     ],
