@@ -63,8 +63,8 @@ BPF_ARRAY(guests, u32, SLOTS * 256); /* slot << 8 | n: ifindex of the port; 0: t
 BPF_HASH(owners, u32, u32, 16384);   /* slot << 24 | protocol << 16 | port: n; not here: native */
 #define IPV4_ONLY 0x100		     /* in the value: that guest knows no IPv6 */
 BPF_PERCPU_ARRAY(counters, struct count, SLOTS *REASONS);
-/* A packet meets no hash table but for what is between guests, and for guests beyond the first: to look
- * up in one takes as long as a third of all that a packet meets in `steer`.
+/* Counts are looked up in a hash table only for what is between guests, and for guests beyond the
+ * first: that takes as long as a half of what most packets meet in `steer`.
  */
 BPF_PERCPU_ARRAY(carried_few, struct few, SLOTS);
 BPF_TABLE("percpu_hash", struct flow, struct count, carried, 16384);

@@ -313,7 +313,7 @@ def _facts(answers: Answers) -> Iterator[tuple[str, str]]:
     judged = Counter(found.verdict for found in claims.judge(answers.proof))
     yield "claims", str(judged.total())
     yield "claims/blocks", str(len({trial.block for trial in answers.proof.trials()}))
-    yield "claims/congestion_control", answers.proof.campaign.congestion_control
+    yield "claims/congestion_control", escape(answers.proof.campaign.congestion_control)
     for verdict in claims.Verdict:
         yield f"claims/{verdict}", str(judged[verdict])
     if found := controls(answers.rows):
