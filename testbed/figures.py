@@ -309,7 +309,7 @@ def _spent(rows: Sequence[Breakdown], store: Store) -> Drawing:
     _fit(panels[0], rows)
     panels[0].set_ylabel(f"CPU seconds per {per}")
     return Drawing(
-        figure, f"Host CPU per {per}: {title_of(cell)}", _keys(PARTS),
+        figure, f"Host CPU: {title_of(cell)}", _keys(PARTS),
         [f"{circumstances(store, cell.guest)} {how}"], functional(store, rows),
     )  # fmt: skip
 
@@ -375,7 +375,7 @@ def _stacks(
     labels: Sequence[tuple[str, str] | None], parts: Mapping[str, Part],
 ) -> None:  # fmt: skip
     """Bars of parts at places, whose labels are (group, bar)."""
-    axes.set_xlim(-0.8, len(labels) - 0.2)
+    axes.set_xlim(-1.2, len(labels) + 0.2)
     axes.grid(axis="y")
     ticks = {at: label[1] for at, label in enumerate(labels) if label}
     axes.set_xticks(list(ticks), list(ticks.values()), rotation=90, fontsize=SMALL_PT)

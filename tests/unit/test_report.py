@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from testbed import figures, look, plan, report, store
+from testbed import analysis, figures, forest, look, plan, report, store
 from testbed.model import Cell, Error, Family, Metric, Pair, Status, Trial
 
 PLAN = plan.parse(
@@ -147,6 +147,14 @@ def test_figures_come_out_the_same_bytes_from_stored_data(little: store.Store) -
     first = [f.read_bytes() for f in files]
     assert all(b.startswith((b"\x89PNG", b"%PDF")) for b in first)
     assert [f.read_bytes() for f in figures.draw(stored)] == first
+
+
+def test_an_axis_of_ratios_has_numbers_besides_1_however_many_panels(little: store.Store) -> None:
+    rows = analysis.summarise(store.frame(little.trials()), CAMPAIGN.references)
+    near = analysis.Estimate(0.95, 0.66, 1.55, 3)
+    axes = forest.forest([replace(r, ratio=near) for r in rows if r.ratio.blocks], "osv").axes
+    assert len(axes) == 4
+    assert {"1"} < {label.get_text() for label in axes[0].get_xticklabels()}
 
 
 def test_sizes_get_figures_of_their_own(tmp_path: Path) -> None:
