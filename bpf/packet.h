@@ -38,7 +38,7 @@ struct packet {
 	u8 type;	      /* of ICMP */
 	u8 l4;		      /* offset of the layer 4 header */
 	u8 v6, fragment, later, error;
-	u8 syn; /* with options */
+	u8 syn, options; /* TCP's */
 	u8 fin, rst;
 	u8 fault;
 	__be32 id; /* of the datagram, if this is a fragment */
@@ -120,7 +120,8 @@ static __always_inline int parse_l4(struct __sk_buff *skb, struct packet *p)
 			return TRUNCATED;
 		p->source_port = bpf_ntohs(tcp.source);
 		p->destination_port = bpf_ntohs(tcp.dest);
-		p->syn = tcp.syn && tcp.doff > 5;
+		p->syn = tcp.syn;
+		p->options = tcp.doff > 5;
 		p->fin = tcp.fin;
 		p->rst = tcp.rst;
 		return FINE;
@@ -396,7 +397,7 @@ static __always_inline void clamp_mss(struct __sk_buff *skb, const struct packet
 		__be16 mss;
 	} option;
 
-	if (read(skb, p->l4 + 20, &option, sizeof(option)) || option.kind != 2 ||
+	if (!p->options || read(skb, p->l4 + 20, &option, sizeof(option)) || option.kind != 2 ||
 	    option.length != 4 || bpf_ntohs(option.mss) <= most)
 		return;
 	if (!bpf_l4_csum_replace(skb, p->l4 + 16, option.mss, bpf_htons(most), 2)) {

@@ -111,6 +111,35 @@ static __always_inline u32 connection(struct __sk_buff *skb, struct bpf_sock_tup
 	return state == BPF_TCP_LISTEN ? 0 : state;
 }
 
+/* Guests' connections with the alias that were found to be the kernel's own, each in the place that
+ * its hash says: what follows in one is spared the look-up of its socket, which takes as long as
+ * all else. Forgotten at the next SYN, after which the same addresses may be on `lo`.
+ */
+#define HANDED_BITS 12
+BPF_ARRAY(handed, u64, 1 << HANDED_BITS);
+
+struct handed {
+	u64 connection;
+	u64 *place;
+};
+
+static __always_inline struct handed handed_over(struct here here, u8 v6, u16 client, u16 server)
+{
+	u64 connection = (u64)client << 48 | (u64)server << 32 | v6 << 16 | here.slot << 8 | here.n;
+	u32 key = connection * 0x9E3779B97F4A7C15 >> (64 - HANDED_BITS);
+	struct handed found = {connection, handed.lookup(&key)};
+
+	return found;
+}
+
+static __always_inline void forget_handed(struct here here, const struct packet *p)
+{
+	struct handed handed = handed_over(here, p->v6, p->source_port, p->destination_port);
+
+	if (handed.place && *handed.place == handed.connection)
+		*handed.place = 0;
+}
+
 /* Hand a guest's packet to the socket that `lo` would find for it. Fails for sockets that are not of
  * the pod's cgroup or have to stay on `lo`, and for connections, which then are such on `lo`.
  */
@@ -177,6 +206,8 @@ static __always_inline int to_native(struct __sk_buff *skb, struct here here, st
 			return pass(skb, here.slot, here.n, 0);
 		if (p->protocol == IPPROTO_TCP) {
 			size = tuple(p, p->from, &real);
+			if (p->syn)
+				forget_handed(here, p);
 			state = connection(skb, &real, size);
 			if (state && !(state == BPF_TCP_TIME_WAIT && is_over(skb, p)))
 				return pass(skb, here.slot, here.n, 0);
@@ -202,8 +233,10 @@ static __always_inline int settle(struct __sk_buff *skb, struct here here)
 	u8 mac[6] = {0x02, 0x77, 0, 0, 1, here.n};
 	struct bpf_sock_tuple *real;
 	struct ethhdr *eth = data;
+	struct handed handed;
 	u8 protocol, kind;
-	u32 size;
+	struct tcphdr *tcp;
+	u32 size, state;
 
 	if (skb->protocol == bpf_htons(ETH_P_IP)) {
 		struct iphdr *ip = data + ETH_HLEN;
@@ -214,6 +247,7 @@ static __always_inline int settle(struct __sk_buff *skb, struct here here)
 		    ip->frag_off & bpf_htons(IP_MORE_FRAGMENTS | IP_FRAGMENT_OFFSET) ||
 		    ip->saddr != render4(as(LINK, here.n)))
 			return NOT_SETTLED;
+		tcp = (void *)(ip + 1);
 		protocol = ip->protocol;
 		kind = classify4(ip->daddr).kind;
 	} else if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
@@ -226,6 +260,7 @@ static __always_inline int settle(struct __sk_buff *skb, struct here here)
 		if ((void *)real + sizeof(real->ipv6) > end || from[0] != own[0] ||
 		    from[1] != own[1] || from[2] != own[2] || from[3] != own[3])
 			return NOT_SETTLED;
+		tcp = (void *)(ip + 1);
 		protocol = ip->nexthdr;
 		kind = classify6(from + 4).kind;
 	} else {
@@ -237,10 +272,16 @@ static __always_inline int settle(struct __sk_buff *skb, struct here here)
 		return pass(skb, here.slot, 0, here.n);
 	if (kind != ALIAS || protocol != IPPROTO_TCP)
 		return NOT_SETTLED;
-	switch (connection(skb, real, size)) {
-	case 0:
-	case BPF_TCP_TIME_WAIT:
+	if ((void *)(tcp + 1) > end || tcp->syn)
 		return NOT_SETTLED;
+	handed = handed_over(here, size == sizeof(real->ipv6), bpf_ntohs(tcp->source),
+			     bpf_ntohs(tcp->dest));
+	if (!handed.place || *handed.place != handed.connection) {
+		state = connection(skb, real, size);
+		if (!state || state == BPF_TCP_TIME_WAIT)
+			return NOT_SETTLED;
+		if (handed.place && state == BPF_TCP_ESTABLISHED)
+			*handed.place = handed.connection;
 	}
 	return pass(skb, here.slot, here.n, 0);
 }

@@ -144,9 +144,10 @@ def _programs(owner: Owner, name: str) -> str:
     cgroup = process.create_cgroup(owner, f"{name}-ebpf")
     bpf.compile("probe")  # anew: the cache would hide that headers are gone
     with closing(bpf.load("probe", owner)) as loaded:
-        bpf.attach_tc(owner, name, 1, bpf.INGRESS, loaded.program("redirect_peer"), "probe", 1)
+        bpf.attach_tc(owner, name, 1, bpf.INGRESS, loaded, "redirect_peer", 1)
         bpf.attach_cgroup(owner, cgroup, "getpeername4", loaded.program("getpeername4"))
-    return "compiles, loads, attaches to links (clsact, redirect_peer) and cgroups (getpeername)"
+    links = "tcx" if bpf.has_tcx() else "clsact"
+    return f"compiles, loads, attaches to links ({links}, redirect_peer) and cgroups (getpeername)"
 
 
 def _compiler() -> str:

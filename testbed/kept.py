@@ -475,7 +475,6 @@ def _links(netns: str, ip: IPRoute) -> list[dict[str, Any]]:
     for a in ip.get_addr():
         shown = f"{a.get('address')}/{a['prefixlen']}"
         addresses.setdefault(a["index"], []).append(shown)
-    hooks = {"ingress": bpf.INGRESS, "egress": bpf.EGRESS}
     return [
         {
             "netns": netns,
@@ -483,12 +482,7 @@ def _links(netns: str, ip: IPRoute) -> list[dict[str, Any]]:
             "mac": link.get("address"),
             "up": link["state"] == "up",
             "addresses": addresses.get(link["index"], []),
-            "programs": [
-                f"{hook}:{options.get_attr('TCA_BPF_NAME')}"
-                for hook, parent in hooks.items()
-                for filter in ip.get_filters(index=link["index"], parent=parent)
-                if (options := filter.get("options"))
-            ],
+            "programs": bpf.running_tc(netns, ip, link["index"]),
         }
         for link in ip.get_links()
     ]

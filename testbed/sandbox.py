@@ -13,9 +13,10 @@ from pathlib import Path
 
 from pyroute2 import IPRoute
 
-from testbed import model, netlink
+from testbed import bpf, model, netlink
 from testbed.datapaths import Datapath, Layout
 from testbed.ledger import Scope
+from testbed.localhost import LO_IFINDEX
 from testbed.manifest import Spec
 from testbed.model import LINK_PREFIX, Error, Family
 
@@ -101,3 +102,8 @@ class Sandbox:
                     yield f"there is a route to {net}", other
         if any(qdisc.get("kind") == "clsact" for qdisc in ip.get_qdiscs(1)):
             yield "there are programs on lo", f"{enter} tc qdisc del dev lo clsact"
+        elif bpf.running_tc(name, ip, LO_IFINDEX):
+            yield (
+                "there are programs on lo",
+                "have whoever attached them detach them (bpftool net)",
+            )

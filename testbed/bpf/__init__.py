@@ -4,7 +4,15 @@
 """
 
 from testbed.bpf.bytecode import SOURCES, compile, entries, headers, source
-from testbed.bpf.hooks import EGRESS, INGRESS, attach_cgroup, attach_tc, replace_tc
+from testbed.bpf.hooks import (
+    EGRESS,
+    INGRESS,
+    attach_cgroup,
+    attach_tc,
+    has_tcx,
+    replace_tc,
+    running_tc,
+)
 from testbed.bpf.programs import PINS, ProgramSet, load, load_traced
 from testbed.bpf.syscall import Map, run
 
@@ -19,10 +27,12 @@ __all__ = [
     "attach_tc",
     "compile",
     "entries",
+    "has_tcx",
     "headers",
     "load",
     "load_traced",
     "replace_tc",
     "run",
+    "running_tc",
     "source",
 ]

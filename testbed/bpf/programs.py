@@ -41,6 +41,11 @@ class ProgramSet:
         """File descriptor of a program."""
         return self._open(f"program_{name}")
 
+    def entry(self, name: str, classid: int) -> int:
+        """File descriptor, the caller's to close, of a new program that gives packets a class
+        before it goes on with that one."""
+        return bytecode.load_entry(name, self._open(f"call_{name}"), classid)
+
     def map(self, name: str, key: str, value: str) -> syscall.Map:
         """A map by name; key and value are layouts of the module struct."""
         fd = self._open(f"map_{name}")

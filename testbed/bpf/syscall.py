@@ -174,6 +174,12 @@ def load_program(name: str, kind: int, attach_type: int, code: bytes) -> int:
             raise OSError(e.errno, log.value.decode(errors="replace")[-500:] or e.strerror) from e
 
 
+def program_name(fd: int) -> str:
+    """The first 15 characters of a program's name, which are what the kernel keeps."""
+    name: bytes = struct.unpack_from("=64x16s", info(fd, 128))[0]  # struct bpf_prog_info
+    return name.rstrip(b"\0").decode()
+
+
 def load_btf(data: bytes) -> int:
     """File descriptor of type information (BPF_BTF_LOAD)."""
     buffer = ctypes.create_string_buffer(data, len(data))

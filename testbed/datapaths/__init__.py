@@ -246,7 +246,7 @@ class ProgramsOfPod:
         """To a link of the pod's namespace, or of another; `n` for a guest's port."""
         place, classid = (netns or self._wiring.netns, ifindex, hook), self._programs.slot << 8 | n
         self._places[place] = name, classid
-        bpf.attach_tc(self._links, *place, self._at_work.program(name), name, classid)
+        bpf.attach_tc(self._links, *place, self._at_work, name, classid)
 
     @contextmanager
     def traced(self, lock: threading.RLock) -> Iterator[bpf.ProgramSet]:
@@ -265,7 +265,7 @@ class ProgramsOfPod:
             self._at_work = programs
             for place, (name, classid) in self._places.items():
                 with suppress(OSError):  # that link is gone
-                    bpf.replace_tc(*place, programs.program(name), name, classid)
+                    bpf.replace_tc(*place, programs, name, classid)
 
 
 class Datapath(Protocol):

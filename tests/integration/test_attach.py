@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from testbed import datapaths, kubernetes, netlink, pods, process
+from testbed import bpf, datapaths, kubernetes, localhost, netlink, pods, process
 from testbed.ledger import Owner
 from testbed.model import Error, Family, alias, loopback
 from testbed.sandbox import Sandbox
@@ -211,3 +211,16 @@ def test_what_is_in_the_way_is_named(theirs: Theirs, command: str, problem: str)
     with pytest.raises(Error, match=problem), theirs.owner.part() as part:
         Sandbox(theirs.netns).join(part, f"{theirs.name}-joined", {"g1"})
     assert theirs.state() == before
+
+
+def test_programs_that_links_run_by_themselves_are_in_the_way_on_lo(theirs: Theirs) -> None:
+    if not bpf.has_tcx():
+        pytest.skip("tcx: Linux 6.6")
+    programs = bpf.load("probe", theirs.owner)
+    place = (f"{theirs.name}-joined", localhost.LO_IFINDEX, bpf.INGRESS)
+    with theirs.owner.part() as part:
+        with netlink.hold_netns(part, place[0], theirs.netns):
+            bpf.attach_tc(part, *place, programs, "redirect_peer", 1)
+        with pytest.raises(Error, match="programs on lo"), theirs.owner.part() as joining:
+            Sandbox(theirs.netns).join(joining, f"{theirs.name}-again", {"g1"})
+    programs.close()
