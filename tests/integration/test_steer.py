@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import sys
 import time
 from collections.abc import Iterator
@@ -271,6 +272,30 @@ def test_a_clients_port_is_used_again_past_time_wait(
                 far.close()  # first: TIME_WAIT is the server's
                 assert near.recv(1) == b""
         assert time.monotonic() - began < 1
+
+
+@FAMILIES
+def test_a_connection_by_lo_follows_one_that_was_handed_over(pod: Pod, family: Family) -> None:
+    """On the same ports; of the one before, programs remember that its packets need no look-up."""
+    port, natives = 0, [Members(pod), Bench(pod), Members(pod)]
+    for bench in natives:
+        with bench.serve(0, family, Transport.TCP, "") as listening:
+            with bench.open(1, family, Transport.TCP) as near:
+                near.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                near.bind(("", port))
+                near.connect((localhost(1, family), PORTS[0]))
+                port = near.getsockname()[1]
+                far, _ = listening.accept()
+                with far:
+                    for _ in range(3):
+                        near.send(b"?")
+                        assert far.recv(1) == b"?"
+                        far.send(b"!")
+                        assert near.recv(1) == b"!"
+                    near.close()
+                    with pytest.raises(ConnectionResetError):
+                        far.recv(1)
 
 
 @FAMILIES
