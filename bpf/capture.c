@@ -99,6 +99,7 @@ int router(struct __sk_buff *skb)
 	case ALIAS:
 	case NATIVE_SOURCE:
 	case NATIVE_SOURCE_ODD:
+	case GUEST_VIEW:
 		if (p.destination.kind == LINK)
 			return redirect_marked(skb, here.slot, p.destination.n);
 	}

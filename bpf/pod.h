@@ -70,7 +70,7 @@ BPF_PERCPU_ARRAY(carried_few, struct few, SLOTS);
 BPF_TABLE("percpu_hash", struct flow, struct count, carried, 16384);
 /* Two such flows with the same ports, but different addresses, would be mistaken for each other. */
 BPF_TABLE("lru_hash", struct odd_key, struct odd_addresses, odd, 16384);
-/* Those whose client may be waiting: for userspace, which tells it when the server's guest ends. */
+/* Those whose other end may be waiting: for userspace, which tells it when a guest ends. */
 BPF_TABLE("lru_hash", struct conversation, u8, conversations, 16384);
 
 struct here {
@@ -218,7 +218,8 @@ static __always_inline int leave_lo(struct __sk_buff *skb, struct here here, u8 
 		return TC_ACT_OK;
 	if (p.destination.kind == NATIVE_VIEW && port_of(here.slot, p.destination.n)) {
 		n = p.destination.n;
-		source = as(ALIAS, 0);
+		/* What a guest that is down would have got is refused in its name. */
+		source = p.source.kind == NATIVE_VIEW ? as(GUEST_VIEW, p.source.n) : as(ALIAS, 0);
 	} else {
 		if (is_icmp(p.protocol))
 			return TC_ACT_OK;
@@ -253,7 +254,7 @@ static __always_inline int leave_lo(struct __sk_buff *skb, struct here here, u8 
 	if (source.kind == ALIAS)
 		carry(skb, here.slot, n, 0);
 	else
-		carry(skb, here.slot, 0, n);
+		carry(skb, here.slot, source.n, n);
 	*to = n;
 	return TO_GUEST;
 }
@@ -388,6 +389,10 @@ static __always_inline int leave_port(struct __sk_buff *skb, struct here here, s
 		n = p->destination.n;
 		if (owner(here.slot, p->protocol, p->source_port) != here.n)
 			return drop(skb, here.slot, REASON_SPOOFED);
+		if (p->carried == IPPROTO_TCP && !p->syn && !port_of(here.slot, n)) {
+			tally(skb, here.slot, REASON_NO_GUEST);
+			return TO_NATIVE;
+		}
 		source = as(ALIAS, 0);
 		carry(skb, here.slot, n, here.n);
 		follow(p, here.slot, n, here.n, true);
@@ -434,6 +439,10 @@ static __always_inline int enter_lo(struct __sk_buff *skb, u8 slot, struct packe
 		if (rewrite_words(skb, p, to, TO_LO))
 			return drop(skb, slot, REASON_TRUNCATED);
 		carry(skb, slot, 0, n);
+		break;
+	case GUEST_VIEW: /* of a guest that is down: nobody is there, and the kernel refuses */
+		if (rewrite(skb, p, as(NATIVE_VIEW, n), as(NATIVE_VIEW, p->destination.n), TO_LO))
+			return drop(skb, slot, REASON_TRUNCATED);
 		break;
 	default:
 		return drop(skb, slot, REASON_SPOOFED);

@@ -1,9 +1,9 @@
 """Has a guest ask whether its TCP connection still stands: only the guest knows how far that is.
 
-A machine that is killed says nothing to those that wait for its answer. Whoever would refuse them
-in its place has to know the sequence number that they expect. To a segment outside of its window a
-peer answers with an ACK that tells it (RFC 9293, 3.10.7.4; RFC 5961), and whatever is then at the
-server's port, nobody or the next machine's kernel, answers that with the RST that fits.
+A machine that is killed says nothing to those that wait for it. Whoever would refuse them in its
+place has to know the sequence number that they expect. To a segment outside of its window a peer
+answers with an ACK that tells it (RFC 9293, 3.10.7.4; RFC 5961), and whatever is then at the other
+end, the pod's kernel or that of the next machine, answers that with the RST that fits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from testbed.model import ALIAS_MAC, Family, alias, guest_link, guest_mac
+from testbed.model import ALIAS_MAC, Address, Family, guest_link, guest_mac
 
 SOL_PACKET, PACKET_QDISC_BYPASS = 263, 20
 ETHERTYPES = {Family.IPV4: 0x0800, Family.IPV6: 0x86DD}
@@ -23,12 +23,12 @@ ETHERTYPES = {Family.IPV4: 0x0800, Family.IPV6: 0x86DD}
 
 @dataclass(frozen=True)
 class Conversation:
-    """A connection by which guest `client` dialed another guest's port at `localhost`."""
+    """A TCP connection of guest n, as it sees it, with another guest."""
 
-    client: int
-    family: Family
-    client_port: int
-    server_port: int
+    n: int
+    port: int
+    peer: Address
+    peer_port: int
 
 
 def open_socket() -> socket.socket:
@@ -39,26 +39,27 @@ def open_socket() -> socket.socket:
 
 
 def send(opened: socket.socket, to: Iterable[tuple[Conversation, str]]) -> None:
-    """Challenge clients, each by the link of that name; one that is gone is no error."""
+    """Challenge guests, each by the link of that name; one that is gone is no error."""
     for conversation, ifname in to:
         with suppress(OSError):
             opened.sendto(segment(conversation), (ifname, 0))
 
 
 def segment(of: Conversation) -> bytes:
-    """A frame with a TCP segment that the client cannot take: an octet at some random number."""
-    source, destination = alias(of.family).packed, guest_link(of.family, of.client).packed
+    """A frame with a TCP segment that the guest cannot take: an octet at some random number."""
+    family = Family(f"ipv{of.peer.version}")
+    source, destination = of.peer.packed, guest_link(family, of.n).packed
     numbers = random.getrandbits(32), random.getrandbits(32)
-    tcp = struct.pack("!HHIIHHHH", of.server_port, of.client_port, *numbers, 0x5010, 0, 0, 0) + b"x"
+    tcp = struct.pack("!HHIIHHHH", of.peer_port, of.port, *numbers, 0x5010, 0, 0, 0) + b"x"
     pseudo = source + destination + struct.pack("!II", len(tcp), socket.IPPROTO_TCP)
     tcp = _with_checksum(tcp, 16, pseudo)
-    if of.family is Family.IPV4:
+    if family is Family.IPV4:
         fields = 0x4500, 20 + len(tcp), 0, 0x4000, 64, socket.IPPROTO_TCP, 0
         ip = _with_checksum(struct.pack("!HHHHBBH", *fields) + source + destination, 10)
     else:
         ip = struct.pack("!IHBB", 6 << 28, len(tcp), socket.IPPROTO_TCP, 64) + source + destination
-    macs = bytes.fromhex((guest_mac(of.client) + ALIAS_MAC).replace(":", ""))
-    return macs + struct.pack("!H", ETHERTYPES[of.family]) + ip + tcp
+    macs = bytes.fromhex((guest_mac(of.n) + ALIAS_MAC).replace(":", ""))
+    return macs + struct.pack("!H", ETHERTYPES[family]) + ip + tcp
 
 
 def _with_checksum(header: bytes, at: int, before: bytes = b"") -> bytes:

@@ -3,7 +3,9 @@
 A claim is a `[[claims]]` table of the plan: which cells, divided by which, and how large the ratio
 is at least or at most. "At least 0.97" holds if the interval of the ratio over blocks lies above
 0.97 as a whole, and does not hold if it lies below; else nobody can tell yet. Without a bound, the
-ratio is stated. Read from stored data alone.
+ratio is stated. Ratio and interval are by ranks (`analysis.pseudomedian`): it takes hundreds of
+short trials to bear a claim out, and some meet another tenant of the hardware. Read from stored
+data alone.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from testbed.analysis import Estimate, block_values, cost_values, estimate, reference
+from testbed.analysis import Estimate, block_values, cost_values, pseudomedian, reference
 from testbed.model import Cell
 from testbed.plan import CPU_QUANTITY, Claim
 from testbed.report import interval, names, plain, size_of
@@ -67,7 +69,7 @@ def judge(store: Store) -> list[Found]:
             if not fnmatchcase(cell.id, claim.cells) or to == cell or to.id not in campaign.cells:
                 continue
             mine, others = values(cell, claim.quantity), values(to, claim.quantity)
-            ratio = estimate(mine[b] / others[b] for b in sorted(mine.keys() & others.keys()))
+            ratio = pseudomedian(mine[b] / others[b] for b in sorted(mine.keys() & others.keys()))
             found.append(Found(claim, cell, to, ratio, _verdict(claim, ratio)))
     return found
 
@@ -122,7 +124,7 @@ def table(found: Sequence[Found], guest: str) -> Group:
         shown.add_row(f"  {what(row, guest)}", bound(row.claim), ratio, str(row.ratio.blocks),
                       Text(row.verdict, style=_COLORS[row.verdict]))  # fmt: skip
     counted = [f"{n} {v}" for v in Verdict if (n := sum(row.verdict is v for row in found))]
-    legend = "Geometric means of ratios within a block, with 95 % t-intervals."
+    legend = "Pseudomedians of ratios within a block, with 95 % intervals by signed ranks."
     return Group(shown, Text(f"{', '.join(counted) or 'no claims'}. {legend}"))
 
 

@@ -179,12 +179,15 @@ class Rows:
             return (0, 0)
 
     def take_conversations(self, n: int) -> list[Conversation]:
-        """Forget guest n's TCP connections with other guests; returns those that these dialed."""
+        """Forget guest n's TCP connections with other guests; returns them as those see them."""
         taken = []
-        for client, _, v6, *ports in _take_conversations(self.programs, [n]):
+        for client, server, v6, client_port, server_port in _take_conversations(self.programs, [n]):
+            family = Family.IPV6 if v6 else Family.IPV4
             if client != n:
-                family = Family.IPV6 if v6 else Family.IPV4
-                taken.append(Conversation(client, family, *ports))
+                taken.append(Conversation(client, client_port, model.alias(family), server_port))
+            elif server != n:
+                dialed_by = model.guest_view(family, n)
+                taken.append(Conversation(server, server_port, dialed_by, client_port))
         return taken
 
     def counters(self) -> dict[str, tuple[int, ...]]:

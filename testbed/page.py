@@ -240,7 +240,10 @@ def _claims(store: Store) -> list[str]:
          Entry(row.verdict, look="" if row.verdict in _BORNE_OUT else "bold")]
         for row in found
     )  # fmt: skip
-    lead = "Ratios within a block. A claim holds if the whole 95 % interval keeps to the bound."
+    lead = (
+        "Pseudomedians of ratios within a block, with 95 % intervals by signed ranks. "
+        "A claim holds if the whole interval keeps to the bound."
+    )
     return _section("Claims", lead, _table("claims", heads, rows))
 
 

@@ -121,7 +121,7 @@ class Attachment(Protocol):
     def guest_ended(self, n: int) -> None:
         """Refuse what is for guest n, where the datapath can, until it sends something again.
 
-        Guests that wait for its answer are refused as well.
+        Guests that have a connection with it are refused as well.
         """
 
     def detach(self) -> None:
@@ -224,7 +224,7 @@ class ProgramsOfPod:
         if waiting := self._rows.take_conversations(n):
             links = {port.n: port.ifname for port in self._wiring.ports}
             with netlink.inside(self._wiring.link_netns, challenge.open_socket) as opened:
-                challenge.send(opened, [(c, links[c.client]) for c in waiting])
+                challenge.send(opened, [(c, links[c.n]) for c in waiting])
 
     def detach(self) -> None:
         self._scope.undo()

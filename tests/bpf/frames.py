@@ -40,6 +40,7 @@ class Plan:
         self.view = model.guest_view(family, US)
         self.others_view = model.guest_view(family, ANOTHER)
         self.native_view = model.native_view(family, US)
+        self.others_native_view = model.native_view(family, ANOTHER)
         self.unknown = model.native_view(family, 99)
 
 
@@ -67,7 +68,7 @@ def from_guest(packet: Packet, n: int = 0) -> bytes:
 
 
 def tcp(sport: int, dport: int, **fields: Any) -> Packet:
-    return TCP(sport=sport, dport=dport, seq=7, ack=9, flags="PA", **fields) / Raw(PAYLOAD)
+    return TCP(sport=sport, dport=dport, seq=7, ack=9, **{"flags": "PA", **fields}) / Raw(PAYLOAD)
 
 
 def udp(sport: int, dport: int, payload: bytes = PAYLOAD, **fields: Any) -> Packet:

@@ -151,9 +151,15 @@ class TestConversations:
         for flag in ("S", flags):
             dialed = segment(EPHEMERAL, ANOTHERS_PORT, flag)
             programs.redirects("port_ingress", from_guest(ip(a.link, a.alias) / dialed))
-        expected = [Conversation(US, a.family, EPHEMERAL, ANOTHERS_PORT)] if waits else []
+        expected = [Conversation(US, EPHEMERAL, a.alias, ANOTHERS_PORT)] if waits else []
         assert rows.take_conversations(ANOTHER) == expected
         assert rows.take_conversations(ANOTHER) == []
+
+    def test_a_server_waits_for_its_client(self, programs: Programs, rows: Rows, a: Plan) -> None:
+        dialed = segment(EPHEMERAL, ANOTHERS_PORT, "S")
+        programs.redirects("port_ingress", from_guest(ip(a.link, a.alias) / dialed))
+        expected = [Conversation(ANOTHER, ANOTHERS_PORT, a.view, EPHEMERAL)]
+        assert rows.take_conversations(US) == expected
 
     @pytest.mark.parametrize(("flags", "waits"), [("SA", True), ("FA", False), ("R", False)])
     def test_until_the_server_ends_it(
@@ -164,7 +170,7 @@ class TestConversations:
         mine[key] = (1,)
         answer = segment(OWN_PORT, EPHEMERAL, flags)
         programs.redirects("port_ingress", from_guest(ip(a.link, a.others_view) / answer))
-        expected = [Conversation(ANOTHER, a.family, EPHEMERAL, OWN_PORT)] if waits else []
+        expected = [Conversation(ANOTHER, EPHEMERAL, a.alias, OWN_PORT)] if waits else []
         assert rows.take_conversations(US) == expected
 
     def test_who_dialed_itself_is_not_told(self, programs: Programs, rows: Rows, a: Plan) -> None:

@@ -104,6 +104,36 @@ class TestTranslation:
         assert after == to_guest(ip(a.alias, a.others_link) / back, ANOTHER)
 
 
+class TestGuestThatIsDown:
+    @pytest.fixture(autouse=True)
+    def _down(self, rows: localhost.Rows) -> Iterator[None]:
+        rows.set_port(ANOTHER, 0)
+        yield
+        rows.set_port(ANOTHER, 1)
+
+    def test_its_peer_is_refused_by_the_kernel_in_its_name(
+        self, programs: Programs, a: Plan
+    ) -> None:
+        there, back = tcp(OWN_PORT, EPHEMERAL), tcp(EPHEMERAL, OWN_PORT)
+        after = programs.redirects("port_ingress", from_guest(ip(a.link, a.others_view) / there))
+        assert after == frame(ip(a.native_view, a.others_native_view) / there)
+        after = programs.redirects(
+            "lo_egress", frame(ip(a.others_native_view, a.native_view) / back)
+        )
+        assert after == to_guest(ip(a.others_view, a.link) / back, US)
+
+    @pytest.mark.parametrize(
+        "body",
+        [tcp(OWN_PORT, NATIVE_PORT, flags="S"), udp(OWN_PORT, NATIVE_PORT)],
+        ids=["SYN", "datagram"],
+    )
+    def test_nothing_that_a_native_could_take_gets_to_lo(
+        self, programs: Programs, a: Plan, body: Packet
+    ) -> None:
+        sent = from_guest(ip(a.link, a.others_view) / body)
+        assert programs.drops("port_ingress", sent, "no_guest")
+
+
 class TestNothingRewritten:
     def test_answers_to_the_pods_own_address_pass_and_are_counted(
         self, programs: Programs, rows: localhost.Rows, a: Plan

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 from testbed import model, netlink
 from testbed.manifest import Manifest, Workload
 from testbed.model import Family, Runtime, Transport
@@ -109,11 +111,27 @@ class Bench:
         with self.serve(1, family, transport):
             for n in target:
                 assert any(self._is_refused(n, target[n], family, transport) for _ in range(5))
-        with self.open(1, family, Transport.UDP) as guest:
-            guest.sendto(b"!", (localhost(1, family), PORTS[0]))
+        self._wake(1, family)
         for n in target:
             with self.connected(Pair(n, 1), family, transport):
                 pass
+
+    def a_guest_hears_of_anothers_death(self, pair: Pair, dead: int, family: Family) -> None:
+        """Of two guests, whichever dialed: the kernel of one is gone, and says nothing."""
+        with self.connected(pair, family) as ends:
+            self.pod.link_ip.link("del", ifname=f"g{dead}")
+            self.pod.attachment.guest_ended(dead)
+            with pytest.raises(ConnectionResetError):
+                ends[1 - pair.index(dead)].recv(1)
+        self.pod.mend()
+        self._wake(dead, family)
+        with self.connected(pair, family):
+            pass
+
+    def _wake(self, n: int, family: Family) -> None:
+        """Have a guest send something: who was said to have ended has not."""
+        with self.open(n, family, Transport.UDP) as guest:
+            guest.sendto(b"!", (localhost(n, family), PORTS[0]))
 
     def _is_refused(
         self, n: int, target: tuple[str, int], family: Family, transport: Transport

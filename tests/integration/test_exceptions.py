@@ -16,6 +16,7 @@ from testbed.model import Family, Transport, guest_mac
 from testbed.pod import Pod
 from testbed.supervisor import Supervisor
 
+from .conftest import Build
 from .sockets import PAIRS, PORTS, Bench, Pair, localhost, wait_until
 
 pytestmark = pytest.mark.root
@@ -159,6 +160,18 @@ def test_connections_with_others_survive_a_guests_death(
         for near, far in (of_guest2, by_guest2):
             near.send(b"still there?")
             assert far.recv(100) == b"still there?"
+
+
+@pytest.fixture(scope="module")
+def unattended(build: Build) -> Bench:
+    """Nobody mends it."""
+    return Bench(build("unattended"))
+
+
+@FAMILIES
+@pytest.mark.parametrize("dead", [1, 2])
+def test_a_guest_hears_of_anothers_death(unattended: Bench, dead: int, family: Family) -> None:
+    unattended.a_guest_hears_of_anothers_death(Pair(1, 2), dead, family)
 
 
 @FAMILIES

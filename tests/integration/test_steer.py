@@ -685,6 +685,12 @@ def test_natives_hear_of_a_guests_death(natives: Bench, pair: Pair, family: Fami
 
 
 @FAMILIES
+@pytest.mark.parametrize("dead", [1, 2])
+def test_a_guest_hears_of_anothers_death(members: Members, dead: int, family: Family) -> None:
+    members.a_guest_hears_of_anothers_death(Pair(1, 2), dead, family)
+
+
+@FAMILIES
 @TRANSPORTS
 def test_a_guest_that_ended_is_refused_until_it_sends(
     natives: Bench, family: Family, transport: Transport

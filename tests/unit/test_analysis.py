@@ -6,6 +6,7 @@ import math
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,6 +59,40 @@ def test_one_block_has_no_interval_and_none_has_no_mean() -> None:
     assert math.isnan(one.high)
     assert math.isnan(none.mean)
     assert none.blocks == 0
+
+
+@pytest.mark.parametrize(
+    ("n", "critical"), [(6, 0), (7, 2), (10, 8), (15, 25), (20, 52), (30, 137)]
+)
+def test_pseudomedian_ends_where_the_signed_rank_test_rejects(n: int, critical: int) -> None:
+    """Critical values (0.05, two-sided) of published tables of Wilcoxon's signed-rank test."""
+    rng = random.Random(n)
+    values = [rng.lognormvariate(0, 0.2) for _ in range(n)]
+    means = sorted(math.sqrt(a * b) for i, a in enumerate(values) for b in values[i:])
+    e = analysis.pseudomedian(values)
+    assert (e.low, e.high) == pytest.approx((means[critical], means[-1 - critical]))
+    assert e.mean == pytest.approx(math.exp(np.median(np.log(means))))
+    below, above = (
+        stats.wilcoxon([math.log(v / e.low) + by for v in values]) for by in (1e-9, -1e-9)
+    )
+    assert below.pvalue <= 0.05 < above.pvalue
+
+
+def test_pseudomedian_of_few() -> None:
+    assert math.isnan(analysis.pseudomedian([1.0, 1.1, 1.2, 1.3, 1.4]).low)
+    assert analysis.pseudomedian([]).blocks == 0
+
+
+def test_pseudomedian_covers_and_bears_with_blocks_that_were_disturbed() -> None:
+    rng, covered, wide = random.Random(3), 0, []
+    for _ in range(400):
+        spread = [rng.choice((0.05,) * 9 + (0.5,)) for _ in range(60)]
+        values = [rng.lognormvariate(math.log(0.98), s) for s in spread]
+        e, t = analysis.pseudomedian(values), analysis.estimate(values)
+        covered += e.low <= 0.98 <= e.high
+        wide.append(math.log(t.high / t.low) / math.log(e.high / e.low))
+    assert 0.92 < covered / 400 < 0.98
+    assert sum(wide) / len(wide) > 1.8
 
 
 def test_percentile_of_known_samples() -> None:

@@ -12,8 +12,8 @@ from testbed.model import ALIAS_MAC, Family, alias, guest_link, guest_mac
 
 
 @pytest.mark.parametrize("family", Family)
-def test_a_challenge_is_from_localhost_and_right(family: Family) -> None:
-    frame = segment(Conversation(2, family, 40000, 5001))
+def test_a_challenge_is_from_the_peer_and_right(family: Family) -> None:
+    frame = segment(Conversation(2, 40000, alias(family), 5001))
     parsed = Ether(frame)
     ip, tcp = parsed[IP if family is Family.IPV4 else IPv6], parsed[TCP]
     assert (parsed.src, parsed.dst) == (ALIAS_MAC, guest_mac(2))
