@@ -7,6 +7,7 @@ from testbed.bpf.bytecode import SOURCES, compile, entries, headers, source
 from testbed.bpf.hooks import (
     EGRESS,
     INGRESS,
+    Place,
     attach_cgroup,
     attach_tc,
     has_tcx,
@@ -22,6 +23,7 @@ __all__ = [
     "PINS",
     "SOURCES",
     "Map",
+    "Place",
     "ProgramSet",
     "attach_cgroup",
     "attach_tc",

@@ -186,8 +186,8 @@ class ProgramsOfPod:
         self._scope = owner.part()
         self._links = self._scope
         self._held: list[socket.socket] = []
-        self._places: dict[tuple[str, int, int], tuple[str, int]] = {}
-        """(namespace, ifindex, hook) → name and class of the program there."""
+        self._places: dict[bpf.Place, tuple[str, int]] = {}
+        """Name and class of the program at each."""
         try:
             self._held = localhost.hold_ports(wiring.pod, wiring.netns, wiring.owners)
             self._programs = self._at_work = bpf.load(name, self._scope)
@@ -233,20 +233,22 @@ class ProgramsOfPod:
             self._programs.close()
 
     def _attach_lo(self) -> None:
-        self._attach(localhost.LO_IFINDEX, bpf.EGRESS, "lo_egress")
+        self._attach(localhost.LO_IFINDEX, bpf.EGRESS, "lo_egress", tcx=True)
 
     def _attach_links(self) -> None:
         for port in self._wiring.ports:
-            self._attach(port.ifindex, bpf.INGRESS, "port_ingress", port.n)
-            self._attach(port.ifindex, bpf.EGRESS, "port_egress", port.n)
+            self._attach(port.ifindex, bpf.INGRESS, "port_ingress", port.n, tcx=True)
+            self._attach(port.ifindex, bpf.EGRESS, "port_egress", port.n, tcx=True)
 
     def _attach(
-        self, ifindex: int, hook: int, name: str, n: int = 0, netns: str | None = None
-    ) -> None:
+        self, ifindex: int, hook: int, name: str, n: int = 0, netns: str | None = None,
+        tcx: bool = False,
+    ) -> None:  # fmt: skip
         """To a link of the pod's namespace, or of another; `n` for a guest's port."""
-        place, classid = (netns or self._wiring.netns, ifindex, hook), self._programs.slot << 8 | n
+        place = bpf.Place(netns or self._wiring.netns, ifindex, hook, tcx)
+        classid = self._programs.slot << 8 | n
         self._places[place] = name, classid
-        bpf.attach_tc(self._links, *place, self._at_work, name, classid)
+        bpf.attach_tc(self._links, place, self._at_work, name, classid)
 
     @contextmanager
     def traced(self, lock: threading.RLock) -> Iterator[bpf.ProgramSet]:
@@ -265,7 +267,7 @@ class ProgramsOfPod:
             self._at_work = programs
             for place, (name, classid) in self._places.items():
                 with suppress(OSError):  # that link is gone
-                    bpf.replace_tc(*place, programs, name, classid)
+                    bpf.replace_tc(place, programs, name, classid)
 
 
 class Datapath(Protocol):

@@ -59,9 +59,10 @@ def test_a_pod_works_either_way(way: str, owner: Owner) -> None:
 def test_one_stands_at_a_place_and_is_replaced(way: str, owner: Owner) -> None:
     netlink.create_netns(owner, f"hooks-{owner.id}").close()
     netns, programs = f"hooks-{owner.id}", bpf.load("probe", owner)
+    place = bpf.Place(netns, LO_IFINDEX, bpf.INGRESS, tcx=True)
     with owner.part() as part:
         for classid in (1, 2):
-            bpf.attach_tc(part, netns, LO_IFINDEX, bpf.INGRESS, programs, "redirect_peer", classid)
+            bpf.attach_tc(part, place, programs, "redirect_peer", classid)
         assert running(netns) == ["ingress:redirect_peer"]
     assert running(netns) == []
     programs.close()
@@ -71,11 +72,12 @@ def test_what_others_attached_stays(owner: Owner) -> None:
     if not bpf.has_tcx():
         pytest.skip("tcx: Linux 6.6")
     netlink.create_netns(owner, f"hooks-{owner.id}").close()
-    netns, place = f"hooks-{owner.id}", (LO_IFINDEX, bpf.EGRESS)
+    netns = f"hooks-{owner.id}"
+    place = bpf.Place(netns, LO_IFINDEX, bpf.EGRESS, tcx=True)
     ours, others = bpf.load("steer", owner), bpf.load("probe", owner)
-    bpf.attach_tc(owner, netns, *place, others, "redirect_peer", 1)
+    bpf.attach_tc(owner, place, others, "redirect_peer", 1)
     with owner.part() as part:
-        bpf.attach_tc(part, netns, *place, ours, "lo_egress", 1)
+        bpf.attach_tc(part, place, ours, "lo_egress", 1)
         assert running(netns) == ["egress:redirect_peer", "egress:lo_egress"]
     assert running(netns) == ["egress:redirect_peer"]
     ours.close()

@@ -217,10 +217,10 @@ def test_programs_that_links_run_by_themselves_are_in_the_way_on_lo(theirs: Thei
     if not bpf.has_tcx():
         pytest.skip("tcx: Linux 6.6")
     programs = bpf.load("probe", theirs.owner)
-    place = (f"{theirs.name}-joined", localhost.LO_IFINDEX, bpf.INGRESS)
+    place = bpf.Place(f"{theirs.name}-joined", localhost.LO_IFINDEX, bpf.INGRESS, tcx=True)
     with theirs.owner.part() as part:
-        with netlink.hold_netns(part, place[0], theirs.netns):
-            bpf.attach_tc(part, *place, programs, "redirect_peer", 1)
+        with netlink.hold_netns(part, place.netns, theirs.netns):
+            bpf.attach_tc(part, place, programs, "redirect_peer", 1)
         with pytest.raises(Error, match="programs on lo"), theirs.owner.part() as joining:
             Sandbox(theirs.netns).join(joining, f"{theirs.name}-again", {"g1"})
     programs.close()
