@@ -144,8 +144,7 @@ def _programs(owner: Owner, name: str) -> str:
     cgroup = process.create_cgroup(owner, f"{name}-ebpf")
     bpf.compile("probe")  # anew: the cache would hide that headers are gone
     with closing(bpf.load("probe", owner)) as loaded:
-        for hook, tcx in ((bpf.INGRESS, False), (bpf.EGRESS, True)):
-            bpf.attach_tc(owner, bpf.Place(name, 1, hook, tcx), loaded, "redirect_peer", 1)
+        bpf.attach_tc(owner, name, 1, bpf.INGRESS, loaded.program("redirect_peer"), "probe", 1)
         bpf.attach_cgroup(owner, cgroup, "getpeername4", loaded.program("getpeername4"))
     links = "clsact, tcx" if bpf.has_tcx() else "clsact"
     return f"compiles, loads, attaches to links ({links}, redirect_peer) and cgroups (getpeername)"

@@ -103,6 +103,7 @@ class Kept:
         ]
         for thread in self._threads[1:]:
             thread.start()
+        self.pod.settle()
 
     # --- answers ----------------------------------------------------------------------------
 

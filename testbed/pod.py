@@ -311,6 +311,7 @@ class Pod:
         for n, guest in self.manifest.guests.items():
             if port_name(n) in missing and n not in self._standins and guest.name in self.processes:
                 self.restart_workload(guest.name)
+        self.settle()
 
     # --- workloads --------------------------------------------------------------------------
 
@@ -332,6 +333,12 @@ class Pod:
         self._consoles.mkdir(parents=True, exist_ok=True)
         for workload in self._here:
             self.start_workload(workload.name)
+        self.settle()
+
+    def settle(self) -> None:
+        """Do, while workloads boot, what the datapath leaves for then."""
+        with self.lock:
+            self.attachment.settle()
 
     def wait(self, families: Collection[Family] = tuple(Family)) -> None:
         """Wait until all workloads answer in those families that they have of these."""

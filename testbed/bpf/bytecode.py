@@ -90,41 +90,31 @@ class Bytecode:
             code = _renamed(program.code, fds)
             fd = syscall.load_program(program.name, program.kind, program.attach_type, code)
             syscall.pin(fd, pins / f"program_{program.name}")
-            if program.kind == TYPES["skb"]:
-                _make_callable(fd, pins / f"call_{program.name}")
             os.close(fd)
         for fd in fds:
             os.close(fd)
 
 
-def load_entry(name: str, call: int, classid: int) -> int:
-    """File descriptor of a program that gives packets a class and goes on with the one in `call`.
+def load_entry(name: str, classid: int, calls: int, number: int) -> int:
+    """File descriptor of a program that gives packets a class and goes on with one of `calls`.
 
-    Links that run programs by themselves have no filter that gives the class. It is loaded at once,
-    being of eight instructions; without the other program it leaves packets alone (TCX_NEXT).
+    For links that run programs by themselves, where no filter gives the class. Being of eight
+    instructions it is loaded at once. With nothing to go on with it leaves packets to the filters.
     """
     code = b"".join(
         struct.pack("=BBhi", *instruction)
         for instruction in (
             (0xB7, 2, 0, classid),  # r2 = classid
             (0x63, 0x21, 72, 0),  # skb->tc_classid = r2
-            (LD_IMM64, PSEUDO_MAP_FD << 4 | 2, 0, call),  # r2 = call
+            (LD_IMM64, PSEUDO_MAP_FD << 4 | 2, 0, calls),  # r2 = calls
             (0, 0, 0, 0),
-            (0xB7, 3, 0, 0),  # r3 = 0
+            (0xB7, 3, 0, number),  # r3 = number
             (0x85, 0, 0, 12),  # bpf_tail_call(skb, r2, r3)
             (0xB7, 0, 0, -1),  # r0 = TCX_NEXT
             (0x95, 0, 0, 0),  # exit
         )
     )
     return syscall.load_program(name, TYPES["skb"], 0, code)
-
-
-def _make_callable(program: int, pin: Path) -> None:
-    """Pin a map that holds a program alone, to be called by (BPF_MAP_TYPE_PROG_ARRAY)."""
-    fd = syscall.create_map("call", (3, 4, 4, 1, 0), (0, 0, 0))
-    syscall.Map(fd, struct.Struct("=I"), struct.Struct("=I"))[0,] = (program,)
-    syscall.pin(fd, pin)
-    os.close(fd)
 
 
 TRACED = "-traced"

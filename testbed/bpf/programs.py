@@ -12,7 +12,7 @@ import fcntl
 import os
 import resource
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +28,8 @@ BPFFS = Path("/sys/fs/bpf")
 PINS = BPFFS / "testbed"
 BPF_FS_MAGIC = 0xCAFE4A11
 MAX_SLOTS = 255
+PROG_ARRAY = 3
+"""enum bpf_map_type."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,33 @@ class ProgramSet:
         """File descriptor of a program."""
         return self._open(f"program_{name}")
 
-    def entry(self, name: str, classid: int) -> int:
-        """File descriptor, the caller's to close, of a new program that gives packets a class
-        before it goes on with that one."""
-        return bytecode.load_entry(name, self._open(f"call_{name}"), classid)
+    def make_calls(self, owner: Scope, size: int) -> None:
+        """Pin a map of so many tc programs of this user's, for `entry` to go on with."""
+        owner.defer(remove_calls, pin=str(self._calls))
+        remove_calls(str(self._calls))  # of a keeper that was killed
+        fd = syscall.create_map("calls", (PROG_ARRAY, 4, 4, size, 0), (0, 0, 0))
+        syscall.pin(fd, self._calls)
+        os.close(fd)
+
+    def set_calls(self, programs: ProgramSet, names: Iterable[str]) -> None:
+        """Have entries go on with these programs from now on, if there are entries."""
+        with suppress(FileNotFoundError), _opened_calls(self._calls) as calls:
+            for number, name in enumerate(names):
+                calls[number,] = (programs.program(name),)
+
+    @contextmanager
+    def entry(self, name: str, classid: int, number: int) -> Iterator[int]:
+        """File descriptor of a program that goes on with a number of `make_calls`' map."""
+        with _opened_calls(self._calls) as calls:
+            fd = bytecode.load_entry(name, classid, calls.fd, number)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    @property
+    def _calls(self) -> Path:
+        return self.pins / f"calls-{self.slot}"
 
     def map(self, name: str, key: str, value: str) -> syscall.Map:
         """A map by name; key and value are layouts of the module struct."""
@@ -121,6 +146,24 @@ def load_traced(programs: ProgramSet, owner: Scope) -> ProgramSet:
     pins.mkdir()
     _verify(compiled, name, pins, programs.pins)
     return ProgramSet(pins, programs.slot)
+
+
+@contextmanager
+def _opened_calls(pin: Path) -> Iterator[syscall.Map]:
+    fd = syscall.open_pin(pin)
+    try:
+        yield syscall.Map(fd, struct.Struct("=I"), struct.Struct("=I"))
+    finally:
+        os.close(fd)
+
+
+def remove_calls(pin: str) -> None:
+    """Empty a map of `make_calls`: entries, wherever they are, do nothing then."""
+    with suppress(FileNotFoundError), _opened_calls(Path(pin)) as calls:
+        for key in calls:
+            with suppress(KeyError):
+                del calls[key]
+        Path(pin).unlink()
 
 
 def remove_traced(pins: str) -> None:

@@ -118,6 +118,9 @@ class Attachment(Protocol):
     def rewire(self, wiring: Wiring) -> None:
         """Attach again after links were replaced; counters go on."""
 
+    def settle(self) -> None:
+        """What takes long and may wait until workloads boot: it makes nothing but speed."""
+
     def guest_ended(self, n: int) -> None:
         """Refuse what is for guest n, where the datapath can, until it sends something again.
 
@@ -150,6 +153,9 @@ class LinkCounters:
 
     def rewire(self, wiring: Wiring) -> None:
         self.wiring = wiring
+
+    def settle(self) -> None:
+        pass
 
     def guest_ended(self, n: int) -> None:
         pass
@@ -186,8 +192,8 @@ class ProgramsOfPod:
         self._scope = owner.part()
         self._links = self._scope
         self._held: list[socket.socket] = []
-        self._places: dict[bpf.Place, tuple[str, int]] = {}
-        """Name and class of the program at each."""
+        self._places: dict[tuple[str, int, int], tuple[str, int]] = {}
+        """(namespace, ifindex, hook) → name and class of the program there."""
         try:
             self._held = localhost.hold_ports(wiring.pod, wiring.netns, wiring.owners)
             self._programs = self._at_work = bpf.load(name, self._scope)
@@ -232,23 +238,28 @@ class ProgramsOfPod:
         if hasattr(self, "_programs"):
             self._programs.close()
 
+    def settle(self) -> None:
+        pass
+
     def _attach_lo(self) -> None:
-        self._attach(localhost.LO_IFINDEX, bpf.EGRESS, "lo_egress", tcx=True)
+        self._attach(localhost.LO_IFINDEX, bpf.EGRESS, "lo_egress")
 
     def _attach_links(self) -> None:
         for port in self._wiring.ports:
-            self._attach(port.ifindex, bpf.INGRESS, "port_ingress", port.n, tcx=True)
-            self._attach(port.ifindex, bpf.EGRESS, "port_egress", port.n, tcx=True)
+            self._attach(port.ifindex, bpf.INGRESS, "port_ingress", port.n)
+            self._attach(port.ifindex, bpf.EGRESS, "port_egress", port.n)
 
     def _attach(
-        self, ifindex: int, hook: int, name: str, n: int = 0, netns: str | None = None,
-        tcx: bool = False,
-    ) -> None:  # fmt: skip
+        self, ifindex: int, hook: int, name: str, n: int = 0, netns: str | None = None
+    ) -> None:
         """To a link of the pod's namespace, or of another; `n` for a guest's port."""
-        place = bpf.Place(netns or self._wiring.netns, ifindex, hook, tcx)
-        classid = self._programs.slot << 8 | n
+        place, classid = (netns or self._wiring.netns, ifindex, hook), self._class_of(n)
         self._places[place] = name, classid
-        bpf.attach_tc(self._links, place, self._at_work, name, classid)
+        bpf.attach_tc(self._links, *place, self._at_work.program(name), name, classid)
+
+    def _class_of(self, n: int) -> int:
+        """What programs are told of where they are (`where` in `bpf/pod.h`)."""
+        return self._programs.slot << 8 | n
 
     @contextmanager
     def traced(self, lock: threading.RLock) -> Iterator[bpf.ProgramSet]:
@@ -267,7 +278,7 @@ class ProgramsOfPod:
             self._at_work = programs
             for place, (name, classid) in self._places.items():
                 with suppress(OSError):  # that link is gone
-                    bpf.replace_tc(place, programs, name, classid)
+                    bpf.replace_tc(*place, programs.program(name), name, classid)
 
 
 class Datapath(Protocol):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import socket
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,6 +35,8 @@ HOOKS = (
         for version in (4, 6)
     ),
 )
+
+AT_PORTS = {"port_ingress": bpf.INGRESS, "port_egress": bpf.EGRESS}
 
 SO_NETNS_COOKIE = 71
 
@@ -60,6 +63,21 @@ class _Attachment(ProgramsOfPod):
     def _attach_lo(self) -> None:
         super()._attach_lo()
         self._steer_sockets()
+
+    def settle(self) -> None:
+        """Have ports run their programs by themselves, ahead of the filters, where Linux can."""
+        if not bpf.has_tcx():
+            return
+        self._programs.make_calls(self._links, len(AT_PORTS))
+        self._programs.set_calls(self._at_work, AT_PORTS)
+        for port in self._wiring.ports:
+            for number, (name, hook) in enumerate(AT_PORTS.items()):
+                with self._programs.entry(name, self._class_of(port.n), number) as entry:
+                    bpf.attach_tcx(self._wiring.netns, port.ifindex, hook, entry)
+
+    def _replace(self, programs: ProgramSet, lock: threading.RLock) -> None:
+        super()._replace(programs, lock)
+        self._programs.set_calls(programs, AT_PORTS)
 
     def _steer_sockets(self) -> None:
         """Attach to the pod's cgroup, and say which namespace is the pod's."""

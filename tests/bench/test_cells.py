@@ -1,6 +1,7 @@
 """Short cells of `capture` and `steer` with stand-ins, against the same traffic on loopback.
 
 Both in one pod: the loopback's ends are two natives, which a datapath must not slow down either.
+They are on the CPUs of the cell's ends: a hypervisor does not give one as much as the other.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ pytestmark = [pytest.mark.root, pytest.mark.bench]
 AMOUNTS: dict[Mode, tuple[int, int]] = {"stream": (65536, 48 << 20), "rr": (64, 64 * 600)}
 """Size of a write or request, and bytes in all: some 40 ms."""
 
+ON_THE_SAME_CPUS = {
+    Pair.NATIVE_GUEST: ("native1", "native2"),
+    Pair.GUEST_NATIVE: ("native2", "native1"),
+}
+
 
 @pytest.fixture(scope="module", params=["capture", "steer"])
 def pod(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pod]:
@@ -42,7 +48,7 @@ def pod(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.parametrize(
     ("transport", "mode"), [(Transport.TCP, "stream"), (Transport.TCP, "rr"), (Transport.UDP, "rr")]
 )
-@pytest.mark.parametrize("pair", [Pair.NATIVE_GUEST, Pair.GUEST_NATIVE], ids=str)
+@pytest.mark.parametrize("pair", ON_THE_SAME_CPUS, ids=str)
 def test_a_cell(
     ratio: Ratio, pod: Pod, pair: Pair, transport: Transport, mode: Mode, family: Family
 ) -> None:
@@ -50,11 +56,10 @@ def test_a_cell(
     size, amount = AMOUNTS[mode]
     with ExitStack() as stack:
 
-        def traffic(between: Pair) -> Callable[[], None]:
-            client, server = trial.ROLES[between]
+        def traffic(client: str, server: str) -> Callable[[], None]:
             dialing, serving = (stack.enter_context(pod.agent(name)) for name in (client, server))
-            bind = "any" if pod.number_of(server) else "localhost"
-            port = serving.serve(transport, family, trial.port(server), bind).port
+            bind, at = ("any", trial.port(server)) if pod.number_of(server) else ("localhost", 0)
+            port = serving.serve(transport, family, at, bind).port
             host = guest.dialed(family) if pod.number_of(client) else "localhost"
 
             def move() -> None:
@@ -65,6 +70,6 @@ def test_a_cell(
 
         ratio(
             f"{pod.datapath.name}: {pair.label('guest')} {mode}, {transport} {family}",
-            traffic(pair),
-            traffic(Pair.NATIVE_NATIVE),
+            traffic(*trial.ROLES[pair]),
+            traffic(*ON_THE_SAME_CPUS[pair]),
         )

@@ -1,31 +1,21 @@
-"""tc programs at a link's hooks: run by the link itself (tcx), and by clsact before Linux 6.6."""
+"""tc programs at links: by filters, and by entries of which the links themselves run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
 
 import pytest
 
 from testbed import bpf, netlink
-from testbed.bpf import hooks
-from testbed.datapaths import get
+from testbed.bpf import ProgramSet
+from testbed.datapaths import steer
 from testbed.ledger import Owner
 from testbed.localhost import LO_IFINDEX
-from testbed.model import Family, Transport
 
-from .bed import Bed, Echo, ask, localhost, open_socket
-
-pytestmark = pytest.mark.root
-
-
-@pytest.fixture(params=["tcx", "clsact"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "clsact":
-        monkeypatch.setattr(hooks, "has_tcx", lambda: False)
-    elif not bpf.has_tcx():
-        pytest.skip("tcx: Linux 6.6")
-    return str(request.param)
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(not bpf.has_tcx(), reason="links run programs by themselves: Linux 6.6"),
+]
 
 
 @pytest.fixture
@@ -34,51 +24,48 @@ def owner() -> Iterator[Owner]:
         yield owner
 
 
-def running(netns: str, ifindex: int = LO_IFINDEX) -> list[str]:
-    with netlink.open_socket(netns) as ip:
-        return bpf.running_tc(netns, ip, ifindex)
+@pytest.fixture
+def netns(owner: Owner) -> str:
+    name = f"hooks-{owner.id}"
+    netlink.create_netns(owner, name).close()
+    return name
 
 
-def test_a_pod_works_either_way(way: str, owner: Owner) -> None:
-    with closing(Bed(owner, way)) as bed:
-        port = bed.wiring.ports[0].ifindex
-        attachment = get("capture").attach(bed.wiring, owner)
-        assert running(bed.pod) == ["egress:lo_egress"]
-        assert running(bed.links, port) == ["ingress:port_ingress", "egress:bridge_egress"]
-        for family in Family:
-            for client, server, number in ((None, 1, 5001), (1, 200, 5002), (200, None, 6000)):
-                before = attachment.carried(client, server)
-                with closing(Echo(bed.netns(server), family, Transport.TCP, number)):
-                    dialing = open_socket(bed.netns(client), family, Transport.TCP)
-                    ask(dialing, (localhost(client, family), number), b"whole")
-                assert (attachment.carried(client, server) - before).packets >= 6
-        attachment.detach()
-        assert running(bed.pod) == running(bed.links, port) == []
-
-
-def test_one_stands_at_a_place_and_is_replaced(way: str, owner: Owner) -> None:
-    netlink.create_netns(owner, f"hooks-{owner.id}").close()
-    netns, programs = f"hooks-{owner.id}", bpf.load("probe", owner)
-    place = bpf.Place(netns, LO_IFINDEX, bpf.INGRESS, tcx=True)
-    with owner.part() as part:
-        for classid in (1, 2):
-            bpf.attach_tc(part, place, programs, "redirect_peer", classid)
-        assert running(netns) == ["ingress:redirect_peer"]
-    assert running(netns) == []
+@pytest.fixture
+def programs(owner: Owner) -> Iterator[ProgramSet]:
+    programs = bpf.load("steer", owner)
+    yield programs
     programs.close()
 
 
-def test_what_others_attached_stays(owner: Owner) -> None:
-    if not bpf.has_tcx():
-        pytest.skip("tcx: Linux 6.6")
-    netlink.create_netns(owner, f"hooks-{owner.id}").close()
-    netns = f"hooks-{owner.id}"
-    place = bpf.Place(netns, LO_IFINDEX, bpf.EGRESS, tcx=True)
-    ours, others = bpf.load("steer", owner), bpf.load("probe", owner)
-    bpf.attach_tc(owner, place, others, "redirect_peer", 1)
+def running(netns: str) -> list[str]:
+    with netlink.open_socket(netns) as ip:
+        return bpf.running_tc(netns, ip, LO_IFINDEX)
+
+
+def test_an_entry_stands_ahead_of_the_filter_and_in_the_place_of_one_before(
+    owner: Owner, netns: str, programs: ProgramSet
+) -> None:
+    name, place = "lo_egress", (netns, LO_IFINDEX, bpf.EGRESS)
+    bpf.attach_tc(owner, *place, programs.program(name), name, 1)
+    programs.make_calls(owner, 1)
+    for classid in (1, 2):
+        with programs.entry(name, classid, 0) as entry:
+            bpf.attach_tcx(*place, entry)
+    assert running(netns) == ["egress:lo_egress", "egress:lo_egress"]
+
+
+def test_an_entry_goes_on_for_as_long_as_there_is_something_to_go_on_with(
+    owner: Owner, programs: ProgramSet
+) -> None:
+    left_to_the_filters, drop, frame = -1, 2, bytes(60)
+    names = list(steer.AT_PORTS)  # the first drops what no guest sends
     with owner.part() as part:
-        bpf.attach_tc(part, place, ours, "lo_egress", 1)
-        assert running(netns) == ["egress:redirect_peer", "egress:lo_egress"]
-    assert running(netns) == ["egress:redirect_peer"]
-    ours.close()
-    others.close()
+        programs.make_calls(part, len(names))
+        with programs.entry(names[0], programs.slot << 8 | 1, 0) as entry:
+            assert bpf.run(entry, frame)[0] & 0xFFFFFFFF == left_to_the_filters & 0xFFFFFFFF
+            programs.set_calls(programs, names)
+            assert bpf.run(entry, frame)[0] == drop
+            part.undo()
+            assert bpf.run(entry, frame)[0] & 0xFFFFFFFF == left_to_the_filters & 0xFFFFFFFF
+    programs.set_calls(programs, names)  # of no entries: nothing

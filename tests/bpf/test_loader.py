@@ -68,7 +68,6 @@ def test_what_was_compiled_once_is_loaded_from_the_cache(
         compiled.load(pins)
         assert {p.name for p in pins.iterdir()} == {
             *(f"program_{p.name}" for p in compiled.programs),
-            *(f"call_{p.name}" for p in compiled.programs if p.kind == bytecode.TYPES["skb"]),
             *(f"map_{m.name}" for m in compiled.maps),
         }
 

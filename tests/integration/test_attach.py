@@ -213,14 +213,14 @@ def test_what_is_in_the_way_is_named(theirs: Theirs, command: str, problem: str)
     assert theirs.state() == before
 
 
-def test_programs_that_links_run_by_themselves_are_in_the_way_on_lo(theirs: Theirs) -> None:
+def test_programs_that_lo_runs_by_itself_are_in_the_way(theirs: Theirs) -> None:
     if not bpf.has_tcx():
-        pytest.skip("tcx: Linux 6.6")
-    programs = bpf.load("probe", theirs.owner)
-    place = bpf.Place(f"{theirs.name}-joined", localhost.LO_IFINDEX, bpf.INGRESS, tcx=True)
-    with theirs.owner.part() as part:
-        with netlink.hold_netns(part, place.netns, theirs.netns):
-            bpf.attach_tc(part, place, programs, "redirect_peer", 1)
-        with pytest.raises(Error, match="programs on lo"), theirs.owner.part() as joining:
-            Sandbox(theirs.netns).join(joining, f"{theirs.name}-again", {"g1"})
+        pytest.skip("Linux 6.6")
+    programs, name = bpf.load("probe", theirs.owner), f"{theirs.name}-joined"
+    programs.make_calls(theirs.owner, 1)
+    with theirs.owner.part() as part, netlink.hold_netns(part, name, theirs.netns):
+        with programs.entry("redirect_peer", 1, 0) as entry:
+            bpf.attach_tcx(name, localhost.LO_IFINDEX, bpf.INGRESS, entry)
     programs.close()
+    with pytest.raises(Error, match="programs on lo"), theirs.owner.part() as joining:
+        Sandbox(theirs.netns).join(joining, f"{theirs.name}-again", {"g1"})

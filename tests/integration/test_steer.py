@@ -22,7 +22,7 @@ from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Raw
 
-from testbed import datapaths, model, netlink, process
+from testbed import bpf, datapaths, model, netlink, process
 from testbed.ledger import Owner
 from testbed.model import Error, Family, Transport
 from testbed.pod import Pod
@@ -696,6 +696,32 @@ def test_a_guest_that_ended_is_refused_until_it_sends(
     natives: Bench, family: Family, transport: Transport
 ) -> None:
     natives.refuses_until_it_sends(family, transport)
+
+
+@FAMILIES
+def test_when_it_has_settled_each_packet_meets_a_program_once(
+    build: Build, owner: Owner, family: Family
+) -> None:
+    if not bpf.has_tcx():
+        pytest.skip("links run programs by themselves: Linux 6.6")
+    settled = Members(build(f"settled-{family}", datapath="steer"))
+    pod = settled.pod
+    pod.settle()
+    for _ in range(2):
+        port = pod.wiring().ports[0]
+        at_port = bpf.running_tc(pod.netns, pod.link_ip, port.ifindex)
+        assert at_port == ["ingress:port_ingress", "egress:port_egress"] * 2
+        for client, server in ((None, 1), (1, None), (1, 2)):
+            before = pod.attachment.carried(client, server)
+            pair = Pair(client or 0, server or 0)
+            with settled.connected(pair, family, Transport.UDP) as (near, far):
+                for _ in range(10):
+                    far.send(b"!")
+                    near.recv(100)
+            carried = pod.attachment.carried(client, server) - before
+            assert 11 <= carried.packets <= 13  # with what the kernels say of who is neighbor
+        pod.link_ip.link("del", ifname="g1")
+        pod.mend()
 
 
 def test_two_pods_are_separate(build: Build, members: Members) -> None:
