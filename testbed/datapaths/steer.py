@@ -73,7 +73,11 @@ class _Attachment(ProgramsOfPod):
         for port in self._wiring.ports:
             for number, (name, hook) in enumerate(AT_PORTS.items()):
                 with self._programs.entry(name, self._class_of(port.n), number) as entry:
-                    bpf.attach_tcx(self._wiring.netns, port.ifindex, hook, entry)
+                    try:
+                        bpf.attach_tcx(self._wiring.netns, port.ifindex, hook, entry)
+                    except OSError as e:
+                        if e.errno != errno.ENODEV:  # gone again
+                            raise
 
     def _replace(self, programs: ProgramSet, lock: threading.RLock) -> None:
         super()._replace(programs, lock)
