@@ -121,9 +121,13 @@ def _say(event: Event) -> None:
 
 
 def _be_deaf() -> None:
-    """A second signal would interrupt the taking down that the first led to."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """A second signal would interrupt the taking down that the first led to.
+
+    One that has come already, but not to its handler, must find one, or Python raises OSError.
+    """
+    for handler in (lambda *_: None, signal.SIG_IGN):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
 
 
 class _Bench:

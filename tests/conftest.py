@@ -100,17 +100,30 @@ def snapshot() -> set[str]:
 
 
 def others() -> set[str]:
-    """What other living testbeds account for: by the id in its name, or where none tells whose."""
+    """What other living testbeds account for: by the id in its name, or where none tells whose.
+
+    Ledgers of hosts that tests make are not seen here, but programs are the kernel's, and so seen.
+    """
     ours = {os.getpid(), *(pid for pid, _ in children())}
     locks = Path("/proc/locks").read_text().replace("-> ", "").splitlines()  # "->": it waits
     fields = [line.split() for line in locks]
     foreign = {inode.rpartition(":")[2] for *_, pid, inode, _, _ in fields if int(pid) not in ours}
     ids = {p.stem for p in ROOT.glob("*.ledger") if str(p.stat().st_ino) in foreign}
+    working = bool(ids) or any(is_worker(p) for p in Path("/proc").glob("[0-9]*")
+                               if int(p.name) not in ours)  # fmt: skip
     return {
         thing
         for thing in snapshot()
-        if any(id in thing for id in ids) or (ids and thing.startswith(("pin ", "bpf ")))
+        if any(id in thing for id in ids) or (working and thing.startswith(("pin ", "bpf ")))
     }
+
+
+def is_worker(process: Path) -> bool:
+    """Whether a process runs a campaign's trials."""
+    try:
+        return b"testbed.worker" in (process / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False  # it just ended
 
 
 def mounts(kind: str) -> list[Path]:
