@@ -22,6 +22,8 @@ from testbed import ledger
 from testbed.model import Error
 
 PREFIX = "testbed/pod/"
+SO_ACCEPTCON = "00010000"
+"""Flags of a socket that listens, in /proc/net/unix (linux/net.h)."""
 PATIENCE_S = 5.0
 DOWN_PATIENCE_S = TRACE_PATIENCE_S = 60.0
 
@@ -82,9 +84,9 @@ def orphan(pod: str) -> Orphan:
 
 def names() -> list[str]:
     """All pods of this host: from its list of Unix sockets, and orphans."""
-    paths = (
-        line.split()[-1] for line in Path("/proc/thread-self/net/unix").read_text().splitlines()
-    )
+    lines = Path("/proc/thread-self/net/unix").read_text().splitlines()
+    # Those that listen: what they accepted has the same name, for as long as it is open.
+    paths = [line.split()[-1] for line in lines if line.split()[3] == SO_ACCEPTCON]
     kept = {p.removeprefix(f"@{PREFIX}") for p in paths if p.startswith(f"@{PREFIX}")}
     return sorted(kept | orphans().keys())
 

@@ -77,7 +77,10 @@ def has_tcx() -> bool:
 
 
 def attach_tcx(netns: str, ifindex: int, hook: int, entry: int) -> None:
-    """Have a link run a program by itself, in place of one of that name, until the link goes."""
+    """Have a link run a program by itself, in place of one of that name, until the link goes.
+
+    One that is gone already is no error.
+    """
 
     def attach() -> None:
         with _running(ifindex, hook) as running:
@@ -85,7 +88,11 @@ def attach_tcx(netns: str, ifindex: int, hook: int, entry: int) -> None:
             flags = BPF_F_REPLACE if old else 0
             syscall.call(syscall.ATTACH, "=IIIII", ifindex, entry, hook, flags, old)
 
-    netlink.inside(netns, attach)
+    try:
+        netlink.inside(netns, attach)
+    except OSError as e:
+        if e.errno != errno.ENODEV:
+            raise
 
 
 def running_tc(netns: str, ip: IPRoute, ifindex: int) -> list[str]:

@@ -175,6 +175,10 @@ def add_aliases(wiring: Wiring) -> None:
                 netlink.add_address(ip, port.ifindex, alias(family), alias(family).max_prefixlen)
 
 
+AT_PORTS = {"port_ingress": bpf.INGRESS, "port_egress": bpf.EGRESS}
+"""Programs at guests' ports in the pod's own namespace."""
+
+
 class ProgramsOfPod:
     """The attachment of datapaths made of eBPF (`bpf/pod.h`): what is the same for all of them.
 
@@ -246,8 +250,8 @@ class ProgramsOfPod:
 
     def _attach_links(self) -> None:
         for port in self._wiring.ports:
-            self._attach(port.ifindex, bpf.INGRESS, "port_ingress", port.n)
-            self._attach(port.ifindex, bpf.EGRESS, "port_egress", port.n)
+            for name, hook in AT_PORTS.items():
+                self._attach(port.ifindex, hook, name, port.n)
 
     def _attach(
         self, ifindex: int, hook: int, name: str, n: int = 0, netns: str | None = None

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from testbed import bpf, model, netlink
 from testbed.bpf import ProgramSet
-from testbed.datapaths import Attachment, Layout, ProgramsOfPod, Wiring
+from testbed.datapaths import AT_PORTS, Attachment, Layout, ProgramsOfPod, Wiring
 from testbed.ledger import Scope
 from testbed.model import Cell, Family, Pair
 
@@ -35,8 +35,6 @@ HOOKS = (
         for version in (4, 6)
     ),
 )
-
-AT_PORTS = {"port_ingress": bpf.INGRESS, "port_egress": bpf.EGRESS}
 
 SO_NETNS_COOKIE = 71
 
@@ -73,11 +71,7 @@ class _Attachment(ProgramsOfPod):
         for port in self._wiring.ports:
             for number, (name, hook) in enumerate(AT_PORTS.items()):
                 with self._programs.entry(name, self._class_of(port.n), number) as entry:
-                    try:
-                        bpf.attach_tcx(self._wiring.netns, port.ifindex, hook, entry)
-                    except OSError as e:
-                        if e.errno != errno.ENODEV:  # gone again
-                            raise
+                    bpf.attach_tcx(self._wiring.netns, port.ifindex, hook, entry)
 
     def _replace(self, programs: ProgramSet, lock: threading.RLock) -> None:
         super()._replace(programs, lock)

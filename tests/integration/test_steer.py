@@ -699,9 +699,7 @@ def test_a_guest_that_ended_is_refused_until_it_sends(
 
 
 @FAMILIES
-def test_when_it_has_settled_each_packet_meets_a_program_once(
-    build: Build, owner: Owner, family: Family
-) -> None:
+def test_when_it_has_settled_each_packet_meets_a_program_once(build: Build, family: Family) -> None:
     if not bpf.has_tcx():
         pytest.skip("links run programs by themselves: Linux 6.6")
     settled = Members(build(f"settled-{family}", datapath="steer"))
