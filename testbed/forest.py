@@ -88,7 +88,7 @@ def forest(rows: Sequence[Ratio], guest: str, band: float = 0.0) -> Figure:
                     fontsize=SMALL_PT, transform=corner.get_yaxis_transform())  # fmt: skip
     corner.set_xscale("log")
     corner.set_xlim(low, high)
-    for steps in _NEAR if high / low < 3 else _FAR:
+    for steps in _NEAR if high / low < 4 else _FAR:
         ticks = [x for x in steps if low < x < high]
         if len(ticks) * len(columns) <= _TICKS:
             break
@@ -99,7 +99,10 @@ def forest(rows: Sequence[Ratio], guest: str, band: float = 0.0) -> Figure:
 
 _NEAR = (0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2), (0.5, 0.7, 1, 1.5, 2)
 _FAR = (0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 100), (0.01, 0.1, 1, 10, 100)
-"""Ticks of an axis of ratios: of a narrow one and of others, and where there is no room for all."""
+"""Ticks of an axis of ratios: of a narrow one and of others, and where there is no room for all.
+
+A narrow one is shorter than from 0.5 to 2, and may have none of the others' but 1.
+"""
 _TICKS = 24
 """So many have room for their labels, over all panels."""
 
