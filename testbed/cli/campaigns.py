@@ -183,7 +183,8 @@ def _run(arguments: argparse.Namespace) -> int:
         finished.derive()
         drawn = figures.draw(finished)
     _print_table(finished, arguments.json)
-    print(f"\nfigures: {' '.join(str(f) for f in drawn if f.suffix == '.png')}", file=sys.stderr)
+    print(f"\nfigures: {' '.join(str(f) for f in drawn if f.suffix == '.png')}"
+          f"\nall of it in one file: testbed report {path}", file=sys.stderr)  # fmt: skip
     return 1 if any(t.status == "failed" for t in finished.trials()) else 0
 
 
