@@ -9,27 +9,20 @@ addresses; an unwanted one goes without a trace but in the counter. Copying itse
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 
 import pytest
 
-from testbed import bpf, ledger, localhost
 from testbed.datapaths.broadcast import REASONS
-from testbed.ledger import Owner
 from testbed.model import Family
 
 from .frames import EPHEMERAL, Plan, frame, from_guest, ip, tcp, to_guest, udp, unreachable
-from .verdicts import ANOTHER, ANOTHERS_PORT, NATIVE_PORT, OWN_PORT, PASSED, US, Programs
+from .verdicts import ANOTHER, ANOTHERS_PORT, NATIVE_PORT, OWN_PORT, PASSED, US, Programs, in_slot_0
 
 pytestmark = [pytest.mark.root, pytest.mark.parametrize("family", Family)]
 
 
 class Doors(Programs):
-    def count(self, reason: str) -> int:
-        counters = self._loaded.map("counters", "=I", "=QQ")
-        return int(counters[REASONS.index(reason),][0])
-
     def lets_in(self, name: str, frame: bytes) -> bytes:
         """The frame afterwards, which must have been passed on."""
         verdict, after = self.run(name, frame)
@@ -39,21 +32,8 @@ class Doors(Programs):
 
 @pytest.fixture(scope="module")
 def doors() -> Iterator[Doors]:
-    with Owner() as owner, (ledger.ROOT / "slot0-broadcast.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one test run at a time has slot 0
-        programs = bpf.load("broadcast", owner)
-        owners = {6 << 16 | OWN_PORT: US, 17 << 16 | OWN_PORT: US,
-                  6 << 16 | ANOTHERS_PORT: ANOTHER, 17 << 16 | ANOTHERS_PORT: ANOTHER}  # fmt: skip
-        owner.defer(
-            localhost.clear, pins=str(programs.pins), slot=0, owners=[[key] for key in owners],
-            guests=[US, ANOTHER], reasons=len(REASONS),
-        )  # fmt: skip
-        for n in (US, ANOTHER):
-            programs.map("guests", "=I", "=I")[n,] = (1,)
-        for key, n in owners.items():
-            programs.map("owners", "=I", "=I")[key,] = (n,)
-        yield Doors(programs)
-        programs.close()
+    with in_slot_0("broadcast", REASONS) as programs:
+        yield Doors(programs, REASONS)
 
 
 @pytest.fixture

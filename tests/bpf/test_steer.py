@@ -7,17 +7,15 @@ tested with real ones.
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Callable, Iterator
 
 import pytest
 from scapy.packet import Packet
 
-from testbed import bpf, ledger, localhost
+from testbed import localhost
 from testbed.bpf import ProgramSet
 from testbed.datapaths import steer
-from testbed.ledger import Owner
-from testbed.model import Family, Transport, guest_mac
+from testbed.model import Family, guest_mac
 
 from .frames import EPHEMERAL, Plan, echo, fragments, frame, from_guest, ip, tcp, to_guest, udp
 from .frames import unreachable as port_unreachable
@@ -30,6 +28,7 @@ from .verdicts import (
     PASSED,
     US,
     Programs,
+    in_slot_0,
 )
 
 pytestmark = [pytest.mark.root, pytest.mark.parametrize("family", Family)]
@@ -41,18 +40,8 @@ EACH_L4 = pytest.mark.parametrize("l4", L4.values(), ids=L4)
 
 @pytest.fixture(scope="module")
 def loaded() -> Iterator[ProgramSet]:
-    with Owner() as owner, (ledger.ROOT / "slot0-steer.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of these programs, as of others, one test run has slot 0
-        pins = bpf.load("steer", owner).pins
-        programs = ProgramSet(pins, slot=0)
-        rows = localhost.Rows(programs, steer.REASONS)
-        ports = {OWN_PORT: US, ANOTHERS_PORT: ANOTHER}
-        owners = {(transport, port): n for transport in Transport for port, n in ports.items()}
-        rows.fill(owner, owners, {US: set(Family), ANOTHER: set(Family)})
-        for n in (US, ANOTHER):
-            rows.set_port(n, ifindex=1)
+    with in_slot_0("steer", steer.REASONS) as programs:
         yield programs
-        programs.close()
 
 
 @pytest.fixture

@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
-from testbed import bpf
+import fcntl
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+
+from testbed import bpf, ledger, localhost
 from testbed.bpf import ProgramSet
 from testbed.datapaths.capture import REASONS
+from testbed.ledger import Owner
+from testbed.model import Family, Transport
 
 PASSED, DROPPED, REDIRECTED = 0, 2, 7
 """TC_ACT_OK, TC_ACT_SHOT, TC_ACT_REDIRECT."""
 
 US, ANOTHER = 0, 3
 OWN_PORT, ANOTHERS_PORT, NATIVE_PORT = 5000, 5003, 6000
+
+
+@contextmanager
+def in_slot_0(datapath: str, reasons: tuple[str, ...]) -> Iterator[ProgramSet]:
+    """A datapath's programs with slot 0, which is nobody's pod: where BPF_PROG_TEST_RUN finds
+    itself, at guest 0's port. Guest 0 (`US`) owns `OWN_PORT`, guest 3 (`ANOTHER`) `ANOTHERS_PORT`.
+    """
+    ports = {OWN_PORT: US, ANOTHERS_PORT: ANOTHER}
+    owners = {(transport, port): n for transport in Transport for port, n in ports.items()}
+    with Owner() as owner, (ledger.ROOT / f"slot0-{datapath}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of these programs, as of others, one test run has slot 0
+        with closing(ProgramSet(bpf.load(datapath, owner).pins, slot=0)) as programs:
+            # A run that was killed may have left rows.
+            localhost.clear(str(programs.pins), slot=0, owners=[], guests=[US, ANOTHER],
+                            reasons=len(reasons))  # fmt: skip
+            rows = localhost.Rows(programs, reasons)
+            rows.fill(owner, owners, {US: set(Family), ANOTHER: set(Family)})
+            for n in (US, ANOTHER):
+                rows.set_port(n, ifindex=1)
+            yield programs
 
 
 class Programs:
