@@ -142,7 +142,9 @@ class TestConversations:
     @pytest.fixture
     def rows(self, loaded: ProgramSet) -> Iterator[Rows]:
         with closing(ProgramSet(loaded.pins, 0)) as programs:
-            yield Rows(programs, REASONS)
+            rows = Rows(programs, REASONS)
+            rows.take_conversations(ANOTHER)  # that other tests had
+            yield rows
 
     @pytest.mark.parametrize(("flags", "waits"), [("PA", True), ("FA", True), ("R", False)])
     def test_a_client_waits_until_it_resets(
