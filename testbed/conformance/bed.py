@@ -47,13 +47,12 @@ def manifest(pairs: Collection[Pair], guest: Runtime) -> Manifest:
     names = {"native1", "native2", *(name for pair in pairs for name in ROLES[pair])}
     if any(pair.guests for pair in pairs):
         names |= {"guest1", "guest2"}
-    inside = [name for name in PORTS if name in names and not name.startswith("guest")]
     return Manifest(tuple(
         Workload(
             name, runtime(name, guest), tuple((t, port) for t in Transport for port in PORTS[name]),
-            control_port=CONTROL_PORT + (inside.index(name) if name in inside else 0),
+            control_port=CONTROL_PORT + i,
         )
-        for name in PORTS if name in names
+        for i, name in enumerate(PORTS) if name in names
     ))  # fmt: skip
 
 

@@ -213,9 +213,10 @@ def _cell(outcome: Outcome | None, notes: _Notes) -> str:
 
 
 def _workloads(run: Run) -> str:
-    guest = {Runtime.STANDIN: "stand-ins", Runtime.LINUX: "Linux"}.get(Runtime(run.guest), "")
     if run.guest == Runtime.OSV:
         guest = f"OSv {run.kernel.split()[0]}"
+    else:
+        guest = {"": "processes", "standin": "stand-ins", "linux": "Linux"}[run.guest]
     return f"WASM, {guest}" if run.native == Runtime.WASM else guest
 
 

@@ -4,8 +4,9 @@ A passt per guest, in the pod's namespace. What the guest sends to its gateway, 
 goes to loopback, from a socket of passt's own; its ports are listened on in the pod, and what comes
 in from loopback comes from the gateway. So `localhost` works both ways, between guests too, at the
 price of a user-space TCP on the way: it accepts connections before the guest does, and also while
-there is none. What is said here is true of Debian 12's, of March 2023. Virtual machines only; there
-is no tap.
+there is none, and acknowledges the guest's SYN with the client's first data only, so that a server
+that speaks first waits in accept for ever. What is said here is true of Debian 12's, of March 2023.
+Virtual machines only; there is no tap.
 """
 
 from __future__ import annotations

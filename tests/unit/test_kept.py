@@ -37,6 +37,7 @@ def test_what_is_kept_is_read_as_it_was_in_the_order_of_datapaths_and_guests(
     assert files == {"proxy-standin.json", "steer-osv-ipv6.json", "steer-standin.json",
                      "loopback.json"}  # fmt: skip
     assert kept.read(tmp_path) == [runs[3], runs[2], runs[1], runs[0]]
+    assert "| check | loopback<br>processes | steer<br>stand-ins |" in kept.page(runs[::-1], [])
     with pytest.raises(Error, match="no results"):
         kept.read(tmp_path / "nothing")
 
