@@ -16,6 +16,7 @@ from testbed.model import Error, Family, Runtime
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from testbed.conformance import Result
     from testbed.store import Store
 
 
@@ -290,25 +291,36 @@ def _conformance(arguments: argparse.Namespace) -> int:
         tuple(arguments.family or Family), globs, arguments.native, arguments.osv_kernel,
         netns=arguments.netns, control=arguments.control or "",
     )  # fmt: skip
-    results = []
-    with common.progress() as report:
-        for event in suite.run(choice):
-            if isinstance(event, conformance.Result):
-                results.append(event)
-            else:
-                report(campaign.Progress(event.text, event.done, event.total, None))
+    results: list[Result] = []
+    try:
+        with common.progress() as report:
+            for event in suite.run(choice):
+                if isinstance(event, conformance.Result):
+                    results.append(event)
+                else:
+                    report(campaign.Progress(event.text, event.done, event.total, None))
+    except BaseException:
+        if results:  # what there is until then
+            _show_conformance(results, arguments)
+        raise
     for run in kept.runs_of(results) if arguments.keep else ():
         print(f"kept in {kept.keep(run)}", file=sys.stderr)
+    _show_conformance(results, arguments)
+    return 1 if any(r.status is conformance.Status.FAIL for r in results) else 0
+
+
+def _show_conformance(results: Sequence[Result], arguments: argparse.Namespace) -> None:
+    from testbed.conformance import Status, output
+
     if arguments.junit:
         arguments.junit.write_bytes(output.junit(results))
     if arguments.json:
         print(json.dumps(output.as_json(results), indent=1))
-    else:
-        _print(output.matrix(results))
-        for status in (conformance.Status.UNSUPPORTED, conformance.Status.FAIL):
-            for line in output.reasons(results, status):
-                print(f"{status}: {line}")
-    return 1 if any(r.status is conformance.Status.FAIL for r in results) else 0
+        return
+    _print(output.matrix(results))
+    for status in (Status.UNSUPPORTED, Status.FAIL):
+        for line in output.reasons(results, status):
+            print(f"{status}: {line}")
 
 
 def _print_table(campaign: Store, as_json: bool) -> None:

@@ -183,7 +183,11 @@ class ForeignStage:
         def connect() -> socket.socket:
             return socket.create_connection(to, TIMEOUT_S)
 
-        return Agent(_patiently(lambda: netlink.inside(self.netns, connect)))
+        try:
+            return Agent(_patiently(lambda: netlink.inside(self.netns, connect)))
+        except OSError as e:
+            raise Error(f"{name}: no agent answers at {to[0]}, port {to[1]}: {e.strerror or e}",
+                        hint="start it there, and say where with --control") from e  # fmt: skip
 
     def revive(self) -> None:
         pass  # what is not ours is not ours to start

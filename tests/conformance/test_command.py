@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,14 +16,16 @@ from testbed import datapaths, runtimes
 from testbed.conformance import EVERY
 from testbed.conformance.bed import manifest
 from testbed.ledger import Owner
-from testbed.model import Family, Runtime, guest_link
+from testbed.model import CONTROL_PORT, Family, Runtime, guest_link
 from testbed.pod import Pod
 from testbed.runtimes import Options
+
+COMMAND = [sys.executable, "-m", "testbed.cli", "conformance"]
 
 
 def conformance(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """The command line as a user has it."""
-    command = [sys.executable, "-m", "testbed.cli", "conformance", *map(str, arguments)]
+    command = [*COMMAND, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
@@ -50,6 +53,21 @@ def test_what_cannot_run_is_status_3_and_one_line(arguments: tuple[str, ...], me
     assert done.returncode == 3
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.root
+def test_interrupted_it_shows_what_was_found_until_then() -> None:
+    command = [*COMMAND, "--datapath", "loopback", "--check", "connect",
+               "--check", "sequential-connections", "--json"]  # fmt: skip
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as running:
+        assert running.stderr
+        while "sequential" not in running.stderr.readline():
+            assert running.poll() is None
+        running.send_signal(signal.SIGINT)
+        found = json.loads(running.communicate(timeout=30)[0])
+    assert running.returncode == 130
+    assert "connect" in {result["check"] for result in found}
 
 
 @pytest.mark.root
@@ -94,12 +112,17 @@ def foreign_pod(tmp_path: Path) -> Iterator[Pod]:
 
 @pytest.mark.root
 def test_a_pod_that_is_there_already_is_checked(foreign_pod: Pod) -> None:
-    done = conformance("--netns", f"/run/netns/{foreign_pod.netns}", "--control",
-                   str(guest_link(Family.IPV4, 1)), "--check", "connect", "--check", "datagram",
-                   "--check", "pod-rebuilt", "--json")  # fmt: skip
+    netns, guest = f"/run/netns/{foreign_pod.netns}", foreign_pod.manifest.guests[1]
+    address = guest_link(Family.IPV4, 1)
+    done = conformance("--netns", netns, "--control", f"{address}:{guest.control_port}", "--json",
+                       "--check", "connect", "--check", "datagram",
+                       "--check", "pod-rebuilt")  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = {(r["check"], r["pair"]): r["status"] for r in json.loads(done.stdout)}
     for pair in ("native-native", "native-guest", "guest-native", "guest-self"):
         assert results["connect", pair] == "pass"
         assert results["datagram", pair] == "pass"
     assert results["pod-rebuilt", "native-guest"] == "unsupported"
+    done = conformance("--netns", netns, "--control", str(address))
+    assert done.returncode == 3
+    assert f"guest1: no agent answers at {address}, port {CONTROL_PORT}" in done.stderr
