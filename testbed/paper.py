@@ -310,16 +310,20 @@ def _facts(answers: Answers) -> Iterator[tuple[str, str]]:
             yield f"guest/{name}/{key}", escape(value)
     for name, version in campaign.versions.items():
         yield f"version/{name}", escape(version)
-    judged = Counter(found.verdict for found in claims.judge(answers.proof))
+    found = claims.judge(answers.proof)
+    for row in found:
+        if row.ratio.blocks:
+            yield f"claims/{row.claim.quantity}/{row.cell.id}", _interval(row.ratio, Unit(1, ""))
+    judged = Counter(row.verdict for row in found)
     yield "claims", str(judged.total())
     yield "claims/blocks", str(len({trial.block for trial in answers.proof.trials()}))
     yield "claims/congestion_control", escape(answers.proof.campaign.congestion_control)
     for verdict in claims.Verdict:
         yield f"claims/{verdict}", str(judged[verdict])
-    if found := controls(answers.rows):
-        yield from (("aa/ratios", str(found.same)), ("aa/differing", str(found.differing)),
-                    ("aa/bound", str(found.bound)), ("slow/cells", str(found.slow)),
-                    ("slow/found", str(found.found)))  # fmt: skip
+    if control := controls(answers.rows):
+        yield from (("aa/ratios", str(control.same)), ("aa/differing", str(control.differing)),
+                    ("aa/bound", str(control.bound)), ("slow/cells", str(control.slow)),
+                    ("slow/found", str(control.found)))  # fmt: skip
     if answers.conformance:
         yield "checks", str(len({r["check"] for r in answers.conformance}))
         for head, counts in _columns(answers.conformance).items():

@@ -83,6 +83,7 @@ def write(folder: Path, text: str) -> None:
         (r"\fact{kernel}", r"6.18\_x"),
         (r"\fact{trials/unsupported}", "6"),
         (r"\fact{claims/does not hold}", "1"),
+        (rf"\fact{{claims/value/steer/{WAY}}}", "0.900 [0.900, 0.900]"),
         (r"\fact{conformance/steer/standin/tried}", "3"),
         (r"\fact{plan/duration}", r"1.3\,s"),
     ],
