@@ -154,6 +154,7 @@ class Answers:
             self.id_of(Cell.parse(str(id))): table
             for id, table in frame(store.trials()).groupby("cell")
         }
+        self.claims = claims.judge(self.proof)
         self.conformance = _conformance(store)
         self.facts = dict(_facts(self))
 
@@ -310,20 +311,19 @@ def _facts(answers: Answers) -> Iterator[tuple[str, str]]:
             yield f"guest/{name}/{key}", escape(value)
     for name, version in campaign.versions.items():
         yield f"version/{name}", escape(version)
-    found = claims.judge(answers.proof)
-    for row in found:
+    for row in answers.claims:
         if row.ratio.blocks:
             yield f"claims/{row.claim.quantity}/{row.cell.id}", _interval(row.ratio, Unit(1, ""))
-    judged = Counter(row.verdict for row in found)
+    judged = Counter(row.verdict for row in answers.claims)
     yield "claims", str(judged.total())
     yield "claims/blocks", str(len({trial.block for trial in answers.proof.trials()}))
     yield "claims/congestion_control", escape(answers.proof.campaign.congestion_control)
     for verdict in claims.Verdict:
         yield f"claims/{verdict}", str(judged[verdict])
-    if control := controls(answers.rows):
-        yield from (("aa/ratios", str(control.same)), ("aa/differing", str(control.differing)),
-                    ("aa/bound", str(control.bound)), ("slow/cells", str(control.slow)),
-                    ("slow/found", str(control.found)))  # fmt: skip
+    if found := controls(answers.rows):
+        yield from (("aa/ratios", str(found.same)), ("aa/differing", str(found.differing)),
+                    ("aa/bound", str(found.bound)), ("slow/cells", str(found.slow)),
+                    ("slow/found", str(found.found)))  # fmt: skip
     if answers.conformance:
         yield "checks", str(len({r["check"] for r in answers.conformance}))
         for head, counts in _columns(answers.conformance).items():
@@ -471,10 +471,9 @@ def _conformance_table(answers: Answers) -> list[str]:
 
 def _claims_table(answers: Answers) -> list[str]:
     """What the plan claims, and what came of it, a row per cell."""
-    found = claims.judge(answers.proof)
     lines = [r"\begin{tabular*}{\columnwidth}{@{\extracolsep{\fill}}lll@{}}", r"\toprule",
              r"claim & ratio & verdict \\"]  # fmt: skip
-    for claim, rows in grouped(found, lambda row: row.claim.text).items():
+    for claim, rows in grouped(answers.claims, lambda row: row.claim.text).items():
         lines += [r"\midrule", rf"\multicolumn{{3}}{{@{{}}l}}{{\emph{{{escape(claim)}}}}} \\"]
         for row in rows:
             what = f"{row.cell.label(answers.proof.campaign.guest)}, {names(row.cell.family)}"

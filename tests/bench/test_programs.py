@@ -18,8 +18,8 @@ from testbed.bpf import ProgramSet
 from testbed.ledger import Owner
 from testbed.model import Family
 from tests.bpf.conftest import loaded as capture
+from tests.bpf.conftest import loaded_steer as steer
 from tests.bpf.frames import EPHEMERAL, Plan, frame, from_guest, ip, tcp, to_guest
-from tests.bpf.test_steer import loaded as steer
 from tests.bpf.verdicts import ANOTHERS_PORT, NATIVE_PORT, OWN_PORT, PASSED, REDIRECTED
 
 from .gate import Ratio

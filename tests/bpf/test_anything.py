@@ -7,7 +7,7 @@ tests of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from scapy.layers.inet import TCP, UDP, IPOption_NOP
 from scapy.packet import Packet, Raw
 
 from testbed.bpf import ProgramSet
-from testbed.datapaths import capture, steer
+from testbed.datapaths import steer
 from testbed.model import Address, Family
 
 from .frames import EPHEMERAL, Plan, frame, from_guest, ip, to_guest, unreachable
@@ -31,7 +31,6 @@ from .verdicts import (
     REDIRECTED,
     US,
     Programs,
-    in_slot_0,
 )
 
 pytestmark = pytest.mark.root
@@ -39,19 +38,13 @@ pytestmark = pytest.mark.root
 Carry = Callable[[bytes], tuple[int, bytes]]
 
 
-@pytest.fixture(scope="module")
-def of_steer() -> Iterator[ProgramSet]:
-    with in_slot_0("steer", steer.REASONS) as programs:
-        yield programs
-
-
 @pytest.fixture(scope="module", params=["capture", "steer"])
-def carry(request: pytest.FixtureRequest, loaded: ProgramSet, of_steer: ProgramSet) -> Carry:
+def carry(request: pytest.FixtureRequest, loaded: ProgramSet, loaded_steer: ProgramSet) -> Carry:
     """Verdict on a frame of guest 0, and the frame when it has got to where it is redirected to."""
     if request.param == "steer":
-        programs = Programs(of_steer, steer.REASONS)
+        programs = Programs(loaded_steer, steer.REASONS)
         return lambda sent: programs.run("port_ingress", sent)
-    programs = Programs(loaded, capture.REASONS)
+    programs = Programs(loaded)
 
     def carry(sent: bytes) -> tuple[int, bytes]:
         verdict, after = programs.run("port_ingress", sent)

@@ -142,9 +142,7 @@ class TestConversations:
     @pytest.fixture
     def rows(self, loaded: ProgramSet) -> Iterator[Rows]:
         with closing(ProgramSet(loaded.pins, 0)) as programs:
-            rows = Rows(programs, REASONS)
-            rows.take_conversations(ANOTHER)  # that other tests had
-            yield rows
+            yield Rows(programs, REASONS)
 
     @pytest.mark.parametrize(("flags", "waits"), [("PA", True), ("FA", True), ("R", False)])
     def test_a_client_waits_until_it_resets(

@@ -28,7 +28,6 @@ from .verdicts import (
     PASSED,
     US,
     Programs,
-    in_slot_0,
 )
 
 pytestmark = [pytest.mark.root, pytest.mark.parametrize("family", Family)]
@@ -38,20 +37,14 @@ L4: dict[str, Body] = {"tcp": tcp, "udp": udp}
 EACH_L4 = pytest.mark.parametrize("l4", L4.values(), ids=L4)
 
 
-@pytest.fixture(scope="module")
-def loaded() -> Iterator[ProgramSet]:
-    with in_slot_0("steer", steer.REASONS) as programs:
-        yield programs
+@pytest.fixture
+def programs(loaded_steer: ProgramSet) -> Programs:
+    return Programs(loaded_steer, steer.REASONS)
 
 
 @pytest.fixture
-def programs(loaded: ProgramSet) -> Programs:
-    return Programs(loaded, steer.REASONS)
-
-
-@pytest.fixture
-def rows(loaded: ProgramSet) -> localhost.Rows:
-    return localhost.Rows(loaded, steer.REASONS)
+def rows(loaded_steer: ProgramSet) -> localhost.Rows:
+    return localhost.Rows(loaded_steer, steer.REASONS)
 
 
 @pytest.fixture
