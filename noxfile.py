@@ -41,6 +41,11 @@ def become(session: nox.Session, tool: str, *args: str) -> None:
     os.execv(command[0], command)
 
 
+def groups(session: nox.Session, *names: str) -> None:
+    """Install what is missing of groups of packages.txt."""
+    session.run(str(ROOT / "bootstrap"), *(f"--{name}" for name in names), "true")
+
+
 @nox.session
 def experiments(session: nox.Session) -> None:
     """Build pods, measure, draw figures, take all down (-- --plan quick, -- --hosts FILE)."""
@@ -62,6 +67,7 @@ def paper(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Test all but speed; without root, only what needs none (-- arguments for pytest)."""
+    groups(session, "tests", "tex")
     run(session, "pytest", "-m", "not bench", "-n2", "--dist=loadfile", *session.posargs)
 
 

@@ -245,10 +245,12 @@ def others() -> Iterator[Finding]:
         cells = (Cell(name, Pair.NATIVE_GUEST, Family.IPV4, transport, Metric.LATENCY, 64)
                  for transport in Transport)  # fmt: skip
         lacks = {reason for cell in cells if (reason := datapaths.get(name).unsupported(cell))}
-        for reason in sorted(lacks):
-            what, _, remedy = reason.partition("; ")
-            yield Finding(name, State.DEGRADED, what, f"cells of it are unsupported; {remedy}")
-        if not lacks:
+        if lacks:
+            parts = [reason.partition("; ") for reason in sorted(lacks)]
+            costs = "cells of it are unsupported"
+            hint = "; ".join([costs, *filter(None, (remedy for *_, remedy in parts))])
+            yield Finding(name, State.DEGRADED, ", ".join(what for what, *_ in parts), hint)
+        else:
             whole.append(name)
     yield Finding("datapaths", State.FINE, ", ".join(whole))
 

@@ -45,7 +45,8 @@ PACKAGES = {
     "wrk": "wrk",
 }
 """Of Debian 12."""
-FOLDERS = os.pathsep.join((os.defpath, "/usr/sbin", "/usr/local/bin", "/usr/lib/postgresql/15/bin"))
+FOLDERS = os.pathsep.join((os.defpath, "/usr/sbin", "/usr/local/bin",
+                           *map(str, Path("/usr/lib/postgresql").glob("*/bin"))))  # fmt: skip
 RUN_S = 30.0
 
 

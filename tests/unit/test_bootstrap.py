@@ -124,7 +124,7 @@ def test_of_several_names_the_first_that_apt_knows_is_installed(clone: Path) -> 
 
 def test_without_root_the_command_to_type_is_said(clone: Path, tmp_path: Path) -> None:
     (clone / "packages.txt").write_text("away  no-such-command  # why\n")
-    path = tools(tmp_path / "bin", "true")
+    path = tools(tmp_path / "bin", "sha256sum", "readlink", "grep", "cat", "true")
     (tmp_path / "bin/apt-get").symlink_to("/bin/false")
     nobody = ["unshare", "--user"]  # a user namespace without a mapping: nobody is root in it
     if subprocess.run([*nobody, "true"], check=False, capture_output=True).returncode:
@@ -135,6 +135,15 @@ def test_without_root_the_command_to_type_is_said(clone: Path, tmp_path: Path) -
     )  # fmt: skip
     assert ran.returncode == 1
     assert "sudo apt-get install --no-install-recommends away" in ran.stderr
+    (clone / "packages.txt").write_text("tex:away  no-such-command  # why\n")
+    ran = subprocess.run(
+        [*nobody, "env", f"PATH={path}", "bash", clone / "bootstrap", "--tex", "true"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 1
+    assert ran.stderr.splitlines()[-1] == (
+        "bootstrap: not root, and packages are missing (away); type: sudo ./bootstrap --tex"
+    )
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e[0].split()[0])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from testbed import accelerator, doctor, kernels
+from testbed import accelerator, doctor, kernels, nft
 from testbed.doctor import Finding, State
 from testbed.model import Error
 
@@ -89,6 +89,18 @@ def test_without_qemu_there_are_only_standins() -> None:
     assert finding.state is State.DEGRADED
     assert "stand-ins only" in finding.hint
     assert doctor.ready([finding])
+
+
+def test_a_datapath_that_lacks_two_programs_is_one_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nft.unsupported()  # its answer is kept: not to be asked without nft
+    monkeypatch.setenv("PATH", str(tmp_path))
+    findings = list(doctor.others())
+    assert len(by_name(findings)) == len(findings)
+    proxy = by_name(findings)["proxy"]
+    assert proxy.detail == "no haproxy, no nginx with streams"
+    assert "apt-get install haproxy; apt-get install nginx-light" in proxy.hint
 
 
 @pytest.mark.usefixtures("empty_cache")
