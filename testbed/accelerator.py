@@ -15,10 +15,10 @@ import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from testbed import architecture
 from testbed.machine import cache_folder
 from testbed.model import Error
 
-QEMU = "qemu-system-x86_64"
 PROBE_LIMIT_S = 5.0
 """A kernel without a disk comes to its end in under a second with KVM, where KVM works."""
 
@@ -35,9 +35,12 @@ class Accelerator:
 
 def version() -> str:
     """QEMU's version, `7.2.22`. Raises `Error` if there is none."""
-    if shutil.which(QEMU) is None:
-        raise Error(f"no {QEMU}", hint="apt-get install --no-install-recommends qemu-system-x86")
-    out = subprocess.run([QEMU, "--version"], capture_output=True, text=True, check=True).stdout
+    here = architecture.native()
+    qemu = here.qemu
+    if shutil.which(qemu) is None:
+        install = f"apt-get install --no-install-recommends {here.qemu_package}"
+        raise Error(f"no {qemu}", hint=install)
+    out = subprocess.run([qemu, "--version"], capture_output=True, text=True, check=True).stdout
     return out.split("version ", 1)[1].split()[0]
 
 
@@ -81,11 +84,12 @@ def boot(kernel: Path, accelerator: str, limit_s: float = PROBE_LIMIT_S) -> str 
 
     OSv powers off, Linux panics for want of a root file system and is not restarted.
     """
+    here = architecture.native()
     command = [
-        QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-        "-accel", accelerator, "-machine", "pc", "-cpu", "max", "-m", "256",
+        here.qemu, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+        "-accel", accelerator, "-machine", here.machine, "-cpu", "max", "-m", "256",
         "-serial", "stdio", "-kernel", str(kernel),
-        "-append", "--nomount console=ttyS0 panic=-1",  # OSv wants its option first
+        "-append", f"--nomount console={here.console} panic=-1",  # OSv wants its option first
     ]  # fmt: skip
     try:
         done = subprocess.run(

@@ -185,6 +185,7 @@ def guests() -> Iterator[Finding]:
         yield Finding("Linux kernel", State.DEGRADED, e.message,
                       "downloaded when first needed, else no Linux guests")  # fmt: skip
     try:
+        kernels.check_osv()
         osv = kernels.find_osv(download=False)
         kernel = osv.path if osv else kernel
         yield _osv(osv)

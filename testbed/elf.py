@@ -20,6 +20,7 @@ from elftools.elf.dynamic import DynamicSegment
 from elftools.elf.elffile import ELFFile
 from elftools.elf.segments import InterpSegment, NoteSegment
 
+from testbed import architecture
 from testbed.model import Error
 
 MACHINES = {"EM_X86_64": "x86_64", "EM_AARCH64": "aarch64", "EM_386": "i386", "EM_ARM": "arm",
@@ -47,15 +48,16 @@ class Elf:
     """Made by Go's compiler, by the note that it leaves."""
 
 
-def read(path: Path, machine: str = "x86_64") -> Elf:
-    """The ELF file at `path`. Raises `Error` if it is none, or of another machine."""
+def read(path: Path, machine: str | None = None) -> Elf:
+    """The ELF file at `path`. Raises `Error` if it is none, or not for `machine`: this one."""
     elf = _parse(path)
+    machine = machine or architecture.native().name
     if elf.machine != machine:
         raise Error(f"{path} is for {elf.machine}, not {machine}", hint=f"build it for {machine}")
     return elf
 
 
-def read_program(path: Path, machine: str = "x86_64") -> Elf:
+def read_program(path: Path, machine: str | None = None) -> Elf:
     """A program that a guest can run: dynamically linked and position independent.
 
     OSv loads programs into its own address space, so that one that is linked to a fixed address

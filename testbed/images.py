@@ -34,7 +34,8 @@ OSV_PROVIDES = frozenset({
     "libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "libresolv.so.2",
     "libcrypt.so.1", "libaio.so.1", "libstdc++.so.6", "libgcc_s.so.1", "ld-linux-x86-64.so.2",
 })  # fmt: skip
-"""Sonames whose symbols are in OSv's kernel (`core/elf.cc`), libgcc_s.so.1 by its symbols alone."""
+"""Sonames whose symbols are in OSv's kernel (`core/elf.cc`), libgcc_s.so.1 by its symbols alone.
+The last is x86-64's (`kernels.OSV_MACHINE`)."""
 
 LINUX_MODULES = ("virtio_pci", "virtio_net")
 

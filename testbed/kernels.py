@@ -2,8 +2,9 @@
 
 An OSv kernel is looked for where the user says, in an OSv tree, in the cache, and last among the
 kernels that OSv's project publishes; `osv/kernels.toml` says what each flavor can do and vouches
-for files by SHA-256. The Linux kernel is Debian's package, unpacked into the cache and never
-installed: installing would change which kernel this host boots.
+for files by SHA-256; they are for x86-64 alone (`OSV_MACHINE`). The Linux kernel is Debian's
+package for this machine, unpacked into the cache and never installed: installing would change which
+kernel this host boots.
 
 Nothing is compiled here, and nothing booted.
 """
@@ -29,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from testbed import elf, machine
+from testbed import architecture, elf, machine
 from testbed.model import Error, Family
 
 OSV = Path(__file__).parents[1] / "osv"
@@ -38,11 +39,13 @@ OSV = Path(__file__).parents[1] / "osv"
 FLAVORS = ("ipv6", "master")
 """In order of preference: the default shows both families."""
 
+OSV_MACHINE = "x86_64"
+"""Whose OSv kernels, disks and consoles are known here; OSv itself is there for aarch64 too."""
+
 Progress = Callable[[int, int | None], None]
 """Called with bytes so far and, where known, bytes in all."""
 
 _TIMEOUT_S = 5
-_LINUX_PACKAGE = "linux-image-cloud-amd64"
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ def find_osv(
     download: bool = True,
     progress: Progress | None = None,
 ) -> OsvKernel | None:
-    """The OSv kernel to use, or None if there is none and it cannot be downloaded.
+    """The OSv kernel to use, or None if there is none and it cannot be downloaded, or this machine
+    could not run it (`check_osv` says so).
 
     Order: `explicit` (a kernel, or an OSv tree), TESTBED_OSV_KERNEL (likewise), TESTBED_OSV_TREE,
     the cache, the published kernels. `flavor` chooses among the last two; without it the first of
@@ -107,6 +111,8 @@ def find_osv(
     for variable in ("TESTBED_OSV_KERNEL", "TESTBED_OSV_TREE"):
         if value := os.environ.get(variable):
             return read_osv(_in_tree(Path(value)), f"{value} ({variable})")
+    if architecture.native().name != OSV_MACHINE:
+        return None
     flavors = FLAVORS if flavor is None else (flavor,)
     for name in flavors:
         path = _cached(name)
@@ -118,9 +124,18 @@ def find_osv(
     return None
 
 
+def check_osv() -> None:
+    """Raises `Error` if this machine cannot run OSv guests."""
+    if (here := architecture.native().name) != OSV_MACHINE:
+        raise Error(f"OSv guests need an {OSV_MACHINE} machine, this one is {here}: guests run on "
+                    "their host's kind of processor, and no other OSv kernel is known here",
+                    hint="use Linux guests: --guest linux")  # fmt: skip
+
+
 def read_osv(path: Path, source: str) -> OsvKernel:
-    """The OSv kernel in a file. Raises `Error` if it is none, or for another machine."""
-    elf.read(path)
+    """The OSv kernel in a file. Raises `Error` if it is none, or for another machine than this."""
+    elf.read(path, OSV_MACHINE)
+    check_osv()
     data = path.read_bytes()
     # The kernel greets with "OSv v0.57.0-398-g0e34e4dc": OSv's `git describe`.
     version = re.search(rb"OSv (v\d[\w.-]*)", data)
@@ -256,15 +271,16 @@ def linux_kernel(*, download: bool = True) -> LinuxKernel:
 
 
 def _download_linux(folder: Path) -> None:
+    wanted = f"linux-image-cloud-{architecture.native().debian}"
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         raise Error(
             "no Linux kernel for guests, and no apt to get Debian's",
-            hint=f"unpack a {_LINUX_PACKAGE} package below {folder}/NAME",
+            hint=f"unpack a {wanted} package below {folder}/NAME",
         )
     # The package is a name for the newest: it depends on the one with the files.
-    depends = _run("apt-cache", "depends", "--important", _LINUX_PACKAGE)
+    depends = _run("apt-cache", "depends", "--important", wanted)
     if (package := re.search(r"Depends: (linux-image-\S+)", depends)) is None:
-        raise Error(f"apt knows no {_LINUX_PACKAGE}", hint="apt-get update")
+        raise Error(f"apt knows no {wanted}", hint="apt-get update")
     with _new_folder(folder / package[1]) as unpacked:
         quick = ("-o", f"Acquire::http::Timeout={_TIMEOUT_S}", "-o", "Acquire::Retries=0",
                  "-o", "APT::Sandbox::User=root")  # fmt: skip

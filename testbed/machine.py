@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+from testbed import architecture
+
 
 def cache_folder() -> Path:
     """`~/.cache/testbed`, or `$XDG_CACHE_HOME/testbed`."""
@@ -46,7 +48,7 @@ def versions() -> dict[str, str]:
     for name in ("testbed", "pyroute2", "pandas", "scipy", "matplotlib", "wasmtime"):
         found[name] = metadata.version(name)
     for name, command in (
-        ("qemu", ["qemu-system-x86_64", "--version"]),
+        ("qemu", [architecture.native().qemu, "--version"]),
         ("cc", ["cc", "--version"]),
     ):
         try:

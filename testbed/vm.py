@@ -1,8 +1,7 @@
 """The virtual machine of a guest as a QEMU command line: the part that OSv and Linux share.
 
-A bare q35: it has the clocks that kernels calibrate by (microvm has none under TCG: Linux hangs
-there now and then, OSv always) and starts fast with its unused devices left out. Pure functions;
-starting it is left to `process`.
+A bare machine of the host's architecture (`architecture`). Pure functions; starting it is left to
+`process`.
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
 from pathlib import Path
 
-from testbed import images
-from testbed.accelerator import QEMU
+from testbed import architecture, images
 from testbed.model import LINK_PREFIX, Address, Family, guest_link, pod_link
 
 
@@ -59,10 +57,11 @@ def command(
     netdev = f"tap,id=net,ifname={vm.tap},script=no,downscript=no,vhost={vhost}"
     if vm.socket:
         netdev = f"stream,id=net,server=off,addr.type=unix,addr.path={value(vm.socket)}"
+    here = architecture.native()
     return [
-        QEMU, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
-        "-machine", f"q35,accel={vm.accelerator},sata=off,smbus=off,usb=off,vmport=off",
-        *(("-cpu", "host") if vm.accelerator == "kvm" else ()),
+        here.qemu, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
+        "-machine", f"{here.machine},accel={vm.accelerator}",
+        "-cpu", "host" if vm.accelerator == "kvm" else here.emulated_cpu,
         "-smp", "1", "-m", f"{vm.memory_mib}M",
         "-kernel", str(kernel), "-append", append,
         "-chardev", f"file,id=console,append=on,path={value(vm.console)}",

@@ -23,6 +23,7 @@ import pytest
 from pyroute2.nftables.main import NFTables
 from xdist.scheduler import LoadFileScheduling
 
+from testbed import architecture
 from testbed.ledger import ROOT
 
 pytest_plugins = ["tests.bench.gate"]
@@ -174,7 +175,7 @@ def bpf_objects() -> Iterator[str]:
     def bpf(command: int, attributes: bytes) -> int:
         ctypes.memset(buffer, 0, len(buffer))
         ctypes.memmove(buffer, attributes, len(attributes))
-        return int(libc.syscall(321, command, buffer, 128))  # x86-64's number
+        return int(libc.syscall(architecture.native().sys_bpf, command, buffer, 128))
 
     # kind, BPF_*_GET_NEXT_ID, BPF_*_GET_FD_BY_ID, offset of `name` in struct bpf_*_info
     for kind, next_id, fd_by_id, name_at in (("program", 11, 13, 64), ("map", 12, 14, 24)):

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from testbed import architecture
 from testbed.bpf import syscall
 from testbed.machine import cache_folder
 from testbed.model import Error
@@ -188,24 +189,25 @@ def headers() -> Headers:
         Path("/lib/modules") / running / "source/include/linux/kconfig.h"
     ).exists():
         return Headers(running, True, {}, ())
-    arch = {"x86_64": ("amd64", "x86"), "aarch64": ("arm64", "arm64")}[platform.machine()]
+    here = architecture.native()
     found = [
-        p for p in Path("/usr/src").glob(f"linux-headers-*-{arch[0]}")
+        p for p in Path("/usr/src").glob(f"linux-headers-*-{here.debian}")
         if _common(p).is_dir() and (p / "include/generated").is_dir()
     ]  # fmt: skip
     if not found:
         raise Error(
             f"no kernel headers for eBPF programs (running kernel: {running})",
-            hint=f"apt-get install linux-headers-{arch[0]}",
+            hint=f"apt-get install linux-headers-{here.debian}",
         )
     newest = max(found, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
-    generated = ("include", f"arch/{arch[1]}/include/generated", "include/generated/uapi",
-                 f"arch/{arch[1]}/include/generated/uapi")  # fmt: skip
+    arch = f"arch/{here.kernel}"
+    included = ("include", f"{arch}/include/generated", "include/generated/uapi",
+                f"{arch}/include/generated/uapi")  # fmt: skip
     return Headers(
         release=newest.name.removeprefix("linux-headers-"),
         exact=False,
         environment={"BCC_KERNEL_SOURCE": str(_common(newest))},
-        cflags=tuple(f"-I{newest / path}" for path in generated),
+        cflags=tuple(f"-I{newest / path}" for path in included),
     )
 
 

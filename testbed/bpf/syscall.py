@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import platform
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from testbed import architecture
+
 libc = ctypes.CDLL(None, use_errno=True)
-_SYS_BPF = {"x86_64": 321, "aarch64": 280}
 
 CREATE, LOOKUP, UPDATE, DELETE, NEXT_KEY, LOAD, PIN, GET, ATTACH, DETACH, TEST_RUN, FD_BY_ID = (
     0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 13,
@@ -26,7 +26,7 @@ INFO, QUERY, BTF_LOAD, BTF_BY_ID = 15, 16, 18, 19
 def bpf(command: int, layout: str, *values: int | bytes) -> bytes:
     """bpf(2) with `union bpf_attr` by struct layout: the result, then the attributes afterwards."""
     attributes = ctypes.create_string_buffer(struct.pack(layout, *values), 128)
-    result = libc.syscall(_SYS_BPF[platform.machine()], command, attributes, len(attributes))
+    result = libc.syscall(architecture.native().sys_bpf, command, attributes, len(attributes))
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))

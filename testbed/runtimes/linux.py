@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Sequence
 
-from testbed import accelerator, images, kernels, process, vm
+from testbed import accelerator, architecture, images, kernels, process, vm
 from testbed.images import Definition, Image
 from testbed.kernels import LinuxKernel
 from testbed.manifest import Workload
@@ -97,7 +97,7 @@ def boot_line(machine: Vm, words: Sequence[str]) -> str:
     as arguments. Raises `Error` for a word that the kernel's quotes cannot hold.
     """
     return " ".join((
-        "console=ttyS0 quiet panic=-1",
+        f"console={architecture.native().console} quiet panic=-1",
         _quoted(f"guest_addresses={' '.join(map(str, machine.addresses))}"),
         _quoted(f"guest_gateways={' '.join(map(str, machine.gateways))}"),
         *(() if machine.loopback else ("guest_loopback=none",)),

@@ -16,7 +16,13 @@ from testbed.vm import Vm
 
 
 def prepare(options: Options) -> Osv:
-    """Finds the kernel, or downloads one, and composes the image. Raises `Absent` without one."""
+    """Finds the kernel, or downloads one, and composes the image. Raises `Absent` without one, and
+    where none would run.
+    """
+    try:
+        kernels.check_osv()
+    except Error as e:
+        raise Absent(e.message, e.hint) from e
 
     def progress(done_bytes: int, all_bytes: int | None) -> None:
         share = f" of {all_bytes / 2**20:.1f}" if all_bytes else ""

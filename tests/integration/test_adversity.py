@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from testbed import pods, store
+from testbed import architecture, pods, store
 from testbed.model import Status
 
 pytestmark = pytest.mark.root
@@ -81,7 +81,7 @@ def test_a_campaign_that_fills_the_disk_ends_with_a_line_and_is_resumed_with_not
     assert {trial["block"] for trial in map(json.loads, trials)} == set(range(6))
 
 
-@pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="no QEMU")
+@pytest.mark.skipif(shutil.which(architecture.native().qemu) is None, reason="no QEMU")
 def test_a_guest_for_which_there_is_no_memory_says_so(tmp_path: Path) -> None:
     name = f"t{secrets.token_hex(3)}"
     (tmp_path / "pod.yaml").write_text(f"""

@@ -122,6 +122,15 @@ def test_of_several_names_the_first_that_apt_knows_is_installed(clone: Path) -> 
     assert f"--no-install-recommends {running} other\n" in ran.stderr
 
 
+def test_packages_of_another_machine_are_left_out(clone: Path, tmp_path: Path) -> None:
+    here = os.uname().machine
+    (clone / "packages.txt").write_text(
+        f"there[{here}]  no-such  # why\naway[pdp11]  no-such  # why\n"
+    )
+    ran = bootstrap(clone, "true", path=tools(tmp_path / "bin"))
+    assert ran.stderr == "bootstrap: no apt here; install what these Debian packages hold: there\n"
+
+
 def test_without_root_the_command_to_type_is_said(clone: Path, tmp_path: Path) -> None:
     (clone / "packages.txt").write_text("away  no-such-command  # why\n")
     path = tools(tmp_path / "bin", "sha256sum", "readlink", "grep", "cat", "true")

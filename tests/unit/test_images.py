@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from testbed import images, rofs, vm
+from testbed import architecture, elf, images, rofs, vm
 from testbed.images import Definition
 from testbed.kernels import LinuxKernel, OsvKernel
 from testbed.model import Error, Family, alias, guest_mac, loopback
@@ -133,7 +133,7 @@ def test_linux_image_holds_all_libraries_and_modules_in_order(
     assert {"/init", "/bin/busybox", "/main", "/usr/lib/libown.so.1", "/usr/lib/libc.so.6"} <= set(
         tree
     )
-    assert "/lib64/ld-linux-x86-64.so.2" in tree
+    assert elf.read(program).interpreter in tree
     assert tree["/etc/modules"] == b"virtio\nvirtio_pci\nfailover\nnet_failover\nvirtio_net\n"
     assert "/lib/modules/unrelated.ko" not in tree
     first = images.compose_linux(Definition(program), linux_kernel)
@@ -271,7 +271,8 @@ def test_osv_words_are_quoted_and_variables_refused(machine: Vm) -> None:
 
 def test_linux_is_told_addresses_and_words(machine: Vm) -> None:
     assert linux.boot_line(machine, ["/a", "b c"]) == (
-        'console=ttyS0 quiet panic=-1 "guest_addresses=169.254.78.1/20 fd77::78:1/64" '
+        f"console={architecture.native().console} quiet panic=-1 "
+        '"guest_addresses=169.254.78.1/20 fd77::78:1/64" '
         '"guest_gateways=169.254.77.3 fd77::3" -- "/a" "b c"'
     )
     with pytest.raises(Error, match="cannot be given"):
@@ -282,13 +283,33 @@ def test_machine_is_as_asked(tmp_path: Path) -> None:
     emulated = Vm("tcg", "t", guest_mac(1), (), tmp_path / "a,b")
     argv = vm.command(emulated, Path("/k"), "")
     assert "a,,b" in option(argv, "-chardev")[0]
-    assert not option(argv, "-cpu")
+    assert option(argv, "-cpu") != ["host"]
     assert not option(argv, "-qmp")
     fast = Vm("kvm", "t", guest_mac(1), (), tmp_path / "c", vhost=True, qmp=tmp_path / "qmp")
     argv = vm.command(fast, Path("/k"), "")
     assert option(argv, "-cpu") == ["host"]
     assert "vhost=on" in option(argv, "-netdev")[0]
     assert option(argv, "-qmp") == [f"unix:{tmp_path}/qmp,server=on,wait=off"]
+
+
+@pytest.mark.parametrize("name", ["x86_64", "aarch64"])
+def test_machine_and_console_are_of_the_hosts_architecture(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: name)
+    guest = Vm("tcg", "t", guest_mac(1), (), tmp_path / "c")
+    argv = vm.command(guest, Path("/k"), linux.boot_line(guest, []))
+    known = {"x86_64": ("q35", "ttyS0"), "aarch64": ("virt", "ttyAMA0")}
+    board, console = known[name]
+    assert argv[0] == f"qemu-system-{name}"
+    assert option(argv, "-machine")[0].startswith(f"{board},")
+    assert option(argv, "-append")[0].startswith(f"console={console} ")
+
+
+def test_a_machine_that_nobody_tried_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    with pytest.raises(Error, match="is riscv64; testbed knows x86_64 and aarch64"):
+        architecture.native()
 
 
 def test_guest_that_is_given_the_alias_is_not_started(tmp_path: Path) -> None:

@@ -118,6 +118,17 @@ def test_named_file_that_is_no_kernel_is_refused_and_not_passed_over(
         kernels.find_osv(foreign)
 
 
+def test_on_another_machine_than_osvs_none_is_looked_for_and_a_named_one_refused(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_cache(own_cache, "master")
+    named = make_kernel(tmp_path / "named")
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert kernels.find_osv() is None
+    with pytest.raises(Error, match="OSv guests need an x86_64 machine, this one is aarch64"):
+        kernels.find_osv(named)
+
+
 def test_unknown_flavor_is_refused() -> None:
     with pytest.raises(Error, match="no OSv kernel flavor 'ipv5'"):
         kernels.find_osv(flavor="ipv5")
