@@ -72,6 +72,12 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def fresh(session: nox.Session) -> None:
+    """Test a commit in new Debian roots, which have nothing but git (-- --suite trixie)."""
+    become(session, "python", "-m", "tests.machines", "fresh", *session.posargs)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Hold speed against tests/bench/bands.toml; exit status 1: worse, 3: could not measure."""
     options = ("--benchmark-quiet", "--benchmark-autosave")

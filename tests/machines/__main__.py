@@ -1,0 +1,46 @@
+"""`python3 -m tests.machines COMMAND`: tests on machines other than this one. Needs root.
+
+Standard library only; a command imports what it needs besides.
+"""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+from types import FrameType
+
+from testbed.model import Error
+
+COMMANDS = {
+    "fresh": "run the tests in Debian roots that have nothing but git",
+}
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def main(args: list[str]) -> int:
+    if not args or args[0] not in COMMANDS:
+        print(*(f"python3 -m tests.machines {name}  # {what}" for name, what in COMMANDS.items()),
+              sep="\n")  # fmt: skip
+        return 0 if args in (["-h"], ["--help"]) else 2
+    for number in SIGNALS:
+        signal.signal(number, interrupt)
+    command = importlib.import_module(f"tests.machines.{args[0]}")
+    try:
+        return int(command.main(args[1:]))
+    except Error as e:
+        print(f"{args[0]}: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{args[0]}: interrupted", file=sys.stderr)
+        return 130
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, once: what takes things down is not interrupted."""
+    for other in SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,137 @@
+"""Tests on fresh machines: clones a commit into new Debian roots, which have nothing but git, and
+calls the README's test command there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.machines import roots
+
+COMMAND = ("./bootstrap", "nox", "-s", "tests")
+SUITES = {
+    "bookworm": COMMAND,
+    "trixie": (*COMMAND, "--", "tests/bpf", "tests/integration", "tests/unit"),
+}
+"""What is called in which Debian, where nobody says otherwise."""
+
+CLOSING = re.compile(r"=+ (.*\d+ \w+.*) in [\d.]+s\b.* =+")
+KINDS = ("passed", "failed", "skipped")
+COUNTED_AS = {"error": "failed", "errors": "failed", "xfailed": "passed"}
+
+CLEAN = """
+status=0
+"$@" || status=$?
+[ ! -x .venv/bin/testbed ] || .venv/bin/testbed clean || status=1
+exit "$status"
+"""
+"""Links and cgroups of tests that were interrupted are not the root's: they would stay."""
+
+
+def main(args: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python3 -m tests.machines fresh", description=__doc__)
+    parser.add_argument("--suite", action="append", choices=SUITES, help="default: each")
+    parser.add_argument("--commit", default="HEAD", help="default: HEAD")
+    parser.add_argument("--keep", action="store_true", help="leave the roots there")
+    parser.add_argument("command", nargs="*", help=f"default: {shlex.join(COMMAND)}")
+    options = parser.parse_args(args)
+
+    commit = roots.git("rev-parse", f"{options.commit}^{{commit}}")
+    say(roots.git("log", "-1", "--format=commit %h, %s", commit))
+    if roots.git("status", "--porcelain"):
+        say("uncommitted changes are not in it")
+    outcomes = {}
+    with roots.lock("fresh"):  # there is one kernel: tests see what others leave in it
+        for suite in options.suite or SUITES:
+            outcomes[suite] = test(suite, commit, options.command or SUITES[suite], options.keep)
+    for suite, outcome in outcomes.items():
+        say(f"{suite}: {outcome}")
+    total = sum((outcome.counts for outcome in outcomes.values()), Counter())
+    if total:
+        print(closing_line(total), flush=True)
+    return int(any(outcome.status for outcome in outcomes.values()))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command in a root came to; `counts` are pytest's."""
+
+    status: int
+    counts: Counter[str]
+    took_s: float
+
+    def __str__(self) -> str:
+        colour = f"red (exit status {self.status})" if self.status else "green"
+        counts = f", {closing_line(self.counts)}" if self.counts else ""
+        return f"{colour}{counts}, {self.took_s:.0f} s"
+
+
+def test(suite: str, commit: str, command: Sequence[str], keep: bool) -> Outcome:
+    """Call a command in a clone of the commit in a new root."""
+    start = time.monotonic()
+    with step(f"{suite}: root of {roots.week()}"):
+        base = roots.base(suite)
+    with roots.copy(base) as root:
+        roots.clone(commit, root)
+        installed = root / "var/lib/dpkg/info"
+        say(f"{suite}: has {len(list(installed.glob('*.list')))} packages, and no Python")
+        counts: Counter[str] = Counter()
+
+        def show(line: str) -> None:
+            print(line, flush=True)
+            counts.update(pytest_counts(line))
+
+        with step(f"{suite}: {shlex.join(command)}"):
+            status = roots.run(
+                root, ["sh", "-c", CLEAN, "clean", *command], cwd=f"/{roots.CLONE}", on_line=show
+            )
+        for line in apt_history(root):
+            say(f"{suite}: {line}")
+        if keep:
+            say(f"{suite}: kept as {roots.keep(root)}")
+    return Outcome(status, counts, time.monotonic() - start)
+
+
+def pytest_counts(line: str) -> Counter[str]:
+    """What a closing line of pytest's counts, by `KINDS`; nothing, in other lines."""
+    match = CLOSING.fullmatch(line)
+    counts: Counter[str] = Counter()
+    for number, word in re.findall(r"(\d+) (\w+)", match[1] if match else ""):
+        counts[COUNTED_AS.get(word, word)] += int(number)
+    return Counter({kind: counts[kind] for kind in KINDS}) if match else Counter()
+
+
+def closing_line(counts: Counter[str]) -> str:
+    """Counts of all roots, alone on a line, as runners of tests end."""
+    return ", ".join(f"{counts[kind]} {kind}" for kind in KINDS)
+
+
+def apt_history(root: Path) -> Iterator[str]:
+    """What apt installed in a root, a line for each of its transactions."""
+    log = root / "var/log/apt/history.log"
+    for entry in (log.read_text() if log.exists() else "").strip().split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in entry.splitlines() if ": " in line)
+        packages = re.findall(r"([^ ,(]+):\w+ \(", fields.get("Install", ""))
+        if packages:
+            yield f"apt installed {len(packages)} packages: {fields.get('Commandline')}"
+
+
+@contextmanager
+def step(what: str) -> Iterator[None]:
+    """Say what is done, and how long it took."""
+    say(what)
+    start = time.monotonic()
+    yield
+    say(f"{what}: {time.monotonic() - start:.0f} s")
+
+
+def say(what: str) -> None:
+    print(f"fresh: {what}", flush=True)

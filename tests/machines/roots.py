@@ -1,0 +1,413 @@
+"""Debian roots on this machine: made by debootstrap, copied, and entered as machines of their own.
+
+`base` makes the root of a suite once a week and keeps it in the cache folder, `copy` gives one to
+work in, `run` runs a command in it with its own mounts, processes, host name and System V IPC. The
+network is this machine's, since the package registries have to be reached. So are eBPF and cgroups,
+as there is one kernel.
+
+All that a root has from this machine is how to reach package registries: mirror, proxies and
+certificates. Needs root, and of programs: debootstrap, git and util-linux. Standard library only.
+"""
+
+from __future__ import annotations
+
+import configparser
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import signal
+import ssl
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from testbed.machine import cache_folder
+from testbed.model import Error
+
+REPOSITORY = Path(__file__).parents[2]
+CLONE = Path("root/testbed")
+"""Where in a root the clone of this repository is."""
+
+SUFFIXES = ("", "-updates", "-security")
+"""Of a Debian suite, the archives that its packages come from."""
+
+CERTIFICATES = Path("etc/ssl/machine.crt")
+"""Not among those of ca-certificates, whose post-install rewrites them."""
+
+CERTIFICATE_VARIABLES = (
+    "SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "GIT_SSL_CAINFO",
+)  # fmt: skip
+
+PIP_FILES = ("/etc/pip.conf", "~/.pip/pip.conf", "~/.config/pip/pip.conf")
+PIP_SETTINGS = (
+    "index-url", "extra-index-url", "proxy", "trusted-host", "default-timeout", "timeout",
+    "retries",
+)  # fmt: skip
+
+INTERRUPT_GRACE_S = 60
+"""After an interrupt, what runs in a root has this long to take down what it made."""
+
+UNUSED_S = 24 * 3600
+"""After this, a prepared root of another commit is removed."""
+
+ENTER = """
+set -e
+cwd=$2
+mount --bind "$1" "$1"
+cd "$1"
+shift 2
+mount -t proc proc proc
+mount --rbind /sys sys
+mount --rbind /dev dev
+mount -t bpf bpf sys/fs/bpf
+mount -t tmpfs -o mode=755 tmpfs run
+pivot_root . mnt
+cd /
+umount -l /mnt
+cd "$cwd"
+trap : INT TERM HUP # this shell outlives the command: it is the root's init, which reaps orphans
+status=0
+"$@" || status=$?
+exit "$status"
+"""
+"""Enters a root (as in pivot_root(8)); in a chroot instead, runc could not pivot_root itself."""
+
+
+def architecture() -> str:
+    """This machine's, in Debian's words."""
+    machine = platform.machine()
+    return {"x86_64": "amd64", "aarch64": "arm64"}.get(machine, machine)
+
+
+def base(suite: str, arch: str | None = None) -> Path:
+    """The root of a suite, of this week: minbase, git and ca-certificates. To be copied.
+
+    Where it isn't there, it is made. Those of before last week are removed.
+    """
+    arch = arch or architecture()
+    root = _folder() / f"{suite}-{arch}-{week()}"
+    with lock(f"{suite}-{arch}"):
+        if not root.exists():
+            with _made(root) as making:
+                _debootstrap(suite, arch, making)
+            _remove_old(suite, arch, root)
+    return root
+
+
+@contextmanager
+def copy(root: Path) -> Iterator[Path]:
+    """A copy of a root to work in, removed afterwards."""
+    with _scratch(root.name) as ours:
+        _fill(ours, root)
+        yield ours
+
+
+def run(
+    root: Path,
+    command: Sequence[str],
+    *,
+    cwd: str = "/root",
+    env: Mapping[str, str] | None = None,
+    on_line: Callable[[str], None] | None = None,
+) -> int:
+    """Run a command in a root, without standard input; its exit status. `on_line` gets its output
+    (standard error, too) line by line, else it goes where this process's goes.
+
+    Nothing that it started outlives it, nor this process, and nothing stays mounted. When this is
+    interrupted, the command is, too (SIGINT), and has some time to take down what it made.
+    """
+    unshare = ("unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child")
+    process = subprocess.Popen(
+        ["setpriv", "--pdeathsig", "KILL", *unshare, "--propagation", "private",
+         "sh", "-c", ENTER, "enter", root, cwd, *command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if on_line else None,
+        stderr=subprocess.STDOUT if on_line else None,
+        env=environment(root) | dict(env or {}),
+        text=True,
+        errors="replace",
+        start_new_session=True, # an interrupt from a terminal comes to this process alone
+    )  # fmt: skip
+    with process:
+        try:
+            return _follow(process, on_line)
+        except BaseException:
+            patience = threading.Timer(INTERRUPT_GRACE_S, process.kill)
+            patience.start()
+            try:
+                os.killpg(process.pid, signal.SIGINT)
+                _follow(process, on_line)
+            finally:
+                patience.cancel()
+            raise
+        finally:
+            process.kill()  # and with it, by --kill-child, all in the root
+
+
+def _follow(process: subprocess.Popen[str], on_line: Callable[[str], None] | None) -> int:
+    """Read what a process prints until it ends: its exit status."""
+    for line in process.stdout or ():
+        assert on_line
+        on_line(line.rstrip("\n"))
+    return process.wait()
+
+
+def environment(root: Path) -> dict[str, str]:
+    """What a command in a root finds in its environment: nothing of this machine's but how to
+    reach package registries.
+    """
+    proxies = {"http_proxy", "https_proxy", "no_proxy"}
+    certificates = f"/{CERTIFICATES}" if (root / CERTIFICATES).exists() else None
+    return {
+        "HOME": "/root",
+        "LANG": "C.UTF-8",
+        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        **{name: value for name, value in os.environ.items() if name.lower() in proxies},
+        **(dict.fromkeys(CERTIFICATE_VARIABLES, certificates) if certificates else {}),
+        **pip_variables([Path(name).expanduser() for name in PIP_FILES], os.environ),
+    }
+
+
+def prepared(suite: str, arch: str | None = None) -> Path:
+    """A root with this repository's HEAD in `CLONE`, after `./bootstrap`: to be read, or copied.
+
+    `./bootstrap` runs once a week, and when what it reads has changed. The roots of commits share
+    its result (as hard links), but for the clone.
+    """
+    root = base(suite, arch)
+    commit = git("rev-parse", "HEAD")
+    files = (
+        git("show", f"{commit}:{name}") for name in ("bootstrap", "packages.txt", "pyproject.toml")
+    )
+    inputs = hashlib.sha256("\0".join(files).encode()).hexdigest()[:12]
+    common = root.with_name(f"{root.name}-{inputs}")
+    ours = root.with_name(f"{root.name}-{inputs}-{commit[:12]}")
+    with lock(root.name):
+        if not common.exists():
+            with _made(common) as making:
+                _fill(making, root)
+                clone(commit, making)
+                if run(making, ["./bootstrap", "true"], cwd=f"/{CLONE}"):
+                    raise Error(f"./bootstrap failed in a {suite} root", "read what it says above")
+                run(making, ["apt-get", "clean"])
+        for other in root.parent.glob(f"{root.name}-{'?' * 12}-{'?' * 12}"):
+            if other != ours and time.time() - other.stat().st_mtime > UNUSED_S:
+                shutil.rmtree(other)
+        if not ours.exists():
+            with _made(ours) as making:
+                subprocess.run(["cp", "-al", f"{common}/.", making], check=True)
+                (making / CLONE).rename(making / "root/before")
+                clone(commit, making)
+                for name in (".venv", "testbed.egg-info"):
+                    (making / "root/before" / name).rename(making / CLONE / name)
+                shutil.rmtree(making / "root/before")
+        os.utime(ours)
+    return ours
+
+
+def clone(commit: str, root: Path) -> None:
+    """Clone this repository into a root, at a commit."""
+    _need("git")
+    git("clone", "--quiet", "--no-hardlinks", str(REPOSITORY), str(root / CLONE))
+    git("checkout", "--quiet", "--detach", commit, folder=root / CLONE)
+
+
+def keep(root: Path) -> Path:
+    """Keep a copy beyond its context, for a person to look at and remove: its new path."""
+    return root.rename(_folder() / f"kept-{root.name}")
+
+
+def git(*args: str, folder: Path = REPOSITORY) -> str:
+    """What git says, by default about this repository."""
+    return _output("git", "-C", str(folder), *args)
+
+
+@contextmanager
+def lock(name: str) -> Iterator[None]:
+    """Hold a lock among all that use the cache folder; `name` says of what."""
+    path = _folder() / f"{name}.lock"
+    path.touch()
+    with _locked(path, fcntl.LOCK_EX):
+        yield
+
+
+def week() -> str:
+    """The ISO week, as in 2026-W01."""
+    year, number, _ = datetime.now(UTC).isocalendar()
+    return f"{year}-W{number:02}"
+
+
+def archives(index_targets: str, codename: str) -> dict[str, str]:
+    """URIs of this machine's Debian archives by their suffix (""; "-updates", "-security").
+
+    From lines `URI RELEASE CODENAME`, the last of which is missing before the first `apt-get
+    update`. None where this machine's suite, `codename`, is another distribution's.
+    """
+    found: dict[str, str] = {}
+    for line in index_targets.splitlines():
+        uri, *names = line.split()
+        for suffix in SUFFIXES:
+            if codename + suffix in names:
+                found.setdefault(suffix, uri)
+    return found
+
+
+def apt_settings(dump: str) -> str:
+    """Of `apt-config dump`, what says how to reach archives."""
+    carried = ("Acquire::http::", "Acquire::https::", "Acquire::Check-", "Acquire::Retries ")
+    scripts = ("Proxy-Auto-Detect", "ProxyAutoDetect", "CaInfo", "CAInfo")  # this machine's files
+    lines = (line for line in dump.splitlines() if line.startswith(carried))
+    return "".join(f"{line}\n" for line in lines if not any(name in line for name in scripts))
+
+
+def pip_variables(files: Sequence[Path], variables: Mapping[str, str]) -> dict[str, str]:
+    """What files and environment tell pip about how to reach its index, as variables. Folders of
+    this machine are left out: in a root they are not there.
+    """
+    found: dict[str, str] = {}
+    parser = configparser.RawConfigParser()
+    parser.read(files)
+    for name in PIP_SETTINGS:
+        variable = f"PIP_{name.upper().replace('-', '_')}"
+        words = (variables.get(variable) or parser.get("global", name, fallback="") or "").split()
+        if kept := [word for word in words if not word.startswith(("/", "file:"))]:
+            found[variable] = " ".join(kept)
+    return found
+
+
+def _debootstrap(suite: str, arch: str, root: Path) -> None:
+    """Make a root, with all archives of its suite. Mounts of debootstrap's end with it."""
+    _need("debootstrap")
+    known: dict[str, str] = {}
+    release = platform.freedesktop_os_release()
+    if release.get("ID") == "debian" and shutil.which("apt-get"):
+        form = "$(REPO_URI) $(RELEASE) $(CODENAME)"
+        targets = _output("apt-get", "indextargets", "--no-release-info", "--format", form)
+        known = archives(targets, release.get("VERSION_CODENAME", ""))
+    mirror = [known[""]] if "" in known else []
+    log = root.with_name(f"{suite}-{arch}.log")
+    with log.open("w") as output:
+        made = subprocess.run(
+            ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--propagation", "private",
+             "--pid", "--fork", "--kill-child", "debootstrap", f"--arch={arch}",
+             "--variant=minbase", "--include=git,ca-certificates", suite, root, *mirror],
+            stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False,
+        )  # fmt: skip
+    if made.returncode:
+        raise Error(f"debootstrap made no root of {suite} for {arch}", f"read {log}")
+    log.unlink()
+
+    _carry(root)
+    main = (root / "etc/apt/sources.list").read_text().split()[1]
+    uris = {"-updates": main, "-security": f"{main.rstrip('/')}-security", **known}
+    for suffix in SUFFIXES[1:]:
+        extra = root / f"etc/apt/sources.list.d/{suite}{suffix}.list"
+        extra.write_text(f"deb {uris[suffix]} {suite}{suffix} main\n")
+        options = ("-o", f"Dir::Etc::SourceList=/{extra.relative_to(root)}",
+                   "-o", "Dir::Etc::SourceParts=-")  # fmt: skip
+        if run(root, ["apt-get", "-qq", *options, "update"], on_line=lambda _: None):
+            extra.unlink()  # sid has none
+    for folder in ("var/cache/apt/archives", "var/lib/apt/lists"):
+        for file in (root / folder).glob("*[._]*"):
+            file.unlink()
+
+
+def _certificates() -> Path | None:
+    """The file of certificates that this machine trusts."""
+    paths = ssl.get_default_verify_paths()
+    for name in (paths.cafile, paths.openssl_cafile, "/etc/ssl/certs/ca-certificates.crt"):
+        if name and Path(name).is_file():
+            return Path(name)
+    return None
+
+
+def _remove_old(suite: str, arch: str, root: Path) -> None:
+    """Remove roots of earlier weeks, but for the newest of them: somebody may be using that."""
+    names = {
+        p.name.removeprefix(f"{suite}-{arch}-")[:8] for p in root.parent.glob(f"{suite}-{arch}-*")
+    }
+    for old in sorted(names)[:-2]:
+        for folder in root.parent.glob(f"{suite}-{arch}-{old}*"):
+            shutil.rmtree(folder)
+
+
+@contextmanager
+def _made(root: Path) -> Iterator[Path]:
+    """A folder to make a root in, which gets its name once it is whole, else is removed."""
+    with _scratch(root.name) as making:
+        yield making
+        making.rename(root)
+
+
+@contextmanager
+def _scratch(name: str) -> Iterator[Path]:
+    """A folder that is removed afterwards, if it is still there; so are those that others left."""
+    folder = _folder() / "work"
+    folder.mkdir(exist_ok=True)
+    with ExitStack() as stack:
+        with lock("work"):
+            for left in folder.iterdir():
+                with suppress(BlockingIOError), _locked(left, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    shutil.rmtree(left)
+            ours = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder))
+            stack.enter_context(_locked(ours, fcntl.LOCK_EX))
+        ours.chmod(0o755)
+        try:
+            yield ours
+        finally:
+            if ours.exists():
+                shutil.rmtree(ours)
+
+
+def _fill(folder: Path, root: Path) -> None:
+    """Copy a root into a folder."""
+    subprocess.run(["cp", "-a", "--reflink=auto", f"{root}/.", folder], check=True)
+    _carry(folder)
+
+
+def _carry(root: Path) -> None:
+    """Carry into a root how this machine reaches others. (How pip does is in `environment`.)"""
+    for name in ("resolv.conf", "hosts"):
+        shutil.copyfile(f"/etc/{name}", root / "etc" / name)
+    settings = apt_settings(_output("apt-config", "dump")) if shutil.which("apt-config") else ""
+    if bundle := _certificates():
+        shutil.copyfile(bundle, root / CERTIFICATES)
+        settings += f'Acquire::https::CaInfo "/{CERTIFICATES}";\n'
+    (root / "etc/apt/apt.conf.d/90machine").write_text(settings)
+
+
+def _folder() -> Path:
+    if os.geteuid() != 0:
+        raise Error("roots are made and entered as root", "type the command again with sudo")
+    folder = cache_folder() / "debian"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def _locked(path: Path, kind: int) -> Iterator[None]:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(file, kind)
+        yield
+    finally:
+        os.close(file)
+
+
+def _need(program: str) -> None:
+    if not shutil.which(program):
+        raise Error(f"no program {program}", f"type: apt-get install {program}")
+
+
+def _output(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Error(f"{' '.join(command[:4])} … failed: {done.stderr.strip()}")
+    return done.stdout.strip()
