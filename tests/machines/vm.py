@@ -1,0 +1,329 @@
+"""A virtual machine that boots one of Debian's kernels with a folder as its root file system.
+
+    with vm.boot(vm.Machine(kernel, root), console=Path("console.log")) as guest:
+        status = guest.run("uname -r", sys.stdout.buffer, limit_s=60)
+
+The guest reads the folder by 9p and writes to memory, so the folder stays as it is, and several
+guests may use it at once. It has no network but `lo`. Its kernel's messages go to a file, commands
+and their output through a virtio port of their own. QEMU uses KVM where it works, else it emulates.
+It ends with the block, and with this process.
+
+Not by virtme-ng: it takes modules only from within the root, makes only single folders writable,
+and mounts cgroups as it likes.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import lzma
+import os
+import platform
+import secrets
+import select
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from testbed import accelerator, images, rootfs
+from testbed.kernels import LinuxKernel
+from testbed.model import Error
+from testbed.rofs import Node
+from testbed.vm import value
+
+BOOT_LIMIT_S = 180.0
+GRACE_S = 60.0
+"""A command that its own time limit does not end has this long until the machine is ended."""
+
+MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay")
+"""What the root file system and commands need; what they depend on is added."""
+
+_CONSOLE = {"amd64": "ttyS0", "arm64": "ttyAMA0"}
+_MACHINE = {
+    "amd64": ("qemu-system-x86_64", "q35,sata=off,smbus=off,usb=off,vmport=off"),
+    "arm64": ("qemu-system-aarch64", "virt"),
+}
+_EMULATED_CPU = {
+    "amd64": "max,la57=off",  # five levels of page tables take longer to walk
+    "arm64": "max,pauth-impdef=on",  # signing of pointers as QEMU likes it is faster
+}
+
+_PORT = "commands"
+
+# Puts the root file system together, in the initramfs.
+_INIT = """\
+#!/bin/busybox sh
+/bin/busybox mkdir -p /proc /sys /dev /lower /upper /root
+/bin/busybox --install -s /bin
+export PATH=/bin
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+while read -r module; do insmod "/modules/$module"; done </modules/order
+share() { # TAG WHERE OPTIONS
+    mount -t 9p -o "trans=virtio,version=9p2000.L,msize=512000,$3" "$1" "$2"
+}
+share root /lower ro,cache=loose
+mount -t tmpfs -o size=90% upper /upper
+mkdir /upper/data /upper/work
+mount -t overlay -o lowerdir=/lower,upperdir=/upper/data,workdir=/upper/work root /root
+cd /root
+mkdir -p proc sys dev run tmp "lib/modules/$(uname -r)"
+mount -t proc proc proc
+mount -t sysfs sys sys
+mount -t devtmpfs dev dev
+mkdir -p dev/pts dev/shm
+mount -t devpts -o ptmxmode=666 devpts dev/pts
+mount -t tmpfs shm dev/shm
+mount -t tmpfs -o mode=755 run run
+mount -t tmpfs -o mode=1777 tmp tmp
+mount -t bpf bpf sys/fs/bpf
+mount -t tracefs tracefs sys/kernel/tracing
+share modules "lib/modules/$(uname -r)" ro,cache=loose
+while read -r tag where; do mkdir -p "./$where"; share "$tag" "./$where" rw; done </shares
+mkdir run/vm
+cp /bin/busybox /serve run/vm
+[ -e sbin/modprobe ] || ln -s /run/vm/busybox sbin/modprobe
+. /settle
+ip link set lo up
+exec switch_root /root /run/vm/busybox sh /run/vm/serve
+"""
+
+# How cgroups are mounted; in the new root.
+_CGROUPS = {
+    "unified": "mount -t cgroup2 cgroup2 sys/fs/cgroup\n",
+    "hybrid": """\
+mount -t tmpfs -o mode=755 cgroup sys/fs/cgroup
+mkdir sys/fs/cgroup/unified sys/fs/cgroup/systemd
+mount -t cgroup2 cgroup2 sys/fs/cgroup/unified
+mount -t cgroup -o none,name=systemd systemd sys/fs/cgroup/systemd
+for controller in $(awk '!/^#/ {print $1}' proc/cgroups); do
+    mkdir "sys/fs/cgroup/$controller"
+    mount -t cgroup -o "$controller" "$controller" "sys/fs/cgroup/$controller" ||
+        rmdir "sys/fs/cgroup/$controller" # cgroup2 alone has it
+done
+""",
+    "none": "",
+}
+_HIDE_BTF = "mount -t tmpfs -o ro none sys/kernel/btf\n"
+
+# PID 1 of the root file system: runs commands, given as LIMIT BASE64. What it says itself begins
+# with a mark that no command's output has.
+_SERVE = """\
+export HOME=/root LANG=C.UTF-8 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+hostname machine
+until port=$(grep -lx {port} /sys/class/virtio-ports/*/name); do sleep 0.1; done 2>/dev/null
+port=${{port%/name}}
+exec 3<>"/dev/${{port##*/}}"
+{modprobe}
+echo '{mark}0' >&3
+while read -r limit command <&3; do
+    command=$(echo "$command" | base64 -d)
+    (cd && exec timeout -k 10 "$limit" sh -c "$command" </dev/null >&3 2>&1 3>&-)
+    echo "{mark}$?" >&3
+done
+/run/vm/busybox poweroff -f
+"""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What boots."""
+
+    kernel: LinuxKernel
+    """A generic image of Debian's: those for clouds have no 9p."""
+    root: Path
+    arch: str = ""
+    """Debian's name of the architecture; empty: this machine's."""
+    cpus: int = 2
+    memory_mib: int = 3072
+    """What the guest writes is in it, too."""
+    cpu: str = ""
+    """Model and features, as QEMU's `-cpu`; empty: the host's with KVM, else what QEMU emulates."""
+    append: str = ""
+    """Added to the kernel's command line."""
+    modules: tuple[str, ...] = ()
+    """Loaded by modprobe before the first command."""
+    cgroups: Literal["unified", "hybrid", "none"] = "unified"
+    """cgroup2 alone, or in `unified` beside the controllers of version 1, or not mounted."""
+    btf: bool = True
+    """Whether the kernel's type information can be read."""
+    shares: Mapping[str, Path] = field(default_factory=dict)
+    """Path in the guest → folder of this machine that it may write to."""
+
+
+class Guest:
+    """A machine that has booted."""
+
+    def __init__(self, qemu: subprocess.Popen[bytes], mark: bytes, console: Path) -> None:
+        self._qemu = qemu
+        self._mark = mark
+        self._console = console
+
+    def run(self, command: str, output: BinaryIO, *, limit_s: float) -> int:
+        """Run a shell command; its exit status, 124 if it took longer than `limit_s`.
+
+        What it and its children print goes to `output` at once. Raises `Error` where the machine
+        itself ends, or hangs.
+        """
+        assert self._qemu.stdin
+        encoded = base64.b64encode(command.encode()).decode()
+        try:
+            self._qemu.stdin.write(f"{limit_s:g} {encoded}\n".encode())
+            self._qemu.stdin.flush()
+        except BrokenPipeError:
+            raise Error(f"the machine ended: {self._last_words()}") from None
+        return self._read(output, limit_s + GRACE_S)
+
+    def _read(self, output: BinaryIO, limit_s: float) -> int:
+        """Copy output until the next mark; the number behind it."""
+        assert self._qemu.stdout
+        deadline = time.monotonic() + limit_s
+        pending = b""
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self._qemu.stdout], [], [], left)[0]:
+                raise Error(f"the machine hangs (for {limit_s:g} s): {self._last_words()}")
+            part = os.read(self._qemu.stdout.fileno(), 1 << 16)
+            if not part:
+                raise Error(f"the machine ended: {self._last_words()}")
+            pending += part
+            before, mark, status = pending.partition(self._mark)
+            if mark and not status.endswith(b"\n"):
+                continue
+            if not mark and (start := before.rfind(self._mark[:1])) >= 0:
+                before = before[:start]  # perhaps the mark's beginning
+            output.write(before)
+            output.flush()
+            if mark:
+                return int(status)
+            pending = pending[len(before) :]
+
+    def _last_words(self) -> str:
+        """Of the kernel, else of QEMU."""
+        lines = self._console.read_text(errors="replace").split("\n")
+        said = [line.strip() for line in lines if line.strip()]
+        panic = [line for line in said if "Kernel panic" in line]
+        return f"{(panic or said or ['it said nothing'])[-1]} (all of it: {self._console})"
+
+
+@contextlib.contextmanager
+def boot(machine: Machine, console: Path, *, limit_s: float = BOOT_LIMIT_S) -> Iterator[Guest]:
+    """Boot a machine; it is ended with the block. `console` is the file for its kernel's messages.
+
+    Raises `Error` if it has not booted within `limit_s`.
+    """
+    mark = f"\x1e{secrets.token_hex(8)} "
+    console.parent.mkdir(parents=True, exist_ok=True)
+    console.write_bytes(b"")
+    with tempfile.TemporaryDirectory(prefix="testbed-vm-") as scratch:
+        initramfs = Path(scratch, "initramfs")
+        initramfs.write_bytes(images.pack_cpio(_initramfs(machine, mark)))
+        with console.open("ab") as complaints:
+            qemu = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", *_command(machine, initramfs, console)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints,
+                bufsize=0,
+                start_new_session=True,  # an interrupt from a terminal comes to this process alone
+            )  # fmt: skip
+        with qemu:
+            try:
+                guest = Guest(qemu, mark.encode(), console)
+                guest._read(io.BytesIO(), limit_s)
+                yield guest
+            finally:
+                qemu.kill()
+
+
+def architecture() -> str:
+    """This machine's, in Debian's words."""
+    return {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+
+
+def _command(machine: Machine, initramfs: Path, console: Path) -> list[str]:
+    arch = machine.arch or architecture()
+    qemu, board = _MACHINE[arch]
+    if shutil.which(qemu) is None:
+        raise Error(f"no {qemu}", hint="apt-get install --no-install-recommends qemu-system")
+    kvm = arch == architecture() and accelerator.accelerator(machine.kernel.path).name == "kvm"
+    append = (
+        f"console={_CONSOLE[arch]} panic=-1 nokaslr mitigations=off net.ifnames=0 {machine.append}"
+    )
+    return [
+        qemu, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
+        "-machine", board, "-accel", "kvm" if kvm else "tcg,thread=multi",
+        "-cpu", machine.cpu or ("host" if kvm else _EMULATED_CPU[arch]),
+        "-smp", str(machine.cpus), "-m", f"{machine.memory_mib}M",
+        "-kernel", str(machine.kernel.path), "-initrd", str(initramfs), "-append", append,
+        "-chardev", f"file,id=console,append=on,path={value(console)}",
+        "-serial", "chardev:console",
+        "-chardev", f"stdio,id={_PORT},signal=off",
+        "-device", "virtio-serial-pci",
+        "-device", f"virtserialport,chardev={_PORT},name={_PORT}",
+        *_share("root", machine.root, readonly=True),
+        *_share("modules", machine.kernel.modules, readonly=True),
+        *(word for n, folder in enumerate(machine.shares.values())
+          for word in _share(f"share{n}", folder, readonly=False)),
+    ]  # fmt: skip
+
+
+def _share(tag: str, folder: Path, *, readonly: bool) -> list[str]:
+    """A 9p device. Owners of files are the host's, so this is for root alone."""
+    options = f"mount_tag={tag},security_model=passthrough,multidevs=remap"
+    if readonly:
+        options += ",readonly=on"
+    return ["-virtfs", f"local,path={value(folder.resolve())},{options}"]
+
+
+def _initramfs(machine: Machine, mark: str) -> dict[str, Node]:
+    modules = _with_dependencies(machine.kernel.modules, MODULES)
+    settle = _CGROUPS[machine.cgroups] + ("" if machine.btf else _HIDE_BTF)
+    modprobe = "\n".join(f"modprobe {name}" for name in machine.modules)
+    texts = {
+        "/init": _INIT,
+        "/settle": settle,
+        "/serve": _SERVE.format(port=_PORT, mark=mark, modprobe=modprobe),
+        "/shares": "".join(f"share{n} {where}\n" for n, where in enumerate(machine.shares)),
+        "/modules/order": "".join(f"{name}\n" for name in modules),
+    }
+    return {
+        "/bin/busybox": _busybox(machine),
+        **{path: text.encode() for path, text in texts.items()},
+        **{f"/modules/{name}": module for name, module in modules.items()},
+    }
+
+
+def _busybox(machine: Machine) -> bytes:
+    """A static one, the root's own where it has one: this machine's may be of another kind."""
+    for name in ("bin/busybox", "usr/bin/busybox"):
+        if (machine.root / "var/lib/dpkg/info/busybox-static.list").exists() and (
+            found := machine.root / name
+        ).exists():
+            return found.read_bytes()
+    if machine.arch in ("", architecture()):
+        return rootfs.busybox().read_bytes()
+    raise Error(f"{machine.root} has no static busybox", hint="install busybox-static in it")
+
+
+def _with_dependencies(folder: Path, wanted: tuple[str, ...]) -> dict[str, bytes]:
+    """Name → contents of modules and of those that they depend on, in the order of loading.
+
+    By modules.dep, which names of each module all that it depends on, the last first to be loaded.
+    What is not in it is built into the kernel.
+    """
+    lines = (folder / "modules.dep").read_text().splitlines()
+    listed = dict(line.split(":", 1) for line in lines)
+    paths = {Path(path).name.partition(".")[0].replace("-", "_"): path for path in listed}
+    ordered: dict[str, bytes] = {}
+    for path in filter(None, (paths.get(name) for name in wanted)):
+        for each in (*reversed(listed[path].split()), path):
+            data = (folder / each).read_bytes()
+            name = Path(each).name.removesuffix(".xz")
+            ordered[name] = lzma.decompress(data) if each.endswith(".xz") else data
+    return ordered
