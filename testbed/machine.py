@@ -1,7 +1,11 @@
-"""What this machine is, and what it was busy with: read from /proc and /sys, nothing changed."""
+"""What this machine is, and what it was busy with: read from /proc and /sys, nothing changed.
+
+How slow it is, its user says (`slowness`).
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
@@ -10,6 +14,24 @@ from importlib import metadata
 from pathlib import Path
 
 from testbed import architecture
+from testbed.model import Error
+
+
+def slowness() -> float:
+    """Factor for every time that a boot or a test may take: `TESTBED_SLOWNESS`, or 1.
+
+    For machines far slower than usual, such as emulated ones. Raises `Error` if it is no number
+    above 0.
+    """
+    text = os.environ.get("TESTBED_SLOWNESS") or "1"
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = 0.0
+    if not 0 < factor < math.inf:
+        raise Error(f"TESTBED_SLOWNESS is {text!r}, which is no factor",
+                    hint="export TESTBED_SLOWNESS=8: every limit is 8 times as long")  # fmt: skip
+    return factor
 
 
 def cache_folder() -> Path:

@@ -30,7 +30,7 @@ from typing import Self
 
 from pyroute2 import IPRoute
 
-from testbed import gateway, netlink, node, process
+from testbed import gateway, machine, netlink, node, process
 from testbed.agent import Agent
 from testbed.datapaths import Attachment, Datapath, Layout, Port, ProgramsOfPod, Wiring
 from testbed.ledger import Scope
@@ -417,7 +417,7 @@ class Pod:
         """
         _, workload = self._find(name)
         runtime = self._runtimes[workload.runtime]
-        limit_s, patience_s = runtime.ready_limit_s, 0.2
+        limit_s, patience_s = runtime.ready_limit_s * machine.slowness(), 0.2
         deadline = time.monotonic() + limit_s
         while True:
             if (code := self.processes[name].poll()) is not None:

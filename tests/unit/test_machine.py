@@ -8,6 +8,24 @@ from pathlib import Path
 import pytest
 
 from testbed import machine
+from testbed.model import Error
+
+
+@pytest.mark.parametrize(("said", "factor"), [("", 1.0), ("1", 1.0), ("2.5", 2.5), ("0.5", 0.5)])
+def test_slowness_is_what_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch, said: str, factor: float
+) -> None:
+    monkeypatch.setenv("TESTBED_SLOWNESS", said)
+    assert machine.slowness() == factor
+    monkeypatch.delenv("TESTBED_SLOWNESS")
+    assert machine.slowness() == 1
+
+
+@pytest.mark.parametrize("said", ["0", "-1", "inf", "nan", "much"])
+def test_slowness_that_is_no_factor_is_refused(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    monkeypatch.setenv("TESTBED_SLOWNESS", said)
+    with pytest.raises(Error, match=f"TESTBED_SLOWNESS is '{said}'"):
+        machine.slowness()
 
 
 def test_parts_of_cpu_time_add_up_and_grow_with_work() -> None:
