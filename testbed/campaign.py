@@ -453,7 +453,12 @@ def _describe(plan: Plan, seed: int, job: Job, ready: Event, places: Sequence[Pl
         offloads=guest["offloads"],
         versions=ready["versions"],
         images=guest["digests"],
-        environment={"osv_kernel": job.osv_kernel, "why": ready["why"]}
+        environment={
+            "osv_kernel": job.osv_kernel,
+            "why": ready["why"],
+            "vhost": guest["vhost"],
+            "queues": ready["queues"],
+        }
         | ({"hosts": names} if names else {}),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
     )

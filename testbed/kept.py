@@ -267,9 +267,9 @@ class Watched:
         return self.ready or self.state in ("completed", "failed")
 
     def status(self) -> dict[str, Any]:
-        n = self.kept.pod.number_of(self.workload.name)
+        n, place = self.kept.pod.number_of(self.workload.name), self.kept.pod.place(self.workload)
         try:
-            enter = self.runtime.enter(self.kept.pod.place(self.workload))
+            enter = self.runtime.enter(place)
         except Error as e:
             enter = None
             refusal = e
@@ -285,6 +285,7 @@ class Watched:
             "started": self._started,
             "addresses": [str(guest_link(f, n) if n else loopback(f)) for f in Family],
             "ports": [f"{port}/{transport}" for transport, port in self.workload.ports],
+            **({"queues": place.queues} if self.runtime.uses_tap else {}),
             "log": str(self.kept.pod.console(self.workload.name)),
             **({"enter": enter} if enter else {"closed": str(refusal)}),
         }

@@ -63,6 +63,8 @@ class OsvKernel:
     families: frozenset[Family]
     virtio_net: tuple[str, ...]
     """Properties that its network device must have."""
+    multiqueue: bool
+    """Its driver serves several pairs of queues."""
     source: str
     """Where it was found, in words."""
 
@@ -153,6 +155,7 @@ def read_osv(path: Path, source: str) -> OsvKernel:
         listed=any(entry.get("sha256") == sha256 for entry in flavors.values()),
         families=frozenset(Family(name) for name in flavors[flavor]["families"]),
         virtio_net=tuple(flavors[flavor]["virtio_net"]),
+        multiqueue=flavors[flavor]["multiqueue"],
         source=source,
     )
 

@@ -52,7 +52,7 @@ from testbed.model import (
     pod_address,
     pod_link,
 )
-from testbed.runtimes import Place, Prepared, container
+from testbed.runtimes import Place, Prepared, container, queues
 from testbed.sandbox import Sandbox
 
 MTU = 1500
@@ -251,13 +251,21 @@ class Pod:
             if self.datapath.layout is Layout.ROUTED:
                 self._take_loopback(netns)
         else:
-            port = netlink.create_link(ip, name, kind="tuntap", mode="tap", vnet_hdr=1)
+            flags = {"multi_queue": int(self._queues(n) > 1)}
+            port = netlink.create_link(ip, name, kind="tuntap", mode="tap", ifr=flags)
         if self.datapath.layout is not Layout.BRIDGE:
             self._settle(name)
             ip.link("set", index=port, state="up")
             for family in Family:
                 netlink.add_address(ip, port, pod_link(family), pod_link(family).max_prefixlen)
         return port
+
+    def _queues(self, n: int) -> int:
+        """Pairs of queues of guest n's link. A tap for several is another kind of tap to Linux."""
+        if self.datapath.layout is Layout.SOCKET:
+            return 1
+        guest = self.manifest.guests[n]
+        return queues(self._runtimes[guest.runtime], guest)
 
     def _settle(self, ifname: str) -> None:
         if self.sandbox:
@@ -368,7 +376,8 @@ class Pod:
         return Place(workload, n, netns, port_name(n) if runtime.uses_tap else "", cgroup,
                      self.console(workload.name), self._scratch,
                      self._socket(n) if runtime.uses_tap else None,
-                     not n or self.datapath.layout is not Layout.ROUTED)  # fmt: skip
+                     not n or self.datapath.layout is not Layout.ROUTED,
+                     self._queues(n) if n else 1)  # fmt: skip
 
     def stop_workload(self, name: str) -> None:
         """End one workload, and the connections that its peers in the pod still have with it."""

@@ -34,6 +34,10 @@ class Vm:
     """Default routes, one of each family at most."""
     memory_mib: int = 256
     vhost: bool = False
+    """The host's kernel moves packets between tap and guest. (Under KVM alone.)"""
+    vcpus: int = 1
+    queues: int = 1
+    """Pairs of queues of the network device; more than one need a tap with IFF_MULTI_QUEUE."""
     socket: Path | None = None
     """Unix socket in the place of the tap: frames go to the program that listens there."""
     qmp: Path | None = None
@@ -55,6 +59,10 @@ def command(
     images.check_alias(address.ip for address in vm.addresses)
     vhost = "on" if vm.vhost else "off"
     netdev = f"tap,id=net,ifname={vm.tap},script=no,downscript=no,vhost={vhost}"
+    if vm.queues > 1:
+        netdev += f",queues={vm.queues}"
+        # An interrupt for each queue, one for the control queue, one for changes of configuration.
+        nic = (*nic, "mq=on", f"vectors={2 * vm.queues + 2}")
     if vm.socket:
         netdev = f"stream,id=net,server=off,addr.type=unix,addr.path={value(vm.socket)}"
     here = architecture.native()
@@ -62,7 +70,7 @@ def command(
         here.qemu, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
         "-machine", f"{here.machine},accel={vm.accelerator}",
         "-cpu", "host" if vm.accelerator == "kvm" else here.emulated_cpu,
-        "-smp", "1", "-m", f"{vm.memory_mib}M",
+        "-smp", str(vm.vcpus), "-m", f"{vm.memory_mib}M",
         "-kernel", str(kernel), "-append", append,
         "-chardev", f"file,id=console,append=on,path={value(vm.console)}",
         "-serial", "chardev:console",

@@ -28,7 +28,7 @@ from testbed.datapaths import Datapath
 from testbed.datapaths.routed import Routed, Side
 from testbed.deployment import Built, Deployment
 from testbed.ledger import Owner, Scope
-from testbed.model import Cell, Error, Runtime, Status, Trial
+from testbed.model import Cell, Error, Pair, Runtime, Status, Trial
 from testbed.pod import Pod, unsupported
 from testbed.supervisor import Supervisor
 
@@ -74,9 +74,11 @@ def work(job: Job) -> Iterator[Event]:
     guest, why = runtimes.choose(job.guest, options)
     named = {Cell.parse(id).guest for _, ids in job.blocks for id in ids} - {""}
     guests: Guests = {"": guest, **{name: _prepared(name, options) for name in sorted(named)}}
+    standing = trial.manifest({Pair.NATIVE_GUEST}, guest.description.runtime)
     yield {"event": "ready", "guest": asdict(guest.description), "why": why,
            "guests": {name: asdict(of.description) for name, of in guests.items()
                       if name and not isinstance(of, Error)},
+           "queues": runtimes.queues(guest, standing.guests[1]),
            "machine": machine.facts(), "versions": machine.versions()}  # fmt: skip
     with Owner() as owner:
         bench = _Bench(job, owner, guests, options)

@@ -61,6 +61,8 @@ class Place:
     """Unix socket in the place of the guest's tap."""
     loopback: bool = True
     """Whether the guest has one; without, its `localhost` is 127.0.0.1 all the same."""
+    queues: int = 1
+    """Pairs of queues of the guest's tap and network device."""
 
     @property
     def etc(self) -> dict[Path, str]:
@@ -85,6 +87,8 @@ class Description:
     digests: dict[str, str] = field(default_factory=dict)
     """SHA-256 of images, kernels and programs by name."""
     offloads: str = ""
+    vhost: bool = False
+    """The host's kernel itself moves a guest's packets (vhost-net), not QEMU."""
 
     @property
     def functional_only(self) -> bool:
@@ -98,6 +102,8 @@ class Prepared(Protocol):
     families: frozenset[Family]
     """What its network stack speaks."""
     uses_tap: bool
+    multiqueue: bool
+    """The driver of its network device serves several pairs of queues."""
     ready_limit_s: float
     """A workload that does not answer by then has failed."""
     description: Description
@@ -121,12 +127,29 @@ class Prepared(Protocol):
         """
 
 
-def refuse_limits(workload: Workload, *, memory: bool = True) -> None:
-    """Raises `Error` if the program has a limit of CPUs (or memory) that nobody would enforce."""
+def refuse_limits(workload: Workload) -> None:
+    """Raises `Error` if the program has a limit of CPUs or memory that nobody would enforce."""
     program = workload.program
-    if program and (program.cpus or (memory and program.memory_bytes)):
+    if program and (program.cpus or program.memory_bytes):
         raise Error(f"{workload.name!r} has a limit that {workload.runtime} cannot keep",
                     hint="take out resources.limits, or run it as a container")  # fmt: skip
+
+
+def vcpus(workload: Workload) -> int:
+    """CPUs of a guest: its limit, or as many as it is pinned to.
+
+    Raises `Error` for a limit that is no whole number: a virtual machine has whole CPUs only.
+    """
+    limit = workload.program.cpus if workload.program else None
+    if limit and limit != int(limit):
+        raise Error(f"guest {workload.name!r} cannot have {limit:g} CPUs",
+                    hint="give it a whole number of them in resources.limits.cpu")  # fmt: skip
+    return int(limit or 0) or len(workload.cpus) or 1
+
+
+def queues(runtime: Prepared, workload: Workload) -> int:
+    """Pairs of queues of a guest's network device: one per vCPU, where its driver has several."""
+    return vcpus(workload) if runtime.multiqueue else 1
 
 
 def definition(workload: Workload) -> images.Definition:
@@ -136,7 +159,7 @@ def definition(workload: Workload) -> images.Definition:
     """
     program = workload.program
     assert program is not None
-    refuse_limits(workload, memory=False)
+    vcpus(workload)
     if program.env or program.working_dir:
         raise Error(f"guest {workload.name!r} cannot be given env or workingDir",
                     hint="say it in args")  # fmt: skip
@@ -184,7 +207,7 @@ class Program:
     """
 
     families = frozenset(Family)
-    uses_tap = False
+    uses_tap = multiqueue = False
     ready_limit_s = 5.0
 
     def __init__(self, runtime: Runtime, hosts: Path) -> None:

@@ -50,7 +50,7 @@ def prepare(options: Options) -> Container:
 
 class Container:
     families = frozenset(Family)
-    uses_tap = False
+    uses_tap = multiqueue = False
     ready_limit_s = 10.0
     description = Description(Runtime.CONTAINER)
 

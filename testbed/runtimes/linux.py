@@ -10,7 +10,16 @@ from testbed.images import Definition, Image
 from testbed.kernels import LinuxKernel
 from testbed.manifest import Workload
 from testbed.model import Error, Family, Runtime, guest_mac
-from testbed.runtimes import Absent, Description, Options, Place, as_told, definition, memory_mib
+from testbed.runtimes import (
+    Absent,
+    Description,
+    Options,
+    Place,
+    as_told,
+    definition,
+    memory_mib,
+    vcpus,
+)
 from testbed.vm import Vm
 
 
@@ -28,7 +37,7 @@ class Linux:
     """A kernel, and the agent's initramfs."""
 
     families = frozenset(Family)
-    uses_tap = True
+    uses_tap = multiqueue = True
     ready_limit_s = 30.0
     """2.2 s where nothing else runs, emulated."""
 
@@ -42,6 +51,7 @@ class Linux:
             Runtime.LINUX,
             kernel=kernel.release,
             accelerator=self.accelerator,
+            vhost=self.vhost,
             digests={"kernel": kernel.sha256, "image": image.sha256},
         )
 
@@ -61,7 +71,7 @@ class Linux:
         machine = Vm(
             self.accelerator, place.tap, guest_mac(place.n), vm.link_addresses(place.n),
             place.console, vhost=self.vhost, memory_mib=memory_mib(workload), socket=place.socket,
-            loopback=place.loopback,
+            loopback=place.loopback, vcpus=vcpus(workload), queues=place.queues,
         )  # fmt: skip
         image, arguments = self.image, ["--control-port", str(workload.control_port)]
         if not place.loopback:

@@ -11,7 +11,16 @@ from testbed.images import Definition, Image
 from testbed.kernels import OsvKernel
 from testbed.manifest import Workload
 from testbed.model import Error, Family, Runtime, guest_mac
-from testbed.runtimes import Absent, Description, Options, Place, as_told, definition, memory_mib
+from testbed.runtimes import (
+    Absent,
+    Description,
+    Options,
+    Place,
+    as_told,
+    definition,
+    memory_mib,
+    vcpus,
+)
 from testbed.vm import Vm
 
 
@@ -45,13 +54,14 @@ class Osv:
         self.kernel, self._hosts_patch, self._etc = kernel, options.hosts_patch, options.etc
         self.image = images.compose_osv(images.load(images.AGENT), hosts_patch=options.hosts_patch)
         self._composed: dict[Definition, Image] = {}
-        self.families = kernel.families
+        self.families, self.multiqueue = kernel.families, kernel.multiqueue
         self.accelerator = accelerator.accelerator(kernel.path).name
         self.vhost = self.accelerator == "kvm" and accelerator.vhost_net()
         self.description = Description(
             Runtime.OSV,
             kernel=f"{kernel.flavor} {kernel.version}" + ("" if kernel.listed else ", unlisted"),
             accelerator=self.accelerator,
+            vhost=self.vhost,
             digests={"kernel": kernel.sha256, "image": self.image.sha256},
             offloads=",".join(kernel.virtio_net),
         )
@@ -73,6 +83,7 @@ class Osv:
         machine = Vm(
             self.accelerator, place.tap, guest_mac(place.n), vm.link_addresses(place.n),
             place.console, vhost=self.vhost, memory_mib=memory_mib(workload), socket=place.socket,
+            vcpus=vcpus(workload), queues=place.queues,
         )  # fmt: skip
         image, arguments = self.image, ["--control-port", str(workload.control_port)]
         if workload.program:

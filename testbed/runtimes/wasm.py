@@ -82,7 +82,7 @@ def prepare(options: Options) -> Wasm:
 
 class Wasm:
     families = frozenset(Family)
-    uses_tap = False
+    uses_tap = multiqueue = False
     ready_limit_s = 10.0
 
     def __init__(self, version: str) -> None:

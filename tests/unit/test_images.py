@@ -233,7 +233,7 @@ def osv_kernel() -> Callable[[str], OsvKernel]:
     def make(flavor: str) -> OsvKernel:
         families = frozenset(Family) if flavor == "ipv6" else frozenset({Family.IPV4})
         nic = ("guest_csum=off",) if flavor == "ipv6" else ()
-        return OsvKernel(Path("/k"), flavor, "v1", "0" * 64, False, families, nic, "test")
+        return OsvKernel(Path("/k"), flavor, "v1", "0" * 64, False, families, nic, False, "test")
 
     return make
 
@@ -289,6 +289,7 @@ def test_machine_is_as_asked(tmp_path: Path) -> None:
     argv = vm.command(fast, Path("/k"), "")
     assert option(argv, "-cpu") == ["host"]
     assert "vhost=on" in option(argv, "-netdev")[0]
+    assert "queues" not in option(argv, "-netdev")[0]
     assert option(argv, "-qmp") == [f"unix:{tmp_path}/qmp,server=on,wait=off"]
 
 
@@ -310,6 +311,14 @@ def test_a_machine_that_nobody_tried_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("platform.machine", lambda: "riscv64")
     with pytest.raises(Error, match="is riscv64; testbed knows x86_64 and aarch64"):
         architecture.native()
+
+
+def test_machine_with_two_cpus_has_two_pairs_of_queues(tmp_path: Path) -> None:
+    two = Vm("tcg", "t", guest_mac(1), (), tmp_path / "c", vcpus=2, queues=2)
+    argv = vm.command(two, Path("/k"), "", nic=("guest_csum=off",))
+    assert option(argv, "-smp") == ["2"]
+    assert option(argv, "-netdev")[0].endswith(",queues=2")
+    assert option(argv, "-device")[0].endswith(",guest_csum=off,mq=on,vectors=6")
 
 
 def test_guest_that_is_given_the_alias_is_not_started(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ from textwrap import dedent, indent
 import pytest
 
 from testbed import kubernetes
-from testbed.manifest import HostPort, Probe, Restart, Spec
+from testbed.manifest import HostPort, Probe, Program, Restart, Spec, Workload
 from testbed.model import Error, Runtime, Transport
+from testbed.runtimes import definition, vcpus
 
 
 def read(tmp_path: Path, text: str) -> list[Spec]:
@@ -100,6 +101,22 @@ def test_images_are_found_beside_the_manifest(tmp_path: Path) -> None:
         program = read_.manifest.workloads[0].program
         assert program is not None
         assert program.image == expected
+
+
+@pytest.mark.parametrize(
+    ("limit", "pinned", "cpus"), [(None, (), 1), (2.0, (), 2), (None, (0, 1), 2), (1.0, (0, 1), 1)]
+)
+def test_a_guest_has_cpus_as_its_limit_says(
+    limit: float | None, pinned: tuple[int, ...], cpus: int
+) -> None:
+    program = Program("x", cpus=limit) if limit else None
+    assert vcpus(Workload("a", Runtime.LINUX, cpus=pinned, program=program)) == cpus
+
+
+def test_half_a_cpu_is_refused_to_a_guest() -> None:
+    workload = Workload("a", Runtime.LINUX, program=Program("host:sleep", cpus=0.5))
+    with pytest.raises(Error, match=r"guest 'a' cannot have 0\.5 CPUs; .*limits\.cpu"):
+        definition(workload)
 
 
 def test_what_matters_to_clusters_alone_is_a_warning(tmp_path: Path) -> None:
