@@ -292,7 +292,7 @@ def _debootstrap(suite: str, arch: str, root: Path) -> None:
         targets = _output("apt-get", "indextargets", "--no-release-info", "--format", form)
         known = archives(targets, release.get("VERSION_CODENAME", ""))
     mirror = [known[""]] if "" in known else []
-    log = root.with_name(f"{suite}-{arch}.log")
+    log = _folder() / f"{suite}-{arch}.log"  # not beside the root: among those, only folders
     with log.open("w") as output:
         made = subprocess.run(
             ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--propagation", "private",
