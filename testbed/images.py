@@ -10,6 +10,7 @@ How a guest is started is told by `runtimes`.
 from __future__ import annotations
 
 import hashlib
+import lzma
 import re
 import shutil
 import stat
@@ -18,6 +19,7 @@ import tempfile
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -213,8 +215,8 @@ def linux_tree(
     tree["/init"] = _LINUX_INIT
     modules = _modules(kernel, LINUX_MODULES)
     tree["/etc/modules"] = "".join(f"{name}\n" for name in modules).encode()
-    for name, path in modules.items():
-        tree[f"/lib/modules/{name}.ko"] = _contents(path)
+    for name, module in modules.items():
+        tree[f"/lib/modules/{name}.ko"] = module
     for mount_point in ("/dev", "/proc", "/sys", "/tmp"):
         tree.setdefault(mount_point, Directory())
     return tree
@@ -279,25 +281,31 @@ def _contents(path: Path) -> bytes:
         raise Error(f"cannot read {path}: {e.strerror}") from e
 
 
-def _modules(kernel: kernels.LinuxKernel, wanted: Iterable[str]) -> dict[str, Path]:
-    """Name → file of modules and those they depend on, in the order of loading.
+def _modules(kernel: kernels.LinuxKernel, wanted: Iterable[str]) -> dict[str, bytes]:
+    """Name → ELF of modules and those they depend on, in the order of loading.
 
     The package has no modules.dep (depmod makes it where a kernel is installed), but every module
     names its own dependencies. What is not a file is built into the kernel.
     """
-    files = {path.stem.replace("-", "_"): path for path in kernel.modules.rglob("*.ko")}
-    ordered: dict[str, Path] = {}
+    files = {
+        path.name.partition(".")[0].replace("-", "_"): path
+        for suffix in ("ko", "ko.xz")  # Debian compresses them since 13
+        for path in kernel.modules.rglob(f"*.{suffix}")
+    }
+    ordered: dict[str, bytes] = {}
 
     def add(name: str) -> None:
         if name in ordered or name not in files:
             return
-        with files[name].open("rb") as file:
-            section = ELFFile(file).get_section_by_name(".modinfo")
-            info = section.data() if section else b""
+        module = _contents(files[name])
+        if files[name].suffix == ".xz":
+            module = lzma.decompress(module)
+        section = ELFFile(BytesIO(module)).get_section_by_name(".modinfo")
+        info = section.data() if section else b""
         depends = re.search(rb"(?:^|\0)depends=([^\0]*)", info)
         for other in filter(None, (depends[1] if depends else b"").decode().split(",")):
             add(other.replace("-", "_"))
-        ordered[name] = files[name]
+        ordered[name] = module
 
     for name in wanted:
         add(name)

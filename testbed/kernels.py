@@ -80,7 +80,7 @@ class LinuxKernel:
 
     path: Path
     modules: Path
-    """`lib/modules/RELEASE` of the package."""
+    """Folder `lib/modules/RELEASE` of the package."""
     release: str
     """As `uname -r` says it."""
     sha256: str
@@ -264,12 +264,14 @@ def linux_kernel(*, download: bool = True) -> LinuxKernel:
         cached = sorted(folder.glob("*/boot/vmlinuz-*"), key=_version)
     path = cached[-1]
     release = path.name.removeprefix("vmlinuz-")
+    package = path.parents[1]
+    lib = "usr/lib" if (package / "usr/lib/modules").exists() else "lib"  # since Debian 13
     return LinuxKernel(
         path=path,
-        modules=path.parents[1] / "lib" / "modules" / release,
+        modules=package / lib / "modules" / release,
         release=release,
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-        source=f"Debian package {path.parents[1].name}",
+        source=f"Debian package {package.name}",
     )
 
 

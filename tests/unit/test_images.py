@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import lzma
 import os
 import subprocess
 import sys
@@ -138,6 +139,14 @@ def test_linux_image_holds_all_libraries_and_modules_in_order(
     assert "/lib/modules/unrelated.ko" not in tree
     first = images.compose_linux(Definition(program), linux_kernel)
     assert first == images.compose_linux(Definition(program), linux_kernel)
+
+
+def test_compressed_modules_are_unpacked(program: Path, linux_kernel: LinuxKernel) -> None:
+    plain = images.compose_linux(Definition(program), linux_kernel)
+    for module in linux_kernel.modules.glob("*.ko"):
+        (module.parent / f"{module.name}.xz").write_bytes(lzma.compress(module.read_bytes()))
+        module.unlink()
+    assert images.compose_linux(Definition(program), linux_kernel) == plain
 
 
 def test_initramfs_is_read_alike_by_us_and_by_cpio() -> None:

@@ -269,7 +269,10 @@ def test_newest_linux_kernel_of_the_cache_is_taken(own_cache: Path) -> None:
         (boot / f"vmlinuz-{release}").write_bytes(b"kernel")
     kernel = kernels.linux_kernel(download=False)
     assert kernel.release == "6.1.0-56-cloud-amd64"
-    assert kernel.modules.parts[-3:] == ("lib", "modules", kernel.release)
+    assert kernel.modules.parts[-4:] == (*boot.parts[-2:-1], "lib", "modules", kernel.release)
+    (boot.parent / "usr/lib/modules").mkdir(parents=True)
+    kernel = kernels.linux_kernel(download=False)
+    assert kernel.modules.parts[-4:] == ("usr", "lib", "modules", kernel.release)
 
 
 def test_no_linux_kernel_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
