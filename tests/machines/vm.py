@@ -19,7 +19,6 @@ import contextlib
 import io
 import lzma
 import os
-import platform
 import secrets
 import select
 import shutil
@@ -31,7 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from testbed import accelerator, images, rootfs
+from testbed import accelerator, architecture, images, rootfs
+from testbed.architecture import Architecture
 from testbed.kernels import LinuxKernel
 from testbed.model import Error
 from testbed.rofs import Node
@@ -44,15 +44,8 @@ GRACE_S = 60.0
 MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay")
 """What the root file system and commands need; what they depend on is added."""
 
-_CONSOLE = {"amd64": "ttyS0", "arm64": "ttyAMA0"}
-_MACHINE = {
-    "amd64": ("qemu-system-x86_64", "q35,sata=off,smbus=off,usb=off,vmport=off"),
-    "arm64": ("qemu-system-aarch64", "virt"),
-}
-_EMULATED_CPU = {
-    "amd64": "max,la57=off",  # five levels of page tables take longer to walk
-    "arm64": "max,pauth-impdef=on",  # signing of pointers as QEMU likes it is faster
-}
+_EMULATED_X86 = "max,la57=off"
+"""All that QEMU can emulate, but for a fifth level of page tables, which takes longer to walk."""
 
 _PORT = "commands"
 
@@ -86,13 +79,18 @@ mount -t tmpfs -o mode=1777 tmp tmp
 mount -t bpf bpf sys/fs/bpf
 mount -t tracefs tracefs sys/kernel/tracing
 share modules "lib/modules/$(uname -r)" ro,cache=loose
+# Device files whose modules are loaded when they are opened, as /dev/net/tun: kmod-static-nodes(8).
+while IFS=': ' read -r module node major minor; do
+    mkdir -p "dev/$(dirname "$node")"
+    mknod "dev/$node" "${major%%[0-9]*}" "${major#[bc]}" "$minor"
+done <"lib/modules/$(uname -r)/modules.devname" 2>/dev/null
 while read -r tag where; do mkdir -p "./$where"; share "$tag" "./$where" rw; done </shares
 mkdir run/vm
 cp /bin/busybox /serve run/vm
 [ -e sbin/modprobe ] || ln -s /run/vm/busybox sbin/modprobe
 . /settle
 ip link set lo up
-exec switch_root /root /run/vm/busybox sh /run/vm/serve
+exec switch_root /root /bin/sh /run/vm/serve
 """
 
 # How cgroups are mounted; in the new root.
@@ -241,24 +239,18 @@ def boot(machine: Machine, console: Path, *, limit_s: float = BOOT_LIMIT_S) -> I
                 qemu.kill()
 
 
-def architecture() -> str:
-    """This machine's, in Debian's words."""
-    return {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
-
-
 def _command(machine: Machine, initramfs: Path, console: Path) -> list[str]:
-    arch = machine.arch or architecture()
-    qemu, board = _MACHINE[arch]
-    if shutil.which(qemu) is None:
-        raise Error(f"no {qemu}", hint="apt-get install --no-install-recommends qemu-system")
-    kvm = arch == architecture() and accelerator.accelerator(machine.kernel.path).name == "kvm"
-    append = (
-        f"console={_CONSOLE[arch]} panic=-1 nokaslr mitigations=off net.ifnames=0 {machine.append}"
-    )
+    arch = _architecture(machine)
+    if shutil.which(arch.qemu) is None:
+        raise Error(f"no {arch.qemu}", hint=f"apt-get install {arch.qemu_package}")
+    native = arch == architecture.native()
+    kvm = native and accelerator.accelerator(machine.kernel.path).name == "kvm"
+    emulated = _EMULATED_X86 if arch == architecture.X86_64 else arch.emulated_cpu
+    append = f"console={arch.console} panic=-1 nokaslr mitigations=off {machine.append}"
     return [
-        qemu, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
-        "-machine", board, "-accel", "kvm" if kvm else "tcg,thread=multi",
-        "-cpu", machine.cpu or ("host" if kvm else _EMULATED_CPU[arch]),
+        arch.qemu, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
+        "-machine", arch.machine, "-accel", "kvm" if kvm else "tcg,thread=multi",
+        "-cpu", machine.cpu or ("host" if kvm else emulated),
         "-smp", str(machine.cpus), "-m", f"{machine.memory_mib}M",
         "-kernel", str(machine.kernel.path), "-initrd", str(initramfs), "-append", append,
         "-chardev", f"file,id=console,append=on,path={value(console)}",
@@ -271,6 +263,11 @@ def _command(machine: Machine, initramfs: Path, console: Path) -> list[str]:
         *(word for n, folder in enumerate(machine.shares.values())
           for word in _share(f"share{n}", folder, readonly=False)),
     ]  # fmt: skip
+
+
+def _architecture(machine: Machine) -> Architecture:
+    known = {each.debian: each for each in (architecture.X86_64, architecture.AARCH64)}
+    return known[machine.arch] if machine.arch else architecture.native()
 
 
 def _share(tag: str, folder: Path, *, readonly: bool) -> list[str]:
@@ -306,7 +303,7 @@ def _busybox(machine: Machine) -> bytes:
             found := machine.root / name
         ).exists():
             return found.read_bytes()
-    if machine.arch in ("", architecture()):
+    if _architecture(machine) == architecture.native():
         return rootfs.busybox().read_bytes()
     raise Error(f"{machine.root} has no static busybox", hint="install busybox-static in it")
 
