@@ -1,0 +1,93 @@
+"""Debian's kernels of any suite, with their modules: fetched by apt, unpacked, never installed.
+
+`kernel` is the newest generic kernel of some suites, from the cache folder, or else from the
+archives that a Debian root of this machine uses. Each week they are fetched anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+from testbed.kernels import LinuxKernel
+from testbed.machine import cache_folder
+from testbed.model import Error
+from tests.machines import roots
+
+SUITES = {
+    "5.10": ("bullseye",),
+    "6.1": ("bookworm",),
+    "6.12": ("trixie",),
+    "newest": ("trixie-backports", "sid"),
+}
+"""What a kernel is called here → the suites that have it."""
+
+_FETCHED_BY = "bookworm"
+"""Its keyring has the keys of older suites and of newer ones."""
+
+# In a root that is thrown away; leaves /kernel/lib/modules/RELEASE.
+_FETCH = """
+set -e
+read -r _ archive _ < <(grep '^deb ' /etc/apt/sources.list)
+rm -f /etc/apt/sources.list.d/*
+for suite in {suites}; do echo "deb $archive $suite main"; done >/etc/apt/sources.list
+dpkg --add-architecture {arch}
+apt-get -qq update
+apt-get -qq install --yes --no-install-recommends kmod xz-utils
+apt-cache show linux-image-{arch}:{arch} | awk '
+    /^Version:/ {{ version = $2 }}
+    /^Depends:/ {{ sub(/,$/, "", $2); print version, $2 }}' >/versions
+newest= image=
+while read -r version name; do
+    if [ -z "$newest" ] || dpkg --compare-versions "$version" gt "$newest"; then
+        newest=$version image=$name
+    fi
+done </versions
+# Since 6.17 the image and its modules are packages of their own, and this depends on them.
+parts=$(apt-cache depends --important "$image:{arch}" |
+    sed -nE 's/^ *Depends: (linux-(binary|modules)-[^: ]+).*/\\1:{arch}/p')
+mkdir /kernel
+cd /kernel
+apt-get -qq -o APT::Sandbox::User=root download "$image:{arch}" $parts
+for package in *.deb; do dpkg-deb --extract "$package" .; rm "$package"; done
+if [ ! -e lib ]; then ln -s usr/lib lib; fi
+release=$(ls lib/modules)
+if [ ! -e "lib/modules/$release/vmlinuz" ]; then
+    mv "boot/vmlinuz-$release" "lib/modules/$release/vmlinuz"
+fi
+depmod -b /kernel "$release"
+"""
+
+
+def kernel(name: str, arch: str = "") -> LinuxKernel:
+    """The kernel of that name in `SUITES`. Raises `Error` if it cannot be fetched."""
+    arch = arch or roots.architecture()
+    folder = cache_folder() / "debian-kernels" / f"{name}-{arch}-{roots.week()}"
+    with roots.lock(f"kernel-{name}-{arch}"):
+        if not folder.exists():
+            _fetch(SUITES[name], arch, folder)
+            for old in folder.parent.glob(f"{name}-{arch}-*"):
+                if old != folder:
+                    shutil.rmtree(old)
+    (image,) = folder.glob("*/vmlinuz")
+    return LinuxKernel(
+        path=image,
+        modules=image.parent,
+        release=image.parent.name,
+        sha256=hashlib.sha256(image.read_bytes()).hexdigest(),
+        source=f"Debian {', '.join(SUITES[name])}",
+    )
+
+
+def _fetch(suites: tuple[str, ...], arch: str, folder: Path) -> None:
+    """Leave RELEASE with the image and its modules in a folder, all or nothing."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    said: list[str] = []
+    with roots.copy(roots.base(_FETCHED_BY)) as root:
+        script = _FETCH.format(suites=" ".join(suites), arch=arch)
+        if roots.run(root, ["bash", "-c", script], on_line=said.append):
+            last = (said or ["it said nothing"])[-1]
+            raise Error(f"no kernel of {' or '.join(suites)} for {arch}: {last}",
+                        hint="check the network")  # fmt: skip
+        (root / "kernel/lib/modules").resolve().rename(folder)
