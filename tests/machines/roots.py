@@ -20,6 +20,7 @@ import shutil
 import signal
 import ssl
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -176,9 +177,10 @@ def environment(root: Path) -> dict[str, str]:
 
 
 def prepared(suite: str, arch: str | None = None) -> Path:
-    """A root with this repository's HEAD in `CLONE`, after `./bootstrap`: to be read, or copied.
+    """A root with this repository's HEAD in `CLONE`, after `./bootstrap --tests`: to be read, or
+    copied.
 
-    `./bootstrap` runs once a week, and when what it reads has changed. The roots of commits share
+    That runs once a week, and when what it reads has changed. The roots of commits share
     its result (as hard links), but for the clone.
     """
     root = base(suite, arch)
@@ -194,8 +196,8 @@ def prepared(suite: str, arch: str | None = None) -> Path:
             with _made(common) as making:
                 _fill(making, root)
                 clone(commit, making)
-                if run(making, ["./bootstrap", "true"], cwd=f"/{CLONE}"):
-                    raise Error(f"./bootstrap failed in a {suite} root", "read what it says above")
+                if run(making, ["./bootstrap", "--tests", "true"], cwd=f"/{CLONE}"):
+                    raise Error(f"bootstrap failed in a {suite} root", "read what it says above")
                 run(making, ["apt-get", "clean"])
         for other in root.parent.glob(f"{root.name}-{'?' * 12}-{'?' * 12}"):
             if other != ours and time.time() - other.stat().st_mtime > UNUSED_S:
@@ -234,7 +236,12 @@ def lock(name: str) -> Iterator[None]:
     """Hold a lock among all that use the cache folder; `name` says of what."""
     path = _folder() / f"{name}.lock"
     path.touch()
-    with _locked(path, fcntl.LOCK_EX):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(_locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB))
+        except BlockingIOError:
+            print(f"waiting for another process, which holds {path}", file=sys.stderr, flush=True)
+            stack.enter_context(_locked(path, fcntl.LOCK_EX))
         yield
 
 
@@ -304,6 +311,8 @@ def _debootstrap(suite: str, arch: str, root: Path) -> None:
         raise Error(f"debootstrap made no root of {suite} for {arch}", f"read {log}")
     log.unlink()
 
+    unsafe = root / "etc/dpkg/dpkg.cfg.d/unsafe-io"
+    unsafe.write_text("force-unsafe-io\n")  # a copy that a crash spoils is made again
     _carry(root)
     main = (root / "etc/apt/sources.list").read_text().split()[1]
     uris = {"-updates": main, "-security": f"{main.rstrip('/')}-security", **known}
