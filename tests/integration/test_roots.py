@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -114,3 +115,24 @@ def test_a_copy_that_a_killed_process_left_is_removed_by_the_next(root: Path) ->
         assert not left.exists()
         assert root.exists()
         assert other != root
+
+
+def test_programs_of_another_architecture_run_as_long_as_asked(tmp_path: Path) -> None:
+    arch, machine, code = {
+        "amd64": ("arm64", 183, "a80b8052 e0008052 010000d4"),  # mov w8, 93; mov w0, 7; svc 0
+        "arm64": ("amd64", 62, "b83c000000 bf07000000 0f05"),  # mov eax, 60; mov edi, 7; syscall
+    }[roots.architecture()]
+    if not Path(f"/usr/lib/binfmt.d/qemu-{roots.MACHINES[arch]}.conf").exists():
+        pytest.skip("no QEMU in user mode")
+    program = tmp_path / "exit7"
+    text = bytes.fromhex(code)
+    header = struct.pack(
+        "<16sHHIQQQIHHHHHH", b"\x7fELF\2\1\1", 2, machine, 1, 0x10078, 64, 0, 0, 64, 56, 1, 0, 0, 0
+    )  # elf(5): Ehdr, then the one Phdr
+    segment = struct.pack("<IIQQQQQQ", 1, 5, 0, 0x10000, 0, 120 + len(text), 120 + len(text), 4096)
+    program.write_bytes(header + segment + text)
+    program.chmod(0o755)
+    with roots.foreign(arch), roots.foreign(arch):
+        assert subprocess.run([program], check=False).returncode == 7
+    rules = Path("/proc/sys/fs/binfmt_misc")
+    assert not list(rules.glob(f"testbed-{arch}-*"))

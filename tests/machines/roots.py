@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import secrets
 import shutil
 import signal
 import ssl
@@ -80,11 +81,52 @@ exit "$status"
 """
 """Enters a root (as in pivot_root(8)); in a chroot instead, runc could not pivot_root itself."""
 
+REGISTER = """
+set -e
+trap "" INT TERM HUP
+cd /proc/sys/fs/binfmt_misc
+[ -e register ] || mount -t binfmt_misc binfmt_misc .
+cd "$PWD"
+printf %s "$2" >register
+echo
+read -r _ || echo -1 >"$1"
+"""
+"""Has the kernel run programs of another architecture by an interpreter, until this input ends."""
+
+
+MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
+"""Architecture, as Debian calls it → machine, as `uname -m` does."""
+
 
 def architecture() -> str:
     """This machine's, in Debian's words."""
     machine = platform.machine()
-    return {"x86_64": "amd64", "aarch64": "arm64"}.get(machine, machine)
+    return {name: debian for debian, name in MACHINES.items()}.get(machine, machine)
+
+
+@contextmanager
+def foreign(arch: str) -> Iterator[None]:
+    """Programs of that architecture run on this machine, if need be emulated (by binfmt_misc and
+    QEMU's user mode: some ten times slower), whatever root they are in.
+    """
+    if arch == architecture():
+        yield
+        return
+    file = Path(f"/usr/lib/binfmt.d/qemu-{MACHINES[arch]}.conf")
+    if not file.exists():
+        raise Error(f"nothing here emulates {arch}", "type: apt-get install qemu-user-static")
+    name = f"testbed-{arch}-{secrets.token_hex(4)}"  # others register theirs
+    _, _, rule = file.read_text().strip().lstrip(":").partition(":")
+    register = ["unshare", "--mount", "sh", "-c", REGISTER, "register", name, f":{name}:{rule}"]
+    with subprocess.Popen(
+        register, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        with process.stdin:
+            if not process.stdout.read(1):
+                raise Error(f"{arch} programs cannot be run", "is binfmt_misc in the kernel?")
+            yield
 
 
 def base(suite: str, arch: str | None = None) -> Path:
@@ -96,7 +138,7 @@ def base(suite: str, arch: str | None = None) -> Path:
     root = _folder() / f"{suite}-{arch}-{week()}"
     with lock(f"{suite}-{arch}"):
         if not root.exists():
-            with _made(root) as making:
+            with _made(root) as making, foreign(arch):
                 _debootstrap(suite, arch, making)
             _remove_old(suite, arch, root)
     return root
@@ -178,11 +220,14 @@ def environment(root: Path) -> dict[str, str]:
 
 def prepared(suite: str, arch: str | None = None) -> Path:
     """A root with this repository's HEAD in `CLONE`, after `./bootstrap --tests`: to be read, or
-    copied.
+    copied. Of another architecture than this machine's it lacks what the tests need besides, which
+    takes too long there.
 
     That runs once a week, and when what it reads has changed. The roots of commits share
     its result (as hard links), but for the clone.
     """
+    arch = arch or architecture()
+    bootstrap = ["./bootstrap", *(["--tests"] if arch == architecture() else []), "true"]
     root = base(suite, arch)
     commit = git("rev-parse", "HEAD")
     files = (
@@ -196,9 +241,10 @@ def prepared(suite: str, arch: str | None = None) -> Path:
             with _made(common) as making:
                 _fill(making, root)
                 clone(commit, making)
-                if run(making, ["./bootstrap", "--tests", "true"], cwd=f"/{CLONE}"):
-                    raise Error(f"bootstrap failed in a {suite} root", "read what it says above")
-                run(making, ["apt-get", "clean"])
+                with foreign(arch):
+                    if run(making, bootstrap, cwd=f"/{CLONE}"):
+                        raise Error(f"bootstrap failed in a {suite} root", "see what it says above")
+                    run(making, ["apt-get", "clean"])
         for other in root.parent.glob(f"{root.name}-{'?' * 12}-{'?' * 12}"):
             if other != ours and time.time() - other.stat().st_mtime > UNUSED_S:
                 shutil.rmtree(other)
