@@ -25,10 +25,11 @@ from xdist.scheduler import LoadFileScheduling
 
 from testbed import architecture
 from testbed.ledger import ROOT
+from testbed.machine import slowness
 
-pytest_plugins = ["tests.bench.gate"]
+pytest_plugins = ["tests.bench.gate", "tests.limits", "tests.skips"]
 
-KERNEL_PATIENCE_S = 10
+KERNEL_PATIENCE_S = 10 * slowness()
 """The kernel takes namespaces and programs down after the call that removed them returned."""
 
 PRELOAD = {"maps.debug", "progs.debug"}

@@ -17,10 +17,11 @@ from collections.abc import Callable
 from testbed import model, netlink, process
 from testbed.datapaths import Layout, Port, Wiring
 from testbed.ledger import Scope
+from testbed.machine import slowness
 from testbed.model import Address, Family, Transport, guest_link, guest_mac
 
 OWNERS = {(t, port): n for t in Transport for port, n in ((5001, 1), (5002, 200))}
-PATIENCE_S = 3
+PATIENCE_S = 3 * slowness()
 
 
 class Bed:

@@ -28,6 +28,7 @@ from testbed import bpf, model, netlink
 from testbed.datapaths import Attachment, get
 from testbed.ledger import Owner
 from testbed.model import Error, Family, Transport, guest_link, guest_mac
+from tests.children import ending
 
 from .bed import OWNERS, Bed, Echo, ask, localhost, open_socket, seen
 
@@ -191,7 +192,7 @@ def test_natives_see_tcp_clients_of_guests_as_localhost(
 ) -> None:
     command = ["nsenter", f"--net={netlink.NETNS / pod.bed.pod}", "python3", "-c", SHOW_PEER,
                str(pod.bed.cgroup / "cgroup.procs"), listens]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    with ending(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)) as server:
         assert server.stdout
         assert server.stdout.readline() == "ready\n"
         with open_socket(pod.bed.guests[1], family, Transport.TCP) as client:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from testbed import bpf, ledger
 from testbed.bpf import bytecode, syscall
 from testbed.bpf.programs import remove_user
 from testbed.ledger import Owner
+from tests.children import ending
 
 pytestmark = pytest.mark.root
 
@@ -89,19 +91,20 @@ def test_programs_outlive_a_part_but_not_the_whole() -> None:
 
 
 def test_processes_at_once_get_slots_of_their_own() -> None:
-    started = [user() for _ in range(4)]
-    with ThreadPoolExecutor() as pool:
-        lines = list(pool.map(lambda p: p.stdout.readline().split(), started))
-    slots = [slot for _, slot in lines]
-    assert len(set(slots)) == len(slots)
-    for process in started:
-        process.communicate()
-        assert process.returncode == 0
+    with ExitStack() as stack:
+        started = [stack.enter_context(ending(user())) for _ in range(4)]
+        with ThreadPoolExecutor() as pool:
+            lines = list(pool.map(lambda p: p.stdout.readline().split(), started))
+        slots = [slot for _, slot in lines]
+        assert len(set(slots)) == len(slots)
+        for process in started:
+            process.communicate()
+            assert process.returncode == 0
     assert not [name for name in users() if any(id in name for id, _ in lines)]
 
 
 def test_a_killed_users_slot_is_taken_back_by_clean() -> None:
-    with user() as process:
+    with ending(user()) as process:
         assert process.stdout
         id, slot = process.stdout.readline().split()
         assert f"{slot}-{id}" in users()

@@ -13,6 +13,8 @@ from testbed.model import Pair, Runtime
 
 from .conftest import Run
 
+pytestmark = pytest.mark.timeout(900)  # a whole suite each, and components that are compiled once
+
 SLOW = {
     "bulk-up", "bulk-down", "sequential-connections", "concurrent-connections", "full-backlog",
     "idle", "keepalive", "nginx-and-wrk", "iperf3", "postgresql-as-installed", "syn-flood",

@@ -19,6 +19,7 @@ from testbed.ledger import Owner
 from testbed.model import CONTROL_PORT, Family, Runtime, guest_link
 from testbed.pod import Pod
 from testbed.runtimes import Options
+from tests.children import ending
 
 COMMAND = [sys.executable, "-m", "testbed.cli", "conformance"]
 
@@ -60,7 +61,7 @@ def test_interrupted_it_shows_what_was_found_until_then() -> None:
     command = [*COMMAND, "--datapath", "loopback", "--check", "connect",
                "--check", "sequential-connections", "--json"]  # fmt: skip
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as running:
+    with ending(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)) as running:
         assert running.stderr
         while "sequential" not in running.stderr.readline():
             assert running.poll() is None

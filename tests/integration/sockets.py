@@ -21,11 +21,12 @@ from typing import NamedTuple
 import pytest
 
 from testbed import model, netlink
+from testbed.machine import slowness
 from testbed.manifest import Manifest, Workload
 from testbed.model import Family, Runtime, Transport
 from testbed.pod import Pod
 
-PATIENCE_S = 5
+PATIENCE_S = 5 * slowness()
 PORTS = {0: 6000, 1: 5001, 2: 5002}
 NOBODYS_PORT = 6001
 """A native's that no test listens on."""
@@ -200,7 +201,8 @@ def transfer(
     return arrived
 
 
-def wait_until(holds: Callable[[], bool], what: str, limit_s: float = PATIENCE_S) -> None:
+def wait_until(holds: Callable[[], bool], what: str, limit_s: float = 5) -> None:
+    limit_s *= slowness()
     deadline = time.monotonic() + limit_s
     while not holds():
         assert time.monotonic() < deadline, f"not within {limit_s:g} s: {what}"

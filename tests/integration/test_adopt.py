@@ -16,6 +16,7 @@ import pytest
 
 from testbed import netlink, pods
 from testbed.model import Family, alias, loopback
+from tests.children import ending
 
 from .commands import run, there, workload
 from .sockets import wait_until
@@ -69,7 +70,7 @@ def connected(pod: str) -> Iterator[list[Client]]:
                 ("guest", alias(family), NATIVE),
             ):
                 clients.append(Client(pod, place, dialed, port))
-                stack.enter_context(clients[-1].process)
+                stack.enter_context(ending(clients[-1].process))
         assert all(client.works() for client in clients)
         yield clients
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import secrets
-import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from testbed import architecture, pods, store
+from testbed import pods, store
 from testbed.model import Status
+from tests.children import ending
 
 pytestmark = pytest.mark.root
 
@@ -44,15 +46,17 @@ def test_two_campaigns_at_once_do_not_disturb_each_other(tmp_path: Path) -> None
     folders = [tmp_path / name for name in ("a", "b")]
     for folder in folders:
         folder.mkdir()
-    both = [
-        subprocess.Popen(campaign(f), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        for f in folders
-    ]
-    for running, folder in zip(both, folders, strict=True):
-        _, said = running.communicate()
-        assert running.returncode == 0, said
-        trials = store.open(folder / "out").trials()
-        assert [trial.status for trial in trials] == [Status.OK] * 2
+    silent, pipe = subprocess.DEVNULL, subprocess.PIPE
+    options: dict[str, Any] = {"stdout": silent, "stderr": pipe, "text": True}
+    with ExitStack() as stack:
+        both = [
+            stack.enter_context(ending(subprocess.Popen(campaign(f), **options))) for f in folders
+        ]
+        for running, folder in zip(both, folders, strict=True):
+            _, said = running.communicate()
+            assert running.returncode == 0, said
+            trials = store.open(folder / "out").trials()
+            assert [trial.status for trial in trials] == [Status.OK] * 2
 
 
 FULL = """
@@ -81,7 +85,6 @@ def test_a_campaign_that_fills_the_disk_ends_with_a_line_and_is_resumed_with_not
     assert {trial["block"] for trial in map(json.loads, trials)} == set(range(6))
 
 
-@pytest.mark.skipif(shutil.which(architecture.native().qemu) is None, reason="no QEMU")
 def test_a_guest_for_which_there_is_no_memory_says_so(tmp_path: Path) -> None:
     name = f"t{secrets.token_hex(3)}"
     (tmp_path / "pod.yaml").write_text(f"""

@@ -18,6 +18,7 @@ import pytest
 
 from testbed.agent import Agent, Result, build
 from testbed.model import Error, Family, Transport, loopback, percentile
+from tests.children import ending
 
 
 @dataclass
@@ -31,14 +32,12 @@ class Running:
 
 @contextmanager
 def running(program: Path) -> Iterator[Running]:
-    with subprocess.Popen([program, "--control-port", "0"], stdout=subprocess.PIPE) as process:
-        try:
-            assert process.stdout is not None
-            port = int(process.stdout.readline().split()[-1])
-            with Agent.connect("127.0.0.1", port) as agent:
-                yield Running(process, port, agent)
-        finally:
-            process.kill()
+    started = subprocess.Popen([program, "--control-port", "0"], stdout=subprocess.PIPE)
+    with ending(started) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline().split()[-1])
+        with Agent.connect("127.0.0.1", port) as agent:
+            yield Running(process, port, agent)
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +303,7 @@ def test_a_peer_that_vanishes_without_a_word_ends_every_kind_of_run(client_port:
         for thread in threads:
             thread.join()
         assert 5 <= monotonic() - began < 12
+        other.process.kill()  # stopped, it would not hear that it is to end
     assert len(faults) == len(threads)
     assert all(f.endswith("no progress for 5 s") for f in faults), faults
 

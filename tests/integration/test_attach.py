@@ -16,6 +16,7 @@ from testbed import bpf, datapaths, kubernetes, localhost, netlink, pods, proces
 from testbed.ledger import Owner
 from testbed.model import Error, Family, alias, loopback
 from testbed.sandbox import Sandbox
+from tests.children import ending
 
 from .commands import run, there, workload
 from .sockets import wait_until
@@ -151,8 +152,8 @@ def test_a_pod_known_by_a_process_of_it_is_kept_after_the_keeper_s_death(
     manifest: Callable[..., Path], name: str
 ) -> None:
     script = "ip link set lo up && echo ready && exec sleep 1000"
-    with subprocess.Popen(["unshare", "--net", "sh", "-c", script], text=True,
-                          stdout=subprocess.PIPE) as one:  # fmt: skip
+    command = ["unshare", "--net", "sh", "-c", script]
+    with ending(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)) as one:
         assert one.stdout
         assert one.stdout.readline() == "ready\n"
         attach = ("attach", "--netns", f"/proc/{one.pid}/ns/net",
@@ -162,7 +163,6 @@ def test_a_pod_known_by_a_process_of_it_is_kept_after_the_keeper_s_death(
         wait_until(lambda: pods.status(name)["keeper"] is None, "it is dead")
         run(*attach)
         assert workload(name, "guest")["restarts"] == 0
-        one.kill()
     run("detach", name)
     assert not there(name)
 

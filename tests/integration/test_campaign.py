@@ -20,6 +20,7 @@ import pytest
 
 from testbed import agent, bpf, model, process, store
 from testbed.ledger import ROOT
+from testbed.machine import slowness
 from testbed.model import Family, Status
 from testbed.netlink import NETNS
 from tests.campaigns import trials
@@ -68,7 +69,7 @@ def command(
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*before, *TESTBED, *map(str, arguments)], env={**os.environ, **environment},
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT_S,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT_S * slowness(),
     )  # fmt: skip
 
 
@@ -129,7 +130,7 @@ class Running:
 
     def finish(self) -> str:
         """Wait for its end; returns what it had to say last."""
-        _, errors = self.process.communicate(timeout=LIMIT_S)
+        _, errors = self.process.communicate(timeout=LIMIT_S * slowness())
         return errors.strip().rpartition("\n")[2]
 
 

@@ -16,6 +16,7 @@ from testbed.manifest import Manifest, Program, Workload
 from testbed.model import Error, Runtime
 from testbed.pod import Pod
 from testbed.runtimes import Options, Prepared
+from tests.children import ending
 
 pytestmark = pytest.mark.root
 
@@ -46,7 +47,7 @@ def run(pod: Pod, runtime: Prepared) -> Run:
     def run(program: Program, status: int = 0) -> str:
         place = pod.place(Workload("box", Runtime.CONTAINER, program=program))
         place.console.unlink(missing_ok=True)
-        with runtime.start(place) as running:
+        with ending(runtime.start(place)) as running:
             running.wait(10)
         text = place.console.read_text()
         assert running.returncode == status, text
@@ -149,8 +150,7 @@ def test_what_it_left_running_ends_with_it(pod: Pod, runtime: Prepared) -> None:
     while not (place.cgroup / "container").exists():
         running.poll()
     process.end(running)
-    with runtime.start(
-        pod.place(Workload("box", Runtime.CONTAINER, program=shell("true")))
-    ) as again:
+    true = pod.place(Workload("box", Runtime.CONTAINER, program=shell("true")))
+    with ending(runtime.start(true)) as again:
         again.wait(10)
     assert again.returncode == 0

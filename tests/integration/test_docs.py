@@ -62,6 +62,7 @@ def clone(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.root
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_what_a_page_tells_to_type_does_what_it_says(clone: Path, page: Path) -> None:
     blocks = [block for marked, block in BLOCK.findall(page.read_text()) if marked]

@@ -22,13 +22,15 @@ from pathlib import Path
 import pytest
 
 from testbed import bpf, ledger, pods
+from testbed.machine import slowness
 from testbed.model import Error
+from tests.children import ending
 from tests.conftest import others, snapshot
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.timeout(1800)]  # 200 kills at night
 
 AT_ONCE = 4
-PATIENCE_S = 30
+PATIENCE_S = 30 * slowness()
 KINDS = {"up": 2.5, "campaign": 2.5, "down": 0.4, "start": 2.5}
 """About how long each takes, in seconds: when to kill it. A campaign's counts from when it has a
 worker, and the start of one until then."""
@@ -90,26 +92,22 @@ def kill_once(number: int, seed: int, folder: Path) -> str | None:
     up = ("up", manifest, "--wait", "10")
     run = ("run", "--plan", plan, "--guest", "standin", "--out", folder / mark)
     if kind == "down":
-        with start(mark, *up) as standing:
-            pass
-        assert standing.returncode == 0
-    with start(mark, *{"up": up, "down": ("down", mark)}.get(kind, run)) as running:
+        with ending(start(mark, *up)) as standing:
+            assert standing.wait(PATIENCE_S) == 0
+    with ending(start(mark, *{"up": up, "down": ("down", mark)}.get(kind, run))) as running:
         assert running.stderr
-        try:
-            if kind == "campaign":
-                running.stderr.readline()  # what its worker does first
-            with suppress(subprocess.TimeoutExpired):
-                running.wait(moment_s)
-            victims = sorted(harness(mark))
-            whole = len(victims)
-            if chance.random() < 0.5:
-                victims = [chance.choice(victims)] if victims else []
-            for pid in victims:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            running.wait(PATIENCE_S)
-        finally:
-            running.kill()
+        if kind == "campaign":
+            running.stderr.readline()  # what its worker does first
+        with suppress(subprocess.TimeoutExpired):
+            running.wait(moment_s)
+        victims = sorted(harness(mark))
+        whole = len(victims)
+        if chance.random() < 0.5:
+            victims = [chance.choice(victims)] if victims else []
+        for pid in victims:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        running.wait(PATIENCE_S)
     if mark in pods.names():
         with suppress(Error):
             pods.down(mark)

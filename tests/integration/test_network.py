@@ -13,7 +13,7 @@ from scapy.layers.inet import IP, UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
-from testbed import ledger, model, netlink, nft, node
+from testbed import datapaths, ledger, model, netlink, nft, node
 from testbed.ledger import Owner
 from testbed.manifest import HostPort, Manifest
 from testbed.model import Address, Error, Family, Transport, guest_link, node_address
@@ -33,6 +33,7 @@ TRANSPORTS = pytest.mark.parametrize("transport", Transport, ids=str)
 WORKLOADS = pytest.mark.parametrize("n", PORTS, ids=lambda n: f"guest{n}" if n else "native")
 
 DATAPATHS = ("steer", "capture", "direct", "dnat")
+WITH_LOCALHOST = [name for name in DATAPATHS if datapaths.get(name).localhost]
 PEERS_PORT = 7000
 
 
@@ -153,14 +154,12 @@ def ask(client: socket.socket, to: tuple[str, int]) -> None:
     client.recv(100)
 
 
+@pytest.mark.parametrize("bench", WITH_LOCALHOST, indirect=True)
 @FAMILIES
 @TRANSPORTS
 def test_localhost_is_as_it_was_and_is_not_tracked(
     bench: Bench, family: Family, transport: Transport
 ) -> None:
-    if not bench.pod.datapath.localhost:
-        pytest.skip("has none")
-
     def tracked() -> int:
         return int(Path("/proc/sys/net/netfilter/nf_conntrack_count").read_text())
 

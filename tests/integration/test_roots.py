@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from testbed.machine import cache_folder
+from tests.children import ending
 from tests.machines import roots
 
 pytestmark = pytest.mark.root
@@ -79,12 +80,13 @@ from tests.machines import roots
 command = ["sh", "-c", "trap 'echo down; exit' INT; echo up; sleep 1000"]
 roots.run(Path({str(root)!r}), command, on_line=lambda line: print(line, flush=True))
 """
-    with subprocess.Popen(
+    started = subprocess.Popen(
         [sys.executable, "-c", program],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-    ) as process:
+    )
+    with ending(started) as process:
         assert process.stdout
         assert process.stdout.readline() == "up\n"
         process.send_signal(number)

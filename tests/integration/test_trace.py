@@ -18,6 +18,7 @@ from scapy.utils import rdpcap
 from testbed import bpf, netlink, pods
 from testbed.bpf import bytecode
 from testbed.model import Family, alias, loopback
+from tests.children import ending
 
 pytestmark = pytest.mark.root
 
@@ -56,7 +57,7 @@ spec:
 def trace(pod: str, family: Family, *options: str | Path) -> list[dict[str, Any]]:
     """Events of a native that connects to the guest's port, until its own FIN."""
     command = [*TESTBED, "trace", pod, "--json", f"--port={PORT}", *options]
-    with subprocess.Popen(command, **PIPES) as run:
+    with ending(subprocess.Popen(command, **PIPES)) as run:
         assert run.stderr
         assert run.stdout
         assert run.stderr.readline().startswith(f"tracing {pod}")
@@ -88,7 +89,7 @@ def test_each_hop_of_a_connection_is_told_and_can_be_read_by_others(
 
 def test_what_is_dropped_is_told_with_its_reason(pod: str) -> None:
     command = [*TESTBED, "trace", pod, "--json", "--port=5555", "--count=1"]
-    with subprocess.Popen(command, **PIPES) as run:
+    with ending(subprocess.Popen(command, **PIPES)) as run:
         assert run.stderr
         assert run.stdout
         run.stderr.readline()
@@ -100,6 +101,7 @@ def test_what_is_dropped_is_told_with_its_reason(pod: str) -> None:
         )
         netlink.inside(guest, lambda: subprocess.run([sys.executable, "-c", send], check=True))
         event = json.loads(run.stdout.readline())
+        run.wait()
     assert (event["verdict"], event["reason"]) == ("dropped", "spoofed")
 
 
@@ -108,9 +110,8 @@ def test_ordinary_programs_have_nothing_of_it_and_are_back_afterwards(pod: str) 
     assert not {"events", "noted"} & {m.name for m in bytecode.get(datapath).maps}
     assert not list(bpf.PINS.glob(f"{datapath}-*/traced-*"))
     command = [*TESTBED, "trace", pod, "--count=1"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
+    with ending(subprocess.Popen(command, stderr=subprocess.PIPE, text=True)) as run:
         assert run.stderr
         run.stderr.readline()
         again = subprocess.run(command, capture_output=True, text=True, check=False)
         assert "is being traced already" in again.stderr
-        run.terminate()

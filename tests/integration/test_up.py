@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from testbed import ledger, netlink, pods
+from tests.children import ending
 
 from .commands import TESTBED, run, there, workload
 from .sockets import wait_until
@@ -66,14 +67,16 @@ def test_top_tells_what_each_pair_carries(manifest: Callable[..., Path], name: s
 
     talking = threading.Thread(target=lambda: netlink.inside(netns, talk))
     talking.start()
-    told = json.loads(run("top", name, "--json", "--interval=0.5").stdout)
-    rates = {rate["what"]: rate for rate in told}
-    assert rates["natives→guest"]["packets_per_s"] > 10
-    assert rates["natives→guest"]["bps"] > 8 * 1000
-    assert rates["guest→natives"]["packets"] == 0
-    assert "natives→guest" in run("top", name, "--once", "--interval=0.1").stdout
-    stop.set()
-    talking.join()
+    try:
+        told = json.loads(run("top", name, "--json", "--interval=0.5").stdout)
+        rates = {rate["what"]: rate for rate in told}
+        assert rates["natives→guest"]["packets_per_s"] > 10
+        assert rates["natives→guest"]["bps"] > 8 * 1000
+        assert rates["guest→natives"]["packets"] == 0
+        assert "natives→guest" in run("top", name, "--once", "--interval=0.1").stdout
+    finally:
+        stop.set()
+        talking.join()
     assert f"no pod '{name}x'" in run("top", f"{name}x", "--once", status=3).stderr
 
 
@@ -157,12 +160,12 @@ def test_what_cannot_be_built_leaves_nothing(manifest: Callable[..., Path], name
 def test_an_interrupted_up_leaves_nothing(manifest: Callable[..., Path], name: str) -> None:
     file = manifest('- {name: a, image: "host:sleep", args: ["9"], ports: [{containerPort: 99}]}')
     for built in (False, True):
-        with subprocess.Popen([*TESTBED, "up", file], stderr=subprocess.DEVNULL) as up:
+        with ending(subprocess.Popen([*TESTBED, "up", file], stderr=subprocess.DEVNULL)) as up:
             wait_until(lambda: name in pods.names(), "the keeper listens")
             if built:
                 wait_until(lambda: bool(pods.status(name)), "the pod is built")
             up.send_signal(signal.SIGINT)
-        assert up.returncode == 130
+            assert up.wait() == 130
         assert name not in pods.names()
         assert not there(name)
 

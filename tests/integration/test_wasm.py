@@ -26,10 +26,11 @@ from testbed.model import (
 )
 from testbed.pod import Pod, unsupported
 from testbed.runtimes import Options, Prepared
+from tests.children import ending
 
 from .sockets import domain
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]  # components are compiled once
 
 SOURCE = """\
 import os
@@ -80,7 +81,7 @@ def run(pod: Pod, runtime: Prepared, tmp_path_factory: pytest.TempPathFactory) -
         program = Program(str(source), args=args, env=(("WHO", "Ada"),))
         place = pod.place(Workload("component", Runtime.WASM, program=program))
         place.console.unlink(missing_ok=True)
-        with runtime.start(place) as running:
+        with ending(runtime.start(place)) as running:
             running.wait(10)
         text = place.console.read_text()
         assert running.returncode == status, text

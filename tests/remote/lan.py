@@ -21,9 +21,10 @@ from pathlib import Path
 
 from testbed import netlink, process
 from testbed.ledger import Owner
+from testbed.machine import slowness
 
 CLIENT = "10.77.0.1"
-LIMIT_S = 80
+LIMIT_S = 80 * slowness()
 
 
 @dataclass
@@ -202,6 +203,7 @@ exec /usr/sbin/sshd -D -e -f {config}
 
 
 def wait_until(holds: Callable[[], object], what: str, limit_s: float = 10) -> None:
+    limit_s *= slowness()
     deadline = time.monotonic() + limit_s
     while not holds():
         assert time.monotonic() < deadline, f"not within {limit_s:g} s: {what}"

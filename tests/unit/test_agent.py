@@ -19,6 +19,7 @@ import pytest
 
 from testbed.agent import CFLAGS, SOURCES, Agent, build
 from testbed.model import Error, Family, Transport
+from tests.children import ending
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,8 @@ def program() -> Path:
 
 @pytest.fixture(scope="module")
 def control_port(program: Path) -> Iterator[int]:
-    with subprocess.Popen([program, "--control-port", "0"], stdout=subprocess.PIPE) as process:
+    started = subprocess.Popen([program, "--control-port", "0"], stdout=subprocess.PIPE)
+    with ending(started) as process:
         assert process.stdout is not None
         yield int(process.stdout.readline().split()[-1])
         process.terminate()
@@ -342,7 +344,8 @@ def test_version_and_help(program: Path) -> None:
 
 
 def test_sigterm_ends_it_at_once_also_while_it_serves(program: Path) -> None:
-    with subprocess.Popen([program, "--control-port", "0"], stdout=subprocess.PIPE) as process:
+    started = subprocess.Popen([program, "--control-port", "0"], stdout=subprocess.PIPE)
+    with ending(started) as process:
         assert process.stdout is not None
         port = int(process.stdout.readline().split()[-1])
         with Agent.connect("127.0.0.1", port) as agent:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
+import sysconfig
 import time
 from pathlib import Path
 
@@ -85,6 +87,27 @@ def test_a_failed_installation_is_tried_again(clone: Path) -> None:
     (clone / ".venv/bin/pip").write_text("#!/bin/sh\nexit 1\n")
     assert bootstrap(clone, "true").returncode == 1
     assert "installing the project" in bootstrap(clone, "true").stderr
+
+
+def test_kernels_that_cannot_be_downloaded_are_said_in_a_line_and_the_command_runs(
+    clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (packages,) = (clone / ".venv").glob("lib/python*/site-packages")
+    (packages / "project.pth").write_text(f"{sysconfig.get_path('purelib')}\n{ROOT}\n")
+    kernel = tmp_path / "cache/testbed/kernels/linux/some/boot/vmlinuz-6.1.0"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_bytes(b"kernel")
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("TESTBED_OSV_KERNEL", "TESTBED_OSV_TREE"):
+        monkeypatch.delenv(name, raising=False)
+    ran = bootstrap(clone, "true")
+    assert ran.returncode == 0
+    [line] = [line for line in ran.stderr.splitlines() if "tried again when needed" in line]
+    assert line.startswith("bootstrap: cannot download https://")
+    assert bootstrap(clone, "true").stderr == ""
 
 
 def test_without_apt_the_missing_packages_are_named(clone: Path, tmp_path: Path) -> None:

@@ -105,11 +105,14 @@ def test_conformance_that_is_none_is_refused(campaign: Path) -> None:
 # --- in a browser -----------------------------------------------------------------------------
 
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
 def rendered(html: Path, script: str = "") -> str:
     """The document after its scripts and one more have run in headless Chromium, offline."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    chromium = next(filter(None, map(shutil.which, BROWSERS)), None)
     if not chromium:
-        pytest.skip("no chromium here; type: apt install chromium")
+        pytest.skip("no chromium")
     copy = html.with_name("copy.html")
     copy.write_text(html.read_text().replace("</body>", f"<script>{script}</script></body>"))
     done = subprocess.run(

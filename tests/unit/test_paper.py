@@ -170,7 +170,7 @@ def test_a_table_has_every_datapath_and_why_one_has_no_value(campaign: store.Sto
 
 def test_the_pdf_says_of_which_data_it_is(campaign: store.Store, folder: Path) -> None:
     if not shutil.which("latexmk"):
-        pytest.skip("no latexmk here; type: ./bootstrap --tex")
+        pytest.skip("no latexmk")
     tables = "".join(rf"\input{{generated/{name}}}" for name in paper.TABLES)
     write(
         folder, rf"\ratio{{steer/{WAY},guest=standin}}{tables}\resultfigure{{ratios-tcp-standin}}"

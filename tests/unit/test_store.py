@@ -16,6 +16,7 @@ import pytest
 
 from testbed import store
 from testbed.model import Error, Status, Trial
+from tests.children import ending
 
 CELL = "capture/native-guest/ipv4/tcp/latency/64x1"
 CAMPAIGN = store.Campaign(
@@ -122,15 +123,13 @@ def test_two_processes_cannot_write_one_campaign_and_a_kill_frees_it(tmp_path: P
     with store.create(tmp_path, CAMPAIGN) as made:
         made.append(OK)
     command = [sys.executable, "-c", WRITER, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as rival:
-        try:
-            assert rival.stdout is not None
-            assert rival.stdout.readline() == "held\n"
-            with pytest.raises(Error, match="another process is writing this campaign"):
-                store.resume(tmp_path)
-            assert store.open(tmp_path).trials() == [OK]
-        finally:
-            rival.kill()
+    with ending(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)) as rival:
+        assert rival.stdout is not None
+        assert rival.stdout.readline() == "held\n"
+        with pytest.raises(Error, match="another process is writing this campaign"):
+            store.resume(tmp_path)
+        assert store.open(tmp_path).trials() == [OK]
+        rival.kill()
     store.resume(tmp_path).close()
 
 

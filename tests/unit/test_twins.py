@@ -6,6 +6,7 @@ import errno
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 from testbed.agent import SOURCES, Agent, build
 from testbed.model import Family, loopback
+from tests.children import ending
 
 TWIN = SOURCES / "agent.py"
 
@@ -24,21 +26,15 @@ Answers = list[dict[str, Any]]
 def agents() -> Iterator[list[Agent]]:
     """One of each."""
     commands: list[list[Path | str]] = [[build()], [sys.executable, TWIN]]
-    running = [
-        subprocess.Popen([*command, "--control-port", "0"], stdout=subprocess.PIPE)
-        for command in commands
-    ]
-    made = []
-    for process in running:
-        assert process.stdout is not None
-        port = int(process.stdout.readline().split()[-1])
-        made.append(Agent.connect("127.0.0.1", port))
-    yield made
-    for agent, process in zip(made, running, strict=True):
-        agent.close()
-        process.terminate()
-        process.wait(5)
-        process.stdout.close()  # type: ignore[union-attr]
+    with ExitStack() as stack:
+        made = []
+        for command in commands:
+            started = subprocess.Popen([*command, "--control-port", "0"], stdout=subprocess.PIPE)
+            process = stack.enter_context(ending(started))
+            assert process.stdout is not None
+            port = int(process.stdout.readline().split()[-1])
+            made.append(stack.enter_context(Agent.connect("127.0.0.1", port)))
+        yield made
 
 
 class Session:

@@ -1,0 +1,57 @@
+"""Time limits: a test that takes longer fails, and all limits grow with TESTBED_SLOWNESS.
+
+pytest-timeout raises an exception in the test. What it waits for then may not end either (a thread,
+say): a little later the process is ended, with the stack of each thread. xdist starts another one.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from testbed.machine import slowness
+
+LIMIT_S = 300
+"""Of a test with its fixtures; the marker `timeout` gives a test another one."""
+GRACE_S = 60
+"""For clean-up after that, and for the end of the process after the last test."""
+
+STDERR = pytest.StashKey[int]()
+"""The terminal's; pytest captures descriptor 2 while tests run."""
+LIMIT = pytest.StashKey[float]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[STDERR] = os.dup(2)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    given_s = config.getoption("timeout")
+    for item in items:
+        marker = item.get_closest_marker("timeout")
+        limit_s = marker.args[0] if marker else LIMIT_S
+        item.stash[LIMIT] = limit_s * slowness() if given_s is None else given_s
+        item.add_marker(pytest.mark.timeout(item.stash[LIMIT]), append=False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    if limit_s := item.stash[LIMIT]:
+        _end_after(limit_s, item.config)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # a worker of xdist's waits for the others
+        _end_after(0, config)  # threads that go on keep Python from its end
+
+
+def _end_after(limit_s: float, config: pytest.Config) -> None:
+    after_s = limit_s + GRACE_S * slowness()
+    faulthandler.dump_traceback_later(after_s, exit=True, file=config.stash[STDERR])
