@@ -29,15 +29,17 @@ _FETCHED_BY = "bookworm"
 # In a root that is thrown away; leaves /kernel/lib/modules/RELEASE.
 _FETCH = """
 set -e
+apt-get -qq update
+apt-get -qq install --yes --no-install-recommends kmod
 read -r _ archive _ < <(grep '^deb ' /etc/apt/sources.list)
 rm -f /etc/apt/sources.list.d/*
 for suite in {suites}; do echo "deb $archive $suite main"; done >/etc/apt/sources.list
 dpkg --add-architecture {arch}
 apt-get -qq update
-apt-get -qq install --yes --no-install-recommends kmod xz-utils
 apt-cache show linux-image-{arch}:{arch} | awk '
     /^Version:/ {{ version = $2 }}
-    /^Depends:/ {{ sub(/,$/, "", $2); print version, $2 }}' >/versions
+    /^Depends:/ {{ for (n = 2; n <= NF; n++) if ($n ~ /^linux-image-[0-9]/) print version, $n }}
+    ' >/versions
 newest= image=
 while read -r version name; do
     if [ -z "$newest" ] || dpkg --compare-versions "$version" gt "$newest"; then

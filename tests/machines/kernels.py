@@ -1,0 +1,371 @@
+"""What runs on which of Debian's kernels: each booted in a virtual machine, with the clone in it.
+
+A row is a kernel, the Debian whose compiler makes the bytecode, and how the machine is set up. In
+each: `testbed doctor`, the tests of the eBPF programs, measuring cells, conformance checks. The
+table of docs/machines.md says what passed. Rows that are green at this commit are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import re
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+from testbed.model import Error
+from tests.machines import linux, roots, vm
+
+RESULTS = roots.REPOSITORY / "build/kernels"
+PAGE = roots.REPOSITORY / "docs/machines.md"
+BEGIN, END = "<!-- kernels: nox -s kernels -->", "<!-- end of kernels -->"
+
+COMPILERS = {"bookworm": "Debian 12", "trixie": "Debian 13"}
+
+DATAPATHS = ("steer", "capture")
+CHECKS = (
+    "connect", "refused", "listen-loopback", "half-close", "reset", "both-ways-at-once",
+    "datagram", "datagram-refused", "datagram-names",
+    "resolves", "client-names", "accept-names",
+    "forged-source-of-guest", "pods-are-apart",
+    "server-killed",
+)  # fmt: skip
+"""Of each kind some, and of those that are quick."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command in the machine, in the clone's folder."""
+
+    name: str
+    command: str
+    limit_s: float
+    status: int = 0
+    """The exit status that it must have."""
+    says: str = ""
+    """Pattern of a line that it must print."""
+
+
+def doctor(status: int = 0, says: str = "") -> Step:
+    return Step("doctor", ".venv/bin/testbed doctor", 600, status, says)
+
+
+def bpf() -> Step:
+    return Step("tests/bpf", ".venv/bin/pytest -q -p no:cacheprovider tests/bpf", 1500)
+
+
+def cells(families: str = "*") -> Step:
+    globs = " ".join(f"--cells '{name}/*/{families}/*'" for name in DATAPATHS)
+    return Step(
+        "cells",
+        f".venv/bin/testbed run --plan quick --blocks 1 --guest standin {globs}"
+        " --out /results/cells",
+        900,
+    )
+
+
+def checks(options: str = "") -> Step:
+    globs = " ".join(f"--check {name}" for name in CHECKS)
+    return Step(
+        "conformance",
+        f".venv/bin/testbed conformance --guest standin --datapath {' '.join(DATAPATHS)} {globs}"
+        f" {options} --junit /results/conformance.xml",
+        900,
+    )
+
+
+ALL = (doctor(), bpf(), cells(), checks())
+COLUMNS = tuple(step.name for step in ALL)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A machine, and what must hold on it."""
+
+    kernel: str
+    """A name in `linux.SUITES`."""
+    compiler: str
+    """A Debian suite, in whose root all runs."""
+    variant: str = ""
+    """How it differs from other machines with that kernel, as the table says it."""
+    setup: str = "true"
+    """Shell command before the steps."""
+    steps: tuple[Step, ...] = ALL
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `vm.Machine`."""
+
+    @property
+    def name(self) -> str:
+        words = (self.kernel, self.compiler, re.sub(r"\W+", "-", self.variant).strip("-"))
+        return "-".join(filter(None, words))
+
+
+ROWS = (
+    *(Row(kernel, compiler) for kernel in linux.SUITES for compiler in COMPILERS),
+    Row("6.1", "bookworm", "IPv6 off by `ipv6.disable=1`, as if compiled out",
+        steps=(doctor(says="degraded +IPv6 .*ipv6.disable"), cells("ipv4"),
+               checks("--family ipv4")),
+        machine={"append": "ipv6.disable=1"}),
+    Row("6.1", "bookworm", "IPv6 off by sysctl",
+        setup="sysctl -w net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1",
+        steps=(doctor(), cells(), checks())),
+    Row("6.1", "bookworm", "no cgroup2 mounted",
+        steps=(doctor(1, "missing +cgroup2 .*mount -t cgroup2"),),
+        machine={"cgroups": "none"}),
+    Row("6.1", "bookworm", "cgroups of both versions (hybrid)",
+        steps=(doctor(says="fine +cgroup2 +at /sys/fs/cgroup/unified"), cells(), checks()),
+        machine={"cgroups": "hybrid"}),
+    Row("6.1", "bookworm", "no BTF of the kernel", steps=(doctor(), cells(), checks()),
+        machine={"btf": False}),
+)  # fmt: skip
+
+
+@dataclass
+class Outcome:
+    """What a step came to."""
+
+    passed: bool
+    text: str
+    took_s: float
+
+
+def main(args: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python3 -m tests.machines kernels", description=__doc__)
+    parser.add_argument("--kernel", nargs="+", choices=linux.SUITES, help="default: each")
+    parser.add_argument("--compiler", nargs="+", choices=COMPILERS, help="default: each")
+    parser.add_argument("--row", nargs="+", metavar="NAME", help="only these (--list)")
+    parser.add_argument("--list", action="store_true", help="list the rows, and run none")
+    parser.add_argument("--jobs", type=int, default=1, help="machines at a time (default: 1)")
+    parser.add_argument("--again", action="store_true", help="run what is green already, too")
+    options = parser.parse_args(args)
+
+    rows = [
+        row for row in ROWS
+        if row.kernel in (options.kernel or linux.SUITES)
+        and row.compiler in (options.compiler or COMPILERS)
+        and row.name in (options.row or [row.name])
+    ]  # fmt: skip
+    if options.list or not rows:
+        print(*(row.name for row in (rows or ROWS)), sep="\n")
+        return 0 if options.list else 2
+    commit = roots.git("rev-parse", "HEAD")
+    say(roots.git("log", "-1", "--format=commit %h, %s"))
+    if roots.git("status", "--porcelain"):
+        say("uncommitted changes are not in it")
+    todo = [row for row in rows if options.again or not green(row, commit)]
+    if len(todo) < len(rows):
+        say(f"{len(rows) - len(todo)} of {len(rows)} rows are green at this commit already")
+    with ExitStack() as stack:
+        for name in dict.fromkeys(row.kernel for row in todo):
+            say(f"kernel {name}: {linux.kernel(name).release}")
+        ready = {
+            suite: stack.enter_context(warm(suite))
+            for suite in dict.fromkeys(row.compiler for row in todo)
+        }
+        run_all(todo, ready, commit, options.jobs)
+    write_page()
+    red = [row.name for row in rows if not green(row, commit)]
+    say(f"{len(rows) - len(red)} rows green, {len(red)} red{': ' if red else ''}{', '.join(red)}")
+    return int(bool(red))
+
+
+def run_all(rows: Iterable[Row], ready: Mapping[str, Path], commit: str, jobs: int) -> None:
+    """Run rows, each in a process of its own, some at a time."""
+    left, running = list(rows), list[multiprocessing.Process]()
+    try:
+        while left or running:
+            while left and len(running) < jobs:
+                row = left.pop(0)
+                process = multiprocessing.Process(
+                    target=run, args=(row, ready[row.compiler], commit), name=row.name
+                )
+                process.start()
+                running.append(process)
+            wait([process.sentinel for process in running])
+            running = [process for process in running if process.is_alive()]
+    finally:
+        for process in running:
+            process.terminate()  # it takes its machine down
+        for process in running:
+            process.join()
+
+
+def run(row: Row, root: Path, commit: str) -> None:
+    """Boot a row's machine and take its steps; what came of them is in its folder."""
+    folder = RESULTS / row.name
+    shutil.rmtree(folder, ignore_errors=True)
+    shared = folder / "results"
+    shared.mkdir(parents=True)
+    kernel = linux.kernel(row.kernel)
+    outcomes: dict[str, Outcome] = {}
+
+    def write() -> None:
+        (folder / "row.json").write_text(
+            json.dumps({
+                "commit": commit,
+                "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+                "release": kernel.release,
+                "compiler": compiler(root),
+                "steps": {name: asdict(outcome) for name, outcome in outcomes.items()},
+            }, indent=1)
+        )  # fmt: skip
+
+    say(f"{row.name}: boots Linux {kernel.release}")
+    machine = vm.Machine(kernel, root, shares={"/results": shared}, **row.machine)
+    start = time.monotonic()
+    try:
+        with vm.boot(machine, folder / "console.log") as guest:
+            say(f"{row.name}: booted in {time.monotonic() - start:.0f} s")
+            for step in (Step("setup", row.setup, 60), *row.steps):
+                outcome = take(step, guest, folder, shared)
+                if step.name != "setup":
+                    outcomes[step.name] = outcome
+                elif not outcome.passed:
+                    raise Error(f"the machine cannot be set up: {outcome.text}")
+                write()
+                word = "passed" if outcome.passed else f"FAILED, see {log_of(step, folder)}"
+                say(f"{row.name}: {step.name} {word} ({outcome.text}, {outcome.took_s:.0f} s)")
+    except Error as e:
+        write()
+        say(f"{row.name}: {e}")
+
+
+def take(step: Step, guest: vm.Guest, folder: Path, shared: Path) -> Outcome:
+    """Take a step; all that it prints is in its log."""
+    start = time.monotonic()
+    log = log_of(step, folder)
+    command = f"cd /{roots.CLONE} && export PYTHONUNBUFFERED=1 && {step.command}"
+    with log.open("wb") as output:
+        status = guest.run(command, output, limit_s=step.limit_s)
+    text = log.read_text(errors="replace")
+    said = not step.says or re.search(step.says, text, re.MULTILINE) is not None
+    words = [summary(step, text, shared)]
+    if status != step.status:
+        words.append(f"exit status {status}")
+    if not said:
+        words.append(f"no line with {step.says!r}")
+    passed = status == step.status and said
+    return Outcome(passed, ", ".join(filter(None, words)), time.monotonic() - start)
+
+
+def summary(step: Step, log: str, shared: Path) -> str:
+    """What a step says of itself, in a few words."""
+    if step.name == "tests/bpf":
+        last = re.findall(r"^(\d+ .*) in [\d.:]+s", log, re.MULTILINE)
+        return last[-1].split(" in ")[0] if last else "no summary"
+    if step.name == "cells":
+        done = re.findall(r"^\[(\d+)/(\d+)\]", log, re.MULTILINE)
+        return "{} of {}".format(*done[-1]) if done else "none"
+    if step.name == "conformance":
+        file = shared / "conformance.xml"
+        suites = ET.parse(file).getroot() if file.exists() else ()
+        total, failed, skipped = (
+            sum(int(suite.get(name, "0")) for suite in suites)
+            for name in ("tests", "failures", "skipped")
+        )
+        counts = {"passed": total - failed - skipped, "failed": failed, "unsupported": skipped}
+        return ", ".join(f"{number} {kind}" for kind, number in counts.items() if number)
+    if step.name == "doctor":
+        missing = re.findall(r"^missing +(\w+)", log, re.MULTILINE)
+        return f"missing: {', '.join(missing)}" if missing else "ready"
+    return ""
+
+
+# What can be done before, as fast as this machine is: modules and tests to Python's bytecode,
+# programs to eBPF's, the traffic agent, the index of fonts.
+WARM = """
+set -e
+.venv/bin/pytest -q -p no:cacheprovider --collect-only tests/bpf >/dev/null
+.venv/bin/python -m compileall -q testbed tests
+.venv/bin/python - <<'END'
+import matplotlib.font_manager
+from testbed import agent
+from testbed.bpf import bytecode
+agent.build()
+for file in bytecode.SOURCES.glob("*.c"):
+    bytecode.get(file.stem)
+END
+"""
+
+
+@contextmanager
+def warm(suite: str) -> Iterator[Path]:
+    """A root with the clone and all that is compiled, to be read by machines."""
+    start = time.monotonic()
+    said: list[str] = []
+    with roots.copy(roots.prepared(suite)) as root:
+        if roots.run(root, ["sh", "-c", WARM], cwd=f"/{roots.CLONE}", on_line=said.append):
+            raise Error(f"in a {suite} root: {' '.join(said[-5:])}")
+        say(f"root of {suite}: {compiler(root)}, {time.monotonic() - start:.0f} s")
+        yield root
+
+
+def compiler(root: Path) -> str:
+    """As in "Debian 12, LLVM 14"."""
+    names = (path.name for path in root.glob("usr/lib/*/libLLVM*"))
+    versions = {int(n) for name in names for n in re.findall(r"libLLVM\D*(\d+)", name)}
+    release = re.search(r'^VERSION_ID="?(\d+)', (root / "etc/os-release").read_text(), re.MULTILINE)
+    assert release
+    return f"Debian {release[1]}, LLVM {max(versions)}"
+
+
+def green(row: Row, commit: str) -> bool:
+    """Whether all steps of a row passed at a commit."""
+    found = result(row)
+    steps = found.get("steps", {})
+    return found.get("commit") == commit and all(
+        steps.get(step.name, {}).get("passed") for step in row.steps
+    )
+
+
+def result(row: Row) -> dict[str, Any]:
+    """What is stored of a row; empty if it was never run."""
+    file = RESULTS / row.name / "row.json"
+    return dict(json.loads(file.read_text())) if file.exists() else {}
+
+
+def write_page() -> None:
+    """Put the table of all rows that were run into docs/machines.md."""
+    head, _, rest = PAGE.read_text().partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    lines = [
+        f"| kernel | compiler | {' | '.join(COLUMNS)} | took | commit, date |",
+        "| --- " * (len(COLUMNS) + 4) + "|",
+        *(line(row) for row in ROWS if result(row)),
+    ]
+    PAGE.write_text("\n".join((head + BEGIN, *lines, END + tail)))
+
+
+def line(row: Row) -> str:
+    """A row of the table."""
+    found = result(row)
+    wanted = {step.name for step in row.steps}
+    texts, took = [], 0.0
+    for name in COLUMNS:
+        step = found["steps"].get(name)
+        if step:
+            took += step["took_s"]
+            texts.append(step["text"] if step["passed"] else f"**{step['text']}**")
+        else:
+            texts.append("**not reached**" if name in wanted else "–")
+    variant = f", {row.variant}" if row.variant else ""
+    where = (f"{found['release']}{variant}", found["compiler"])
+    when = (f"{took / 60:.0f} min", f"{found['commit'][:7]}, {found['date']}")
+    return f"| {' | '.join((*where, *texts, *when))} |"
+
+
+def log_of(step: Step, folder: Path) -> Path:
+    return folder / f"{step.name.replace('/', '-')}.log"
+
+
+def say(what: str) -> None:
+    print(f"kernels: {what}", flush=True)
