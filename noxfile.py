@@ -78,6 +78,12 @@ def fresh(session: nox.Session) -> None:
 
 
 @nox.session
+def kernels(session: nox.Session) -> None:
+    """Run programs, cells and checks on Debian's kernels in VMs (-- --kernel 5.10 --jobs 2)."""
+    become(session, "python", "-m", "tests.machines", "kernels", *session.posargs)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Hold speed against tests/bench/bands.toml; exit status 1: worse, 3: could not measure."""
     options = ("--benchmark-quiet", "--benchmark-autosave")

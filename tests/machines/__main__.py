@@ -14,6 +14,7 @@ from testbed.model import Error
 
 COMMANDS = {
     "fresh": "run the tests in Debian roots that have nothing but git",
+    "kernels": "run programs, cells and checks on Debian's kernels, in virtual machines",
 }
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

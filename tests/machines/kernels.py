@@ -31,6 +31,8 @@ BEGIN, END = "<!-- kernels: nox -s kernels -->", "<!-- end of kernels -->"
 
 COMPILERS = {"bookworm": "Debian 12", "trixie": "Debian 13"}
 
+ENVIRONMENT = "PYTHONUNBUFFERED=1 TESTBED_SLOWNESS=8"
+
 DATAPATHS = ("steer", "capture")
 CHECKS = (
     "connect", "refused", "listen-loopback", "half-close", "reset", "both-ways-at-once",
@@ -243,7 +245,7 @@ def take(step: Step, guest: vm.Guest, folder: Path, shared: Path) -> Outcome:
     """Take a step; all that it prints is in its log."""
     start = time.monotonic()
     log = log_of(step, folder)
-    command = f"cd /{roots.CLONE} && export PYTHONUNBUFFERED=1 && {step.command}"
+    command = f"cd /{roots.CLONE} && export {ENVIRONMENT} && {step.command}"
     with log.open("wb") as output:
         status = guest.run(command, output, limit_s=step.limit_s)
     text = log.read_text(errors="replace")
