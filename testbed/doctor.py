@@ -84,6 +84,10 @@ def host() -> Iterator[Finding]:
     if os.geteuid() != 0:
         yield Finding("root", State.MISSING, "pods need root", "sudo, in front of the command")
         return
+    if Family.IPV6 not in machine.families():
+        yield Finding("IPv6", State.DEGRADED, "this kernel has none",
+                      "IPv6 cells and checks are unsupported; boot without ipv6.disable=1, or "
+                      "another kernel")  # fmt: skip
     with Owner() as owner:
         netns = f"tb-{owner.id}-doctor"
         with netlink.create_netns(owner, netns) as ip:

@@ -18,7 +18,7 @@ from pathlib import Path
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from testbed import bpf, model, netlink
+from testbed import bpf, machine, model, netlink
 from testbed.bpf import ProgramSet
 from testbed.challenge import Conversation
 from testbed.ledger import Scope
@@ -51,16 +51,18 @@ def hold_ports(pod: str, netns: str, owners: Owners) -> list[socket.socket]:
     has one of the ports.
     """
     held: list[socket.socket] = []
+    has_ipv6 = Family.IPV6 in machine.families()
 
     def bind() -> None:
         for (transport, port), n in sorted(owners.items()):
             kind = socket.SOCK_STREAM if transport is Transport.TCP else socket.SOCK_DGRAM
-            held.append(socket.socket(socket.AF_INET6, kind))
-            held[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            held.append(socket.socket(socket.AF_INET6 if has_ipv6 else socket.AF_INET, kind))
+            if has_ipv6:
+                held[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
             device = LO_IFINDEX if transport is Transport.TCP else NO_IFINDEX
             held[-1].setsockopt(socket.SOL_SOCKET, SO_BINDTOIFINDEX, device)
             try:
-                held[-1].bind(("::", port))
+                held[-1].bind(("::" if has_ipv6 else "0.0.0.0", port))
             except OSError as e:
                 if e.errno != errno.EADDRINUSE:
                     raise
@@ -123,6 +125,8 @@ def _change_routes(command: str, netns: str, routes: Sequence[str]) -> None:
             for dst in routes:
                 network = ip_network(dst)
                 family = Family(f"ipv{network.version}")
+                if family not in machine.families():
+                    continue
                 try:
                     ip.route(command, dst=str(network), type="local", table=RT_TABLE_LOCAL,
                              family=socket.AF_INET6 if network.version == 6 else socket.AF_INET,

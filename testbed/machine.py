@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from testbed import architecture
-from testbed.model import Error
+from testbed.model import Error, Family
 
 
 def slowness() -> float:
@@ -37,6 +37,12 @@ def slowness() -> float:
 def cache_folder() -> Path:
     """`~/.cache/testbed`, or `$XDG_CACHE_HOME/testbed`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "testbed"
+
+
+def families() -> frozenset[Family]:
+    """IP versions that this kernel has: IPv6 can be compiled out, or off by `ipv6.disable=1`."""
+    has_ipv6 = Path("/proc/sys/net/ipv6").exists()
+    return frozenset(Family) if has_ipv6 else frozenset({Family.IPV4})
 
 
 def facts() -> dict[str, str]:

@@ -24,8 +24,9 @@ from pyroute2 import AsyncIPRoute, IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 from pyroute2.netlink.rtnl.iprsocket import IPRouteProxy
 
+from testbed import machine
 from testbed.ledger import Scope
-from testbed.model import Address, Error
+from testbed.model import Address, Error, Family
 
 NETNS = Path("/run/netns")
 IFA_F_NODAD = 0x02
@@ -140,27 +141,42 @@ def remove_link(netns: str, ifname: str) -> None:
 
 
 def add_address(ip: IPRoute, ifindex: int, address: Address, prefix_length: int) -> None:
-    """Give a link an address, usable at once. One that it has already is no error."""
+    """Give a link an address, usable at once. One that it has already is no error.
+
+    This and what follows leave out IPv6 where the kernel has none.
+    """
+    if _family(address) not in machine.families():
+        return
     ip.addr("replace", index=ifindex, address=str(address), prefixlen=prefix_length,
             flags=IFA_F_NODAD if address.version == 6 else 0)  # fmt: skip
 
 
 def add_route(ip: IPRoute, ifindex: int, address: Address) -> None:
     """Route one address to a link that it is on."""
+    if _family(address) not in machine.families():
+        return
     ip.route("replace", dst=f"{address}/{address.max_prefixlen}", oif=ifindex,
              **({"scope": "link"} if address.version == 4 else {}))  # fmt: skip
 
 
 def add_default_route(ip: IPRoute, ifindex: int, gateway: Address) -> None:
     """Route all else to a gateway that is on the link."""
+    if _family(gateway) not in machine.families():
+        return
     ip.route("replace", dst="0.0.0.0/0" if gateway.version == 4 else "::/0", gateway=str(gateway),
              oif=ifindex)  # fmt: skip
 
 
 def add_neighbor(ip: IPRoute, ifindex: int, address: Address, mac: str) -> None:
     """A permanent neighbor entry: a booting guest misses requests, repeated a second later."""
+    if _family(address) not in machine.families():
+        return
     ip.neigh("replace", dst=str(address), lladdr=mac, ifindex=ifindex, state=NUD_PERMANENT,
              family=socket.AF_INET6 if address.version == 6 else socket.AF_INET)  # fmt: skip
+
+
+def _family(address: Address) -> Family:
+    return Family(f"ipv{address.version}")
 
 
 def inside(netns: str, call: Callable[[], T]) -> T:
@@ -223,11 +239,13 @@ def _in_thread(call: Callable[[], T]) -> T:
 
 
 def set_sysctls(netns: str, values: Mapping[str, int | str]) -> None:
-    """Write sysctls (`net/…`, with slashes) of a namespace."""
+    """Write sysctls (`net/…`, with slashes) of a namespace; not IPv6's, where there is none."""
+    has_ipv6 = Family.IPV6 in machine.families()
 
     def write() -> None:
         for key, value in values.items():
-            Path("/proc/sys", key).write_text(str(value))
+            if has_ipv6 or not key.startswith("net/ipv6/"):
+                Path("/proc/sys", key).write_text(str(value))
 
     inside(netns, write)
 

@@ -433,7 +433,7 @@ class Pod:
                 problem = f"{name} of {self.name} ended with status {code}"
                 break
             try:
-                for family in sorted(runtime.families & set(families)):
+                for family in sorted(runtime.families & set(families) & machine.families()):
                     with self.agent(name, patience_s, family) as agent:
                         if not workload.program:  # a proxy on the way accepts for it
                             agent.hello(patience_s)
@@ -510,6 +510,8 @@ def unsupported(datapath: Datapath, cell: Cell, guest: Prepared) -> str | None:
     """Why a cell cannot be had with this guest, or None."""
     if cell.pair.shape not in datapath.pairs:
         return f"{datapath.name} does not carry {cell.pair.label('guest')}"
+    if cell.family not in machine.families():
+        return f"this machine's kernel has no {cell.family.replace('ip', 'IP')}"
     if cell.pair.guests and cell.family not in guest.families:
         kernel = guest.description.kernel or guest.description.runtime
         return f"the guest's kernel ({kernel}) has no {cell.family.replace('ip', 'IP')}"

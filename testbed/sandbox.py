@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pyroute2 import IPRoute
 
-from testbed import bpf, model, netlink
+from testbed import bpf, machine, model, netlink
 from testbed.datapaths import Datapath, Layout
 from testbed.ledger import Scope
 from testbed.localhost import LO_IFINDEX
@@ -87,7 +87,8 @@ class Sandbox:
         enter, other = f"nsenter --net={self.netns}", "guests may be attached to it already"
         if ip.get_links(1)[0]["state"] != "up":
             yield "lo is down", f"{enter} ip link set lo up"
-        if netlink.sysctls(name, IPV6_OFF)[IPV6_OFF] != "0":
+        if (Family.IPV6 in machine.families()
+                and netlink.sysctls(name, IPV6_OFF)[IPV6_OFF] != "0"):  # fmt: skip
             yield "IPv6 is disabled on lo", f"{enter} sysctl -w {IPV6_OFF}=0"
         for address in ip.get_addr():
             found = ip_interface(f"{address.get('address')}/{address['prefixlen']}")

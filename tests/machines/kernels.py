@@ -13,8 +13,7 @@ import multiprocessing
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from multiprocessing.connection import wait
@@ -166,14 +165,10 @@ def main(args: Sequence[str]) -> int:
     todo = [row for row in rows if options.again or not green(row, commit)]
     if len(todo) < len(rows):
         say(f"{len(rows) - len(todo)} of {len(rows)} rows are green at this commit already")
-    with ExitStack() as stack:
-        for name in dict.fromkeys(row.kernel for row in todo):
-            say(f"kernel {name}: {linux.kernel(name).release}")
-        ready = {
-            suite: stack.enter_context(warm(suite))
-            for suite in dict.fromkeys(row.compiler for row in todo)
-        }
-        run_all(todo, ready, commit, options.jobs)
+    for name in dict.fromkeys(row.kernel for row in todo):
+        say(f"kernel {name}: {linux.kernel(name).release}")
+    ready = {suite: warm(suite) for suite in dict.fromkeys(row.compiler for row in todo)}
+    run_all(todo, ready, commit, options.jobs)
     write_page()
     red = [row.name for row in rows if not green(row, commit)]
     say(f"{len(rows) - len(red)} rows green, {len(red)} red{': ' if red else ''}{', '.join(red)}")
@@ -299,16 +294,19 @@ END
 """
 
 
-@contextmanager
-def warm(suite: str) -> Iterator[Path]:
-    """A root with the clone and all that is compiled, to be read by machines."""
-    start = time.monotonic()
-    said: list[str] = []
-    with roots.copy(roots.prepared(suite)) as root:
-        if roots.run(root, ["sh", "-c", WARM], cwd=f"/{roots.CLONE}", on_line=said.append):
-            raise Error(f"in a {suite} root: {' '.join(said[-5:])}")
-        say(f"root of {suite}: {compiler(root)}, {time.monotonic() - start:.0f} s")
-        yield root
+def warm(suite: str) -> Path:
+    """The prepared root of a suite, with all in it that can be compiled before. To be read."""
+    root = roots.prepared(suite)
+    done = root / roots.CLONE / "build/warm"
+    with roots.lock(f"warm-{suite}"):
+        if not done.exists():
+            said: list[str] = []
+            if roots.run(root, ["sh", "-c", WARM], cwd=f"/{roots.CLONE}", on_line=said.append):
+                raise Error(f"in a {suite} root: {' '.join(said[-5:])}")
+            done.parent.mkdir(exist_ok=True)
+            done.touch()
+    say(f"root of {suite}: {compiler(root)}")
+    return root
 
 
 def compiler(root: Path) -> str:
