@@ -279,7 +279,7 @@ def _share(tag: str, folder: Path, *, readonly: bool) -> list[str]:
 
 
 def _initramfs(machine: Machine, mark: str) -> dict[str, Node]:
-    modules = _with_dependencies(machine.kernel.modules, MODULES)
+    modules = with_dependencies(machine.kernel.modules, MODULES)
     settle = _CGROUPS[machine.cgroups] + ("" if machine.btf else _HIDE_BTF)
     modprobe = "\n".join(f"modprobe {name}" for name in machine.modules)
     texts = {
@@ -308,7 +308,7 @@ def _busybox(machine: Machine) -> bytes:
     raise Error(f"{machine.root} has no static busybox", hint="install busybox-static in it")
 
 
-def _with_dependencies(folder: Path, wanted: tuple[str, ...]) -> dict[str, bytes]:
+def with_dependencies(folder: Path, wanted: tuple[str, ...]) -> dict[str, bytes]:
     """Name → contents of modules and of those that they depend on, in the order of loading.
 
     By modules.dep, which names of each module all that it depends on, the last first to be loaded.
