@@ -310,12 +310,13 @@ def warm(suite: str) -> Path:
 
 
 def compiler(root: Path) -> str:
-    """As in "Debian 12, LLVM 14"."""
-    names = (path.name for path in root.glob("usr/lib/*/libLLVM*"))
-    versions = {int(n) for name in names for n in re.findall(r"libLLVM\D*(\d+)", name)}
+    """As in "Debian 12, LLVM 14": the LLVM that bcc's library names."""
     release = re.search(r'^VERSION_ID="?(\d+)', (root / "etc/os-release").read_text(), re.MULTILINE)
+    (library,) = root.glob("usr/lib/*/libbcc.so.?.*")
+    llvm = re.search(rb"libLLVM\D*(\d+)", library.read_bytes())
     assert release
-    return f"Debian {release[1]}, LLVM {max(versions)}"
+    assert llvm
+    return f"Debian {release[1]}, LLVM {llvm[1].decode()}"
 
 
 def green(row: Row, commit: str) -> bool:
