@@ -13,6 +13,7 @@ their pod's keeper.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -22,10 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from testbed import pods
-from testbed.model import Error, Family, pod_link
+from testbed.model import Error, Family, Runtime, pod_link
 
 if TYPE_CHECKING:
     from testbed.manifest import Spec
+    from testbed.runtimes import Options
 
 VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0")
 """Of the specification; results, which are passed on, were others before."""
@@ -110,15 +112,12 @@ class _Pod:
         spec = self._guests()
         if spec is None:
             return result
-        from testbed import runtimes
         from testbed.keeper import Order, Starting
         from testbed.sandbox import Sandbox
 
-        kernel = self.configuration.get("osvKernel")
         assert self.netns
         order = Order(
-            spec, self.configuration.get("datapath", "steer"),
-            runtimes.Options(osv_kernel=Path(kernel) if kernel else None),
+            spec, self.configuration.get("datapath", "steer"), self._options(),
             Sandbox(Path(self.netns), self._cgroup(), self.id),
         )  # fmt: skip
         with Starting() as starting:
@@ -158,10 +157,16 @@ class _Pod:
 
         from testbed import kubernetes
 
+        @functools.cache
+        def best() -> Runtime:
+            from testbed import runtimes
+
+            return runtimes.best(replace(self._options(), say=_log))
+
         given = self.configuration.get("guests")
         try:
             if isinstance(given, dict):
-                return replace(kubernetes.spec(given, "guests", Path("/")), name=self.name)
+                return replace(kubernetes.spec(given, "guests", Path("/"), best), name=self.name)
             if not isinstance(given, str):
                 raise Error("guests is no manifest", hint="a path, or a Pod in JSON")
             path = Path(given)
@@ -169,12 +174,18 @@ class _Pod:
                 path /= f"{self.name}.yaml"
                 if not path.exists():
                     return None
-            specs = kubernetes.read(path)
+            specs = kubernetes.read(path, best)
             if len(specs) > 1:
                 raise Error(f"{path} has {len(specs)} pods, for one namespace", hint="leave one")
         except Error as e:
             raise _Refusal(INVALID, e.message, e.hint or "") from e
         return replace(specs[0], name=self.name)
+
+    def _options(self) -> Options:
+        from testbed.runtimes import Options
+
+        kernel = self.configuration.get("osvKernel")
+        return Options(osv_kernel=Path(kernel) if kernel else None)
 
     def _cgroup(self) -> Path | None:
         """The pod's cgroup, if it is known."""
@@ -204,6 +215,11 @@ class _Pod:
             if link["netns"] == found["netns"]
             and any(address.startswith(ours) for address in link["addresses"])
         ]
+
+
+def _log(text: str) -> None:
+    """For the log of the container runtime: standard output is for the result alone."""
+    print(f"testbed-cni: {text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any
 
 from elftools.elf.elffile import ELFFile
 
-from testbed import agent, elf, kernels, machine, rofs, shim
+from testbed import agent, elf, kernels, machine, rofs, rootfs, shim
 from testbed.model import Address, Error, Family, alias
 from testbed.rofs import Directory, Node, Symlink, Tree
 
@@ -129,7 +129,8 @@ def load(path: Path) -> Definition:
         raise Error(f"{path}: shim must be true or false")
     beside = path.parent
     if package and not (beside / program).exists():
-        raise Error(f"no {program}, which {path.name} runs", hint=f"apt-get install {package}")
+        raise Error(f"no {program}, which {path.name} runs", hint=f"apt-get install {package}; "
+                    "all that examples/ need: ./bootstrap --examples")  # fmt: skip
     return Definition(
         program=agent.build() if program == "agent" else beside / program,
         arguments=tuple(str(argument) for argument in arguments),
@@ -211,7 +212,8 @@ def linux_tree(
         raise Error("no static busybox", hint="apt-get install busybox-static")
     tree["/bin/busybox"] = _contents(Path(busybox))
     tree[str(interpreter)] = _contents(interpreter)
-    tree["/etc/nsswitch.conf"] = b"hosts: files dns\n"
+    for name, text in rootfs.FILES.items():
+        tree.setdefault(f"/{name}", text.encode())
     tree["/init"] = _LINUX_INIT
     modules = _modules(kernel, LINUX_MODULES)
     tree["/etc/modules"] = "".join(f"{name}\n" for name in modules).encode()

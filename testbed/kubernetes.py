@@ -1,7 +1,8 @@
 """Reads pods as people write them: `v1` Pod manifests of Kubernetes, YAML, several to a file.
 
 A container's runtime is said by the annotation `testbed/runtime.NAME`, else by `testbed/runtime`,
-else by `runtimeClassName`; it is `container` otherwise. Ports that containers list are the ports
+else by `runtimeClassName`; it is `container` otherwise. `best` is the best guest that is there: who
+reads a manifest says which that is, once one is asked for. Ports that containers list are the ports
 that they own at `localhost`. A field that only matters to a cluster is named in a warning; any
 other that is not known here is an error, since the pod would be another than was asked for.
 Whether an image exists is found out by its runtime.
@@ -10,7 +11,7 @@ Whether an image exists is found out by its runtime.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -32,6 +33,8 @@ from testbed.manifest import HostPort, Manifest, Program, Restart, Spec, Workloa
 from testbed.model import Error, Runtime, Transport
 
 ANNOTATION = "testbed/runtime"
+BEST = "best"
+RUNTIMES = (*Runtime, BEST)
 LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 """Names in Kubernetes (RFC 1123)."""
 SUFFIXES = {
@@ -41,7 +44,7 @@ SUFFIXES = {
 """Of quantities (apimachinery, resource.Quantity)."""
 
 
-def read(path: Path) -> list[Spec]:
+def read(path: Path, best: Callable[[], Runtime]) -> list[Spec]:
     """All pods of a file. Raises `Error` with file, document, path and what was expected there."""
     try:
         documents = list(yaml.load_all(path.read_text(), _Loader))
@@ -50,7 +53,7 @@ def read(path: Path) -> list[Spec]:
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise Error(f"{path} is not YAML: {' '.join(str(e).split())}") from e
     specs = [
-        spec(document, f"{path}, document {number}", path.parent)
+        spec(document, f"{path}, document {number}", path.parent, best)
         for number, document in enumerate(documents, start=1)
         if document is not None
     ]
@@ -91,6 +94,12 @@ def _label(text: str) -> str:
     return text
 
 
+def _runtime(text: str) -> str:
+    if text not in RUNTIMES:
+        raise ValueError(f"one of {', '.join(RUNTIMES)} was expected")
+    return text
+
+
 def _quantity(value: object) -> float:
     """`128Mi`, `500m`, `2`, as a number."""
     found = re.fullmatch(r"([0-9.]+(?:[eE][0-9]+)?)([A-Za-z]*)", str(value))
@@ -103,6 +112,7 @@ def _quantity(value: object) -> float:
 
 
 Label = Annotated[str, AfterValidator(_label)]
+RuntimeName = Annotated[str, AfterValidator(_runtime)]
 Quantity = Annotated[float, BeforeValidator(_quantity)]
 PortNumber = Annotated[int, Field(ge=1, le=65535)]
 
@@ -203,7 +213,7 @@ class _PodSpec(_Model):
     containers: Annotated[tuple[_Container, ...], Field(min_length=1)]
     init_containers: tuple[_Container, ...] = ()
     restart_policy: Restart = Restart.ALWAYS
-    runtime_class_name: Runtime | None = None
+    runtime_class_name: RuntimeName | None = None
     hostname: Label | None = None
     host_aliases: tuple[_HostAlias, ...] = ()
     dns_policy: Literal["ClusterFirst", "ClusterFirstWithHostNet", "Default", "None"] = "Default"
@@ -228,7 +238,7 @@ class _Pod(_Model):
 # --- from there to ours ---------------------------------------------------------------------
 
 
-def spec(document: object, where: str, folder: Path) -> Spec:
+def spec(document: object, where: str, folder: Path, best: Callable[[], Runtime]) -> Spec:
     """One pod. Raises `Error` as `read` does; paths in it are relative to `folder`."""
     try:
         pod = _Pod.model_validate(document)
@@ -239,7 +249,7 @@ def spec(document: object, where: str, folder: Path) -> Spec:
         if not harmless:
             raise Error(f"{where}, {path}: {name} is not supported", hint="leave it out")
         warnings.append(f"{where}, {path} is not used")
-    runtimes = _runtimes(pod, where)
+    runtimes = _runtimes(pod, where, best)
     try:
         return Spec(
             name=pod.metadata.name,
@@ -283,12 +293,12 @@ def _extras(model: _Model, path: str) -> Iterator[tuple[str, str, bool]]:
                     yield from _extras(item, f"{alias}.{i}.")
 
 
-def _runtimes(pod: _Pod, where: str) -> dict[str, Runtime]:
+def _runtimes(pod: _Pod, where: str, best: Callable[[], Runtime]) -> dict[str, Runtime]:
     """Runtime of every container by name."""
     names = [c.name for c in (*pod.spec.init_containers, *pod.spec.containers)]
     if twice := {name for name in names if names.count(name) > 1}:
         raise Error(f"{where}: two containers are named {twice.pop()!r}", hint="rename one")
-    said: dict[str, Runtime] = {}
+    said: dict[str, str] = {}
     for key, value in pod.metadata.annotations.items():
         if not key.startswith("testbed/"):
             continue
@@ -298,11 +308,12 @@ def _runtimes(pod: _Pod, where: str) -> dict[str, Runtime]:
             raise Error(
                 f"{at}: no such container", hint=f"{ANNOTATION}.NAME, of {', '.join(names)}"
             )
-        if value not in [*Runtime]:
-            raise Error(f"{at}: no runtime {value!r}", hint=f"choose from {', '.join(Runtime)}")
-        said[name] = Runtime(value)
+        if value not in RUNTIMES:
+            raise Error(f"{at}: no runtime {value!r}", hint=f"choose from {', '.join(RUNTIMES)}")
+        said[name] = value
     default = said.get("", pod.spec.runtime_class_name or Runtime.CONTAINER)
-    chosen = {name: said.get(name, default) for name in names}
+    wanted = {name: said.get(name, default) for name in names}
+    chosen = {name: best() if r == BEST else Runtime(r) for name, r in wanted.items()}
     for container in pod.spec.containers:
         _check_runtime(container, chosen[container.name], pod.spec, where)
     for container in pod.spec.init_containers:

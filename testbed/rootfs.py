@@ -30,11 +30,13 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 HOST = "host:"
 AGENT = "agent"
 
-_HOST_FILES = {
+FILES = {
     "etc/passwd": "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
     "etc/group": "root:x:0:\nnogroup:x:65534:\n",
     "etc/nsswitch.conf": "hosts: files dns\n",
 }
+"""What libc reads, of a root file system that is put together here."""
+
 _HOST_FOLDERS = ("dev", "proc", "root", "run", "sys", "tmp", "var/log", "var/run", "var/tmp")
 
 
@@ -84,7 +86,10 @@ def programs(image: str) -> tuple[Path, ...]:
     for name in filter(None, image.removeprefix(HOST).split(",")):
         path = shutil.which(name)
         if path is None:
-            raise Error(f"image {image!r}: this host has no program {name}", hint="install it")
+            raise Error(
+                f"image {image!r}: this host has no program {name}",
+                hint="install it; all that examples/ need: ./bootstrap --examples",
+            )
         found.append(Path(path))
     return tuple(found)
 
@@ -116,7 +121,7 @@ def _of_host(wanted: Iterable[Path]) -> Root:
         for inside, outside in files.items():
             (folder / inside).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(outside, folder / inside)
-        for name, text in _HOST_FILES.items():
+        for name, text in FILES.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text)
         applets = subprocess.run(

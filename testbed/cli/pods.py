@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
 import time
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,17 +135,22 @@ def _ordered(arguments: argparse.Namespace, sandbox: Sandbox | None = None) -> l
     from testbed import kubernetes, nft, runtimes
     from testbed.keeper import Order
 
-    specs = kubernetes.read(arguments.manifest)
+    options = runtimes.Options(osv_kernel=arguments.osv_kernel)
+    best = functools.cache(lambda: runtimes.best(replace(options, say=_say)))
+    specs = kubernetes.read(arguments.manifest, best)
     if sandbox and len(specs) > 1:
         raise Error(f"{arguments.manifest} has {len(specs)} pods, for one namespace",
                     hint="leave one")  # fmt: skip
     for spec in specs:
         for warning in spec.warnings:
-            print(f"testbed: {warning}", file=sys.stderr)
+            _say(warning)
     if (why := nft.unsupported()) and not sandbox:
-        print(f"testbed: pods get no addresses of their own: {why}", file=sys.stderr)
-    options = runtimes.Options(osv_kernel=arguments.osv_kernel)
+        _say(f"pods get no addresses of their own: {why}")
     return [Order(spec, arguments.datapath, options, sandbox) for spec in specs]
+
+
+def _say(line: str) -> None:
+    print(f"testbed: {line}", file=sys.stderr)
 
 
 def _start(orders: list[Order], patience_s: float) -> int:
@@ -155,7 +162,7 @@ def _start(orders: list[Order], patience_s: float) -> int:
         starting.wait_built()
         unready = starting.wait(patience_s)
     for line in unready:
-        print(f"testbed: {line}", file=sys.stderr)
+        _say(line)
     return 1 if unready else 0
 
 
@@ -179,8 +186,8 @@ def _ps(arguments: argparse.Namespace) -> int:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
     for pod in found:
         if pod["keeper"] is None:
-            print(f"testbed: the keeper of pod {pod['name']} was killed, and the pod is as it was "
-                  f"then; testbed adopt {pod['name']}", file=sys.stderr)  # fmt: skip
+            _say(f"the keeper of pod {pod['name']} was killed, and the pod is as it was then; "
+                 f"testbed adopt {pod['name']}")  # fmt: skip
     return 0
 
 
@@ -269,7 +276,7 @@ def _trace(arguments: argparse.Namespace) -> int:
                 if capture:
                     trace.write(capture, event)
         if tracing.missed:
-            print(f"testbed: {tracing.missed} were missed: too many at once", file=sys.stderr)
+            _say(f"{tracing.missed} were missed: too many at once")
     return 0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -174,11 +174,15 @@ def definition(workload: Workload) -> images.Definition:
 
 def as_told(workload: Workload, image: images.Image) -> images.Image:
     """The image of a guest's program, with the command line that the program says instead."""
+    return replace(image, command=command_line(workload, image.command))
+
+
+def command_line(workload: Workload, own: Sequence[str]) -> tuple[str, ...]:
+    """What a workload runs whose image's own command line is this."""
     program = workload.program
     assert program is not None
-    words = (*(program.command or image.command[:1]),
-             *(program.args or (() if program.command else image.command[1:])))  # fmt: skip
-    return replace(image, command=words)
+    return (*(program.command or own[:1]),
+            *(program.args or (() if program.command else own[1:])))  # fmt: skip
 
 
 def memory_mib(workload: Workload) -> int:
@@ -230,7 +234,7 @@ class Program:
             return spawn(
                 self._command(place.workload),
                 cgroup=place.cgroup, netns=place.netns, cpus=place.workload.cpus,
-                binds=place.etc, output=place.console,
+                binds={**place.etc, **self._files(place.workload)}, output=place.console,
                 env={"PATH": rootfs.PATH, **dict(program.env)},
                 working_dir=program.working_dir or None,
             )  # fmt: skip
@@ -240,6 +244,10 @@ class Program:
             cgroup=place.cgroup, netns=place.netns, cpus=place.workload.cpus,
             binds={hosts: "/etc/hosts"}, output=place.console,
         )  # fmt: skip
+
+    def _files(self, workload: Workload) -> dict[Path, str]:
+        """Files that the program needs besides, and the paths that they stand at."""
+        return {}
 
     def _command(self, workload: Workload) -> list[str]:
         program = workload.program
@@ -276,3 +284,12 @@ def choose(name: str, options: Options) -> tuple[Prepared, str]:
         except Absent as e:
             why.append(f"no {runtime} guest: {e.message}")
     return prepare(Runtime.STANDIN, options), "; ".join(why)
+
+
+def best(options: Options) -> Runtime:
+    """The best guest that is there, as `choose` has it; `options.say` is told which, in a line."""
+    guest, why = choose("best", options)
+    found = guest.description
+    words = " ".join(filter(None, (found.runtime, found.kernel, found.accelerator)))
+    options.say(f"the best guest here: {words}{f'; {why}' if why else ''}")
+    return found.runtime

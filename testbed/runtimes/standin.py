@@ -1,15 +1,39 @@
 """A network namespace in the place of a guest: its own stack and hosts file, no hypervisor.
 
 What is true of a guest's packets is true of its, at a speed that an emulated guest cannot show.
+Its programs are this host's, or a definition's of a guest's image: it can take any guest's place.
 """
 
 from __future__ import annotations
 
-from testbed import images
+from pathlib import Path
+
+from testbed import images, rootfs
+from testbed.manifest import Workload
 from testbed.model import Runtime
-from testbed.runtimes import Options, Program
+from testbed.runtimes import Options, Program, command_line, definition
 
 
-def prepare(options: Options) -> Program:
+def prepare(options: Options) -> Standin:
     """Compiles the agent, and patches the hosts file as for an image."""
-    return Program(Runtime.STANDIN, images.hosts_file(patched=options.hosts_patch))
+    return Standin(Runtime.STANDIN, images.hosts_file(patched=options.hosts_patch))
+
+
+class Standin(Program):
+    """A program of this host, or a definition's with its files."""
+
+    def _command(self, workload: Workload) -> list[str]:
+        if _is_of_host(workload):
+            return super()._command(workload)
+        image = definition(workload)
+        return list(command_line(workload, (str(image.program), *image.arguments)))
+
+    def _files(self, workload: Workload) -> dict[Path, str]:
+        if _is_of_host(workload):
+            return {}
+        return {file: inside for inside, file in definition(workload).files.items()}
+
+
+def _is_of_host(workload: Workload) -> bool:
+    assert workload.program is not None
+    return rootfs.is_of_host(workload.program.image)

@@ -16,7 +16,7 @@ from testbed.runtimes import definition, vcpus
 def read(tmp_path: Path, text: str) -> list[Spec]:
     file = tmp_path / "pod.yaml"
     file.write_text(dedent(text))
-    return kubernetes.read(file)
+    return kubernetes.read(file, lambda: Runtime.LINUX)
 
 
 def pod(containers: str, spec: str = "", annotations: str = "{}") -> str:
@@ -75,6 +75,8 @@ def test_the_runtime_is_the_containers_then_the_pods_then_the_class(tmp_path: Pa
         ("runtimeClassName: process", "{}", [Runtime.PROCESS, Runtime.PROCESS]),
         ("runtimeClassName: process", "{testbed/runtime: wasm}", [Runtime.WASM, Runtime.WASM]),
         ("", "{testbed/runtime: wasm, testbed/runtime.b: osv}", [Runtime.WASM, Runtime.OSV]),
+        ("", "{testbed/runtime.b: best}", [Runtime.CONTAINER, Runtime.LINUX]),
+        ("runtimeClassName: best", "{testbed/runtime.b: osv}", [Runtime.LINUX, Runtime.OSV]),
     ):
         [read_] = read(tmp_path, pod(text, spec, said))
         assert [w.runtime for w in read_.manifest.workloads] == expected
