@@ -105,7 +105,7 @@ def test_redis_counts_for_a_component_and_a_guest(up: Up) -> None:
 
 
 def test_a_container_reads_what_a_guest_serves(up: Up, best: Runtime) -> None:
-    """And the guest sees it at loopback if there is a shim in it, else at the pod's end of its link."""
+    """And the guest sees it at loopback if there is a shim in it, else at its link's other end."""
     seen = (model.loopback if best is Runtime.OSV else model.pod_link)(Family.IPV4)
     says(up("web"), "client", f"(?m)^{re.escape(str(seen))}$")
 
@@ -120,6 +120,9 @@ def test_a_gateway_switches_its_fan(up: Up) -> None:
     says(pod, "rules", "fan off")
 
 
+@pytest.mark.parametrize(
+    "best", [Runtime.OSV, Runtime.LINUX], indirect=True
+)  # it has a Linux guest
 def test_everyone_reaches_everyone(up: Up, capsys: pytest.CaptureFixture[str]) -> None:
     """Every agent gets answers from every other's port, in both families where both ends speak
     them; the component, which is no agent, connects to all.
