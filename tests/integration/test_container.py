@@ -140,8 +140,8 @@ def test_a_tar_is_a_root(run: Run, tmp_path: Path) -> None:
 
 
 def test_programs_of_this_host_bring_their_libraries(run: Run) -> None:
-    assert "v=7" in run(Program("host:redis-server,redis-cli", args=("--version",)))
-    assert "redis-cli 7" in run(Program("host:redis-server,redis-cli", command=("redis-cli", "-v")))
+    assert "Redis server v=" in run(Program("host:redis-server,redis-cli", args=("--version",)))
+    assert "redis-cli " in run(Program("host:redis-server,redis-cli", command=("redis-cli", "-v")))
 
 
 def test_what_it_left_running_ends_with_it(pod: Pod, runtime: Prepared) -> None:
