@@ -47,7 +47,7 @@ BPF_ARRAY(sizes, u32, SLOTS); /* guests in the pod, numbered from 1 */
 static __always_inline void copy_to_guests(struct __sk_buff *skb, u8 slot)
 {
 	u32 key = slot, *size = sizes.lookup(&key);
-	u32 n, ifindex;
+	u32 n, ifindex, copies = 0;
 
 	if (!size)
 		return;
@@ -57,9 +57,10 @@ static __always_inline void copy_to_guests(struct __sk_buff *skb, u8 slot)
 		ifindex = port_of(slot, n);
 		if (!ifindex)
 			continue;
-		tally(skb, slot, REASON_COPIED);
 		bpf_clone_redirect(skb, ifindex, 0);
+		copies++;
 	}
+	tally_times(skb, slot, REASON_COPIED, copies);
 }
 
 /* What natives send to natives, or to guests: nobody knows. */
@@ -188,6 +189,10 @@ int port_ingress(struct __sk_buff *skb)
 	default:
 		return drop(skb, here.slot, REASON_SPOOFED);
 	}
+	/* What the verifier knows, it would go through again for each copy. */
+	forget_headers(skb, &p);
+	p.destination.kind = forget(skb, p.destination.kind);
+	p.v6 = forget(skb, p.v6);
 	copy_to_guests(skb, here.slot);
 	tally(skb, here.slot, REASON_COPIED);
 	if (p.destination.kind == GUEST_VIEW ||

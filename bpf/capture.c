@@ -90,18 +90,21 @@ int lo_egress(struct __sk_buff *skb)
 int router(struct __sk_buff *skb)
 {
 	struct here here = where(skb);
+	struct address destination;
 	struct packet p = {};
 
 	if (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6))
 		return TC_ACT_OK;
-	parse_ip(skb, &p);
-	switch (p.source.kind) {
+	if (parse_ip(skb, &p))
+		return TC_ACT_OK;
+	switch (source_of(&p).kind) {
 	case ALIAS:
 	case NATIVE_SOURCE:
 	case NATIVE_SOURCE_ODD:
 	case GUEST_VIEW:
-		if (p.destination.kind == LINK)
-			return redirect_marked(skb, here.slot, p.destination.n);
+		destination = destination_of(&p);
+		if (destination.kind == LINK)
+			return redirect_marked(skb, here.slot, destination.n);
 	}
 	return TC_ACT_OK;
 }
@@ -126,8 +129,11 @@ int bridge_egress(struct __sk_buff *skb)
 	}
 	if (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6))
 		return drop(skb, here.slot, REASON_OUTSIDE);
-	if (!parse_ip(skb, &p) && !p.later)
-		p.fault = parse_l4(skb, &p);
+	if (!parse_ip(skb, &p)) {
+		if (!p.later)
+			p.fault = parse_l4(skb, &p);
+		classify_addresses(&p);
+	}
 	if (is_reserved(p.source) || is_reserved(p.destination))
 		return drop(skb, here.slot, REASON_OUTSIDE);
 	if (!p.later && is_nd(&p) && (parse_nd(skb, &p, &says) || is_reserved(says.claimed)))

@@ -14,6 +14,11 @@
 
 #include "addresses.h"
 
+/* Makes the compiler forget what it knows of a value. It then leaves in the code a bound that it
+ * could do without, and that the verifier, which knows less, has to see.
+ */
+#define hide(value)	   asm volatile("" : "+r"(value))
+
 #define IP_MORE_FRAGMENTS  0x2000
 #define IP_FRAGMENT_OFFSET 0x1fff
 
@@ -71,6 +76,7 @@ static __always_inline int read(struct __sk_buff *skb, u32 offset, void *to, u32
 		__builtin_memcpy(to, __builtin_assume_aligned(from, 4), size);
 		return 0;
 	}
+	__builtin_memset(to, 0, size); /* Linux 7.3 takes what a helper alone wrote for undefined */
 	return bpf_skb_load_bytes(skb, offset, to, size);
 }
 
@@ -147,7 +153,7 @@ static __always_inline int parse_l4(struct __sk_buff *skb, struct packet *p)
 	return UNHANDLED;
 }
 
-/* Addresses, and where layer 4 begins; nonzero if there is no right IP header. */
+/* The IP header, and where layer 4 begins; nonzero if there is no right IP header. */
 static __always_inline int parse_ip(struct __sk_buff *skb, struct packet *p)
 {
 	p->fault = TRUNCATED;
@@ -159,8 +165,6 @@ static __always_inline int parse_ip(struct __sk_buff *skb, struct packet *p)
 		__builtin_memcpy(p->before, &ip, sizeof(p->before));
 		p->from[0] = ip.saddr;
 		p->from[1] = ip.daddr;
-		p->source = classify4(ip.saddr);
-		p->destination = classify4(ip.daddr);
 		p->l4 = ETH_HLEN + ip.ihl * 4;
 		p->carried = ip.protocol;
 		p->fragment = !!(ip.frag_off & bpf_htons(IP_MORE_FRAGMENTS | IP_FRAGMENT_OFFSET));
@@ -174,8 +178,6 @@ static __always_inline int parse_ip(struct __sk_buff *skb, struct packet *p)
 			return -1;
 		__builtin_memcpy(p->before, &ip, 8);
 		__builtin_memcpy(p->from, &ip.saddr, sizeof(p->from));
-		p->source = classify6(p->from);
-		p->destination = classify6(p->from + 4);
 		p->l4 = ETH_HLEN + sizeof(ip);
 		p->carried = ip.nexthdr;
 		if (p->carried == IPPROTO_FRAGMENT) {
@@ -200,20 +202,11 @@ static __always_inline int parse_ip(struct __sk_buff *skb, struct packet *p)
 	return 0;
 }
 
-/* Parse an IPv4 or IPv6 packet (skb->protocol says so). The addresses are right whatever `fault`
- * says afterwards; only where the IP header itself is wrong they are OTHER.
- */
-static __always_inline void parse(struct __sk_buff *skb, struct packet *p, u8 slot, u8 place)
+/* Ports of a fragment: the first one's are kept, later ones are given those. */
+static __always_inline void parse_fragment(struct packet *p, u8 slot, u8 place)
 {
 	struct fragments_key key = {.slot = slot, .place = place};
 	struct ports first = {};
-
-	if (parse_ip(skb, p))
-		return;
-	if (!p->later)
-		p->fault = parse_l4(skb, p);
-	if (!p->fragment)
-		return;
 
 	__builtin_memcpy(key.addresses, p->from, sizeof(key.addresses));
 	key.id = p->id;
@@ -235,6 +228,46 @@ static __always_inline void parse(struct __sk_buff *skb, struct packet *p, u8 sl
 		first.destination = p->destination_port;
 		fragments.update(&key, &first);
 	}
+}
+
+static __always_inline struct address source_of(const struct packet *p)
+{
+	return p->v6 ? classify6(p->from) : classify4(p->from[0]);
+}
+
+static __always_inline struct address destination_of(const struct packet *p)
+{
+	return p->v6 ? classify6(p->from + 4) : classify4(p->from[1]);
+}
+
+/* The last step of parsing: the verifier follows whatever comes after it once for each combination of
+ * the kinds.
+ */
+static __always_inline void classify_addresses(struct packet *p)
+{
+	p->source = source_of(p);
+	p->destination = destination_of(p);
+}
+
+/* All but the kinds of the addresses; nonzero if there is no right IP header. */
+static __always_inline int parse_headers(struct __sk_buff *skb, struct packet *p, u8 slot, u8 place)
+{
+	if (parse_ip(skb, p))
+		return -1;
+	if (!p->later)
+		p->fault = parse_l4(skb, p);
+	if (p->fragment)
+		parse_fragment(p, slot, place);
+	return 0;
+}
+
+/* Parse an IPv4 or IPv6 packet (skb->protocol says so). The addresses are right whatever `fault`
+ * says afterwards; only where the IP header itself is wrong they are OTHER.
+ */
+static __always_inline void parse(struct __sk_buff *skb, struct packet *p, u8 slot, u8 place)
+{
+	if (!parse_headers(skb, p, slot, place))
+		classify_addresses(p);
 }
 
 /* The packet inside an ICMP error, seen by its sender, whom the error is sent to. Its layer 4

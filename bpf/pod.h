@@ -85,11 +85,11 @@ static __always_inline struct here where(struct __sk_buff *skb)
 	return here;
 }
 
-static __always_inline void add(struct __sk_buff *skb, struct count *count)
+static __always_inline void add(struct __sk_buff *skb, struct count *count, u64 times)
 {
 	if (count) {
-		count->packets++;
-		count->bytes += skb->len - ETH_HLEN;
+		count->packets += times;
+		count->bytes += times * (skb->len - ETH_HLEN);
 	}
 }
 
@@ -105,14 +105,19 @@ static __always_inline void note(u32 reason)
 }
 #endif
 
-static __always_inline void tally(struct __sk_buff *skb, u8 slot, u32 reason)
+static __always_inline void tally_times(struct __sk_buff *skb, u8 slot, u32 reason, u64 times)
 {
 	u32 key = slot * REASONS + reason;
 
 #ifdef TRACED
 	note(reason + 1);
 #endif
-	add(skb, counters.lookup(&key));
+	add(skb, counters.lookup(&key), times);
+}
+
+static __always_inline void tally(struct __sk_buff *skb, u8 slot, u32 reason)
+{
+	tally_times(skb, slot, reason, 1);
 }
 
 static __always_inline int drop(struct __sk_buff *skb, u8 slot, u32 reason)
@@ -131,15 +136,17 @@ static __always_inline void carry(struct __sk_buff *skb, u8 slot, u8 client, u8 
 {
 	struct flow flow = {.slot = slot, .client = client, .server = server};
 	u32 key = slot, n = client | server;
+	u64 at = n << 1 | !client;
 	struct few *few;
 
 	if ((client && server) || n >= FEW) {
-		add(skb, carried.lookup(&flow));
+		add(skb, carried.lookup(&flow), 1);
 		return;
 	}
 	few = carried_few.lookup(&key);
+	hide(at);
 	if (few)
-		add(skb, &few->of[n << 1 | !client]);
+		add(skb, &few->of[at & (FEW * 2 - 1)], 1);
 }
 
 /* Number and nature of the guest that owns a port, or -1 for a native. */
@@ -308,6 +315,47 @@ static __always_inline int port_nd(struct __sk_buff *skb, struct here here, stru
 	return bpf_redirect(skb->ifindex, 0);
 }
 
+/* The same value, of which the verifier knows nothing any more: it does not follow what is in skb->cb.
+ * Whatever comes after, it would go through once for each combination of what it knows. In assembler,
+ * as the offset has to stay in the instruction.
+ */
+static __always_inline u8 forget(struct __sk_buff *skb, u64 value)
+{
+	asm volatile("*(u32 *)(%1 + %2) = %0\n"
+		     "%0 = *(u32 *)(%1 + %2)"
+		     : "+r"(value)
+		     : "r"(skb), "i"(offsetof(struct __sk_buff, cb)));
+	return value;
+}
+
+static __always_inline struct address forget_address(struct __sk_buff *skb, struct address is)
+{
+	is.kind = forget(skb, is.kind);
+	is.n = forget(skb, is.n);
+	return is;
+}
+
+static __always_inline void forget_headers(struct __sk_buff *skb, struct packet *p)
+{
+	p->fragment = forget(skb, p->fragment);
+	p->later = forget(skb, p->later);
+	p->error = forget(skb, p->error);
+	p->fault = forget(skb, p->fault);
+	p->protocol = forget(skb, p->protocol);
+	p->carried = forget(skb, p->carried);
+	p->l4 = forget(skb, p->l4);
+}
+
+/* What a guest sends, parsed so that the verifier need not remember how. */
+static __always_inline void parse_guests(struct __sk_buff *skb, struct packet *p, u8 slot)
+{
+	if (parse_headers(skb, p, slot, PORT))
+		return;
+	forget_headers(skb, p);
+	p->source = forget_address(skb, source_of(p));
+	p->destination = forget_address(skb, destination_of(p));
+}
+
 /* What guest n may send at all. Returns ADMITTED with the packet parsed if its destination is an
  * address that only we use, or a verdict: TC_ACT_OK for whatever is not addressed to us,
  * TC_ACT_REDIRECT for answers to guest n.
@@ -326,7 +374,7 @@ static __always_inline int admit(struct __sk_buff *skb, struct here here, struct
 	if (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6))
 		return drop(skb, here.slot, REASON_UNHANDLED);
 
-	parse(skb, p, here.slot, PORT);
+	parse_guests(skb, p, here.slot);
 	if (!p->fragment && is_nd(p))
 		return port_nd(skb, here, p);
 	if (p->source.kind != LINK || p->source.n != here.n) {
@@ -412,7 +460,7 @@ static __always_inline int enter_lo(struct __sk_buff *skb, u8 slot, struct packe
 	struct odd_addresses *addresses;
 	struct odd_key flow = {};
 	u8 n = p->source.n;
-	__be32 to[8];
+	__be32 to[8] = {};
 
 	switch (p->destination.kind) {
 	case ALIAS:

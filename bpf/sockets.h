@@ -86,7 +86,7 @@ static __always_inline bool stays_on_lo(struct bpf_sock *sk)
 	return sk->bound_dev_if || (socket && socket->by_lo);
 }
 
-static __always_inline void forget(struct bpf_sock *sk)
+static __always_inline void forget_dialed(struct bpf_sock *sk)
 {
 	struct socket *socket = sockets.sk_storage_get(sk, 0, 0);
 
@@ -204,7 +204,7 @@ int connect4(struct bpf_sock_addr *ctx)
 
 	if (!sk)
 		return 1;
-	forget(sk);
+	forget_dialed(sk);
 	if (dial(ctx, sk, sk->src_ip4, true, a))
 		ctx->user_ip4 = a[3];
 	return 1;
@@ -217,7 +217,7 @@ int connect6(struct bpf_sock_addr *ctx)
 
 	if (!sk)
 		return 1;
-	forget(sk);
+	forget_dialed(sk);
 	if (dial(ctx, sk, sk->src_ip6[0] | sk->src_ip6[1] | sk->src_ip6[2] | sk->src_ip6[3], true,
 		 a))
 		show6(ctx, a);

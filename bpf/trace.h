@@ -32,7 +32,7 @@ static __always_inline void tell(struct __sk_buff *skb, u64 time_ns, u8 program,
 	struct event *event = events.ringbuf_reserve(sizeof(struct event));
 	struct here here = where(skb);
 	u32 zero = 0, *reason = noted.lookup(&zero);
-	u64 kept = skb->len;
+	s64 kept = skb->len;
 	int failed;
 
 	if (!event) {
@@ -50,13 +50,10 @@ static __always_inline void tell(struct __sk_buff *skb, u64 time_ns, u8 program,
 	event->n = here.n;
 	event->slot = here.slot;
 	event->goes = goes;
-	asm volatile("" : "+r"(kept)); /* or the verifier loses sight of its bounds */
-	if (kept >= 1 && kept < SNAP) {
-		failed = bpf_skb_load_bytes(skb, 0, event->packet, kept);
-	} else {
+	if (kept > SNAP)
 		kept = SNAP;
-		failed = bpf_skb_load_bytes(skb, 0, event->packet, SNAP);
-	}
+	hide(kept); /* else the compiler makes one test of both, by another register */
+	failed = kept > 0 ? bpf_skb_load_bytes(skb, 0, event->packet, kept) : -1;
 	event->kept = failed ? 0 : kept;
 	events.ringbuf_submit(event, 0);
 }

@@ -1,8 +1,9 @@
-"""Programs of `bpf/` as bytecode: compiled once per content and kernel, and kept in the cache.
+"""Programs of `bpf/` as bytecode: compiled once per content and compiler, and kept in the cache.
 
 A set is one C file in `bpf/` with its headers. bcc compiles it, in a process of its own (LLVM is
 large, and bcc changes the working directory), which takes seconds; from the cache the kernel has
-it in a tenth. What refers to a map says so by the map's place in the list of them.
+it in a tenth. Any kernel of the same architecture may: the programs touch only UAPI structures.
+What refers to a map says so by the map's place in the list of them.
 """
 
 from __future__ import annotations
@@ -94,6 +95,21 @@ class Bytecode:
             os.close(fd)
         for fd in fds:
             os.close(fd)
+
+    def processed(self, pins: Path) -> dict[str, int]:
+        """How many instructions the kernel's verifier goes through for each program, by name.
+
+        `pins` is where the set has been loaded, for its maps.
+        """
+        fds = [syscall.open_pin(pins / f"map_{shape.name}") for shape in self.maps]
+        try:
+            return {
+                p.name: syscall.processed(p.name, p.kind, p.attach_type, _renamed(p.code, fds))
+                for p in self.programs
+            }
+        finally:
+            for fd in fds:
+                os.close(fd)
 
 
 def load_entry(name: str, classid: int, calls: int, number: int) -> int:
@@ -217,9 +233,16 @@ def _common(headers: Path) -> Path:
 
 
 def digest(name: str) -> str:
-    """What programs are found again by: their text, and the kernel that they are for."""
-    kernel = f"{platform.release()} {platform.version()}"
-    return hashlib.sha256(f"{kernel}\n{source(name)}".encode()).hexdigest()[:16]
+    """What programs are found again by: their text, the architecture, and the compiler."""
+    what = f"{platform.machine()} {_compiler()}\n{source(name)}"
+    return hashlib.sha256(what.encode()).hexdigest()[:16]
+
+
+def _compiler() -> str:
+    """Which bcc is installed, without importing it: names and sizes of its library's files."""
+    folders = ("lib", "lib64", "lib/*-linux-gnu")
+    found = (path for folder in folders for path in Path("/usr").glob(f"{folder}/libbcc.so.*"))
+    return " ".join(f"{path.name} {path.stat().st_size}" for path in sorted(found))
 
 
 def get(name: str) -> Bytecode:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
@@ -45,8 +46,10 @@ def _text(path: object) -> Any:
     return ctypes.create_string_buffer(str(path).encode())
 
 
-LOG_BYTES = 1 << 20
-"""Of the verifier's."""
+LOG_BYTES = 1 << 24
+"""Of the verifier's. Before Linux 6.4 a program whose log does not fit is refused for that."""
+LOG_ALL, LOG_STATISTICS = 1, 4
+"""What is in it: BPF_LOG_LEVEL1, BPF_LOG_STATS."""
 
 
 def pin(fd: int, path: Path) -> None:
@@ -155,23 +158,36 @@ def create_map(name: str, shape: tuple[int, int, int, int, int], btf: tuple[int,
 def load_program(name: str, kind: int, attach_type: int, code: bytes) -> int:
     """File descriptor of a program that the kernel has verified (BPF_PROG_LOAD).
 
-    Raises OSError with the verifier's last words.
+    Raises OSError with the verifier's reason and the instruction that it is about.
     """
-    instructions, licence = ctypes.create_string_buffer(code, len(code)), _text("GPL")
-
-    def load(log: Any = None) -> int:
-        said = (1, len(log), address(log)) if log else (0, 0, 0)
-        return call(LOAD, "=IIQQIIQII16sII", kind, len(code) // 8, address(instructions),
-                    address(licence), *said, 0, 0, name.encode()[:15], 0, attach_type)  # fmt: skip
-
     try:
-        return load()
+        return _load(name, kind, attach_type, code)
     except OSError:
         log = ctypes.create_string_buffer(LOG_BYTES)
         try:
-            return load(log)
+            return _load(name, kind, attach_type, code, LOG_ALL, log)
         except OSError as e:
-            raise OSError(e.errno, log.value.decode(errors="replace")[-500:] or e.strerror) from e
+            said = log.value.decode(errors="replace").splitlines()
+            reason = [line for line in said if line and not line.startswith("processed ")][-2:]
+            raise OSError(e.errno, "; ".join(reversed(reason)) or e.strerror) from e
+
+
+def processed(name: str, kind: int, attach_type: int, code: bytes) -> int:
+    """How many instructions the verifier goes through; it refuses more than a million."""
+    log = ctypes.create_string_buffer(LOG_BYTES)
+    os.close(_load(name, kind, attach_type, code, LOG_STATISTICS, log))
+    found = re.search(rb"processed (\d+) insns", log.value)
+    assert found is not None, log.value
+    return int(found[1])
+
+
+def _load(
+    name: str, kind: int, attach_type: int, code: bytes, level: int = 0, log: Any = None
+) -> int:
+    instructions, licence = ctypes.create_string_buffer(code, len(code)), _text("GPL")
+    said = (level, len(log), address(log)) if log else (0, 0, 0)
+    return call(LOAD, "=IIQQIIQII16sII", kind, len(code) // 8, address(instructions),
+                address(licence), *said, 0, 0, name.encode()[:15], 0, attach_type)  # fmt: skip
 
 
 def program_name(fd: int) -> str:

@@ -253,6 +253,13 @@ class ProgramsOfPod:
             for name, hook in AT_PORTS.items():
                 self._attach(port.ifindex, hook, name, port.n)
 
+    def _show_names(self) -> None:
+        """Have natives of the pod's cgroup see guests' connections as from `localhost`."""
+        names = bpf.load("names", self._scope)
+        for hook in ("getpeername4", "getpeername6"):
+            bpf.attach_cgroup(self._scope, self._wiring.cgroup, hook, names.program(hook))
+        names.close()
+
     def _attach(
         self, ifindex: int, hook: int, name: str, n: int = 0, netns: str | None = None
     ) -> None:
@@ -295,6 +302,8 @@ class Datapath(Protocol):
     localhost: bool
     """Clients dial `localhost`; else the server's link address."""
     pairs: frozenset[Pair]
+    programs: tuple[str, ...]
+    """The sets of programs in `bpf/` that it loads."""
     in_kernel: bool
     """What it makes is all in the kernel and in the ledger: it works on when whoever attached it
     died, and a namespace that is not its own is left as it was."""

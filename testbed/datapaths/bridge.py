@@ -17,6 +17,7 @@ class Bridge:
     reference = "direct"
     localhost = False
     in_kernel = True
+    programs: tuple[str, ...] = ()
     pairs = frozenset({Pair.NATIVE_GUEST, Pair.GUEST_NATIVE, Pair.GUEST_GUEST})
 
     def unsupported(self, cell: Cell) -> str | None:

@@ -31,6 +31,7 @@ class Broadcast:
     reference = "direct"
     localhost = True
     in_kernel = True
+    programs = ("broadcast",)
     pairs = frozenset(Pair)
 
     def unsupported(self, cell: Cell) -> str | None:

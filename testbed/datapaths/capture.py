@@ -26,6 +26,7 @@ class Capture:
     reference = "bridge"
     localhost = True
     in_kernel = True
+    programs = ("capture", "names")
     pairs = frozenset(Pair)
 
     def unsupported(self, cell: Cell) -> str | None:
@@ -41,10 +42,7 @@ class _Attachment(ProgramsOfPod):
 
     def _attach_lo(self) -> None:
         super()._attach_lo()
-        names = bpf.load("names", self._scope)
-        for hook in ("getpeername4", "getpeername6"):
-            bpf.attach_cgroup(self._scope, self._wiring.cgroup, hook, names.program(hook))
-        names.close()
+        self._show_names()
 
     def _attach_links(self) -> None:
         wiring, slot = self._wiring, self._programs.slot

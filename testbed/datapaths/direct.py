@@ -16,6 +16,7 @@ class Direct:
     reference = "direct"
     localhost = False
     in_kernel = True
+    programs: tuple[str, ...] = ()
     pairs = frozenset({Pair.NATIVE_GUEST, Pair.GUEST_NATIVE})
 
     def unsupported(self, cell: Cell) -> str | None:

@@ -37,6 +37,7 @@ class Dnat:
     reference = "direct"
     localhost = True
     in_kernel = False
+    programs: tuple[str, ...] = ()
     pairs = frozenset(Pair) - {Pair.NATIVE_NATIVE}
 
     def unsupported(self, cell: Cell) -> str | None:

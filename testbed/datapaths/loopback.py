@@ -13,6 +13,7 @@ class Loopback:
     reference = "loopback"
     localhost = True
     in_kernel = True
+    programs: tuple[str, ...] = ()
     pairs = frozenset({Pair.NATIVE_NATIVE})
 
     def unsupported(self, cell: Cell) -> str | None:

@@ -42,6 +42,7 @@ class Passt:
     reference = "direct"
     localhost = True
     in_kernel = False
+    programs: tuple[str, ...] = ()
     pairs = frozenset(Pair) - {Pair.NATIVE_NATIVE}
 
     def unsupported(self, cell: Cell) -> str | None:

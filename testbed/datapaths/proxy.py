@@ -43,6 +43,7 @@ class Proxy:
     reference = "direct"
     localhost = True
     in_kernel = False
+    programs: tuple[str, ...] = ()
     pairs = frozenset(Pair) - {Pair.NATIVE_NATIVE}
 
     def unsupported(self, cell: Cell) -> str | None:

@@ -73,6 +73,7 @@ class Routed:
     reference = "loopback"
     localhost = False
     in_kernel = True
+    programs: tuple[str, ...] = ()
     pairs = frozenset({Pair.NATIVE_NATIVE})
 
     def __init__(self, side: Side | None = None) -> None:

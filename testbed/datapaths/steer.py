@@ -4,7 +4,8 @@ What the programs do is told in `bpf/steer.c`; here they are attached, to `lo` a
 The kernel's own loopback serves whatever no guest owns.
 
 Past `lo` go sockets of the pod's cgroup. Programs at them know the pod's namespace by its cookie,
-which Linux tells since 5.14; before, and for processes from elsewhere, everything goes by `lo`.
+which Linux tells since 5.14; before, and for processes from elsewhere, everything goes by `lo`, and
+names are shown as in `capture`.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Steer:
     reference = "direct"
     localhost = True
     in_kernel = True
+    programs = ("steer", "names")
     pairs = frozenset(Pair)
 
     def unsupported(self, cell: Cell) -> str | None:
@@ -84,6 +86,7 @@ class _Attachment(ProgramsOfPod):
         except OSError as e:
             if e.errno != errno.ENOPROTOOPT:
                 raise
+            self._show_names()
             return
         pins = str(self._programs.pins)
         self._scope.defer(forget_namespace, pins=pins, slot=self._programs.slot, cookie=cookie)

@@ -27,6 +27,7 @@ class TcRedirect:
     reference = "bridge"
     localhost = False
     in_kernel = False
+    programs: tuple[str, ...] = ()
     pairs = frozenset({Pair.NATIVE_GUEST, Pair.GUEST_NATIVE})
 
     def unsupported(self, cell: Cell) -> str | None:

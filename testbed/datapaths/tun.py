@@ -46,6 +46,7 @@ class Tun:
     reference = "direct"
     localhost = True
     in_kernel = False
+    programs: tuple[str, ...] = ()
     pairs = frozenset(Pair) - {Pair.NATIVE_NATIVE}
 
     def unsupported(self, cell: Cell) -> str | None:
