@@ -242,7 +242,7 @@ def _vhost_net() -> Finding:
 
 
 def others() -> Iterator[Finding]:
-    """Programs of other people, which some of the datapaths are made of."""
+    """Each datapath's eBPF programs as this kernel takes them, and programs of other people."""
     whole = []
     for name in datapaths.NAMES:
         if Pair.NATIVE_GUEST not in datapaths.get(name).pairs:
@@ -250,7 +250,9 @@ def others() -> Iterator[Finding]:
         cells = (Cell(name, Pair.NATIVE_GUEST, Family.IPV4, transport, Metric.LATENCY, 64)
                  for transport in Transport)  # fmt: skip
         lacks = {reason for cell in cells if (reason := datapaths.get(name).unsupported(cell))}
-        if lacks:
+        if refused := _refused(datapaths.get(name).programs):
+            yield Finding(name, State.MISSING, refused, "boot a kernel that docs/machines.md lists")
+        elif lacks:
             parts = [reason.partition("; ") for reason in sorted(lacks)]
             costs = "cells of it are unsupported"
             hint = "; ".join([costs, *filter(None, (remedy for *_, remedy in parts))])
@@ -258,6 +260,19 @@ def others() -> Iterator[Finding]:
         else:
             whole.append(name)
     yield Finding("datapaths", State.FINE, ", ".join(whole))
+
+
+def _refused(programs: Iterable[str]) -> str | None:
+    """Why one of these sets of programs cannot be loaded, or None. Without root nobody can."""
+    if os.geteuid() != 0:
+        return None
+    with Owner() as owner:
+        try:
+            for name in programs:
+                bpf.load(name, owner).close()
+        except Error as e:
+            return e.message
+    return None
 
 
 # --- room -----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ for that moment, or stay out of it to be a process from elsewhere.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -720,6 +721,23 @@ def test_when_it_has_settled_each_packet_meets_a_program_once(build: Build, fami
             assert 11 <= carried.packets <= 13  # with what the kernels say of who is neighbor
         pod.link_ip.link("del", ifname="g1")
         pod.mend()
+
+
+@FAMILIES
+def test_where_linux_tells_no_cookie_natives_still_see_loopback_addresses(
+    build: Build, monkeypatch: pytest.MonkeyPatch, family: Family
+) -> None:
+    """As Linux 5.10 to 5.13 do not."""
+
+    def no_cookie() -> int:
+        raise OSError(errno.ENOPROTOOPT, "no such option")
+
+    monkeypatch.setattr("testbed.datapaths.steer._cookie", no_cookie)
+    natives = Members(build(f"steer-{family}-old", datapath="steer"))
+    with natives.connected(Pair(0, 1), family) as (client, _):
+        assert client.getpeername()[:2] == (loopback(family), PORTS[1])
+    with natives.connected(Pair(1, 0), family) as (_, server):
+        assert server.getpeername()[0] == loopback(family)
 
 
 def test_two_pods_are_separate(build: Build, members: Members) -> None:
