@@ -290,6 +290,8 @@ from testbed.bpf import bytecode
 agent.build()
 for file in bytecode.SOURCES.glob("*.c"):
     bytecode.get(file.stem)
+    if bytecode.entries(file.stem):
+        bytecode.get(file.stem + bytecode.TRACED)
 END
 """
 
