@@ -285,13 +285,13 @@ set -e
 .venv/bin/python -m compileall -q testbed tests
 .venv/bin/python - <<'END'
 import matplotlib.font_manager
-from testbed import agent
+from testbed import agent, datapaths
 from testbed.bpf import bytecode
 agent.build()
-for file in bytecode.SOURCES.glob("*.c"):
-    bytecode.get(file.stem)
-    if bytecode.entries(file.stem):
-        bytecode.get(file.stem + bytecode.TRACED)
+for name in {name for each in datapaths.NAMES for name in datapaths.get(each).programs}:
+    bytecode.get(name)
+    if bytecode.entries(name):
+        bytecode.get(name + bytecode.TRACED)
 END
 """
 
