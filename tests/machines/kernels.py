@@ -234,6 +234,8 @@ def run(row: Row, root: Path, commit: str) -> None:
     except Error as e:
         write()
         say(f"{row.name}: {e}")
+    except KeyboardInterrupt:
+        say(f"{row.name}: interrupted")
 
 
 def take(step: Step, guest: vm.Guest, folder: Path, shared: Path) -> Outcome:
