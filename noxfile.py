@@ -84,6 +84,12 @@ def kernels(session: nox.Session) -> None:
 
 
 @nox.session
+def kvm(session: nox.Session) -> None:
+    """Run guests by KVM and vhost-net, here or on an emulated machine (-- arguments for pytest)."""
+    become(session, "python", "-m", "tests.machines", "kvm", *session.posargs)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Hold speed against tests/bench/bands.toml; exit status 1: worse, 3: could not measure."""
     options = ("--benchmark-quiet", "--benchmark-autosave")

@@ -50,8 +50,9 @@ def add(commands: Commands) -> None:
                              help="what makes localhost work (default: %(default)s)")  # fmt: skip
         command.add_argument("--osv-kernel", type=Path, metavar="PATH", help="as for run")
     for command in (up, attach, adopt):
-        command.add_argument("--wait", type=float, default=60, metavar="S",
-                             help="for the pods to be ready (default: %(default)s)")  # fmt: skip
+        command.add_argument(
+            "--wait", type=float, metavar="S", help="for the pods to be ready (default: 60)"
+        )
 
     ps = commands.add_parser("ps", help="list pods and their workloads")
     ps.set_defaults(call=_ps)
@@ -153,14 +154,14 @@ def _say(line: str) -> None:
     print(f"testbed: {line}", file=sys.stderr)
 
 
-def _start(orders: list[Order], patience_s: float) -> int:
-    from testbed import keeper
+def _start(orders: list[Order], patience_s: float | None) -> int:
+    from testbed import keeper, machine
 
     with keeper.Starting() as starting:
         for order in orders:
             starting.start(order)
         starting.wait_built()
-        unready = starting.wait(patience_s)
+        unready = starting.wait(60 * machine.slowness() if patience_s is None else patience_s)
     for line in unready:
         _say(line)
     return 1 if unready else 0

@@ -15,6 +15,7 @@ from testbed.model import Error
 COMMANDS = {
     "fresh": "run the tests in Debian roots that have nothing but git",
     "kernels": "run programs, cells and checks on Debian's kernels, in virtual machines",
+    "kvm": "run guests by KVM and vhost-net, on an emulated machine where it is not here",
 }
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
