@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import signal
 import socket
 import struct
 import sys
@@ -50,6 +51,12 @@ class Scheduling(LoadFileScheduling):  # type: ignore[misc]
     def _split_scope(self, nodeid: str) -> str:
         folder = Path(nodeid.partition("::")[0]).parent.name
         return "host" if folder in ("integration", "bpf") else super()._split_scope(nodeid)
+
+
+def pytest_configure() -> None:
+    """A script that starts tests in its background has them, and their children, ignore SIGINT."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:

@@ -272,8 +272,13 @@ def test_passt_carries_a_virtual_machine_both_ways_also_the_next_one(build: Buil
     pod = build("passt", trial.manifest(roles, Runtime.LINUX), "passt", prepared)
     pod.start()
 
-    def faults(*cells: Cell) -> list[str | None]:
-        return [trial.run(c, [pod], prepared[Runtime.LINUX], 0.05, 0.2).reason for c in cells]
+    def fault(cell: Cell) -> str | None:
+        """In a short trial a busy machine may get nothing done: then a longer one."""
+        for duration_s in (0.2, 2.0):
+            reason = trial.run(cell, [pod], prepared[Runtime.LINUX], 0.05, duration_s).reason
+            if reason is None:
+                break
+        return reason
 
     cells = [
         Cell("passt", pair, family, transport, Metric.LATENCY, 64)
@@ -283,11 +288,11 @@ def test_passt_carries_a_virtual_machine_both_ways_also_the_next_one(build: Buil
     ]
     supported = [cell for cell in cells if not pod.datapath.unsupported(cell)]
     assert len(supported) == 6
-    assert faults(*supported) == [None] * 6
+    assert [fault(cell) for cell in supported] == [None] * 6
     pod.stop_workload("guest1")
     pod.start_workload("guest1")
     pod.wait_ready("guest1")
-    assert faults(supported[0]) == [None]
+    assert fault(supported[0]) is None
 
 
 # --- tun ------------------------------------------------------------------------------------

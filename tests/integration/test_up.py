@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from testbed import ledger, netlink, pods
+from testbed.machine import slowness
 from tests.children import ending
 
 from .commands import TESTBED, run, there, workload
@@ -158,7 +159,7 @@ def test_what_cannot_be_built_leaves_nothing(manifest: Callable[..., Path], name
 
 
 def test_an_interrupted_up_leaves_nothing(manifest: Callable[..., Path], name: str) -> None:
-    file = manifest('- {name: a, image: "host:sleep", args: ["9"], ports: [{containerPort: 99}]}')
+    file = manifest('- {name: a, image: "host:sleep", args: ["99"], ports: [{containerPort: 99}]}')
     for built in (False, True):
         with ending(subprocess.Popen([*TESTBED, "up", file], stderr=subprocess.DEVNULL)) as up:
             wait_until(lambda: name in pods.names(), "the keeper listens")
@@ -193,7 +194,7 @@ def test_pods_are_listed_fast(manifest: Callable[..., Path], name: str) -> None:
         began = time.monotonic()
         run("ps")
         times_s.append(time.monotonic() - began)
-    assert min(times_s) < 0.4
+    assert min(times_s) < 0.4 * slowness()
 
 
 @pytest.mark.parametrize(
