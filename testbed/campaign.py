@@ -267,7 +267,8 @@ def _run(shares: list[_Share], open_store: Callable[[Event], Store], report: Rep
                         campaign = campaign or open_store(event)
                         _meet(campaign, share, event)
                         began = time.monotonic()
-                        text = event["why"] or text
+                        why = f": {event['why']}" if event["why"] else ""
+                        text = f"{prefix}guests are {event['guest']['runtime']}{why}"
                     case "step":
                         text = f"{prefix}{event['text']}"
                     case "trial" if campaign:
