@@ -105,6 +105,9 @@ def manifest(folder: Path) -> Manifest:
     agent.write_text('program = "agent"\n')
     command = ["cc", "-xc", "-", "-O2", "-D_FORTIFY_SOURCE=2", "-D_GNU_SOURCE", "-pie", "-fPIE"]
     subprocess.run([*command, "-o", folder / "messages"], input=MESSAGES, text=True, check=True)
+    shutil.copy(kernels.OSV / "nginx.toml", folder)
+    conf = (kernels.OSV / "nginx.conf").read_text()
+    (folder / "nginx.conf").write_text(conf.replace("listen 8080", "listen 127.0.0.1:8080"))
     messages = folder / "messages.toml"
     messages.write_text('program = "messages"\n')
 
@@ -117,7 +120,7 @@ def manifest(folder: Path) -> Manifest:
     guests = [
         guest("agent", agent, *GUEST_PORTS),
         guest("redis", kernels.OSV / "redis.toml", SERVERS["redis"]),
-        guest("nginx", kernels.OSV / "nginx.toml", SERVERS["nginx"]),
+        guest("nginx", folder / "nginx.toml", SERVERS["nginx"]),
         guest("iperf3", kernels.OSV / "iperf3.toml", 5201),
         guest("curl", kernels.OSV / "curl.toml"),
         guest("curl-ipv6", kernels.OSV / "curl.toml",
