@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
 import pytest
+
+from tests.machines import fresh
 
 ROOT = Path(__file__).parents[2]
 SESSIONS = {
@@ -19,7 +22,7 @@ SESSIONS = {
 
 
 def test_what_the_project_promises_is_there() -> None:
-    assert set(SESSIONS) >= {"experiments", "figures", "tests", "lint", "bench", "history"}
+    assert set(SESSIONS) >= {"experiments", "figures", "tests", "lint", "bench", "history", "fresh"}
 
 
 @pytest.mark.parametrize("name", SESSIONS)
@@ -47,7 +50,8 @@ def test_texts_name_only_sessions_that_exist(text: str) -> None:
 
 
 def test_ci_runs_what_the_readme_says() -> None:
-    assert "./bootstrap nox -s tests" in (ROOT / ".ci/run").read_text()
+    assert "tests.machines fresh" in (ROOT / ".ci/run").read_text()
+    assert f"# {shlex.join(fresh.COMMAND)} " in (ROOT / "README.md").read_text()
 
 
 def test_every_python_dependency_says_why() -> None:
