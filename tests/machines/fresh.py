@@ -23,7 +23,7 @@ SUITES = {
 }
 """What is called in which Debian, where nobody says otherwise."""
 
-CLOSING = re.compile(r"=+ (.*\d+ \w+.*) in [\d.]+s\b.* =+")
+CLOSING = re.compile(r"(?:=+ )?(\d+ \w+(?:, \d+ \w+)*) in [\d.]+s\b.*")
 KINDS = ("passed", "failed", "skipped")
 COUNTED_AS = {"error": "failed", "errors": "failed", "xfailed": "passed"}
 

@@ -64,6 +64,7 @@ def test_a_week_is_in_the_order_of_names() -> None:
     [
         ("== 2 failed, 9 passed, 5 skipped, 1 warning in 754.33s (0:12:34) ==", (9, 2, 5)),
         ("===== 3 passed, 1 xfailed, 1 error in 0.12s =====", (4, 1, 0)),
+        ("7 passed, 2 skipped in 416.82s (0:06:56)", (7, 0, 2)),
         ("== no tests ran in 0.01s ==", (0, 0, 0)),
         ("3 passed", (0, 0, 0)),
         ("==== short test summary info ====", (0, 0, 0)),
