@@ -74,12 +74,14 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def fresh(session: nox.Session) -> None:
     """Test a commit in new Debian roots, which have nothing but git (-- --suite trixie)."""
+    groups(session, "machines")
     become(session, "python", "-m", "tests.machines", "fresh", *session.posargs)
 
 
 @nox.session
 def kernels(session: nox.Session) -> None:
     """Run programs, cells and checks on Debian's kernels in VMs (-- --kernel 5.10 --jobs 2)."""
+    groups(session, "machines")
     become(session, "python", "-m", "tests.machines", "kernels", *session.posargs)
 
 

@@ -53,7 +53,7 @@ def test_linters_find_what_is_wrong(tmp_path: Path, right: str, wrong: str, said
 
 
 def test_jobs_are_those_that_the_project_promises() -> None:
-    assert set(JOBS) == {"lint", "tests", "fresh", "bench", "nightly"}
+    assert set(JOBS) == {"lint", "tests", "fresh", "bench", "nightly", "kernels", "kvm"}
     assert all(job["timeout-minutes"] <= 180 for job in JOBS.values())
 
 
