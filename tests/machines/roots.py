@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import re
 import secrets
 import shutil
 import signal
@@ -230,9 +231,12 @@ def prepared(suite: str, arch: str | None = None) -> Path:
     bootstrap = ["./bootstrap", *(["--tests"] if arch == architecture() else []), "true"]
     root = base(suite, arch)
     commit = git("rev-parse", "HEAD")
-    files = (
-        git("show", f"{commit}:{name}") for name in ("bootstrap", "packages.txt", "pyproject.toml")
-    )
+    files = [git("show", f"{commit}:{name}") for name in ("bootstrap", "pyproject.toml")]
+    # Of packages.txt what is installed: neither comments nor other groups.
+    for line in git("show", f"{commit}:packages.txt").splitlines():
+        entry = line.partition("#")[0].strip()
+        if re.match(r"(tests:|[^:]+$)", entry):
+            files.append(entry)
     inputs = hashlib.sha256("\0".join(files).encode()).hexdigest()[:12]
     common = root.with_name(f"{root.name}-{inputs}")
     ours = root.with_name(f"{root.name}-{inputs}-{commit[:12]}")
