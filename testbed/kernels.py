@@ -169,8 +169,9 @@ def download_osv(
     """Fetch a published kernel into the cache, through HTTP(S)_PROXY if set.
 
     `listing` is the content of a kernels.toml, by default ours. Raises `Unreachable` without a
-    network, `Error` if what came is not what the listing says.
+    network, `Error` if what came is not what the listing says, or would not run on this machine.
     """
+    check_osv()
     listing = listing or _listing()
     entry = listing["flavor"][flavor]
     url = f"{listing['url']}/{entry['release']}/{entry['asset']}"

@@ -64,8 +64,8 @@ def bpf() -> Step:
     return Step("tests/bpf", ".venv/bin/pytest -q -p no:cacheprovider tests/bpf", 1500)
 
 
-def cells(families: str = "*") -> Step:
-    globs = " ".join(f"--cells '{name}/*/{families}/*'" for name in DATAPATHS)
+def cells(which: str = "*") -> Step:
+    globs = " ".join(f"--cells '{name}/{which}'" for name in DATAPATHS)
     return Step(
         "cells",
         f".venv/bin/testbed run --plan quick --blocks 1 --guest standin {globs}"
@@ -103,17 +103,20 @@ class Row:
     steps: tuple[Step, ...] = ALL
     machine: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `vm.Machine`."""
+    arch: str = roots.architecture()
+    """As Debian calls it."""
 
     @property
     def name(self) -> str:
-        words = (self.kernel, self.compiler, re.sub(r"\W+", "-", self.variant).strip("-"))
+        arch = "" if self.arch == roots.architecture() else self.arch
+        words = (self.kernel, self.compiler, arch, re.sub(r"\W+", "-", self.variant).strip("-"))
         return "-".join(filter(None, words))
 
 
 ROWS = (
     *(Row(kernel, compiler) for kernel in linux.SUITES for compiler in COMPILERS),
     Row("6.1", "bookworm", "IPv6 off by `ipv6.disable=1`, as if compiled out",
-        steps=(doctor(says="degraded +IPv6 .*ipv6.disable"), cells("ipv4"),
+        steps=(doctor(says="degraded +IPv6 .*ipv6.disable"), cells("*/ipv4/*"),
                checks("--family ipv4")),
         machine={"append": "ipv6.disable=1"}),
     Row("6.1", "bookworm", "IPv6 off by sysctl",
@@ -127,6 +130,9 @@ ROWS = (
         machine={"cgroups": "hybrid"}),
     Row("6.1", "bookworm", "no BTF of the kernel", steps=(doctor(), cells(), checks()),
         machine={"btf": False}),
+    *(Row("6.1", "bookworm", arch=arch,
+          steps=(doctor(), bpf(), cells("native-guest/ipv4/tcp/latency/*")))
+      for arch in roots.MACHINES if arch != roots.architecture()),
 )  # fmt: skip
 
 
@@ -165,11 +171,13 @@ def main(args: Sequence[str]) -> int:
     todo = [row for row in rows if options.again or not green(row, commit)]
     if len(todo) < len(rows):
         say(f"{len(rows) - len(todo)} of {len(rows)} rows are green at this commit already")
-    for name in dict.fromkeys(row.kernel for row in todo):
-        say(f"kernel {name}: {linux.kernel(name).release}")
-    ready = {suite: warm(suite) for suite in dict.fromkeys(row.compiler for row in todo)}
-    run_all(todo, ready, commit, options.jobs)
-    write_page()
+    for arch in dict.fromkeys(row.arch for row in todo):  # other roots take long
+        batch = [row for row in todo if row.arch == arch]
+        for name in dict.fromkeys(row.kernel for row in batch):
+            say(f"kernel {name}, {arch}: {linux.kernel(name, arch).release}")
+        ready = {suite: warm(suite, arch) for suite in dict.fromkeys(r.compiler for r in batch)}
+        run_all(batch, ready, commit, options.jobs)
+        write_page()
     red = [row.name for row in rows if not green(row, commit)]
     say(f"{len(rows) - len(red)} rows green, {len(red)} red{': ' if red else ''}{', '.join(red)}")
     return int(bool(red))
@@ -202,7 +210,7 @@ def run(row: Row, root: Path, commit: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     shared = folder / "results"
     shared.mkdir(parents=True)
-    kernel = linux.kernel(row.kernel)
+    kernel = linux.kernel(row.kernel, row.arch)
     outcomes: dict[str, Outcome] = {}
 
     def write() -> None:
@@ -217,7 +225,7 @@ def run(row: Row, root: Path, commit: str) -> None:
         )  # fmt: skip
 
     say(f"{row.name}: boots Linux {kernel.release}")
-    machine = vm.Machine(kernel, root, shares={"/results": shared}, **row.machine)
+    machine = vm.Machine(kernel, root, arch=row.arch, shares={"/results": shared}, **row.machine)
     start = time.monotonic()
     try:
         with vm.boot(machine, folder / "console.log") as guest:
@@ -279,37 +287,44 @@ def summary(step: Step, log: str, shared: Path) -> str:
     return ""
 
 
-# What can be done before, as fast as this machine is: modules and tests to Python's bytecode,
-# programs to eBPF's, the traffic agent, the index of fonts.
+# What can be done before, as fast as this machine is: modules and tests to Python's bytecode, the
+# traffic agent, the index of fonts; programs to eBPF's, but not for another architecture: bcc makes
+# maps while it compiles, and QEMU's user mode has no bpf(2).
 WARM = """
 set -e
 .venv/bin/pytest -q -p no:cacheprovider --collect-only tests/bpf || true # others' links are told
 .venv/bin/python -m compileall -q testbed tests
-.venv/bin/python - <<'END'
+.venv/bin/python -c '
 import matplotlib.font_manager
-from testbed import agent, datapaths
-from testbed.bpf import bytecode
+from testbed import agent
 agent.build()
+'
+"""
+WARM_PROGRAMS = """
+.venv/bin/python -c '
+from testbed import datapaths
+from testbed.bpf import bytecode
 for name in {name for each in datapaths.NAMES for name in datapaths.get(each).programs}:
     bytecode.get(name)
     if bytecode.entries(name):
         bytecode.get(name + bytecode.TRACED)
-END
+'
 """
 
 
-def warm(suite: str) -> Path:
+def warm(suite: str, arch: str = roots.architecture()) -> Path:
     """The prepared root of a suite, with all in it that can be compiled before. To be read."""
-    root = roots.prepared(suite)
+    root = roots.prepared(suite, arch)
     done = root / roots.CLONE / "build/warm"
-    with roots.lock(f"warm-{suite}"):
+    script = WARM + (WARM_PROGRAMS if arch == roots.architecture() else "")
+    with roots.lock(f"warm-{suite}-{arch}"), roots.foreign(arch):
         if not done.exists():
             said: list[str] = []
-            if roots.run(root, ["sh", "-c", WARM], cwd=f"/{roots.CLONE}", on_line=said.append):
+            if roots.run(root, ["sh", "-c", script], cwd=f"/{roots.CLONE}", on_line=said.append):
                 raise Error(f"in a {suite} root: {' '.join(said[-5:])}")
             done.parent.mkdir(exist_ok=True)
             done.touch()
-    say(f"root of {suite}: {compiler(root)}")
+    say(f"root of {suite}, {arch}: {compiler(root)}")
     return root
 
 

@@ -127,6 +127,8 @@ def test_on_another_machine_than_osvs_none_is_looked_for_and_a_named_one_refused
     assert kernels.find_osv() is None
     with pytest.raises(Error, match="OSv guests need an x86_64 machine, this one is aarch64"):
         kernels.find_osv(named)
+    with pytest.raises(Error, match="this one is aarch64"):
+        kernels.download_osv("master")
 
 
 def test_unknown_flavor_is_refused() -> None:
