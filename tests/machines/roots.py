@@ -414,7 +414,7 @@ def _scratch(name: str) -> Iterator[Path]:
         with lock("work"):
             for left in folder.iterdir():
                 with suppress(BlockingIOError), _locked(left, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                    shutil.rmtree(left)
+                    shutil.rmtree(left, ignore_errors=True)  # its processes may still be ending
             ours = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder))
             stack.enter_context(_locked(ours, fcntl.LOCK_EX))
         ours.chmod(0o755)
