@@ -133,9 +133,14 @@ def _ask_keeper(pod: str, question: str) -> dict[str, Any]:
     try:
         return _ask(pod, question, PATIENCE_S)
     except NoKeeper:
-        orphan(pod)
-        raise Error(f"the keeper of pod {pod!r} was killed, and the pod goes on without",
-                    hint=f"testbed adopt {pod}, or testbed down {pod}") from None  # fmt: skip
+        raise _unkept(pod) from None
+
+
+def _unkept(pod: str) -> Error:
+    """Of an orphan. Raises `Error` if there is no such pod at all."""
+    orphan(pod)
+    return Error(f"the keeper of pod {pod!r} was killed, and the pod goes on without",
+                 hint=f"testbed adopt {pod}, or testbed down {pod}")  # fmt: skip
 
 
 def down(pod: str) -> None:
@@ -157,8 +162,11 @@ def trusted(peer: socket.socket) -> bool:
 @contextmanager
 def trace(pod: str) -> Iterator[dict[str, Any]]:
     """What is needed to read of its programs' events, which there are as long as this is held."""
-    with _asking(pod, "trace", TRACE_PATIENCE_S) as answer:
-        yield answer
+    try:
+        with _asking(pod, "trace", TRACE_PATIENCE_S) as answer:
+            yield answer
+    except NoKeeper:
+        raise _unkept(pod) from None
 
 
 def _ask(pod: str, question: str, patience_s: float) -> dict[str, Any]:
