@@ -70,7 +70,7 @@ def ready(findings: Iterable[Finding]) -> bool:
 
 def preflight() -> None:
     """Raises `Error` if the main job cannot run here."""
-    for finding in list(host()):
+    for finding in list(host(anew=False)):
         if finding.state is State.MISSING:
             raise Error(f"{finding.name}: {finding.detail}", hint=finding.hint)
 
@@ -78,8 +78,11 @@ def preflight() -> None:
 # --- what pods are made of ------------------------------------------------------------------
 
 
-def host() -> Iterator[Finding]:
-    """Kernel, links, eBPF, cgroups, compiler: without one of them there is no pod."""
+def host(*, anew: bool = True) -> Iterator[Finding]:
+    """Kernel, links, eBPF, cgroups, compiler: without one of them there is no pod.
+
+    The probe is compiled `anew`, as the cache would hide that it cannot be.
+    """
     yield _kernel()
     if os.geteuid() != 0:
         yield Finding("root", State.MISSING, "pods need root", "sudo, in front of the command")
@@ -96,7 +99,7 @@ def host() -> Iterator[Finding]:
             yield _try("tap", lambda: _link(ip, "tuntap", mode="tap"))
         yield _try("cgroup2", lambda: _cgroup(owner, netns))
         yield _try("headers", _headers)
-        yield _try("eBPF", lambda: _programs(owner, netns))
+        yield _try("eBPF", lambda: _programs(owner, netns, anew))
     yield _try("C compiler", _compiler)
     yield _congestion()
 
@@ -143,10 +146,11 @@ def _headers() -> str:
     return f"of {found.release}, not of this kernel: serves for programs of the network"
 
 
-def _programs(owner: Owner, name: str) -> str:
+def _programs(owner: Owner, name: str, anew: bool) -> str:
     """Compile, load, attach to `lo` of a namespace and to a cgroup, as `capture` does."""
     cgroup = process.create_cgroup(owner, f"{name}-ebpf")
-    bpf.compile("probe")  # anew: the cache would hide that headers are gone
+    if anew:
+        bpf.compile("probe")
     with closing(bpf.load("probe", owner)) as loaded:
         bpf.attach_tc(owner, name, 1, bpf.INGRESS, loaded.program("redirect_peer"), "probe", 1)
         bpf.attach_cgroup(owner, cgroup, "getpeername4", loaded.program("getpeername4"))

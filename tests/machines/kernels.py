@@ -304,6 +304,7 @@ WARM_PROGRAMS = """
 .venv/bin/python -c '
 from testbed import datapaths
 from testbed.bpf import bytecode
+bytecode.get("probe")
 for name in {name for each in datapaths.NAMES for name in datapaths.get(each).programs}:
     bytecode.get(name)
     if bytecode.entries(name):
