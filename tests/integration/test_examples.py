@@ -77,7 +77,8 @@ def up(best: Runtime, environment: Mapping[str, str], tmp_path: Path) -> Iterato
         file = tmp_path / f"{example}.yaml"
         file.write_text(text)
         names.append(name)
-        command = [sys.executable, "-m", "testbed.cli", "up", str(file), f"--wait={LIMIT_S}"]
+        wait = f"--wait={LIMIT_S * machine.slowness():g}"
+        command = [sys.executable, "-m", "testbed.cli", "up", str(file), wait]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert re.findall("(?m)^testbed: the best guest here: ([a-z]+)", done.stderr) == [best]
