@@ -24,7 +24,7 @@ from testbed.ledger import Owner
 from testbed.machine import slowness
 
 CLIENT = "10.77.0.1"
-LIMIT_S = 80 * slowness()
+LIMIT_S = 120 * slowness()
 
 
 @dataclass

@@ -60,7 +60,7 @@ def hosts_of_blocks(out: Path) -> dict[int, str]:
 def wait_for_trials(out: Path, host: SshHost, count: int = 1) -> None:
     wait_until(
         lambda: sum(trial["host"] == host.name for trial in trials(out)) >= count,
-        f"{count} trials of {host.name}", 40,
+        f"{count} trials of {host.name}", 120,
     )  # fmt: skip
 
 
