@@ -81,8 +81,9 @@ def test(suite: str, commit: str, command: Sequence[str], keep: bool) -> Outcome
         base = roots.base(suite)
     with roots.copy(base) as root:
         roots.clone(commit, root)
-        installed = root / "var/lib/dpkg/info"
-        say(f"{suite}: has {len(list(installed.glob('*.list')))} packages, and no Python")
+        packages = len(list((root / "var/lib/dpkg/info").glob("*.list")))
+        python = "no Python" if not (root / "usr/bin/python3").exists() else "Python"
+        say(f"{suite}: there are {packages} packages, and {python}")
         counts: Counter[str] = Counter()
 
         def show(line: str) -> None:
