@@ -58,7 +58,7 @@ INTERRUPT_GRACE_S = 60
 """After an interrupt, what runs in a root has this long to take down what it made."""
 
 UNUSED_S = 24 * 3600
-"""After this, a prepared root of another commit is removed."""
+"""After this, a prepared root of other contents is removed."""
 
 ENTER = """
 set -e
@@ -249,8 +249,9 @@ def prepared(suite: str, arch: str | None = None) -> Path:
                     if run(making, bootstrap, cwd=f"/{CLONE}"):
                         raise Error(f"bootstrap failed in a {suite} root", "see what it says above")
                     run(making, ["apt-get", "clean"])
-        for other in root.parent.glob(f"{root.name}-{'?' * 12}-{'?' * 12}"):
-            if other != ours and time.time() - other.stat().st_mtime > UNUSED_S:
+        for other in root.parent.glob(f"{root.name}-*"):
+            unused = time.time() - other.stat().st_mtime > UNUSED_S
+            if unused and other not in (common, ours):
                 shutil.rmtree(other)
         if not ours.exists():
             with _made(ours) as making:
@@ -260,7 +261,8 @@ def prepared(suite: str, arch: str | None = None) -> Path:
                 for name in (".venv", "testbed.egg-info"):
                     (making / "root/before" / name).rename(making / CLONE / name)
                 shutil.rmtree(making / "root/before")
-        os.utime(ours)
+        for used in (common, ours):
+            os.utime(used)
     return ours
 
 
