@@ -6,7 +6,6 @@ KVM does not work in an emulated machine whose KVM does. Speed is not looked at.
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +28,7 @@ GUESTS = ("linux", *(f"osv-{flavor}" for flavor in kernels.FLAVORS))
 PAIRS = (Pair.NATIVE_GUEST, Pair.GUEST_NATIVE)
 CELLS = [f"{datapath}/native-guest/ipv4/tcp/latency/64x1" for datapath in ("steer", "capture")]
 CPUS = 2
-WARMUP_S, DURATION_S = 0.2, 1.0
+WARMUP_S, DURATIONS_S = 0.2, (1.0, 4.0, 10.0)
 
 
 def test_the_doctor_finds_kvm_and_vhost_net_and_nothing_missing() -> None:
@@ -70,8 +69,8 @@ def test_cells_of_a_guest_go_through_a_vhost_thread(
         for pair in PAIRS:
             for family in guest.families:
                 cell = Cell(datapath, pair, family, Transport.TCP, Metric.LATENCY, 64)
-                [worked_s] = vhost_work(pod, guest, cell)
-                assert worked_s > 0
+                [work_s] = vhost_work(pod, guest, cell)
+                assert work_s > 0
 
 
 def test_each_pair_of_queues_of_a_guest_with_two_cpus_has_a_vhost_thread(
@@ -88,9 +87,9 @@ def test_each_pair_of_queues_of_a_guest_with_two_cpus_has_a_vhost_thread(
         pod.start()
         assert_is_of_kvm(pod)
         way = ("capture", Pair.GUEST_NATIVE, Family.IPV4, Transport.TCP)
-        worked_s = vhost_work(pod, guest, Cell(*way, Metric.THROUGHPUT, 16384, streams=8))
-        assert len(worked_s) == CPUS
-        assert all(worked_s)
+        work_s = vhost_work(pod, guest, Cell(*way, Metric.THROUGHPUT, 16384, streams=8))
+        assert len(work_s) == CPUS
+        assert all(work_s)
 
 
 def test_a_campaign_of_the_quick_plan_says_that_guests_ran_by_kvm(tmp_path: Path) -> None:
@@ -113,12 +112,18 @@ def assert_is_of_kvm(pod: Pod) -> None:
 
 
 def vhost_work(pod: Pod, guest: Prepared, cell: Cell) -> list[float]:
-    """Seconds that each vhost thread of the pod's guest was at work in a trial that went well."""
+    """Seconds that each vhost thread of the pod's guest was at work, in a trial that went well.
+
+    On a slow machine a short trial may get nothing done, and is followed by a longer one.
+    """
     threads = vhost_threads(pod.processes["guest1"].pid)
-    before = [cpu_s(thread) for thread in threads]
-    result = trial.run(cell, [pod], guest, WARMUP_S, DURATION_S)
+    before = [worked_s(thread) for thread in threads]
+    for duration_s in DURATIONS_S:
+        result = trial.run(cell, [pod], guest, WARMUP_S, duration_s)
+        if result.status is Status.OK:
+            break
     assert result.status is Status.OK, result.reason
-    return [cpu_s(thread) - s for thread, s in zip(threads, before, strict=True)]
+    return [worked_s(thread) - s for thread, s in zip(threads, before, strict=True)]
 
 
 def vhost_threads(pid: int) -> list[Path]:
@@ -127,7 +132,6 @@ def vhost_threads(pid: int) -> list[Path]:
     return [name.parent for name in names if name.read_text().strip() == f"vhost-{pid}"]
 
 
-def cpu_s(thread: Path) -> float:
-    """User and system time (proc(5), stat)."""
-    fields = (thread / "stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def worked_s(thread: Path) -> float:
+    """Time on a CPU (Documentation/scheduler/sched-stats.rst); that of `stat` is in ticks."""
+    return int((thread / "schedstat").read_text().split()[0]) / 1e9
