@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from testbed import cc
+from testbed import cc, machine
 from testbed.model import CONTROL_PORT, Address, Error, Family, Transport
 
 SOURCES = Path(__file__).parent.parent / "agent"
@@ -204,7 +204,7 @@ class Agent:
     def answer(self, limit_s: float = SLACK_S) -> dict[str, Any]:
         """The next answer. Raises `Error` with what the agent says if an order was refused."""
         try:
-            self._socket.settimeout(limit_s)
+            self._socket.settimeout(limit_s * machine.slowness())
             line = self._lines.readline()
         except OSError as e:
             raise Error(f"traffic agent: {e}") from e

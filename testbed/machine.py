@@ -18,7 +18,7 @@ from testbed.model import Error, Family
 
 
 def slowness() -> float:
-    """Factor for every time that a boot or a test may take: `TESTBED_SLOWNESS`, or 1.
+    """Factor for every time that a boot, an answer or a test may take: `TESTBED_SLOWNESS`, or 1.
 
     For machines far slower than usual, such as emulated ones. Raises `Error` if it is no number
     above 0.

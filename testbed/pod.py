@@ -59,6 +59,9 @@ MTU = 1500
 """Of every guest link (OSv's driver knows no other)."""
 
 
+CONNECT_LIMIT_S = 5.0
+"""To an agent, that is to a workload that is ready."""
+
 BRIDGE, TO_POD, TO_GUESTS = "bridge", "pod", "guests"
 """Links of layout `bridge`: the last is the pod's own, the others are in its links' namespace."""
 
@@ -466,8 +469,9 @@ class Pod:
         n, _ = self._find(name)
         return guest_link(family, n) if n else loopback(family)
 
-    def agent(self, name: str, timeout_s: float = 5, family: Family = Family.IPV4) -> Agent:
+    def agent(self, name: str, timeout_s: float = 0, family: Family = Family.IPV4) -> Agent:
         """A control connection to the workload's agent, at its own address. Raises `OSError`."""
+        timeout_s = timeout_s or CONNECT_LIMIT_S * machine.slowness()
         _, workload = self._find(name)
         there = self.elsewhere.get(name)  # whichever family the hosts have between them
         address = next(iter(there.values())) if there else self.address(name, family)

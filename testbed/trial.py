@@ -326,7 +326,8 @@ def _together(results: Sequence[Result]) -> Result:
 
 def _clock(result: Result, late_s: float) -> str | None:
     """How far the receiver's clock is from the host's, if that is too far."""
-    if -0.05 * result.duration_s < late_s < CLOCK_SLACK_S + 0.05 * result.duration_s:
+    slack_s = CLOCK_SLACK_S * machine.slowness()
+    if -0.05 * result.duration_s < late_s < slack_s + 0.05 * result.duration_s:
         return None
     return f"the receiver's {result.duration_s:.2f} s were {late_s:.2f} s more by the host's clock"
 
