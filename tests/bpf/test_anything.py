@@ -18,6 +18,7 @@ from scapy.packet import Packet, Raw
 
 from testbed.bpf import ProgramSet
 from testbed.datapaths import steer
+from testbed.machine import slowness
 from testbed.model import Address, Family
 
 from .frames import EPHEMERAL, Plan, frame, from_guest, ip, to_guest, unreachable
@@ -122,7 +123,7 @@ def expected(a: Plan, src: Address, dst: Address, sport: int, dport: int) -> int
 
 
 @pytest.mark.parametrize("family", Family)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=round(200 / min(slowness(), 10)), deadline=None)  # fewer where all is slow
 @given(data=st.data())
 def test_it_goes_where_the_address_plan_says_or_nowhere(
     carry: Carry, family: Family, data: st.DataObject
