@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
+from testbed.machine import cache_folder
 from testbed.model import Error
 from tests.machines import linux, roots, vm
 
@@ -229,7 +230,11 @@ def run(row: Row, root: Path, commit: str) -> None:
         )  # fmt: skip
 
     say(f"{row.name}: boots Linux {kernel.release}")
-    machine = vm.Machine(kernel, root, arch=row.arch, shares={"/results": shared}, **row.machine)
+    shares = {"/results": shared}
+    if row.arch != roots.architecture():  # what `warm` left out takes long there: once is enough
+        shares["/root/.cache/testbed/bpf"] = cache_folder() / f"bpf-{row.arch}"
+        shares["/root/.cache/testbed/bpf"].mkdir(parents=True, exist_ok=True)
+    machine = vm.Machine(kernel, root, arch=row.arch, shares=shares, **row.machine)
     start = time.monotonic()
     try:
         with vm.boot(machine, folder / "console.log") as guest:
