@@ -205,15 +205,15 @@ def _follow(process: subprocess.Popen[str], on_line: Callable[[str], None] | Non
 
 def environment(root: Path) -> dict[str, str]:
     """What a command in a root finds in its environment: nothing of this machine's but how to
-    reach package registries.
+    reach package registries, and how slow it is.
     """
-    proxies = {"http_proxy", "https_proxy", "no_proxy"}
+    carried = {"http_proxy", "https_proxy", "no_proxy", "testbed_slowness"}
     certificates = f"/{CERTIFICATES}" if (root / CERTIFICATES).exists() else None
     return {
         "HOME": "/root",
         "LANG": "C.UTF-8",
         "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        **{name: value for name, value in os.environ.items() if name.lower() in proxies},
+        **{name: value for name, value in os.environ.items() if name.lower() in carried},
         **(dict.fromkeys(CERTIFICATE_VARIABLES, certificates) if certificates else {}),
         **pip_variables([Path(name).expanduser() for name in PIP_FILES], os.environ),
     }
