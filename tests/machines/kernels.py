@@ -2,7 +2,8 @@
 
 A row is a kernel, the Debian whose compiler makes the bytecode, and how the machine is set up. In
 each: `testbed doctor`, the tests of the eBPF programs, measuring cells, conformance checks. The
-table of docs/machines.md says what passed. Rows that are green at this commit are not run again.
+table of docs/machines.md says what passed. Rows that are green are not run again, at this commit
+nor at another that has the same programs.
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ from tests.machines import linux, roots, vm
 RESULTS = roots.REPOSITORY / "build/kernels"
 PAGE = roots.REPOSITORY / "docs/machines.md"
 BEGIN, END = "<!-- kernels: nox -s kernels -->", "<!-- end of kernels -->"
+
+TESTED = (
+    "agent", "bpf", "experiments", "testbed", "tests/bpf", "bootstrap", "packages.txt",
+    "pyproject.toml",
+)  # fmt: skip
+"""What the steps run."""
 
 COMPILERS = {"bookworm": "Debian 12", "trixie": "Debian 13"}
 
@@ -175,7 +182,7 @@ def main(args: Sequence[str]) -> int:
         say("uncommitted changes are not in it")
     todo = [row for row in rows if options.again or not green(row, commit)]
     if len(todo) < len(rows):
-        say(f"{len(rows) - len(todo)} of {len(rows)} rows are green at this commit already")
+        say(f"{len(rows) - len(todo)} of {len(rows)} rows are green already")
     for arch in dict.fromkeys(row.arch for row in todo):  # other roots take long
         batch = [row for row in todo if row.arch == arch]
         for name in dict.fromkeys(row.kernel for row in batch):
@@ -349,12 +356,19 @@ def compiler(root: Path) -> str:
 
 
 def green(row: Row, commit: str) -> bool:
-    """Whether all steps of a row passed at a commit."""
+    """Whether all steps of a row passed, at a commit or at one that has the same programs."""
     found = result(row)
     steps = found.get("steps", {})
-    return found.get("commit") == commit and all(
-        steps.get(step.name, {}).get("passed") for step in row.steps
-    )
+    passed = all(steps.get(step.name, {}).get("passed") for step in row.steps)
+    return passed and (found["commit"] == commit or same(found["commit"], commit))
+
+
+def same(one: str, other: str) -> bool:
+    """Whether two commits differ in no file of `TESTED`."""
+    try:
+        return not roots.git("diff", "--name-only", one, other, "--", *TESTED)
+    except Error:  # a commit that is gone
+        return False
 
 
 def result(row: Row) -> dict[str, Any]:
