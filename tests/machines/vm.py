@@ -23,7 +23,6 @@ import secrets
 import select
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -37,7 +36,7 @@ from testbed.model import Error
 from testbed.rofs import Node
 from testbed.vm import value
 
-BOOT_LIMIT_S = 180.0
+BOOT_LIMIT_S = 600.0
 GRACE_S = 60.0
 """A command that its own time limit does not end has this long until the machine is ended."""
 
@@ -220,23 +219,27 @@ def boot(machine: Machine, console: Path, *, limit_s: float = BOOT_LIMIT_S) -> I
     mark = f"\x1e{secrets.token_hex(8)} "
     console.parent.mkdir(parents=True, exist_ok=True)
     console.write_bytes(b"")
-    with tempfile.TemporaryDirectory(prefix="testbed-vm-") as scratch:
-        initramfs = Path(scratch, "initramfs")
-        initramfs.write_bytes(images.pack_cpio(_initramfs(machine, mark)))
-        with console.open("ab") as complaints:
-            qemu = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", *_command(machine, initramfs, console)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints,
-                bufsize=0,
-                start_new_session=True,  # an interrupt from a terminal comes to this process alone
-            )  # fmt: skip
-        with qemu:
-            try:
-                guest = Guest(qemu, mark.encode(), console)
-                guest._read(io.BytesIO(), limit_s)
-                yield guest
-            finally:
-                qemu.kill()
+    # In memory, so that nothing is left of it whatever ends this process.
+    with (
+        os.fdopen(os.memfd_create("initramfs"), "wb") as initramfs,
+        console.open("ab") as complaints,
+    ):
+        initramfs.write(images.pack_cpio(_initramfs(machine, mark)))
+        initramfs.flush()
+        qemu = subprocess.Popen(
+            ["setpriv", "--pdeathsig", "KILL",
+             *_command(machine, Path(f"/proc/self/fd/{initramfs.fileno()}"), console)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, bufsize=0,
+            pass_fds=(initramfs.fileno(),),
+            start_new_session=True,  # an interrupt from a terminal comes to this process alone
+        )  # fmt: skip
+    with qemu:
+        try:
+            guest = Guest(qemu, mark.encode(), console)
+            guest._read(io.BytesIO(), limit_s)
+            yield guest
+        finally:
+            qemu.kill()
 
 
 def _command(machine: Machine, initramfs: Path, console: Path) -> list[str]:
