@@ -14,6 +14,7 @@ import multiprocessing
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -286,8 +287,10 @@ def summary(step: Step, log: str, shared: Path) -> str:
         last = re.findall(r"^(\d+ .*) in [\d.:]+s", log, re.MULTILINE)
         return last[-1].split(" in ")[0] if last else "no summary"
     if step.name == "cells":
-        done = re.findall(r"^\[(\d+)/(\d+)\]", log, re.MULTILINE)
-        return "{} of {}".format(*done[-1]) if done else "none"
+        file = shared / "cells/trials.jsonl"
+        trials = map(json.loads, file.read_text().splitlines() if file.exists() else ())
+        last = {trial["cell"]: trial["status"] for trial in trials}  # one may be run again
+        return ", ".join(f"{number} {kind}" for kind, number in Counter(last.values()).items())
     if step.name == "conformance":
         file = shared / "conformance.xml"
         suites = ET.parse(file).getroot() if file.exists() else ()
