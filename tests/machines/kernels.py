@@ -288,9 +288,10 @@ def summary(step: Step, log: str, shared: Path) -> str:
         return last[-1].split(" in ")[0] if last else "no summary"
     if step.name == "cells":
         file = shared / "cells/trials.jsonl"
-        trials = map(json.loads, file.read_text().splitlines() if file.exists() else ())
-        last = {trial["cell"]: trial["status"] for trial in trials}  # one may be run again
-        return ", ".join(f"{number} {kind}" for kind, number in Counter(last.values()).items())
+        lines = file.read_text().splitlines() if file.exists() else []
+        trials = [json.loads(line) for line in lines]
+        outcomes = {trial["cell"]: trial["status"] for trial in trials}  # one may be run again
+        return ", ".join(f"{number} {kind}" for kind, number in Counter(outcomes.values()).items())
     if step.name == "conformance":
         file = shared / "conformance.xml"
         suites = ET.parse(file).getroot() if file.exists() else ()
