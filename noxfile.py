@@ -15,6 +15,7 @@ import nox
 
 ROOT = Path(__file__).parent
 BIN = ROOT / ".venv/bin"
+INTERRUPT_GRACE_S = 60
 
 nox.needs_version = ">=2024.3"
 nox.options.default_venv_backend = "none"
@@ -29,8 +30,8 @@ def tool_of(session: nox.Session, name: str) -> str:
 
 
 def run(session: nox.Session, tool: str, *args: str) -> None:
-    """Run a tool."""
-    session.run(tool_of(session, tool), *args)
+    """Run a tool. Interrupted, it has time to take down what it made."""
+    session.run(tool_of(session, tool), *args, interrupt_timeout=INTERRUPT_GRACE_S)
 
 
 def become(session: nox.Session, tool: str, *args: str) -> None:
