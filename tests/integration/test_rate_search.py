@@ -32,8 +32,8 @@ def test_the_rate_that_is_found_is_what_the_link_can_carry(
     cell = Cell("direct", pair, family, Transport.UDP, Metric.THROUGHPUT, SIZE)
     for _ in range(3):
         found = trial.run(cell, [pod], guest, warmup_s=0.1, duration_s=0.6)
-        if not found.disturbed:  # as a campaign does
-            break
+        if found.status is Status.OK and not found.disturbed:
+            break  # else again, as a campaign does: others may have held the receiver up throughout
 
     assert (found.status, found.reason) == (Status.OK, None)
     attempts = [search.Attempt(*attempt) for attempt in found.searched]
