@@ -167,9 +167,17 @@ def load_program(name: str, kind: int, attach_type: int, code: bytes) -> int:
         try:
             return _load(name, kind, attach_type, code, LOG_ALL, log)
         except OSError as e:
-            said = log.value.decode(errors="replace").splitlines()
-            reason = [line for line in said if line and not line.startswith("processed ")][-2:]
-            raise OSError(e.errno, "; ".join(reversed(reason)) or e.strerror) from e
+            raise OSError(e.errno, _reason(log.value.decode(errors="replace")) or e.strerror) from e
+
+
+def _reason(log: str) -> str:
+    """What the verifier says after the last instruction that it looked at, and that instruction.
+
+    The reason itself is a line; Linux 7.3 has suggestions after it.
+    """
+    lines = [line.strip() for line in log.splitlines() if not line.startswith("processed ")]
+    at = max((i for i, line in enumerate(lines) if re.match(r"\d+: \(", line)), default=0)
+    return "; ".join(filter(None, (*lines[at + 1 :], *lines[at : at + 1])))[:500]
 
 
 def processed(name: str, kind: int, attach_type: int, code: bytes) -> int:
