@@ -99,13 +99,14 @@ def spawn(
     output: Path | None = None,
     env: Mapping[str, str] | None = None,
     working_dir: str | None = None,
+    pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Start a program in a cgroup and a network namespace, on some CPUs.
 
     `binds` maps files of the host to paths that they stand at for this program alone. `output`
-    receives what it prints. `env` is its environment; None: this process's. The command is a shell
-    line that can be pasted (`shlex.join(p.args)`). It joins its cgroup before it becomes the
-    program, so that sockets belong to it from the start.
+    receives what it prints. `env` is its environment; None: this process's. `pass_fds` stay open in
+    it. The command is a shell line that can be pasted (`shlex.join(p.args)`). It joins its cgroup
+    before it becomes the program, so that sockets belong to it from the start.
     """
     line = f"echo $$ > {shlex.quote(str(cgroup / 'cgroup.procs'))} && exec"
     enter = ["nsenter", f"--net=/run/netns/{netns}"] if netns else []
@@ -127,6 +128,7 @@ def spawn(
             stderr=subprocess.STDOUT,
             env=env,
             cwd=working_dir,
+            pass_fds=pass_fds,
         )
     finally:
         if output:

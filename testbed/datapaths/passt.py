@@ -1,20 +1,23 @@
 """passt carries the guest's network, as KubeVirt has it: frames of QEMU become sockets of the pod.
 
-A passt per guest, in the pod's namespace. What the guest sends to its gateway, which is the alias,
+A passt per boot of a guest, in the pod's namespace, as libvirt runs it: it starts when QEMU
+connects and ends with QEMU. (One that waits for QEMU accepts connections meanwhile, and Debian
+13's, of May 2025, crashes on the first.) What the guest sends to its gateway, which is the alias,
 goes to loopback, from a socket of passt's own; its ports are listened on in the pod, and what comes
 in from loopback comes from the gateway. So `localhost` works both ways, between guests too, at the
-price of a user-space TCP on the way: it accepts connections before the guest does, and also while
-there is none, and acknowledges the guest's SYN with the client's first data only, so that a server
-that speaks first waits in accept for ever. What is said here is true of Debian 12's, of March 2023.
-Virtual machines only; there is no tap.
+price of a user-space TCP on the way: it accepts connections before the guest does, and Debian 12's,
+of March 2023, acknowledges the guest's SYN with the client's first data only, so that a server that
+speaks first waits in accept for ever. Virtual machines only; there is no tap.
 """
 
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
-import time
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 
 from testbed import netlink, process
 from testbed.datapaths import Attachment, Count, Layout, LinkCounters, Port, Wiring
@@ -23,7 +26,6 @@ from testbed.model import (
     ALIAS_MAC,
     LINK_PREFIX,
     Cell,
-    Error,
     Family,
     Pair,
     Transport,
@@ -32,7 +34,6 @@ from testbed.model import (
 )
 
 LO_IFINDEX = 1
-PATIENCE_S = 5
 OPTIONS = {Transport.TCP: "-t", Transport.UDP: "-u"}
 
 
@@ -61,21 +62,26 @@ class _Attachment(LinkCounters):
         super().__init__(wiring)
         self._scope = owner.part()
         self._cgroup = process.create_cgroup(self._scope, f"{wiring.netns}/passt")
-        self._running: list[subprocess.Popen[bytes]] = []
+        self._running: dict[int, subprocess.Popen[bytes]] = {}
+        self._listening: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
         self._prepare()
-        try:
-            for port in wiring.ports:
-                self._start(port)
-        except BaseException:
-            self.detach()
-            raise
+        for port in wiring.ports:
+            self._listen(port)
 
     def carried(self, client: int | None, server: int | None) -> Count:
         """Of `lo`, where passt's sockets meet those of natives and of each other."""
         return super().carried(None, None)
 
     def detach(self) -> None:
-        for running in self._running:
+        for listening in self._listening:
+            with suppress(OSError):
+                listening.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        for thread in self._threads:
+            thread.join()
+        for listening in self._listening:
+            listening.close()
+        for running in self._running.values():
             process.end(running)
         self._scope.undo()
 
@@ -91,25 +97,37 @@ class _Attachment(LinkCounters):
                     address = guest_link(family, port.n)
                     netlink.add_address(ip, LO_IFINDEX, address, address.max_prefixlen)
 
-    def _start(self, port: Port) -> None:
+    def _listen(self, port: Port) -> None:
+        """Have a passt started for every QEMU that connects."""
+        listening = socket.socket(socket.AF_UNIX)
+        self._listening.append(listening)
+        listening.bind(str(port.socket))
+        listening.listen()
+        thread = threading.Thread(target=self._serve, args=(port, listening), daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _serve(self, port: Port, listening: socket.socket) -> None:
         assert port.socket is not None, "layout socket"
-        log = port.socket.with_suffix(".log")
-        running = process.spawn(
-            ["passt", "--foreground", "--stderr", *options(self.wiring, port)],
-            cgroup=self._cgroup, netns=self.wiring.netns, output=log,
-        )  # fmt: skip
-        self._running.append(running)
-        deadline = time.monotonic() + PATIENCE_S
-        while not port.socket.exists():
-            if running.poll() is not None or time.monotonic() > deadline:
-                lines = log.read_text().splitlines() or ["no message"]
-                raise Error(f"passt of guest {port.n} does not start: {lines[-1]}")
-            time.sleep(0.005)
+        while True:
+            try:
+                guest, _ = listening.accept()
+            except OSError:  # `detach`
+                return
+            with guest:
+                if before := self._running.pop(port.n, None):
+                    process.end(before)
+                self._running[port.n] = process.spawn(
+                    ["passt", "--foreground", "--stderr", "--fd", str(guest.fileno()),
+                     *options(self.wiring, port)],
+                    cgroup=self._cgroup, netns=self.wiring.netns, pass_fds=[guest.fileno()],
+                    output=port.socket.with_suffix(".log"),
+                )  # fmt: skip
 
 
 def options(wiring: Wiring, port: Port) -> Iterator[str]:
     """What passt is told about one guest."""
-    yield from ("--runas", "0", "--socket", str(port.socket), "--interface", "template")
+    yield from ("--runas", "0", "--interface", "template")
     yield from ("--mac-addr", ALIAS_MAC, "--netmask", str(LINK_PREFIX[Family.IPV4]))
     for family in Family:
         yield from ("--address", str(guest_link(family, port.n)), "--gateway", str(alias(family)))

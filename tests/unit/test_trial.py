@@ -21,6 +21,9 @@ def test_a_stolen_share_above_the_limit_disturbs_a_trial() -> None:
 @pytest.mark.parametrize(
     ("late_s", "fine"), [(0.0, True), (1.0, True), (1.2, False), (-0.2, False)]
 )
-def test_clocks_may_differ_by_what_setting_up_takes_and_no_more(late_s: float, fine: bool) -> None:
+def test_clocks_may_differ_by_what_setting_up_takes_and_no_more(
+    late_s: float, fine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TESTBED_SLOWNESS", raising=False)
     result = Result(ip_address("::1"), 1, 2.0, 1, 0, 0, 0, 0, 0, ())
     assert (trial._clock(result, late_s) is None) is fine
