@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
  *
- * The address plan of a pod, as in testbed/model.py (a test holds the two together).
+ * The address plan of a pod, as in testbed/model/addresses.py (a test holds the two together).
  *
  * Addresses of both families are told apart into a kind and a guest's number, and made from them
  * again; whatever is decided in between knows no family.

@@ -15,10 +15,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from testbed import cc, machine
-from testbed.model import CONTROL_PORT, Address, Error, Family, Transport
+from testbed import paths
+from testbed.host import compiler, facts
+from testbed.model.addresses import CONTROL_PORT, Address
+from testbed.model.errors import Error
+from testbed.model.terms import Family, Transport
 
-SOURCES = Path(__file__).parent.parent / "agent"
 CFLAGS = ("-std=gnu17", "-O2", "-fPIE", "-pie", "-pthread")
 """gnu17: newer defaults bind strtol to a symbol of newer C libraries, which OSv has not."""
 
@@ -38,7 +40,7 @@ def build() -> Path:
 
     Raises `Error` if there is no compiler or it fails.
     """
-    return cc.build("the traffic agent", "agent", SOURCES, CFLAGS)
+    return compiler.build("the traffic agent", "agent", paths.AGENT, CFLAGS)
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ class Agent:
     def answer(self, limit_s: float = SLACK_S) -> dict[str, Any]:
         """The next answer. Raises `Error` with what the agent says if an order was refused."""
         try:
-            self._socket.settimeout(limit_s * machine.slowness())
+            self._socket.settimeout(limit_s * facts.slowness())
             line = self._lines.readline()
         except OSError as e:
             raise Error(f"traffic agent: {e}") from e

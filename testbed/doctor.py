@@ -20,9 +20,14 @@ from typing import Any
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from testbed import accelerator, bpf, datapaths, kernels, machine, netlink, process
-from testbed.ledger import Owner
-from testbed.model import Cell, Error, Family, Metric, Pair, Transport
+from testbed import bpf, datapaths
+from testbed.host import facts, netlink, process
+from testbed.host.ledger import Owner
+from testbed.images import kernels
+from testbed.model.cells import Cell, Metric, Pair
+from testbed.model.errors import Error
+from testbed.model.terms import Family, Transport
+from testbed.runtimes.vm import accelerator
 
 KERNEL_FLOOR = (5, 10)
 """bpf_redirect_peer (`capture`) and getpeername hooks with it."""
@@ -87,7 +92,7 @@ def host(*, anew: bool = True) -> Iterator[Finding]:
     if os.geteuid() != 0:
         yield Finding("root", State.MISSING, "pods need root", "sudo, in front of the command")
         return
-    if Family.IPV6 not in machine.families():
+    if Family.IPV6 not in facts.families():
         yield Finding("IPv6", State.DEGRADED, "this kernel has none",
                       "IPv6 cells and checks are unsupported; boot without ipv6.disable=1, or "
                       "another kernel")  # fmt: skip
@@ -166,7 +171,7 @@ def _compiler() -> str:
 
 def _congestion() -> Finding:
     """Pacing keeps a stream below what the path could carry, and that is what is measured then."""
-    found = machine.congestion_control()
+    found = facts.congestion_control()
     if found in UNPACED:
         return Finding("TCP", State.FINE, f"congestion control {found}")
     return Finding("TCP", State.DEGRADED, f"congestion control {found}",
@@ -287,7 +292,7 @@ def room() -> Iterator[Finding]:
     memory = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
     assert memory is not None
     yield _enough("memory", int(memory[1]) >> 10, MEMORY_MIB, "guests may not start")
-    folder = machine.cache_folder()
+    folder = facts.cache_folder()
     while not folder.exists():
         folder = folder.parent
     yield _enough("disk", shutil.disk_usage(folder).free >> 20, DISK_MIB,

@@ -19,22 +19,14 @@ from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
-from testbed.model import (
-    AGAIN,
-    MAX_GUESTS,
-    SLOW,
-    Cell,
-    Error,
-    Family,
-    Metric,
-    Pair,
-    Runtime,
-    Transport,
-)
+from testbed import paths
+from testbed.model.addresses import MAX_GUESTS
+from testbed.model.cells import AGAIN, SLOW, Cell, Metric, Pair
+from testbed.model.errors import Error
+from testbed.model.terms import Family, Runtime, Transport
 
 Choice = TypeVar("Choice", bound=StrEnum)
 
-FOLDER = Path(__file__).resolve().parent.parent / "experiments"
 
 MAX_PODS = 200
 """Datapaths made of eBPF have 255 slots for pods on a host, and other cells need some."""
@@ -49,7 +41,7 @@ QUANTITIES = ("value", "p50_us", "p99_us", CPU_QUANTITY)
 
 @dataclass(frozen=True)
 class Claim:
-    """What a plan claims of a ratio: see `testbed.claims`."""
+    """What a plan claims of a ratio: see `testbed.reports.claims`."""
 
     text: str
     cells: str
@@ -98,11 +90,11 @@ def load(name: str) -> Plan:
 
     Raises `Error` that names file, key and what was expected there.
     """
-    path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
+    path = Path(name) if name.endswith(".toml") else paths.EXPERIMENTS / f"{name}.toml"
     try:
         text = path.read_text()
     except OSError as e:
-        known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.toml")))
+        known = ", ".join(sorted(p.stem for p in paths.EXPERIMENTS.glob("*.toml")))
         raise Error(f"plan {path}: {e.strerror}", f"plans here: {known}") from e
     except UnicodeDecodeError as e:
         raise Error(f"plan {path}: not text ({e.reason} at byte {e.start})") from e

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from testbed import process
+from testbed.host import process
 
 GRACE_S = 5
 """For what a child takes down itself."""

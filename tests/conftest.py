@@ -24,9 +24,9 @@ import pytest
 from pyroute2.nftables.main import NFTables
 from xdist.scheduler import LoadFileScheduling
 
-from testbed import architecture
-from testbed.ledger import ROOT
-from testbed.machine import slowness
+from testbed.host import architecture
+from testbed.host.facts import slowness
+from testbed.host.ledger import ROOT
 
 pytest_plugins = ["tests.bench.gate", "tests.limits", "tests.skips"]
 
@@ -130,7 +130,7 @@ def others() -> set[str]:
 def is_worker(process: Path) -> bool:
     """Whether a process runs a campaign's trials."""
     try:
-        return b"testbed.worker" in (process / "cmdline").read_bytes().split(b"\0")
+        return b"testbed.campaigns.worker" in (process / "cmdline").read_bytes().split(b"\0")
     except OSError:
         return False  # it just ended
 

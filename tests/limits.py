@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from testbed.machine import slowness
+from testbed.host.facts import slowness
 
 LIMIT_S = 300
 """Of a test with its fixtures; the marker `timeout` gives a test another one."""

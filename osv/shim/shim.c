@@ -21,7 +21,7 @@
  * blocks goes on waiting after it has reset somebody from outside, though poll said it would not.
  *
  * Addresses are worked on as IPv6 (IPv4-mapped), so that there is one code for both families. The
- * constants are arrays with IPv4's row first, from testbed/model.py by the compiler's command line.
+ * constants are arrays with IPv4's row first, from testbed/model/addresses.py by the compiler's command line.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>

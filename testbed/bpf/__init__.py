@@ -3,7 +3,7 @@
 `bytecode` compiles, `programs` has what the kernel holds, `hooks` attaches, `syscall` is bpf(2).
 """
 
-from testbed.bpf.bytecode import SOURCES, compile, entries, headers, source
+from testbed.bpf.bytecode import compile, entries, headers, source
 from testbed.bpf.hooks import (
     EGRESS,
     INGRESS,
@@ -21,7 +21,6 @@ __all__ = [
     "EGRESS",
     "INGRESS",
     "PINS",
-    "SOURCES",
     "Map",
     "ProgramSet",
     "attach_cgroup",

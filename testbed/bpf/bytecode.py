@@ -22,12 +22,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from testbed import architecture
+from testbed import paths
 from testbed.bpf import syscall
-from testbed.machine import cache_folder
-from testbed.model import Error
-
-SOURCES = Path(__file__).parent.parent.parent / "bpf"
+from testbed.host import architecture
+from testbed.host.facts import cache_folder
+from testbed.model.errors import Error
 
 TYPES = {"skb": 3, "address": 18, "option": 25}
 """enum bpf_prog_type: SCHED_CLS, CGROUP_SOCK_ADDR, CGROUP_SOCKOPT."""
@@ -165,14 +164,14 @@ def source(name: str) -> str:
             for number, entry in enumerate(_ENTRY.findall(plain))
         )
         inner = _ENTRY.sub(r"static __always_inline int plain_\1(struct __sk_buff *skb)", plain)
-        return "\n".join(("#define TRACED", inner, (SOURCES / "trace.h").read_text(), *wrapped))
+        return "\n".join(("#define TRACED", inner, (paths.BPF / "trace.h").read_text(), *wrapped))
     seen: set[str] = set()
 
     def text(file: str) -> str:
         if file in seen:
             return ""
         seen.add(file)
-        body = (SOURCES / file).read_text()
+        body = (paths.BPF / file).read_text()
         return re.sub(r'^#include "(\S+)"\n', lambda m: text(m[1]), body, flags=re.MULTILINE)
 
     return text(f"{name}.c")
@@ -266,7 +265,7 @@ def compile(name: str) -> None:
         new = Path(scratch, "set")
         done = subprocess.run(
             [sys.executable, "-m", __name__, name, new, *found.cflags],
-            env=dict(os.environ, **found.environment), cwd=SOURCES.parent,
+            env=dict(os.environ, **found.environment), cwd=paths.BPF.parent,
             stdin=subprocess.DEVNULL, capture_output=True, text=True,
         )  # fmt: skip
         if done.returncode:

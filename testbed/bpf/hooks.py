@@ -20,11 +20,11 @@ from pathlib import Path
 
 from pyroute2 import IPRoute
 
-from testbed import netlink
 from testbed.bpf import syscall
 from testbed.bpf.bytecode import ATTACH_TYPES
-from testbed.ledger import Scope
-from testbed.model import Error
+from testbed.host import netlink
+from testbed.host.ledger import Scope
+from testbed.model.errors import Error
 
 INGRESS, EGRESS = 46, 47
 """Hooks of a link: enum bpf_attach_type, BPF_TCX_INGRESS and BPF_TCX_EGRESS."""

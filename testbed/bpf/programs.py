@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from testbed import ledger
 from testbed.bpf import bytecode, syscall
 from testbed.bpf.bytecode import Bytecode
-from testbed.ledger import Scope
-from testbed.model import Error
+from testbed.host import ledger
+from testbed.host.ledger import Scope
+from testbed.model.errors import Error
 
 BPFFS = Path("/sys/fs/bpf")
 PINS = BPFFS / "testbed"

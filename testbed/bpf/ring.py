@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from testbed.model import Error
+from testbed.model.errors import Error
 
 
 @contextmanager

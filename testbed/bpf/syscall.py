@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from testbed import architecture
+from testbed.host import architecture
 
 libc = ctypes.CDLL(None, use_errno=True)
 

@@ -10,8 +10,8 @@ import argparse
 import os
 import sys
 
-from testbed.cli import campaigns, hosts, images, pods
-from testbed.model import Error
+from testbed.cli import hosts, images, pods, run
+from testbed.model.errors import Error
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (campaigns, hosts, pods, images):
+    for module in (run, hosts, pods, images):
         module.add(commands)
     completion = commands.add_parser(
         "completion", help="print what has a shell complete commands, options and names of pods",

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from testbed.model import Error
+from testbed.model.errors import Error
 
 if TYPE_CHECKING:
-    from testbed.campaign import Progress
-    from testbed.remote import Host
+    from testbed.campaigns.campaign import Progress
+    from testbed.remote.place import Host
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -36,9 +36,9 @@ def chosen(arguments: argparse.Namespace) -> Sequence[Host]:
         if arguments.on:
             raise Error("--on chooses among the hosts of an inventory", "add --hosts FILE")
         return ()
-    from testbed import remote
+    from testbed.remote import place
 
-    return remote.choose(remote.load(arguments.hosts), arguments.on)
+    return place.choose(place.load(arguments.hosts), arguments.on)
 
 
 @contextmanager

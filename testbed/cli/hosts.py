@@ -6,7 +6,7 @@ import argparse
 import json
 
 from testbed.cli.common import Commands, add_hosts, chosen
-from testbed.model import Error
+from testbed.model.errors import Error
 
 
 def add(commands: Commands) -> None:
@@ -45,11 +45,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _doctor_of_hosts(arguments: argparse.Namespace) -> int:
-    from testbed import doctor, remote
+    from testbed import doctor
+    from testbed.remote import place
 
     well = True
     answers = {}
-    for host, answer in remote.each(chosen(arguments), remote.examine):
+    for host, answer in place.each(chosen(arguments), place.examine):
         if isinstance(answer, Error):
             answers[host.name], lines, well = {"error": str(answer)}, [str(answer)], False
         else:
@@ -64,11 +65,11 @@ def _doctor_of_hosts(arguments: argparse.Namespace) -> int:
 
 
 def _hosts(arguments: argparse.Namespace) -> int:
-    from testbed import remote
+    from testbed.remote import place
 
     reached = True
     answers = {}
-    for host, seen in remote.each(chosen(arguments), remote.look):
+    for host, seen in place.each(chosen(arguments), place.look):
         reached &= not isinstance(seen, Error)
         answers[host.name] = {"error": str(seen)} if isinstance(seen, Error) else vars(seen)
         if not arguments.json:
@@ -79,7 +80,7 @@ def _hosts(arguments: argparse.Namespace) -> int:
 
 
 def _clean(arguments: argparse.Namespace) -> int:
-    from testbed import ledger
+    from testbed.host import ledger
 
     removed = 0
     for removed, what in enumerate(ledger.clean(), start=1):  # noqa: B007

@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from testbed import paths
 from testbed.cli.common import Commands
 
 
@@ -25,19 +26,19 @@ def add(commands: Commands) -> None:
 
 
 def _image_build(arguments: argparse.Namespace) -> int:
-    from testbed import images, kernels
+    from testbed.images import compose
 
     name = arguments.definition
-    path = Path(name) if name.endswith(".toml") else kernels.OSV / f"{name}.toml"
-    image = images.build(path, arguments.output, hosts_patch=not arguments.stock_hosts)
+    path = Path(name) if name.endswith(".toml") else paths.OSV / f"{name}.toml"
+    image = compose.build(path, arguments.output, hosts_patch=not arguments.stock_hosts)
     print(f"{arguments.output}: {image.size_bytes} bytes, sha256 {image.sha256}")
     return 0
 
 
 def _image_inspect(arguments: argparse.Namespace) -> int:
-    from testbed import images
+    from testbed.images import compose
 
-    found = images.inspect(arguments.image)
+    found = compose.inspect(arguments.image)
     if arguments.json:
         print(json.dumps(found, indent=1))
         return 0

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from testbed.cli.common import Commands
-from testbed.model import Error
+from testbed.model.errors import Error
 
 if TYPE_CHECKING:
-    from testbed.keeper import Order
-    from testbed.sandbox import Sandbox
+    from testbed.pods.sandbox import Sandbox
+    from testbed.pods.supervisor import Order
 
 
 def add(commands: Commands) -> None:
@@ -107,9 +107,9 @@ def _pod(command: argparse.ArgumentParser, **options: Any) -> None:
     """An argument that names pods."""
 
     def standing(**_: object) -> list[str]:
-        from testbed import pods
+        from testbed.pods import control
 
-        return pods.names()
+        return control.names()
 
     argument = command.add_argument("pod", **options)
     argument.completer = standing  # type: ignore[attr-defined]
@@ -120,21 +120,23 @@ def _up(arguments: argparse.Namespace) -> int:
 
 
 def _attach(arguments: argparse.Namespace) -> int:
-    from testbed.sandbox import Sandbox
+    from testbed.pods.sandbox import Sandbox
 
     cgroup = arguments.cgroup and arguments.cgroup.absolute()
     return _start(_ordered(arguments, Sandbox(arguments.netns.absolute(), cgroup)), arguments.wait)
 
 
 def _adopt(arguments: argparse.Namespace) -> int:
-    from testbed import keeper
+    from testbed.pods import supervisor
 
-    return _start([keeper.of_orphan(arguments.pod)], arguments.wait)
+    return _start([supervisor.of_orphan(arguments.pod)], arguments.wait)
 
 
 def _ordered(arguments: argparse.Namespace, sandbox: Sandbox | None = None) -> list[Order]:
-    from testbed import kubernetes, nft, runtimes
-    from testbed.keeper import Order
+    from testbed import runtimes
+    from testbed.host import nft
+    from testbed.pods import kubernetes
+    from testbed.pods.supervisor import Order
 
     options = runtimes.Options(osv_kernel=arguments.osv_kernel)
     best = functools.cache(lambda: runtimes.best(replace(options, say=_say)))
@@ -155,22 +157,23 @@ def _say(line: str) -> None:
 
 
 def _start(orders: list[Order], patience_s: float | None) -> int:
-    from testbed import keeper, machine
+    from testbed.host import facts
+    from testbed.pods import supervisor
 
-    with keeper.Starting() as starting:
+    with supervisor.Starting() as starting:
         for order in orders:
             starting.start(order)
         starting.wait_built()
-        unready = starting.wait(60 * machine.slowness() if patience_s is None else patience_s)
+        unready = starting.wait(60 * facts.slowness() if patience_s is None else patience_s)
     for line in unready:
         _say(line)
     return 1 if unready else 0
 
 
 def _ps(arguments: argparse.Namespace) -> int:
-    from testbed import pods
+    from testbed.pods import control
 
-    found = pods.all()
+    found = control.all()
     if arguments.json:
         print(json.dumps(found, indent=1))
         return 0
@@ -195,18 +198,18 @@ def _ps(arguments: argparse.Namespace) -> int:
 def _down(arguments: argparse.Namespace) -> int:
     from concurrent.futures import ThreadPoolExecutor
 
-    from testbed import pods
+    from testbed.pods import control
 
     with ThreadPoolExecutor(len(arguments.pod)) as pool:
-        for name, _ in zip(arguments.pod, pool.map(pods.down, arguments.pod), strict=True):
+        for name, _ in zip(arguments.pod, pool.map(control.down, arguments.pod), strict=True):
             print(f"pod {name} is down")
     return 0
 
 
 def _logs(arguments: argparse.Namespace) -> int:
-    from testbed import pods
+    from testbed.pods import control
 
-    chosen = pods.workloads(arguments.pod, arguments.container)
+    chosen = control.workloads(arguments.pod, arguments.container)
     files = [w["log"] for w in chosen if arguments.follow or Path(w["log"]).exists()]
     if files:
         sys.stdout.flush()
@@ -216,9 +219,9 @@ def _logs(arguments: argparse.Namespace) -> int:
 
 
 def _exec(arguments: argparse.Namespace) -> int:
-    from testbed import pods
+    from testbed.pods import control
 
-    chosen = pods.workloads(arguments.pod, arguments.container)
+    chosen = control.workloads(arguments.pod, arguments.container)
     workload = chosen[0]
     if "closed" in workload:
         raise Error(workload["closed"])
@@ -226,9 +229,9 @@ def _exec(arguments: argparse.Namespace) -> int:
 
 
 def _describe(arguments: argparse.Namespace) -> int:
-    from testbed import pods
+    from testbed.pods import control
 
-    found = pods.describe(arguments.pod)
+    found = control.describe(arguments.pod)
     if arguments.json:
         print(json.dumps(found, indent=1))
         return 0
@@ -261,7 +264,7 @@ def _describe(arguments: argparse.Namespace) -> int:
 
 
 def _trace(arguments: argparse.Namespace) -> int:
-    from testbed import pcapng, trace
+    from testbed.pods.observe import pcapng, trace
 
     with ExitStack() as stack:
         tracing = stack.enter_context(trace.opened(arguments.pod))
@@ -285,10 +288,11 @@ def _top(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.live import Live
 
-    from testbed import pods, top
+    from testbed.pods import control
+    from testbed.pods.observe import top
 
     def chosen() -> list[str]:
-        return arguments.pod or pods.names()
+        return arguments.pod or control.names()
 
     before = top.look(chosen())
     if arguments.once or arguments.json:

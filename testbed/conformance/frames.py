@@ -10,8 +10,8 @@ import socket
 import struct
 from collections.abc import Iterable
 
-from testbed import netlink
-from testbed.model import Address
+from testbed.host import netlink
+from testbed.model.addresses import Address
 
 ETH_P_IP, ETH_P_ARP, ETH_P_IPV6 = 0x0800, 0x0806, 0x86DD
 

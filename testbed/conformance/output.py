@@ -9,7 +9,7 @@ from xml.etree import ElementTree as ET
 
 from rich.table import Table
 
-from testbed.conformance import Check, Result, Status
+from testbed.conformance.check import Check, Result, Status
 
 
 def columns(results: Iterable[Result]) -> list[tuple[str, str]]:

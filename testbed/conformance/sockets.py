@@ -15,8 +15,9 @@ from ipaddress import ip_address
 from typing import Any
 
 from testbed.agent import Agent
-from testbed.conformance import Unsupported
-from testbed.model import Address, Family, Transport, loopback
+from testbed.conformance.check import Unsupported
+from testbed.model.addresses import Address, loopback
+from testbed.model.terms import Family, Transport
 
 TIMEOUT_S = 3.0
 CONTROL_SLACK_S = 30.0

@@ -17,9 +17,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
 
-from testbed import bpf, challenge, localhost, netlink
-from testbed.ledger import Scope
-from testbed.model import CONTROL_PORT, Cell, Error, Family, Pair, Transport, alias
+from testbed import bpf
+from testbed.datapaths.ebpf import challenge_ack, loopback_side
+from testbed.host import netlink
+from testbed.host.ledger import Scope
+from testbed.model.addresses import CONTROL_PORT, alias
+from testbed.model.cells import Cell, Pair
+from testbed.model.errors import Error
+from testbed.model.terms import Family, Transport
 
 NAMES = (
     "loopback",
@@ -199,13 +204,13 @@ class ProgramsOfPod:
         self._places: dict[tuple[str, int, int], tuple[str, int]] = {}
         """(namespace, ifindex, hook) → name and class of the program there."""
         try:
-            self._held = localhost.hold_ports(wiring.pod, wiring.netns, wiring.owners)
+            self._held = loopback_side.hold_ports(wiring.pod, wiring.netns, wiring.owners)
             self._programs = self._at_work = bpf.load(name, self._scope)
-            self._rows = localhost.Rows(self._programs, reasons)
+            self._rows = loopback_side.Rows(self._programs, reasons)
             self._rows.fill(self._scope, wiring.owners, {p.n: p.families for p in wiring.ports})
             for port in wiring.ports:
                 self._rows.set_port(port.n, port.ifindex)
-            localhost.prepare_lo(self._scope, wiring.netns, wiring.owners, local)
+            loopback_side.prepare_lo(self._scope, wiring.netns, wiring.owners, local)
             self._attach_lo()
             self._links = self._scope.part()
             self._attach_links()
@@ -233,12 +238,12 @@ class ProgramsOfPod:
         self._rows.set_port(n, 0)
         if waiting := self._rows.take_conversations(n):
             links = {port.n: port.ifname for port in self._wiring.ports}
-            with netlink.inside(self._wiring.link_netns, challenge.open_socket) as opened:
-                challenge.send(opened, [(c, links[c.n]) for c in waiting])
+            with netlink.inside(self._wiring.link_netns, challenge_ack.open_socket) as opened:
+                challenge_ack.send(opened, [(c, links[c.n]) for c in waiting])
 
     def detach(self) -> None:
         self._scope.undo()
-        localhost.release_ports(self._held)
+        loopback_side.release_ports(self._held)
         if hasattr(self, "_programs"):
             self._programs.close()
 
@@ -246,7 +251,7 @@ class ProgramsOfPod:
         pass
 
     def _attach_lo(self) -> None:
-        self._attach(localhost.LO_IFINDEX, bpf.EGRESS, "lo_egress")
+        self._attach(loopback_side.LO_IFINDEX, bpf.EGRESS, "lo_egress")
 
     def _attach_links(self) -> None:
         for port in self._wiring.ports:

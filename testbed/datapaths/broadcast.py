@@ -13,9 +13,10 @@ from pathlib import Path
 from testbed import bpf
 from testbed.bpf import INGRESS, ProgramSet
 from testbed.datapaths import Attachment, Layout, ProgramsOfPod, Wiring
-from testbed.ledger import Scope
-from testbed.localhost import LO_IFINDEX
-from testbed.model import Cell, Error, Pair
+from testbed.datapaths.ebpf.loopback_side import LO_IFINDEX
+from testbed.host.ledger import Scope
+from testbed.model.cells import Cell, Pair
+from testbed.model.errors import Error
 
 REASONS = ("too_big", "spoofed", "truncated", "unhandled", "fragment_orphan", "no_guest",
            "odd_source", "answered", "copied", "unwanted")  # fmt: skip

@@ -12,8 +12,8 @@ from pathlib import Path
 from testbed import bpf
 from testbed.bpf import EGRESS, INGRESS, ProgramSet
 from testbed.datapaths import Attachment, Layout, ProgramsOfPod, Wiring
-from testbed.ledger import Scope
-from testbed.model import Cell, Pair
+from testbed.host.ledger import Scope
+from testbed.model.cells import Cell, Pair
 
 REASONS = ("too_big", "spoofed", "outside", "truncated", "unhandled", "fragment_orphan", "no_guest",
            "odd_source", "answered")  # fmt: skip

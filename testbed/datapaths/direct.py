@@ -6,8 +6,8 @@ What `steer`, which uses the same link, is divided by.
 from __future__ import annotations
 
 from testbed.datapaths import Attachment, Layout, LinkCounters, Wiring
-from testbed.ledger import Scope
-from testbed.model import Cell, Pair
+from testbed.host.ledger import Scope
+from testbed.model.cells import Cell, Pair
 
 
 class Direct:

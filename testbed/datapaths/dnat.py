@@ -13,18 +13,12 @@ from __future__ import annotations
 import shutil
 import socket
 
-from testbed import netlink, nft
 from testbed.datapaths import Attachment, Layout, LinkCounters, Wiring, add_aliases
-from testbed.ledger import Scope
-from testbed.model import (
-    Cell,
-    Family,
-    Pair,
-    alias,
-    guest_link,
-    loopback,
-    pod_link,
-)
+from testbed.host import netlink, nft
+from testbed.host.ledger import Scope
+from testbed.model.addresses import alias, guest_link, loopback, pod_link
+from testbed.model.cells import Cell, Pair
+from testbed.model.terms import Family
 
 LOCAL_TABLE = 255
 LO_METRIC = 1024

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from testbed.datapaths import Attachment, Layout, LinkCounters, Wiring
-from testbed.ledger import Scope
-from testbed.model import Cell, Pair
+from testbed.host.ledger import Scope
+from testbed.model.cells import Cell, Pair
 
 
 class Loopback:

@@ -19,19 +19,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 
-from testbed import netlink, process
 from testbed.datapaths import Attachment, Count, Layout, LinkCounters, Port, Wiring
-from testbed.ledger import Scope
-from testbed.model import (
-    ALIAS_MAC,
-    LINK_PREFIX,
-    Cell,
-    Family,
-    Pair,
-    Transport,
-    alias,
-    guest_link,
-)
+from testbed.host import netlink, process
+from testbed.host.ledger import Scope
+from testbed.model.addresses import ALIAS_MAC, LINK_PREFIX, alias, guest_link
+from testbed.model.cells import Cell, Pair
+from testbed.model.terms import Family, Transport
 
 LO_IFINDEX = 1
 OPTIONS = {Transport.TCP: "-t", Transport.UDP: "-u"}

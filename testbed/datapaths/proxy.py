@@ -14,20 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from testbed import process
 from testbed.datapaths import Attachment, Layout, LinkCounters, Wiring, add_aliases
-from testbed.ledger import Scope
-from testbed.model import (
-    Address,
-    Cell,
-    Error,
-    Family,
-    Pair,
-    Transport,
-    alias,
-    guest_link,
-    loopback,
-)
+from testbed.host import process
+from testbed.host.ledger import Scope
+from testbed.model.addresses import Address, alias, guest_link, loopback
+from testbed.model.cells import Cell, Pair
+from testbed.model.errors import Error
+from testbed.model.terms import Family, Transport
 
 STREAM_MODULE = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
 """Where Debian keeps it."""

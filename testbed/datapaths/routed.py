@@ -22,10 +22,13 @@ from typing import Any, Self
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from testbed import netlink
 from testbed.datapaths import Attachment, Count, Layout, LinkCounters, Wiring
-from testbed.ledger import Scope
-from testbed.model import Address, Cell, Error, Family, Pair, address_between_hosts
+from testbed.host import netlink
+from testbed.host.ledger import Scope
+from testbed.model.addresses import Address, address_between_hosts
+from testbed.model.cells import Cell, Pair
+from testbed.model.errors import Error
+from testbed.model.terms import Family
 
 UPLINK = "eth0"
 FORWARDS = {Family.IPV4: "net/ipv4/ip_forward", Family.IPV6: "net/ipv6/conf/all/forwarding"}

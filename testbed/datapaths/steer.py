@@ -17,17 +17,20 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-from testbed import bpf, model, netlink
+from testbed import bpf
 from testbed.bpf import ProgramSet
 from testbed.datapaths import AT_PORTS, Attachment, Layout, ProgramsOfPod, Wiring
-from testbed.ledger import Scope
-from testbed.model import Cell, Family, Pair
+from testbed.host import netlink
+from testbed.host.ledger import Scope
+from testbed.model import addresses
+from testbed.model.cells import Cell, Pair
+from testbed.model.terms import Family
 
 REASONS = ("too_big", "spoofed", "truncated", "unhandled", "fragment_orphan", "no_guest",
            "odd_source", "answered", "steered", "assigned", "fallback")  # fmt: skip
 """What counters say, in the order of `enum reason`."""
 
-ALIASES = tuple(str(model.alias(family)) for family in Family)
+ALIASES = tuple(str(addresses.alias(family)) for family in Family)
 HOOKS = (
     "setsockopt",
     *(

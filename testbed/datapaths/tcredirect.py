@@ -11,10 +11,11 @@ only, and both links leave the bridge: there is no other way for a packet.
 
 from __future__ import annotations
 
-from testbed import netlink
 from testbed.datapaths import Attachment, Layout, LinkCounters, Wiring
-from testbed.ledger import Scope
-from testbed.model import Cell, Error, Pair
+from testbed.host import netlink
+from testbed.host.ledger import Scope
+from testbed.model.cells import Cell, Pair
+from testbed.model.errors import Error
 
 INGRESS = 0xFFFF0000
 """Handle of the qdisc `ingress` (linux/pkt_sched.h), of whose filters it is the parent."""

@@ -17,19 +17,12 @@ import struct
 import sys
 from collections.abc import Mapping
 
-from testbed import netlink, process
 from testbed.datapaths import Attachment, Layout, LinkCounters, Wiring
-from testbed.ledger import Scope
-from testbed.model import (
-    Cell,
-    Family,
-    Pair,
-    Transport,
-    guest_link,
-    guest_view,
-    loopback,
-    native_source,
-)
+from testbed.host import netlink, process
+from testbed.host.ledger import Scope
+from testbed.model.addresses import guest_link, guest_view, loopback, native_source
+from testbed.model.cells import Cell, Pair
+from testbed.model.terms import Family, Transport
 
 DEVICE = "tun0"
 TABLE = 77

@@ -15,10 +15,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
 
-from testbed import agent, images, kernels, rootfs
-from testbed.manifest import Workload
-from testbed.model import Error, Family, Runtime
-from testbed.process import spawn
+from testbed import agent, paths
+from testbed.host.process import spawn
+from testbed.images import compose, rootfs
+from testbed.model.errors import Error
+from testbed.model.manifest import Workload
+from testbed.model.terms import Family, Runtime
 
 ETC = (Path("/etc/hosts"), Path("/etc/resolv.conf"))
 """What a pod with a `Spec` gives to all its workloads, to natives and guests each their own."""
@@ -71,7 +73,7 @@ class Place:
         The pod's loopback is the alias to guests. An agent needs no more.
         """
         if not self.workload.program:
-            return {images.hosts_file(patched=self.n > 0): "/etc/hosts"}
+            return {compose.hosts_file(patched=self.n > 0): "/etc/hosts"}
         kind = "guest" if self.n else "native"
         return {self.scratch / kind / path.name: str(path) for path in ETC}
 
@@ -152,7 +154,7 @@ def queues(runtime: Prepared, workload: Workload) -> int:
     return vcpus(workload) if runtime.multiqueue else 1
 
 
-def definition(workload: Workload) -> images.Definition:
+def definition(workload: Workload) -> compose.Definition:
     """What a guest's program is composed of: a definition of osv/ by name or path, or host:PROGRAM.
 
     Raises `Error` if there is none, or the program asks for what guests are not told.
@@ -164,15 +166,15 @@ def definition(workload: Workload) -> images.Definition:
         raise Error(f"guest {workload.name!r} cannot be given env or workingDir",
                     hint="say it in args")  # fmt: skip
     if program.image.startswith(rootfs.HOST):
-        paths = rootfs.programs(program.image)
-        if len(paths) != 1:
-            raise Error(f"guest {workload.name!r} has {len(paths)} programs", hint="give it one")
-        return images.Definition(program=paths[0])
+        found = rootfs.programs(program.image)
+        if len(found) != 1:
+            raise Error(f"guest {workload.name!r} has {len(found)} programs", hint="give it one")
+        return compose.Definition(program=found[0])
     named = program.image.endswith(".toml")
-    return images.load(Path(program.image) if named else kernels.OSV / f"{program.image}.toml")
+    return compose.load(Path(program.image) if named else paths.OSV / f"{program.image}.toml")
 
 
-def as_told(workload: Workload, image: images.Image) -> images.Image:
+def as_told(workload: Workload, image: compose.Image) -> compose.Image:
     """The image of a guest's program, with the command line that the program says instead."""
     return replace(image, command=command_line(workload, image.command))
 
@@ -238,7 +240,7 @@ class Program:
                 env={"PATH": rootfs.PATH, **dict(program.env)},
                 working_dir=program.working_dir or None,
             )  # fmt: skip
-        hosts = self._hosts if place.loopback else images.hosts_file(patched=False)
+        hosts = self._hosts if place.loopback else compose.hosts_file(patched=False)
         return spawn(
             [self._agent, "--control-port", str(place.workload.control_port)],
             cgroup=place.cgroup, netns=place.netns, cpus=place.workload.cpus,

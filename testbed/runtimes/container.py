@@ -13,11 +13,13 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from testbed import process, rootfs
-from testbed.ledger import Scope
-from testbed.manifest import Program, Workload
-from testbed.model import Error, Family, Runtime
-from testbed.rootfs import Root
+from testbed.host import process
+from testbed.host.ledger import Scope
+from testbed.images import rootfs
+from testbed.images.rootfs import Root
+from testbed.model.errors import Error
+from testbed.model.manifest import Program, Workload
+from testbed.model.terms import Family, Runtime
 from testbed.runtimes import Description, Options, Place
 
 CAPABILITIES = [f"CAP_{name}" for name in (

@@ -5,11 +5,14 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Sequence
 
-from testbed import accelerator, architecture, images, kernels, process, vm
-from testbed.images import Definition, Image
-from testbed.kernels import LinuxKernel
-from testbed.manifest import Workload
-from testbed.model import Error, Family, Runtime, guest_mac
+from testbed.host import architecture, process
+from testbed.images import compose, kernels
+from testbed.images.compose import Definition, Image
+from testbed.images.kernels import LinuxKernel
+from testbed.model.addresses import guest_mac
+from testbed.model.errors import Error
+from testbed.model.manifest import Workload
+from testbed.model.terms import Family, Runtime
 from testbed.runtimes import (
     Absent,
     Description,
@@ -20,7 +23,8 @@ from testbed.runtimes import (
     memory_mib,
     vcpus,
 )
-from testbed.vm import Vm
+from testbed.runtimes.vm import accelerator, qemu
+from testbed.runtimes.vm.qemu import Vm
 
 
 def prepare(options: Options) -> Linux:
@@ -29,7 +33,9 @@ def prepare(options: Options) -> Linux:
         kernel = kernels.linux_kernel()
     except Error as e:
         raise Absent(e.message, e.hint) from e
-    image = images.compose_linux(images.load(images.AGENT), kernel, hosts_patch=options.hosts_patch)
+    image = compose.compose_linux(
+        compose.load(compose.AGENT), kernel, hosts_patch=options.hosts_patch
+    )
     return Linux(kernel, image, options)
 
 
@@ -69,13 +75,15 @@ class Linux:
         """Boot guest n of the pod, with the agent or the workload's program."""
         workload = place.workload
         machine = Vm(
-            self.accelerator, place.tap, guest_mac(place.n), vm.link_addresses(place.n),
+            self.accelerator, place.tap, guest_mac(place.n), qemu.link_addresses(place.n),
             place.console, vhost=self.vhost, memory_mib=memory_mib(workload), socket=place.socket,
             loopback=place.loopback, vcpus=vcpus(workload), queues=place.queues,
         )  # fmt: skip
         image, arguments = self.image, ["--control-port", str(workload.control_port)]
         if not place.loopback:
-            image = images.compose_linux(images.load(images.AGENT), self.kernel, hosts_patch=False)
+            image = compose.compose_linux(
+                compose.load(compose.AGENT), self.kernel, hosts_patch=False
+            )
         if workload.program:
             image, arguments = self._compose(workload), []
         return process.spawn(
@@ -86,7 +94,7 @@ class Linux:
     def _compose(self, workload: Workload) -> Image:
         wanted = definition(workload)
         if wanted not in self._composed:
-            self._composed[wanted] = images.compose_linux(
+            self._composed[wanted] = compose.compose_linux(
                 wanted, self.kernel, hosts_patch=self._hosts_patch, etc=self._etc
             )
         return as_told(workload, self._composed[wanted])
@@ -97,7 +105,7 @@ def command(
 ) -> list[str]:
     """QEMU's argv. `arguments` follow the image's own."""
     line = boot_line(machine, (*image.command, *arguments))
-    return vm.command(machine, kernel.path, line, extra=("-initrd", str(image.path)))
+    return qemu.command(machine, kernel.path, line, extra=("-initrd", str(image.path)))
 
 
 def boot_line(machine: Vm, words: Sequence[str]) -> str:

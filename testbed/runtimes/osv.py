@@ -6,11 +6,14 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from testbed import accelerator, images, kernels, process, vm
-from testbed.images import Definition, Image
-from testbed.kernels import OsvKernel
-from testbed.manifest import Workload
-from testbed.model import Error, Family, Runtime, guest_mac
+from testbed.host import process
+from testbed.images import compose, kernels
+from testbed.images.compose import Definition, Image
+from testbed.images.kernels import OsvKernel
+from testbed.model.addresses import guest_mac
+from testbed.model.errors import Error
+from testbed.model.manifest import Workload
+from testbed.model.terms import Family, Runtime
 from testbed.runtimes import (
     Absent,
     Description,
@@ -21,7 +24,8 @@ from testbed.runtimes import (
     memory_mib,
     vcpus,
 )
-from testbed.vm import Vm
+from testbed.runtimes.vm import accelerator, qemu
+from testbed.runtimes.vm.qemu import Vm
 
 
 def prepare(options: Options) -> Osv:
@@ -52,7 +56,9 @@ class Osv:
 
     def __init__(self, kernel: OsvKernel, options: Options) -> None:
         self.kernel, self._hosts_patch, self._etc = kernel, options.hosts_patch, options.etc
-        self.image = images.compose_osv(images.load(images.AGENT), hosts_patch=options.hosts_patch)
+        self.image = compose.compose_osv(
+            compose.load(compose.AGENT), hosts_patch=options.hosts_patch
+        )
         self._composed: dict[Definition, Image] = {}
         self.families, self.multiqueue = kernel.families, kernel.multiqueue
         self.accelerator = accelerator.accelerator(kernel.path).name
@@ -81,7 +87,7 @@ class Osv:
         """Boot guest n of the pod, with the agent or the workload's program."""
         workload = place.workload
         machine = Vm(
-            self.accelerator, place.tap, guest_mac(place.n), vm.link_addresses(place.n),
+            self.accelerator, place.tap, guest_mac(place.n), qemu.link_addresses(place.n),
             place.console, vhost=self.vhost, memory_mib=memory_mib(workload), socket=place.socket,
             vcpus=vcpus(workload), queues=place.queues,
         )  # fmt: skip
@@ -96,7 +102,7 @@ class Osv:
     def _compose(self, workload: Workload) -> Image:
         wanted = definition(workload)
         if wanted not in self._composed:
-            self._composed[wanted] = images.compose_osv(
+            self._composed[wanted] = compose.compose_osv(
                 wanted, hosts_patch=self._hosts_patch, etc=self._etc
             )
         return as_told(workload, self._composed[wanted])
@@ -114,16 +120,16 @@ def command(
     `arguments` follow the image's own. `ready` gets the byte `{` when the guest's network is set
     up; of a program that listens OSv tells nothing.
     """
-    disk = vm.value(image.path)
+    disk = qemu.value(image.path)
     extra = [
         "-drive", f"if=none,id=disk,format=raw,readonly=on,file={disk}",
         "-device", "virtio-blk-pci,drive=disk",
     ]  # fmt: skip
     if ready:
-        extra += ["-chardev", f"file,id=ready,path={vm.value(ready)}"]
+        extra += ["-chardev", f"file,id=ready,path={qemu.value(ready)}"]
         extra += ["-device", "isa-debugcon,iobase=0x3f0,chardev=ready"]
     line = boot_line(machine, kernel.families, (*image.command, *arguments))
-    return vm.command(machine, kernel.path, line, nic=kernel.virtio_net, extra=extra)
+    return qemu.command(machine, kernel.path, line, nic=kernel.virtio_net, extra=extra)
 
 
 def boot_line(machine: Vm, families: frozenset[Family], words: Sequence[str]) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from testbed import images
-from testbed.model import Runtime
+from testbed.images import compose
+from testbed.model.terms import Runtime
 from testbed.runtimes import Options, Program
 
 
 def prepare(options: Options) -> Program:
     """Compiles the agent. The pod has a hosts file of its own: this host's may lack a family."""
-    return Program(Runtime.PROCESS, images.hosts_file(patched=False))
+    return Program(Runtime.PROCESS, compose.hosts_file(patched=False))

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from testbed import images, rootfs
-from testbed.manifest import Workload
-from testbed.model import Runtime
+from testbed.images import compose, rootfs
+from testbed.model.manifest import Workload
+from testbed.model.terms import Runtime
 from testbed.runtimes import Options, Program, command_line, definition
 
 
 def prepare(options: Options) -> Standin:
     """Compiles the agent, and patches the hosts file as for an image."""
-    return Standin(Runtime.STANDIN, images.hosts_file(patched=options.hosts_patch))
+    return Standin(Runtime.STANDIN, compose.hosts_file(patched=options.hosts_patch))
 
 
 class Standin(Program):

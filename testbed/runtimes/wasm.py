@@ -14,9 +14,12 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
-from testbed import agent, machine, process, rootfs
-from testbed.manifest import Program, Workload
-from testbed.model import Error, Family, Runtime
+from testbed import paths
+from testbed.host import facts, process
+from testbed.images import rootfs
+from testbed.model.errors import Error
+from testbed.model.manifest import Program, Workload
+from testbed.model.terms import Family, Runtime
 from testbed.runtimes import Description, Options, Place, refuse_limits
 
 _WORLD = """\
@@ -102,7 +105,8 @@ class Wasm:
     def start(self, place: Place) -> subprocess.Popen[bytes]:
         program = place.workload.program or _agent(place.workload)
         return process.spawn(
-            [sys.executable, "-P", "-m", "testbed.wasi", self._compile(program), *program.args],
+            [sys.executable, "-P", "-m", "testbed.runtimes.wasi",
+             self._compile(program), *program.args],
             cgroup=place.cgroup, netns=place.netns, cpus=place.workload.cpus, binds=place.etc,
             output=place.console, env={"PATH": rootfs.PATH, **dict(program.env)},
         )  # fmt: skip
@@ -122,7 +126,7 @@ class Wasm:
         is_python = source.suffix == ".py"
         maker = f"{_MAIN} {metadata.version('componentize-py')}" if is_python else ""
         key = hashlib.sha256(data + f"\0{maker}\0{self.version}".encode()).hexdigest()
-        compiled = machine.cache_folder() / "wasm" / f"{key}.cwasm"
+        compiled = facts.cache_folder() / "wasm" / f"{key}.cwasm"
         if compiled.exists():
             return compiled
         compiled.parent.mkdir(parents=True, exist_ok=True)
@@ -137,14 +141,14 @@ class Wasm:
 def _agent(workload: Workload) -> Program:
     """The traffic agent's twin."""
     port = str(workload.control_port)
-    return Program(str(agent.SOURCES / "agent.py"), args=("--control-port", port))
+    return Program(str(paths.AGENT / "agent.py"), args=("--control-port", port))
 
 
 def _machine_code(component: Path) -> bytes:
     from wasmtime import WasmtimeError
     from wasmtime.component import Component
 
-    from testbed import wasi
+    from testbed.runtimes import wasi
 
     try:
         return bytes(Component.from_file(wasi.engine(), component).serialize())

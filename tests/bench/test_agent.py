@@ -19,12 +19,16 @@ from time import monotonic, sleep
 
 import pytest
 
-from testbed import datapaths, process, runtimes, trial
+from testbed import datapaths, runtimes
 from testbed.agent import Agent, Direction, build
-from testbed.ledger import Owner
-from testbed.manifest import Manifest
-from testbed.model import Family, Pair, Runtime, Transport, guest_link, loopback
-from testbed.pod import Pod
+from testbed.campaigns import trial
+from testbed.host import process
+from testbed.host.ledger import Owner
+from testbed.model.addresses import guest_link, loopback
+from testbed.model.cells import Pair
+from testbed.model.manifest import Manifest
+from testbed.model.terms import Family, Runtime, Transport
+from testbed.pods.pod import Pod
 
 from .gate import Ratio
 

@@ -11,11 +11,13 @@ from contextlib import ExitStack
 
 import pytest
 
-from testbed import datapaths, runtimes, trial
+from testbed import datapaths, runtimes
 from testbed.agent import Mode
-from testbed.ledger import Owner
-from testbed.model import Family, Pair, Runtime, Transport
-from testbed.pod import Pod
+from testbed.campaigns import trial
+from testbed.host.ledger import Owner
+from testbed.model.cells import Pair
+from testbed.model.terms import Family, Runtime, Transport
+from testbed.pods.pod import Pod
 from testbed.runtimes import Options
 
 from .gate import Ratio

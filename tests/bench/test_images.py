@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from testbed import rofs
-from testbed.images import Definition, compose_osv
+from testbed.images import rofs
+from testbed.images.compose import Definition, compose_osv
 
 from .gate import Ratio
 from .references import file_write

@@ -13,10 +13,11 @@ from contextlib import ExitStack
 
 import pytest
 
-from testbed import bpf, netlink
+from testbed import bpf
 from testbed.bpf import ProgramSet
-from testbed.ledger import Owner
-from testbed.model import Family
+from testbed.host import netlink
+from testbed.host.ledger import Owner
+from testbed.model.terms import Family
 from tests.bpf.conftest import loaded as capture
 from tests.bpf.conftest import loaded_steer as steer
 from tests.bpf.frames import EPHEMERAL, Plan, frame, from_guest, ip, tcp, to_guest

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from testbed import datapaths, netlink, runtimes
+from testbed import datapaths, runtimes
 from testbed.datapaths import Attachment
-from testbed.ledger import Owner
-from testbed.manifest import Manifest, Workload
-from testbed.model import Runtime, Transport
-from testbed.pod import Pod
+from testbed.host import netlink
+from testbed.host.ledger import Owner
+from testbed.model.manifest import Manifest, Workload
+from testbed.model.terms import Runtime, Transport
+from testbed.pods.pod import Pod
 from testbed.runtimes import Options
 
 from .gate import Ratio

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from testbed import kernels, pods
+from testbed.images import kernels
+from testbed.pods import control
 
 from .gate import Ratio
 from .references import start_of_python
@@ -47,8 +48,8 @@ def names() -> Iterator[list[str]]:
 
 
 def take_down(names: list[str]) -> None:
-    for name in set(names) & set(pods.names()):
-        pods.down(name)
+    for name in set(names) & set(control.names()):
+        control.down(name)
     names.clear()
 
 

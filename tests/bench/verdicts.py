@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from testbed.model import Error
+from testbed.model.errors import Error
 
 BANDS = Path(__file__).with_name("bands.toml")
 

@@ -14,11 +14,13 @@ import socket
 import threading
 from collections.abc import Callable
 
-from testbed import model, netlink, process
 from testbed.datapaths import Layout, Port, Wiring
-from testbed.ledger import Scope
-from testbed.machine import slowness
-from testbed.model import Address, Family, Transport, guest_link, guest_mac
+from testbed.host import netlink, process
+from testbed.host.facts import slowness
+from testbed.host.ledger import Scope
+from testbed.model import addresses
+from testbed.model.addresses import Address, guest_link, guest_mac
+from testbed.model.terms import Family, Transport
 
 OWNERS = {(t, port): n for t in Transport for port, n in ((5001, 1), (5002, 200))}
 PATIENCE_S = 3 * slowness()
@@ -38,7 +40,7 @@ class Bed:
         self.cgroup = process.create_cgroup(owner, f"bpf-{mark}")
         netlink.set_sysctls(self.links, {"net/ipv6/conf/default/disable_ipv6": 1})
         self._bridge = netlink.create_link(self._ip[self.links], "br", kind="bridge", state="up")
-        uplink = self._link("u", self.pod, model.POD_MAC, model.pod_link)
+        uplink = self._link("u", self.pod, addresses.POD_MAC, addresses.pod_link)
         self.wiring = Wiring(
             pod=name, netns=self.pod, link_netns=self.links, layout=Layout.BRIDGE,
             uplink_ifindex=netlink.links(self.pod)["eth0"],
@@ -67,7 +69,9 @@ class Bed:
         self._ip[self.links].link("set", index=port, master=self._bridge)
         eth0 = netlink.links(netns)["eth0"]
         for family in Family:
-            netlink.add_address(self._ip[netns], eth0, address(family), model.LINK_PREFIX[family])
+            netlink.add_address(
+                self._ip[netns], eth0, address(family), addresses.LINK_PREFIX[family]
+            )
         self._ip[netns].link("set", index=eth0, state="up")
         return port
 
@@ -149,11 +153,11 @@ def ask(client: socket.socket, to: tuple[str, int], message: bytes = b"hello") -
 
 def localhost(workload: int | None, family: Family) -> str:
     """What `localhost` resolves to for a workload."""
-    return str(model.alias(family) if workload else model.loopback(family))
+    return str(addresses.alias(family) if workload else addresses.loopback(family))
 
 
 def seen(family: Family, client: int | None, server: int | None) -> Address:
     """As what a server sees a client that dialed `localhost`."""
     if client is None:
-        return model.native_source(family)
-    return (model.guest_view if server else model.native_view)(family, client)
+        return addresses.native_source(family)
+    return (addresses.guest_view if server else addresses.native_view)(family, client)

@@ -15,8 +15,9 @@ from scapy.layers.inet6 import (
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet, Raw
 
-from testbed import model
-from testbed.model import ALIAS_MAC, Address, Family, guest_mac
+from testbed.model import addresses
+from testbed.model.addresses import ALIAS_MAC, Address, guest_mac
+from testbed.model.terms import Family
 
 from .verdicts import ANOTHER, US
 
@@ -30,18 +31,18 @@ class Plan:
 
     def __init__(self, family: Family) -> None:
         self.family = family
-        self.loopback = model.loopback(family)
-        self.alias = model.alias(family)
-        self.native_source = model.native_source(family)
-        self.native_source_odd = model.native_source_odd(family)
-        self.pod_link = model.pod_link(family)
-        self.link = model.guest_link(family, US)
-        self.others_link = model.guest_link(family, ANOTHER)
-        self.view = model.guest_view(family, US)
-        self.others_view = model.guest_view(family, ANOTHER)
-        self.native_view = model.native_view(family, US)
-        self.others_native_view = model.native_view(family, ANOTHER)
-        self.unknown = model.native_view(family, 99)
+        self.loopback = addresses.loopback(family)
+        self.alias = addresses.alias(family)
+        self.native_source = addresses.native_source(family)
+        self.native_source_odd = addresses.native_source_odd(family)
+        self.pod_link = addresses.pod_link(family)
+        self.link = addresses.guest_link(family, US)
+        self.others_link = addresses.guest_link(family, ANOTHER)
+        self.view = addresses.guest_view(family, US)
+        self.others_view = addresses.guest_view(family, ANOTHER)
+        self.native_view = addresses.native_view(family, US)
+        self.others_native_view = addresses.native_view(family, ANOTHER)
+        self.unknown = addresses.native_view(family, 99)
 
 
 def ip(src: Address, dst: Address, **fields: Any) -> Packet:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from testbed import bpf, model
+from testbed import bpf, paths
 from testbed.datapaths.capture import REASONS
-from testbed.localhost import LINK_MTU
-from testbed.model import Address, Family
+from testbed.datapaths.ebpf.loopback_side import LINK_MTU
+from testbed.model import addresses
+from testbed.model.addresses import Address
+from testbed.model.terms import Family
 
 PRELUDE = r"""
 #include <arpa/inet.h>
@@ -54,7 +56,7 @@ int main(void)
 def classified(tmp_path_factory: pytest.TempPathFactory) -> dict[Address, tuple[str, int, str]]:
     """Every address of the plan, as the C code sees it: kind, number, made again."""
     folder = tmp_path_factory.mktemp("addresses")
-    header = (bpf.SOURCES / "addresses.h").read_text()
+    header = (paths.BPF / "addresses.h").read_text()
     (folder / "plan.c").write_text(PRELUDE + header + MAIN)
     subprocess.run(["cc", "-o", folder / "plan", folder / "plan.c"], check=True)
     enum = re.search(r"enum kind \{(.*?)\};", header, re.DOTALL)
@@ -75,18 +77,19 @@ def classified(tmp_path_factory: pytest.TempPathFactory) -> dict[Address, tuple[
 
 def plan() -> list[tuple[Address, str, int]]:
     """(address, kind, n) of the whole plan."""
-    singles = {"LOOPBACK": model.loopback, "ALIAS": model.alias, "POD_LINK": model.pod_link,
-               "NATIVE_SOURCE": model.native_source,
-               "NATIVE_SOURCE_ODD": model.native_source_odd}  # fmt: skip
+    singles = {"LOOPBACK": addresses.loopback, "ALIAS": addresses.alias,
+               "POD_LINK": addresses.pod_link,
+               "NATIVE_SOURCE": addresses.native_source,
+               "NATIVE_SOURCE_ODD": addresses.native_source_odd}  # fmt: skip
     numbered = {
-        "LINK": model.guest_link,
-        "GUEST_VIEW": model.guest_view,
-        "NATIVE_VIEW": model.native_view,
+        "LINK": addresses.guest_link,
+        "GUEST_VIEW": addresses.guest_view,
+        "NATIVE_VIEW": addresses.native_view,
     }
     return [
         *((address(f), kind, 0) for f in Family for kind, address in singles.items()),
         *((address(f, n), kind, n) for f in Family for kind, address in numbered.items()
-          for n in range(model.MAX_GUESTS + 1)),
+          for n in range(addresses.MAX_GUESTS + 1)),
     ]  # fmt: skip
 
 
@@ -103,7 +106,7 @@ def test_the_links_mtu_is_the_one_of_the_plan() -> None:
 
 def test_reasons_are_counted_under_their_names() -> None:
     enum = re.search(
-        r"enum reason \{(.*?)\};", (Path(bpf.SOURCES) / "capture.c").read_text(), re.DOTALL
+        r"enum reason \{(.*?)\};", (Path(paths.BPF) / "capture.c").read_text(), re.DOTALL
     )
     assert enum
     names = re.findall(r"REASON_(\w+),", enum[1])

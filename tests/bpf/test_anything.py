@@ -18,8 +18,9 @@ from scapy.packet import Packet, Raw
 
 from testbed.bpf import ProgramSet
 from testbed.datapaths import steer
-from testbed.machine import slowness
-from testbed.model import Address, Family
+from testbed.host.facts import slowness
+from testbed.model.addresses import Address
+from testbed.model.terms import Family
 
 from .frames import EPHEMERAL, Plan, frame, from_guest, ip, to_guest, unreachable
 from .verdicts import (

@@ -24,10 +24,14 @@ from scapy.layers.inet import IP, TCP, UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import ARP, Ether
 
-from testbed import bpf, model, netlink
+from testbed import bpf
 from testbed.datapaths import Attachment, get
-from testbed.ledger import Owner
-from testbed.model import Error, Family, Transport, guest_link, guest_mac
+from testbed.host import netlink
+from testbed.host.ledger import Owner
+from testbed.model import addresses
+from testbed.model.addresses import guest_link, guest_mac
+from testbed.model.errors import Error
+from testbed.model.terms import Family, Transport
 from tests.children import ending
 
 from .bed import OWNERS, Bed, Echo, ask, localhost, open_socket, seen
@@ -129,13 +133,13 @@ def test_a_port_that_nobody_serves_refuses_at_once(
 def test_natives_reach_guests_from_and_at_other_addresses_of_the_pod(
     pod: Pod, family: Family, transport: Transport
 ) -> None:
-    another = "127.0.0.5" if family is Family.IPV4 else str(model.pod_link(family))
+    another = "127.0.0.5" if family is Family.IPV4 else str(addresses.pod_link(family))
     usual = localhost(None, family)
     with closing(Echo(pod.bed.guests[1], family, transport, 5001)):
         for bound, dialed in ((another, usual), (usual, another)):
             client = open_socket(pod.bed.pod, family, transport)
             client.bind((bound, 0))
-            assert ask(client, (dialed, 5001)) == str(model.native_source_odd(family))
+            assert ask(client, (dialed, 5001)) == str(addresses.native_source_odd(family))
 
 
 @TRANSPORTS
@@ -143,7 +147,7 @@ def test_dual_stack_natives_meet_guests_by_mapped_addresses(pod: Pod, transport:
     with closing(Echo(pod.bed.guests[1], Family.IPV4, transport, 5001)):
         client = open_socket(pod.bed.pod, Family.IPV6, transport)
         peer = ask(client, ("::ffff:127.0.0.1", 5001))
-    assert peer == str(model.native_source(Family.IPV4))
+    assert peer == str(addresses.native_source(Family.IPV4))
 
 
 @TRANSPORTS
@@ -242,13 +246,17 @@ def test_the_bridge_brings_nobody_to_loopback(pod: Pod) -> None:
     before = attachment.counters()["outside"].packets
 
     alias, native_source, pod_link = (
-        str(f(Family.IPV4)) for f in (model.alias, model.native_source, model.pod_link)
+        str(f(Family.IPV4)) for f in (addresses.alias, addresses.native_source, addresses.pod_link)
     )
-    native_view, link = str(model.native_view(Family.IPV4, 1)), str(guest_link(Family.IPV4, 1))
+    native_view, link = str(addresses.native_view(Family.IPV4, 1)), str(guest_link(Family.IPV4, 1))
     frames = [
         bytes(Ether(src="02:00:00:00:00:99", dst=mac) / IP(src=src, dst=dst) / UDP(dport=6001))
         for src in (alias, native_source, native_view)
-        for mac, dst in ((model.POD_MAC, alias), (model.POD_MAC, pod_link), (guest_mac(1), link))
+        for mac, dst in (
+            (addresses.POD_MAC, alias),
+            (addresses.POD_MAC, pod_link),
+            (guest_mac(1), link),
+        )
     ]
 
     def send() -> None:
@@ -270,9 +278,9 @@ def test_frames_of_any_length_from_a_guest_do_no_harm(pod: Pod) -> None:
     """Shorter ones than BPF_PROG_TEST_RUN takes: down to the bare Ethernet header."""
     bed, attachment = pod
 
-    header = Ether(src=guest_mac(1), dst=model.ALIAS_MAC)
+    header = Ether(src=guest_mac(1), dst=addresses.ALIAS_MAC)
     wholes = [
-        bytes(header / ip(src=str(guest_link(family, 1)), dst=str(model.alias(family))) / TCP())
+        bytes(header / ip(src=str(guest_link(family, 1)), dst=str(addresses.alias(family))) / TCP())
         for ip, family in ((IP, Family.IPV4), (IPv6, Family.IPV6))
     ]
     wholes.append(bytes(header / ARP()))

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from testbed.datapaths.broadcast import REASONS
-from testbed.model import Family
+from testbed.model.terms import Family
 
 from .frames import EPHEMERAL, Plan, frame, from_guest, ip, tcp, to_guest, udp, unreachable
 from .verdicts import ANOTHER, ANOTHERS_PORT, NATIVE_PORT, OWN_PORT, PASSED, US, Programs, in_slot_0

@@ -19,10 +19,11 @@ from scapy.layers.l2 import Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
 from testbed.bpf import ProgramSet
-from testbed.challenge import Conversation
 from testbed.datapaths.capture import REASONS
-from testbed.localhost import Rows
-from testbed.model import POD_MAC, Address, Family, guest_mac
+from testbed.datapaths.ebpf.challenge_ack import Conversation
+from testbed.datapaths.ebpf.loopback_side import Rows
+from testbed.model.addresses import POD_MAC, Address, guest_mac
+from testbed.model.terms import Family
 
 from .frames import (
     EPHEMERAL,

@@ -7,7 +7,8 @@ from scapy.layers.inet import IPOption_NOP, IPOption_RR
 from scapy.layers.inet6 import IPv6ExtHdrDestOpt, IPv6ExtHdrFragment, IPv6ExtHdrHopByHop
 from scapy.packet import Packet
 
-from testbed.model import Address, Family
+from testbed.model.addresses import Address
+from testbed.model.terms import Family
 
 from .frames import EPHEMERAL, Plan, frame, from_guest, ip, tcp, to_guest, udp
 from .verdicts import OWN_PORT, US, Programs

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from testbed import bpf, netlink
+from testbed import bpf
 from testbed.bpf import ProgramSet
 from testbed.datapaths import AT_PORTS
-from testbed.ledger import Owner
-from testbed.localhost import LO_IFINDEX
+from testbed.datapaths.ebpf.loopback_side import LO_IFINDEX
+from testbed.host import netlink
+from testbed.host.ledger import Owner
 
 pytestmark = [
     pytest.mark.root,

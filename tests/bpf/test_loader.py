@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from testbed import bpf, ledger
+from testbed import bpf
 from testbed.bpf import bytecode, syscall
 from testbed.bpf.programs import remove_user
-from testbed.ledger import Owner
-from testbed.machine import slowness
+from testbed.host import ledger
+from testbed.host.facts import slowness
+from testbed.host.ledger import Owner
 from tests.children import ending
 
 pytestmark = pytest.mark.root
@@ -27,7 +28,7 @@ NAME = "names"
 USE_AND_WAIT = f"""
 import sys
 from testbed import bpf
-from testbed.ledger import Owner
+from testbed.host.ledger import Owner
 with Owner() as owner:
     print(owner.id, bpf.load({NAME!r}, owner).slot, flush=True)
     sys.stdin.read()

@@ -18,8 +18,9 @@ from scapy.layers.inet6 import (
 from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Packet
 
-from testbed import model
-from testbed.model import ALIAS_MAC, POD_MAC, Address, Family, guest_mac
+from testbed.model import addresses
+from testbed.model.addresses import ALIAS_MAC, POD_MAC, Address, guest_mac
+from testbed.model.terms import Family
 
 from .verdicts import ANOTHER, US, Programs
 
@@ -32,18 +33,19 @@ LINK_LOCAL = "fe80::77:ff:fe00:100"
 
 def answered(family: Family) -> list[Address]:
     """Addresses that nobody has, and that guests must find."""
-    return [model.alias(family), model.native_source(family), model.native_source_odd(family),
-            model.guest_view(family, US), model.guest_view(family, ANOTHER)]  # fmt: skip
+    return [addresses.alias(family), addresses.native_source(family),
+            addresses.native_source_odd(family), addresses.guest_view(family, US),
+            addresses.guest_view(family, ANOTHER)]  # fmt: skip
 
 
 def others(family: Family) -> list[Address]:
     """Addresses that others have, and answer for."""
-    return [model.pod_link(family), model.guest_link(family, ANOTHER)]
+    return [addresses.pod_link(family), addresses.guest_link(family, ANOTHER)]
 
 
 # --- ARP ------------------------------------------------------------------------------------
 
-LINK4 = str(model.guest_link(Family.IPV4, US))
+LINK4 = str(addresses.guest_link(Family.IPV4, US))
 
 
 def arp(**fields: Any) -> bytes:
@@ -61,9 +63,9 @@ def test_arp_requests_for_our_addresses_are_answered(programs: Programs) -> None
 
 
 def test_arp_among_link_addresses_passes(programs: Programs) -> None:
-    for address in [*others(Family.IPV4), model.guest_link(Family.IPV4, US)]:
+    for address in [*others(Family.IPV4), addresses.guest_link(Family.IPV4, US)]:
         assert programs.passes("port_ingress", arp(pdst=str(address)))
-    reply = arp(op=2, pdst=str(model.pod_link(Family.IPV4)), hwdst=POD_MAC)
+    reply = arp(op=2, pdst=str(addresses.pod_link(Family.IPV4)), hwdst=POD_MAC)
     assert programs.passes("port_ingress", reply)
     assert programs.passes("port_ingress", arp(psrc="0.0.0.0", pdst=LINK4))  # a probe
 
@@ -71,7 +73,7 @@ def test_arp_among_link_addresses_passes(programs: Programs) -> None:
 @pytest.mark.parametrize("op", [1, 2])
 def test_arp_claims_only_the_guests_own_address(programs: Programs, op: int) -> None:
     for claimed in [*answered(Family.IPV4), *others(Family.IPV4)]:
-        sent = arp(op=op, psrc=str(claimed), pdst=str(model.pod_link(Family.IPV4)))
+        sent = arp(op=op, psrc=str(claimed), pdst=str(addresses.pod_link(Family.IPV4)))
         assert programs.drops("port_ingress", sent, "spoofed")
     assert programs.drops("port_ingress", arp(op=op, hwsrc=POD_MAC), "spoofed")
 
@@ -84,7 +86,7 @@ def test_bridged_arp_may_not_claim_our_addresses(programs: Programs) -> None:
 
 # --- neighbor discovery ---------------------------------------------------------------------
 
-LINK6 = str(model.guest_link(Family.IPV6, US))
+LINK6 = str(addresses.guest_link(Family.IPV6, US))
 
 
 def nd(message: Packet, src: str = LINK6, dst: str = "ff02::1:ff00:1") -> bytes:
@@ -130,7 +132,7 @@ def test_neighbor_discovery_claims_only_the_guests_own_addresses(programs: Progr
         for message, source in (
             (ICMPv6ND_NS(tgt=str(claimed)), "::"),
             (ICMPv6ND_NA(tgt=str(claimed)), LINK6),
-            (solicitation(model.pod_link(Family.IPV6)), str(claimed)),
+            (solicitation(addresses.pod_link(Family.IPV6)), str(claimed)),
         ):
             assert programs.drops("port_ingress", nd(message, src=source), "spoofed")
 
@@ -142,5 +144,5 @@ def test_guest_may_not_pose_as_a_router(programs: Programs) -> None:
 
 def test_bridged_advertisements_may_not_claim_our_addresses(programs: Programs) -> None:
     for claimed in answered(Family.IPV6):
-        sent = nd(ICMPv6ND_NA(tgt=str(claimed)), src=str(model.pod_link(Family.IPV6)))
+        sent = nd(ICMPv6ND_NA(tgt=str(claimed)), src=str(addresses.pod_link(Family.IPV6)))
         assert programs.drops("bridge_egress", sent, "outside")

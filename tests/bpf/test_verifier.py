@@ -13,7 +13,7 @@ import pytest
 from testbed import bpf, datapaths
 from testbed.bpf import bytecode
 from testbed.bpf.programs import remove_user
-from testbed.ledger import Owner
+from testbed.host.ledger import Owner
 
 pytestmark = pytest.mark.root
 

@@ -6,11 +6,13 @@ import fcntl
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
-from testbed import bpf, ledger, localhost
+from testbed import bpf
 from testbed.bpf import ProgramSet
 from testbed.datapaths.capture import REASONS
-from testbed.ledger import Owner
-from testbed.model import Family, Transport
+from testbed.datapaths.ebpf import loopback_side
+from testbed.host import ledger
+from testbed.host.ledger import Owner
+from testbed.model.terms import Family, Transport
 
 PASSED, DROPPED, REDIRECTED = 0, 2, 7
 """TC_ACT_OK, TC_ACT_SHOT, TC_ACT_REDIRECT."""
@@ -30,9 +32,9 @@ def in_slot_0(datapath: str, reasons: tuple[str, ...]) -> Iterator[ProgramSet]:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of these programs, as of others, one test run has slot 0
         with closing(ProgramSet(bpf.load(datapath, owner).pins, slot=0)) as programs:
             # A run that was killed may have left rows.
-            localhost.clear(str(programs.pins), slot=0, owners=[], guests=[US, ANOTHER],
+            loopback_side.clear(str(programs.pins), slot=0, owners=[], guests=[US, ANOTHER],
                             reasons=len(reasons))  # fmt: skip
-            rows = localhost.Rows(programs, reasons)
+            rows = loopback_side.Rows(programs, reasons)
             rows.fill(owner, owners, {US: set(Family), ANOTHER: set(Family)})
             for n in (US, ANOTHER):
                 rows.set_port(n, ifindex=1)

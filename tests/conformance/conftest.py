@@ -8,11 +8,12 @@ from contextlib import ExitStack
 import pytest
 
 from testbed import datapaths, runtimes
-from testbed.conformance import Result, checks, suite
-from testbed.conformance.bed import OwnStage
+from testbed.conformance import checks, runner
+from testbed.conformance.check import Result
+from testbed.conformance.fixture import OwnStage
 from testbed.datapaths import Datapath
-from testbed.ledger import Owner
-from testbed.model import Family, Runtime
+from testbed.host.ledger import Owner
+from testbed.model.terms import Family, Runtime
 from testbed.runtimes import Options
 
 Run = Callable[..., list[Result]]
@@ -33,15 +34,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
             families: tuple[Family, ...] = tuple(Family),
         ) -> list[Result]:
             chosen = datapaths.get(datapath) if isinstance(datapath, str) else datapath
-            key, pairs = (chosen.name, native, hosts_patch), suite.carried(chosen, native)
+            key, pairs = (chosen.name, native, hosts_patch), runner.carried(chosen, native)
             if key not in stages:
                 options = Options(hosts_patch=hosts_patch)
                 guest = runtimes.prepare(Runtime.STANDIN, options)
                 owner = stack.enter_context(Owner())
                 stage = OwnStage(owner, chosen, pairs, guest, options, consoles)
                 stages[key] = stack.enter_context(stage)
-            cases = suite.cases(checks(globs), pairs, families)
-            through = suite.through(stages[key], cases)
+            cases = runner.cases(checks.matching(globs), pairs, families)
+            through = runner.through(stages[key], cases)
             return [event for event in through if isinstance(event, Result)]
 
         yield run

@@ -7,9 +7,12 @@ from collections.abc import Iterable
 import pytest
 
 from testbed import datapaths
-from testbed.conformance import EVERY, IPV4, Result, Status, changes, checks, impossible
+from testbed.conformance import checks, known_limits
+from testbed.conformance.check import EVERY, IPV4, Result, Status
+from testbed.conformance.checks import changes
 from testbed.datapaths.bridge import Bridge
-from testbed.model import Pair, Runtime
+from testbed.model.cells import Pair
+from testbed.model.terms import Runtime
 
 from .conftest import Run
 
@@ -21,7 +24,7 @@ SLOW = {
     "restarts-under-load",
 }  # fmt: skip
 """Seconds each; the suite itself is where they run."""
-QUICK = [check.name for check in checks() if check.name not in SLOW]
+QUICK = [check.name for check in checks.matching() if check.name not in SLOW]
 
 FOR_CAPTURE = (
     "connect", "refused", "refused-after-close", "data-before-accept", "listen-*", "client-*",
@@ -50,7 +53,7 @@ def failed(results: Iterable[Result]) -> list[str]:
 
 
 def test_every_check_says_in_one_line_what_it_proves_and_what_it_stands_for() -> None:
-    found = checks()
+    found = checks.matching()
     assert len(found) >= 60
     for check in found:
         assert check.proves.endswith("."), check.name
@@ -59,10 +62,10 @@ def test_every_check_says_in_one_line_what_it_proves_and_what_it_stands_for() ->
 
 
 def test_what_is_impossible_is_said_of_checks_and_datapaths_that_there_are() -> None:
-    names = {check.name for check in checks()}
-    assert impossible.DATAPATHS.keys() <= set(datapaths.NAMES)
-    assert impossible.GUESTS.keys() <= set(Runtime)
-    for entries in (*impossible.DATAPATHS.values(), *impossible.GUESTS.values()):
+    names = {check.name for check in checks.matching()}
+    assert known_limits.DATAPATHS.keys() <= set(datapaths.NAMES)
+    assert known_limits.GUESTS.keys() <= set(Runtime)
+    for entries in (*known_limits.DATAPATHS.values(), *known_limits.GUESTS.values()):
         for entry in entries:
             assert entry.checks <= names
             assert entry.why

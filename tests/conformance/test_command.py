@@ -13,11 +13,12 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from testbed import datapaths, runtimes
-from testbed.conformance import EVERY
-from testbed.conformance.bed import manifest
-from testbed.ledger import Owner
-from testbed.model import CONTROL_PORT, Family, Runtime, guest_link
-from testbed.pod import Pod
+from testbed.conformance.check import EVERY
+from testbed.conformance.fixture import manifest
+from testbed.host.ledger import Owner
+from testbed.model.addresses import CONTROL_PORT, guest_link
+from testbed.model.terms import Family, Runtime
+from testbed.pods.pod import Pod
 from testbed.runtimes import Options
 from tests.children import ending
 

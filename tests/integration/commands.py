@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from testbed import pods
+from testbed.pods import control
 
 TESTBED = (sys.executable, "-m", "testbed.cli")
 
@@ -19,7 +19,7 @@ def run(*words: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]
 
 
 def workload(pod: str, name: str) -> dict[str, Any]:
-    [found] = pods.workloads(pod, name)
+    [found] = control.workloads(pod, name)
     return found
 
 

@@ -10,11 +10,12 @@ from textwrap import dedent
 
 import pytest
 
-from testbed import datapaths, pods, runtimes
-from testbed.ledger import Owner
-from testbed.manifest import Manifest
-from testbed.model import Runtime
-from testbed.pod import Pod
+from testbed import datapaths, runtimes
+from testbed.host.ledger import Owner
+from testbed.model.manifest import Manifest
+from testbed.model.terms import Runtime
+from testbed.pods import control
+from testbed.pods.pod import Pod
 from testbed.runtimes import Options, Prepared
 
 from .sockets import MANIFEST, Bench
@@ -70,8 +71,8 @@ def name() -> Iterator[str]:
     """Of a pod that is taken down afterwards, if it stands."""
     name = f"t{secrets.token_hex(3)}"
     yield name
-    if name in pods.names():
-        pods.down(name)
+    if name in control.names():
+        control.down(name)
 
 
 @pytest.fixture

@@ -12,12 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from testbed import datapaths, doctor, kernels, runtimes, store, trial
+from testbed import datapaths, doctor, runtimes
+from testbed.campaigns import trial
 from testbed.doctor import State
-from testbed.ledger import Owner
-from testbed.manifest import Manifest
-from testbed.model import Cell, Family, Metric, Pair, Runtime, Status, Transport
-from testbed.pod import Pod
+from testbed.host.ledger import Owner
+from testbed.images import kernels
+from testbed.model.cells import Cell, Metric, Pair
+from testbed.model.manifest import Manifest
+from testbed.model.terms import Family, Runtime, Transport
+from testbed.model.trials import Status
+from testbed.pods.pod import Pod
+from testbed.results import store
 from testbed.runtimes import Options, Prepared
 
 from .commands import run

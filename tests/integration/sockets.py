@@ -20,11 +20,12 @@ from typing import NamedTuple
 
 import pytest
 
-from testbed import model, netlink
-from testbed.machine import slowness
-from testbed.manifest import Manifest, Workload
-from testbed.model import Family, Runtime, Transport
-from testbed.pod import Pod
+from testbed.host import netlink
+from testbed.host.facts import slowness
+from testbed.model import addresses
+from testbed.model.manifest import Manifest, Workload
+from testbed.model.terms import Family, Runtime, Transport
+from testbed.pods.pod import Pod
 
 PATIENCE_S = 5 * slowness()
 PORTS = {0: 6000, 1: 5001, 2: 5002}
@@ -170,7 +171,7 @@ def domain(family: Family) -> socket.AddressFamily:
 
 def localhost(n: int, family: Family) -> str:
     """What `localhost` resolves to for a workload."""
-    return str(model.alias(family) if n else model.loopback(family))
+    return str(addresses.alias(family) if n else addresses.loopback(family))
 
 
 def send_frames(netns: str, ifname: str, *frames: bytes) -> None:

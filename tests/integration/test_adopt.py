@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from testbed import netlink, pods
-from testbed.model import Family, alias, loopback
+from testbed.host import netlink
+from testbed.model.addresses import alias, loopback
+from testbed.model.terms import Family
+from testbed.pods import control
 from tests.children import ending
 
 from .commands import run, there, workload
@@ -78,7 +80,7 @@ def connected(pod: str) -> Iterator[list[Client]]:
 def by_lo(pod: str, family: Family) -> socket.socket:
     """A connection to the guest from a process of the namespace that is not of the pod's cgroup."""
     to = (str(loopback(family)), GUEST)
-    return netlink.inside(pods.status(pod)["netns"], lambda: socket.create_connection(to, 5))
+    return netlink.inside(control.status(pod)["netns"], lambda: socket.create_connection(to, 5))
 
 
 def echoes(connection: socket.socket) -> bool:
@@ -87,8 +89,8 @@ def echoes(connection: socket.socket) -> bool:
 
 
 def kill_keeper(pod: str) -> None:
-    os.kill(pods.status(pod)["keeper"], signal.SIGKILL)
-    wait_until(lambda: pods.status(pod)["keeper"] is None, "it is dead")
+    os.kill(control.status(pod)["keeper"], signal.SIGKILL)
+    wait_until(lambda: control.status(pod)["keeper"] is None, "it is dead")
 
 
 @pytest.mark.parametrize("datapath", ["steer", "capture"])
@@ -97,7 +99,7 @@ def test_connections_and_workloads_live_through_their_keepers(
 ) -> None:
     up = ("up", manifest(ECHO, guests=["guest"]), "--datapath", datapath)
     run(*up)
-    pids = {w["name"]: w["pid"] for w in pods.status(name)["workloads"]}
+    pids = {w["name"]: w["pid"] for w in control.status(name)["workloads"]}
     with connected(name) as clients, by_lo(name, Family.IPV4) as v4, by_lo(name, Family.IPV6) as v6:
 
         def all_work() -> bool:
@@ -108,14 +110,14 @@ def test_connections_and_workloads_live_through_their_keepers(
             assert all_work()
             run(*up)
             assert all_work()
-        assert pods.status(name)["keeper"]
+        assert control.status(name)["keeper"]
         with by_lo(name, Family.IPV6) as new:
             assert echoes(new)
-    assert {w["name"]: w["pid"] for w in pods.status(name)["workloads"]} == pids
-    assert [w["restarts"] for w in pods.status(name)["workloads"]] == [0, 0]
+    assert {w["name"]: w["pid"] for w in control.status(name)["workloads"]} == pids
+    assert [w["restarts"] for w in control.status(name)["workloads"]] == [0, 0]
     assert "taken over" in run("describe", name).stdout
     with pytest.raises(OSError, match=os.strerror(errno.EADDRINUSE)):
-        netlink.inside(pods.status(name)["netns"], lambda: socket.create_server(("", GUEST)))
+        netlink.inside(control.status(name)["netns"], lambda: socket.create_server(("", GUEST)))
     run("down", name)
     assert not there(name)
 
@@ -130,7 +132,7 @@ def test_a_new_keeper_starts_what_ended_meanwhile_and_sees_what_ends_later(
     assert f"keeper of pod {name} was killed" in run("ps").stderr
     run("adopt", name)
     assert (workload(name, "guest")["restarts"], workload(name, "native")["restarts"]) == (1, 0)
-    assert any("guest: ended while nobody" in event for event in pods.describe(name)["events"])
+    assert any("guest: ended while nobody" in event for event in control.describe(name)["events"])
     os.kill(native, signal.SIGKILL)
     wait_until(lambda: workload(name, "native")["restarts"] == 1, "a restart")
     wait_until(lambda: workload(name, "native")["ready"], "it is ready again")
@@ -142,7 +144,7 @@ def test_a_link_that_was_lost_meanwhile_is_made_again(
 ) -> None:
     run("up", manifest(ECHO, guests=["guest"]))
     kill_keeper(name)
-    netlink.remove_link(pods.status(name)["netns"], "g1")
+    netlink.remove_link(control.status(name)["netns"], "g1")
     run("adopt", name)
     with by_lo(name, Family.IPV4) as connection:
         assert echoes(connection)
@@ -154,7 +156,7 @@ def test_an_orphan_is_only_taken_over_as_it_is(manifest: Callable[..., Path], na
     other = manifest(ECHO.replace(str(NATIVE), "9002"), guests=["guest"])
     refused = run("up", other, status=3)
     assert f"testbed adopt {name}, or testbed down {name}" in refused.stderr
-    taken = netlink.inside(pods.status(name)["netns"], lambda: socket.create_server(("", GUEST)))
+    taken = netlink.inside(control.status(name)["netns"], lambda: socket.create_server(("", GUEST)))
     with taken:
         assert "a native process has it" in run("adopt", name, status=3).stderr
     assert workload(name, "guest")["state"] == "running"

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from testbed import pods, store
-from testbed.model import Status
+from testbed.model.trials import Status
+from testbed.pods import control
+from testbed.results import store
 from tests.children import ending
 
 pytestmark = pytest.mark.root
@@ -105,7 +106,7 @@ spec:
     try:
         done = subprocess.run(up, capture_output=True, text=True, check=False)
     finally:
-        pods.down(name)
+        control.down(name)
     assert done.returncode == 1
     [line] = done.stderr.splitlines()
     assert "cannot set up guest memory 'pc.ram': Cannot allocate memory" in line

@@ -17,7 +17,10 @@ from time import monotonic
 import pytest
 
 from testbed.agent import Agent, Result, build
-from testbed.model import Error, Family, Transport, loopback, percentile
+from testbed.model.addresses import loopback
+from testbed.model.errors import Error
+from testbed.model.terms import Family, Transport
+from testbed.model.trials import percentile
 from tests.children import ending
 
 

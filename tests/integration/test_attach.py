@@ -12,10 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from testbed import bpf, datapaths, kubernetes, localhost, netlink, pods, process
-from testbed.ledger import Owner
-from testbed.model import Error, Family, Runtime, alias, loopback
-from testbed.sandbox import Sandbox
+from testbed import bpf, datapaths
+from testbed.datapaths.ebpf import loopback_side
+from testbed.host import netlink, process
+from testbed.host.ledger import Owner
+from testbed.model.addresses import alias, loopback
+from testbed.model.errors import Error
+from testbed.model.terms import Family, Runtime
+from testbed.pods import control, kubernetes
+from testbed.pods.sandbox import Sandbox
 from tests.children import ending
 
 from .commands import run, there, workload
@@ -115,7 +120,7 @@ def test_guests_join_and_leave_all_as_it_was(
     before = theirs.state()
     run("attach", "--netns", theirs.netns, "--datapath", datapath,
         manifest(GUEST, runtime="standin"))  # fmt: skip
-    guest_netns = f"{pods.status(name)['netns']}-g1"
+    guest_netns = f"{control.status(name)['netns']}-g1"
     for family in Family:
         assert echoes(theirs.connect(family))
         with theirs.serve(family, str(loopback(family)), NATIVE_PORT) as native:
@@ -136,14 +141,14 @@ def test_processes_of_a_cgroup_that_is_named_go_past_lo(
     script = 'echo $$ > "$0/cgroup.procs" && echo hello | exec nc -w 1 127.0.0.1 9000'
     assert theirs.run("busybox", "sh", "-c", script, str(theirs.cgroup)) == "hello\n"
     assert echoes(theirs.connect(Family.IPV4))
-    assert pods.describe(name)["counters"]["steered"]["packets"] == 1
+    assert control.describe(name)["counters"]["steered"]["packets"] == 1
     netlink.create_netns(theirs.owner, f"{theirs.name}-2").close()
     file = manifest(GUEST, runtime="standin")
     file.write_text(file.read_text().replace(name, f"{name}-2"))
     refused = run("attach", "--netns", f"{theirs.netns}-2", "--cgroup", theirs.cgroup, file,
                   status=3)  # fmt: skip
     assert "is the cgroup of another pod" in refused.stderr
-    assert pods.describe(name)["counters"]["steered"]["packets"] == 1
+    assert control.describe(name)["counters"]["steered"]["packets"] == 1
     run("down", name)
     assert theirs.cgroup.is_dir()
 
@@ -159,8 +164,8 @@ def test_a_pod_known_by_a_process_of_it_is_kept_after_the_keeper_s_death(
         attach = ("attach", "--netns", f"/proc/{one.pid}/ns/net",
                   manifest(GUEST, runtime="standin"))  # fmt: skip
         run(*attach)
-        os.kill(pods.status(name)["keeper"], signal.SIGKILL)
-        wait_until(lambda: pods.status(name)["keeper"] is None, "it is dead")
+        os.kill(control.status(name)["keeper"], signal.SIGKILL)
+        wait_until(lambda: control.status(name)["keeper"] is None, "it is dead")
         run(*attach)
         assert workload(name, "guest")["restarts"] == 0
     run("detach", name)
@@ -193,7 +198,7 @@ def test_what_cannot_be_joined_is_left_alone(
     with theirs.serve(Family.IPV4, "0.0.0.0", PORT):
         refused = run(*attach, status=3).stderr
     assert f"port {PORT} is guest 1's, but a native process has it" in refused
-    assert name not in pods.names()
+    assert name not in control.names()
     assert theirs.state() == before
 
 
@@ -220,7 +225,7 @@ def test_programs_that_lo_runs_by_itself_are_in_the_way(theirs: Theirs) -> None:
     programs.make_calls(theirs.owner, 1)
     with theirs.owner.part() as part, netlink.hold_netns(part, name, theirs.netns):
         with programs.entry("redirect_peer", 1, 0) as entry:
-            bpf.attach_tcx(name, localhost.LO_IFINDEX, bpf.INGRESS, entry)
+            bpf.attach_tcx(name, loopback_side.LO_IFINDEX, bpf.INGRESS, entry)
     programs.close()
     with pytest.raises(Error, match="programs on lo"), theirs.owner.part() as joining:
         Sandbox(theirs.netns).join(joining, f"{theirs.name}-again", {"g1"})

@@ -19,12 +19,18 @@ from scapy.layers.inet import IP, UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
-from testbed import datapaths, model, netlink, process, runtimes, trial
+from testbed import datapaths, runtimes
+from testbed.campaigns import trial
 from testbed.datapaths import Layout
-from testbed.ledger import Owner
-from testbed.manifest import Manifest
-from testbed.model import Cell, Error, Family, Metric, Runtime, Transport, guest_link, guest_mac
-from testbed.model import Pair as Roles
+from testbed.host import netlink, process
+from testbed.host.ledger import Owner
+from testbed.model import addresses
+from testbed.model.addresses import guest_link, guest_mac
+from testbed.model.cells import Cell, Metric
+from testbed.model.cells import Pair as Roles
+from testbed.model.errors import Error
+from testbed.model.manifest import Manifest
+from testbed.model.terms import Family, Runtime, Transport
 from testbed.runtimes import Options
 
 from .conftest import Build
@@ -78,7 +84,7 @@ def connected(
     bench: Bench, pair: Pair, family: Family, transport: Transport
 ) -> Iterator[tuple[socket.socket, socket.socket]]:
     """As `Bench.connected`, with natives that serve at loopback alone."""
-    host = "" if pair.server else str(model.loopback(family))
+    host = "" if pair.server else str(addresses.loopback(family))
     with (
         bench.serve(pair.server, family, transport, host) as listening,
         bench.open(pair.client, family, transport) as near,
@@ -151,7 +157,7 @@ def test_no_guest_reaches_loopback_but_by_the_alias(bench: Bench) -> None:
     frames = [
         bytes(Ether(src=guest_mac(1), dst=mac) / p / UDP(sport=40000, dport=PORTS[0]) / b"forged")
         for p in forged
-        for mac in (port_mac, model.ALIAS_MAC)
+        for mac in (port_mac, addresses.ALIAS_MAC)
     ]
     with server, server6:
         bench.raw(1, *frames)
@@ -223,7 +229,7 @@ def tied(build: Build) -> Bench:
 
 def exchange(bench: Bench, pair: Pair, family: Family) -> None:
     """At the server's own address: there is no `localhost`."""
-    to = guest_link(family, pair.server) if pair.server else model.pod_link(family)
+    to = guest_link(family, pair.server) if pair.server else addresses.pod_link(family)
     with (
         bench.serve(pair.server, family, Transport.TCP) as listening,
         bench.open(pair.client, family, Transport.TCP) as near,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from testbed.model import Error
+from testbed.model.errors import Error
 from tests.bench import history
 from tests.bench.verdicts import BANDS, Band, Measured, Verdict, bands, judge, measured
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from testbed import machine, store
-from testbed.model import Trial
+from testbed.host import facts
+from testbed.model.trials import Trial
+from testbed.results import store
 
 pytestmark = pytest.mark.root
 
@@ -38,7 +39,7 @@ def blocks(folder: Path, width: float, limit: float, *arguments: str) -> list[Tr
     done = subprocess.run(
         [sys.executable, "-P", "-m", "testbed.cli", "run", "--plan", plan, "--guest", "standin",
          "--out", out, *arguments],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120 * machine.slowness(),
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120 * facts.slowness(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Servers that wait 50 µs" in done.stdout
@@ -46,7 +47,7 @@ def blocks(folder: Path, width: float, limit: float, *arguments: str) -> list[Tr
 
 
 def test_blocks_are_added_until_time_is_up(tmp_path: Path) -> None:
-    trials = blocks(tmp_path, width=0.0001, limit=15 * machine.slowness())
+    trials = blocks(tmp_path, width=0.0001, limit=15 * facts.slowness())
     numbers = sorted({trial.block for trial in trials})
     assert len(numbers) > 2
     assert numbers == list(range(len(numbers)))

@@ -18,11 +18,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from testbed import agent, bpf, model, process, store
-from testbed.ledger import ROOT
-from testbed.machine import slowness
-from testbed.model import Family, Status
-from testbed.netlink import NETNS
+from testbed import agent, bpf
+from testbed.host import process
+from testbed.host.facts import slowness
+from testbed.host.ledger import ROOT
+from testbed.host.netlink import NETNS
+from testbed.model import addresses
+from testbed.model.terms import Family
+from testbed.model.trials import Status
+from testbed.results import store
 from tests.campaigns import trials
 
 from .conftest import Build
@@ -314,7 +318,7 @@ def broken_guests(tmp_path: Path) -> dict[str, str]:
     broken.parent.mkdir(parents=True)
     broken.touch(mode=0o755)
     broken.write_text(
-        f'#!/bin/sh\ngrep -q {model.alias(Family.IPV4)} /etc/hosts || exec {real} "$@"\n'
+        f'#!/bin/sh\ngrep -q {addresses.alias(Family.IPV4)} /etc/hosts || exec {real} "$@"\n'
         "echo this guest has no luck; exit 7\n"
     )
     return {"XDG_CACHE_HOME": str(cache)}

@@ -24,10 +24,12 @@ from typing import Any, TypeVar
 
 import pytest
 
-from testbed import netlink, pods, process
-from testbed.ledger import Owner
-from testbed.machine import slowness
-from testbed.model import Family, loopback
+from testbed.host import netlink, process
+from testbed.host.facts import slowness
+from testbed.host.ledger import Owner
+from testbed.model.addresses import loopback
+from testbed.model.terms import Family
+from testbed.pods import control
 from testbed.runtimes import container
 from tests.children import ending
 
@@ -134,7 +136,7 @@ def echoes(runtime: Runtime, family: Family) -> bool:
 
 
 def ready(runtime: Runtime, name: str) -> bool:
-    return runtime.on_host(lambda: pods.status(name))["ready"] is True
+    return runtime.on_host(lambda: control.status(name))["ready"] is True
 
 
 def test_guests_join_a_pod_of_other_plugins_and_leave_it(chained: Runtime) -> None:
@@ -189,7 +191,7 @@ def test_a_check_finds_out_and_a_delete_cleans_up_after_a_killed_keeper(runtime:
     own = runtime.network["plugins"][0]
     _, result = runtime.call("ADD", own, {"cniVersion": "1.0.0"})
     assert runtime.call("CHECK", own, result) == (0, "")
-    keeper = runtime.on_host(lambda: pods.status(runtime.container))["keeper"]
+    keeper = runtime.on_host(lambda: control.status(runtime.container))["keeper"]
     os.kill(keeper, signal.SIGKILL)
     wait_until(lambda: runtime.call("CHECK", own, result)[0] == 1, "it is dead")
     status, refused = runtime.call("CHECK", own, result)

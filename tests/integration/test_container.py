@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from testbed import process, runtimes
+from testbed import runtimes
 from testbed.datapaths import get
-from testbed.ledger import Owner
-from testbed.manifest import Manifest, Program, Workload
-from testbed.model import Error, Runtime
-from testbed.pod import Pod
+from testbed.host import process
+from testbed.host.ledger import Owner
+from testbed.model.errors import Error
+from testbed.model.manifest import Manifest, Program, Workload
+from testbed.model.terms import Runtime
+from testbed.pods.pod import Pod
 from testbed.runtimes import Options, Prepared
 from tests.children import ending
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from testbed import pods
 from testbed.cli import parser
-from testbed.netlink import NETNS
+from testbed.host.netlink import NETNS
+from testbed.pods import control
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
@@ -54,9 +54,9 @@ def clone(tmp_path: Path) -> Iterator[Path]:
     bootstrap.write_text(f'#!/bin/sh\nexec {ROOT}/bootstrap "$@"\n')
     bootstrap.chmod(0o755)
     yield tmp_path
-    for name in pods.names():
+    for name in control.names():
         if name.startswith("docs-"):
-            pods.down(name)
+            control.down(name)
     for left in NETNS.glob("docs-*"):
         subprocess.run(["ip", "netns", "del", left.name], check=True)
 

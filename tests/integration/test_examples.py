@@ -15,9 +15,12 @@ from typing import Any
 
 import pytest
 
-from testbed import kernels, machine, model, netlink, pods
 from testbed.agent import Agent
-from testbed.model import Family, Runtime, Transport
+from testbed.host import facts, netlink
+from testbed.images import kernels
+from testbed.model import addresses
+from testbed.model.terms import Family, Runtime, Transport
+from testbed.pods import control
 
 from .sockets import wait_until
 
@@ -49,7 +52,7 @@ def environment(best: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Mapp
         return os.environ
     cache = tmp_path_factory.mktemp(f"cache-{best}") / "testbed"
     (cache / "kernels").mkdir(parents=True)
-    for there in machine.cache_folder().iterdir():
+    for there in facts.cache_folder().iterdir():
         if there.name != "kernels":
             (cache / there.name).symlink_to(there)
     unset = ("TESTBED_OSV_KERNEL", "TESTBED_OSV_TREE")
@@ -77,7 +80,7 @@ def up(best: Runtime, environment: Mapping[str, str], tmp_path: Path) -> Iterato
         file = tmp_path / f"{example}.yaml"
         file.write_text(text)
         names.append(name)
-        wait = f"--wait={LIMIT_S * machine.slowness():g}"
+        wait = f"--wait={LIMIT_S * facts.slowness():g}"
         command = [sys.executable, "-m", "testbed.cli", "up", str(file), wait]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -85,12 +88,12 @@ def up(best: Runtime, environment: Mapping[str, str], tmp_path: Path) -> Iterato
         return name
 
     yield up
-    for name in set(names) & set(pods.names()):
-        pods.down(name)
+    for name in set(names) & set(control.names()):
+        control.down(name)
 
 
 def log(pod: str, workload: str) -> str:
-    [found] = pods.workloads(pod, workload)
+    [found] = control.workloads(pod, workload)
     return Path(found["log"]).read_text(errors="replace")
 
 
@@ -107,7 +110,7 @@ def test_redis_counts_for_a_component_and_a_guest(up: Up) -> None:
 
 def test_a_container_reads_what_a_guest_serves(up: Up, best: Runtime) -> None:
     """And the guest sees it at loopback if there is a shim in it, else at its link's other end."""
-    seen = (model.loopback if best is Runtime.OSV else model.pod_link)(Family.IPV4)
+    seen = (addresses.loopback if best is Runtime.OSV else addresses.pod_link)(Family.IPV4)
     says(up("web"), "client", f"(?m)^{re.escape(str(seen))}$")
 
 
@@ -128,7 +131,7 @@ def test_everyone_reaches_everyone(up: Up, capsys: pytest.CaptureFixture[str]) -
     """Every agent gets answers from every other's port, in both families where both ends speak
     them; the component, which is no agent, connects to all.
     """
-    pod = pods.status(up("everyone"))
+    pod = control.status(up("everyone"))
     with ExitStack() as stack:
         agents = {
             w["name"]: stack.enter_context(connected(pod, w))

@@ -11,10 +11,11 @@ from contextlib import suppress
 import pytest
 from pyroute2.netlink.exceptions import NetlinkError
 
-from testbed import netlink
-from testbed.model import Family, Transport, guest_mac
-from testbed.pod import Pod
-from testbed.supervisor import Supervisor
+from testbed.host import netlink
+from testbed.model.addresses import guest_mac
+from testbed.model.terms import Family, Transport
+from testbed.pods.pod import Pod
+from testbed.pods.reconciler import Supervisor
 
 from .conftest import Build
 from .sockets import PAIRS, PORTS, Bench, Pair, localhost, wait_until

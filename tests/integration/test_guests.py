@@ -16,15 +16,19 @@ from typing import NamedTuple
 
 import pytest
 
-from testbed import datapaths, kernels, runtimes, trial, worker
-from testbed.ledger import Owner
-from testbed.machine import slowness
-from testbed.model import Cell, Family, Metric, Pair, Runtime, Status, Transport
-from testbed.pod import Pod
+from testbed import datapaths, runtimes
+from testbed.campaigns import trial, worker
+from testbed.host.facts import slowness
+from testbed.host.ledger import Owner
+from testbed.images import kernels
+from testbed.model.cells import Cell, Metric, Pair
+from testbed.model.terms import Family, Runtime, Transport
+from testbed.model.trials import Status
+from testbed.pods.pod import Pod
+from testbed.pods.reconciler import Supervisor
 from testbed.runtimes import Options, Prepared
 from testbed.runtimes.osv import Osv
 from testbed.runtimes.osv import prepare as prepare_osv
-from testbed.supervisor import Supervisor
 
 from .sockets import Bench, localhost, wait_until
 

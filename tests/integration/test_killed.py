@@ -21,9 +21,11 @@ from pathlib import Path
 
 import pytest
 
-from testbed import bpf, ledger, pods
-from testbed.machine import slowness
-from testbed.model import Error
+from testbed import bpf
+from testbed.host import ledger
+from testbed.host.facts import slowness
+from testbed.model.errors import Error
+from testbed.pods import control
 from tests.children import ending
 from tests.conftest import others, snapshot
 
@@ -108,9 +110,9 @@ def kill_once(number: int, seed: int, folder: Path) -> str | None:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         running.wait(PATIENCE_S)
-    if mark in pods.names():
+    if mark in control.names():
         with suppress(Error):
-            pods.down(mark)
+            control.down(mark)
     deadline = time.monotonic() + PATIENCE_S
     while living := sorted(harness(mark)):
         assert time.monotonic() < deadline, f"{living} live on after {kind}"

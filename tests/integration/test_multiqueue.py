@@ -8,22 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from testbed import agent, runtimes, trial
-from testbed.manifest import Manifest, Program
-from testbed.model import (
-    CONTROL_PORT,
-    Cell,
-    Error,
-    Family,
-    Metric,
-    Pair,
-    Runtime,
-    Status,
-    Transport,
-)
-from testbed.pod import Pod
+from testbed import agent, runtimes
+from testbed.campaigns import trial
+from testbed.model.addresses import CONTROL_PORT
+from testbed.model.cells import Cell, Metric, Pair
+from testbed.model.errors import Error
+from testbed.model.manifest import Manifest, Program
+from testbed.model.terms import Family, Runtime, Transport
+from testbed.model.trials import Status
+from testbed.pods.pod import Pod
+from testbed.pods.reconciler import Supervisor
 from testbed.runtimes import Options, Prepared
-from testbed.supervisor import Supervisor
 
 from .conftest import Build
 from .sockets import wait_until

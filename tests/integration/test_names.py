@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from testbed import model, process
-from testbed.model import Family, Transport
+from testbed.host import process
+from testbed.model import addresses
+from testbed.model.terms import Family, Transport
 
 from .sockets import PORTS, Bench, Pair, localhost, wait_until
 
@@ -86,28 +87,28 @@ def test_natives_see_guests_tcp_as_localhost(
 def test_natives_answer_udp_to_the_guest_that_asked(
     bench: Bench, tmp_path: Path, guest: int, family: Family
 ) -> None:
-    server = start(bench, tmp_path / "out", str(model.loopback(family)), str(PORTS[0]), "udp")
+    server = start(bench, tmp_path / "out", str(addresses.loopback(family)), str(PORTS[0]), "udp")
     exchange(bench, guest, family, Transport.UDP)
     assert server.wait(5) == 0
-    assert (tmp_path / "out").read_text().split()[1:] == [str(model.native_view(family, guest))]
+    assert (tmp_path / "out").read_text().split()[1:] == [str(addresses.native_view(family, guest))]
 
 
 @FAMILIES
 def test_native_clients_are_at_loopback_on_both_ends(bench: Bench, family: Family) -> None:
-    loopback = str(model.loopback(family))
+    loopback = str(addresses.loopback(family))
     with bench.connected(Pair(0, 1), family) as (near, far):
         assert (near.getsockname()[0], near.getpeername()[:2]) == (loopback, (loopback, PORTS[1]))
-        assert far.getpeername()[0] == str(model.native_source(family))
+        assert far.getpeername()[0] == str(addresses.native_source(family))
         assert far.getpeername()[1] == near.getsockname()[1]
 
 
 @FAMILIES
 def test_two_guests_with_the_same_source_port_are_two_clients(bench: Bench, family: Family) -> None:
     """And a native server answers each, over UDP unconnected."""
-    with bench.serve(0, family, Transport.UDP, str(model.loopback(family))) as server:
+    with bench.serve(0, family, Transport.UDP, str(addresses.loopback(family))) as server:
         clients = {n: bench.open(n, family, Transport.UDP) for n in (1, 2)}
         for n, client in clients.items():
-            client.bind((str(model.guest_link(family, n)), 7000))
+            client.bind((str(addresses.guest_link(family, n)), 7000))
             client.connect((localhost(n, family), PORTS[0]))
             client.send(f"of guest {n}".encode())
         for _ in clients:

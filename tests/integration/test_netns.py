@@ -11,8 +11,8 @@ pytestmark = pytest.mark.root
 
 SCRIPT = """
 import subprocess
-from testbed.ledger import Owner
-from testbed.netlink import NETNS, create_netns
+from testbed.host.ledger import Owner
+from testbed.host.netlink import NETNS, create_netns
 
 with Owner() as owner:
     create_netns(owner, "ours").close()

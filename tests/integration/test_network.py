@@ -13,11 +13,16 @@ from scapy.layers.inet import IP, UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
-from testbed import datapaths, ledger, model, netlink, nft, node
-from testbed.ledger import Owner
-from testbed.manifest import HostPort, Manifest
-from testbed.model import Address, Error, Family, Transport, guest_link, node_address
-from testbed.pod import Pod
+from testbed import datapaths
+from testbed.host import ledger, netlink, nft
+from testbed.host.ledger import Owner
+from testbed.model import addresses
+from testbed.model.addresses import Address, guest_link, node_address
+from testbed.model.errors import Error
+from testbed.model.manifest import HostPort, Manifest
+from testbed.model.terms import Family, Transport
+from testbed.pods.network import node
+from testbed.pods.pod import Pod
 
 from .conftest import Build
 from .sockets import MANIFEST, PAIRS, PATIENCE_S, PORTS, Bench, domain, send_frames
@@ -177,9 +182,10 @@ def test_nothing_else_comes_in_from_outside(bench: Bench, family: Family) -> Non
     """Not to addresses of the pod's inside, and not from such, to whatever socket."""
     pod = bench.pod.addresses[family]
     inside = [
-        model.alias(family), model.native_source(family), model.native_source_odd(family),
-        model.guest_view(family, 1), model.native_view(family, 1), model.loopback(family),
-        model.pod_link(family), guest_link(family, 1),
+        addresses.alias(family), addresses.native_source(family),
+        addresses.native_source_odd(family), addresses.guest_view(family, 1),
+        addresses.native_view(family, 1), addresses.loopback(family),
+        addresses.pod_link(family), guest_link(family, 1),
     ]  # fmt: skip
     stranger = node_address(family)
     ends = [(stranger, to) for to in inside] + [(s, to) for s in inside for to in (*inside, pod)]
@@ -216,7 +222,7 @@ def link_of(pod: Pod) -> str:
 @FAMILIES
 def test_a_loopback_bound_socket_hears_nothing_from_outside(bench: Bench, family: Family) -> None:
     to = (str(bench.pod.addresses[family]), PORTS[0])
-    bound = str(model.loopback(family))
+    bound = str(addresses.loopback(family))
     with (
         bench.serve(0, family, Transport.TCP, bound),
         opened(node.NETNS, family, Transport.TCP) as client,
@@ -236,7 +242,7 @@ def test_a_pod_that_claims_anothers_address_is_not_heard(
     frames = [
         bytes(Ether(dst=mac) / layer(src=str(source), dst=to) / UDP(dport=PORTS[0]) / text)
         for source, text in (
-            (model.pod_address(family, 900), b"bad"), (node_address(family), b"bad"),
+            (addresses.pod_address(family, 900), b"bad"), (node_address(family), b"bad"),
             (peer.addresses[family], b"good"),
         )
     ]  # fmt: skip

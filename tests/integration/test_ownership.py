@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from testbed import bpf, datapaths, netlink
-from testbed.ledger import ROOT, Owner
-from testbed.manifest import Manifest, Workload
-from testbed.model import Error, Family, Runtime, Transport
-from testbed.pod import Pod
+from testbed import bpf, datapaths
+from testbed.host import netlink
+from testbed.host.ledger import ROOT, Owner
+from testbed.model.errors import Error
+from testbed.model.manifest import Manifest, Workload
+from testbed.model.terms import Family, Runtime, Transport
+from testbed.pods.pod import Pod
 
 from .conftest import Build
 from .sockets import PORTS, Bench, workload

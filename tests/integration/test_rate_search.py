@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from testbed import netlink, search, trial
-from testbed.model import Cell, Family, Metric, Pair, Runtime, Status, Transport, Trial
-from testbed.pod import port_name
+from testbed.campaigns import rate_search, trial
+from testbed.host import netlink
+from testbed.model.cells import Cell, Metric, Pair
+from testbed.model.terms import Family, Runtime, Transport
+from testbed.model.trials import Status, Trial
+from testbed.pods.pod import port_name
 from testbed.runtimes import Prepared
 
 from .conftest import Build
@@ -36,7 +39,7 @@ def test_the_rate_that_is_found_is_what_the_link_can_carry(
             break  # else again, as a campaign does: others may have held the receiver up throughout
 
     assert (found.status, found.reason) == (Status.OK, None)
-    attempts = [search.Attempt(*attempt) for attempt in found.searched]
+    attempts = [rate_search.Attempt(*attempt) for attempt in found.searched]
     most_bps = LINK_BPS * SIZE / (SIZE + HEADERS[family])
     # Not more than that; less, where other work on the machine holds the receiver up.
     assert 0.25 * most_bps < (found.value or 0) < 1.1 * most_bps

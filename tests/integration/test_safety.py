@@ -17,8 +17,10 @@ from scapy.layers.inet6 import ICMPv6ND_NA, ICMPv6NDOptDstLLAddr, IPv6
 from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Packet
 
-from testbed import model, netlink
-from testbed.model import Address, Family, Transport, guest_link, guest_mac
+from testbed.host import netlink
+from testbed.model import addresses
+from testbed.model.addresses import Address, guest_link, guest_mac
+from testbed.model.terms import Family, Transport
 
 from .conftest import Build
 from .sockets import PAIRS, PORTS, Bench, Pair, localhost, send_frames
@@ -35,12 +37,12 @@ STRANGER = {Family.IPV4: "169.254.64.9", Family.IPV6: "fd77::9"}
 def reserved(family: Family) -> dict[str, Address]:
     """Addresses that none but the datapath may use outside `lo`."""
     return {
-        "alias": model.alias(family),
-        "native source": model.native_source(family),
-        "odd native source": model.native_source_odd(family),
-        "guest as guests see it": model.guest_view(family, 1),
-        "guest as natives see it": model.native_view(family, 1),
-        "loopback": model.loopback(family),
+        "alias": addresses.alias(family),
+        "native source": addresses.native_source(family),
+        "odd native source": addresses.native_source_odd(family),
+        "guest as guests see it": addresses.guest_view(family, 1),
+        "guest as natives see it": addresses.native_view(family, 1),
+        "loopback": addresses.loopback(family),
     }
 
 
@@ -95,13 +97,13 @@ def test_a_guest_that_forges_its_source_is_dropped_and_counted(
     sources = [
         *reserved(family).values(),
         guest_link(family, 2),
-        model.pod_link(family),
+        addresses.pod_link(family),
         STRANGER[family],
     ]
     destinations = [
-        (model.alias(family), model.ALIAS_MAC),
-        (model.native_source(family), model.ALIAS_MAC),
-        (model.pod_link(family), model.POD_MAC),
+        (addresses.alias(family), addresses.ALIAS_MAC),
+        (addresses.native_source(family), addresses.ALIAS_MAC),
+        (addresses.pod_link(family), addresses.POD_MAC),
         (guest_link(family, 2), guest_mac(2)),
     ]
     frames = [
@@ -124,9 +126,9 @@ def test_a_guest_with_anothers_mac_is_dropped_and_counted(
 ) -> None:
     before = bench.counted("spoofed")
     with nothing_arrives(bench, family, transport):
-        for mac in (guest_mac(2), model.ALIAS_MAC, model.POD_MAC):
-            own = packet(guest_link(family, 1), model.alias(family), transport)
-            bench.raw(1, framed(mac, model.ALIAS_MAC, own, PORTS[0]))
+        for mac in (guest_mac(2), addresses.ALIAS_MAC, addresses.POD_MAC):
+            own = packet(guest_link(family, 1), addresses.alias(family), transport)
+            bench.raw(1, framed(mac, addresses.ALIAS_MAC, own, PORTS[0]))
     assert bench.counted("spoofed") - before == 3
 
 
@@ -138,9 +140,9 @@ def test_a_guest_answers_only_from_ports_that_it_owns(
     """As a reply of guest 2's server it would reach the native's connection with guest 2."""
     before = bench.counted("spoofed")
     with bench.connected(Pair(0, 2), family, Transport.UDP) as (native, _):
-        reply = packet(guest_link(family, 1), model.native_source(family), transport)
+        reply = packet(guest_link(family, 1), addresses.native_source(family), transport)
         reply[TCP if transport is Transport.TCP else UDP].sport = PORTS[2]
-        frame = framed(guest_mac(1), model.ALIAS_MAC, reply, native.getsockname()[1])
+        frame = framed(guest_mac(1), addresses.ALIAS_MAC, reply, native.getsockname()[1])
         bench.raw(1, frame)
         assert bench.counted("spoofed") - before == 1
         native.setblocking(False)
@@ -152,7 +154,7 @@ def test_a_guest_answers_only_from_ports_that_it_owns(
 def test_a_guest_claims_no_neighbors_address(bench: Bench, family: Family) -> None:
     """ARP and neighbor advertisements for what is another's: the others go on to their owner."""
     own = guest_mac(1)
-    claimed = [guest_link(family, 2), model.pod_link(family), *reserved(family).values()]
+    claimed = [guest_link(family, 2), addresses.pod_link(family), *reserved(family).values()]
     frames = []
     for address in map(str, claimed):
         if family is Family.IPV4:
@@ -178,13 +180,13 @@ def test_nothing_from_outside_reaches_localhost(
     """From the bridge: towards addresses that only we may use, and from such."""
     ends = [
         *((STRANGER[family], to) for to in reserved(family).values()),
-        *((source, model.pod_link(family)) for source in reserved(family).values()),
+        *((source, addresses.pod_link(family)) for source in reserved(family).values()),
         *((source, guest_link(family, 1)) for source in reserved(family).values()),
     ]
     frames = [
         framed("02:00:00:00:00:99", mac, packet(source, to, transport), port)
         for source, to in ends
-        for mac in (model.POD_MAC, guest_mac(1))
+        for mac in (addresses.POD_MAC, guest_mac(1))
         for port in PORTS.values()
     ]
     before, heard = bench.counted("outside"), [segments_heard(bench, n) for n in PORTS]
@@ -199,9 +201,9 @@ def test_a_socket_bound_to_loopback_hears_nothing_from_outside(
     bench: Bench, family: Family
 ) -> None:
     """Neither at its address nor at the pod's; one at all addresses hears what is for the pod."""
-    loopback, pod = model.loopback(family), model.pod_link(family)
+    loopback, pod = addresses.loopback(family), addresses.pod_link(family)
     frames = [
-        framed("02:00:00:00:00:99", model.POD_MAC, packet(STRANGER[family], to, Transport.UDP),
+        framed("02:00:00:00:00:99", addresses.POD_MAC, packet(STRANGER[family], to, Transport.UDP),
                PORTS[0])
         for to in (loopback, pod)
     ]  # fmt: skip

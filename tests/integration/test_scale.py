@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from testbed import worker
-from testbed.model import Cell, Family, Metric, Pair, Runtime, Status, Transport, Trial
-from testbed.worker import Job
+from testbed.campaigns import worker
+from testbed.campaigns.worker import Job
+from testbed.model.cells import Cell, Metric, Pair
+from testbed.model.terms import Family, Runtime, Transport
+from testbed.model.trials import Status, Trial
 
 pytestmark = pytest.mark.root
 

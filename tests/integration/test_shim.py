@@ -22,12 +22,15 @@ from typing import Any
 
 import pytest
 
-from testbed import datapaths, kernels, model, netlink, process, runtimes
+from testbed import datapaths, paths, runtimes
 from testbed.agent import Agent
-from testbed.ledger import Owner
-from testbed.manifest import Manifest, Program, Workload
-from testbed.model import Family, Runtime, Transport
-from testbed.pod import Pod
+from testbed.host import netlink, process
+from testbed.host.ledger import Owner
+from testbed.images import kernels
+from testbed.model import addresses
+from testbed.model.manifest import Manifest, Program, Workload
+from testbed.model.terms import Family, Runtime, Transport
+from testbed.pods.pod import Pod
 from testbed.runtimes import Options
 
 from .sockets import PATIENCE_S, domain, wait_until
@@ -105,8 +108,8 @@ def manifest(folder: Path) -> Manifest:
     agent.write_text('program = "agent"\n')
     command = ["cc", "-xc", "-", "-O2", "-D_FORTIFY_SOURCE=2", "-D_GNU_SOURCE", "-pie", "-fPIE"]
     subprocess.run([*command, "-o", folder / "messages"], input=MESSAGES, text=True, check=True)
-    shutil.copy(kernels.OSV / "nginx.toml", folder)
-    conf = (kernels.OSV / "nginx.conf").read_text()
+    shutil.copy(paths.OSV / "nginx.toml", folder)
+    conf = (paths.OSV / "nginx.conf").read_text()
     (folder / "nginx.conf").write_text(conf.replace("listen 8080", "listen 127.0.0.1:8080"))
     messages = folder / "messages.toml"
     messages.write_text('program = "messages"\n')
@@ -119,17 +122,17 @@ def manifest(folder: Path) -> Manifest:
 
     guests = [
         guest("agent", agent, *GUEST_PORTS),
-        guest("redis", kernels.OSV / "redis.toml", SERVERS["redis"]),
+        guest("redis", paths.OSV / "redis.toml", SERVERS["redis"]),
         guest("nginx", folder / "nginx.toml", SERVERS["nginx"]),
-        guest("iperf3", kernels.OSV / "iperf3.toml", 5201),
-        guest("curl", kernels.OSV / "curl.toml"),
-        guest("curl-ipv6", kernels.OSV / "curl.toml",
+        guest("iperf3", paths.OSV / "iperf3.toml", 5201),
+        guest("curl", paths.OSV / "curl.toml"),
+        guest("curl-ipv6", paths.OSV / "curl.toml",
               args=["--silent", "--show-error", f"http://[::1]:{HTTP_PORT}/"]),
         guest("messages4", messages, MESSAGES_PORT,
               args=["4", str(MESSAGES_PORT), "127.0.0.1", "8"]),
         guest("messages6", messages, MESSAGES_PORT + 1,
               args=["6", str(MESSAGES_PORT + 1), "::1", "8"]),
-        guest("iperf3-client", kernels.OSV / "iperf3.toml",
+        guest("iperf3-client", paths.OSV / "iperf3.toml",
               args=["--client", "127.0.0.1", "--port", str(IPERF_PORT), "--time", "1"]),
     ]  # fmt: skip
     return Manifest(tuple(guests))
@@ -233,7 +236,7 @@ def echo(pod: Pod, family: Family, transport: Transport) -> Iterator[None]:
     """A native that is bound to loopback and sends one message back."""
     with native(pod, family, transport) as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        server.bind((str(model.loopback(family)), NATIVE_PORT))
+        server.bind((str(addresses.loopback(family)), NATIVE_PORT))
 
         def serve() -> None:
             if transport is Transport.UDP:
@@ -268,7 +271,7 @@ def test_loopback_that_is_dialed_is_the_pods(
     fd = guest.socket(family, transport)
     with echo(pod, family, transport):
         guest.call("connect", socket=fd, address=dialed, port=NATIVE_PORT, timeout_s=PATIENCE_S)
-        assert guest.names(fd) == (str(model.loopback(family)),) * 2
+        assert guest.names(fd) == (str(addresses.loopback(family)),) * 2
         assert guest.exchange(fd, "hello") == "hello"
 
 
@@ -276,7 +279,7 @@ def test_loopback_that_is_dialed_is_the_pods(
 def test_datagram_to_loopback_is_answered_from_loopback(
     pod: Pod, guest: Guest, family: Family
 ) -> None:
-    to = str(model.loopback(family))
+    to = str(addresses.loopback(family))
     fd = guest.socket(family, Transport.UDP)
     with echo(pod, family, Transport.UDP):
         guest.call("send", socket=fd, text="hello", address=to, port=NATIVE_PORT)
@@ -306,7 +309,7 @@ def listening(guest: Guest, family: Family, address: str, port: int) -> int:
 def test_server_at_loopback_serves_natives(
     pod: Pod, guest: Guest, family: Family, port: int
 ) -> None:
-    loopback = str(model.loopback(family))
+    loopback = str(addresses.loopback(family))
     fd = listening(guest, family, loopback, port)
     assert guest.names(fd)[0] == loopback
     with native(pod, family, Transport.TCP) as client:
@@ -326,10 +329,10 @@ def test_server_at_the_address_of_localhost_is_at_loopback(
 
     (Accepted here as everywhere: OSv hangs when a socket is closed with a connection in its queue.)
     """
-    fd = listening(guest, family, str(model.alias(family)), port)
-    assert guest.names(fd)[0] == str(model.loopback(family))
+    fd = listening(guest, family, str(addresses.alias(family)), port)
+    assert guest.names(fd)[0] == str(addresses.loopback(family))
     with native(pod, family, Transport.TCP) as client:
-        client.connect((str(model.loopback(family)), port))
+        client.connect((str(addresses.loopback(family)), port))
         guest.call("accept", socket=fd, timeout_s=PATIENCE_S)
 
 
@@ -338,14 +341,14 @@ def test_server_at_loopback_is_not_for_outsiders(
     pod: Pod, guest: Guest, family: Family, port: int
 ) -> None:
     """From outside the pod they are reset; who came to localhost meanwhile is served."""
-    fd = listening(guest, family, str(model.loopback(family)), port)
+    fd = listening(guest, family, str(addresses.loopback(family)), port)
     with (
         native(pod, family, Transport.TCP) as outsider,
         native(pod, family, Transport.TCP) as client,
     ):
         outsider.bind((str(OUTSIDER[family]), 0))
         outsider.connect((str(pod.address("agent", family)), port))
-        client.connect((str(model.loopback(family)), port))
+        client.connect((str(addresses.loopback(family)), port))
         accepted = guest.call("accept", socket=fd, timeout_s=PATIENCE_S)
         assert accepted["port"] == client.getsockname()[1]
         with pytest.raises(ConnectionResetError):
@@ -356,7 +359,7 @@ def test_server_at_loopback_is_not_for_outsiders(
 def test_server_at_the_wildcard_is_for_everybody_and_tells_them_apart(
     pod: Pod, guest: Guest, family: Family, port: int
 ) -> None:
-    loopback, link = model.loopback(family), pod.address("agent", family)
+    loopback, link = addresses.loopback(family), pod.address("agent", family)
     wildcard = "0.0.0.0" if family is Family.IPV4 else "::"
     fd = listening(guest, family, wildcard, port)
     for dialed, peer in ((loopback, loopback), (link, OUTSIDER[family])):
@@ -372,7 +375,7 @@ def test_server_at_the_wildcard_is_for_everybody_and_tells_them_apart(
 def test_datagram_is_answered_to_the_address_that_it_was_shown_from(
     pod: Pod, guest: Guest, family: Family, port: int
 ) -> None:
-    loopback = str(model.loopback(family))
+    loopback = str(addresses.loopback(family))
     fd = guest.socket(family, Transport.UDP)
     guest.call("bind", socket=fd, address=loopback, port=port)
     assert guest.names(fd)[0] == loopback
@@ -388,7 +391,7 @@ def test_datagram_is_answered_to_the_address_that_it_was_shown_from(
 
 @FAMILIES
 def test_guest_reaches_itself(guest: Guest, family: Family, port: int) -> None:
-    loopback = str(model.loopback(family))
+    loopback = str(addresses.loopback(family))
     server = listening(guest, family, loopback, port)
     client = guest.socket(family, Transport.TCP)
     guest.call("bind", socket=client, address=loopback, port=0)
@@ -404,7 +407,9 @@ def test_guest_reaches_itself(guest: Guest, family: Family, port: int) -> None:
 def test_localhost_has_an_address_in_every_family_that_the_kernel_speaks(
     pod: Pod, guest: Guest
 ) -> None:
-    spoken = [str(model.loopback(f)) for f in Family if f in pod._runtimes[Runtime.OSV].families]
+    spoken = [
+        str(addresses.loopback(f)) for f in Family if f in pod._runtimes[Runtime.OSV].families
+    ]
 
     def resolved(family: str) -> list[str]:
         found: str = guest.call("resolve", name="LocalHost", family=family)["addresses"]
@@ -454,7 +459,7 @@ def failure(pod: Pod, name: str) -> str:
 def accepts(pod: Pod, port: int) -> bool:
     with native(pod, Family.IPV4, Transport.TCP) as client:
         client.settimeout(0.3)
-        return client.connect_ex((str(model.loopback(Family.IPV4)), port)) == 0
+        return client.connect_ex((str(addresses.loopback(Family.IPV4)), port)) == 0
 
 
 def run(pod: Pod, *command: str) -> str:
@@ -485,7 +490,7 @@ def test_redis_bound_to_loopback_with_protected_mode_on(pod: Pod) -> None:
         pytest.skip("no redis-cli")
     with started(pod, "redis"):
         for family in pod._runtimes[Runtime.OSV].families:
-            cli = ("redis-cli", "-h", str(model.loopback(family)))
+            cli = ("redis-cli", "-h", str(addresses.loopback(family)))
             assert run(pod, *cli, "CONFIG", "GET", "protected-mode").split()[-1] == "yes"
             assert run(pod, *cli, "SET", "key", str(family)).strip() == "OK"
             assert run(pod, *cli, "GET", "key").strip() == family
@@ -493,7 +498,11 @@ def test_redis_bound_to_loopback_with_protected_mode_on(pod: Pod) -> None:
 
 
 def bracketed(family: Family) -> str:
-    return f"[{model.loopback(family)}]" if family is Family.IPV6 else str(model.loopback(family))
+    return (
+        f"[{addresses.loopback(family)}]"
+        if family is Family.IPV6
+        else str(addresses.loopback(family))
+    )
 
 
 def test_nginx_at_loopback_sees_clients_at_loopback(pod: Pod) -> None:
@@ -519,7 +528,7 @@ def test_curl_in_a_guest_finds_a_native_server(pod: Pod, family: Family) -> None
     class Server(http.server.HTTPServer):
         address_family = domain(family)
 
-    at = (str(model.loopback(family)), HTTP_PORT)
+    at = (str(addresses.loopback(family)), HTTP_PORT)
     name = "curl" if family is Family.IPV4 else "curl-ipv6"
     with netlink.inside(pod.netns, lambda: Server(at, Hello)) as server:
         thread = threading.Thread(target=server.serve_forever)

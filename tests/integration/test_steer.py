@@ -23,10 +23,13 @@ from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Raw
 
-from testbed import bpf, datapaths, model, netlink, process
-from testbed.ledger import Owner
-from testbed.model import Error, Family, Transport
-from testbed.pod import Pod
+from testbed import bpf, datapaths
+from testbed.host import netlink, process
+from testbed.host.ledger import Owner
+from testbed.model import addresses
+from testbed.model.errors import Error
+from testbed.model.terms import Family, Transport
+from testbed.pods.pod import Pod
 
 from .conftest import Build
 from .sockets import NOBODYS_PORT, PAIRS, PORTS, Bench, Pair, localhost, transfer, wait_until
@@ -77,7 +80,7 @@ def natives(pod: Pod, request: pytest.FixtureRequest) -> Bench:
 
 
 def loopback(family: Family) -> str:
-    return str(model.loopback(family))
+    return str(addresses.loopback(family))
 
 
 # --- every pair -----------------------------------------------------------------------------
@@ -400,13 +403,13 @@ def test_an_ipv6_socket_dials_a_mapped_address(members: Members) -> None:
 def test_a_guest_that_is_dialed_by_its_own_address_is_shown_as_it_is(
     members: Members, family: Family
 ) -> None:
-    link = str(model.guest_link(family, 1))
+    link = str(addresses.guest_link(family, 1))
     with members.serve(1, family, Transport.TCP) as listening:
         with members.open(0, family, Transport.TCP) as client:
             client.connect((link, PORTS[1]))
             listening.accept()[0].close()
             assert client.getpeername()[0] == link
-            assert client.getsockname()[0] == str(model.pod_link(family))
+            assert client.getsockname()[0] == str(addresses.pod_link(family))
     with (
         members.serve(1, family, Transport.UDP) as serving,
         members.open(0, family, Transport.UDP) as client,
@@ -483,7 +486,7 @@ def test_one_server_answers_two_guests_that_use_the_same_port(
             clients.append(client)
         heard = [serving.recvfrom(10) for _ in clients]
         assert {sender[0] for _, sender in heard} == {
-            str(model.native_view(family, n)) for n in (1, 2)
+            str(addresses.native_view(family, n)) for n in (1, 2)
         }
         for data, sender in heard:
             serving.sendto(data, sender)
@@ -553,7 +556,7 @@ def test_who_asks_where_a_datagram_came_sees_lo(members: Members, family: Family
             index, destination = int.from_bytes(info[:4], sys.byteorder), info[8:]
         else:
             index, destination = int.from_bytes(info[16:], sys.byteorder), info[:16]
-        assert (index, destination) == (1, model.loopback(family).packed)
+        assert (index, destination) == (1, addresses.loopback(family).packed)
         serving.sendmsg([data], [(level, option, info)], 0, sender)
         assert client.recv(1) == b"?"
 
@@ -602,16 +605,16 @@ def test_a_guest_sends_only_from_its_own_address(
     members: Members, family: Family, kind: str
 ) -> None:
     claimed = {
-        "link of another": model.guest_link(family, 2),
-        "native source": model.native_source(family),
-        "alias": model.alias(family),
-        "pod": model.pod_link(family),
-        "loopback": model.loopback(family),
+        "link of another": addresses.guest_link(family, 2),
+        "native source": addresses.native_source(family),
+        "alias": addresses.alias(family),
+        "pod": addresses.pod_link(family),
+        "loopback": addresses.loopback(family),
     }[kind]
     before = members.counted("spoofed")
     with members.serve(0, family, Transport.UDP, "") as serving:
         packet = ip(str(claimed), localhost(1, family)) / UDP(sport=9, dport=PORTS[0]) / Raw(b"!")
-        members.raw(1, bytes(Ether(src=model.guest_mac(1), dst=model.ALIAS_MAC) / packet))
+        members.raw(1, bytes(Ether(src=addresses.guest_mac(1), dst=addresses.ALIAS_MAC) / packet))
         wait_until(lambda: members.counted("spoofed") == before + 1, "counted as spoofed")
         serving.settimeout(0)
         with pytest.raises(BlockingIOError):
@@ -624,30 +627,30 @@ def test_a_guest_cannot_aim_at_loopback_addresses(
     members: Members, family: Family, port: str
 ) -> None:
     number = PORTS[1] if port == "owned by the guest" else PORTS[0]
-    link = str(model.guest_link(family, 1))
-    aims = [loopback(family), str(model.native_view(family, 1))]
+    link = str(addresses.guest_link(family, 1))
+    aims = [loopback(family), str(addresses.native_view(family, 1))]
     before = members.counted("spoofed")
     for aim in aims:
         packet = ip(link, aim) / TCP(sport=9, dport=number, flags="S")
-        members.raw(1, bytes(Ether(src=model.guest_mac(1), dst=model.ALIAS_MAC) / packet))
+        members.raw(1, bytes(Ether(src=addresses.guest_mac(1), dst=addresses.ALIAS_MAC) / packet))
     wait_until(lambda: members.counted("spoofed") == before + len(aims), "counted as spoofed")
 
 
 def test_a_guest_cannot_take_anothers_address_by_arp(members: Members) -> None:
     before = members.counted("spoofed")
-    claims = ARP(op=2, hwsrc=model.guest_mac(1), psrc=str(model.guest_link(Family.IPV4, 2)))
-    members.raw(1, bytes(Ether(src=model.guest_mac(1), dst="ff:ff:ff:ff:ff:ff") / claims))
+    claims = ARP(op=2, hwsrc=addresses.guest_mac(1), psrc=str(addresses.guest_link(Family.IPV4, 2)))
+    members.raw(1, bytes(Ether(src=addresses.guest_mac(1), dst="ff:ff:ff:ff:ff:ff") / claims))
     wait_until(lambda: members.counted("spoofed") == before + 1, "counted as spoofed")
 
 
 def test_a_guest_pings_localhost(members: Members) -> None:
     before = members.pod.attachment.carried(1, None)
-    packet = ip(str(model.guest_link(Family.IPV4, 1)), localhost(1, Family.IPV4)) / ICMP(id=7)
+    packet = ip(str(addresses.guest_link(Family.IPV4, 1)), localhost(1, Family.IPV4)) / ICMP(id=7)
     with netlink.inside(
         members.netns(1), lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)
     ) as raw:
         raw.settimeout(5)
-        members.raw(1, bytes(Ether(src=model.guest_mac(1), dst=model.ALIAS_MAC) / packet))
+        members.raw(1, bytes(Ether(src=addresses.guest_mac(1), dst=addresses.ALIAS_MAC) / packet))
         assert raw.recv(100)[20] == 0  # echo reply
     assert (members.pod.attachment.carried(1, None) - before).packets == 2
 

@@ -15,9 +15,12 @@ from scapy.layers.inet import TCP
 from scapy.layers.l2 import Ether
 from scapy.utils import rdpcap
 
-from testbed import bpf, netlink, pods
+from testbed import bpf
 from testbed.bpf import bytecode
-from testbed.model import Family, alias, loopback
+from testbed.host import netlink
+from testbed.model.addresses import alias, loopback
+from testbed.model.terms import Family
+from testbed.pods import control
 from tests.children import ending
 
 pytestmark = pytest.mark.root
@@ -51,7 +54,7 @@ spec:
 """)
     subprocess.run([*TESTBED, "up", "--datapath", request.param, file], check=True)
     yield name
-    pods.down(name)
+    control.down(name)
 
 
 def trace(pod: str, family: Family, *options: str | Path) -> list[dict[str, Any]]:
@@ -61,7 +64,7 @@ def trace(pod: str, family: Family, *options: str | Path) -> list[dict[str, Any]
         assert run.stderr
         assert run.stdout
         assert run.stderr.readline().startswith(f"tracing {pod}")
-        netns = pods.status(pod)["netns"]
+        netns = control.status(pod)["netns"]
         dial = f"import socket; socket.create_connection(('{loopback(family)}', {PORT})).close()"
         netlink.inside(netns, lambda: subprocess.run([sys.executable, "-c", dial], check=True))
         events = [json.loads(line) for line in run.stdout]
@@ -93,7 +96,7 @@ def test_what_is_dropped_is_told_with_its_reason(pod: str) -> None:
         assert run.stderr
         assert run.stdout
         run.stderr.readline()
-        guest = f"{pods.status(pod)['netns']}-g1"
+        guest = f"{control.status(pod)['netns']}-g1"
         send = (
             "from scapy.all import Ether, IP, UDP, sendp\n"
             f"sendp(Ether(src='02:77:00:00:01:01') / IP(src='10.9.9.9', dst='{alias(Family.IPV4)}')"

@@ -17,8 +17,10 @@ from scapy.layers.inet6 import ICMPv6PacketTooBig, IPv6
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
-from testbed import model, netlink
-from testbed.model import Family, Transport, guest_link, guest_mac
+from testbed.host import netlink
+from testbed.model import addresses
+from testbed.model.addresses import guest_link, guest_mac
+from testbed.model.terms import Family, Transport
 
 from .sockets import (
     NOBODYS_PORT,
@@ -224,7 +226,7 @@ def queue_errors(udp: socket.socket, family: Family) -> None:
 
 def too_big(family: Family, guest: int, port: int, mtu: int) -> bytes:
     """The frame in which a guest refuses a datagram from a native's `port` to its own."""
-    own, native = str(guest_link(family, guest)), str(model.native_source(family))
+    own, native = str(guest_link(family, guest)), str(addresses.native_source(family))
     refused = UDP(sport=port, dport=PORTS[guest], len=1408) / bytes(500)  # only its beginning
     if family is Family.IPV4:
         about: Packet = ICMP(type=3, code=4, nexthopmtu=mtu)
@@ -234,7 +236,7 @@ def too_big(family: Family, guest: int, port: int, mtu: int) -> bytes:
         about = ICMPv6PacketTooBig(mtu=mtu)
         sent = IPv6(src=native, dst=own, plen=1408) / refused
         packet = IPv6(src=own, dst=native) / about / sent
-    return bytes(Ether(src=guest_mac(guest), dst=model.ALIAS_MAC) / packet)
+    return bytes(Ether(src=guest_mac(guest), dst=addresses.ALIAS_MAC) / packet)
 
 
 @contextmanager

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from testbed import ledger, netlink, pods
-from testbed.machine import slowness
+from testbed.host import ledger, netlink
+from testbed.host.facts import slowness
+from testbed.pods import control
 from tests.children import ending
 
 from .commands import TESTBED, run, there, workload
@@ -57,7 +58,7 @@ def test_top_tells_what_each_pair_carries(manifest: Callable[..., Path], name: s
           ports: [{containerPort: 9000}]
     """, runtime="standin")  # fmt: skip
     run("up", file)
-    netns = pods.status(name)["netns"]
+    netns = control.status(name)["netns"]
     stop = threading.Event()
 
     def talk() -> None:
@@ -90,7 +91,7 @@ def test_logs_and_exec(manifest: Callable[..., Path], name: str) -> None:
     """)
     run("up", file)
     wait_until(lambda: run("logs", name).stdout == "I am Ada\n", "the log")
-    namespace = Path("/run/netns", pods.status(name)["netns"]).stat().st_ino
+    namespace = Path("/run/netns", control.status(name)["netns"]).stat().st_ino
     entered = run("exec", name, "--", "readlink", "/proc/self/ns/net").stdout
     assert entered == f"net:[{namespace}]\n"
     assert run("exec", name, "-c", "talker", "--", "sh", "-c", "exit 7", status=7)
@@ -108,7 +109,7 @@ def test_what_ends_is_started_again_as_the_policy_says(
     wait_until(lambda: workload(name, "bad")["restarts"] >= 1, "a restart")
     good = workload(name, "good")
     assert (good["state"], good["restarts"], good["exit_status"]) == ("completed", 0, 0)
-    assert any("bad: ended with status 1" in e for e in pods.describe(name)["events"])
+    assert any("bad: ended with status 1" in e for e in control.describe(name)["events"])
 
 
 def test_a_guest_that_is_killed_comes_back(manifest: Callable[..., Path], name: str) -> None:
@@ -142,7 +143,7 @@ def test_init_containers_run_first_and_probes_are_asked(
             args: [-c, "echo yes > {tmp_path}/site/page && ln -s site/page {tmp_path}/made"]}}
     """)  # fmt: skip
     run("up", file)
-    assert [w["state"] for w in pods.status(name)["workloads"]] == [
+    assert [w["state"] for w in control.status(name)["workloads"]] == [
         "completed", "completed", "running",
     ]  # fmt: skip
     (tmp_path / "made").unlink()
@@ -154,7 +155,7 @@ def test_what_cannot_be_built_leaves_nothing(manifest: Callable[..., Path], name
     assert "the runtime process takes host:PROGRAM" in refused.stderr
     refused = run("up", manifest("- {name: a, image: nginx}", runtime="container"), status=3)
     assert "no image 'nginx'" in refused.stderr
-    assert name not in pods.names()
+    assert name not in control.names()
     assert not there(name)
 
 
@@ -162,12 +163,12 @@ def test_an_interrupted_up_leaves_nothing(manifest: Callable[..., Path], name: s
     file = manifest('- {name: a, image: "host:sleep", args: ["99"], ports: [{containerPort: 99}]}')
     for built in (False, True):
         with ending(subprocess.Popen([*TESTBED, "up", file], stderr=subprocess.DEVNULL)) as up:
-            wait_until(lambda: name in pods.names(), "the keeper listens")
+            wait_until(lambda: name in control.names(), "the keeper listens")
             if built:
-                wait_until(lambda: bool(pods.status(name)), "the pod is built")
+                wait_until(lambda: bool(control.status(name)), "the pod is built")
             up.send_signal(signal.SIGINT)
             assert up.wait() == 130
-        assert name not in pods.names()
+        assert name not in control.names()
         assert not there(name)
 
 
@@ -179,12 +180,12 @@ def test_clean_takes_down_what_a_killed_keeper_left(
            resources: {limits: {memory: 32Mi}}}
     """, runtime="container")  # fmt: skip
     run("up", file)
-    os.kill(pods.status(name)["keeper"], signal.SIGKILL)
-    wait_until(lambda: pods.status(name)["keeper"] is None, "it is dead")
+    os.kill(control.status(name)["keeper"], signal.SIGKILL)
+    wait_until(lambda: control.status(name)["keeper"] is None, "it is dead")
     assert there(name)
     run("clean")
     assert not there(name)
-    assert name not in pods.names()
+    assert name not in control.names()
 
 
 def test_pods_are_listed_fast(manifest: Callable[..., Path], name: str) -> None:

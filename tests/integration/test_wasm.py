@@ -10,21 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from testbed import netlink, process, runtimes, trial
+from testbed import runtimes
+from testbed.campaigns import trial
 from testbed.datapaths import get
-from testbed.ledger import Owner
-from testbed.manifest import Manifest, Program, Workload
-from testbed.model import (
-    Cell,
-    Error,
-    Family,
-    Metric,
-    Pair,
-    Runtime,
-    Status,
-    Transport,
-)
-from testbed.pod import Pod, unsupported
+from testbed.host import netlink, process
+from testbed.host.ledger import Owner
+from testbed.model.cells import Cell, Metric, Pair
+from testbed.model.errors import Error
+from testbed.model.manifest import Manifest, Program, Workload
+from testbed.model.terms import Family, Runtime, Transport
+from testbed.model.trials import Status
+from testbed.pods.pod import Pod, unsupported
 from testbed.runtimes import Options, Prepared
 from tests.children import ending
 

@@ -10,7 +10,7 @@ import signal
 import sys
 from types import FrameType
 
-from testbed.model import Error
+from testbed.model.errors import Error
 
 COMMANDS = {
     "fresh": "run the tests in Debian roots that have nothing but git",

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from testbed.machine import cache_folder
-from testbed.model import Error
+from testbed.host.facts import cache_folder
+from testbed.model.errors import Error
 from tests.machines import linux, roots, vm
 
 RESULTS = roots.REPOSITORY / "build/kernels"

@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from xml.etree import ElementTree as ET
 
-from testbed import accelerator, kernels, machine
+from testbed.host import facts
+from testbed.images import kernels
+from testbed.runtimes.vm import accelerator
 from tests.machines import linux, roots, vm
 from tests.machines.kernels import warm
 
@@ -126,13 +128,13 @@ def in_emulated(args: Sequence[str], steps: Steps) -> int:
         root = warm(SUITE)
     with steps.step(f"kernel {KERNEL}"):
         kernel = linux.kernel(KERNEL)
-    out, cache = Path("/root/out"), machine.cache_folder() / "kernels"
+    out, cache = Path("/root/out"), facts.cache_folder() / "kernels"
     osv = {f"/root/.cache/testbed/kernels/{p.name}": p for p in cache.glob("osv-*")}
     emulated = vm.Machine(
         kernel, root, cpu=CPU, memory_mib=MEMORY_MIB, modules=MODULES,
         shares={str(out): LOGS, **osv},
     )  # fmt: skip
-    slowness = machine.slowness()
+    slowness = facts.slowness()
     command = shlex.join([".venv/bin/python", *test_command(out / "steps.xml", args)])
     with ExitStack() as stack, (LOGS / "output.log").open("wb") as log:
         with steps.step(f"boot Linux {kernel.release}"):

@@ -10,9 +10,9 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from testbed.kernels import LinuxKernel
-from testbed.machine import cache_folder
-from testbed.model import Error
+from testbed.host.facts import cache_folder
+from testbed.images.kernels import LinuxKernel
+from testbed.model.errors import Error
 from tests.machines import roots
 
 SUITES = {

@@ -31,8 +31,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from testbed.machine import cache_folder
-from testbed.model import Error
+from testbed.host.facts import cache_folder
+from testbed.model.errors import Error
 
 REPOSITORY = Path(__file__).parents[2]
 CLONE = Path("root/testbed")

@@ -29,12 +29,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from testbed import accelerator, architecture, images, rootfs
-from testbed.architecture import Architecture
-from testbed.kernels import LinuxKernel
-from testbed.model import Error
-from testbed.rofs import Node
-from testbed.vm import value
+from testbed.host import architecture
+from testbed.host.architecture import Architecture
+from testbed.images import compose, rootfs
+from testbed.images.kernels import LinuxKernel
+from testbed.images.rofs import Node
+from testbed.model.errors import Error
+from testbed.runtimes.vm import accelerator
+from testbed.runtimes.vm.qemu import value
 
 BOOT_LIMIT_S = 600.0
 GRACE_S = 60.0
@@ -224,7 +226,7 @@ def boot(machine: Machine, console: Path, *, limit_s: float = BOOT_LIMIT_S) -> I
         os.fdopen(os.memfd_create("initramfs"), "wb") as initramfs,
         console.open("ab") as complaints,
     ):
-        initramfs.write(images.pack_cpio(_initramfs(machine, mark)))
+        initramfs.write(compose.pack_cpio(_initramfs(machine, mark)))
         initramfs.flush()
         qemu = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL",

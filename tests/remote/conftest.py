@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from testbed import netlink, remote
-from testbed.ledger import Owner
+from testbed.host import netlink
+from testbed.host.ledger import Owner
+from testbed.remote import place
 
 from .lan import CLIENT, Lan, SshHost
 
@@ -25,7 +26,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     It uses the packages that are installed here: to install them anew takes minutes and a network.
     """
     work = tmp_path_factory.mktemp("hosts")
-    bundle = remote.package()
+    bundle = place.package()
     environment = work / "environments" / bundle.environment
     for name, path in bundle.files.items():
         (environment / name).parent.mkdir(parents=True, exist_ok=True)

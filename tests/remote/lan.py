@@ -19,9 +19,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from testbed import netlink, process
-from testbed.ledger import Owner
-from testbed.machine import slowness
+from testbed.host import netlink, process
+from testbed.host.facts import slowness
+from testbed.host.ledger import Owner
 
 CLIENT = "10.77.0.1"
 LIMIT_S = 120 * slowness()

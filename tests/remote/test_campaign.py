@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from testbed import kernels, machine
+from testbed.host import facts
+from testbed.images import kernels
 from tests.campaigns import trials
 
 from .lan import Command, Lan, SshHost, wait_until
@@ -175,7 +176,7 @@ def test_what_a_killed_worker_left_is_taken_down_at_the_next_contact(
     out = tmp_path / "out"
     command = start(lan, out, plan(tmp_path, LOOPBACK, 1, 2), alpha)
     wait_for_trials(out, alpha)
-    alpha.shell("kill -KILL $(pgrep -f '^python -P -m testbed.worker')")
+    alpha.shell("kill -KILL $(pgrep -f '^python -P -m testbed.campaigns.worker')")
     status, _, errors = command.end()
     assert status == 3
     assert "the worker on alpha ended with status 137" in errors
@@ -234,7 +235,7 @@ def test_a_host_is_given_the_osv_kernel_that_is_here(
     if not (kernel := kernels.find_osv(download=False)):
         pytest.skip("no OSv kernel here")
     out = tmp_path / "out"
-    cache = machine.cache_folder().parent
+    cache = facts.cache_folder().parent
     command = start_osv(lan, out, plan(tmp_path, BRIDGE, 1, 0.2), alpha, cache)
     status, _, errors = command.end()
     assert status == 0, errors

@@ -17,8 +17,10 @@ from time import monotonic
 
 import pytest
 
-from testbed.agent import CFLAGS, SOURCES, Agent, build
-from testbed.model import Error, Family, Transport
+from testbed.agent import CFLAGS, Agent, build
+from testbed.model.errors import Error
+from testbed.model.terms import Family, Transport
+from testbed.paths import AGENT
 from tests.children import ending
 
 
@@ -275,7 +277,7 @@ def test_an_unspoiled_relay_finds_no_corruption(agent: Agent) -> None:
 
 def test_the_histogram_is_at_most_one_percent_off(tmp_path: Path) -> None:
     library = tmp_path / "histogram.so"
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, SOURCES / "histogram.c"], check=True)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, AGENT / "histogram.c"], check=True)
     c = ctypes.CDLL(str(library))
     c.histogram_add.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
     c.histogram_upper_ns.restype = ctypes.c_uint64
@@ -297,7 +299,7 @@ def test_the_histogram_is_at_most_one_percent_off(tmp_path: Path) -> None:
 def test_the_agent_compiles_without_a_warning_and_needs_only_libc(tmp_path: Path) -> None:
     output = tmp_path / "agent"
     strict = ("-Wall", "-Wextra", "-Werror")
-    subprocess.run(["cc", *CFLAGS, *strict, "-o", output, *SOURCES.glob("*.c")], check=True)
+    subprocess.run(["cc", *CFLAGS, *strict, "-o", output, *AGENT.glob("*.c")], check=True)
     if objdump := shutil.which("objdump"):
         headers = subprocess.run(
             [objdump, "-p", output], check=True, capture_output=True, text=True

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from testbed import analysis, store
-from testbed.model import Pair, Status, Trial, percentile
+from testbed.model.cells import Pair
+from testbed.model.trials import Status, Trial, percentile
+from testbed.results import analysis, store
 
 positive = st.floats(1e-6, 1e12)
 histogram = st.lists(st.tuples(st.floats(0.1, 1e6), st.integers(1, 1000)), min_size=1)

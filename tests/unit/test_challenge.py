@@ -7,8 +7,9 @@ from scapy.layers.inet import IP, TCP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
-from testbed.challenge import Conversation, segment
-from testbed.model import ALIAS_MAC, Family, alias, guest_link, guest_mac
+from testbed.datapaths.ebpf.challenge_ack import Conversation, segment
+from testbed.model.addresses import ALIAS_MAC, alias, guest_link, guest_mac
+from testbed.model.terms import Family
 
 
 @pytest.mark.parametrize("family", Family)

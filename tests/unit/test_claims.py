@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
-from testbed import claims, cli, plan, store
-from testbed.claims import Verdict
-from testbed.model import Error, Status, Trial
+from testbed import cli, plan
+from testbed.model.errors import Error
+from testbed.model.trials import Status, Trial
+from testbed.reports import claims
+from testbed.reports.claims import Verdict
+from testbed.results import store
 
 PLAN = """
 name = "tiny"

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from testbed import cli, compare, store
-from testbed.compare import Verdict
-from testbed.model import Status, Trial
+from testbed import cli
+from testbed.model.trials import Status, Trial
+from testbed.reports import compare
+from testbed.reports.compare import Verdict
+from testbed.results import store
 
 CELLS = tuple(
     f"{datapath}/native-guest/ipv4/tcp/{metric}"

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from testbed import accelerator, doctor, kernels, nft
+from testbed import doctor
 from testbed.doctor import Finding, State
-from testbed.model import Error
+from testbed.host import nft
+from testbed.images import kernels
+from testbed.model.errors import Error
+from testbed.runtimes.vm import accelerator
 
 
 def by_name(findings: Iterable[Finding]) -> dict[str, Finding]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from testbed import elf
-from testbed.model import Error
+from testbed.images import elf
+from testbed.model.errors import Error
 
 RISCV = 243
 """EM_RISCV (elf(5)): a machine that this one is not."""

@@ -14,13 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from testbed import architecture, elf, images, rofs, vm
-from testbed.images import Definition
-from testbed.kernels import LinuxKernel, OsvKernel
-from testbed.model import Error, Family, alias, guest_mac, loopback
-from testbed.rofs import Directory, Node, Symlink
+from testbed.host import architecture
+from testbed.images import compose, elf, rofs
+from testbed.images.compose import Definition
+from testbed.images.kernels import LinuxKernel, OsvKernel
+from testbed.images.rofs import Directory, Node, Symlink
+from testbed.model.addresses import alias, guest_mac, loopback
+from testbed.model.errors import Error
+from testbed.model.terms import Family
 from testbed.runtimes import linux, osv
-from testbed.vm import Vm
+from testbed.runtimes.vm import qemu
+from testbed.runtimes.vm.qemu import Vm
 
 
 @pytest.fixture(autouse=True)
@@ -64,16 +68,16 @@ def linux_kernel(tmp_path: Path) -> LinuxKernel:
 
 @pytest.mark.parametrize("family", Family)
 def test_hosts_patch_and_address_plan_agree(family: Family) -> None:
-    patched, stock = (images.hosts_file(patched=p).read_text() for p in (True, False))
-    assert str(alias(family)) in images.localhost(patched)
-    assert str(loopback(family)) in images.localhost(stock)
+    patched, stock = (compose.hosts_file(patched=p).read_text() for p in (True, False))
+    assert str(alias(family)) in compose.localhost(patched)
+    assert str(loopback(family)) in compose.localhost(stock)
 
 
 def test_hosts_files_are_as_osv_reads_them() -> None:
     for patched in (True, False):
-        text = images.hosts_file(patched=patched).read_text()
+        text = compose.hosts_file(patched=patched).read_text()
         # OSv takes the first line that holds a name, whatever its family, and whole lines only.
-        first, second = images.localhost(text)
+        first, second = compose.localhost(text)
         assert isinstance(ip_address(first), IPv4Address)
         assert isinstance(ip_address(second), IPv6Address)
         assert "ip6-localhost" in text
@@ -82,7 +86,7 @@ def test_hosts_files_are_as_osv_reads_them() -> None:
 
 
 def test_osv_image_holds_the_program_and_what_osv_lacks(program: Path) -> None:
-    image = images.compose_osv(Definition(program, ("-x",), shim=False))
+    image = compose.compose_osv(Definition(program, ("-x",), shim=False))
     assert image.command == ("/main", "-x")
     assert set(image.files) == {
         "/main", "/usr/lib/libown.so.1", "/etc/hosts", "/etc/fstab",
@@ -90,18 +94,18 @@ def test_osv_image_holds_the_program_and_what_osv_lacks(program: Path) -> None:
     }  # fmt: skip
     tree = rofs.unpack(image.path.read_bytes())
     assert tree["/main"] == program.read_bytes()
-    assert tree["/etc/hosts"] == images.hosts_file().read_bytes()
+    assert tree["/etc/hosts"] == compose.hosts_file().read_bytes()
     assert image.sha256 == hashlib.sha256(image.path.read_bytes()).hexdigest()
     assert image.size_bytes == image.path.stat().st_size
 
 
 def test_same_input_gives_the_same_bytes_in_any_process(program: Path, own_cache: Path) -> None:
-    first = images.compose_osv(Definition(program))
+    first = compose.compose_osv(Definition(program))
     os.utime(program, (0, 0))
     code = f"""if True:
         from pathlib import Path
-        from testbed import images
-        print(images.compose_osv(images.Definition(Path({str(program)!r}))).path)"""
+        from testbed.images import compose
+        print(compose.compose_osv(compose.Definition(Path({str(program)!r}))).path)"""
     for seed in ("1", "2"):
         cache = own_cache.parents[1] / seed
         env = {**os.environ, "PYTHONHASHSEED": seed, "XDG_CACHE_HOME": str(cache)}
@@ -112,17 +116,17 @@ def test_same_input_gives_the_same_bytes_in_any_process(program: Path, own_cache
 
 
 def test_image_that_was_cut_off_in_the_cache_is_made_again(program: Path) -> None:
-    image = images.compose_osv(Definition(program))
+    image = compose.compose_osv(Definition(program))
     image.path.chmod(0o644)
     image.path.write_bytes(b"half")
-    assert images.compose_osv(Definition(program)) == image
+    assert compose.compose_osv(Definition(program)) == image
     assert image.path.stat().st_size == image.size_bytes
     assert [p.name for p in image.path.parent.iterdir()] == [image.path.name]
 
 
 def test_without_the_patch_only_the_hosts_file_differs(program: Path) -> None:
-    with_patch = images.osv_tree(Definition(program))
-    without = images.osv_tree(Definition(program), hosts_patch=False)
+    with_patch = compose.osv_tree(Definition(program))
+    without = compose.osv_tree(Definition(program), hosts_patch=False)
     assert {p for p in with_patch if with_patch[p] != without[p]} == {"/etc/hosts"}
     assert with_patch.keys() == without.keys()
 
@@ -130,30 +134,30 @@ def test_without_the_patch_only_the_hosts_file_differs(program: Path) -> None:
 def test_linux_image_holds_all_libraries_and_modules_in_order(
     program: Path, linux_kernel: LinuxKernel
 ) -> None:
-    tree = images.linux_tree(Definition(program), linux_kernel)
+    tree = compose.linux_tree(Definition(program), linux_kernel)
     assert {"/init", "/bin/busybox", "/main", "/usr/lib/libown.so.1", "/usr/lib/libc.so.6"} <= set(
         tree
     )
     assert elf.read(program).interpreter in tree
     assert tree["/etc/modules"] == b"virtio\nvirtio_pci\nfailover\nnet_failover\nvirtio_net\n"
     assert "/lib/modules/unrelated.ko" not in tree
-    first = images.compose_linux(Definition(program), linux_kernel)
-    assert first == images.compose_linux(Definition(program), linux_kernel)
+    first = compose.compose_linux(Definition(program), linux_kernel)
+    assert first == compose.compose_linux(Definition(program), linux_kernel)
 
 
 def test_compressed_modules_are_unpacked(program: Path, linux_kernel: LinuxKernel) -> None:
-    plain = images.compose_linux(Definition(program), linux_kernel)
+    plain = compose.compose_linux(Definition(program), linux_kernel)
     for module in linux_kernel.modules.glob("*.ko"):
         (module.parent / f"{module.name}.xz").write_bytes(lzma.compress(module.read_bytes()))
         module.unlink()
-    assert images.compose_linux(Definition(program), linux_kernel) == plain
+    assert compose.compose_linux(Definition(program), linux_kernel) == plain
 
 
 def test_initramfs_is_read_alike_by_us_and_by_cpio() -> None:
     tree: dict[str, Node] = {"/init": b"#!/bin/sh\n", "/a/b/c": b"x" * 1001, "/a/l": Symlink("b/c"),
             "/dev": Directory()}  # fmt: skip
-    archive = images.pack_cpio(tree)
-    assert rofs.nested(images.unpack_cpio(archive)) == rofs.nested(tree)
+    archive = compose.pack_cpio(tree)
+    assert rofs.nested(compose.unpack_cpio(archive)) == rofs.nested(tree)
     listed = subprocess.run(["busybox", "cpio", "-t"], input=archive, capture_output=True,
                             check=True).stdout.decode().split()  # fmt: skip
     assert set(listed) == {"init", "a", "a/b", "a/b/c", "a/l", "dev", "dev/console"}
@@ -162,9 +166,9 @@ def test_initramfs_is_read_alike_by_us_and_by_cpio() -> None:
 
 @pytest.mark.parametrize("cut", [0, 100, 600])
 def test_damaged_initramfs_is_refused(cut: int) -> None:
-    archive = images.pack_cpio({"/init": b"x" * 1000})
+    archive = compose.pack_cpio({"/init": b"x" * 1000})
     with pytest.raises(Error, match="initramfs is damaged"):
-        images.unpack_cpio(archive[:cut])
+        compose.unpack_cpio(archive[:cut])
 
 
 def test_inspect_tells_what_is_in_an_image(
@@ -172,17 +176,17 @@ def test_inspect_tells_what_is_in_an_image(
 ) -> None:
     definition = tmp_path / "own.toml"
     definition.write_text('program = "main"\nshim = false\n')
-    built = images.build(definition, tmp_path / "own.img")
-    data = images.inspect(tmp_path / "own.img")
+    built = compose.build(definition, tmp_path / "own.img")
+    data = compose.inspect(tmp_path / "own.img")
     assert (data["format"], data["sha256"]) == ("rofs", built.sha256)
     assert data["localhost"] == [str(alias(family)) for family in Family]
     assert data["files"]["/main"]["size_bytes"] == program.stat().st_size
     assert data["files"]["/tmp"] == {"type": "directory"}
-    other = images.inspect(images.compose_linux(Definition(program), linux_kernel).path)
+    other = compose.inspect(compose.compose_linux(Definition(program), linux_kernel).path)
     assert other["format"] == "cpio"
     assert other["localhost"] == data["localhost"]
     with pytest.raises(Error, match="no MBR"):
-        images.inspect(program)
+        compose.inspect(program)
 
 
 def test_definition_brings_arguments_and_files(program: Path, tmp_path: Path) -> None:
@@ -190,9 +194,9 @@ def test_definition_brings_arguments_and_files(program: Path, tmp_path: Path) ->
     definition.write_text(
         'program = "main"\narguments = ["--port", "80"]\n[files]\n"/etc/app.conf" = "own.toml"\n'
     )
-    loaded = images.load(definition)
+    loaded = compose.load(definition)
     assert loaded.command == ("/main", "--port", "80")
-    assert images.osv_tree(loaded)["/etc/app.conf"] == definition.read_bytes()
+    assert compose.osv_tree(loaded)["/etc/app.conf"] == definition.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -216,15 +220,15 @@ def test_definition_that_cannot_be_is_refused(tmp_path: Path, text: str, complai
     definition = tmp_path / "own.toml"
     definition.write_text(text)
     with pytest.raises(Error, match=complaint):
-        images.build(definition, tmp_path / "own.img")
+        compose.build(definition, tmp_path / "own.img")
     assert not (tmp_path / "own.img").exists()
 
 
 @pytest.mark.parametrize("family", Family)
 def test_address_that_is_the_alias_is_refused(family: Family) -> None:
-    images.check_alias([alias(family) + 1])
+    compose.check_alias([alias(family) + 1])
     with pytest.raises(Error, match="localhost") as error:
-        images.check_alias([alias(family) + 1, alias(family)])
+        compose.check_alias([alias(family) + 1, alias(family)])
     assert error.value.hint
 
 
@@ -233,7 +237,7 @@ def test_address_that_is_the_alias_is_refused(family: Family) -> None:
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Vm:
-    return Vm("tcg", "tap0", guest_mac(1), vm.link_addresses(1), tmp_path / "console.log",
+    return Vm("tcg", "tap0", guest_mac(1), qemu.link_addresses(1), tmp_path / "console.log",
               gateways=(ip_address("169.254.77.3"), ip_address("fd77::3")))  # fmt: skip
 
 
@@ -255,7 +259,7 @@ def option(argv: list[str], name: str) -> list[str]:
 def test_osv_is_told_addresses_of_the_families_that_it_speaks(
     machine: Vm, osv_kernel: Callable[[str], OsvKernel], program: Path
 ) -> None:
-    image = images.compose_osv(Definition(program))
+    image = compose.compose_osv(Definition(program))
     ipv4 = "--ip=eth0,169.254.78.1,255.255.240.0"
     for flavor, addresses, gateways in (
         ("master", ipv4, "--defaultgw=169.254.77.3"),
@@ -290,12 +294,12 @@ def test_linux_is_told_addresses_and_words(machine: Vm) -> None:
 
 def test_machine_is_as_asked(tmp_path: Path) -> None:
     emulated = Vm("tcg", "t", guest_mac(1), (), tmp_path / "a,b")
-    argv = vm.command(emulated, Path("/k"), "")
+    argv = qemu.command(emulated, Path("/k"), "")
     assert "a,,b" in option(argv, "-chardev")[0]
     assert option(argv, "-cpu") != ["host"]
     assert not option(argv, "-qmp")
     fast = Vm("kvm", "t", guest_mac(1), (), tmp_path / "c", vhost=True, qmp=tmp_path / "qmp")
-    argv = vm.command(fast, Path("/k"), "")
+    argv = qemu.command(fast, Path("/k"), "")
     assert option(argv, "-cpu") == ["host"]
     assert "vhost=on" in option(argv, "-netdev")[0]
     assert "queues" not in option(argv, "-netdev")[0]
@@ -308,7 +312,7 @@ def test_machine_and_console_are_of_the_hosts_architecture(
 ) -> None:
     monkeypatch.setattr("platform.machine", lambda: name)
     guest = Vm("tcg", "t", guest_mac(1), (), tmp_path / "c")
-    argv = vm.command(guest, Path("/k"), linux.boot_line(guest, []))
+    argv = qemu.command(guest, Path("/k"), linux.boot_line(guest, []))
     known = {"x86_64": ("q35", "ttyS0"), "aarch64": ("virt", "ttyAMA0")}
     board, console = known[name]
     assert argv[0] == f"qemu-system-{name}"
@@ -324,7 +328,7 @@ def test_a_machine_that_nobody_tried_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 def test_machine_with_two_cpus_has_two_pairs_of_queues(tmp_path: Path) -> None:
     two = Vm("tcg", "t", guest_mac(1), (), tmp_path / "c", vcpus=2, queues=2)
-    argv = vm.command(two, Path("/k"), "", nic=("guest_csum=off",))
+    argv = qemu.command(two, Path("/k"), "", nic=("guest_csum=off",))
     assert option(argv, "-smp") == ["2"]
     assert option(argv, "-netdev")[0].endswith(",queues=2")
     assert option(argv, "-device")[0].endswith(",guest_csum=off,mq=on,vectors=6")
@@ -333,4 +337,4 @@ def test_machine_with_two_cpus_has_two_pairs_of_queues(tmp_path: Path) -> None:
 def test_guest_that_is_given_the_alias_is_not_started(tmp_path: Path) -> None:
     address = ip_interface(f"{alias(Family.IPV4)}/20")
     with pytest.raises(Error, match="localhost"):
-        vm.command(Vm("tcg", "t", guest_mac(1), (address,), tmp_path / "c"), Path("/k"), "")
+        qemu.command(Vm("tcg", "t", guest_mac(1), (address,), tmp_path / "c"), Path("/k"), "")

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from testbed.conformance import Result, Status, checks, kept
-from testbed.model import Error, Family, Pair, Transport
+from testbed.conformance import archive, checks
+from testbed.conformance.check import Result, Status
+from testbed.model.cells import Pair
+from testbed.model.errors import Error
+from testbed.model.terms import Family, Transport
 
 STEER = ("steer", "osv", "ipv6 v0.57.0")
 
@@ -20,11 +23,11 @@ def result(
 
 
 def test_a_run_counts_passes_and_keeps_whatever_did_not_pass_with_its_reason() -> None:
-    (run,) = kept.runs_of([
+    (run,) = archive.runs_of([
         result("connect"), result("connect", Status.FAIL, "refused", Family.IPV6),
         result("idle", Status.UNSUPPORTED, "no"),
     ])  # fmt: skip
-    assert run.checks["connect"] == kept.Outcome(1, {}, {"refused": ["native-guest ipv6 tcp"]})
+    assert run.checks["connect"] == archive.Outcome(1, {}, {"refused": ["native-guest ipv6 tcp"]})
     assert [run.total(status) for status in Status] == [1, 1, 1]
 
 
@@ -32,34 +35,34 @@ def test_what_is_kept_is_read_as_it_was_in_the_order_of_datapaths_and_guests(
     tmp_path: Path,
 ) -> None:
     names = [("proxy", "standin", ""), STEER, ("steer", "standin", ""), ("loopback", "", "")]
-    runs = kept.runs_of([result("connect", Status.FAIL, "refused", run=run) for run in names])
-    files = {kept.keep(run, tmp_path).name for run in runs}
+    runs = archive.runs_of([result("connect", Status.FAIL, "refused", run=run) for run in names])
+    files = {archive.keep(run, tmp_path).name for run in runs}
     assert files == {"proxy-standin.json", "steer-osv-ipv6.json", "steer-standin.json",
                      "loopback.json"}  # fmt: skip
-    assert kept.read(tmp_path) == [runs[3], runs[2], runs[1], runs[0]]
-    assert "| check | loopback<br>processes | steer<br>stand-ins |" in kept.page(runs[::-1], [])
+    assert archive.read(tmp_path) == [runs[3], runs[2], runs[1], runs[0]]
+    assert "| check | loopback<br>processes | steer<br>stand-ins |" in archive.page(runs[::-1], [])
     with pytest.raises(Error, match="no results"):
-        kept.read(tmp_path / "nothing")
+        archive.read(tmp_path / "nothing")
 
 
 def test_checks_with_components_are_a_run_of_their_own() -> None:
     standins = ("steer", "standin", "")
-    runs = kept.runs_of([
+    runs = archive.runs_of([
         result("connect", run=standins), result("connect", run=standins, pair=Pair.WASM_CONTAINER),
         result("connect", run=standins, pair=Pair.WASM_GUEST),
     ])  # fmt: skip
     totals = {run.name: run.total(Status.PASS) for run in runs}
     assert totals == {"steer-standin": 1, "steer-wasm-standin": 2}
-    assert "| check | steer<br>stand-ins | steer<br>WASM, stand-ins |" in kept.page(runs, [])
+    assert "| check | steer<br>stand-ins | steer<br>WASM, stand-ins |" in archive.page(runs, [])
 
 
 def test_a_cell_says_what_passed_what_failed_and_why_the_rest_is_unsupported() -> None:
-    runs = kept.runs_of([
+    runs = archive.runs_of([
         result("connect"), result("connect", Status.FAIL, "guest1: refused"),
         result("idle", Status.UNSUPPORTED, "guest1 has no such thing"),
         result("idle", Status.UNSUPPORTED, "guest2 has no such thing"),
     ])  # fmt: skip
-    page = kept.page(runs, checks(["connect", "idle"]))
+    page = archive.page(runs, checks.matching(["connect", "idle"]))
     lines = page.splitlines()
     assert any(line.endswith("| 1 **✗1** |") for line in lines)
     assert any(line.endswith("| (2)<sup>1</sup> |") for line in lines)
@@ -69,19 +72,19 @@ def test_a_cell_says_what_passed_what_failed_and_why_the_rest_is_unsupported() -
 
 def test_a_readme_without_the_place_for_the_sums_is_refused() -> None:
     with pytest.raises(Error, match="lacks the place"):
-        kept.with_sums("nothing", [])
+        archive.with_sums("nothing", [])
 
 
 def test_the_pages_of_this_project_say_what_is_kept() -> None:
-    runs = kept.read()
-    assert kept.PAGE.read_text() == kept.page(runs, checks())
-    readme = kept.README.read_text()
-    assert readme == kept.with_sums(readme, runs)
+    runs = archive.read()
+    assert archive.PAGE.read_text() == archive.page(runs, checks.matching())
+    readme = archive.README.read_text()
+    assert readme == archive.with_sums(readme, runs)
 
 
 def test_what_is_kept_is_of_checks_that_there_are_and_of_all_of_them() -> None:
     """Else: testbed conformance --keep --datapath steer --guest standin, then --pages."""
-    names = {check.name for check in checks()}
-    runs = {run.name: run.checks.keys() for run in kept.read()}
+    names = {check.name for check in checks.matching()}
+    runs = {run.name: run.checks.keys() for run in archive.read()}
     assert all(checked <= names for checked in runs.values())
     assert runs["steer-standin"] == names

@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
-from testbed import kernels
-from testbed.model import Error, Family
+from testbed.images import kernels
+from testbed.model.errors import Error
+from testbed.model.terms import Family
 
 
 @pytest.fixture(autouse=True)

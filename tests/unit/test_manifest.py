@@ -7,9 +7,10 @@ from textwrap import dedent, indent
 
 import pytest
 
-from testbed import kubernetes
-from testbed.manifest import HostPort, Probe, Program, Restart, Spec, Workload
-from testbed.model import Error, Runtime, Transport
+from testbed.model.errors import Error
+from testbed.model.manifest import HostPort, Probe, Program, Restart, Spec, Workload
+from testbed.model.terms import Runtime, Transport
+from testbed.pods import kubernetes
 from testbed.runtimes import definition, vcpus
 
 

@@ -9,8 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testbed import model
-from testbed.model import Cell, Error, Family, Metric, Pair, Status, Transport, Trial
+from testbed.model import addresses
+from testbed.model.cells import Cell, Metric, Pair
+from testbed.model.errors import Error
+from testbed.model.terms import Family, Transport
+from testbed.model.trials import Status, Trial
 
 cells = st.builds(
     Cell,
@@ -64,13 +67,15 @@ def test_a_trial_survives_a_line_of_json(trial: Trial) -> None:
 def test_no_two_roles_share_an_address_and_all_but_loopback_views_are_on_the_link(
     family: Family,
 ) -> None:
-    numbers = range(1, model.MAX_GUESTS + 1)
-    single = [model.alias(family), model.native_source(family), model.pod_link(family)]
-    views = [view(family, n) for view in (model.guest_link, model.guest_view) for n in numbers]
-    natives = [model.native_view(family, n) for n in numbers]
-    everything = [model.loopback(family), *single, *views, *natives]
+    numbers = range(1, addresses.MAX_GUESTS + 1)
+    single = [addresses.alias(family), addresses.native_source(family), addresses.pod_link(family)]
+    views = [
+        view(family, n) for view in (addresses.guest_link, addresses.guest_view) for n in numbers
+    ]
+    natives = [addresses.native_view(family, n) for n in numbers]
+    everything = [addresses.loopback(family), *single, *views, *natives]
     assert len(set(everything)) == len(everything)
-    link = ip_interface(f"{model.alias(family)}/{model.LINK_PREFIX[family]}").network
+    link = ip_interface(f"{addresses.alias(family)}/{addresses.LINK_PREFIX[family]}").network
     assert all(a in link for a in single + views)
     assert not any(a in link for a in natives)
 

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from testbed import cli, page, plan, store
-from testbed.model import Error, Status, Trial
+from testbed import cli, plan
+from testbed.model.errors import Error
+from testbed.model.trials import Status, Trial
+from testbed.reports import html
+from testbed.results import store
 
 VALUES = {"bridge": 2e9, "capture": 10e9, "steer": 9e9}
 CELLS = tuple(f"{d}/native-guest/ipv4/tcp/throughput/65536x1" for d in VALUES)
@@ -45,13 +48,13 @@ def campaign(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def html(campaign: Path) -> Path:
+def page(campaign: Path) -> Path:
     assert cli.main(["report", str(campaign)]) == 0
     return campaign / "report.html"
 
 
-def test_the_page_is_whole_by_itself(html: Path) -> None:
-    text = html.read_text()
+def test_the_page_is_whole_by_itself(page: Path) -> None:
+    text = page.read_text()
     assert not re.search(r"(src|href)=\"(?!data:)", text)
     assert "http" not in re.sub(r"base64,[^\"]*", "", text)
     assert text.count("data:image/png;base64,") == 2
@@ -62,10 +65,10 @@ def test_the_page_is_whole_by_itself(html: Path) -> None:
     assert "took 3 s" in text
 
 
-def test_a_page_is_the_same_from_the_same_data(html: Path, tmp_path: Path) -> None:
+def test_a_page_is_the_same_from_the_same_data(page: Path, tmp_path: Path) -> None:
     again = tmp_path / "again.html"
-    assert cli.main(["report", str(html.parent), "-o", str(again)]) == 0
-    assert again.read_bytes() == html.read_bytes()
+    assert cli.main(["report", str(page.parent), "-o", str(again)]) == 0
+    assert again.read_bytes() == page.read_bytes()
 
 
 def test_a_search_for_a_rate_is_shown_attempt_by_attempt(campaign: Path) -> None:
@@ -73,7 +76,7 @@ def test_a_search_for_a_rate_is_shown_attempt_by_attempt(campaign: Path) -> None
     searched = ((4e8, 3e8, 0.25), (2.5e8, 2.499e8, 0.0004))
     with store.resume(campaign) as resumed:
         resumed.append(Trial(cell, 0, 9, Status.OK, value=2.499e8, searched=searched))
-    page.write(store.open(campaign), campaign / "report.html")
+    html.write(store.open(campaign), campaign / "report.html")
     text = (campaign / "report.html").read_text()
     searches = text[text.index('id="searches"') :]
     assert shown(searches, "searches", 2) == ["1", "2"]
@@ -84,22 +87,22 @@ def test_a_search_for_a_rate_is_shown_attempt_by_attempt(campaign: Path) -> None
 def test_the_command_repeats_the_campaign() -> None:
     shipped = plan.load("quick")
     every = replace(CAMPAIGN, name="quick", cells=tuple(c.id for c in shipped.cells))
-    words = shlex.split(page.command(every))
+    words = shlex.split(html.command(every))
     assert words[:3] == ["./bootstrap", "testbed", "run"]
     parsed = cli.parser().parse_args(words[2:])
     assert (parsed.plan, parsed.guest, parsed.blocks, parsed.seed) == ("quick", "standin", 3, 7)
     assert parsed.cells is None
     narrow = replace(every, plan={"target_width": 0.05})
-    assert "--blocks" not in page.command(narrow)
+    assert "--blocks" not in html.command(narrow)
     some = replace(every, cells=every.cells[:2])
-    parsed = cli.parser().parse_args(shlex.split(page.command(some))[2:])
+    parsed = cli.parser().parse_args(shlex.split(html.command(some))[2:])
     assert parsed.cells == list(some.cells)
 
 
 def test_conformance_that_is_none_is_refused(campaign: Path) -> None:
     (campaign / "conformance.json").write_text("[{}]")
     with pytest.raises(Error, match=r"conformance.json: not results of checks .*--json prints"):
-        page.write(store.open(campaign), campaign / "report.html")
+        html.write(store.open(campaign), campaign / "report.html")
 
 
 # --- in a browser -----------------------------------------------------------------------------
@@ -108,17 +111,17 @@ def test_conformance_that_is_none_is_refused(campaign: Path) -> None:
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
-def rendered(html: Path, script: str = "") -> str:
+def rendered(page: Path, script: str = "") -> str:
     """The document after its scripts and one more have run in headless Chromium, offline."""
     chromium = next(filter(None, map(shutil.which, BROWSERS)), None)
     if not chromium:
         pytest.skip("no chromium")
-    copy = html.with_name("copy.html")
-    copy.write_text(html.read_text().replace("</body>", f"<script>{script}</script></body>"))
+    copy = page.with_name("copy.html")
+    copy.write_text(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
     done = subprocess.run(
         [chromium, "--headless", "--no-sandbox", "--disable-gpu",
          "--host-resolver-rules=MAP * ~NOTFOUND",
-         f"--user-data-dir={html.parent / 'browser'}", "--dump-dom", copy.as_uri()],
+         f"--user-data-dir={page.parent / 'browser'}", "--dump-dom", copy.as_uri()],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -137,20 +140,20 @@ DATAPATH, MEAN = 3, 6
 
 
 def test_a_click_on_a_head_sorts_by_number_and_back_and_what_is_missing_stays_last(
-    html: Path,
+    page: Path,
 ) -> None:
     click = f'document.querySelectorAll("#results thead button")[{MEAN}].click();'
-    up = shown(rendered(html, click), "results", MEAN)
+    up = shown(rendered(page, click), "results", MEAN)
     assert up == ["2.02", "9.09", "10.1", "unsupported"]
-    down = shown(rendered(html, 2 * click), "results", DATAPATH)
+    down = shown(rendered(page, 2 * click), "results", DATAPATH)
     assert down == ["capture", "steer", "bridge", "steer"]
 
 
-def test_the_box_filters_by_words(html: Path) -> None:
+def test_the_box_filters_by_words(page: Path) -> None:
     type_in = (
         'const box = document.querySelector("#results input"); box.value = "steer IPv4";'
         'box.dispatchEvent(new Event("input"));'
     )
-    document = rendered(html, type_in)
+    document = rendered(page, type_in)
     assert shown(document, "results", DATAPATH) == ["steer"]
     assert "<output>1 of 4</output>" in document

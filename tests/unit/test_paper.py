@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from testbed import paper, reference, store
-from testbed.model import Error, Status, Trial
+from testbed import paths
+from testbed.model.errors import Error
+from testbed.model.trials import Status, Trial
+from testbed.reports import archive
+from testbed.reports.paper import build
+from testbed.results import store
 
 WAY = "native-guest/ipv4/tcp/throughput/65536x1"
 CAMPAIGN = store.Campaign(
@@ -52,7 +56,7 @@ def folder(tmp_path: Path) -> Path:
     """A paper of one line, `text`, with the real one's macros."""
     made = tmp_path / "paper"
     made.mkdir()
-    shutil.copy(paper.FOLDER / "macros.tex", made)
+    shutil.copy(paths.PAPER / "macros.tex", made)
     return made
 
 
@@ -92,7 +96,7 @@ def test_macros_are_answered_from_the_campaign(
     campaign: store.Store, folder: Path, asked: str, answer: str
 ) -> None:
     write(folder, asked)
-    found = paper.numbers(paper.Answers(campaign), folder)
+    found = build.numbers(build.Answers(campaign), folder)
     assert answer in found.values()
 
 
@@ -118,7 +122,7 @@ def test_what_the_campaign_lacks_is_one_line_that_names_it(
 ) -> None:
     write(folder, asked)
     with pytest.raises(Error) as e:
-        paper.generate(campaign, folder)
+        build.generate(campaign, folder)
     assert str(e.value).startswith(f"{folder / 'main.tex'} line ")
     assert fault in str(e.value)
     assert "\n" not in str(e.value)
@@ -128,14 +132,14 @@ def test_what_the_campaign_lacks_is_one_line_that_names_it(
 def test_a_figure_that_the_campaign_has_not_is_named(campaign: store.Store, folder: Path) -> None:
     write(folder, r"\resultfigure{latency-tcp-standin}")
     with pytest.raises(Error, match="the text has latency-tcp-standin, and .*little has not"):
-        paper.generate(campaign, folder)
+        build.generate(campaign, folder)
 
 
 def test_a_campaign_without_results_of_checks_has_those_that_are_kept(
     campaign: store.Store,
 ) -> None:
     (campaign.path / "conformance.json").unlink()
-    facts = paper.Answers(campaign).facts
+    facts = build.Answers(campaign).facts
     counts = [
         int(facts[f"conformance/steer/standin/{key}"]) for key in ("passed", "failed", "tried")
     ]
@@ -150,18 +154,18 @@ def test_all_that_is_made_is_stale_when_the_data_changes(
     campaign: store.Store, folder: Path
 ) -> None:
     write(folder, r"\resultfigure{throughput-tcp-standin}\input{generated/table-standin}")
-    made = paper.generate(campaign, folder)
+    made = build.generate(campaign, folder)
     assert {"numbers.tex", "table-standin.tex", "throughput-tcp-standin.pdf"} <= {
         path.name for path in made
     }
     assert set(made) == set((folder / "generated").iterdir())
-    assert reference.stale(campaign, made) == []
+    assert archive.stale(campaign, made) == []
     (campaign.path / "conformance.json").write_text("[]")
-    assert reference.stale(campaign, made) == made
+    assert archive.stale(campaign, made) == made
 
 
 def test_a_table_has_every_datapath_and_why_one_has_no_value(campaign: store.Store) -> None:
-    table = "\n".join(paper.TABLES["table-standin"](paper.Answers(campaign)))
+    table = "\n".join(build.TABLES["table-standin"](build.Answers(campaign)))
     assert re.search(r"\\dpath\{direct\} & 20\.0 & & & & 1\.00 &", table)
     assert re.search(r"\\dpath\{steer\} & 18\.0 & \\textbf\{\$\\times\$0\.900\}", table)
     assert re.search(r"\\dpath\{passt\} & \\multicolumn\{2\}\{c\}\{n/a\$\^a\$\}", table)
@@ -171,25 +175,25 @@ def test_a_table_has_every_datapath_and_why_one_has_no_value(campaign: store.Sto
 def test_the_pdf_says_of_which_data_it_is(campaign: store.Store, folder: Path) -> None:
     if not shutil.which("latexmk"):
         pytest.skip("no latexmk")
-    tables = "".join(rf"\input{{generated/{name}}}" for name in paper.TABLES)
+    tables = "".join(rf"\input{{generated/{name}}}" for name in build.TABLES)
     write(
         folder, rf"\ratio{{steer/{WAY},guest=standin}}{tables}\resultfigure{{ratios-tcp-standin}}"
     )
-    assert reference.stale(campaign, [paper.build(campaign, folder)]) == []
+    assert archive.stale(campaign, [build.build(campaign, folder)]) == []
     write(folder, r"\nonsense")
     with pytest.raises(Error, match=r"main.tex:3: Undefined control sequence"):
-        paper.typeset(campaign, folder)
+        build.typeset(campaign, folder)
 
 
 def test_the_paper_asks_nothing_that_its_campaigns_do_not_answer() -> None:
-    kept, proof = (store.open(reference.FOLDER / name) for name in ("paper", "proof"))
-    assert paper.numbers(paper.Answers(kept, proof), paper.FOLDER)
+    kept, proof = (store.open(paths.REFERENCE / name) for name in ("paper", "proof"))
+    assert build.numbers(build.Answers(kept, proof), paths.PAPER)
 
 
 # --- what is typed --------------------------------------------------------------------------
 
 SILENT = re.compile(
-    r"\\(?:cite|ref|label|input|resultfigure|bibliography)\{[^}]*\}|" + paper.CALL.pattern
+    r"\\(?:cite|ref|label|input|resultfigure|bibliography)\{[^}]*\}|" + build.CALL.pattern
 )
 """What has digits, and shows none of its own."""
 
@@ -205,16 +209,16 @@ def typed(text: str, constants: dict[str, str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def constants() -> dict[str, str]:
-    found: dict[str, str] = tomllib.loads((paper.FOLDER / "constants.toml").read_text())
+    found: dict[str, str] = tomllib.loads((paths.PAPER / "constants.toml").read_text())
     return found
 
 
 def test_no_number_is_typed(constants: dict[str, str]) -> None:
-    assert typed((paper.FOLDER / "main.tex").read_text(), constants) == []
+    assert typed((paths.PAPER / "main.tex").read_text(), constants) == []
 
 
 def test_every_constant_says_what_it_is_and_is_there(constants: dict[str, str]) -> None:
-    text = (paper.FOLDER / "main.tex").read_text()
+    text = (paths.PAPER / "main.tex").read_text()
     assert all(reason and known in text for known, reason in constants.items())
 
 

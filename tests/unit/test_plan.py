@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from testbed import plan
-from testbed.model import Cell, Error
+from testbed.model.cells import Cell
+from testbed.model.errors import Error
 
 GOOD = """
 name = "tiny"

@@ -5,18 +5,18 @@ from __future__ import annotations
 import secrets
 import socket
 
-from testbed import pods
+from testbed.pods import control
 
 
 def test_a_pod_is_there_while_its_keeper_listens_and_not_while_it_says_its_last_words() -> None:
     name = f"t{secrets.token_hex(3)}"
     with socket.socket(socket.AF_UNIX) as asking:
         with socket.socket(socket.AF_UNIX) as keeper:
-            keeper.bind(pods.socket_name(name))
-            assert name not in pods.names()
+            keeper.bind(control.socket_name(name))
+            assert name not in control.names()
             keeper.listen()
-            assert name in pods.names()
-            asking.connect(pods.socket_name(name))
+            assert name in control.names()
+            asking.connect(control.socket_name(name))
             asker, _ = keeper.accept()
         with asker:
-            assert name not in pods.names()
+            assert name not in control.names()

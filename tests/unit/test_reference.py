@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from testbed import cli, compare, reference, report, store
-from testbed.model import Error, Status, Trial
+from testbed import cli, paths
+from testbed.model.errors import Error
+from testbed.model.trials import Status, Trial
+from testbed.reports import archive, compare, table
+from testbed.results import store
 
 CELLS = [f"{datapath}/native-guest/ipv4/tcp/throughput/65536x1" for datapath in ("direct", "steer")]
 CAMPAIGN = store.Campaign(
@@ -36,7 +39,7 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> store.Store:
 
 @pytest.fixture(scope="module")
 def whole(campaign: store.Store) -> Path:
-    return reference.keep(campaign, campaign.path.parent / "kept").path
+    return archive.keep(campaign, campaign.path.parent / "kept").path
 
 
 @pytest.fixture
@@ -55,7 +58,7 @@ def test_a_reference_is_the_campaign_without_its_consoles(
         "campaign.json", "trials.jsonl.gz", "conformance.json", "trials.csv", "trials.parquet",
         "histogram.parquet", "report.html", "figures",
     }  # fmt: skip
-    assert report.summaries(kept) == report.summaries(campaign)
+    assert table.summaries(kept) == table.summaries(campaign)
 
 
 def test_a_campaign_is_held_against_a_reference(campaign: store.Store, kept: store.Store) -> None:
@@ -73,7 +76,7 @@ def test_a_reference_is_neither_continued_nor_written_over(
         store.resume(kept.path)
     assert not (kept.path / "trials.jsonl").exists()
     with pytest.raises(Error, match=f"there is one already; to replace it: rm -r {kept.path}"):
-        reference.keep(campaign, kept.path)
+        archive.keep(campaign, kept.path)
 
 
 def test_a_damaged_reference_is_one_line(kept: store.Store) -> None:
@@ -90,7 +93,7 @@ def test_a_damaged_reference_is_one_line(kept: store.Store) -> None:
 def test_figures_older_than_their_data_are_stale(kept: store.Store, change: str) -> None:
     derived = [*(kept.path / "figures").glob("*.pdf"), kept.path / "report.html"]
     assert len(derived) == 3
-    assert reference.stale(kept, derived) == []
+    assert archive.stale(kept, derived) == []
     if change == "a trial":
         more = replace(kept.log()[0], value=101.0).as_json()
         text = kept.raw() + json.dumps(more).encode() + b"\n"
@@ -100,12 +103,12 @@ def test_figures_older_than_their_data_are_stale(kept: store.Store, change: str)
         file.write_text(file.read_text().replace("a CPU", "another CPU"))
     else:
         (kept.path / "conformance.json").write_text("[{}]")
-    assert reference.stale(kept, derived) == derived
+    assert archive.stale(kept, derived) == derived
 
 
 def test_the_references_of_this_project_are_whole_and_fresh() -> None:
-    for campaign in sorted(reference.FOLDER.glob("*/campaign.json")):
+    for campaign in sorted(paths.REFERENCE.glob("*/campaign.json")):
         found = store.open(folder := campaign.parent)
         assert found.trials()
         derived = [*(folder / "figures").glob("*.pdf"), folder / "report.html"]
-        assert reference.stale(found, derived) == []
+        assert archive.stale(found, derived) == []

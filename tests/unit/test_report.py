@@ -12,8 +12,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from testbed import analysis, figures, forest, look, plan, report, store
-from testbed.model import Cell, Error, Family, Metric, Pair, Status, Trial
+from testbed import plan
+from testbed.model.cells import Cell, Metric, Pair
+from testbed.model.errors import Error
+from testbed.model.terms import Family
+from testbed.model.trials import Status, Trial
+from testbed.reports import table
+from testbed.reports.figures import draw, forest, style
+from testbed.results import analysis, store
 
 PLAN = plan.parse(
     """
@@ -70,7 +76,7 @@ def little(tmp_path: Path) -> Iterator[store.Store]:
 
 def printed(of: store.Store, width: int) -> str:
     console = Console(file=StringIO(), width=width)
-    console.print(report.table(of, width))
+    console.print(table.table(of, width))
     assert isinstance(console.file, StringIO)
     return console.file.getvalue()
 
@@ -109,11 +115,11 @@ def test_cells_that_were_not_run_yet_are_in_the_table(tmp_path: Path) -> None:
         text = printed(made, 120)
         assert "not run yet" in text
         assert "loopback" in text
-        assert figures.draw(made)
+        assert draw.draw(made)
 
 
 def test_data_is_strict_json_with_null_for_what_there_is_not(little: store.Store) -> None:
-    plain = json.loads(json.dumps(report.data(little), allow_nan=False))
+    plain = json.loads(json.dumps(table.data(little), allow_nan=False))
     assert plain["campaign"]["functional"] is True
     by_id = {(row["id"], row["quantity"]): row for row in plain["cells"]}
     capture = by_id["capture/native-guest/ipv4/tcp/latency/64x1", "p99_us"]
@@ -138,7 +144,7 @@ def test_the_99_9th_percentile_stands_where_there_are_samples_for_it(little: sto
 def test_figures_come_out_the_same_bytes_from_stored_data(little: store.Store) -> None:
     little.close()
     stored = store.open(little.path)
-    files = figures.draw(stored)
+    files = draw.draw(stored)
     assert [f.name for f in files] == [
         f"{name}-tcp.{kind}"
         for name in ("throughput", "latency", "connections", "ratios")
@@ -146,7 +152,7 @@ def test_figures_come_out_the_same_bytes_from_stored_data(little: store.Store) -
     ]
     first = [f.read_bytes() for f in files]
     assert all(b.startswith((b"\x89PNG", b"%PDF")) for b in first)
-    assert [f.read_bytes() for f in figures.draw(stored)] == first
+    assert [f.read_bytes() for f in draw.draw(stored)] == first
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.93, 1.07), (0.66, 1.55), (0.56, 1.75), (0.3, 4.0)])
@@ -166,7 +172,7 @@ def test_sizes_get_figures_of_their_own(tmp_path: Path) -> None:
     with store.create(tmp_path / "sizes", campaign) as made:
         for cell in cells:
             made.append(trial(cell, 0))
-        names = [f.name for f in figures.draw(made) if f.suffix == ".png"]
+        names = [f.name for f in draw.draw(made) if f.suffix == ".png"]
         assert names == ["latency-udp-64x1.png", "latency-udp-1400x1.png"]
         text = printed(made, 120)
         assert "1400 B" in text
@@ -187,7 +193,7 @@ def test_what_takes_three_values_has_a_figure_along_them_and_one_of_the_commones
             for cell in map(Cell.parse, ids):
                 like = replace(cell, datapath="bridge", family=Family.IPV4)
                 made.append(replace(trial(like, block), cell=cell.id))
-        names = [f.name for f in figures.draw(made) if f.suffix == ".png"]
+        names = [f.name for f in draw.draw(made) if f.suffix == ".png"]
         assert names == [
             "latency-tcp.png", "latency-tcp-by-size.png", "latency-tcp-by-rate.png",
             "ratios-tcp.png",
@@ -202,16 +208,16 @@ def test_what_takes_three_values_has_a_figure_along_them_and_one_of_the_commones
 def test_a_place_that_cannot_be_drawn_into_is_one_line(little: store.Store) -> None:
     (little.path / "figures").write_text("in the way")
     with pytest.raises(Error, match="figures: File exists"):
-        figures.draw(little)
+        draw.draw(little)
 
 
 def test_every_datapath_of_the_design_has_a_look_of_its_own() -> None:
-    assert tuple(look.STYLES) == report.DATAPATHS
-    looks = [(s.color, s.hatch) for s in look.STYLES.values()]
-    lines = [(s.line, s.marker) for s in look.STYLES.values()]
+    assert tuple(style.STYLES) == table.DATAPATHS
+    looks = [(s.color, s.hatch) for s in style.STYLES.values()]
+    lines = [(s.line, s.marker) for s in style.STYLES.values()]
     assert len(set(looks)) == len(looks)
     assert len(set(lines)) == len(lines)
-    assert len({s.color for s in look.STYLES.values()}) == len(looks)
+    assert len({s.color for s in style.STYLES.values()}) == len(looks)
 
 
 def test_starts_memory_and_scaling_have_figures_and_guests_that_cells_name_their_own(
@@ -238,7 +244,7 @@ def test_starts_memory_and_scaling_have_figures_and_guests_that_cells_name_their
         guests={"standin": {"kernel": "", "accelerator": "none"}},
     )  # fmt: skip
     parts = {
-        Metric.STARTUP: dict.fromkeys(figures.STEPS, 20.0),
+        Metric.STARTUP: dict.fromkeys(draw.STEPS, 20.0),
         Metric.MEMORY: {"processes": 3e6, "kernel": -1e3},
     }
     with store.create(tmp_path / "scale", campaign) as made:
@@ -247,8 +253,8 @@ def test_starts_memory_and_scaling_have_figures_and_guests_that_cells_name_their
                 of = parts.get(cell.metric, {})
                 value = (sum(of.values()) or 1e9) * (1 + block / 50)
                 made.append(Trial(cell.id, block, 0, Status.OK, value=value, parts=of))
-        names = [f.name for f in figures.draw(made) if f.suffix == ".png"]
-        warning = report.warning_of(made.campaign)
+        names = [f.name for f in draw.draw(made) if f.suffix == ".png"]
+        warning = table.warning_of(made.campaign)
     assert names == ["throughput-tcp-standin.png", "scaling-tcp-standin.png", "startup-tcp.png",
                      "memory-tcp.png", "ratios-tcp-standin.png"]  # fmt: skip
     assert warning == "osv: emulated guest: functional, not a speed claim"

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from testbed import rofs
-from testbed.model import Error
-from testbed.rofs import BLOCK, Directory, Node, Symlink
+from testbed.images import rofs
+from testbed.images.rofs import BLOCK, Directory, Node, Symlink
+from testbed.model.errors import Error
 
 TREE: dict[str, Node] = {
     "/agent": b"\x7fELF" + bytes(1000),

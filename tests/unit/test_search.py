@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testbed.model import UDP_LOSS, Error
-from testbed.search import RESOLUTION, Attempt, highest_rate
+from testbed.campaigns.rate_search import RESOLUTION, Attempt, highest_rate
+from testbed.model.cells import UDP_LOSS
+from testbed.model.errors import Error
 
 
 class Link:

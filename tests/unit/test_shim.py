@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from testbed import elf, images, kernels, machine, shim
-from testbed.images import Definition
-from testbed.model import Error
+from testbed import paths
+from testbed.host import facts
+from testbed.images import compose, elf, shim
+from testbed.images.compose import Definition
+from testbed.model.errors import Error
 
 CALLS = {
     "accept", "accept4", "bind", "connect", "freeaddrinfo", "getaddrinfo", "getpeername",
@@ -89,15 +91,15 @@ def test_binding_gives_the_same_bytes_each_time(
 
     first = digest()
     assert digest() == first  # from the cache
-    (kept,) = (machine.cache_folder() / "bound").iterdir()
+    (kept,) = (facts.cache_folder() / "bound").iterdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     assert digest() == first
     assert hashlib.sha256(kept.read_bytes()).hexdigest() == first
 
 
 def test_image_holds_the_shim_unless_it_is_left_out(program: Path) -> None:
-    bound = images.osv_tree(Definition(program))
-    plain = images.osv_tree(Definition(program, shim=False))
+    bound = compose.osv_tree(Definition(program))
+    plain = compose.osv_tree(Definition(program, shim=False))
     path = f"/usr/lib/{shim.SONAME}"
     assert bound.keys() - plain.keys() == {path}
     assert bound[path] == shim.build().read_bytes()
@@ -106,8 +108,8 @@ def test_image_holds_the_shim_unless_it_is_left_out(program: Path) -> None:
 
 
 def test_the_agents_own_image_proves_the_hosts_patch_and_not_the_shim() -> None:
-    definition = images.load(images.AGENT)
-    assert f"/usr/lib/{shim.SONAME}" not in images.osv_tree(definition)
+    definition = compose.load(compose.AGENT)
+    assert f"/usr/lib/{shim.SONAME}" not in compose.osv_tree(definition)
 
 
 def test_go_program_is_refused_with_the_shim_and_taken_without(tmp_path: Path) -> None:
@@ -117,21 +119,21 @@ def test_go_program_is_refused_with_the_shim_and_taken_without(tmp_path: Path) -
     program = compiled(tmp_path, note)
     assert elf.read(program).is_go
     with pytest.raises(Error, match="is a Go program.*shim = false"):
-        images.osv_tree(Definition(program))
-    images.osv_tree(Definition(program, shim=False))
+        compose.osv_tree(Definition(program))
+    compose.osv_tree(Definition(program, shim=False))
 
 
 def test_static_program_is_refused(tmp_path: Path) -> None:
     program = compiled(tmp_path, "int main(void) { return 0; }", "-static")
     with pytest.raises(Error, match="statically linked"):
-        images.osv_tree(Definition(program))
+        compose.osv_tree(Definition(program))
 
 
 @pytest.mark.parametrize("name", ["redis", "nginx", "iperf3", "curl"])
 def test_definition_of_a_real_program_composes(name: str) -> None:
-    path = kernels.OSV / f"{name}.toml"
+    path = paths.OSV / f"{name}.toml"
     try:
-        definition = images.load(path)
+        definition = compose.load(path)
     except Error as e:
         pytest.skip(str(e))
-    assert f"/usr/lib/{shim.SONAME}" in images.osv_tree(definition)
+    assert f"/usr/lib/{shim.SONAME}" in compose.osv_tree(definition)

@@ -14,8 +14,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from testbed import store
-from testbed.model import Error, Status, Trial
+from testbed.model.errors import Error
+from testbed.model.trials import Status, Trial
+from testbed.results import store
 from tests.children import ending
 
 CELL = "capture/native-guest/ipv4/tcp/latency/64x1"
@@ -111,7 +112,7 @@ def test_a_malformed_line_is_named_by_its_number(tmp_path: Path) -> None:
 WRITER = """
 import sys, time
 from pathlib import Path
-from testbed import store
+from testbed.results import store
 held = store.resume(Path(sys.argv[1]))
 held.append(held.trials()[0])
 print("held", flush=True)

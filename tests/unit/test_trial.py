@@ -6,12 +6,13 @@ from ipaddress import ip_address
 
 import pytest
 
-from testbed import machine, trial
 from testbed.agent import Result
+from testbed.campaigns import trial
+from testbed.host import facts
 
 
 def test_a_stolen_share_above_the_limit_disturbs_a_trial() -> None:
-    whole = 10.0 * len(machine.cpus())
+    whole = 10.0 * len(facts.cpus())
     limit = trial.STOLEN_SHARE
     spent = {"elapsed_s": 10.0, "steal_s": whole * limit * 0.9}
     assert trial._stolen(spent) is None

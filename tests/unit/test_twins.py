@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 
-from testbed.agent import SOURCES, Agent, build
-from testbed.model import Family, loopback
+from testbed.agent import Agent, build
+from testbed.model.addresses import loopback
+from testbed.model.terms import Family
+from testbed.paths import AGENT
 from tests.children import ending
 
-TWIN = SOURCES / "agent.py"
+TWIN = AGENT / "agent.py"
 
 Answers = list[dict[str, Any]]
 

@@ -1,0 +1,1 @@
+"""Campaigns: a plan's trials, run in random order by workers on this or other machines."""

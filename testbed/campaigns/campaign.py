@@ -1,0 +1,477 @@
+"""From a plan to a campaign directory: workers run the blocks, each trial is stored as it comes.
+
+A campaign that was interrupted, however, is resumed: what is stored is not run again. Nothing is
+measured in this process and nothing is built by it. A worker runs here, or one on each of several
+hosts: blocks are dealt out to them whole, as ratios are taken within a block. A host that fails
+fails the cells of its own blocks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, suppress
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from queue import SimpleQueue
+from typing import IO, BinaryIO, Protocol
+
+from testbed import datapaths, paths
+from testbed.campaigns.worker import BEAT_S, Event, Job
+from testbed.model.cells import Cell
+from testbed.model.errors import Error
+from testbed.model.trials import Status, Trial
+from testbed.plan import Claim, Plan
+from testbed.results import store
+from testbed.results.analysis import summarise, widest
+from testbed.results.store import Campaign, Store, frame
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a user may choose about a campaign besides its plan."""
+
+    guest: str = "best"
+    osv_kernel: Path | None = None
+    keep: bool = False
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a campaign is."""
+
+    text: str
+    done: int
+    total: int
+    left_s: float | None
+    """Seconds to go; None while nobody can tell."""
+
+
+Report = Callable[[Progress], None]
+
+
+# --- where workers run ----------------------------------------------------------------------
+
+
+class Worker(Protocol):
+    """A worker that has its job: `subprocess.Popen`, or one on another host."""
+
+    @property
+    def stdin(self) -> IO[str] | None: ...
+    @property
+    def stdout(self) -> IO[str] | None: ...
+    def wait(self) -> int: ...
+
+
+class Place(Protocol):
+    """Where a worker runs."""
+
+    name: str
+    """Stands in its trials; empty for this machine."""
+
+    def start(self, job: Job, log: BinaryIO, say: Callable[[str], None]) -> Worker:
+        """Start a worker, which complains to `log`. Raises `Error` if that cannot be done there."""
+
+
+class Here:
+    """This machine."""
+
+    name = ""
+
+    def start(self, job: Job, log: BinaryIO, say: Callable[[str], None]) -> Worker:
+        worker = subprocess.Popen(
+            [sys.executable, "-P", "-m", "testbed.campaigns.worker"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+        )  # fmt: skip
+        assert worker.stdin is not None
+        with suppress(BrokenPipeError):  # its status will tell
+            worker.stdin.write(json.dumps(asdict(job)) + "\n")
+            worker.stdin.flush()
+        return worker
+
+
+HERE = (Here(),)
+
+
+# --- campaigns ------------------------------------------------------------------------------
+
+
+def start(
+    plan: Plan,
+    path: Path,
+    choice: Choice,
+    seed: int,
+    report: Report,
+    places: Sequence[Place] = HERE,
+) -> Store:
+    """Run a plan into a new campaign directory. Returns it complete, and still open.
+
+    Raises `Error` if the directory has a campaign already, or nothing can be run anywhere.
+    """
+    if (path / "campaign.json").exists():
+        raise Error(f"{path}: there is a campaign already", f"continue it: --resume {path}")
+    if plan.blocks < len(places):
+        raise Error(f"{plan.blocks} blocks cannot be dealt out to {len(places)} hosts",
+                    f"--blocks {len(places)}, or fewer hosts by --on")  # fmt: skip
+    for name in {cell.datapath for cell in plan.cells}:
+        datapaths.get(name)
+    job = Job((), plan.warmup_s, plan.duration_s, choice.guest, str(path.absolute()),
+              str(choice.osv_kernel.absolute()) if choice.osv_kernel else None,
+              keep=choice.keep)  # fmt: skip
+    shares = _deal(job, _blocks(plan, seed, range(plan.blocks), set()), places, {})
+    began = time.monotonic()
+
+    def make(ready: Event) -> Store:
+        return store.create(path, _describe(plan, seed, job, ready, places))
+
+    return _refine(_run(shares, make, report), plan, job, places, report, began)
+
+
+def resume(path: Path, keep: bool, report: Report, places: Sequence[Place] = HERE) -> Store:
+    """Run what a campaign still lacks. Failed trials are run again.
+
+    A block goes on where it was begun; blocks of hosts that are not among `places` fail.
+    """
+    stored = store.open(path)
+    campaign = stored.campaign
+    if (hosts := campaign.environment.get("hosts")) and places is HERE:
+        raise Error(f"{path}: this campaign runs on {', '.join(hosts)}", "add --hosts FILE")
+    if places is not HERE and not hosts:
+        raise Error(f"{path}: this campaign runs on {campaign.host}", "leave out --hosts")
+    plan = Plan(
+        campaign.name,
+        campaign.blocks,
+        **{**campaign.plan, "claims": tuple(Claim(**c) for c in campaign.plan.get("claims", ()))},
+        cells=tuple(map(Cell.parse, campaign.cells)),
+    )
+    job = Job((), plan.warmup_s, plan.duration_s, campaign.guest, str(path.absolute()),
+              campaign.environment["osv_kernel"], keep=keep)  # fmt: skip
+    begun = {t.block: t.host for t in stored.trials() if t.status is not Status.FAILED}
+    numbers = range(max([plan.blocks - 1, *(t.block for t in stored.trials())]) + 1)
+    blocks = _blocks(plan, campaign.seed, numbers, stored.done())
+    began = time.monotonic()
+    if not blocks and (plan.target_width is None or _width(stored) <= plan.target_width):
+        return stored
+    with ExitStack() as stack:
+        appended = stack.enter_context(store.resume(path))  # before anybody touches its files
+        if blocks:
+            _run(_deal(job, blocks, places, begun), lambda _: appended, report)
+        finished = _refine(appended, plan, job, places, report, began)
+        stack.pop_all()
+        return finished
+
+
+def _refine(
+    finished: Store,
+    plan: Plan,
+    job: Job,
+    places: Sequence[Place],
+    report: Report,
+    began: float,
+) -> Store:
+    """Add blocks, one at each place, until intervals are as narrow as the plan asks.
+
+    Or until its time is up, counted from `began`; or a pod that failed is to be left standing.
+    """
+    rounds = math.ceil(plan.blocks / len(places))
+    while plan.target_width is not None and _width(finished) > plan.target_width:
+        trials = finished.trials()
+        elapsed_s = time.monotonic() - began
+        if elapsed_s * (rounds + 1) / rounds > plan.limit_s:
+            break
+        if job.keep and any(trial.status is Status.FAILED for trial in trials):
+            break
+        first = 1 + max(trial.block for trial in trials)
+        blocks = _blocks(plan, finished.campaign.seed, range(first, first + len(places)), set())
+        _run(_deal(job, blocks, places, {}), lambda _: finished, report)
+        rounds += 1
+    return finished
+
+
+def _width(of: Store) -> float:
+    return widest(summarise(frame(of.trials()), of.campaign.references))
+
+
+Blocks = tuple[tuple[int, tuple[str, ...]], ...]
+"""(number of the block, ids of its cells in the order to run them)."""
+
+
+def _blocks(plan: Plan, seed: int, numbers: range, done: set[tuple[str, int]]) -> Blocks:
+    """These blocks' cells in their random order, without those that are done.
+
+    Those that differ in their datapath alone follow each other: they are to be divided, and a
+    machine changes within a block, too.
+    """
+    blocks = []
+    for number in numbers:
+        chance = random.Random(f"{seed}/{number}")
+        alike: dict[Cell, list[str]] = {}
+        for cell in chance.sample(plan.cells, len(plan.cells)):
+            alike.setdefault(replace(cell, datapath=""), []).append(cell.id)
+        order = (id for ids in alike.values() for id in ids)
+        if left := tuple(id for id in order if (id, number) not in done):
+            blocks.append((number, left))
+    return tuple(blocks)
+
+
+@dataclass
+class _Share:
+    """The blocks that one place runs, and how that ended."""
+
+    name: str
+    place: Place | None
+    """None: a host on which blocks were begun, and which is not to be had now."""
+    job: Job
+    stop: threading.Event = field(default_factory=threading.Event)
+    working: bool = False
+    error: Error | None = None
+
+
+def _deal(job: Job, blocks: Blocks, places: Sequence[Place], begun: dict[int, str]) -> list[_Share]:
+    """Blocks that were begun go to their hosts, the others round in turn."""
+    hands: dict[str, list[tuple[int, tuple[str, ...]]]] = {place.name: [] for place in places}
+    new = 0
+    for block in blocks:
+        name = begun.get(block[0])
+        if name is None:
+            name = places[new % len(places)].name
+            new += 1
+        hands.setdefault(name, []).append(block)
+    by_name = {place.name: place for place in places}
+    return [
+        _Share(name, by_name.get(name), replace(job, blocks=tuple(hand)))
+        for name, hand in hands.items()
+        if hand
+    ]
+
+
+def _run(shares: list[_Share], open_store: Callable[[Event], Store], report: Report) -> Store:
+    """Have workers run their shares, all at once; store their trials.
+
+    If some of them fail, so do the cells that they still had. Raises the `Error` if all do.
+    """
+    campaign: Store | None = None
+    left = {(number, id): (share, order) for share in shares
+            for number, ids in share.job.blocks for order, id in enumerate(ids)}  # fmt: skip
+    total, text, began = len(left), "starting", time.monotonic()
+    try:
+        with closing(_events(shares)) as events:
+            for share, event in events:
+                prefix = f"{share.name}: " if share.name else ""
+                match event["event"]:
+                    case "ready":
+                        campaign = campaign or open_store(event)
+                        _meet(campaign, share, event)
+                        began = time.monotonic()
+                        why = f": {event['why']}" if event["why"] else ""
+                        text = f"{prefix}guests are {event['guest']['runtime']}{why}"
+                    case "step":
+                        text = f"{prefix}{event['text']}"
+                    case "trial" if campaign:
+                        trial = replace(Trial.from_json(event["trial"]), host=share.name)
+                        campaign.append(trial)
+                        left.pop((trial.block, trial.cell), None)
+                    case "failed":
+                        text = f"failed: {share.error}"
+                    case "kept":
+                        text = f"{prefix}left standing: {', '.join(event['pods'])}"
+                done = total - len(left)
+                left_s = (time.monotonic() - began) / done * len(left) if done else None
+                report(Progress(text, done, total, left_s))
+        failed = [share for share in shares if share.error]
+        if campaign is None or len(failed) == len(shares):
+            raise _all_failed(failed)
+        for (number, id), (share, order) in left.items():
+            if share.error:
+                campaign.append(Trial(id, number, order, Status.FAILED, share.error.message,
+                                      host=share.name))  # fmt: skip
+        return campaign
+    except BaseException:
+        if campaign:
+            campaign.close()
+        raise
+
+
+def _all_failed(shares: list[_Share]) -> Error:
+    errors = [share.error for share in shares if share.error]
+    if len(errors) == 1:
+        return errors[0]
+    return Error("; ".join(e.message for e in errors), errors[0].hint)
+
+
+def _meet(store: Store, share: _Share, ready: Event) -> None:
+    """Keep what a host says of itself; its share fails if its guests are not the campaign's.
+
+    What is averaged over blocks must be the same kind of guest.
+    """
+    campaign, guest = store.campaign, ready["guest"]
+    if share.name:
+        store.keep_host(share.name, {k: ready[k] for k in ("machine", "versions", "guest")})
+    ours = (campaign.guest, campaign.guest_kernel, campaign.accelerator)
+    found = (guest["runtime"], guest["kernel"], guest["accelerator"] or "none")
+    if found != ours:
+        share.error = Error(
+            f"{share.name or 'this machine'}: guests are {' '.join(found)}, "
+            f"and the campaign's are {' '.join(ours)}",
+            "start a new campaign, with --guest or on other hosts",
+        )
+        share.stop.set()
+
+
+def _events(shares: list[_Share]) -> Generator[tuple[_Share, Event], None, None]:
+    """What the workers say, as they say it. When this returns, or is left, the workers are gone."""
+    inbox: SimpleQueue[tuple[_Share, Event | BaseException]] = SimpleQueue()
+
+    def attend(share: _Share) -> None:
+        try:
+            for event in _attend(share, lambda text: inbox.put((share, _step(text)))):
+                inbox.put((share, event))
+            inbox.put((share, {"event": "end"}))
+        except BaseException as e:
+            inbox.put((share, e))
+
+    threads = [threading.Thread(target=attend, args=(share,), daemon=True) for share in shares]
+    for thread in threads:
+        thread.start()
+    running = len(threads)
+    try:
+        while running:
+            share, event = inbox.get()
+            if isinstance(event, BaseException):
+                running -= 1
+                if not isinstance(event, Error):
+                    raise event
+                share.error = share.error or event
+                yield share, {"event": "failed"}
+            elif event["event"] == "end":
+                running -= 1
+            elif share.error is None:
+                yield share, event
+    finally:
+        for share in shares:
+            share.stop.set()
+        for share, thread in zip(shares, threads, strict=True):
+            if share.working:  # one that still prepares has nothing to take down
+                _join(thread)
+
+
+def _step(text: str) -> Event:
+    return {"event": "step", "text": text}
+
+
+def _join(thread: threading.Thread) -> None:
+    """Workers take everything down before they end, also if somebody is in a hurry."""
+    while thread.is_alive():
+        with suppress(KeyboardInterrupt):
+            thread.join()
+
+
+def _attend(share: _Share, say: Callable[[str], None]) -> Iterator[Event]:
+    """Start a share's worker and pass on what it says. When this returns the worker is gone.
+
+    What it complains of stays in `worker.log` of the campaign, or `worker-HOST.log`.
+    """
+    if share.place is None:
+        raise Error(f"blocks were begun on {share.name}, which is not among the hosts of this run",
+                    f"--on {share.name}")  # fmt: skip
+    log = Path(share.job.directory, f"worker-{share.name}.log" if share.name else "worker.log")
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        complaints = log.open("wb")
+    except OSError as e:
+        raise Error(f"cannot write {log}: {e.strerror}", "choose a directory with --out") from e
+    with complaints:
+        worker = share.place.start(share.job, complaints, say)
+        share.working = True
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        beat = threading.Thread(target=_beat, args=(worker.stdin, share.stop), daemon=True)
+        beat.start()
+        try:
+            for line in worker.stdout:
+                event = json.loads(line)
+                if event["event"] == "error":
+                    where = f"{share.name}: " if share.name else ""
+                    raise Error(f"{where}{event['message']}", event["hint"])
+                yield event
+        finally:
+            share.stop.set()
+            beat.join()
+            status = worker.wait()
+            worker.stdout.close()
+    if status:
+        last = log.read_text(errors="replace").strip().rpartition("\n")[2] or "it said nothing"
+        if status < 0 and share.name:
+            raise Error(f"lost the link to {share.name}", "--resume goes on where it ended")
+        where = f"the worker on {share.name}" if share.name else "the worker"
+        raise Error(f"{where} ended with status {status}: {last}", f"see {log}, then --resume")
+
+
+def _beat(orders: IO[str], stop: threading.Event) -> None:
+    """Tell a worker that somebody wants its results, until nobody does."""
+    with suppress(OSError):
+        while not stop.wait(BEAT_S):
+            orders.write("\n")
+            orders.flush()
+    with suppress(OSError):
+        orders.close()
+
+
+def _describe(plan: Plan, seed: int, job: Job, ready: Event, places: Sequence[Place]) -> Campaign:
+    """The campaign. Of several hosts it says what the first that was ready is."""
+    guest, facts = ready["guest"], ready["machine"]
+    names = [place.name for place in places if place.name]
+    return Campaign(
+        name=plan.name,
+        plan={
+            "warmup_s": plan.warmup_s,
+            "duration_s": plan.duration_s,
+            "target_width": plan.target_width,
+            "limit_s": plan.limit_s,
+            "claims": [asdict(claim) for claim in plan.claims],
+        },
+        cells=tuple(cell.id for cell in plan.cells),
+        blocks=plan.blocks,
+        seed=seed,
+        references={cell.datapath: datapaths.reference(cell.datapath) for cell in plan.cells},
+        guest=guest["runtime"],
+        guest_kernel=guest["kernel"],
+        accelerator=guest["accelerator"] or "none",
+        guests={
+            name: {"kernel": of["kernel"], "accelerator": of["accelerator"] or "none"}
+            for name, of in ready["guests"].items()
+        },
+        kernel=facts["kernel"],
+        cpu=facts["cpu"],
+        governor=facts["governor"],
+        host=", ".join(names) or facts["host"],
+        revision=revision(),
+        congestion_control=facts["congestion_control"],
+        offloads=guest["offloads"],
+        versions=ready["versions"],
+        images=guest["digests"],
+        environment={
+            "osv_kernel": job.osv_kernel,
+            "why": ready["why"],
+            "vhost": guest["vhost"],
+            "queues": ready["queues"],
+        }
+        | ({"hosts": names} if names else {}),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def revision() -> str:
+    """Git revision of this project, with `-dirty` if it was changed; `unknown` outside a clone."""
+    done = subprocess.run(
+        ["git", "-C", str(paths.ROOT), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    return done.stdout.strip() or "unknown"

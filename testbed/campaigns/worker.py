@@ -1,0 +1,282 @@
+"""Runs blocks of trials on the host it is started on; the same program here and on a remote host.
+
+    python -m testbed.campaigns.worker
+
+The job comes as one line of JSON on standard input, events leave as lines of JSON on standard
+output: `ready` (what the guests are), `step` (what is being done), `trial` (a result), `kept`,
+`error`. Standard input stays open as long as somebody wants the results, and says so by a line
+every `BEAT_S`: at its end, or after `SILENCE_S` without one (the link to another host may have
+died unseen), the worker takes everything down and ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from testbed import datapaths, runtimes
+from testbed.campaigns import trial
+from testbed.campaigns.provisioning import Built, Deployment
+from testbed.datapaths import Datapath
+from testbed.datapaths.routed import Routed, Side
+from testbed.host import facts
+from testbed.host.ledger import Owner, Scope
+from testbed.model.cells import Cell, Pair
+from testbed.model.errors import Error
+from testbed.model.terms import Runtime
+from testbed.model.trials import Status, Trial
+from testbed.pods.pod import Pod, unsupported
+from testbed.pods.reconciler import Supervisor
+
+BEAT_S = 5
+SILENCE_S = 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is asked to do."""
+
+    blocks: tuple[tuple[int, tuple[str, ...]], ...]
+    """(number of the block, ids of its cells in the order to run them)."""
+    warmup_s: float
+    duration_s: float
+    guest: str
+    """A runtime, or `best`."""
+    directory: str
+    """The campaign's, on this host: what workloads print goes to `consoles` in it."""
+    osv_kernel: str | None = None
+    hosts_patch: bool = True
+    keep: bool = False
+    """Leave a pod that failed standing."""
+    side: Side | None = None
+    """The client's end of cells between this host and another, if it is given one."""
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Job:
+        """The inverse of `dataclasses.asdict` after JSON."""
+        blocks = tuple((number, tuple(cells)) for number, cells in data["blocks"])
+        side = Side.from_json(data["side"]) if data["side"] else None
+        return cls(**{**data, "blocks": blocks, "side": side})
+
+
+Event = dict[str, Any]
+
+
+def work(job: Job) -> Iterator[Event]:
+    """The events of a job, as they happen."""
+    yield _step("preparing guests")
+    kernel = Path(job.osv_kernel) if job.osv_kernel else None
+    options = runtimes.Options(kernel, job.hosts_patch, say=lambda text: _say(_step(text)))
+    guest, why = runtimes.choose(job.guest, options)
+    named = {Cell.parse(id).guest for _, ids in job.blocks for id in ids} - {""}
+    guests: Guests = {"": guest, **{name: _prepared(name, options) for name in sorted(named)}}
+    standing = trial.manifest({Pair.NATIVE_GUEST}, guest.description.runtime)
+    yield {"event": "ready", "guest": asdict(guest.description), "why": why,
+           "guests": {name: asdict(of.description) for name, of in guests.items()
+                      if name and not isinstance(of, Error)},
+           "queues": runtimes.queues(guest, standing.guests[1]),
+           "machine": facts.facts(), "versions": facts.versions()}  # fmt: skip
+    with Owner() as owner:
+        bench = _Bench(job, owner, guests, options)
+        for number, ids in job.blocks:
+            yield from bench.block(number, [Cell.parse(id) for id in ids])
+            if bench.failed and job.keep:
+                owner.keep()
+                yield {"event": "kept", "pods": [pod.netns for pod in bench.failed]}
+                return
+
+
+Guests = dict[str, runtimes.Prepared | Error]
+"""By the name that cells give; the campaign's own has none. Or why there is none."""
+
+
+def _prepared(name: str, options: runtimes.Options) -> runtimes.Prepared | Error:
+    try:
+        return runtimes.prepare(Runtime(name), options)
+    except Error as e:
+        return e
+
+
+def _step(text: str) -> Event:
+    return {"event": "step", "text": text}
+
+
+def _result(trial: Trial) -> Event:
+    return {"event": "trial", "trial": trial.as_json()}
+
+
+def _pods(deployment: Deployment) -> str:
+    many = f"{deployment.pods} pods" if deployment.pods > 1 else "the pod"
+    return f"{many} of {deployment.datapath}"
+
+
+def _say(event: Event) -> None:
+    try:
+        print(json.dumps(event), flush=True)
+    except BrokenPipeError:
+        _be_deaf()
+        raise
+
+
+def _be_deaf() -> None:
+    """A second signal would interrupt the taking down that the first led to.
+
+    It gets a handler that does nothing: ignored, one that has come already is an OSError in Python.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+
+
+class _Bench:
+    """Where blocks are run."""
+
+    def __init__(self, job: Job, owner: Scope, guests: Guests, options: runtimes.Options) -> None:
+        self.job, self.owner, self.guests, self.options = job, owner, guests, options
+        self.natives: dict[Runtime, runtimes.Prepared | Error] = {}
+        self.failed: list[Pod] = []
+
+    def block(self, number: int, cells: Sequence[Cell]) -> Iterator[Event]:
+        """One pass over the cells, all pods new: those that stand together first."""
+        order = {cell: at for at, cell in enumerate(cells)}
+        shared: dict[Deployment, list[Cell]] = {}
+        for cell in cells:
+            if reason := self._unsupported(cell):
+                yield _result(Trial(cell.id, number, order[cell], Status.UNSUPPORTED, reason))
+            else:
+                shared.setdefault(Deployment.of(cell), []).append(cell)
+        standing = {deployment for deployment in shared if deployment.stands}
+        rounds = [standing, *({deployment} for deployment in shared if not deployment.stands)]
+        for deployments in rounds:
+            with ExitStack() as stack:
+                built = {}
+                for deployment in deployments:
+                    yield _step(f"block {number}: building {_pods(deployment)}")
+                    name = f"block{number}-{deployment.name}"
+                    built[deployment] = self._build(name, deployment, shared[deployment], stack)
+                for cell in order:
+                    if (deployment := Deployment.of(cell)) in built and cell in shared[deployment]:
+                        yield _step(f"block {number}: {cell.id}")
+                        for result in self._trials(cell, built[deployment]):
+                            yield _result(replace(result, block=number, order=order[cell]))
+
+    def _unsupported(self, cell: Cell) -> str | None:
+        guest = self.guests[cell.guest]
+        missing = [e.message for e in self._natives([cell]).values() if isinstance(e, Error)]
+        if isinstance(guest, Error) or missing:
+            return guest.message if isinstance(guest, Error) else missing[0]
+        return unsupported(self._datapath(cell.datapath), cell, guest)
+
+    def _datapath(self, name: str) -> Datapath:
+        """Which of this worker's own, if it goes between hosts."""
+        found = datapaths.get(name)
+        return Routed(self.job.side) if isinstance(found, Routed) else found
+
+    def _natives(self, cells: Iterable[Cell]) -> dict[Runtime, runtimes.Prepared | Error]:
+        """What runs the cells' natives, prepared when first needed."""
+        kinds = trial.natives(cell.pair for cell in cells)
+        for kind in kinds - self.natives.keys():
+            self.natives[kind] = _prepared(kind, self.options)
+        return {kind: self.natives[kind] for kind in kinds}
+
+    def _build(
+        self, name: str, deployment: Deployment, cells: Sequence[Cell], stack: ExitStack
+    ) -> Built | Error:
+        """The pods, ready, or why there are none: that fails their cells and not the campaign."""
+        guest, datapath = self.guests[deployment.guest], self._datapath(deployment.datapath)
+        assert not isinstance(guest, Error)
+        runtime, pairs = guest.description.runtime, {cell.pair for cell in cells}
+        manifest = trial.manifest(pairs, runtime, deployment.guests)
+        kinds = {runtime: guest} | {
+            kind: native for kind, native in self._natives(cells).items()
+            if not isinstance(native, Error)
+        }  # fmt: skip
+        consoles = Path(self.job.directory, "consoles")
+        built = Built()
+        stack.callback(self._close, built)
+        names = [f"{name}-{k}" for k in range(deployment.pods)] if deployment.pods > 1 else [name]
+        far = datapath.side.other if isinstance(datapath, Routed) and datapath.side else {}
+        elsewhere = {server: far for pair in pairs for _, server in trial.ends(pair) if far}
+        pods = (Pod(self.owner, name, manifest, datapath, kinds, consoles, elsewhere=elsewhere)
+                for name in names)  # fmt: skip
+        try:
+            built.build(
+                cells, guest, lambda: [runtimes.prepare(kind, self.options) for kind in kinds], pods
+            )
+        except (Error, OSError) as e:
+            self.failed += built.pods
+            return e if isinstance(e, Error) else Error(str(e))
+        for pod in built.pods:
+            stack.enter_context(Supervisor(pod))
+        return built
+
+    def _trials(self, cell: Cell, built: Built | Error) -> Iterator[Trial]:
+        """A cell's trial, and one more if that was disturbed."""
+        if isinstance(built, Error):
+            yield Trial(cell.id, 0, 0, Status.FAILED, str(built))
+            return
+        if cell.metric.of_building:
+            yield built.measured(cell)
+            return
+        guest = self.guests[cell.guest]
+        assert not isinstance(guest, Error)
+        result = trial.run(cell, built.pods, guest, self.job.warmup_s, self.job.duration_s)
+        if result.disturbed:
+            yield result
+            _say(_step(f"{cell.id} again: {result.disturbed}"))
+            result = trial.run(cell, built.pods, guest, self.job.warmup_s, self.job.duration_s)
+        if result.status is Status.FAILED:
+            self.failed += built.pods
+        yield result
+
+    def _close(self, built: Built) -> None:
+        """Pods that failed stay where that was asked for, until it is all over."""
+        for pod in built.pods:
+            if not (self.job.keep and pod in self.failed):
+                pod.close()
+
+
+def end_when_nobody_listens() -> None:
+    """Raise `KeyboardInterrupt` in the main thread at a signal, at the end of standard input, or
+    after `SILENCE_S` without a line there.
+    """
+
+    def listen() -> None:
+        while select.select([0], [], [], SILENCE_S)[0] and os.read(0, 4096):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def stop(*_: object) -> None:
+        _be_deaf()
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    threading.Thread(target=listen, daemon=True).start()
+
+
+def main() -> None:
+    """Entry of `python -m testbed.campaigns.worker`."""
+    job = Job.from_json(json.loads(sys.stdin.readline()))
+    end_when_nobody_listens()
+    try:
+        for event in work(job):
+            _say(event)
+    except Error as e:
+        _say({"event": "error", "message": e.message, "hint": e.hint})
+        sys.exit(1)
+    except (KeyboardInterrupt, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""What came of the suite, kept for reference: one small file a run, and the pages made of them.
+
+A run is a datapath with one kind of guest and of native. Of each check its file has the number of
+passes, and each case that did not pass, with the reason. `docs/conformance.md` is the matrix of
+checks by runs, and README.md has its sums, between two comments; both are written anew from the
+files alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from testbed import datapaths, paths
+from testbed.conformance import checks
+from testbed.conformance.check import Check, Result, Status
+from testbed.model.errors import Error
+from testbed.model.terms import Runtime
+
+FOLDER = paths.REFERENCE / "conformance"
+PAGE = paths.ROOT / "docs/conformance.md"
+README = paths.ROOT / "README.md"
+BEGIN, END = "<!-- conformance: testbed conformance --pages -->", "<!-- end of conformance -->"
+
+GUESTS = (Runtime.STANDIN, Runtime.LINUX, Runtime.OSV)
+"""In the order of columns."""
+
+INTRODUCTION = """\
+# What a program may rely on at `localhost`
+
+Each check runs through every pair of workloads, family and transport that it is about and the
+datapath carries; a cell counts those cases. A number alone passed, **✗** failed, and what is in
+brackets is unsupported, with the number of its reason below. An empty cell: the check is about no
+pair that the datapath carries. Natives are processes, or WASI components where a column says WASM.
+
+This page is written by `testbed conformance --pages` from `results/reference/conformance`, where
+`testbed conformance --keep` puts its results.
+"""
+
+Reasons = dict[str, list[str]]
+"""Why → the cases that it holds for."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one check."""
+
+    passed: int
+    unsupported: Reasons
+    failed: Reasons
+
+    def count(self, status: Status) -> int:
+        """Cases that ended so."""
+        if status is Status.PASS:
+            return self.passed
+        reasons = self.unsupported if status is Status.UNSUPPORTED else self.failed
+        return sum(map(len, reasons.values()))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A datapath, what its guests were, and what came of each check."""
+
+    datapath: str
+    guest: str
+    kernel: str
+    """Flavor and version; empty for guests without a kernel of their own."""
+    native: str
+    """`wasm` where natives were components, else `process`."""
+    checks: dict[str, Outcome]
+
+    @property
+    def name(self) -> str:
+        """`steer-osv-ipv6`, `steer-wasm-standin`: of its file."""
+        flavor = self.kernel.split()[:1] if self.guest == Runtime.OSV else []
+        native = self.native if self.native != Runtime.PROCESS else ""
+        return "-".join(filter(None, (self.datapath, native, self.guest, *flavor)))
+
+    def total(self, status: Status) -> int:
+        """Cases of all checks that ended so."""
+        return sum(outcome.count(status) for outcome in self.checks.values())
+
+
+def runs_of(results: Iterable[Result]) -> list[Run]:
+    """One run for each datapath, in the order of its first result."""
+    runs: dict[tuple[str, str, str, str], dict[str, Outcome]] = {}
+    for r in results:
+        native = Runtime.WASM if Runtime.WASM in r.pair else Runtime.PROCESS
+        found = runs.setdefault((r.datapath, r.guest, r.kernel, native), {})
+        outcome = found.get(r.check, Outcome(0, {}, {}))
+        if r.status is Status.PASS:
+            outcome = Outcome(outcome.passed + 1, outcome.unsupported, outcome.failed)
+        else:
+            reasons = outcome.failed if r.status is Status.FAIL else outcome.unsupported
+            reasons.setdefault(r.reason, []).append(f"{r.pair} {r.family} {r.transport}")
+        found[r.check] = outcome
+    return [Run(*names, outcomes) for names, outcomes in runs.items()]
+
+
+def keep(run: Run, folder: Path = FOLDER) -> Path:
+    """Write the run's file, in the place of one before it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{run.name}.json"
+    path.write_text(json.dumps(asdict(run), indent=1) + "\n")
+    return path
+
+
+def read(folder: Path = FOLDER) -> list[Run]:
+    """All kept runs, in the order of columns. Raises `Error` if there are none."""
+    runs = []
+    for path in folder.glob("*.json"):
+        data = json.loads(path.read_text())
+        outcomes = {name: Outcome(**outcome) for name, outcome in data.pop("checks").items()}
+        runs.append(Run(checks=outcomes, **data))
+    if not runs:
+        raise Error(f"{folder} has no results", hint="testbed conformance --keep")
+    return sorted(runs, key=_column)
+
+
+def _column(run: Run) -> tuple[int, str, int, str]:
+    guest = GUESTS.index(Runtime(run.guest)) if run.guest else -1
+    return datapaths.NAMES.index(run.datapath), run.native, guest, run.kernel
+
+
+# --- pages ----------------------------------------------------------------------------------
+
+
+def write_pages() -> list[Path]:
+    """Write both pages from what is kept."""
+    runs = read()
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(runs, checks.matching()))
+    README.write_text(with_sums(README.read_text(), runs))
+    return [PAGE, README]
+
+
+def with_sums(text: str, runs: Sequence[Run]) -> str:
+    """The text with the sums between its two comments. Raises `Error` if it has not got them."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise Error("README.md lacks the place for the sums", hint=f"put there {BEGIN} and {END}")
+    before, _, rest = text.partition(BEGIN)
+    return "\n".join((f"{before}{BEGIN}", *_sums(runs), f"{END}{rest.partition(END)[2]}"))
+
+
+def _sums(runs: Sequence[Run]) -> list[str]:
+    rows = [
+        (run.datapath, _workloads(run), *(str(run.total(status)) for status in
+                                          (Status.PASS, Status.FAIL, Status.UNSUPPORTED)))
+        for run in runs
+    ]  # fmt: skip
+    return _table(("datapath", "workloads", "pass", "fail", "unsupported"), rows, "llrrr")
+
+
+def page(runs: Sequence[Run], all_checks: Iterable[Check]) -> str:
+    """The matrix of checks by runs, and beneath it every reason."""
+    notes = _Notes()
+    rows = []
+    for check in all_checks:
+        cells = [_cell(run.checks.get(check.name), notes) for run in runs]
+        rows.append((f"**{check.name}** {check.proves}", *cells))
+    heads = [f"{run.datapath}<br>{_workloads(run)}" for run in runs]
+    lines = [
+        INTRODUCTION,
+        *_table(("check", *heads), rows, "l" + "r" * len(runs)),
+        "",
+        "## Unsupported, and why",
+        "",
+        *(f"{n}. {reason}" for reason, n in notes.numbers.items()),
+        "",
+        "## Failed, and how",
+        "",
+    ]  # fmt: skip
+    for run in runs:
+        failures = [
+            f"- {name} ({outcome.count(Status.FAIL)}): {next(iter(outcome.failed))}"
+            for name, outcome in run.checks.items() if outcome.failed
+        ]  # fmt: skip
+        if failures:
+            lines += [f"### {run.datapath}, {_workloads(run)}", "", *failures, ""]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+class _Notes:
+    """Reasons, numbered as they come."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+
+    def number(self, reason: str) -> int:
+        """A reason's number; which guest or kernel it was said of makes no other reason."""
+        return self.numbers.setdefault(_general(reason), len(self.numbers) + 1)
+
+
+def _general(reason: str) -> str:
+    return re.sub(r"\b(guest|native)[12]\b", r"the \1", reason)
+
+
+def _cell(outcome: Outcome | None, notes: _Notes) -> str:
+    if outcome is None:
+        return ""
+    said = []
+    if outcome.passed:
+        said.append(str(outcome.passed))
+    if outcome.failed:
+        said.append(f"**✗{outcome.count(Status.FAIL)}**")
+    if outcome.unsupported:
+        numbers = sorted({notes.number(reason) for reason in outcome.unsupported})
+        why = ",".join(map(str, numbers))
+        said.append(f"({outcome.count(Status.UNSUPPORTED)})<sup>{why}</sup>")
+    return " ".join(said)
+
+
+def _workloads(run: Run) -> str:
+    if run.guest == Runtime.OSV:
+        guest = f"OSv {run.kernel.split()[0]}"
+    else:
+        guest = {"": "processes", "standin": "stand-ins", "linux": "Linux"}[run.guest]
+    return f"WASM, {guest}" if run.native == Runtime.WASM else guest
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cells) + " |"
+
+    rule = ["---" if a == "l" else "---:" for a in align]
+    return [line(heads), line(rule), *map(line, rows)]

@@ -1,0 +1,683 @@
+"""Checks of TCP connections: made, refused, used in every way, ended in every way."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Iterator
+
+from testbed.conformance.check import (
+    EVERY,
+    GUEST_SERVER,
+    IPV4,
+    NATIVE_CLIENT,
+    NATIVE_SERVER,
+    Unsupported,
+    check,
+    expect,
+    fails_with,
+)
+from testbed.conformance.fixture import Bed
+from testbed.conformance.sockets import Sock
+from testbed.host import netlink
+from testbed.model.addresses import loopback
+from testbed.model.cells import Pair
+from testbed.model.terms import Family, Transport
+
+AT_ONCE_S = 0.5
+"""What a program takes for an answer at once. A lost SYN is sent again after a second."""
+STALL_S = 0.040
+"""The shortest delayed acknowledgment of Linux (TCP_DELACK_MIN)."""
+IDLE_S = 5.0
+PROBES = 9
+"""Linux's own number: a few of them drown while other checks flood the host."""
+SIZE = 20_000
+"""Bytes that every stack takes before anybody reads them."""
+BACKLOG_S = 16.0
+"""SYNs that a full backlog dropped come again after 1, 3, 7, 15 s."""
+
+
+def exchange(near: Sock, far: Sock, size: int = 1000) -> None:
+    """Bytes go both ways, each in its place."""
+    for a, b in ((near, far), (far, near)):
+        a.send(size, phase=size)
+        got = b.receive(size, phase=size)
+        expect(got.bytes == size, f"{b.peer.name} received {got.bytes} of {size} bytes")
+        expect(got.intact, f"{b.peer.name} received other bytes than were sent")
+
+
+def refused_at_once(bed: Bed, port: int = 0) -> None:
+    """A connection is refused, and it does not take long."""
+    began = time.monotonic()
+    with fails_with(errno.ECONNREFUSED):
+        bed.dial(port)
+    took_s = time.monotonic() - began
+    expect(took_s < AT_ONCE_S, f"refused only after {took_s:.2f} s")
+
+
+# --- making them ----------------------------------------------------------------------------
+
+
+@check("RFC 9293, 3.5")
+def connect(bed: Bed) -> None:
+    """A connection to localhost is made and carries bytes both ways."""
+    exchange(*bed.connected())
+
+
+@check("RFC 9293, 3.5.2: reset generation, case 1")
+def refused(bed: Bed) -> None:
+    """A port that nobody serves refuses at once."""
+    refused_at_once(bed)
+
+
+@check("RFC 9293, 3.5.2; close(2)")
+def refused_after_close(bed: Bed) -> None:
+    """A port refuses at once after its listener closed."""
+    listener = bed.serve()
+    near = bed.dial()
+    far, _ = listener.accept()
+    near.reset()
+    far.close()
+    listener.close()
+    refused_at_once(bed)
+
+
+@check("connect(2): EINPROGRESS, SO_ERROR")
+def connect_without_waiting(bed: Bed) -> None:
+    """A non-blocking connect becomes writable with no error, or with ECONNREFUSED."""
+    listener = bed.serve()
+    near = bed.open(bed.client)
+    near.begin_connect(bed.target, bed.port)
+    near.poll("write")
+    expect(near.get("SO_ERROR") == 0, "SO_ERROR is set on a connection that was made")
+    exchange(near, listener.accept()[0])
+    near = bed.open(bed.client)
+    with fails_with(errno.ECONNREFUSED):
+        near.connect(bed.target, bed.next_port())
+
+
+@check("listen(2): the kernel completes the handshake")
+def data_before_accept(bed: Bed) -> None:
+    """What was sent before accept was called is there after it."""
+    listener = bed.serve()
+    near = bed.dial()
+    near.send(2000)
+    far, _ = listener.accept()
+    got = far.receive(2000)
+    expect(got.bytes == 2000 and got.intact, f"{got.bytes} of 2000 bytes, intact: {got.intact}")
+
+
+@check("bind(2): INADDR_ANY, in6addr_any")
+def listen_wildcard(bed: Bed) -> None:
+    """A server bound to the wildcard address is reached at localhost."""
+    listener = bed.serve("0.0.0.0" if bed.family is Family.IPV4 else "::")
+    near = bed.dial()
+    exchange(near, listener.accept()[0])
+
+
+@check("bind(2): a loopback address", pairs=NATIVE_SERVER)
+def listen_loopback(bed: Bed) -> None:
+    """A native server bound to 127.0.0.1 or ::1 is reached at localhost."""
+    listener = bed.serve(bed.loopback)
+    near = bed.dial()
+    exchange(near, listener.accept()[0])
+
+
+@check("RFC 1122, 3.2.1.3 (g): loopback stays in the host, here the pod", pairs=GUEST_SERVER)
+def guest_listens_on_loopback(bed: Bed) -> None:
+    """A server in a guest bound to 127.0.0.1 or ::1 is reached at localhost."""
+    listener = bed.serve(bed.loopback)
+    try:
+        near = bed.dial()
+    except ConnectionRefusedError as e:
+        raise Unsupported("the guest has no shim: what it binds to loopback stays in it") from e
+    exchange(near, listener.accept()[0])
+
+
+@check("RFC 1122, 3.2.1.3 (g): a literal loopback address", pairs=EVERY - NATIVE_CLIENT)
+def guest_dials_loopback(bed: Bed) -> None:
+    """A program in a guest that dials 127.0.0.1 or ::1 by number reaches the pod."""
+    listener = bed.serve()
+    near = bed.open(bed.client)
+    try:
+        near.connect(bed.loopback, bed.port)
+    except ConnectionRefusedError as e:
+        raise Unsupported("the guest has no shim: its loopback addresses stay in it") from e
+    if bed.pair is Pair.GUEST_SELF:
+        expect(listener.poll("read").readable, "nothing to accept")
+    exchange(near, listener.accept()[0])
+
+
+@check("RFC 3493, 3.7 and 5.3: IPv4-mapped addresses", families=IPV4)
+def listen_dual_stack(bed: Bed) -> None:
+    """A dual-stack server at [::] serves IPv4 clients, and sees them as ::ffff:a.b.c.d."""
+    listener = _serve_ipv6(bed, v6only=0)
+    near = bed.dial()
+    far, name = listener.accept()
+    mapped = getattr(name[0], "ipv4_mapped", None)
+    expect(mapped is not None, f"the client is {name[0]}, not a mapped address")
+    if not bed.server.is_guest:
+        expect(mapped == loopback(Family.IPV4), f"the client is {name[0]}")
+    exchange(near, far)
+
+
+@check("RFC 3493, 5.3: IPV6_V6ONLY", families=IPV4)
+def listen_ipv6_only(bed: Bed) -> None:
+    """A server at [::] with IPV6_V6ONLY serves IPv6, and refuses IPv4 at once."""
+    listener = _serve_ipv6(bed, v6only=1)
+    refused_at_once(bed)
+    near = bed.client.socket(Transport.TCP, Family.IPV6)
+    near.connect(bed.client.localhost(Family.IPV6), bed.port)
+    exchange(near, listener.accept()[0])
+
+
+@check("RFC 3493, 5.3; bind(2)", families=IPV4)
+def listen_both_families(bed: Bed) -> None:
+    """Two servers on one port, one a family, each get their own clients."""
+    listeners = {Family.IPV4: bed.serve(), Family.IPV6: _serve_ipv6(bed, v6only=1)}
+    for family, listener in listeners.items():
+        near = bed.client.socket(Transport.TCP, family)
+        near.connect(bed.client.localhost(family), bed.port)
+        far, _ = listener.accept()
+        near.send("hello")
+        got = far.receive(5)
+        expect(got.text == b"hello", f"{family}: received {got.text!r}")
+
+
+def _serve_ipv6(bed: Bed, v6only: int) -> Sock:
+    return bed.serve("::", family=Family.IPV6, options={"IPV6_V6ONLY": v6only})
+
+
+@check("RFC 3493, 3.7: IPv4-mapped addresses", families=IPV4)
+def connect_mapped(bed: Bed) -> None:
+    """An IPv6 socket reaches an IPv4 server at ::ffff:127.0.0.1."""
+    listener = bed.serve()
+    near = bed.client.socket(Transport.TCP, Family.IPV6)
+    near.set("IPV6_V6ONLY", 0)
+    near.connect(f"::ffff:{bed.target}", bed.port)
+    exchange(near, listener.accept()[0])
+
+
+@check("RFC 1122, 3.2.1.3 (g): all of 127/8 is loopback", families=IPV4, pairs=NATIVE_CLIENT)
+def other_loopback_address(bed: Bed) -> None:
+    """A server at the wildcard is reached at 127.0.0.2, too."""
+    listener = bed.serve("0.0.0.0")
+    near = bed.open(bed.client)
+    near.connect("127.0.0.2", bed.port)
+    expect(str(near.peer_name[0]) == "127.0.0.2", f"the peer's name is {near.peer_name[0]}")
+    exchange(near, listener.accept()[0])
+
+
+@check("bind(2) before connect(2)", pairs=NATIVE_CLIENT)
+def client_bound_to_loopback(bed: Bed) -> None:
+    """A client bound to 127.0.0.1 or ::1 before it connects gets through."""
+    listener = bed.serve()
+    near = bed.open(bed.client)
+    near.bind(bed.loopback)
+    near.connect(bed.target, bed.port)
+    exchange(near, listener.accept()[0])
+
+
+@check("bind(2) before connect(2)", families=IPV4, pairs=NATIVE_CLIENT)
+def client_bound_to_other_loopback(bed: Bed) -> None:
+    """A client bound to 127.0.0.5 gets through, and keeps its name."""
+    listener = bed.serve()
+    near = bed.open(bed.client)
+    near.bind("127.0.0.5")
+    near.connect(bed.target, bed.port)
+    far, name = listener.accept()
+    expect(str(near.own_name[0]) == "127.0.0.5", f"the client's own name is {near.own_name[0]}")
+    if not bed.server.is_guest:
+        expect(str(name[0]) == "127.0.0.5", f"the server sees the client as {name[0]}")
+    exchange(near, far)
+
+
+@check("ip(7): the pod is one host, whichever program asks", pairs=NATIVE_CLIENT)
+def any_process(bed: Bed) -> None:
+    """A process that merely entered the pod's namespace is served like all others."""
+    import socket
+
+    if bed.client.name != "native1":
+        raise Unsupported("its client is a plain process, not the component")
+    listener = bed.serve()
+    where = (str(bed.loopback), bed.port)
+    near = netlink.inside(bed.stage.netns, lambda: socket.create_connection(where, 3))
+    with near:
+        far, _ = listener.accept()
+        near.sendall(b"hello")
+        expect(far.receive(5).text == b"hello", "what it sent did not arrive")
+        far.send("there")
+        expect(near.recv(5) == b"there", "what it was sent did not arrive")
+
+
+@check("socket(7): SO_BINDTODEVICE", pairs=NATIVE_CLIENT)
+def client_bound_to_lo(bed: Bed) -> None:
+    """A client bound to the device lo gets through."""
+    listener = bed.serve()
+    near = bed.open(bed.client)
+    near.set("SO_BINDTODEVICE", "lo")
+    near.connect(bed.target, bed.port)
+    exchange(near, listener.accept()[0])
+
+
+@check("socket(7): SO_BINDTODEVICE", pairs=NATIVE_SERVER)
+def listener_bound_to_lo(bed: Bed) -> None:
+    """A native server bound to the device lo is reached at localhost."""
+    listener = bed.serve(options={"SO_BINDTODEVICE": "lo"})
+    near = bed.dial()
+    exchange(near, listener.accept()[0])
+
+
+@check("socket(7): SO_REUSEPORT")
+def reuseport(bed: Bed) -> None:
+    """Two servers that share a port by SO_REUSEPORT share its clients."""
+    options = {"SO_REUSEPORT": 1}
+    group = [bed.serve(options=options), bed.serve(options=options)]
+    for _ in range(32):
+        bed.dial().send("x")
+    counts = []
+    for listener in group:
+        count = 0
+        while True:
+            try:
+                listener.accept(timeout_s=0.1)
+            except TimeoutError:
+                break
+            count += 1
+        counts.append(count)
+    expect(sum(counts) == 32, f"{sum(counts)} of 32 connections were there to accept")
+    if bed.server.is_guest and 0 in counts:
+        raise Unsupported(f"the guest's kernel gives all to one listener ({counts})")
+    expect(0 not in counts, f"one listener got all: {counts}")
+
+
+@check("tcp(7): tcp_syncookies; RFC 4987, 3.6", pairs=NATIVE_SERVER)
+def syn_cookies(bed: Bed) -> None:
+    """Connections are made while the kernel answers every SYN with a cookie."""
+    key = "net/ipv4/tcp_syncookies"
+    listener = bed.serve()
+    netlink.set_sysctls(bed.stage.netns, {key: 2})
+    try:
+        for _ in range(10):
+            near = bed.dial()
+            exchange(near, listener.accept()[0])
+    finally:
+        netlink.set_sysctls(bed.stage.netns, {key: 1})
+
+
+@check("listen(2): backlog; tcp(7)")
+def full_backlog(bed: Bed) -> None:
+    """Where the backlog is full, connections wait: none is refused or reset."""
+    listener = bed.serve(backlog=2)
+    nears = []
+    for _ in range(5):
+        near = bed.open(bed.client)
+        near.begin_connect(bed.target, bed.port)
+        nears.append(near)
+    for _ in range(5):
+        try:
+            far, _ = listener.accept(timeout_s=BACKLOG_S)
+        except TimeoutError as e:
+            if bed.server.is_guest and bed.stage.guest == "osv":
+                raise Unsupported("the guest's kernel forgets clients beyond its backlog") from e
+            raise
+        far.send("x")
+    for near in nears:
+        near.finish_connect(timeout_s=BACKLOG_S)
+        expect(near.receive(1, timeout_s=BACKLOG_S).text == b"x", "a connection brought nothing")
+
+
+@check("RFC 9293, figure 7: simultaneous open", pairs=EVERY - {Pair.GUEST_SELF})
+def simultaneous_open(bed: Bed) -> None:
+    """Two clients that dial each other's port become one connection."""
+    ports = {bed.client: bed.next_port(bed.client_name), bed.server: bed.port}
+    first, second = bed.open(bed.client), bed.open(bed.server)
+    for sock in (first, second):
+        sock.set("SO_REUSEADDR", 1)
+    first.set("SO_ATTACH_FILTER", 0)  # it stays deaf to the reset that its SYN meets at first
+    first.bind(bed.client.here(bed.family), ports[bed.client])
+    first.begin_connect(bed.target, ports[bed.server])
+    second.bind(bed.server.here(bed.family), ports[bed.server])
+    second.connect(bed.server.localhost(bed.family), ports[bed.client])
+    first.finish_connect()
+    exchange(first, second)
+
+
+# --- using them -----------------------------------------------------------------------------
+
+
+@check("RFC 9293, 3.6: half-closed connections")
+def half_close(bed: Bed) -> None:
+    """After the client's FIN the server still sends, and all of it arrives."""
+    near, far = bed.connected()
+    near.send("request")
+    near.shutdown()
+    got = far.receive()
+    expect(got.ended and got.text == b"request", f"the server received {got.text!r}, {got}")
+    far.send(SIZE)
+    far.close()
+    got = near.receive()
+    expect(got.bytes == SIZE and got.intact, f"{got.bytes} of {SIZE} bytes after the FIN")
+    expect(got.ended, "no end of the stream")
+
+
+@check("RFC 9293, 3.6: half-closed connections")
+def half_close_by_server(bed: Bed) -> None:
+    """After the server's FIN the client still sends, and all of it arrives."""
+    near, far = bed.connected()
+    far.shutdown()
+    expect(near.receive(1).ended, "the client sees no end of the stream")
+    near.send(SIZE)
+    near.close()
+    got = far.receive()
+    expect(got.bytes == SIZE and got.intact, f"{got.bytes} of {SIZE} bytes after the FIN")
+
+
+@check("RFC 9293, 3.6: close delivers")
+def close_delivers(bed: Bed) -> None:
+    """What was sent just before close arrives, then the end."""
+    near, far = bed.connected()
+    near.send(SIZE)
+    near.close()
+    got = far.receive()
+    expect(got.bytes == SIZE and got.intact and got.ended, f"only {got.bytes} of {SIZE} bytes")
+
+
+@check("socket(7): SO_LINGER 0; RFC 9293, 3.10.4: ABORT")
+def reset(bed: Bed) -> None:
+    """A close by RST is ECONNRESET at the other end."""
+    near, far = bed.connected()
+    near.reset()
+    with fails_with(errno.ECONNRESET):
+        far.receive(1)
+
+
+@check("RFC 9293, 3.10.7.4: a RST wakes who waits")
+def reset_wakes_reader(bed: Bed) -> None:
+    """A receive that waits ends with ECONNRESET at once when the other end resets."""
+    near, far = bed.connected()
+    near.ask_receive(1, timeout_s=3)
+    began = time.monotonic()
+    try:
+        far.reset()
+    finally:
+        answer = near.answer()
+    took_s = time.monotonic() - began
+    expect(answer["errno"] == errno.ECONNRESET, f"it ended with errno {answer['errno']}")
+    expect(took_s < AT_ONCE_S, f"it took {took_s:.2f} s")
+
+
+@check("poll(2): POLLHUP, POLLERR")
+def reset_is_polled(bed: Bed) -> None:
+    """poll tells of a reset, and of the end of a stream."""
+    near, far = bed.connected()
+    far.shutdown()
+    expect(near.poll("read").readable, "the end of the stream is not readable")
+    near, far = bed.connected()
+    far.reset()
+    ready = near.poll("read")
+    expect(ready.error or ready.hangup, f"after a reset: {ready}")
+
+
+@check("RFC 1122, 4.2.2.13; RFC 2525, 2.17")
+def close_with_unread_data(bed: Bed) -> None:
+    """Closing without having read all is a reset for the sender."""
+    near, far = bed.connected()
+    near.send(10_000)
+    far.poll("read")
+    far.close()
+    time.sleep(0.01)
+    with fails_with(errno.ECONNRESET, errno.EPIPE):
+        for _ in range(10):
+            near.send(1000)
+            near.receive(1, timeout_s=0.2)
+
+
+@check("socket(7): SO_LINGER with a time")
+def linger(bed: Bed) -> None:
+    """Close with SO_LINGER waits until all is delivered."""
+    near, far = bed.connected()
+    near.set("SO_LINGER", 5)
+    near.send(SIZE)
+    far.ask_receive(SIZE, timeout_s=5)
+    began = time.monotonic()
+    near.close()
+    took_s = time.monotonic() - began
+    answer = far.answer()
+    expect(answer["bytes"] == SIZE and answer["intact"], f"{answer['bytes']} of {SIZE} bytes")
+    expect(took_s < 4, f"close took {took_s:.2f} s")
+
+
+@check("RFC 6093; tcp(7): MSG_OOB")
+def urgent_data(bed: Bed) -> None:
+    """A byte of urgent data is told apart from the stream."""
+    near, far = bed.connected()
+    near.send("ab")
+    near.send("!", flag="oob")
+    near.send("cd")
+    try:
+        far.poll("urgent")
+    except TimeoutError as e:
+        if far.peer.is_guest and bed.stage.guest == "osv":
+            raise Unsupported("poll of this guest's kernel does not tell of urgent data") from e
+        raise
+    got = far.receive(1, flag="oob")
+    expect(got.text == b"!", f"out of band came {got.text!r}")
+    text = b""
+    while len(text) < 4:
+        got = far.receive(4 - len(text), some=True)
+        text += got.text
+        expect(not got.ended, f"the stream ended after {text!r}")
+    expect(text == b"abcd", f"in the stream stood {text!r}")
+
+
+@check("recv(2): MSG_PEEK")
+def peek(bed: Bed) -> None:
+    """What was peeked at is still there."""
+    near, far = bed.connected()
+    near.send("hello")
+    far.poll("read")
+    for flag in ("peek", ""):
+        got = far.receive(5, flag=flag)
+        expect(got.text == b"hello", f"{flag or 'read'}: {got.text!r}")
+
+
+@check("RFC 9293, 3.8.6: flow control")
+def flow_control(bed: Bed) -> None:
+    """A sender waits for a reader that does not read, and loses nothing."""
+    size = 8 << 20
+    near, far = bed.connected()
+    near.ask_send(size, timeout_s=20)
+    far.poll("read")
+    time.sleep(0.3)
+    got = far.receive(size, timeout_s=20)
+    expect(got.bytes == size and got.intact, f"{got.bytes} of {size} bytes, intact: {got.intact}")
+    answer = near.answer()
+    expect(answer["bytes"] == size, f"the sender was rid of {answer['bytes']} bytes")
+
+
+@check("RFC 9293, 3.8.6; full duplex")
+def both_ways_at_once(bed: Bed) -> None:
+    """Both ends send megabytes at the same time, and all arrives."""
+    size = 4 << 20
+    near, far = bed.connected()
+    near.ask_send(size, timeout_s=20)
+    far.ask_send(64 << 10, timeout_s=20)
+    expect(far.answer()["bytes"] == 64 << 10, "the smaller way stopped")
+    got = far.receive(size, timeout_s=20)
+    expect(got.bytes == size and got.intact, f"{got.bytes} of {size} bytes up")
+    near.answer()
+    got = near.receive(64 << 10)
+    expect(got.bytes == 64 << 10 and got.intact, f"{got.bytes} of {64 << 10} bytes down")
+
+
+@check("tcp(7): TCP_NODELAY; RFC 1122, 4.2.3.2: delayed ACK")
+def no_stalls(bed: Bed) -> None:
+    """Requests in two writes are answered without waits of 40 ms."""
+    near, far = bed.connected()
+    near.set("TCP_NODELAY", 1)
+    far.set("TCP_NODELAY", 1)
+    slow = 0
+    for _ in range(40):
+        began = time.monotonic()
+        near.send("head")
+        near.send("body")
+        far.receive(8)
+        far.send("done")
+        near.receive(4)
+        slow += time.monotonic() - began > STALL_S
+    often = 20 if bed.stage.emulated else 4  # a stall is in every exchange; a busy host in some
+    expect(slow <= often, f"{slow} of 40 exchanges took more than {STALL_S * 1000:.0f} ms")
+
+
+@check("RFC 9293, 3.7.1; RFC 6691: maximum segment size")
+def segment_size(bed: Bed) -> None:
+    """The segment size fits the path: 1,460 bytes at most where a guest takes part."""
+    near, far = bed.connected()
+    exchange(near, far)
+    most = 65_535 if bed.pair is Pair.NATIVE_NATIVE else 1460
+    for end in (near, far):
+        size = end.get("TCP_MAXSEG")
+        expect(500 <= size <= most, f"{end.peer.name} has segments of {size} bytes, not to {most}")
+
+
+@check("segmentation offload: writes of any size come out whole")
+def gso_sizes(bed: Bed) -> None:
+    """Writes from 1 byte to 1 MB arrive byte by byte as they were sent."""
+    near, far = bed.connected()
+    for size in (1, 100, 1447, 1448, 1449, 2896, 4096, 16_384, 65_483, 65_536, 200_000, 1 << 20):
+        near.ask_send(size, timeout_s=10)
+        got = far.receive(size, timeout_s=10)
+        near.answer()
+        expect(got.bytes == size and got.intact, f"of {size} bytes {got.bytes}, {got.intact}")
+
+
+# --- ports over time ------------------------------------------------------------------------
+
+
+@check("RFC 6191; tcp(7): a SYN that meets TIME_WAIT", pairs=EVERY)
+def port_reused_after_close(bed: Bed) -> None:
+    """A client's port serves again at once after the server closed first."""
+    listener = bed.serve()
+    port = 0
+    for turn in range(3):
+        near = bed.open(bed.client)
+        near.set("SO_REUSEADDR", 1)
+        near.bind("0.0.0.0" if bed.family is Family.IPV4 else "::", port)
+        began = time.monotonic()
+        near.connect(bed.target, bed.port)
+        took_s = time.monotonic() - began
+        expect(took_s < AT_ONCE_S, f"turn {turn + 1} took {took_s:.2f} s to connect")
+        port = near.own_name[1]
+        far, _ = listener.accept()
+        exchange(near, far)
+        far.shutdown()
+        expect(near.receive(1).ended, "no end of the stream")
+        near.close()
+        expect(far.receive(1).ended, "no end of the stream at the server")
+        far.close()
+
+
+@check("tcp(7): the port is part of the connection's name")
+def port_is_kept(bed: Bed) -> None:
+    """The server sees the port that the client has."""
+    listener = bed.serve()
+    near = bed.dial()
+    _, name = listener.accept()
+    expect(near.own_name[1] == name[1], f"client {near.own_name[1]}, at the server {name[1]}")
+
+
+@check("RFC 9293, 3.4.1: a connection is its four names", pairs=EVERY - {Pair.NATIVE_NATIVE})
+def same_port_from_two_clients(bed: Bed) -> None:
+    """Two workloads that use the same source port at once have a connection each."""
+    other = bed.peer("guest2" if bed.client_name == "guest1" else "guest1")
+    if bed.pair in (Pair.NATIVE_GUEST, Pair.GUEST_GUEST):
+        other = bed.peer("native2" if bed.pair is Pair.GUEST_GUEST else "guest2")
+    listener = bed.serve()
+    ends = []
+    port = 0
+    for peer in (bed.client, other):
+        near = bed.open(peer)
+        wild = "0.0.0.0" if bed.family is Family.IPV4 else "::"
+        near.bind(wild, port)
+        near.connect(peer.localhost(bed.family), bed.port)
+        port = port or near.own_name[1]
+        far, _ = listener.accept()
+        ends.append((peer, near, far))
+    for peer, near, _ in ends:
+        near.send(peer.name)
+    for peer, near, far in ends:
+        got = far.receive(len(peer.name))
+        expect(got.text == peer.name.encode(), f"{peer.name}'s connection brought {got.text!r}")
+        far.send(peer.name)
+        got = near.receive(len(peer.name))
+        expect(got.text == peer.name.encode(), f"{peer.name} was answered {got.text!r}")
+
+
+@check("bind(2): SO_REUSEADDR")
+def server_restart(bed: Bed) -> None:
+    """A server that ended with connections open starts again on its port at once."""
+    for _ in range(3):
+        listener = bed.serve()
+        near = bed.dial()
+        far, _ = listener.accept()
+        exchange(near, far)
+        listener.close()
+        far.close()
+        expect(near.receive(1).ended, "no end of the stream")
+        near.close()
+
+
+@check("TCP and UDP ports are different ports", transports=(Transport.TCP,))
+def same_port_of_udp(bed: Bed) -> None:
+    """One number is a TCP and a UDP port at once, each with its own server."""
+    datagrams = bed.server.socket(Transport.UDP, bed.family)
+    datagrams.bind(bed.server.here(bed.family), bed.port)
+    refused_at_once(bed)
+    listener = bed.serve()
+    near = bed.dial()
+    exchange(near, listener.accept()[0])
+    sender = bed.client.socket(Transport.UDP, bed.family)
+    sender.send("datagram", to=(bed.target, bed.port))
+    expect(datagrams.receive().text == b"datagram", "the datagram did not arrive")
+
+
+@check("RFC 9293: an idle connection stays")
+def idle(bed: Bed) -> Iterator[None]:
+    """A connection that lay idle for as long as the other checks took still works."""
+    near, far = bed.connected()
+    exchange(near, far)
+    began = time.monotonic()
+    yield
+    time.sleep(max(0.0, IDLE_S - (time.monotonic() - began)))
+    exchange(near, far)
+
+
+@check("RFC 1122, 4.2.3.6; tcp(7): SO_KEEPALIVE")
+def keepalive(bed: Bed) -> Iterator[None]:
+    """Keep-alive probes are answered, so that an idle connection is not given up."""
+    near, far = bed.connected()
+    for sock in (near, far):
+        sock.set("SO_KEEPALIVE", 1)
+        for option, value in (
+            ("TCP_KEEPIDLE", 1), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", PROBES),
+        ):  # fmt: skip
+            sock.set(option, value)
+    began = time.monotonic()
+    yield
+    time.sleep(max(0.0, PROBES + 3 - (time.monotonic() - began)))
+    exchange(near, far)
+
+
+@check(
+    "beyond loopback: a pod whose guests lack a family",
+    families=IPV4, pairs=frozenset({Pair.NATIVE_GUEST}),
+)  # fmt: skip
+def ipv6_client_of_ipv4_guest(bed: Bed) -> None:
+    """A client that dials ::1 reaches a guest that speaks IPv4 alone."""
+    if Family.IPV6 in bed.server.agent.hello().families:
+        raise Unsupported("the guest speaks IPv6")
+    listener = bed.serve()
+    near = bed.client.socket(Transport.TCP, Family.IPV6)
+    near.connect(loopback(Family.IPV6), bed.port)
+    exchange(near, listener.accept()[0])

@@ -1,0 +1,81 @@
+"""Checks by volume: many connections, many bytes, not one of them lost."""
+
+from __future__ import annotations
+
+from testbed.conformance.check import BOTH, check, expect
+from testbed.conformance.fixture import Bed
+from testbed.conformance.sockets import connect_many
+
+SEQUENTIAL = 10_000
+CONCURRENT = 2_000
+BULK_BYTES = 1 << 30
+EMULATED_SHARE = 16
+"""Guests without KVM get a sixteenth of it, and the reason says so."""
+
+
+def amount(bed: Bed, whole: int) -> int:
+    """How much of it is done here."""
+    return whole // EMULATED_SHARE if bed.stage.emulated and bed.pair.guests else whole
+
+
+@check("no connection is lost to chance")
+def sequential_connections(bed: Bed) -> None:
+    """10,000 connections, one after the other, without one failure."""
+    count = amount(bed, SEQUENTIAL)
+    bed.server.agent.serve(bed.transport, bed.family, bed.port, bed.server.here(bed.family))
+    result = bed.client.agent.run(
+        bed.transport, bed.family, str(bed.target), bed.port, "crr", 64, bytes=count * 64
+    )
+    expect(not result.errors and not result.corrupt, f"{result.errors} of {count} failed")
+    expect(result.transactions == count, f"{result.transactions} of {count} connections")
+
+
+@check("no connection is lost to crowding")
+def concurrent_connections(bed: Bed) -> None:
+    """2,000 connections open at once, each with its own bytes."""
+    count = amount(bed, CONCURRENT)
+    listener = bed.serve(backlog=count)
+    nears = connect_many(bed.client, bed.family, (bed.target, bed.port), count)
+    for i, near in enumerate(nears):
+        near.send(f"{i:4}")
+    fars = {far.receive(4).text: far for far, _ in (listener.accept() for _ in nears)}
+    expect(len(fars) == count, f"{len(fars)} different clients of {count}")
+    for i in range(0, count, 50):
+        fars[f"{i:4}".encode()].send(f"{i:4}")
+        got = nears[i].receive(4)
+        expect(got.text == f"{i:4}".encode(), f"connection {i} was answered {got.text!r}")
+
+
+def _bulk(bed: Bed, direction: str) -> None:
+    size = amount(bed, BULK_BYTES)
+    bed.server.agent.serve(bed.transport, bed.family, bed.port, bed.server.here(bed.family))
+    result = bed.client.agent.run(
+        bed.transport, bed.family, str(bed.target), bed.port, "stream", 65_536,
+        direction="up" if direction == "up" else "down", bytes=size,
+    )  # fmt: skip
+    expect(result.bytes == size, f"{result.bytes} of {size} bytes arrived")
+    expect(not result.corrupt, f"{result.corrupt} pieces are not what was sent")
+
+
+@check("RFC 9293, 3.8: every byte compared")
+def bulk_up(bed: Bed) -> None:
+    """1 GiB from client to server, each byte as it was sent."""
+    _bulk(bed, "up")
+
+
+@check("RFC 9293, 3.8: every byte compared")
+def bulk_down(bed: Bed) -> None:
+    """1 GiB from server to client, each byte as it was sent."""
+    _bulk(bed, "down")
+
+
+@check("connections side by side share nothing but the link", transports=BOTH)
+def requests_side_by_side(bed: Bed) -> None:
+    """Eight clients at once, each answered with its own bytes, none lost."""
+    bed.server.agent.serve(bed.transport, bed.family, bed.port, bed.server.here(bed.family))
+    result = bed.client.agent.run(
+        bed.transport, bed.family, str(bed.target), bed.port, "rr", 1000, streams=8,
+        bytes=amount(bed, 400_000),
+    )  # fmt: skip
+    expect(not result.corrupt, f"{result.corrupt} answers were another's")
+    expect(not result.lost, f"{result.lost} requests were lost")

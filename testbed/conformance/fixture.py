@@ -1,0 +1,309 @@
+"""What a check is run in: two workloads of a pod in their roles, and how to get at what is around.
+
+A `Stage` is the pod: one that is built here, or one that somebody else made (a namespace, and a
+guest's agent in it), in which nothing can be replaced. A `Bed` is one case's view of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self, TypeVar
+
+from testbed import runtimes
+from testbed.agent import Agent
+from testbed.campaigns.trial import ROLES, natives, runtime
+from testbed.conformance.check import EVERY, Case, Unsupported
+from testbed.conformance.sockets import TIMEOUT_S, Peer, Sock
+from testbed.datapaths import Datapath
+from testbed.host import netlink, process
+from testbed.host.ledger import Owner, Scope
+from testbed.model.addresses import CONTROL_PORT, Address, loopback
+from testbed.model.cells import Pair
+from testbed.model.errors import Error
+from testbed.model.manifest import Manifest, Workload
+from testbed.model.terms import Family, Runtime, Transport
+from testbed.pods.pod import Pod
+from testbed.pods.reconciler import Supervisor
+from testbed.runtimes import Options, Place, Prepared
+
+T = TypeVar("T")
+
+PORTS_EACH = 32
+PORTS = {
+    name: range(start, start + PORTS_EACH)
+    for name, start in (
+        ("native1", 8000), ("native2", 8032), ("guest1", 8064), ("guest2", 8096),
+        ("wasm1", 8128), ("container1", 8160),
+    )
+}  # fmt: skip
+"""Both transports' ports that a workload owns; a pod that is not ours must have it so, too."""
+
+
+def manifest(pairs: Collection[Pair], guest: Runtime) -> Manifest:
+    """Two native processes, the ends of the pairs, and two guests if any pair has one."""
+    names = {"native1", "native2", *(name for pair in pairs for name in ROLES[pair])}
+    if any(pair.guests for pair in pairs):
+        names |= {"guest1", "guest2"}
+    return Manifest(tuple(
+        Workload(
+            name, runtime(name, guest), tuple((t, port) for t in Transport for port in PORTS[name]),
+            control_port=CONTROL_PORT + i,
+        )
+        for i, name in enumerate(PORTS) if name in names
+    ))  # fmt: skip
+
+
+class Stage(Protocol):
+    """A pod that checks are run in."""
+
+    datapath: str
+    guest: str
+    """What runs the guests; empty where there are none."""
+    kernel: str
+    """The guests', where it is their own and known."""
+    pairs: frozenset[Pair]
+    netns: str
+    emulated: bool
+    """Its guests are slow."""
+
+    def revive(self) -> None:
+        """Start again what ended."""
+
+    def agent(self, name: str) -> Agent:
+        """A control connection to a workload. Raises `Unsupported` if there is none."""
+
+    def guest_netns(self, name: str) -> str:
+        """A stand-in's namespace. Raises `Unsupported` where guests have none."""
+
+
+class OwnStage:
+    """A pod with what the pairs need, for one datapath."""
+
+    def __init__(
+        self, owner: Scope, datapath: Datapath, pairs: frozenset[Pair], guest: Prepared,
+        options: Options, consoles: Path,
+    ) -> None:  # fmt: skip
+        self.owner, self.datapath, self.pairs = owner, datapath.name, pairs
+        self.runtime = guest.description.runtime
+        self.guest = str(self.runtime) if any(pair.guests for pair in self.pairs) else ""
+        self.kernel = guest.description.kernel if self.guest else ""
+        self.emulated = guest.description.functional_only
+        self._datapath, self._consoles = datapath, consoles
+        needed = {Runtime.PROCESS, *natives(pairs)}
+        self._runtimes = {self.runtime: guest, **{r: runtimes.prepare(r, options) for r in needed}}
+        self.name = f"conform-{datapath.name}"
+        self.build()
+
+    def another(self, name: str) -> Pod:
+        """A second pod of the same kind, built but not started."""
+        workloads = manifest(self.pairs, self.runtime)
+        return Pod(self.owner, name, workloads, self._datapath, self._runtimes, self._consoles)
+
+    def build(self) -> None:
+        """The pod, its workloads ready, watched over. If that fails, nothing stands."""
+        with ExitStack() as stack:
+            self.pod = self.another(self.name)
+            stack.callback(self.pod.close)
+            self.netns = self.pod.netns
+            self.pod.start()
+            stack.enter_context(Supervisor(self.pod))
+            self._standing = stack.pop_all()
+            self._stands = True
+
+    def close(self) -> None:
+        self._stands = False
+        self._standing.close()
+
+    def agent(self, name: str) -> Agent:
+        if name not in {w.name for w in self.pod.manifest.workloads}:
+            raise Unsupported(f"the pod has no {name}")
+        try:
+            return self.pod.agent(name)
+        except OSError:  # it was lost in the case before: that one's fault, not the next one's
+            self.pod.restart_workload(name)
+            self.pod.wait_ready(name)
+            return self.pod.agent(name)
+
+    def revive(self) -> None:
+        if self._stands:
+            self.pod.revive()
+        else:
+            self.build()
+
+    def guest_netns(self, name: str) -> str:
+        if self.runtime is not Runtime.STANDIN:
+            raise Unsupported("needs a stand-in: a guest that sends any frame it is told to")
+        return f"{self.netns}-g{self.pod.number_of(name)}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class ForeignStage:
+    """Somebody else's pod: agents of our own as natives, one guest whose agent is there already."""
+
+    guest = "foreign"
+    kernel = ""
+    emulated = False
+    pairs = EVERY - {Pair.GUEST_GUEST}
+
+    def __init__(self, owner: Owner, netns: Path, control: str, datapath: str) -> None:
+        """`control` is the guest agent's ADDRESS or ADDRESS:PORT ([…]:PORT for IPv6)."""
+        if not netns.exists():
+            raise Error(f"no network namespace {netns}", hint="give a path such as /run/netns/NAME")
+        self.datapath = datapath
+        self.netns = os.path.relpath(netns.resolve(), netlink.NETNS)
+        host, colon, port = control.rpartition(":")
+        if not colon or "]" in port or (host.count(":") and not host.startswith("[")):
+            host, port = control, str(CONTROL_PORT)
+        self._control = {
+            "native1": ("127.0.0.1", CONTROL_PORT),
+            "native2": ("127.0.0.1", CONTROL_PORT + 1),
+            "guest1": (host.strip("[]"), int(port)),
+        }
+        program = runtimes.prepare(Runtime.PROCESS, runtimes.Options())
+        cgroup = process.create_cgroup(owner, f"tb-{owner.id}-foreign")
+        for name in ("native1", "native2"):
+            workload = Workload(name, Runtime.PROCESS, control_port=self._control[name][1])
+            program.start(Place(workload, 0, self.netns, "", cgroup, Path(os.devnull), Path()))
+
+    def agent(self, name: str) -> Agent:
+        if name not in self._control:
+            raise Unsupported(f"needs {name}, and a foreign pod has guest1 alone")
+        to = self._control[name]
+
+        def connect() -> socket.socket:
+            return socket.create_connection(to, TIMEOUT_S)
+
+        try:
+            return Agent(_patiently(lambda: netlink.inside(self.netns, connect)))
+        except OSError as e:
+            raise Error(f"{name}: no agent answers at {to[0]}, port {to[1]}: {e.strerror or e}",
+                        hint="start it there, and say where with --control") from e  # fmt: skip
+
+    def revive(self) -> None:
+        pass  # what is not ours is not ours to start
+
+    def guest_netns(self, name: str) -> str:
+        raise Unsupported("needs a stand-in of our own")
+
+
+def _patiently(call: Callable[[], T]) -> T:
+    """Again until it is not refused: agents of ours take a moment to listen."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            return call()
+        except ConnectionRefusedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+class Bed:
+    """One case: `client` and `server` are its workloads, `port` is the server's to use.
+
+    `pair` is the pair's shape: to a check a component or a container is one more native.
+    """
+
+    _ports: Mapping[str, Iterator[int]] = {
+        name: itertools.cycle(ports) for name, ports in PORTS.items()
+    }
+
+    def __init__(self, stage: Stage, case: Case) -> None:
+        self.stage, self.case = stage, case
+        self.pair, self.family, self.transport = case.pair.shape, case.family, case.transport
+        self._opened: list[Peer] = []
+        try:
+            self.client_name, self.server_name = ROLES[case.pair]
+            self.client, self.server = self.peer(self.client_name), self.peer(self.server_name)
+        except BaseException:
+            self.close()
+            raise
+        self.port = self.next_port()
+
+    def peer(self, name: str) -> Peer:
+        """One more control connection to a workload. Raises `Unsupported` if there is none."""
+        try:
+            peer = Peer(name, self.stage.agent(name))
+        except OSError as e:
+            raise OSError(e.errno, f"the agent of {name} is not to be reached: {e}") from e
+        self._opened.append(peer)
+        return peer
+
+    def next_port(self, name: str = "") -> int:
+        """Another port that the server, or the workload of that name, owns."""
+        return next(self._ports[name or self.server_name])
+
+    @property
+    def own_pod(self) -> OwnStage:
+        """The stage, if it is ours to change. Raises `Unsupported` else."""
+        if not isinstance(self.stage, OwnStage):
+            raise Unsupported("would have to change a pod that is not ours")
+        return self.stage
+
+    @property
+    def target(self) -> Address:
+        """What the client dials for `localhost`."""
+        return self.client.localhost(self.family)
+
+    @property
+    def loopback(self) -> Address:
+        return loopback(self.family)
+
+    def open(self, peer: Peer, family: Family | None = None) -> Sock:
+        """A socket of the case's transport."""
+        return peer.socket(self.transport, family or self.family)
+
+    def serve(
+        self, at: Address | str = "", *, port: int = 0, peer: Peer | None = None,
+        family: Family | None = None, backlog: int = 128, options: Mapping[str, int | str] = {},
+    ) -> Sock:  # fmt: skip
+        """A socket that serves: bound, and listening if it is TCP's.
+
+        Bound where a program of its kind would that means `localhost`, on `port` of this bed.
+        """
+        peer = peer or self.server
+        sock = self.open(peer, family)
+        if self.transport is Transport.TCP:
+            sock.set("SO_REUSEADDR", 1)
+        if sock.family is Family.IPV6 and "IPV6_V6ONLY" not in options:
+            sock.set("IPV6_V6ONLY", 1)
+        for option, value in options.items():
+            sock.set(option, value)
+        sock.bind(at or peer.here(sock.family), port or self.port)
+        if self.transport is Transport.TCP:
+            sock.listen(backlog)
+        return sock
+
+    def dial(self, port: int = 0, *, peer: Peer | None = None) -> Sock:
+        """A socket of the client, or of another, connected to `localhost`."""
+        peer = peer or self.client
+        sock = self.open(peer)
+        sock.connect(peer.localhost(self.family), port or self.port)
+        return sock
+
+    def connected(self) -> tuple[Sock, Sock]:
+        """A TCP connection on a port of its own, client's end first; nobody listens any more."""
+        port = self.next_port()
+        listener = self.serve(port=port)
+        near = self.dial(port)
+        far, _ = listener.accept()
+        listener.close()
+        return near, far
+
+    def close(self) -> None:
+        for peer in self._opened:
+            peer.close()

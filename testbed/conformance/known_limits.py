@@ -1,0 +1,100 @@
+"""What datapaths and guests cannot do, and why: a check that fails there counts as unsupported.
+
+Whatever is not here is a fault. A case that passes all the same is a pass. What is said of a guest
+was seen over `bridge`, too, where no program touches its packets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from testbed.conformance.check import EVERY, Case
+from testbed.model.cells import Pair
+from testbed.model.terms import Family, Runtime
+
+
+@dataclass(frozen=True)
+class Impossible:
+    """Checks that cannot pass, in some pairs and families, and why."""
+
+    checks: frozenset[str]
+    why: str
+    pairs: frozenset[Pair] = EVERY - {Pair.NATIVE_NATIVE}
+    families: tuple[Family, ...] = tuple(Family)
+
+    def holds(self, case: Case) -> bool:
+        return (
+            case.check.name in self.checks
+            and case.pair.shape in self.pairs
+            and case.family in self.families
+        )
+
+
+_STRANGERS = Impossible(
+    frozenset({"simultaneous-open"}),
+    "addresses alone tell who dials and who answers: two who dial each other miss",
+)
+_LARGE = frozenset({"datagram-1472", "datagram-3000", "datagram-64k"})
+
+DATAPATHS: dict[str, tuple[Impossible, ...]] = {
+    "capture": (
+        _STRANGERS,
+        Impossible(
+            _LARGE | {"path-mtu"},
+            "a native's datagram leaves lo whole; too large for the link, it is dropped, counted",
+            pairs=frozenset({Pair.NATIVE_GUEST}),
+        ),
+        Impossible(
+            frozenset({"ipv6-client-of-ipv4-guest"}),
+            "addresses are translated within a family",
+        ),
+    ),
+    "steer": (_STRANGERS,),
+}
+
+GUESTS: dict[str, tuple[Impossible, ...]] = {
+    "osv": (
+        Impossible(
+            frozenset({"keepalive"}),
+            "OSv answers no keep-alive probe, and takes no answer to its own",
+        ),
+        Impossible(
+            _LARGE,
+            "OSv's IPv6 never receives a datagram in fragments",
+            families=(Family.IPV6,),
+        ),
+        Impossible(
+            frozenset({"gso-sizes"}),
+            "OSv sends the beginning of a burst again and again, each time after a time-out",
+        ),
+    ),
+}
+
+WASI: tuple[Impossible, ...] = (
+    Impossible(
+        frozenset({"reset", "reset-wakes-reader", "close-with-unread-data"}),
+        "WASI's streams say that they failed, not why",
+        pairs=EVERY,
+    ),
+    Impossible(
+        frozenset({"reset-is-polled"}),
+        "WASI's poll says that a stream is ready, not what for",
+        pairs=EVERY,
+    ),
+    Impossible(
+        frozenset({
+            "datagram-refused", "datagram-refused-after-close", "datagram-refusals-to-their-own",
+        }),
+        "WASI tells of a refused datagram when the next is sent, not to who waits for an answer",
+        pairs=EVERY,
+    ),
+)  # fmt: skip
+
+
+def why(datapath: str, guest: str, case: Case) -> str | None:
+    """Why this case cannot pass, or None."""
+    wasi = WASI if Runtime.WASM in case.pair else ()
+    for entry in (*DATAPATHS.get(datapath, ()), *GUESTS.get(guest, ()), *wasi):
+        if entry.holds(case):
+            return entry.why
+    return None

@@ -1,0 +1,1 @@
+"""What the datapaths made of eBPF share in user space."""

@@ -1,0 +1,155 @@
+"""What this machine is, and what it was busy with: read from /proc and /sys, nothing changed.
+
+How slow it is, its user says (`slowness`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from testbed.host import architecture
+from testbed.model.errors import Error
+from testbed.model.terms import Family
+
+
+def slowness() -> float:
+    """Factor for every time that a boot, an answer or a test may take: `TESTBED_SLOWNESS`, or 1.
+
+    For machines far slower than usual, such as emulated ones. Raises `Error` if it is no number
+    above 0.
+    """
+    text = os.environ.get("TESTBED_SLOWNESS") or "1"
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = 0.0
+    if not 0 < factor < math.inf:
+        raise Error(f"TESTBED_SLOWNESS is {text!r}, which is no factor",
+                    hint="export TESTBED_SLOWNESS=8: every limit is 8 times as long")  # fmt: skip
+    return factor
+
+
+def cache_folder() -> Path:
+    """`~/.cache/testbed`, or `$XDG_CACHE_HOME/testbed`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "testbed"
+
+
+def families() -> frozenset[Family]:
+    """IP versions that this kernel has: IPv6 can be compiled out, or off by `ipv6.disable=1`."""
+    has_ipv6 = Path("/proc/sys/net/ipv6").exists()
+    return frozenset(Family) if has_ipv6 else frozenset({Family.IPV4})
+
+
+def facts() -> dict[str, str]:
+    """What a result has to say about the machine: kernel, cpu, governor, host, and by what TCP's
+    congestion is controlled.
+    """
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    models = [
+        line.partition(":")[2].strip()
+        for line in cpuinfo.splitlines()
+        if line.startswith("model name")
+    ]
+    governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    return {
+        "kernel": platform.release(),
+        "cpu": f"{os.cpu_count()}x {models[0] if models else platform.machine()}",
+        "governor": governor.read_text().strip() if governor.exists() else "unknown",
+        "host": platform.node(),
+        "congestion_control": congestion_control(),
+    }
+
+
+def congestion_control() -> str:
+    """Of TCP, where nobody chooses another; a new network namespace has it from the first one."""
+    return Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what takes part in a measurement."""
+    found = {"python": platform.python_version()}
+    for name in ("testbed", "pyroute2", "pandas", "scipy", "matplotlib", "wasmtime"):
+        found[name] = metadata.version(name)
+    for name, command in (
+        ("qemu", [architecture.native().qemu, "--version"]),
+        ("cc", ["cc", "--version"]),
+    ):
+        try:
+            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        except (OSError, subprocess.CalledProcessError):
+            continue
+        found[name] = out.splitlines()[0].strip()
+    return found | _packages("nftables", "haproxy", "nginx-light", "passt")
+
+
+def _packages(*names: str) -> dict[str, str]:
+    """Versions of Debian packages, where they are installed: passt does not know its own."""
+    command = ["dpkg-query", "--show", "--showformat", "${Package} ${Version}\n", *names]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return {}
+    words = (line.split() for line in out.splitlines())
+    return {word[0]: word[1] for word in words if len(word) == 2}
+
+
+def cpus() -> list[int]:
+    """CPUs that this process may use."""
+    return sorted(os.sched_getaffinity(0))
+
+
+def busy(guests: Sequence[Path] = ()) -> dict[str, float]:
+    """CPU seconds since boot, all CPUs, by what they were spent on; together they are `cpu_s`.
+
+    `softirq_s`, `system_s` (hard interrupts too), `user_s` without `guest_s`: user time of what
+    runs in the cgroups `guests`, that is of virtual machines, whose processors are threads of user
+    space (under KVM the kernel counts what a guest runs as user time of its thread as well). And
+    `steal_s`, which is not in `cpu_s`: taken by a hypervisor below.
+
+    From /proc/stat (proc(5)) and cpu.stat (cgroup v2).
+    """
+    tick = os.sysconf("SC_CLK_TCK")
+    user, nice, system, _, _, irq, softirq, steal, *_ = (
+        int(word) / tick for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    )
+    guest = 0.0
+    for group in guests:
+        lines = (line.split() for line in (group / "cpu.stat").read_text().splitlines())
+        guest += {key: int(value) for key, value in lines}["user_usec"] / 1e6
+    return {
+        "cpu_s": user + nice + system + irq + softirq,
+        "softirq_s": softirq,
+        "system_s": system + irq,
+        "user_s": user + nice - guest,
+        "guest_s": guest,
+        "steal_s": steal,
+    }
+
+
+def kernel_bytes() -> int:
+    """Memory that the kernel has for itself: what it cannot reclaim, page tables, per-CPU data.
+
+    From /proc/meminfo (proc(5)). `VmallocUsed` has stacks and eBPF's maps in it.
+    """
+    names = ("SUnreclaim", "PageTables", "Percpu", "VmallocUsed")
+    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    found = {words[0].rstrip(":"): int(words[1]) for words in lines}
+    return sum(found[name] for name in names) * 1024
+
+
+def frequency_mhz() -> float | None:
+    """Mean of what CPUs run at now, as far as the kernel tells (cpufreq); None if it does not."""
+    files = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq")
+    found = [int(file.read_text()) / 1e3 for file in files]
+    return sum(found) / len(found) if found else None
+
+
+def load1() -> float:
+    """Load average over the last minute."""
+    return os.getloadavg()[0]

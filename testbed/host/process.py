@@ -1,0 +1,237 @@
+"""Child processes in namespaces and cgroups, and their end.
+
+Processes are taken back by their cgroup, which is in the ledger before the first of them starts: a
+pid could be written down only after the fact, and would miss grandchildren.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from testbed.host import ledger
+from testbed.host.ledger import Scope
+from testbed.model.errors import Error
+
+
+@functools.cache
+def cgroup_mount() -> Path:
+    """Where cgroup2 is mounted: /sys/fs/cgroup, or /sys/fs/cgroup/unified in hybrid setups."""
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, where, kind, options, *_ = line.split()
+        if kind == "cgroup2" and "rw" in options.split(","):
+            return Path(where)
+    raise Error("no writable cgroup2 is mounted", hint="mount -t cgroup2 none /sys/fs/cgroup")
+
+
+def create_cgroup(owner: Scope, name: str) -> Path:
+    """Make a cgroup below the mount. When it is taken back, the processes in it are killed."""
+    path = cgroup_mount() / name
+    owner.defer(remove_cgroup, path=str(path))
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def remove_cgroup(path: str) -> None:
+    """Kill what runs in the cgroup and below, then remove it."""
+    if not Path(path).exists():
+        return
+    empty_cgroup(Path(path))
+    groups = [Path(path), *(p for p in Path(path).rglob("*") if p.is_dir())]
+    for group in sorted(groups, reverse=True):
+        group.rmdir()
+
+
+def create_folder(owner: Scope, name: str) -> Path:
+    """Make a folder beside the ledgers, for what programs are told and tell in files."""
+    path = ledger.ROOT / name
+    owner.defer(remove_folder, path=str(path))
+    path.mkdir(mode=0o700, exist_ok=True)
+    return path
+
+
+def remove_folder(path: str) -> None:
+    """Remove a folder with all that is in it. One that is gone is no error."""
+    if Path(path).exists():
+        shutil.rmtree(path)
+
+
+def empty_cgroup(group: Path) -> None:
+    """Kill every process in the cgroup and below; returns when the last one is gone.
+
+    By pid and not by `cgroup.kill`, which kernels before 5.14 lack. New children of a dying process
+    are met in the next round. One that is listed no more may still be there for a moment.
+    """
+    deadline = time.monotonic() + 10
+    while "populated 1" in (group / "cgroup.events").read_text():
+        pids = [
+            int(pid) for procs in group.rglob("cgroup.procs") for pid in procs.read_text().split()
+        ]
+        if time.monotonic() > deadline:
+            raise Error(f"processes {pids} in {group} do not die")
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                fd = os.pidfd_open(pid)
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
+                select.select([fd], [], [], 1)
+                os.close(fd)
+        time.sleep(0.001)
+
+
+def spawn(
+    argv: Sequence[str | Path],
+    *,
+    cgroup: Path,
+    netns: str | None = None,
+    cpus: Sequence[int] = (),
+    binds: Mapping[Path, str] | None = None,
+    output: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    working_dir: str | None = None,
+    pass_fds: Sequence[int] = (),
+) -> subprocess.Popen[bytes]:
+    """Start a program in a cgroup and a network namespace, on some CPUs.
+
+    `binds` maps files of the host to paths that they stand at for this program alone. `output`
+    receives what it prints. `env` is its environment; None: this process's. `pass_fds` stay open in
+    it. The command is a shell line that can be pasted (`shlex.join(p.args)`). It joins its cgroup
+    before it becomes the program, so that sockets belong to it from the start.
+    """
+    line = f"echo $$ > {shlex.quote(str(cgroup / 'cgroup.procs'))} && exec"
+    enter = ["nsenter", f"--net=/run/netns/{netns}"] if netns else []
+    if cpus:
+        enter += ["taskset", "--cpu-list", ",".join(map(str, cpus))]
+    if binds:
+        mounts = " && ".join(shlex.join(["mount", "--bind", str(f), at]) for f, at in binds.items())
+        enter += ["unshare", "--mount", "sh", "-c", f'{mounts} && exec "$@"', "sh"]
+    program = shutil.which(argv[0])
+    if program is None:
+        raise Error(f"no program {argv[0]}", hint="./bootstrap")
+    command = ["sh", "-c", f'{line} "$@"', "sh", *enter, program, *map(str, argv[1:])]
+    sink = output.open("ab") if output else subprocess.DEVNULL
+    try:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env=env,
+            cwd=working_dir,
+            pass_fds=pass_fds,
+        )
+    finally:
+        if output:
+            sink.close()  # type: ignore[union-attr]
+
+
+_WRAPPERS = {"sh", "dash", "bash", "busybox", "nsenter", "taskset", "unshare"}
+
+
+def launched(process: Running) -> bool:
+    """Whether what `spawn` started has become the program, or has ended."""
+    try:
+        return Path(f"/proc/{process.pid}/exe").readlink().name not in _WRAPPERS
+    except OSError:
+        return True
+
+
+def resident_bytes(group: Path) -> int:
+    """Memory of the processes in a cgroup and below, what they share with others by their share.
+
+    The proportional set size (PSS) of /proc/PID/smaps_rollup (proc(5)).
+    """
+    total = 0
+    for pid in (p for procs in group.rglob("cgroup.procs") for p in procs.read_text().split()):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total * 1024
+
+
+class Running(Protocol):
+    """A process that was started: a child (`subprocess.Popen`), or an `Orphan`."""
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
+
+
+class Orphan:
+    """A process whose parent died: whoever takes over its end, does so without being its parent.
+
+    Raises `ProcessLookupError` if the process of that pid is gone, or is another than the one that
+    `started` then (`started_at`).
+    """
+
+    UNKNOWN = 137
+    """Its exit status, which only a parent is told (Kubernetes' ContainerStatusUnknown)."""
+
+    def __init__(self, pid: int, started: int) -> None:
+        self.pid, self._fd = pid, os.pidfd_open(pid)
+        weakref.finalize(self, os.close, self._fd)
+        if started_at(pid) != started:  # asked when the descriptor holds it
+            raise ProcessLookupError(pid)
+
+    def poll(self) -> int | None:
+        return self.UNKNOWN if select.select([self._fd], [], [], 0)[0] else None
+
+    def wait(self, timeout: float | None = None) -> int:
+        if not select.select([self._fd], [], [], timeout)[0]:
+            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
+        return self.UNKNOWN
+
+    def terminate(self) -> None:
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, which: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._fd, which)
+
+
+def started_at(pid: int) -> int:
+    """When a process started, in clock ticks since boot: with its pid, it is no other's.
+
+    0 for one that is gone or a zombie (proc_pid_stat(5)).
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return 0 if fields[0] == "Z" else int(fields[19])
+
+
+GRACE_S = 1.0
+"""Between asking a process to end and insisting."""
+
+
+def end(process: Running, grace_s: float = GRACE_S) -> None:
+    """Ask a process to end (SIGTERM), insist after `grace_s`, and collect it."""
+    process.terminate()
+    try:
+        process.wait(grace_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def kill_connections(netns: str, expression: str) -> None:
+    """End TCP connections that match an `ss` filter, as resets do (SOCK_DESTROY)."""
+    command = ["nsenter", f"--net=/run/netns/{netns}", "ss", "--tcp", "--kill", expression]
+    subprocess.run(command, check=True, capture_output=True)

@@ -1,0 +1,402 @@
+"""Composes what guests boot: a ROFS disk for OSv, an initramfs for Linux. Nothing is compiled.
+
+A definition (`osv/*.toml`) names a program, its arguments and extra files; the libraries that it
+needs, the hosts patch (`osv/hosts`, which makes `localhost` of a guest the pod's), for OSv the shim
+(`shim`, which does it for 127.0.0.1 and ::1) and what the system itself needs are added. Same
+input, same bytes: images are named by their SHA-256 in the cache, and nothing in them has a time.
+How a guest is started is told by `runtimes`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import re
+import shutil
+import stat
+import struct
+import tempfile
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from elftools.elf.elffile import ELFFile
+
+from testbed import agent, paths
+from testbed.host import facts
+from testbed.images import elf, kernels, rofs, rootfs, shim
+from testbed.images.rofs import Directory, Node, Symlink, Tree
+from testbed.model.addresses import Address, alias
+from testbed.model.errors import Error
+from testbed.model.terms import Family
+
+AGENT = paths.OSV / "agent.toml"
+"""Definition of the guests of the testbed's own cells."""
+
+OSV_PROVIDES = frozenset({
+    "libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "libresolv.so.2",
+    "libcrypt.so.1", "libaio.so.1", "libstdc++.so.6", "libgcc_s.so.1", "ld-linux-x86-64.so.2",
+})  # fmt: skip
+"""Sonames whose symbols are in OSv's kernel (`core/elf.cc`), libgcc_s.so.1 by its symbols alone.
+The last is x86-64's (`kernels.OSV_MACHINE`)."""
+
+LINUX_MODULES = ("virtio_pci", "virtio_net")
+
+_OSV_FSTAB = b"""\
+/dev/vblk0.1 / rofs defaults 0 0
+none /dev devfs defaults 0 0
+none /proc procfs defaults 0 0
+none /sys sysfs defaults 0 0
+none /tmp ramfs defaults 0 0
+"""
+
+# The kernel hands on what it does not know: NAME=VALUE as environment, what follows "--" as
+# arguments. The program is no PID 1, so that its end is not the kernel's panic.
+_LINUX_INIT = b"""\
+#!/bin/busybox sh
+/bin/busybox mount -t proc proc /proc
+/bin/busybox mount -t sysfs sys /sys
+/bin/busybox mount -t devtmpfs dev /dev
+/bin/busybox --install -s /bin
+while read -r module; do insmod "/lib/modules/$module.ko"; done < /etc/modules
+echo 0 > /proc/sys/net/ipv6/conf/eth0/accept_dad
+echo 0 > /proc/sys/net/ipv6/conf/eth0/accept_ra
+for address in $guest_addresses; do ip address add "$address" dev eth0; done
+if [ "$guest_loopback" = none ]
+then echo 1 >/proc/sys/net/ipv4/conf/eth0/route_localnet
+else ip link set lo up
+fi
+ip link set eth0 up
+for gateway in $guest_gateways; do
+    case $gateway in *:*) family=-6 ;; *) family=-4 ;; esac
+    ip $family route add default via "$gateway"
+done
+echo "guest ready: $*"
+"$@"
+echo "guest ends: status $?"
+poweroff -f
+"""
+
+
+_KEYS: dict[str, Any] = {"program": "", "package": "", "arguments": [], "files": {}, "shim": True}
+"""Of a definition, with their defaults."""
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What a guest runs."""
+
+    program: Path
+    arguments: tuple[str, ...] = ()
+    files: dict[str, Path] = field(default_factory=dict, hash=False)
+    """Path in the guest → file here."""
+    shim: bool = True
+    """On OSv, 127.0.0.1 and ::1 are the pod's, whatever the hosts file says."""
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The command line within the guest."""
+        return (f"/{self.program.name}", *self.arguments)
+
+
+@dataclass(frozen=True)
+class Image:
+    """A composed image in the cache."""
+
+    path: Path
+    sha256: str
+    size_bytes: int
+    files: tuple[str, ...]
+    """Paths in the guest."""
+    command: tuple[str, ...]
+    """What to run when it is booted."""
+
+
+def load(path: Path) -> Definition:
+    """Read a definition. Raises `Error` if it is none, or names files that do not exist."""
+    try:
+        data = tomllib.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise Error(f"cannot read image definition {path}: {e}") from e
+    if unknown := data.keys() - _KEYS.keys():
+        raise Error(f"{path}: unknown {', '.join(sorted(unknown))}",
+                    hint=f"known are {', '.join(_KEYS)}")  # fmt: skip
+    program, package, arguments, files, shim = (data.get(key, _KEYS[key]) for key in _KEYS)
+    if not isinstance(program, str) or not program:
+        raise Error(f"{path} names no program", hint='add program = "PATH"')
+    if not isinstance(arguments, list) or not isinstance(files, dict):
+        raise Error(f"{path}: arguments must be a list, files a table")
+    if not isinstance(shim, bool):
+        raise Error(f"{path}: shim must be true or false")
+    beside = path.parent
+    if package and not (beside / program).exists():
+        raise Error(f"no {program}, which {path.name} runs", hint=f"apt-get install {package}; "
+                    "all that examples/ need: ./bootstrap --examples")  # fmt: skip
+    return Definition(
+        program=agent.build() if program == "agent" else beside / program,
+        arguments=tuple(str(argument) for argument in arguments),
+        files={inside: beside / outside for inside, outside in files.items()},
+        shim=shim,
+    )
+
+
+def hosts_file(*, patched: bool = True) -> Path:
+    """/etc/hosts of guests: with the patch, or as systems have it, `localhost` being themselves."""
+    return paths.OSV / ("hosts" if patched else "hosts.stock")
+
+
+def check_alias(addresses: Iterable[Address]) -> None:
+    """Raises `Error` if a guest or pod is given the address that `localhost` resolves to."""
+    for address in addresses:
+        if address in (alias(family) for family in Family):
+            raise Error(
+                f"{address} cannot be a guest's or pod's: it is what `localhost` is in guests",
+                hint="choose another address",
+            )
+
+
+def compose_osv(
+    definition: Definition, *, hosts_patch: bool = True, etc: Mapping[str, bytes] = {}
+) -> Image:
+    """A disk for OSv: MBR and ROFS with the program, libraries, shim, hosts and mount points.
+
+    `etc` are files that a pod gives to all its guests, by path; they go before those of images.
+
+    Raises `Error` if the program cannot run on OSv or something is missing.
+    """
+    tree = {**osv_tree(definition, hosts_patch=hosts_patch), **etc}
+    return _store(tree, "img", definition.command)
+
+
+def compose_linux(
+    definition: Definition,
+    kernel: kernels.LinuxKernel,
+    *,
+    hosts_patch: bool = True,
+    etc: Mapping[str, bytes] = {},
+) -> Image:
+    """An initramfs for a Linux kernel: busybox, program with *all* libraries, hosts, modules.
+
+    `etc` as for OSv.
+
+    Raises `Error` if the program cannot run there or something is missing.
+    """
+    tree = {**linux_tree(definition, kernel, hosts_patch=hosts_patch), **etc}
+    return _store(tree, "cpio", definition.command)
+
+
+def osv_tree(definition: Definition, *, hosts_patch: bool = True) -> Tree:
+    """What `compose_osv` packs. OSv looks for libraries in / and /usr/lib alone."""
+    program = elf.read_program(definition.program)
+    tree = _program_tree(definition, elf.closure(program, OSV_PROVIDES), hosts_patch)
+    if definition.shim:
+        tree[definition.command[0]] = shim.bind(program)
+        tree[f"/usr/lib/{shim.SONAME}"] = shim.build().read_bytes()
+    tree["/etc/fstab"] = _OSV_FSTAB
+    for mount_point in ("/dev", "/proc", "/sys", "/tmp"):
+        tree.setdefault(mount_point, Directory())
+    return tree
+
+
+def linux_tree(
+    definition: Definition, kernel: kernels.LinuxKernel, *, hosts_patch: bool = True
+) -> Tree:
+    """What `compose_linux` packs."""
+    program = elf.read_program(definition.program)
+    if program.interpreter is None:
+        raise Error(f"{program.path} names no interpreter")
+    interpreter = Path(program.interpreter)  # libc needs it as a library, but it is there first
+    libraries = elf.closure(program, {interpreter.name})
+    tree = _program_tree(definition, libraries, hosts_patch)
+    busybox = shutil.which("busybox")
+    if busybox is None or elf.read(Path(busybox)).interpreter:
+        raise Error("no static busybox", hint="apt-get install busybox-static")
+    tree["/bin/busybox"] = _contents(Path(busybox))
+    tree[str(interpreter)] = _contents(interpreter)
+    for name, text in rootfs.FILES.items():
+        tree.setdefault(f"/{name}", text.encode())
+    tree["/init"] = _LINUX_INIT
+    modules = _modules(kernel, LINUX_MODULES)
+    tree["/etc/modules"] = "".join(f"{name}\n" for name in modules).encode()
+    for name, module in modules.items():
+        tree[f"/lib/modules/{name}.ko"] = module
+    for mount_point in ("/dev", "/proc", "/sys", "/tmp"):
+        tree.setdefault(mount_point, Directory())
+    return tree
+
+
+def build(definition: Path, output: Path, *, hosts_patch: bool = True) -> Image:
+    """Compose an OSv image and put a copy at `output`."""
+    image = compose_osv(load(definition), hosts_patch=hosts_patch)
+    shutil.copyfile(image.path, output)
+    return image
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """What is in an image, as plain data. Raises `Error` if it is damaged, or no image of ours."""
+    data = _contents(path)
+    is_cpio = data.startswith(_CPIO_MAGIC)
+    tree = unpack_cpio(data) if is_cpio else rofs.unpack(data)
+    hosts = tree.get("/etc/hosts", b"")
+    return {
+        "format": "cpio" if is_cpio else "rofs",
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "size_bytes": len(data),
+        "localhost": localhost(hosts.decode() if isinstance(hosts, bytes) else ""),
+        "files": {name: _describe(node) for name, node in sorted(tree.items())},
+    }
+
+
+def localhost(hosts: str) -> list[str]:
+    """Addresses that a hosts file gives to `localhost`, in its order."""
+    lines = (line.partition("#")[0].split() for line in hosts.splitlines())
+    return [address for address, *names in filter(None, lines) if "localhost" in names]
+
+
+def _describe(node: Node) -> dict[str, Any]:
+    if isinstance(node, Directory):
+        return {"type": "directory"}
+    if isinstance(node, Symlink):
+        return {"type": "symlink", "target": node.target}
+    return {"type": "file", "size_bytes": len(node), "sha256": hashlib.sha256(node).hexdigest()}
+
+
+def _program_tree(
+    definition: Definition, libraries: dict[str, Path], hosts_patch: bool
+) -> dict[str, Node]:
+    tree: dict[str, Node] = {
+        definition.command[0]: _contents(definition.program),
+        "/etc/hosts": _contents(hosts_file(patched=hosts_patch)),
+    }
+    for soname, path in libraries.items():
+        tree[f"/usr/lib/{Path(soname).name}"] = _contents(path)
+    for inside, outside in definition.files.items():
+        if inside in tree:
+            raise Error(f"extra file {inside} is in every image already", hint="rename it")
+        tree[inside] = _contents(outside)
+    return tree
+
+
+def _contents(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise Error(f"cannot read {path}: {e.strerror}") from e
+
+
+def _modules(kernel: kernels.LinuxKernel, wanted: Iterable[str]) -> dict[str, bytes]:
+    """Name → ELF of modules and those they depend on, in the order of loading.
+
+    The package has no modules.dep (depmod makes it where a kernel is installed), but every module
+    names its own dependencies. What is not a file is built into the kernel.
+    """
+    files = {
+        path.name.partition(".")[0].replace("-", "_"): path
+        for suffix in ("ko", "ko.xz")  # Debian compresses them since 13
+        for path in kernel.modules.rglob(f"*.{suffix}")
+    }
+    ordered: dict[str, bytes] = {}
+
+    def add(name: str) -> None:
+        if name in ordered or name not in files:
+            return
+        module = _contents(files[name])
+        if files[name].suffix == ".xz":
+            module = lzma.decompress(module)
+        section = ELFFile(BytesIO(module)).get_section_by_name(".modinfo")
+        info = section.data() if section else b""
+        depends = re.search(rb"(?:^|\0)depends=([^\0]*)", info)
+        for other in filter(None, (depends[1] if depends else b"").decode().split(",")):
+            add(other.replace("-", "_"))
+        ordered[name] = module
+
+    for name in wanted:
+        add(name)
+    return ordered
+
+
+def _store(tree: Tree, kind: str, command: tuple[str, ...]) -> Image:
+    """Put the packed tree into the cache under its digest, all or nothing."""
+    data = pack_cpio(tree) if kind == "cpio" else rofs.pack(tree)
+    sha256 = hashlib.sha256(data).hexdigest()
+    path = facts.cache_folder() / "images" / f"{sha256}.{kind}"
+    if not path.exists() or path.stat().st_size != len(data):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".new-", delete=False) as file:
+            file.write(data)
+        new = Path(file.name)
+        new.chmod(0o444)
+        new.replace(path)
+    return Image(path, sha256, len(data), tuple(sorted(tree)), command)
+
+
+# --- cpio, "newc": what the Linux kernel unpacks (Documentation/driver-api/early-userspace) ----
+
+_CPIO_MAGIC = b"070701"
+_CPIO_HEADER = struct.Struct("6s" + "8s" * 13)
+_CPIO_END = "TRAILER!!!"
+
+
+def pack_cpio(tree: Tree) -> bytes:
+    """An initramfs of the tree, all files executable, owned by root, from 1970.
+
+    A console is added: the kernel opens it for /init before anything is mounted.
+    """
+    archive = bytearray()
+
+    def add(name: str, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)) -> None:
+        encoded = name.encode() + b"\0"
+        fields = (len(archive), mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(encoded), 0)
+        archive.extend(_CPIO_MAGIC + b"".join(b"%08X" % value for value in fields))
+        for part in (encoded, data):
+            archive.extend(part)
+            archive.extend(bytes(-len(archive) % 4))
+
+    def walk(directory: Any, prefix: str) -> None:
+        for name, node in sorted(directory.items()):
+            path = f"{prefix}{name}"
+            if isinstance(node, dict):
+                add(path, stat.S_IFDIR | 0o755)
+                walk(node, f"{path}/")
+            elif isinstance(node, Symlink):
+                add(path, stat.S_IFLNK | 0o777, node.target.encode())
+            else:
+                add(path, stat.S_IFREG | 0o755, node)
+
+    walk(rofs.nested(tree), "")
+    add("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
+    add(_CPIO_END, 0)
+    return bytes(archive.ljust(-(-len(archive) // 512) * 512, b"\0"))
+
+
+def unpack_cpio(archive: bytes) -> dict[str, Node]:
+    """The tree of an initramfs, device files left out. Raises `Error` if it is damaged."""
+    tree: dict[str, Node] = {}
+    offset = 0
+    try:
+        while True:
+            magic, *fields = _CPIO_HEADER.unpack_from(archive, offset)
+            if magic != _CPIO_MAGIC:
+                raise ValueError(f"no header at byte {offset}")
+            values = [int(value, 16) for value in fields]
+            mode, size, name_size = values[1], values[6], values[11]
+            offset += _CPIO_HEADER.size
+            name = archive[offset : offset + name_size - 1].decode()
+            offset += name_size + -(offset + name_size) % 4
+            data = archive[offset : offset + size]
+            if len(data) != size:
+                raise ValueError(f"{name} is cut off")
+            offset += size + -(offset + size) % 4
+            if name == _CPIO_END:
+                return tree
+            if stat.S_ISDIR(mode):
+                tree[f"/{name}"] = Directory()
+            elif stat.S_ISLNK(mode):
+                tree[f"/{name}"] = Symlink(data.decode())
+            elif stat.S_ISREG(mode):
+                tree[f"/{name}"] = data
+    except (struct.error, ValueError) as e:
+        raise Error(f"initramfs is damaged: {e}") from e

@@ -1,0 +1,181 @@
+"""ELF files: what they are, and which shared libraries a program brings along.
+
+Answers whether a file can be a guest's program at all (ELF, of the wanted machine, a position
+independent executable), and finds the libraries that it needs as ld.so(8) would: RPATH, RUNPATH,
+the cache of ldconfig, the default folders. LD_LIBRARY_PATH is left out on purpose: an image must
+not depend on the shell that it was made in. Nothing is written here.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from elftools.common.exceptions import ELFError
+from elftools.elf.dynamic import DynamicSegment
+from elftools.elf.elffile import ELFFile
+from elftools.elf.segments import InterpSegment, NoteSegment
+
+from testbed.host import architecture
+from testbed.model.errors import Error
+
+MACHINES = {"EM_X86_64": "x86_64", "EM_AARCH64": "aarch64", "EM_386": "i386", "EM_ARM": "arm",
+            "EM_RISCV": "riscv", "EM_S390": "s390x", "EM_PPC64": "ppc64"}  # fmt: skip
+DEFAULT_FOLDERS = ("/lib64", "/usr/lib64", "/lib", "/usr/lib")
+
+
+@dataclass(frozen=True)
+class Elf:
+    """The parts of an ELF file that decide where it can run."""
+
+    path: Path
+    machine: str
+    """As `uname -m` says it: x86_64, aarch64."""
+    kind: str
+    """`ET_EXEC`, `ET_DYN` (position independent), `ET_REL`."""
+    interpreter: str | None
+    """Path of ld.so; only dynamically linked programs have one."""
+    needed: tuple[str, ...] = ()
+    """Sonames in the order of the file."""
+    rpath: tuple[str, ...] = ()
+    """Valid for libraries of libraries too; ignored where there is a RUNPATH."""
+    runpath: tuple[str, ...] = ()
+    is_go: bool = False
+    """Made by Go's compiler, by the note that it leaves."""
+
+
+def read(path: Path, machine: str | None = None) -> Elf:
+    """The ELF file at `path`. Raises `Error` if it is none, or not for `machine`: this one."""
+    elf = _parse(path)
+    machine = machine or architecture.native().name
+    if elf.machine != machine:
+        raise Error(f"{path} is for {elf.machine}, not {machine}", hint=f"build it for {machine}")
+    return elf
+
+
+def read_program(path: Path, machine: str | None = None) -> Elf:
+    """A program that a guest can run: dynamically linked and position independent.
+
+    OSv loads programs into its own address space, so that one that is linked to a fixed address
+    overlaps the kernel, and it takes system calls as calls of its own libc.
+    """
+    elf = read(path, machine)
+    if elf.kind not in ("ET_EXEC", "ET_DYN"):
+        raise Error(f"{path} is an object file, not a program", hint="link it")
+    if elf.interpreter is None:
+        raise Error(
+            f"{path} is statically linked, or a shared library",
+            hint="link it as a dynamic program: cc -pie, no -static",
+        )
+    if elf.kind != "ET_DYN":
+        raise Error(f"{path} is not position independent", hint="compile with -fPIE, link -pie")
+    return elf
+
+
+def closure(program: Elf, provided: Iterable[str] = ()) -> dict[str, Path]:
+    """Soname → file of every library that `program` needs, and that these need in turn.
+
+    `provided` are sonames that the target has itself: not looked for, nor followed. Raises `Error`
+    for a library that is missing or exists only for another machine.
+    """
+    found: dict[str, Path] = {}
+    done = set(provided)
+    pending: list[tuple[Elf, tuple[str, ...]]] = [(program, ())]
+    while pending:
+        elf, inherited = pending.pop(0)
+        rpath = () if elf.runpath else (*_expand(elf.rpath, elf.path), *inherited)
+        for soname in elf.needed:
+            if soname not in done:
+                done.add(soname)
+                library = _find(soname, elf, rpath)
+                found[soname] = library.path
+                pending.append((library, rpath))
+    return dict(sorted(found.items()))
+
+
+def _parse(path: Path) -> Elf:
+    try:
+        with path.open("rb") as file:
+            elf = ELFFile(file)
+            interpreter, tags, is_go = None, [], False
+            for segment in elf.iter_segments():
+                if isinstance(segment, InterpSegment):
+                    interpreter = segment.get_interp_name()
+                elif isinstance(segment, DynamicSegment):
+                    tags = list(segment.iter_tags())
+                elif isinstance(segment, NoteSegment):
+                    is_go |= any(note["n_name"] == "Go" for note in segment.iter_notes())
+            strings = {
+                kind: tuple(getattr(t, kind) for t in tags if t.entry.d_tag == f"DT_{kind.upper()}")
+                for kind in ("needed", "rpath", "runpath")
+            }
+            return Elf(
+                path=path,
+                machine=MACHINES.get(elf["e_machine"], str(elf["e_machine"])),
+                kind=elf["e_type"],
+                interpreter=interpreter,
+                needed=strings["needed"],
+                rpath=_split(strings["rpath"]),
+                runpath=_split(strings["runpath"]),
+                is_go=is_go,
+            )
+    except OSError as e:
+        raise Error(f"cannot read {path}: {e.strerror}") from e
+    except (ELFError, UnicodeDecodeError, ValueError) as e:
+        raise Error(f"{path} is not an ELF file ({e})") from e
+
+
+def _split(paths: Iterable[str]) -> tuple[str, ...]:
+    return tuple(folder for path in paths for folder in path.split(":") if folder)
+
+
+def _expand(folders: Iterable[str], owner: Path) -> tuple[str, ...]:
+    origin = str(owner.resolve().parent)
+    return tuple(f.replace("$ORIGIN", origin).replace("${ORIGIN}", origin) for f in folders)
+
+
+def _find(soname: str, user: Elf, rpath: tuple[str, ...]) -> Elf:
+    others = []
+    for path in _candidates(soname, user, rpath):
+        if path.is_file():
+            # ld.so as well passes over files of another machine.
+            library = _parse(path)
+            if library.machine == user.machine:
+                return library
+            others.append(f"{path} is for {library.machine}")
+    known = f" ({', '.join(others)})" if others else ""
+    raise Error(
+        f"{user.path} needs {soname}, which is not found{known}",
+        hint=f"install the {user.machine} package that holds {soname} (apt-file search {soname})",
+    )
+
+
+def _candidates(soname: str, user: Elf, rpath: tuple[str, ...]) -> Iterator[Path]:
+    if "/" in soname:
+        yield Path(soname)
+        return
+    for folder in (*rpath, *_expand(user.runpath, user.path)):
+        yield Path(folder, soname)
+    yield from _ld_cache().get(soname, ())
+    for folder in DEFAULT_FOLDERS:
+        yield Path(folder, soname)
+
+
+@cache
+def _ld_cache() -> dict[str, tuple[Path, ...]]:
+    """Soname → files, from `ldconfig -p`: lines `libz.so.1 (libc6,x86-64) => /lib/…/libz.so.1`."""
+    ldconfig = shutil.which("ldconfig") or shutil.which("ldconfig", path="/sbin:/usr/sbin")
+    if ldconfig is None:
+        return {}
+    listing = subprocess.run([ldconfig, "-p"], capture_output=True, text=True, check=False).stdout
+    libraries: dict[str, tuple[Path, ...]] = {}
+    for line in listing.splitlines():
+        name, arrow, path = line.partition(" => ")
+        if arrow:
+            soname = name.split()[0]
+            libraries[soname] = (*libraries.get(soname, ()), Path(path))
+    return libraries

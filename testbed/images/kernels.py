@@ -1,0 +1,324 @@
+"""Finds the kernels that guests boot: OSv's, and Debian's cloud kernel for Linux guests.
+
+An OSv kernel is looked for where the user says, in an OSv tree, in the cache, and last among the
+kernels that OSv's project publishes; `osv/kernels.toml` says what each flavor can do and vouches
+for files by SHA-256; they are for x86-64 alone (`OSV_MACHINE`). The Linux kernel is Debian's
+package for this machine, unpacked into the cache and never installed: installing would change which
+kernel this host boots.
+
+Nothing is compiled here, and nothing booted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import http.client
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import tomllib
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from testbed import paths
+from testbed.host import architecture, facts
+from testbed.images import elf
+from testbed.model.errors import Error
+from testbed.model.terms import Family
+
+FLAVORS = ("ipv6", "master")
+"""In order of preference: the default shows both families."""
+
+OSV_MACHINE = "x86_64"
+"""Whose OSv kernels, disks and consoles are known here; OSv itself is there for aarch64 too."""
+
+Progress = Callable[[int, int | None], None]
+"""Called with bytes so far and, where known, bytes in all."""
+
+_TIMEOUT_S = 5
+
+
+@dataclass(frozen=True)
+class OsvKernel:
+    """An OSv kernel and what it can do."""
+
+    path: Path
+    flavor: str
+    """`ipv6` or `master`, by what is in the file."""
+    version: str
+    """As the kernel says it: `v0.57.0-398-g0e34e4dc`."""
+    sha256: str
+    listed: bool
+    """`osv/kernels.toml` has this digest."""
+    families: frozenset[Family]
+    virtio_net: tuple[str, ...]
+    """Properties that its network device must have."""
+    multiqueue: bool
+    """Its driver serves several pairs of queues."""
+    source: str
+    """Where it was found, in words."""
+
+    @property
+    def commit(self) -> str | None:
+        """OSv's git commit, abbreviated; None for a kernel built at a release tag."""
+        return self.version.rpartition("-g")[2] if "-g" in self.version else None
+
+
+@dataclass(frozen=True)
+class LinuxKernel:
+    """A packaged Linux kernel with its modules."""
+
+    path: Path
+    modules: Path
+    """Folder `lib/modules/RELEASE` of the package."""
+    release: str
+    """As `uname -r` says it."""
+    sha256: str
+    source: str
+
+
+class Unreachable(Error):
+    """A kernel is not to be had: no network, or it is not published any more."""
+
+
+# --- OSv ------------------------------------------------------------------------------------
+
+
+def find_osv(
+    explicit: Path | None = None,
+    flavor: str | None = None,
+    *,
+    download: bool = True,
+    progress: Progress | None = None,
+) -> OsvKernel | None:
+    """The OSv kernel to use, or None if there is none and it cannot be downloaded, or this machine
+    could not run it (`check_osv` says so).
+
+    Order: `explicit` (a kernel, or an OSv tree), TESTBED_OSV_KERNEL (likewise), TESTBED_OSV_TREE,
+    the cache, the published kernels. `flavor` chooses among the last two; without it the first of
+    `FLAVORS` that is there. Raises `Error` for a file that is named but is no OSv kernel.
+    """
+    if explicit is not None:
+        return read_osv(_in_tree(explicit), f"{explicit} (--osv-kernel)")
+    for variable in ("TESTBED_OSV_KERNEL", "TESTBED_OSV_TREE"):
+        if value := os.environ.get(variable):
+            return read_osv(_in_tree(Path(value)), f"{value} ({variable})")
+    if architecture.native().name != OSV_MACHINE:
+        return None
+    flavors = FLAVORS if flavor is None else (flavor,)
+    for name in flavors:
+        path = _cached(name)
+        if path.exists():
+            return read_osv(path, f"cache, {_origin(path)}")
+    if download:
+        with contextlib.suppress(Unreachable):
+            return download_osv(flavors[0], progress=progress)
+    return None
+
+
+def check_osv() -> None:
+    """Raises `Error` if this machine cannot run OSv guests."""
+    if (here := architecture.native().name) != OSV_MACHINE:
+        raise Error(f"OSv guests need an {OSV_MACHINE} machine, this one is {here}: guests run on "
+                    "their host's kind of processor, and no other OSv kernel is known here",
+                    hint="use Linux guests: --guest linux")  # fmt: skip
+
+
+def read_osv(path: Path, source: str) -> OsvKernel:
+    """The OSv kernel in a file. Raises `Error` if it is none, or for another machine than this."""
+    elf.read(path, OSV_MACHINE)
+    check_osv()
+    data = path.read_bytes()
+    # The kernel greets with "OSv v0.57.0-398-g0e34e4dc": OSv's `git describe`.
+    version = re.search(rb"OSv (v\d[\w.-]*)", data)
+    if version is None:
+        raise Error(f"{path} is no OSv kernel", hint="give loader-stripped.elf of an OSv build")
+    # A log message of the ICMPv6 code: there with and without symbols (both kernels looked at).
+    flavor = "ipv6" if b"ICMP6 checksum error" in data else "master"
+    sha256 = hashlib.sha256(data).hexdigest()
+    flavors = _listing()["flavor"]
+    return OsvKernel(
+        path=path,
+        flavor=flavor,
+        version=version[1].decode(),
+        sha256=sha256,
+        listed=any(entry.get("sha256") == sha256 for entry in flavors.values()),
+        families=frozenset(Family(name) for name in flavors[flavor]["families"]),
+        virtio_net=tuple(flavors[flavor]["virtio_net"]),
+        multiqueue=flavors[flavor]["multiqueue"],
+        source=source,
+    )
+
+
+def download_osv(
+    flavor: str,
+    *,
+    listing: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> OsvKernel:
+    """Fetch a published kernel into the cache, through HTTP(S)_PROXY if set.
+
+    `listing` is the content of a kernels.toml, by default ours. Raises `Unreachable` without a
+    network, `Error` if what came is not what the listing says, or would not run on this machine.
+    """
+    check_osv()
+    listing = listing or _listing()
+    entry = listing["flavor"][flavor]
+    url = f"{listing['url']}/{entry['release']}/{entry['asset']}"
+    packed = _get(url, progress)
+    try:
+        data = gzip.decompress(packed)
+    except (OSError, EOFError, zlib.error) as e:
+        raise Error(f"{url} is damaged ({e})", hint="try again, or give --osv-kernel") from e
+    sha256 = hashlib.sha256(data).hexdigest()
+    if entry.get("sha256", sha256) != sha256:
+        raise Error(
+            f"{url} has SHA-256 {sha256}, not {entry['sha256']}",
+            hint="do not trust it; if OSv published anew, correct osv/kernels.toml",
+        )
+    with _new_folder(_cached(flavor).parent) as folder:
+        (folder / "kernel.elf").write_bytes(data)
+        (folder / "kernel.json").write_text(json.dumps({"source": url, "sha256": sha256}))
+        if (came := read_osv(folder / "kernel.elf", url).flavor) != flavor:
+            raise Error(f"{url} is flavor {came}, not {flavor}", hint="correct osv/kernels.toml")
+    return read_osv(_cached(flavor), url)
+
+
+def _listing() -> dict[str, Any]:
+    return tomllib.loads((paths.OSV / "kernels.toml").read_text())
+
+
+def _in_tree(path: Path) -> Path:
+    """The kernel itself, where `path` is an OSv tree."""
+    if not path.is_dir():
+        return path
+    for name in ("loader-stripped.elf", "loader.elf"):
+        kernel = path / "build" / "release.x64" / name
+        if kernel.exists():
+            return kernel
+    raise Error(f"{path} has no build/release.x64/loader-stripped.elf", hint="build OSv there")
+
+
+def _cached(flavor: str) -> Path:
+    if flavor not in FLAVORS:
+        raise Error(f"no OSv kernel flavor {flavor!r}", hint=f"choose from {', '.join(FLAVORS)}")
+    return facts.cache_folder() / "kernels" / f"osv-{flavor}" / "kernel.elf"
+
+
+def _origin(kernel: Path) -> str:
+    try:
+        return f"from {json.loads((kernel.parent / 'kernel.json').read_text())['source']}"
+    except (OSError, ValueError, KeyError):
+        return "of unknown origin"
+
+
+def _get(url: str, progress: Progress | None) -> bytes:
+    parts: list[bytes] = []
+    try:
+        # An opener of its own reads the proxy's variables now; urlopen did at its first use.
+        with urllib.request.build_opener().open(url, timeout=_TIMEOUT_S) as response:
+            length = response.headers.get("Content-Length")
+            total = int(length) if length else None
+            while part := response.read(1 << 16):
+                parts.append(part)
+                if progress:
+                    progress(sum(map(len, parts)), total)
+    except (OSError, http.client.HTTPException) as e:
+        why = getattr(e, "reason", e)
+        if isinstance(e, urllib.error.HTTPError):
+            why = f"{e.code} {e.reason}"
+            e.close()  # it is the response as well
+        raise Unreachable(
+            f"cannot download {url}: {why}",
+            hint="set HTTPS_PROXY, or give a kernel with --osv-kernel",
+        ) from e
+    data = b"".join(parts)
+    if total is not None and len(data) != total:
+        raise Unreachable(f"{url} broke off after {len(data)} of {total} bytes", hint="try again")
+    return data
+
+
+# --- Linux ----------------------------------------------------------------------------------
+
+
+def linux_kernel(*, download: bool = True) -> LinuxKernel:
+    """Debian's cloud kernel, from the cache or else by apt (which checks its signature).
+
+    Raises `Error` if it is not in the cache and cannot be downloaded.
+    """
+    folder = facts.cache_folder() / "kernels" / "linux"
+    cached = sorted(folder.glob("*/boot/vmlinuz-*"), key=_version)
+    if not cached:
+        if not download:
+            raise Error(f"no Linux kernel for guests in {folder}", hint="./bootstrap")
+        _download_linux(folder)
+        cached = sorted(folder.glob("*/boot/vmlinuz-*"), key=_version)
+    path = cached[-1]
+    release = path.name.removeprefix("vmlinuz-")
+    package = path.parents[1]
+    lib = "usr/lib" if (package / "usr/lib/modules").exists() else "lib"  # since Debian 13
+    return LinuxKernel(
+        path=path,
+        modules=package / lib / "modules" / release,
+        release=release,
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        source=f"Debian package {package.name}",
+    )
+
+
+def _download_linux(folder: Path) -> None:
+    wanted = f"linux-image-cloud-{architecture.native().debian}"
+    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        raise Error(
+            "no Linux kernel for guests, and no apt to get Debian's",
+            hint=f"unpack a {wanted} package below {folder}/NAME",
+        )
+    # The package is a name for the newest: it depends on the one with the files.
+    depends = _run("apt-cache", "depends", "--important", wanted)
+    if (package := re.search(r"Depends: (linux-image-\S+)", depends)) is None:
+        raise Error(f"apt knows no {wanted}", hint="apt-get update")
+    with _new_folder(folder / package[1]) as unpacked:
+        quick = ("-o", f"Acquire::http::Timeout={_TIMEOUT_S}", "-o", "Acquire::Retries=0",
+                 "-o", "APT::Sandbox::User=root")  # fmt: skip
+        _run("apt-get", *quick, "--quiet", "download", package[1], cwd=unpacked)
+        (deb,) = unpacked.glob("*.deb")
+        _run("dpkg-deb", "--extract", str(deb), str(unpacked))
+        deb.unlink()
+
+
+def _run(*command: str, cwd: Path | None = None) -> str:
+    done = subprocess.run(
+        command, cwd=cwd, env={**os.environ, "LC_ALL": "C"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise Error(f"{' '.join(command)}: {why}", hint="apt-get update, and check the network")
+    return done.stdout
+
+
+def _version(vmlinuz: Path) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", vmlinuz.name))
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its name only when it is complete."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        yield new
+        if folder.exists():
+            folder.rename(Path(scratch) / "old")
+        new.rename(folder)

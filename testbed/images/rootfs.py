@@ -1,0 +1,227 @@
+"""Root file systems of containers, from what people have: a folder, a tar, an OCI image, programs.
+
+    /some/root                a folder
+    /some/root.tar[.gz…]      a tar of one
+    oci:FOLDER[:TAG]          an OCI image layout, unpacked by umoci
+    oci-archive:FILE[:TAG]    a tar of one
+    host:PROGRAM[,PROGRAM…]   static busybox, and programs of this host with the libraries they need
+    agent                     the same with the traffic agent
+
+What is unpacked or put together stands in the cache under the digest of what it came from. Nobody
+writes there: containers get a layer of their own above it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from testbed import agent
+from testbed.host import facts
+from testbed.images import elf
+from testbed.model.errors import Error
+
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+HOST = "host:"
+AGENT = "agent"
+
+FILES = {
+    "etc/passwd": "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
+    "etc/group": "root:x:0:\nnogroup:x:65534:\n",
+    "etc/nsswitch.conf": "hosts: files dns\n",
+}
+"""What libc reads, of a root file system that is put together here."""
+
+_HOST_FOLDERS = ("dev", "proc", "root", "run", "sys", "tmp", "var/log", "var/run", "var/tmp")
+
+
+@dataclass(frozen=True)
+class Root:
+    """A root file system, and what an image says about running it."""
+
+    path: Path
+    entrypoint: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()
+    """`NAME=VALUE`."""
+    working_dir: str = "/"
+    uid: int = 0
+    gid: int = 0
+    groups: tuple[int, ...] = ()
+
+
+def unpack(image: str) -> Root:
+    """The root file system of an image, made if it is not in the cache. Raises `Error`."""
+    kind, colon, rest = image.partition(":")
+    if is_of_host(image):
+        return _of_host(programs(image))
+    if colon and kind in ("oci", "oci-archive"):
+        place, _, tag = rest.rpartition(":") if ":" in rest else (rest, "", "latest")
+        layout = Path(place) if kind == "oci" else _of_tar(Path(place))
+        return _of_layout(layout, tag, image)
+    path = Path(image)
+    if path.is_dir():
+        return Root(path)
+    if path.is_file():
+        return Root(_of_tar(path))
+    raise Error(f"no image {image!r}", hint="a folder, a tar, oci:FOLDER, oci-archive:FILE, or "
+                "host:PROGRAM; nothing is pulled from registries")  # fmt: skip
+
+
+def is_of_host(image: str) -> bool:
+    """Whether an image is made of programs of this host."""
+    return image == AGENT or image.startswith(HOST)
+
+
+def programs(image: str) -> tuple[Path, ...]:
+    """The programs of this host that such an image names; `host:` names none but busybox."""
+    if image == AGENT:
+        return (agent.build(),)
+    found = []
+    for name in filter(None, image.removeprefix(HOST).split(",")):
+        path = shutil.which(name)
+        if path is None:
+            raise Error(
+                f"image {image!r}: this host has no program {name}",
+                hint="install it; all that examples/ need: ./bootstrap --examples",
+            )
+        found.append(Path(path))
+    return tuple(found)
+
+
+def busybox() -> Path:
+    """The static one. Raises `Error` if there is none."""
+    path = shutil.which("busybox")
+    if path is None or elf.read(Path(path)).interpreter:
+        raise Error("no static busybox", hint="apt-get install busybox-static")
+    return Path(path)
+
+
+# --- kinds ----------------------------------------------------------------------------------
+
+
+def _of_host(wanted: Iterable[Path]) -> Root:
+    files = {"bin/busybox": busybox()}
+    for program in wanted:
+        found = elf.read(program.resolve())
+        files[f"usr/bin/{program.name}"] = program
+        if found.interpreter:
+            files[found.interpreter.lstrip("/")] = Path(found.interpreter)
+        for soname, library in elf.closure(found).items():
+            files[f"usr/lib/{Path(soname).name}"] = library
+
+    def fill(folder: Path) -> None:
+        for name in _HOST_FOLDERS:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        for inside, outside in files.items():
+            (folder / inside).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(outside, folder / inside)
+        for name, text in FILES.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text)
+        applets = subprocess.run(
+            [folder / "bin/busybox", "--list"], check=True, capture_output=True, text=True
+        )
+        for applet in applets.stdout.split():
+            if applet != "busybox" and not (folder / "usr/bin" / applet).exists():
+                (folder / "bin" / applet).symlink_to("busybox")
+        (folder / "tmp").chmod(0o1777)
+
+    return Root(_cached((f"{at}\0{_digest(file)}" for at, file in files.items()), fill),
+                entrypoint=tuple(f"/usr/bin/{p.name}" for p in wanted)[:1] or ("sh",))  # fmt: skip
+
+
+def _of_tar(path: Path) -> Path:
+    if not path.is_file():
+        raise Error(f"no file {path}")
+
+    def fill(folder: Path) -> None:
+        command = [
+            "tar",
+            "--extract",
+            "--numeric-owner",
+            "--xattrs",
+            "--file",
+            str(path),
+            "-C",
+            str(folder),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise Error(f"{path} is no tar that can be unpacked: {done.stderr.splitlines()[0]}")
+
+    return _cached([_digest(path)], fill)
+
+
+def _of_layout(layout: Path, tag: str, image: str) -> Root:
+    """umoci unpacks the layers; entry point and arguments are told apart by the image alone."""
+    try:
+        manifests = json.loads((layout / "index.json").read_bytes())["manifests"]
+        name = "org.opencontainers.image.ref.name"
+        tags = {m.get("annotations", {}).get(name, "latest"): m["digest"] for m in manifests}
+        if tag not in tags:
+            raise Error(f"{image!r} has no tag {tag!r}", hint=f"it has {', '.join(tags)}")
+        config = _blob(layout, _blob(layout, tags[tag])["config"]["digest"]).get("config", {})
+    except (OSError, ValueError, KeyError) as e:
+        raise Error(f"{image!r} is no OCI image layout: {e!r}") from e
+    if shutil.which("umoci") is None:
+        raise Error(f"no umoci, to unpack {image!r}", hint="apt-get install umoci")
+
+    def fill(folder: Path) -> None:
+        command = ["umoci", "unpack", "--image", f"{layout}:{tag}", str(folder / "bundle")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise Error(f"umoci cannot unpack {image!r}: {' '.join(done.stderr.split())[-300:]}")
+
+    bundle = _cached([tags[tag]], fill) / "bundle"
+    process = json.loads((bundle / "config.json").read_bytes())["process"]
+    user = process.get("user", {})
+    return Root(
+        path=bundle / "rootfs",
+        entrypoint=tuple(config.get("Entrypoint") or ()),
+        arguments=tuple(config.get("Cmd") or ()),
+        env=tuple(config.get("Env") or ()),
+        working_dir=process.get("cwd") or "/",
+        uid=user.get("uid", 0),
+        gid=user.get("gid", 0),
+        groups=tuple(user.get("additionalGids") or ()),
+    )
+
+
+def _blob(layout: Path, digest: str) -> Any:
+    return json.loads((layout / "blobs" / digest.replace(":", "/")).read_bytes())
+
+
+# --- the cache ------------------------------------------------------------------------------
+
+
+def _cached(key: Iterable[str], fill: Callable[[Path], None]) -> Path:
+    """The folder of a key, filled if it is not there, all or nothing."""
+    digest = hashlib.sha256("\n".join(key).encode()).hexdigest()
+    folder = facts.cache_folder() / "roots" / digest
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
+    try:
+        new.chmod(0o755)
+        fill(new)
+        new.rename(folder)
+    except OSError:
+        if not folder.exists():  # somebody else was faster
+            raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return folder
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return f"{hashlib.file_digest(opened, 'sha256').hexdigest()} {file.stat().st_mode:o}"

@@ -1,0 +1,1 @@
+"""Frozen data that every layer knows: errors, terms, addresses, cells, trials, manifests."""

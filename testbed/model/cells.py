@@ -1,0 +1,144 @@
+"""Cell: one point of an experiment, and the words of its fields. Frozen data."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+from testbed.model.errors import Error
+from testbed.model.terms import Family, Transport
+
+
+class Pair(StrEnum):
+    """Client role and server role of a cell. `guest-self` is a guest that dials itself.
+
+    `native` is a plain process; containers and WASM components are native to the pod as well.
+    """
+
+    NATIVE_NATIVE = "native-native"
+    NATIVE_GUEST = "native-guest"
+    GUEST_NATIVE = "guest-native"
+    GUEST_GUEST = "guest-guest"
+    GUEST_SELF = "guest-self"
+    WASM_GUEST = "wasm-guest"
+    GUEST_WASM = "guest-wasm"
+    WASM_CONTAINER = "wasm-container"
+
+    @property
+    def shape(self) -> Pair:
+        """The same with all that is native called so: the datapath sees no difference."""
+        return Pair(re.sub("wasm|container", "native", self.value))
+
+    @property
+    def guests(self) -> int:
+        """Number of guests that the pair needs."""
+        return {"native-native": 0, "guest-guest": 2}.get(self.shape.value, 1)
+
+    def label(self, guest: str) -> str:
+        """The pair as people read it, for one guest runtime: `process→osv`."""
+        client, server = self.value.split("-")
+        names = {"native": "process", "guest": guest, "self": "itself"}
+        return f"{names.get(client, client)}→{names.get(server, server)}"
+
+
+class Metric(StrEnum):
+    """What a trial measures; the unit of its value is `unit`."""
+
+    THROUGHPUT = "throughput"
+    """TCP: of a stream. UDP: at the highest rate with hardly any loss (`campaigns.rate_search`)."""
+    LATENCY = "latency"
+    CONNECTIONS = "connections"
+    STARTUP = "startup"
+    """From nothing to the first request answered at `localhost`, for all guests of all pods."""
+    MEMORY = "memory"
+    """What a pod takes then."""
+
+    @property
+    def unit(self) -> str:
+        return {"throughput": "bps", "latency": "us", "connections": "per_s", "startup": "ms",
+                "memory": "bytes"}[self.value]  # fmt: skip
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self in (Metric.THROUGHPUT, Metric.CONNECTIONS)
+
+    @property
+    def of_building(self) -> bool:
+        """Whether it is pods being built that is measured, and not those that stand."""
+        return self in (Metric.STARTUP, Metric.MEMORY)
+
+
+UDP_LOSS = 0.001
+"""Share of datagrams that may be lost at the rate that is called UDP's throughput."""
+
+
+AGAIN, SLOW = "again", "slow"
+"""Variants of a datapath, for controls: the same in another pod, and with servers that are slow."""
+SLOW_US = 50.0
+"""What a slow server waits before each response: the known effect of the positive control."""
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One point of an experiment."""
+
+    datapath: str
+    """A datapath's name, or with a variant: `capture~again`."""
+    pair: Pair
+    family: Family
+    transport: Transport
+    metric: Metric
+    size_bytes: int
+    """Message size: bytes per write (throughput), per request and response (latency)."""
+    streams: int = 1
+    rate_per_s: int = 0
+    """Of latency: requests per second of all streams together, each timed from when it was due; 0:
+    each request when the last is answered."""
+    guest: str = ""
+    """Runtime of the guests; empty: the campaign's."""
+    guests: int = 1
+    """Guests per pod, all of them at work at once: rates are their sum, times are of all."""
+    pods: int = 1
+    """Pods likewise."""
+
+    @property
+    def params(self) -> str:
+        """Size, streams and rate, then what is not as usual: `64x1`, `64x4@5000,guests=16`."""
+        rate = f"@{self.rate_per_s}" if self.rate_per_s else ""
+        more = {"guest": self.guest, "guests": self.guests, "pods": self.pods}
+        rest = (f",{name}={value}" for name, value in more.items() if value not in ("", 1))
+        return f"{self.size_bytes}x{self.streams}{rate}{''.join(rest)}"
+
+    def label(self, guest: str) -> str:
+        """The pair as people read it, with the campaign's guest where it is not the cell's own."""
+        return self.pair.label(self.guest or guest)
+
+    @property
+    def id(self) -> str:
+        """Stable name, e.g. `capture/native-guest/ipv4/tcp/latency/64x1`."""
+        path = f"{self.datapath}/{self.pair}/{self.family}/{self.transport}"
+        return f"{path}/{self.metric}/{self.params}"
+
+    @property
+    def variant(self) -> str:
+        """`again`, `slow`, or empty."""
+        return self.datapath.partition("~")[2]
+
+    @classmethod
+    def parse(cls, id: str) -> Cell:
+        """The cell of an `id`. Raises `Error` if it is none."""
+        try:
+            datapath, pair, family, transport, metric, params = id.split("/")
+            traffic, *rest = params.split(",")
+            size, streams = traffic.split("x")
+            streams, _, rate = streams.partition("@")
+            more = dict(part.split("=") for part in rest)
+            cell = cls(datapath, Pair(pair), Family(family), Transport(transport), Metric(metric),
+                       int(size), int(streams), int(rate or 0), more.pop("guest", ""),
+                       int(more.pop("guests", 1)), int(more.pop("pods", 1)))  # fmt: skip
+            if more:
+                raise ValueError(f"no parameter {min(more)}")
+            return cell
+        except ValueError as e:
+            raise Error(f"not a cell: {id!r} ({e})") from e

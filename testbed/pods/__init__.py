@@ -1,0 +1,1 @@
+"""Pods: their links and workloads, the supervisor process of each, and who talks to it."""

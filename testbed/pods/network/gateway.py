@@ -1,0 +1,113 @@
+"""The pod as its guests' router: they reach out with the pod's address, and are reached at it.
+
+Rules in the pod's namespace, for a link to the outside that is there already, whoever made it. What
+goes out from a guest gets the pod's address as source; what comes for a port that a guest owns,
+from outside or from the pod itself, goes to that guest with its source as it was. Nothing else
+comes in but what is for the pod's own address, and nothing that claims an address of the pod's
+inside. How `localhost` is carried is not touched: of eBPF datapaths it is even kept out of
+connection tracking, whose table a busy pod would fill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from testbed.host import netlink, nft
+from testbed.model.addresses import LINK_PREFIX, NATIVE_VIEW_NET6, Address, alias, guest_link
+from testbed.model.terms import Family, Transport
+
+TABLE = "testbed-gateway"
+
+_IP = {Family.IPV4: "ip", Family.IPV6: "ip6"}
+_LINKS = {f: f"{alias(f)}/{LINK_PREFIX[f]}" for f in Family}
+_INSIDE = {Family.IPV4: f"127.0.0.0/8, {_LINKS[Family.IPV4]}",
+           Family.IPV6: f"::1, {_LINKS[Family.IPV6]}, {NATIVE_VIEW_NET6}"}  # fmt: skip
+"""Addresses that only have a meaning within a pod."""
+_NEIGHBORS = {Family.IPV4: "", Family.IPV6: ", fe80::/10, ff00::/8"}
+
+
+def open(
+    netns: str,
+    uplink: str,
+    addresses: Mapping[Family, Address],
+    owners: Mapping[tuple[Transport, int], int],
+    families: Mapping[int, Collection[Family]],
+    *,
+    tracked: bool,
+) -> None:
+    """Route between guests and a link of the namespace; it goes with the namespace.
+
+    `addresses` are the pod's own on that link; of guests n, `owners` says which port is whose, and
+    `families` what they speak. `tracked`: the datapath needs connections to `localhost` tracked.
+    Raises `Error` if the kernel has no such rules.
+    """
+    text = [
+        f"table inet {TABLE}",  # so that there is one to delete
+        f"delete table inet {TABLE}",
+        f"table inet {TABLE} {{",
+    ]
+    text += [
+        _of_family(uplink, family, address, owners, families) for family, address in
+        addresses.items()
+    ]  # fmt: skip
+    if not tracked:
+        text += [
+            f"chain {hook}_untracked {{ type filter hook {hook} priority raw; "
+            + "; ".join(
+                f"{_IP[f]} saddr {{ {_INSIDE[f]} }} {_IP[f]} daddr {{ {_INSIDE[f]} }} notrack"
+                for f in Family
+            )
+            + "; }"
+            for hook in ("prerouting", "output")
+        ]
+    nft.load(netns, "\n".join((*text, "}")))
+    netlink.set_sysctls(netns, {
+        **{f"net/ipv4/conf/{link}/send_redirects": 0
+           for link in ("all", "default", *netlink.links(netns))},
+        "net/ipv4/conf/all/forwarding": 1,
+        "net/ipv6/conf/all/forwarding": 1,
+    })  # fmt: skip
+
+
+def _of_family(
+    uplink: str,
+    family: Family,
+    pod: Address,
+    owners: Mapping[tuple[Transport, int], int],
+    families: Mapping[int, Collection[Family]],
+) -> str:
+    ip, version = _IP[family], family[3]
+    served = (
+        f"{transport} . {port} : {guest_link(family, n)}"
+        for (transport, port), n in owners.items() if family in families[n]
+    )  # fmt: skip
+    to_owner = f"{ip} daddr {pod} dnat {ip} to meta l4proto . th dport map @owners{version}"
+    # Answers have to come this way, too.
+    from_guest_to_pod = (
+        f"{ip} saddr {_LINKS[family]} ct original {ip} daddr {pod} snat {ip} to {pod}"
+    )
+    return nft.elements(f"map owners{version}", f"inet_proto . inet_service : {family}_addr",
+                        served) + f"""
+chain from_outside{version} {{
+    type filter hook prerouting priority raw
+    iifname "{uplink}" {ip} saddr {{ {_INSIDE[family]} }} drop
+    iifname "{uplink}" {ip} daddr != {{ {pod}{_NEIGHBORS[family]} }} drop
+}}
+chain to_owner{version} {{
+    type nat hook prerouting priority dstnat
+    {to_owner}
+}}
+chain to_owner_from_here{version} {{
+    type nat hook output priority -100
+    {to_owner}
+}}
+chain from_guest{version} {{
+    type nat hook postrouting priority srcnat
+    oifname "{uplink}" {ip} saddr {_LINKS[family]} snat {ip} to {pod}
+    {from_guest_to_pod}
+}}
+chain from_guest_to_native{version} {{
+    type nat hook input priority 100
+    {from_guest_to_pod}
+}}
+"""  # fmt: skip

@@ -1,0 +1,165 @@
+"""The network of the node: pods of this machine meet in it, each at an address of its own.
+
+         pod's namespace     ┊     the node's, tb-node
+    pod_address(n) ── eth0 ──┊── p<n> ── node_address
+
+One for all pods that have an address, whichever process built them: it is made with the first of
+them and goes with the last. It stands for the host of a cluster's pods, and ends there: it has no
+link to this machine's own networks. Ports that pods have on the node (hostPort) are reached at the
+node's address. Who has what is in one file per pod, beside the ledgers; guests are none of its
+business (`gateway`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from pyroute2 import IPRoute
+
+from testbed.host import ledger, netlink, nft
+from testbed.host.ledger import Scope
+from testbed.model.addresses import MAX_PODS, node_address, pod_address
+from testbed.model.errors import Error
+from testbed.model.manifest import HostPort
+from testbed.model.terms import Family
+
+NETNS = "tb-node"
+UPLINK = "eth0"
+"""The pod's link to the node."""
+TABLE = "testbed-node"
+
+_IP = {Family.IPV4: "ip", Family.IPV6: "ip6"}
+
+
+def join(owner: Scope, pod: str, netns: str, ports: Collection[HostPort]) -> int:
+    """Link a pod's namespace to the node's; returns the number of its `pod_address`.
+
+    What a dead owner left of it is gone on with. Raises `Error` if another pod has one of the
+    ports, or the node has no address left.
+    """
+    with _leases() as leases:
+        own = next((n for n, lease in leases.items()
+                    if (lease["id"], lease["pod"]) == (owner.id, pod)), None)  # fmt: skip
+        for n, lease in leases.items():
+            taken = {(t, p) for t, p, _ in lease["ports"]} if n != own else ()
+            for port in ports:
+                if (port.transport, port.host_port) in taken:
+                    raise Error(f"pod {lease['pod']!r} has {port.transport} port {port.host_port} "
+                                "of the node already", hint="choose another hostPort")  # fmt: skip
+        is_there = netlink.is_netns(netlink.NETNS / NETNS)
+        links = netlink.links(NETNS) if is_there else {}
+        # A link may be left for a moment by a pod that went.
+        n = own or next(n for n in count(1) if n not in leases and _link(n) not in links)
+        if n > MAX_PODS:
+            raise Error(f"{len(leases)} pods have addresses of the node", hint="take one down")
+        leases[n] = {"pod": pod, "id": owner.id,
+                     "ports": [[p.transport, p.host_port, p.port] for p in ports]}  # fmt: skip
+        owner.defer(leave, n=n, id=owner.id)
+        with netlink.make_netns(NETNS) as node:
+            (_folder() / f"{n}-{owner.id}").write_text(json.dumps(leases[n]))
+            if not is_there:
+                netlink.set_sysctls(NETNS, {
+                    "net/ipv4/conf/all/forwarding": 1,
+                    "net/ipv6/conf/all/forwarding": 1,
+                })  # fmt: skip
+            _load(leases)
+            _connect(node, netns, n, links.get(_link(n)))
+    return n
+
+
+def leave(n: int, id: str) -> None:
+    """Give an address back. The link goes with the pod's namespace; the node with its last pod."""
+    with _leases() as leases:
+        mine = _folder() / f"{n}-{id}"
+        had = leases.pop(n)["ports"] if mine.exists() else ()
+        mine.unlink(missing_ok=True)
+        if not leases:
+            netlink.remove_netns(NETNS)
+        elif had:
+            _load(leases)
+
+
+def _link(n: int) -> str:
+    return f"p{n}"
+
+
+def _folder() -> Path:
+    return ledger.ROOT / "node"
+
+
+@contextmanager
+def _leases() -> Iterator[dict[int, dict[str, Any]]]:
+    """What pods have, by their numbers; nobody changes it meanwhile."""
+    folder = _folder()
+    folder.mkdir(mode=0o700, exist_ok=True)
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        leases = {}
+        for path in folder.iterdir():
+            with suppress(ValueError):  # killed while it was written: nothing was made yet
+                leases[int(path.name.partition("-")[0])] = json.loads(path.read_text())
+        yield leases
+    finally:
+        os.close(directory)
+
+
+def _connect(node: IPRoute, netns: str, n: int, link: int | None) -> None:
+    """The link, if it is not there, and all that belongs to it."""
+    if link is None:
+        peer = {"ifname": UPLINK, "net_ns_fd": netns}
+        link = netlink.create_link(node, _link(n), kind="veth", state="up", peer=peer)
+    with netlink.open_socket(netns) as pod:
+        uplink = netlink.links(netns)[UPLINK]
+        pod.link("set", index=uplink, state="up")
+        for family in Family:
+            here, there = node_address(family), pod_address(family, n)
+            length = here.max_prefixlen
+            netlink.add_address(node, link, here, length)
+            netlink.add_route(node, link, there)
+            netlink.add_address(pod, uplink, there, length)
+            netlink.add_route(pod, uplink, here)
+            netlink.add_default_route(pod, uplink, here)
+
+
+def _load(leases: dict[int, dict[str, Any]]) -> None:
+    """The rules: pods send with their own addresses only; ports of the node go to their pods."""
+    text = [
+        f"table inet {TABLE}",  # so that there is one to delete
+        f"delete table inet {TABLE}",
+        f"table inet {TABLE} {{",
+        "chain own_source { type filter hook prerouting priority raw",
+        f'iifname "{_link(0)[:-1]}*" fib saddr . iif oif missing drop',
+        "}",
+    ]
+    for family in Family:
+        ip, version, node = _IP[family], family[3], node_address(family)
+        text.append(nft.elements(
+            f"map ports{version}",
+            f"inet_proto . inet_service : {family}_addr . inet_service",
+            (f"{transport} . {host_port} : {pod_address(family, n)} . {port}"
+             for n, lease in leases.items() for transport, host_port, port in lease["ports"]),
+        ))  # fmt: skip
+        to_pod = f"{ip} daddr {node} dnat {ip} to meta l4proto . th dport map @ports{version}"
+        pods = (f"{pod_address(family, n)} . {pod_address(family, n)}" for n in leases)
+        text += [
+            nft.elements(f"set selves{version}", f"{family}_addr . {family}_addr", pods),
+            f"chain from_pods{version} {{ type nat hook prerouting priority dstnat",
+            to_pod,
+            "}",
+            f"chain from_here{version} {{ type nat hook output priority -100",
+            to_pod,
+            "}",
+            # A pod that dials its own port there would not take a packet from itself.
+            f"chain to_itself{version} {{ type nat hook postrouting priority srcnat",
+            f"{ip} saddr . {ip} daddr @selves{version} snat {ip} to {node}",
+            "}",
+        ]
+    nft.load(NETNS, "\n".join((*text, "}")))

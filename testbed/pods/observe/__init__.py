@@ -1,0 +1,1 @@
+"""What a standing pod does: its traffic by pair, and the path of each packet."""

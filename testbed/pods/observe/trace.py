@@ -1,0 +1,184 @@
+"""What a pod's datapath does with each packet, told by its traced programs (`bpf/trace.h`).
+
+An event is one packet at one program: how it came, how it went, the verdict, and what it was
+counted as. Nothing here changes the pod; its keeper puts the traced programs in, and out again.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+from testbed.bpf import ProgramSet, ring
+from testbed.model.errors import Error
+from testbed.pods import control
+from testbed.pods.observe import pcapng
+
+_EVENT = struct.Struct("=QIIiHBBBB6x")
+WAIT_MS = 200
+VERDICTS = {-1: "passed", 0: "passed", 2: "dropped", 7: "redirected"}
+"""enum TC_ACT, as far as our programs use it."""
+_PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmp"}
+_FLAGS = "FSRPAU"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A packet at a moment: its first bytes, and what they say."""
+
+    data: bytes
+    length: int
+    """Of all of it, Ethernet header too."""
+    protocol: str
+    source: str
+    destination: str
+    ports: tuple[int, int] | None
+    flags: str
+
+    def __str__(self) -> str:
+        if not self.source:
+            return self.protocol
+        ends = [f"[{a}]" if ":" in a and self.ports else a for a in (self.source, self.destination)]
+        if self.ports:
+            ends = [f"{a}:{port}" for a, port in zip(ends, self.ports, strict=True)]
+        return f"{' > '.join(ends)} {self.protocol}{f' {self.flags}' if self.flags else ''}"
+
+
+@dataclass(frozen=True)
+class Event:
+    """A packet at a program."""
+
+    time_ns: int
+    """Since 1970, of its arrival."""
+    program: str
+    at: str
+    """The guest whose port it is, or empty."""
+    verdict: str
+    reason: str
+    """What it was counted as, or empty."""
+    came: Seen
+    went: Seen
+
+    @property
+    def place(self) -> str:
+        """Program and guest."""
+        return f"{self.program} {self.at}".rstrip()
+
+    def has_port(self, port: int) -> bool:
+        """Whether it is one of the packet's ports, before or after."""
+        return any(port in (seen.ports or ()) for seen in (self.came, self.went))
+
+    def data(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "time_ns": self.time_ns, "program": self.program, "guest": self.at or None,
+            "came": str(self.came), "went": str(self.went), "verdict": self.verdict,
+            "reason": self.reason or None, "bytes": self.came.length,
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        clock = time.strftime("%H:%M:%S", time.localtime(self.time_ns // 10**9))
+        changed = f" => {self.went}" if str(self.went) != str(self.came) else ""
+        what = f"{self.verdict}{f': {self.reason}' if self.reason else ''}"
+        return (f"{clock}.{self.time_ns // 1000 % 10**6:06} {self.place:<24} {self.came}"
+                f"{changed} ({self.came.length} bytes) {what}")  # fmt: skip
+
+
+@contextmanager
+def opened(pod: str) -> Iterator[Trace]:
+    """Have the traced programs of a pod at work for as long as this is held."""
+    with control.trace(pod) as facts:
+        with closing(ProgramSet(Path(facts["pins"]), facts["slot"])) as programs:
+            yield Trace(facts, programs)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A pod's events, while its traced programs are at work."""
+
+    facts: dict[str, Any]
+    """Names of what events have as numbers, from the pod's keeper."""
+    programs: ProgramSet
+
+    @property
+    def missed(self) -> int:
+        """Moments of packets that the ring buffer had no room for."""
+        return self.programs.map("missed", "=I", "=Q")[0,][0]
+
+    def events(self) -> Iterator[Event]:
+        """As they come, until the caller has enough. Raises `Error` if the pod goes down."""
+        came: dict[tuple[int, int, int], Seen] = {}
+        found: list[Event] = []
+
+        def take(record: bytes) -> None:
+            time_ns, length, kept, verdict, reason, program, n, goes, _ = _EVENT.unpack_from(record)
+            seen = parse(record[_EVENT.size : _EVENT.size + kept], length)
+            key = time_ns, program, n
+            if not goes:
+                came[key] = seen
+            elif before := came.pop(key, None):
+                found.append(self._event(time_ns, program, n, verdict, reason, before, seen))
+
+        with ring.reading(self.programs.map("events", "", "").fd, take) as read:
+            while True:
+                read(WAIT_MS)
+                yield from found
+                found.clear()
+                if not self.programs.pins.exists():
+                    raise Error("the pod went down")
+
+    def _event(
+        self, time_ns: int, program: int, n: int, verdict: int, reason: int, came: Seen, went: Seen
+    ) -> Event:
+        return Event(
+            time_ns + time.time_ns() - time.monotonic_ns(),
+            self.facts["programs"][program],
+            self.facts["guests"].get(str(n), ""),
+            VERDICTS.get(verdict, str(verdict)),
+            self.facts["reasons"][reason - 1] if reason else "",
+            came,
+            went,
+        )
+
+
+def write(capture: pcapng.Writer, event: Event) -> None:
+    """The packet as it came, and as it went, if that is different: an interface for each."""
+    what = f"{event.verdict}{f': {event.reason}' if event.reason else ''}"
+    came, went = event.came, event.went
+    capture.write(event.place, event.time_ns, came.data, came.length, what)
+    if went.data != came.data and event.verdict != "dropped":
+        place = f"{event.place}, rewritten"
+        capture.write(place, event.time_ns, went.data, went.length, what)
+
+
+def parse(data: bytes, length: int) -> Seen:
+    """What an Ethernet frame is; one that is cut off or unknown says so as its protocol."""
+    try:
+        kind = struct.unpack_from("!12xH", data)[0]
+        if kind == 0x0800:
+            ip, l4 = 14, 14 + (data[14] & 15) * 4
+            number, fragment = data[ip + 9], struct.unpack_from("!H", data, ip + 6)[0] & 0x1FFF
+            ends = data[ip + 12 : ip + 16], data[ip + 16 : ip + 20]
+        elif kind == 0x86DD:
+            ip, l4 = 14, 54
+            number, fragment = data[ip + 6], 0
+            ends = data[ip + 8 : ip + 24], data[ip + 24 : ip + 40]
+        else:
+            protocol = "arp" if kind == 0x0806 else f"ethertype 0x{kind:04x}"
+            return Seen(data, length, protocol, "", "", None, "")
+        source, destination = (str(ip_address(end)) for end in ends)
+        ports, flags = None, ""
+        if number in (6, 17) and not fragment:
+            ports = struct.unpack_from("!HH", data, l4)
+        if number == 6 and ports:
+            flags = "".join(f for i, f in enumerate(_FLAGS) if data[l4 + 13] >> i & 1)
+        protocol = _PROTOCOLS.get(number, f"protocol {number}")
+        return Seen(data, length, protocol, source, destination, ports, flags)
+    except (struct.error, IndexError, ValueError):
+        return Seen(data, length, "cut off", "", "", None, "")

@@ -1,0 +1,114 @@
+"""A pod's namespace that somebody else made (`sandbox`, in CRI's words), for guests to join.
+
+Whoever made it, runs natives in it and has given it links; of that, nothing is touched. What cannot
+go together with a datapath in there is refused before anything is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from ipaddress import ip_interface, ip_network
+from pathlib import Path
+
+from pyroute2 import IPRoute
+
+from testbed import bpf
+from testbed.datapaths import Datapath, Layout
+from testbed.datapaths.ebpf.loopback_side import LO_IFINDEX
+from testbed.host import facts, netlink
+from testbed.host.ledger import Scope
+from testbed.model import addresses
+from testbed.model.addresses import LINK_PREFIX
+from testbed.model.errors import Error
+from testbed.model.manifest import Spec
+from testbed.model.terms import Family
+
+IPV6_OFF = "net/ipv6/conf/lo/disable_ipv6"
+OURS = [
+    ip_network(text, strict=False)
+    for text in (
+        *(f"{addresses.alias(family)}/{LINK_PREFIX[family]}" for family in Family),
+        f"{addresses.native_view(Family.IPV4, 0)}/24",
+        addresses.NATIVE_VIEW_NET6,
+    )
+]
+"""What the address plan needs for itself."""
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """Where it is."""
+
+    netns: Path
+    """/run/netns/NAME, /proc/PID/ns/net or the like."""
+    cgroup: Path | None = None
+    """cgroup2 directory of its processes. Without, all of them go by `lo`."""
+    id: str = ""
+    """What its maker calls it."""
+
+    def check(self, spec: Spec, datapath: Datapath) -> None:
+        """Raises `Error` if a pod cannot be there at all, whatever else is."""
+        if not netlink.is_netns(self.netns):
+            raise Error(f"{self.netns} is no network namespace",
+                        hint="give a path like /run/netns/NAME or /proc/PID/ns/net")  # fmt: skip
+        if self.netns.samefile("/proc/thread-self/ns/net"):
+            raise Error(f"{self.netns} is this host's own network namespace",
+                        hint="give that of a pod")  # fmt: skip
+        if self.cgroup and not (self.cgroup / "cgroup.controllers").exists():
+            raise Error(f"{self.cgroup} is no cgroup of version 2",
+                        hint="see 0::PATH in /proc/PID/cgroup of a process of the pod")  # fmt: skip
+        if natives := [w.name for w in (*spec.init, *spec.manifest.natives)]:
+            raise Error(f"{', '.join(natives)} would be native to {self.netns}, where only guests "
+                        "are started", hint="leave it to whoever made the namespace")  # fmt: skip
+        if not datapath.in_kernel or datapath.layout not in (Layout.POD, Layout.BRIDGE):
+            raise Error(f"{datapath.name} needs a pod that it has for itself",
+                        hint="choose steer or capture")  # fmt: skip
+
+    def join(self, owner: Scope, name: str, links: Collection[str]) -> IPRoute:
+        """Know the namespace by a name of ours; returns a socket in it.
+
+        `links` are what will be made in it. Raises `Error` if something there is in their way.
+        """
+        ip = netlink.hold_netns(owner, name, self.netns)
+        if not owner.goes_on and (obstacle := next(self._obstacles(ip, name, links), None)):
+            ip.close()
+            raise Error(f"{self.netns}: {obstacle[0]}", hint=obstacle[1])
+        for ifname in links:
+            owner.defer(netlink.remove_link, netns=name, ifname=ifname)
+        return ip
+
+    @staticmethod
+    def settle(netns: str, ifname: str) -> None:
+        """Have a link of ours be what it is in our own namespaces, whatever the default is here."""
+        off = ("disable_ipv6", "accept_dad", "accept_ra", "autoconf")
+        netlink.set_sysctls(netns, {f"net/ipv6/conf/{ifname}/{key}": 0 for key in off})
+
+    def _obstacles(
+        self, ip: IPRoute, name: str, links: Collection[str]
+    ) -> Iterator[tuple[str, str]]:
+        """(what, what to do) of all that there is in the way."""
+        enter, other = f"nsenter --net={self.netns}", "guests may be attached to it already"
+        if ip.get_links(1)[0]["state"] != "up":
+            yield "lo is down", f"{enter} ip link set lo up"
+        if (Family.IPV6 in facts.families()
+                and netlink.sysctls(name, IPV6_OFF)[IPV6_OFF] != "0"):  # fmt: skip
+            yield "IPv6 is disabled on lo", f"{enter} sysctl -w {IPV6_OFF}=0"
+        for address in ip.get_addr():
+            found = ip_interface(f"{address.get('address')}/{address['prefixlen']}")
+            if any(found in our for our in OURS):
+                yield f"there is an address {found}", other
+        for ifname in netlink.links(name).keys() & set(links):
+            yield f"there is a link {ifname}", other
+        for route in ip.get_routes():
+            if dst := route.get("dst"):
+                net = ip_network(f"{dst}/{route['dst_len']}")
+                if any(net.overlaps(our) and net.prefixlen >= our.prefixlen for our in OURS):
+                    yield f"there is a route to {net}", other
+        if any(qdisc.get("kind") == "clsact" for qdisc in ip.get_qdiscs(1)):
+            yield "there are programs on lo", f"{enter} tc qdisc del dev lo clsact"
+        elif bpf.running_tc(name, ip, LO_IFINDEX):
+            yield (
+                "there are programs on lo",
+                "have whoever attached them detach them (bpftool net)",
+            )

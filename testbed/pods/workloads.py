@@ -1,0 +1,494 @@
+"""The workloads of a pod that somebody wrote: started, watched, asked, started again.
+
+What ended is started as often as the restart policy says; probes say who is ready and alive. How it
+all is, is told at the pod's socket, and stays written down for whoever takes over (`pods`).
+"""
+
+from __future__ import annotations
+
+import functools
+import http.client
+import json
+import os
+import select
+import socket
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pyroute2 import IPRoute
+
+from testbed import bpf, datapaths
+from testbed.host import netlink, process
+from testbed.model.addresses import guest_link, loopback
+from testbed.model.errors import Error
+from testbed.model.manifest import Probe, Restart, Spec, Workload
+from testbed.model.terms import Family, Runtime, Transport
+from testbed.pods import control
+from testbed.pods.pod import Pod
+from testbed.runtimes import Prepared
+
+FIRST_DELAY_S, LAST_DELAY_S = 0.5, 60.0
+"""Before a restart. It doubles each time, and starts anew after a run of `LAST_DELAY_S`. Kubernetes
+begins with 10 s and ends at 5 min; here somebody is watching."""
+EAGER_PERIOD_S = 0.02
+"""Between questions to a workload that was not ready yet; later the probe's own period counts."""
+EAGER_CONNECT_S = 0.05
+"""Then an unready guest is asked anew: while it boots it hears nothing, and the kernel's own second
+attempt comes a second later."""
+EVENTS = 100
+"""Kept for `describe`."""
+
+
+class Kept:
+    """A pod's workloads at work, each watched by a thread, as a context manager."""
+
+    def __init__(
+        self,
+        spec: Spec,
+        pod: Pod,
+        prepared: Mapping[Runtime, Prepared],
+        scratch: Path,
+        left: Mapping[str, Any] | None,
+    ) -> None:
+        """`left` is the status of the pod when its last keeper was killed, if one was."""
+        self.spec, self.pod, self.prepared, self.scratch = spec, pod, prepared, scratch
+        self.began = datetime.now(UTC).isoformat(timespec="seconds")
+        self.events: deque[str] = deque(maxlen=EVENTS)
+        self.stopping = threading.Event()
+        self._tracing = threading.Lock()
+        self.stop, self._stopper = os.pipe()
+        """Readable (at its end) when everybody is to stop."""
+        were = {w["name"]: w for w in left["workloads"]} if left else {}
+        self.init = [Watched(self, w, were.get(w.name), is_init=True) for w in spec.init]
+        self.watched = [Watched(self, w, were.get(w.name)) for w in spec.manifest.workloads]
+        self._writing = threading.Lock()
+        self.say("taken over from a keeper that was killed" if left else "built")
+        self._threads = [threading.Thread(target=self._start, name="start")]
+
+    def __enter__(self) -> Self:
+        self._threads[0].start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.stopping.set()
+        os.close(self._stopper)
+        for thread in self._threads:  # the first appends the others, and is joined before them
+            thread.join()
+
+    def say(self, what: str) -> None:
+        """Something has changed."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self.events.append(f"{now} {what}")
+        with self._writing:
+            try:
+                control.write_down(self.scratch, self.status())
+            except OSError as e:  # /run is full: a keeper to come will know what was before
+                self.events.append(f"{now} cannot be written down: {e}")
+
+    def _start(self) -> None:
+        for watched in self.init:
+            watched.run()
+            if watched.state != "completed":
+                if not self.stopping.is_set():
+                    self.say(f"nothing is started: {watched.workload.name} failed")
+                return
+        self._threads += [
+            threading.Thread(target=w.run, name=w.workload.name) for w in self.watched
+        ]
+        for thread in self._threads[1:]:
+            thread.start()
+        self.pod.settle()
+
+    # --- answers ----------------------------------------------------------------------------
+
+    def serve(self, server: socket.socket, ending: int) -> socket.socket | None:
+        """Answer questions until `ending` is readable, or somebody asks for the end and waits."""
+        while True:
+            if ending in select.select([server.fileno(), ending], [], [])[0]:
+                return None
+            asker, _ = server.accept()
+            try:
+                asker.settimeout(control.PATIENCE_S)
+                line = asker.makefile("rb").readline()
+                if not control.trusted(asker) or not line:
+                    asker.close()
+                    continue
+                question = json.loads(line)["ask"]
+                if question == "down":
+                    return asker
+                if question == "trace":
+                    thread = threading.Thread(target=self._trace, args=(asker,), name="trace")
+                    self._threads.append(thread)
+                    thread.start()
+                    continue
+                answers = {"describe": self.describe, "traffic": self.traffic}
+                answer = answers.get(question, self.status)()
+                asker.sendall(json.dumps(answer).encode() + b"\n")
+            except (OSError, ValueError, KeyError):
+                pass  # the asker is gone, or no client of ours
+            asker.close()
+
+    def _trace(self, asker: socket.socket) -> None:
+        """Have the traced programs at work for as long as the asker listens."""
+        with asker, suppress(OSError):  # gone
+            if not self._tracing.acquire(blocking=False):
+                answer: dict[str, Any] = {"error": f"{self.spec.name} is being traced already"}
+                asker.sendall(json.dumps(answer).encode() + b"\n")
+                return
+            try:
+                attachment = self.pod.attachment
+                if not isinstance(attachment, datapaths.ProgramsOfPod):
+                    raise Error(f"the datapath {self.pod.datapath.name} has no programs to trace",
+                                hint="testbed up --datapath steer")  # fmt: skip
+                with attachment.traced(self.pod.lock) as programs:
+                    answer = {
+                        "pins": str(programs.pins), "slot": programs.slot,
+                        "programs": bpf.entries(attachment.name), "reasons": attachment.reasons,
+                        "guests": {n: w.name for n, w in self.spec.manifest.guests.items()},
+                    }  # fmt: skip
+                    asker.sendall(json.dumps(answer).encode() + b"\n")
+                    select.select([asker.fileno(), self.stop], [], [])
+            except Error as e:
+                answer = {"error": e.message, "hint": e.hint}
+                asker.sendall(json.dumps(answer).encode() + b"\n")
+            finally:
+                self._tracing.release()
+
+    def status(self) -> dict[str, Any]:
+        """The pod as plain data."""
+        sandbox = self.pod.sandbox
+        return {
+            "name": self.spec.name,
+            "ready": all(w.ready or w.state == "completed" for w in self.watched),
+            "settled": all(w.is_settled for w in self.watched)
+            or any(w.state == "failed" for w in self.init),
+            "datapath": self.pod.datapath.name,
+            "addresses": [str(address) for address in self.pod.addresses.values()],
+            "since": self.began,
+            "keeper": os.getpid(),
+            "netns": self.pod.netns,
+            "sandbox": sandbox and {key: str(value or "") for key, value in vars(sandbox).items()},
+            "workloads": [w.status() for w in (*self.init, *self.watched)],
+        }
+
+    def traffic(self) -> dict[str, Any]:
+        """What the datapath carried between each two, of whom one is a guest, and counted."""
+        ends: dict[int | None, str] = {None: "natives"}
+        ends |= {n: w.name for n, w in self.spec.manifest.guests.items()}
+        with self.pod.lock:
+            attachment = self.pod.attachment
+            counters = attachment.counters()
+            traffic = [
+                {"client": ends[client], "server": ends[server],
+                 **vars(attachment.carried(client, server))}
+                for client in ends for server in ends if client or server
+            ]  # fmt: skip
+        return {
+            "traffic": traffic,
+            "counters": {reason: vars(count) for reason, count in counters.items()},
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Status, wiring, traffic, counters and events."""
+        with self.pod.lock:
+            ips = {self.pod.netns: self.pod.ip, self.pod.link_netns: self.pod.link_ip}
+            links = [link for netns, ip in ips.items() for link in _links(netns, ip)]
+        return {
+            **self.status(),
+            "links": links,
+            **self.traffic(),
+            "cgroup": str(self.pod.cgroup),
+            "events": list(self.events),
+        }
+
+
+class Watched:
+    """One workload, started as often as the pod's restart policy says."""
+
+    def __init__(
+        self,
+        kept: Kept,
+        workload: Workload,
+        was: Mapping[str, Any] | None,
+        *,
+        is_init: bool = False,
+    ) -> None:
+        """`was` is its status under another keeper."""
+        assert workload.program is not None
+        self.kept, self.workload, self.program = kept, workload, workload.program
+        self.is_init = is_init
+        self.state: str = was["state"] if was else "waiting"
+        """Then `running`; `restarting`; in the end `completed` or `failed`."""
+        self.ready = False
+        self.restarts: int = was["restarts"] if was else 0
+        self.exit_status: int | None = was["exit_status"] if was else None
+        """Of the last run. A virtual machine's is 0, however its program ended."""
+        self._was = was
+        self._pid: int | None = was["pid"] if was else None
+        self._started: int = was["started"] if was else 0
+        """When that process did."""
+        self.runtime = kept.prepared[workload.runtime]
+
+    def run(self) -> None:
+        """Until it has ended for good, or everybody stops."""
+        if self.state in ("completed", "failed"):
+            return
+        delay_s = FIRST_DELAY_S
+        policy = self.kept.spec.restart
+        if self.is_init and policy is Restart.ALWAYS:
+            policy = Restart.ON_FAILURE
+        while not self.kept.stopping.is_set():
+            began = time.monotonic()
+            code = self._run_once()
+            if code is None:
+                return
+            self.ready, self.exit_status = False, code
+            last = policy is Restart.NEVER or (policy is Restart.ON_FAILURE and code == 0)
+            self.state = ("failed" if code else "completed") if last else "restarting"
+            self._say(f"ended with status {code}")
+            if last:
+                return
+            if time.monotonic() - began > LAST_DELAY_S:
+                delay_s = FIRST_DELAY_S
+            if self.kept.stopping.wait(delay_s):
+                return
+            self.restarts += 1
+            delay_s = min(2 * delay_s, LAST_DELAY_S)
+
+    @property
+    def is_settled(self) -> bool:
+        """There is nothing to wait for."""
+        return self.ready or self.state in ("completed", "failed")
+
+    def status(self) -> dict[str, Any]:
+        n, place = self.kept.pod.number_of(self.workload.name), self.kept.pod.place(self.workload)
+        try:
+            enter = self.runtime.enter(place)
+        except Error as e:
+            enter = None
+            refusal = e
+        return {
+            "name": self.workload.name,
+            "runtime": self.workload.runtime,
+            "init": self.is_init,
+            "state": self.state,
+            "ready": self.ready,
+            "restarts": self.restarts,
+            "exit_status": self.exit_status,
+            "pid": self._pid if self.state == "running" else None,
+            "started": self._started,
+            "addresses": [str(guest_link(f, n) if n else loopback(f)) for f in Family],
+            "ports": [f"{port}/{transport}" for transport, port in self.workload.ports],
+            **({"queues": place.queues} if self.runtime.uses_tap else {}),
+            "log": str(self.kept.pod.console(self.workload.name)),
+            **({"enter": enter} if enter else {"closed": str(refusal)}),
+        }
+
+    def _say(self, what: str) -> None:
+        self.kept.say(f"{self.workload.name}: {what}")
+
+    def _run_once(self) -> int | None:
+        """Start it and watch it to its end: its status, or None if everybody stops."""
+        pod, name = self.kept.pod, self.workload.name
+        try:
+            left = self._left()
+            running = left or self._start()
+        except ProcessLookupError:
+            self._say("ended while nobody kept the pod")
+            if n := pod.number_of(name):
+                pod.attachment.guest_ended(n)
+            pod.end_peers(name)
+            return process.Orphan.UNKNOWN
+        except (Error, OSError) as e:
+            self._say(f"cannot be started: {e}")
+            return 127
+        if not self.is_init:
+            with pod.lock:
+                pod.processes[name] = running
+        self._runs(running, "goes on" if left else "runs")
+        while True:
+            if not self._watch(running):
+                return None
+            if self.is_init or pod.processes.get(name) is running:
+                return running.wait()
+            # Whoever mends links ended it, and starts it again.
+            while (new := pod.processes.get(name)) is None:
+                if self.kept.stopping.wait(0.01):
+                    return None
+            running, self.ready = new, False
+            self._runs(running, "was started again on a new link")
+
+    def _runs(self, running: process.Running, how: str) -> None:
+        self._pid, self._started = running.pid, process.started_at(running.pid)
+        self.state = "running"
+        self._say(f"{how}, pid {running.pid}")
+
+    def _start(self) -> process.Running:
+        return self.runtime.start(self.kept.pod.place(self.workload))
+
+    def _left(self) -> process.Running | None:
+        """The process that another keeper started, if one did: its end is seen, its status is not.
+
+        Raises `ProcessLookupError` if it has ended. What was started and not written down any more
+        is ended.
+        """
+        was, self._was = self._was, None
+        if not was:
+            return None
+        pod, name = self.kept.pod, self.workload.name
+        if was["state"] == "running":
+            left = process.Orphan(was["pid"], was["started"])
+            if name not in pod.cut_off:
+                return left
+            self._say("its link was lost")
+            process.end(left)
+            raise ProcessLookupError(was["pid"])
+        process.empty_cgroup(pod.place(self.workload).cgroup)
+        return None
+
+    def _watch(self, running: process.Running) -> bool:
+        """Ask what there is to ask until the process ends (true) or everybody stops (false)."""
+        try:
+            fd = os.pidfd_open(running.pid)
+        except ProcessLookupError:
+            return True  # ended, and collected
+        readiness = Question(self.program.readiness or Probe(), eager=True)
+        liveness = Question(self.program.liveness) if self.program.liveness else None
+        try:
+            while True:
+                due = [q.due for q in (readiness, liveness) if q and q.due is not None]
+                wait_s = max(0.0, min(due) - time.monotonic()) if due else None
+                ended, _, _ = select.select([fd, self.kept.stop], [], [], wait_s)
+                if ended:
+                    return self.kept.stop not in ended
+                if readiness.is_due():
+                    # Without a probe it is asked once whether it serves the ports it owns.
+                    given = self.program.readiness
+                    readiness.answered(self._asked(given) if given else self._listens())
+                    if readiness.verdict is not None and readiness.verdict != self.ready:
+                        self.ready = readiness.verdict
+                        self._say("ready" if self.ready else "not ready any more")
+                    if self.ready and not given:
+                        readiness.due = None
+                if liveness and liveness.is_due():
+                    liveness.answered(self._asked(liveness.probe))
+                    if liveness.verdict is False:
+                        self._say("not alive, is ended")
+                        liveness.due = None
+                        process.end(running)
+        finally:
+            os.close(fd)
+
+    def _asked(self, probe: Probe) -> bool:
+        """The answer to a probe."""
+        try:
+            if probe.command:
+                command = [*self.runtime.enter(self.kept.pod.place(self.workload)), *probe.command]
+                done = subprocess.run(command, timeout=probe.timeout_s, check=False,
+                                      stdin=subprocess.DEVNULL, capture_output=True)  # fmt: skip
+                return done.returncode == 0
+            with self._connection(probe.port, probe.timeout_s) as connection:
+                if not probe.path:
+                    return True
+                asking = http.client.HTTPConnection("localhost", timeout=probe.timeout_s)
+                asking.sock = connection
+                asking.request("GET", probe.path)
+                return 200 <= asking.getresponse().status < 400
+        except (Error, OSError, subprocess.TimeoutExpired, http.client.HTTPException):
+            return False
+
+    def _connection(self, port: int, timeout_s: float) -> socket.socket:
+        """To the workload itself, in whichever family it listens. Raises `OSError`."""
+        pod, name = self.kept.pod, self.workload.name
+        limit_s = timeout_s if self.ready else min(timeout_s, EAGER_CONNECT_S)
+        refused = OSError()
+        for family in Family:
+            to = (str(pod.address(name, family)), port)
+            try:
+                dial = functools.partial(socket.create_connection, to, limit_s)
+                connection = netlink.inside(pod.netns, dial)
+            except OSError as e:
+                refused = e
+            else:
+                connection.settimeout(timeout_s)
+                return connection
+        raise refused
+
+    def _listens(self) -> bool:
+        """Whether it serves all its ports: a virtual machine's by connecting (UDP goes unasked),
+        others' by the kernel's tables, so that nobody is disturbed."""
+        if not self.runtime.uses_tap:
+            place = self.kept.pod.place(self.workload)
+            return set(self.workload.ports) <= netlink.inside(place.netns, _served)
+        try:
+            for transport, port in self.workload.ports:
+                if transport is Transport.TCP:
+                    self._connection(port, 1).close()
+        except OSError:
+            return False
+        return True
+
+
+class Question:
+    """When to ask next, and what the last answers come to (`verdict`; None: not yet known)."""
+
+    def __init__(self, probe: Probe, *, eager: bool = False) -> None:
+        self.probe, self.eager = probe, eager
+        wait_s = probe.delay_s if eager else max(probe.delay_s, probe.period_s)
+        self.due: float | None = time.monotonic() + wait_s
+        self.verdict: bool | None = None
+        self._streak = 0
+
+    def is_due(self) -> bool:
+        return self.due is not None and self.due <= time.monotonic()
+
+    def answered(self, yes: bool) -> None:
+        self._streak = max(1, self._streak + 1) if yes else min(-1, self._streak - 1)
+        if self._streak >= self.probe.successes:
+            self.verdict = True
+        elif -self._streak >= self.probe.failures:
+            self.verdict = False
+        waiting = self.eager and not self.verdict
+        self.due = time.monotonic() + (EAGER_PERIOD_S if waiting else self.probe.period_s)
+
+
+def _served() -> set[tuple[Transport, int]]:
+    """What is listened to (TCP) or bound (UDP) in this thread's namespace (proc_net_tcp)."""
+    served = set()
+    for transport, state in ((Transport.TCP, "0A"), (Transport.UDP, "07")):
+        for suffix in ("", "6"):
+            table = Path(f"/proc/thread-self/net/{transport}{suffix}").read_text()
+            for line in table.splitlines()[1:]:
+                _, local, _, is_in, *_ = line.split()
+                if is_in == state:
+                    served.add((transport, int(local.rpartition(":")[2], 16)))
+    return served
+
+
+def _links(netns: str, ip: IPRoute) -> list[dict[str, Any]]:
+    """Links of a namespace with their addresses, and the programs at their tc hooks."""
+    addresses: dict[int, list[str]] = {}
+    for a in ip.get_addr():
+        shown = f"{a.get('address')}/{a['prefixlen']}"
+        addresses.setdefault(a["index"], []).append(shown)
+    return [
+        {
+            "netns": netns,
+            "name": link.get("ifname"),
+            "mac": link.get("address"),
+            "up": link["state"] == "up",
+            "addresses": addresses.get(link["index"], []),
+            "programs": bpf.running_tc(netns, ip, link["index"]),
+        }
+        for link in ip.get_links()
+    ]

@@ -1,0 +1,1 @@
+"""What people read of a stored campaign: tables, figures, pages, claims, the paper."""

@@ -1,0 +1,243 @@
+"""Two campaigns held against each other, cell by cell: what became faster, slower, or stayed.
+
+The earlier is the divisor. Campaigns share no blocks, so their block values are independent
+samples; with many cells some would look changed by chance alone, so the verdicts control the
+false-discovery rate (`testbed.results.analysis`). Nothing is called faster or slower whose interval
+includes 1, and a change that is surely within the band is called equivalent, however sure it is.
+Read from stored data alone; whether a machine is fit for comparing is not judged here, but where
+circumstances differ, that is said.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from testbed.model.cells import Cell
+from testbed.reports.table import (
+    COLUMNS,
+    FUNCTIONAL,
+    UNITS,
+    blocks_of,
+    grouped,
+    guest_of,
+    interval,
+    names,
+    plain,
+    reading_order,
+    size_of,
+    superscript,
+)
+from testbed.results.analysis import (
+    QUANTITIES,
+    Difference,
+    Estimate,
+    block_values,
+    difference,
+    discoveries,
+)
+from testbed.results.analysis import estimate as estimate_of
+from testbed.results.store import Store, frame
+
+BAND = 0.05
+"""Changes of less than this, either way, are of no interest unless the user says otherwise."""
+
+
+class Verdict(StrEnum):
+    """What may be said of a cell; of the later campaign against the earlier."""
+
+    FASTER = "faster"
+    SLOWER = "slower"
+    EQUIVALENT = "equivalent"
+    UNCLEAR = "can't tell"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One quantity of one cell in two campaigns."""
+
+    cell: Cell
+    quantity: str
+    before: Estimate
+    after: Estimate
+    ratio: Estimate
+    """Later by earlier; its interval is of this cell alone."""
+    verdict: Verdict
+    reason: str | None
+    """Why there is nothing to compare."""
+    lost: bool
+    """The later campaign should have a value, as the earlier has, and has none."""
+
+
+def compare(before: Store, after: Store, band: float = BAND) -> list[Comparison]:
+    """Every cell that either campaign has, in reading order."""
+    values_before, values_after = _values(before), _values(after)
+    keys = sorted(values_before | values_after, key=lambda key: reading_order(*key))
+    found: list[tuple[tuple[Cell, str], Difference, str | None]] = []
+    for key in keys:
+        a, b = values_before.get(key, {}), values_after.get(key, {})
+        reason = _incomparable(before, a, "earlier", key) or _incomparable(after, b, "later", key)
+        found.append((key, difference(a.values(), b.values(), band), reason))
+    different = discoveries([change.p_different for _, change, _ in found])
+    equivalent = discoveries([change.p_equivalent for _, change, _ in found])
+    return [
+        Comparison(
+            cell=key[0],
+            quantity=key[1],
+            before=estimate_of(values_before.get(key, {}).values()),
+            after=estimate_of(values_after.get(key, {}).values()),
+            ratio=change.ratio,
+            verdict=_verdict(key[0], change, is_different, is_equivalent),
+            reason=reason,
+            lost=bool(values_before.get(key) and key in values_after and not values_after.get(key)),
+        )
+        for (key, change, reason), is_different, is_equivalent in zip(
+            found, different, equivalent, strict=True
+        )
+    ]
+
+
+def exit_status(rows: Sequence[Comparison]) -> int:
+    """0: none slower; 1: some slower; 3: nothing to compare, or cells that were there are lost."""
+    if any(row.verdict is Verdict.SLOWER for row in rows):
+        return 1
+    nothing = all(row.reason for row in rows)
+    return 3 if nothing or any(row.lost for row in rows) else 0
+
+
+def circumstances(before: Store, after: Store) -> dict[str, tuple[Any, Any]]:
+    """What may explain a change besides the revision: what differs, earlier and later."""
+    names = ("guest", "guest_kernel", "accelerator", "kernel", "cpu", "governor", "host",
+             "congestion_control", "offloads", "plan")  # fmt: skip
+    pairs = {
+        name: (getattr(before.campaign, name), getattr(after.campaign, name)) for name in names
+    }
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def data(rows: Sequence[Comparison], before: Store, after: Store, band: float) -> dict[str, Any]:
+    """The comparison as plain data for JSON: null for what there is not."""
+    return {
+        "before": str(before.path),
+        "after": str(after.path),
+        "revisions": [before.campaign.revision, after.campaign.revision],
+        "band": band,
+        "functional": before.campaign.functional or after.campaign.functional,
+        "circumstances": circumstances(before, after),
+        "exit_status": exit_status(rows),
+        "verdicts": _counts(rows),
+        "cells": [{"id": row.cell.id, **plain(asdict(row))} for row in rows],
+    }
+
+
+def table(rows: Sequence[Comparison], before: Store, after: Store, band: float) -> Group:
+    """The table for a terminal, with what was counted and what may explain it below."""
+    guest = after.campaign.guest
+    shown = Table(title=_headline(before, after), title_justify="left", box=box.SIMPLE_HEAD,
+                  show_edge=False, padding=(0, 1, 0, 0))  # fmt: skip
+    shown.add_column("datapath", no_wrap=True)
+    for name in ("quantity", "earlier", "later", "ratio", "verdict"):
+        shown.add_column(name, overflow="fold")
+    notes: dict[str, int] = {}
+
+    def note(reason: str | None) -> str:
+        return superscript(notes.setdefault(reason, len(notes) + 1)) if reason else ""
+
+    sized = len({size_of(row.cell) for row in rows}) > len({row.cell.metric for row in rows})
+    titles = {(metric, quantity): title for metric, quantity, title in COLUMNS}
+    places = grouped(rows, lambda r: (r.cell.label(guest), r.cell.transport, r.cell.family))
+    for (pair, transport, family), place in places.items():
+        label = f"{pair}\n{names(family, transport)}"
+        shown.add_row(Text(label, style="bold"))
+        for row in place:
+            unit, quantity = UNITS[row.cell.metric], titles[row.cell.metric, row.quantity]
+            shown.add_row(
+                row.cell.datapath,
+                f"{quantity}, {unit.name}" + (f", {size_of(row.cell)}" if sized else ""),
+                _shown(row.before, unit.scale),
+                _shown(row.after, unit.scale),
+                _shown(row.ratio, 1, wide=True),
+                Text(row.verdict + note(row.reason), style=_COLORS[row.verdict]),
+            )
+        shown.add_section()
+    counted = ", ".join(f"{count} {verdict}" for verdict, count in _counts(rows).items() if count)
+    legend = (
+        f"{counted}. Ratios of geometric means, later by earlier, 95 % Welch t-intervals; verdicts "
+        f"at a false-discovery rate of 5 % over {len(rows)} rows; equivalent: within {band:.0%}."
+    )
+    differing = (
+        Text(f"{name} differs: {old} | {new}", style="yellow")
+        for name, (old, new) in circumstances(before, after).items()
+    )
+    footnotes = (Text(f"{superscript(n)} {reason}") for reason, n in notes.items())
+    return Group(shown, Text(legend), *differing, *footnotes)
+
+
+_COLORS = {
+    Verdict.FASTER: "green",
+    Verdict.SLOWER: "bold red",
+    Verdict.EQUIVALENT: "default",
+    Verdict.UNCLEAR: "dim",
+}
+
+
+def _values(store: Store) -> dict[tuple[Cell, str], dict[int, float]]:
+    """Block values of every cell that the campaign was to measure, by cell and quantity."""
+    trials = store.trials()
+    tables = {str(id): table for id, table in frame(trials).groupby("cell")} if trials else {}
+    return {
+        (cell, quantity): block_values(tables[cell.id], quantity) if cell.id in tables else {}
+        for cell in map(Cell.parse, store.campaign.cells)
+        for quantity in QUANTITIES[cell.metric]
+    }
+
+
+def _incomparable(
+    store: Store, values: Mapping[int, float], which: str, key: tuple[Cell, str]
+) -> str | None:
+    """Why these values cannot be compared, or None."""
+    if key[0].id not in store.campaign.cells:
+        return f"not in the {which} campaign"
+    if len(values) > 1:
+        return None
+    if values:
+        return f"one block in the {which} campaign says nothing of its spread"
+    reasons = [t.reason for t in store.trials() if t.cell == key[0].id and t.reason]
+    return f"{which}: {reasons[-1] if reasons else 'not measured'}"
+
+
+def _verdict(cell: Cell, change: Difference, different: bool, equivalent: bool) -> Verdict:
+    if equivalent:
+        return Verdict.EQUIVALENT
+    if not different:
+        return Verdict.UNCLEAR
+    better = (change.ratio.mean > 1) is cell.metric.higher_is_better
+    return Verdict.FASTER if better else Verdict.SLOWER
+
+
+def _counts(rows: Sequence[Comparison]) -> dict[str, int]:
+    return {verdict: sum(row.verdict is verdict for row in rows) for verdict in Verdict}
+
+
+def _shown(of: Estimate, scale: float, wide: bool = False) -> str:
+    return "" if math.isnan(of.mean) else interval(of, scale, wide)
+
+
+def _headline(before: Store, after: Store) -> Text:
+    text = Text(f"{after.path} ({_of(after)}) against {before.path} ({_of(before)})")
+    if before.campaign.functional or after.campaign.functional:
+        text.append(f"\n{FUNCTIONAL}", style="bold yellow")
+    return text
+
+
+def _of(store: Store) -> str:
+    campaign = store.campaign
+    return f"{campaign.revision}, {blocks_of(campaign)}, guest {guest_of(campaign)}"

@@ -1,0 +1,1 @@
+"""Figures of a campaign, one file per kind."""

@@ -1,0 +1,130 @@
+"""Forest plots: many ratios with their intervals in one figure, a line for each.
+
+Of cells to their reference datapaths, or of a campaign to an earlier one; what the ratios are is
+the caller's affair.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from testbed.reports.figures.style import (
+    SMALL_PT,
+    WIDTH_IN,
+    Drawing,
+    Ratio,
+    absences,
+    circumstances,
+    functional,
+    keys_of,
+    point_key,
+    style_of,
+)
+from testbed.reports.table import COLUMNS, names, size_of
+from testbed.results.analysis import Estimate, Summary
+from testbed.results.store import Store
+
+
+def ratios(rows: Sequence[Summary], store: Store) -> Drawing:
+    """Every ratio to a reference datapath in one figure."""
+    shown = [row for row in rows if row.ratio.blocks]
+    figure = forest(shown, store.campaign.guest)
+    divisors = dict.fromkeys((r.cell.datapath, r.reference) for r in shown)
+    how = (
+        "Geometric means of ratios within a block, 95 % t-intervals; filled: the interval excludes "
+        "1. Divided: " + ", ".join(f"{one} by {other}" for one, other in divisors) + "."
+    )
+    missing = {f"No ratio of {r.cell.datapath}: {r.no_ratio}": None for r in rows if r.no_ratio}
+    absent = [*absences(rows), *missing]
+    guest = rows[0].cell.guest
+    return Drawing(
+        figure, f"Ratio to the reference datapath, {names(rows[0].cell.transport)}",
+        keys_of(shown, point_key), [f"{circumstances(store, guest)} {how}", *absent],
+        functional(store, rows),
+    )  # fmt: skip
+
+
+def forest(rows: Sequence[Ratio], guest: str, band: float = 0.0) -> Figure:
+    """Ratios with intervals: a line per pair, family and datapath, a panel per quantity."""
+    columns = [c for c in COLUMNS if any((r.cell.metric, r.quantity) == c[:2] for r in rows)]
+    sized = len({size_of(row.cell) for row in rows}) > len({row.cell.metric for row in rows})
+
+    def line_of(row: Ratio) -> tuple[str, str]:
+        place = f"{row.cell.label(guest)}, {names(row.cell.family, row.cell.transport)}"
+        return place, row.cell.datapath + (f", {size_of(row.cell)}" if sized else "")
+
+    lines = list(dict.fromkeys(map(line_of, rows)))
+    heights, at = {}, 0.0
+    for n, line in enumerate(lines):
+        at += 1.0 if n and lines[n - 1][0] == line[0] else 2.1
+        heights[line] = at
+    figure = Figure(figsize=(WIDTH_IN, 0.5 + 0.115 * at))
+    panels = figure.subplots(1, len(columns), sharex=True, sharey=True, squeeze=False)[0]
+    gap = "   " if len(columns) < 4 else "\n"
+    low, high = _span([row.ratio for row in rows], band)
+    for axes, (metric, quantity, name) in zip(panels, columns, strict=True):
+        better = "→ better" if metric.higher_is_better else "better ←"
+        axes.set_title(f"{name}{gap}{better}", loc="left")
+        axes.axvspan(1 / (1 + band), 1 + band, color="#dddddd", lw=0)
+        axes.axvline(1, color="black", lw=0.6)
+        for row in rows:
+            if (row.cell.metric, row.quantity) == (metric, quantity) and row.ratio.blocks:
+                _interval_line(axes, row, heights[line_of(row)], (low, high))
+    corner = panels[0]
+    corner.set_ylim(at + 0.8, 0.2)
+    corner.set_yticks(list(heights.values()), [label for _, label in heights], fontsize=SMALL_PT)
+    for place in dict.fromkeys(place for place, _ in lines):
+        first = min(height for line, height in heights.items() if line[0] == place)
+        for axes in panels:
+            axes.axhline(first - 1.55, color="#dddddd", lw=0.5)
+            axes.tick_params(axis="y", length=0)
+        corner.text(-0.02, first - 0.95, place, ha="right", va="center", fontweight="bold",
+                    fontsize=SMALL_PT, transform=corner.get_yaxis_transform())  # fmt: skip
+    corner.set_xscale("log")
+    corner.set_xlim(low, high)
+    for steps in _NEAR if high / low < 4 else _FAR:
+        ticks = [x for x in steps if low < x < high]
+        if len(ticks) * len(columns) <= _TICKS:
+            break
+    corner.set_xticks(ticks, [f"{x:g}" for x in ticks], minor=False)
+    corner.xaxis.set_minor_locator(NullLocator())
+    return figure
+
+
+_NEAR = (0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2), (0.5, 0.7, 1, 1.5, 2)
+_FAR = (0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 100), (0.01, 0.1, 1, 10, 100)
+"""Ticks of an axis of ratios: of a narrow one and of others, and where there is no room for all.
+
+A narrow one is shorter than from 0.5 to 2, and may have none of the others' but 1.
+"""
+_TICKS = 24
+"""So many have room for their labels, over all panels."""
+
+
+def _span(ratios: Iterable[Estimate], band: float) -> tuple[float, float]:
+    """Ends of the axis: every mean, and intervals unless they are much wider than that."""
+    known = [ratio for ratio in ratios if ratio.blocks]
+    low, high = min(r.mean for r in known), max(r.mean for r in known)
+    low, high = min(low / 1.1, 1 / (1.2 + band)), max(high * 1.1, 1.2 + band)
+    ends = [x for r in known for x in (r.low, r.high) if not math.isnan(x)]
+    return max(low / 1.5, min([low, *ends])) / 1.03, min(high * 1.5, max([high, *ends])) * 1.03
+
+
+def _interval_line(axes: Axes, row: Ratio, at: float, span: tuple[float, float]) -> None:
+    """One ratio: mark and whisker; an arrow head where the whisker leaves the panel."""
+    mean, low, high, _ = astuple(row.ratio)
+    style = style_of(row.cell.datapath)
+    if not math.isnan(low):
+        axes.plot([max(low, span[0]), min(high, span[1])], [at, at], color="black", lw=0.7)
+        for end, beyond, head in ((span[0], low < span[0], "<"), (span[1], high > span[1], ">")):
+            if beyond:
+                axes.plot(end, at, head, color="black", ms=2.5, clip_on=False)
+    conclusive = low > 1 or high < 1
+    axes.plot(mean, at, style.marker, ms=3.8, mew=0.7, mec="black" if conclusive else style.color,
+              mfc=style.color if conclusive else "white", zorder=3)  # fmt: skip

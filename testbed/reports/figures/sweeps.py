@@ -1,0 +1,177 @@
+"""Figures along a parameter: message size, streams, rate, and how many guests and pods are at work.
+
+Lines by datapath, as in all figures; what is along which axis is found out from the cells alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from testbed.model.cells import Cell, Pair
+from testbed.reports.figures.style import (
+    WIDTH_IN,
+    Drawing,
+    absences,
+    circumstances,
+    functional,
+    keys_of,
+    line_key,
+    mark_of,
+    style_of,
+)
+from testbed.reports.table import COLUMNS, UNITS, grouped, names, present
+from testbed.results.analysis import TAIL, Summary
+from testbed.results.store import Store
+
+
+class Axis(NamedTuple):
+    """A parameter that cells may differ in."""
+
+    name: str
+    field: str
+    label: str
+
+
+AXES = (
+    Axis("size", "size_bytes", "message size, bytes"),
+    Axis("streams", "streams", "streams"),
+    Axis("rate", "rate_per_s", "requests per second"),
+)
+SCALES = (
+    Axis("guests", "guests", "guests in a pod, all at work"),
+    Axis("pods", "pods", "pods on the host, all at work"),
+)
+"""Of how much there is at once: these have a figure together, `scaling`."""
+
+
+def along(rows: Sequence[Summary], axis: Axis) -> list[Summary]:
+    """Those rows that differ along an axis alone, where it has three values or more."""
+
+    def others(row: Summary) -> Cell:
+        changes: Any = {axis.field: 0}
+        return replace(row.cell, **changes)
+
+    rows = [row for row in rows if getattr(row.cell, axis.field)]  # no rate is none, not the least
+    sets = grouped(rows, lambda r: (others(r), r.quantity))
+    return [row for found in sets.values() if len(found) > 2 for row in found]
+
+
+def sweep(rows: Sequence[Summary], axis: Axis, store: Store) -> Drawing:
+    """Means with intervals along a parameter: panels per pair (across), family and quantity."""
+    cell = rows[0].cell
+    pairs = present(Pair, (row.cell.pair for row in rows))
+    downs = list(dict.fromkeys((row.cell.family, row.quantity) for row in rows))
+    figure = Figure(figsize=(WIDTH_IN, 0.45 + 1.3 * len(downs)))
+    fixed = [f"{cell.size_bytes} B"] if axis.field != "size_bytes" else []
+    fixed += [f"{cell.streams} streams"] if axis.field != "streams" and cell.streams > 1 else []
+    title = ", ".join([f"{cell.metric.capitalize()} by {axis.name}", names(cell.transport), *fixed])
+    how = "Geometric means over blocks; whiskers: 95 % t-intervals."
+    if axis.field == "rate_per_s":
+        how += " Each request is timed from when it was due."
+    panels = figure.subplots(len(downs), len(pairs), sharex=True, sharey="row", squeeze=False)
+    unit = UNITS[cell.metric]
+    for across, (family, quantity) in zip(panels, downs, strict=True):
+        label = {"p50_us": "median, ", "p99_us": "p99, ", TAIL: "p99.9, "}.get(quantity, "")
+        across[0].set_ylabel(f"{names(family)}\n{label}{unit.name}")
+        for axes, pair in zip(across, pairs, strict=True):
+            place = (family, quantity, pair)
+            here = [r for r in rows if (r.cell.family, r.quantity, r.cell.pair) == place]
+            for datapath, line in grouped(here, lambda r: r.cell.datapath).items():
+                _sweep_line(axes, line, axis, datapath, unit.scale)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.grid(visible=True)
+    for axes, pair in zip(panels[0], pairs, strict=True):
+        axes.set_title(replace(cell, pair=pair).label(store.campaign.guest))
+    for axes in panels[-1]:
+        _set_x(axes, rows, axis)
+    for across, down in zip(panels, downs, strict=True):
+        _set_y(across[0], [r for r in rows if (r.cell.family, r.quantity) == down], unit.scale)
+    return Drawing(
+        figure, title, keys_of(rows, line_key),
+        [f"{circumstances(store, cell.guest)} {how}", *absences(rows)], functional(store, rows),
+    )  # fmt: skip
+
+
+def _set_x(axes: Axes, rows: Sequence[Summary], axis: Axis) -> None:
+    ticks = sorted({getattr(row.cell, axis.field) for row in rows})
+    axes.set_xlabel(axis.label)
+    axes.set_xticks(ticks, [f"{tick}" for tick in ticks], rotation=30 if max(ticks) > 999 else 0)
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _set_y(axes: Axes, rows: Sequence[Summary], scale: float) -> None:
+    """All means, from zero on where they are of one magnitude; wider intervals leave the panel."""
+    means = [row.estimate.mean / scale for row in rows if row.estimate.blocks]
+    if not means:
+        return
+    low, high = min(means) / 1.5, max(means) * 1.5
+    if high / low < 20:
+        axes.set_yscale("linear")
+        axes.set_ylim(0, high)
+    else:
+        axes.set_ylim(low, high)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 2000 else (1,)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+
+
+def scaling(rows: Sequence[Summary], store: Store) -> Drawing | None:
+    """All quantities (across) by guests in a pod and by pods on the host (down)."""
+    downs = [(axis, found) for axis in SCALES if (found := along(rows, axis))]
+    if not downs:
+        return None
+    shown = [row for _, found in downs for row in found]
+    quantities = {(row.cell.metric, row.quantity) for row in shown if row.quantity != TAIL}
+    acrosses = [column for column in COLUMNS if column[:2] in quantities]
+    figure = Figure(figsize=(WIDTH_IN, 0.2 + 1.35 * len(downs)))
+    panels = figure.subplots(len(downs), len(acrosses), squeeze=False)
+    for line, (axis, found) in zip(panels, downs, strict=True):
+        for axes, (metric, quantity, title) in zip(line, acrosses, strict=True):
+            unit = UNITS[metric]
+            here = [r for r in found if (r.cell.metric, r.quantity) == (metric, quantity)]
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.grid(visible=True)
+            if axis is downs[0][0]:
+                axes.set_title(f"{title}, {unit.name}")
+            if not here:
+                axes.set_axis_off()
+                continue
+            for datapath, of in grouped(here, lambda r: r.cell.datapath).items():
+                _sweep_line(axes, of, axis, datapath, unit.scale)
+            _set_x(axes, here, axis)
+            axes.set_xlabel(axis.label if axes is line[len(acrosses) // 2] else "")
+            _set_y(axes, here, unit.scale)
+    cell = shown[0].cell
+    title = f"Scaling, {cell.label(store.campaign.guest)}, {names(cell.family, cell.transport)}"
+    how = (
+        "Rates are those of all together, times those of all round trips, memory is per pod. "
+        "Geometric means over blocks; whiskers: 95 % t-intervals."
+    )
+    return Drawing(
+        figure, title, keys_of(shown, line_key),
+        [f"{circumstances(store, cell.guest)} {how}", *absences(shown)], functional(store, shown),
+    )  # fmt: skip
+
+
+def _sweep_line(
+    axes: Axes, rows: Sequence[Summary], axis: Axis, datapath: str, scale: float
+) -> None:
+    """One datapath's line; a gap where it has no value."""
+    style = style_of(datapath)
+    rows = sorted(rows, key=lambda r: int(getattr(r.cell, axis.field)))
+    x = [getattr(row.cell, axis.field) for row in rows]
+    mean = [row.estimate.mean / scale for row in rows]
+    axes.plot(x, mean, color=style.color, ls=style.line, lw=1.2, **mark_of(style))
+    for row, at in zip(rows, x, strict=True):
+        if not math.isnan(row.estimate.low):
+            ends = [row.estimate.low / scale, row.estimate.high / scale]
+            axes.plot([at, at], ends, color=style.color, lw=0.8)

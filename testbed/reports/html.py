@@ -1,0 +1,425 @@
+"""A campaign as one HTML file that opens anywhere: no network, no other files, no server.
+
+Tables that sort and filter, the figures, the environment, conformance where the campaign has it
+(`conformance.json`, what `testbed conformance --json` prints), and the command that repeats it.
+All of it comes from the campaign's directory; nothing is measured, and nothing is computed here
+but how it looks.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from testbed import plan
+from testbed.model.cells import Metric
+from testbed.model.errors import Error
+from testbed.model.trials import Status
+from testbed.reports import claims
+from testbed.reports.figures import draw
+from testbed.reports.table import (
+    COLUMNS,
+    UNITS,
+    blocks_of,
+    controls_of,
+    grouped,
+    guest_of,
+    meanings_of,
+    names,
+    number,
+    size_of,
+    summaries,
+    warning_of,
+)
+from testbed.results.analysis import CPU, Estimate, Summary, costs
+from testbed.results.store import Campaign, Store, frame
+
+
+class Entry(NamedTuple):
+    """One place of a table."""
+
+    text: str
+    order: float | None = None
+    """What sorts it, where that is not the text; NaN goes last."""
+    title: str = ""
+    """Shown when pointed at."""
+    look: str = ""
+
+
+def write(store: Store, file: Path) -> None:
+    """Draw the campaign's figures and write the page to `file`."""
+    drawn = draw.draw(store)
+    against = sorted((store.path / "figures").glob("against-*.png"))
+    pictures = [path for path in drawn if path.suffix == ".png"] + against
+    try:
+        file.write_text(_page(store, pictures), encoding="utf-8")
+    except OSError as e:
+        raise Error(f"{file}: {e.strerror}", "choose another file with -o") from e
+
+
+def command(campaign: Campaign) -> str:
+    """What to type, in a clone of the revision, to run the same campaign again."""
+    words = ["./bootstrap", "testbed", "run", "--plan", campaign.name, "--guest", campaign.guest,
+             "--seed", str(campaign.seed)]  # fmt: skip
+    if not campaign.plan.get("target_width"):
+        words += ["--blocks", str(campaign.blocks)]
+    if kernel := campaign.environment.get("osv_kernel"):
+        words += ["--osv-kernel", kernel]
+    try:
+        whole = {cell.id for cell in plan.load(campaign.name).cells}
+    except Error:  # a plan of the user's own
+        whole = set(campaign.cells)
+    if whole != set(campaign.cells):
+        words += [word for cell in campaign.cells for word in ("--cells", cell)]
+    return shlex.join(words)
+
+
+def _page(store: Store, pictures: Sequence[Path]) -> str:
+    campaign, rows = store.campaign, summaries(store)
+    parts = [
+        f"<h1>{escape(campaign.name)}</h1>",
+        f"<p>{escape(_lead(campaign))}</p>",
+        f'<p class="warning">{escape(warning)}</p>' if (warning := warning_of(campaign)) else "",
+        *_section(
+            "Results",
+            _legend(campaign),
+            *(f"<p>{escape(line)}</p>" for line in (*meanings_of(rows), *controls_of(rows))),
+            _results(rows, campaign.guest),
+        ),
+        *_claims(store),
+        *_section("Figures", "", *(_picture(path) for path in pictures)),
+        *_costs(store),
+        *_searches(store),
+        *_missing(store),
+        *_disturbed(store),
+        *_conformance(store.path / "conformance.json"),
+        *_section("Environment", "", _environment(campaign)),
+        *_section(
+            "How to repeat it",
+            f"In a clone of this project at revision {campaign.revision.removesuffix('-dirty')}"
+            + (", which had been changed," if campaign.revision.endswith("-dirty") else "")
+            + " as root:",
+            f"<pre>{escape(command(campaign))}</pre>",
+        ),
+    ]
+    title = escape(f"{campaign.name}, {store.path.resolve().name}")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta name="data" content="{store.digest()}">\n'
+        f"<style>{_STYLE}</style></head>\n<body>\n"
+        + "\n".join(part for part in parts if part)
+        + f"\n<script>{_SCRIPT}</script>\n</body></html>\n"
+    )
+
+
+def _lead(campaign: Campaign) -> str:
+    return (
+        f"{blocks_of(campaign).capitalize()} of {len(campaign.cells)} cells, started "
+        f"{campaign.started or 'at an unknown time'} on {campaign.host}. Guest "
+        f"{guest_of(campaign)}."
+    )
+
+
+def _legend(campaign: Campaign) -> str:
+    interval = "95 % t-interval on logarithms" if campaign.blocks > 1 else "no interval from one"
+    return (
+        f"Geometric means over blocks ({interval}). A ratio is to the reference datapath within a "
+        "block; bold where its interval excludes 1. A click on a heading sorts; the box filters by "
+        "words."
+    )
+
+
+def _section(title: str, lead: str, *parts: str) -> list[str]:
+    return [f"<h2>{title}</h2>", f"<p>{escape(lead)}</p>" if lead else "", *parts]
+
+
+def _table(name: str, heads: Sequence[str], rows: Iterable[Sequence[Entry]]) -> str:
+    """A table that sorts by its heads, below the box that filters it."""
+    lines = ["".join(_entry(entry) for entry in row) for row in rows]
+    head = "".join(
+        f'<th scope="col"><button type="button">{escape(h)}</button></th>' for h in heads
+    )
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return (
+        f'<div class="table" id="{name}"><label>Filter <input type="search"></label> '
+        f"<output>{len(lines)} of {len(lines)}</output>\n"
+        f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
+    )
+
+
+def _entry(entry: Entry) -> str:
+    attributes = {"title": entry.title, "class": entry.look}
+    shown = "".join(f' {key}="{escape(value)}"' for key, value in attributes.items() if value)
+    if entry.order is not None:
+        order = "" if math.isnan(entry.order) else f"{entry.order:.9g}"
+        shown += f' data-order="{order}"'
+    return f"<td{shown}>{escape(entry.text)}</td>"
+
+
+def _results(rows: Sequence[Summary], guest: str) -> str:
+    titles = {(metric, quantity): title for metric, quantity, title in COLUMNS}
+    heads = ("pair", "family", "transport", "datapath", "quantity", "message", "mean", "low",
+             "high", "unit", "ratio", "low", "high", "to", "blocks", "note")  # fmt: skip
+    return _table("results", heads, (_result(row, guest, titles) for row in rows))
+
+
+def _result(row: Summary, guest: str, titles: Mapping[Any, str]) -> list[Entry]:
+    cell, unit = row.cell, UNITS[row.cell.metric]
+    note = " ".join(filter(None, (row.reason, row.no_ratio)))
+    own = row.reference == cell.datapath
+    conclusive = not own and (row.ratio.low > 1 or row.ratio.high < 1)
+    return [
+        Entry(cell.label(guest)),
+        Entry(names(cell.family)),
+        Entry(names(cell.transport)),
+        Entry(cell.datapath),
+        Entry(titles[cell.metric, row.quantity]),
+        Entry(size_of(cell), cell.size_bytes),
+        *_estimate(row.estimate, unit.scale, str(row.status)),
+        Entry(unit.name),
+        *_estimate(row.ratio, 1, "reference" if own else "", "bold" if conclusive else ""),
+        Entry(row.reference or ""),
+        Entry(str(row.estimate.blocks), row.estimate.blocks),
+        Entry(note),
+    ]
+
+
+def _estimate(of: Estimate, scale: float, otherwise: str, look: str = "") -> list[Entry]:
+    """Mean and ends of the interval, all three with the mean's digits."""
+    if math.isnan(of.mean) or otherwise == "reference":
+        return [Entry(otherwise, math.nan, look="absent"), Entry(""), Entry("")]
+    return [
+        Entry("" if math.isnan(x) else number(x / scale, of.mean / scale), x, look=f"number {look}")
+        for x in (of.mean, of.low, of.high)
+    ]
+
+
+def _missing(store: Store) -> list[str]:
+    """Trials that have no value, one by one."""
+    trials = [trial for trial in store.trials() if trial.status is not Status.OK]
+    if not trials:
+        return []
+    rows = [
+        [Entry(t.cell), Entry(str(t.block), t.block), Entry(str(t.status)), Entry(t.reason or "")]
+        for t in trials
+    ]
+    table = _table("missing", ("cell", "block", "status", "reason"), rows)
+    return _section("Trials without a value", "", table)
+
+
+def _disturbed(store: Store) -> list[str]:
+    """Trials that something came in between of, and whether they count."""
+    trials = [trial for trial in store.log() if trial.disturbed]
+    if not trials:
+        return []
+    kept = store.trials()
+    rows = [
+        [Entry(t.cell), Entry(str(t.block), t.block), Entry(t.disturbed or ""),
+         Entry("" if t.value is None else f"{t.value:.4g}", t.value),
+         Entry("yes" if t in kept else "no, another run does")]
+        for t in trials
+    ]  # fmt: skip
+    heads = ("cell", "block", "disturbed by", "value", "counts")
+    return _section("Disturbed trials", "Run once more, in the same block.",
+                    _table("disturbed", heads, rows))  # fmt: skip
+
+
+def _claims(store: Store) -> list[str]:
+    """What the plan claims, and what came of it."""
+    found = claims.judge(store)
+    if not found:
+        return []
+    heads = ("claim", "cell", "bound", "ratio", "low", "high", "verdict")
+    rows = (
+        [Entry(row.claim.text), Entry(claims.what(row, store.campaign.guest)),
+         Entry(claims.bound(row.claim)), *_estimate(row.ratio, 1, ""),
+         Entry(row.verdict, look="" if row.verdict in _BORNE_OUT else "bold")]
+        for row in found
+    )  # fmt: skip
+    lead = (
+        "Pseudomedians of ratios within a block, with 95 % intervals by signed ranks. "
+        "A claim holds if the whole interval keeps to the bound."
+    )
+    return _section("Claims", lead, _table("claims", heads, rows))
+
+
+_BORNE_OUT = (claims.Verdict.HOLDS, claims.Verdict.STATED)
+
+
+def _costs(store: Store) -> list[str]:
+    """Host CPU time by traffic."""
+    found = costs(frame(store.trials()))
+    if not found:
+        return []
+    rows = [
+        [
+            Entry(cost.cell.id),
+            Entry("GB" if cost.cell.metric is Metric.THROUGHPUT else "10⁶ transactions"),
+            *_estimate(cost.total, 1, ""),
+            *(Entry(f"{share:.0%}", share, look="number") for share in cost.shares.values()),
+        ]
+        for cost in found
+    ]
+    lead = "Seconds of all CPUs together, during traffic, per gigabyte or million transactions."
+    heads = ("cell", "CPU s per", "mean", "low", "high", *CPU)
+    return _section("Host CPU", lead, _table("costs", heads, rows))
+
+
+def _searches(store: Store) -> list[str]:
+    """Every attempt of every search for a rate."""
+    found = [trial for trial in store.trials() if trial.searched]
+    if not found:
+        return []
+    rows = [
+        [Entry(t.cell), Entry(str(t.block), t.block), Entry(str(n), n),
+         *(Entry(f"{bps / 1e6:.1f}", bps, look="number") for bps in (sent_bps, arrived_bps)),
+         Entry(f"{loss:.3%}", loss, look="number")]
+        for t in found
+        for n, (sent_bps, arrived_bps, loss) in enumerate(t.searched, 1)
+    ]  # fmt: skip
+    heads = ("cell", "block", "attempt", "sent, Mbit/s", "arrived, Mbit/s", "lost")
+    return _section("Searches for a rate", "The last attempt of each is the trial.",
+                    _table("searches", heads, rows))  # fmt: skip
+
+
+def _picture(path: Path) -> str:
+    try:
+        text = base64.b64encode(path.read_bytes()).decode()
+    except OSError as e:
+        raise Error(f"{path}: {e.strerror}", "draw it again: testbed figures DIR") from e
+    name = escape(path.stem)
+    return (
+        f'<figure id="{name}"><img alt="{name}" src="data:image/png;base64,{text}">'
+        f"<figcaption>{name}</figcaption></figure>"
+    )
+
+
+def _conformance(file: Path) -> list[str]:
+    """The matrix of checks and datapaths, and every case that did not pass."""
+    if not file.exists():
+        return []
+    try:
+        results = json.loads(file.read_text())
+        checks = grouped(results, lambda r: str(r["check"]))
+        columns = grouped(results, _tried)
+        rows = [
+            [Entry(check), *(_verdict([r for r in group if _tried(r) == c]) for c in columns)]
+            for check, group in checks.items()
+        ]
+        others = [
+            [Entry(str(r[key])) for key in
+             ("check", "datapath", "guest", "pair", "family", "transport", "status", "reason")]
+            for r in results if r["status"] != "pass"
+        ]  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        hint = "it is what testbed conformance --json prints"
+        raise Error(f"{file}: not results of checks ({e})", hint) from e
+    heads = ("check", "datapath", "guest", "pair", "family", "transport", "status", "reason")
+    return _section(
+        "Conformance",
+        "Cases passed of those that the datapath claims, over pairs, families and transports.",
+        _table("conformance", ("check", *columns), rows),
+        _table("cases", heads, others) if others else "",
+    )
+
+
+def _tried(result: Mapping[str, Any]) -> str:
+    """What a check was made of: a datapath, with the guests it had."""
+    guest = f" ({result['guest']})" if result["guest"] else ""
+    return f"{result['datapath']}{guest}"
+
+
+def _verdict(results: Sequence[Mapping[str, Any]]) -> Entry:
+    """What came of a check with a datapath: how many cases passed, and why others did not."""
+    counts = Counter(str(r["status"]) for r in results)
+    reasons = "\n".join(dict.fromkeys(str(r["reason"]) for r in results if r["reason"]))
+    tried = len(results) - counts["unsupported"]
+    if not tried:
+        return Entry("n/a" if results else "", math.nan, reasons, "absent")
+    look = "bad" if counts["fail"] else "good"
+    return Entry(f"{counts['pass']} of {tried}", counts["pass"] / tried, reasons, look)
+
+
+def _environment(campaign: Campaign) -> str:
+    facts = {k: v for k, v in vars(campaign).items() if k not in ("cells", "name")}
+    lines = "\n".join(
+        f"<tr><th scope='row'>{escape(name.replace('_', ' '))}</th>"
+        f"<td>{escape(_readable(value))}</td></tr>"
+        for name, value in facts.items()
+        if value not in ("", {}, None)
+    )
+    return f'<table class="facts">{lines}</table>'
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "\n".join(f"{k}: {_readable(v)}" for k, v in value.items())
+    return str(value)
+
+
+_STYLE = """
+:root { color-scheme: light }
+body { font: 14px/1.45 system-ui, "DejaVu Sans", sans-serif; max-width: 96rem; margin: 2rem auto;
+  padding: 0 1rem; color: #222 }
+h2 { margin-top: 2.2rem; border-bottom: 1px solid #ccc }
+.warning { font-weight: bold; background: #fff3cd; padding: .4rem .8rem }
+.table { overflow: auto; max-height: 44rem; margin-bottom: 1rem; border-bottom: 1px solid #ccc }
+table { border-collapse: collapse; margin-top: .4rem; font-variant-numeric: tabular-nums }
+th, td { padding: .15rem .5rem; text-align: left; vertical-align: top; white-space: nowrap }
+td:last-child { white-space: normal }
+tbody tr:nth-child(even), .facts tr:nth-child(even) { background: #f5f5f5 }
+thead th { position: sticky; top: 0; background: white; box-shadow: 0 1px #888; padding: 0 }
+thead button { all: unset; cursor: pointer; padding: .3rem .5rem; font-weight: bold }
+thead button:focus-visible { outline: 2px solid #0072b2 }
+th[aria-sort=ascending] button::after { content: " \\25b4" }
+th[aria-sort=descending] button::after { content: " \\25be" }
+.number { text-align: right }
+.bold { font-weight: bold }
+.absent { color: #777 }
+.good { background: #d9f0e6 }
+.bad { background: #f7d4c4; font-weight: bold }
+.facts td { white-space: pre-wrap }
+figure { margin: 1.5rem 0 }
+img { max-width: min(100%, 70rem) }
+figcaption { color: #777 }
+pre { background: #f5f5f5; padding: .8rem; white-space: pre-wrap; user-select: all }
+"""
+
+_SCRIPT = """
+for (const part of document.querySelectorAll(".table")) {
+  const body = part.querySelector("tbody"), rows = [...body.rows];
+  const heads = [...part.querySelectorAll("thead th")], box = part.querySelector("input");
+  const value = (row, column) => row.cells[column].dataset.order ?? row.cells[column].textContent;
+  const compare = (a, b) => a !== "" && b !== "" && !isNaN(a) && !isNaN(b) ? a - b
+    : a.localeCompare(b);
+  heads.forEach((head, column) => head.querySelector("button").addEventListener("click", () => {
+    const up = head.getAttribute("aria-sort") !== "ascending";
+    heads.forEach(other => other.removeAttribute("aria-sort"));
+    head.setAttribute("aria-sort", up ? "ascending" : "descending");
+    rows.sort((a, b) => {
+      const x = value(a, column), y = value(b, column);
+      if ((x === "") !== (y === "")) return x === "" ? 1 : -1;
+      return up ? compare(x, y) : compare(y, x);
+    });
+    body.append(...rows);
+  }));
+  box.addEventListener("input", () => {
+    const words = box.value.toLowerCase().split(/\\s+/);
+    let shown = 0;
+    for (const row of rows) {
+      const text = [...row.cells].map(cell => cell.textContent).join(" ").toLowerCase();
+      row.hidden = !words.every(word => text.includes(word));
+      shown += !row.hidden;
+    }
+    part.querySelector("output").textContent = `${shown} of ${rows.length}`;
+  });
+}
+"""

@@ -1,0 +1,1 @@
+"""The paper: numbers and tables from a campaign, and LaTeX."""

@@ -1,0 +1,1 @@
+"""Stored campaigns and the statistics of their trials."""

@@ -1,0 +1,398 @@
+"""From trials to numbers that stand in a paper: means over blocks, ratios, intervals.
+
+A block is the unit of replication: within it pods and guests are built afresh, so one value per
+block is all that counts, however many packets stand behind it. Everything here is a function of the
+tidy table (`testbed.results.store.frame`) or of plain numbers; nothing is read, measured or drawn.
+
+Times and rates are positive and spread by factors, hence logarithms: means are geometric, intervals
+are Student's t on the logarithms of block values (95 %). A ratio is taken within each block, where
+both cells saw the same machine, and its interval is that of the logarithms of block ratios. Between
+campaigns nothing is shared, so there the two sets of blocks are independent samples. Of many blocks
+some are hit by what else the machine does: a claim about them rests on ranks (`pseudomedian`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import exp, inf, log, log1p, nan, sqrt
+from statistics import fmean, stdev, variance
+
+import numpy as np
+import pandas as pd
+from scipy.special import bdtr, stdtr, stdtrit
+
+from testbed.model.cells import AGAIN, SLOW, Cell, Metric, Pair
+from testbed.model.trials import Status, Trial, percentile
+
+CONFIDENCE = 0.95
+
+QUANTITIES = {
+    Metric.THROUGHPUT: ("value",),
+    Metric.LATENCY: ("p50_us", "p99_us"),
+    Metric.CONNECTIONS: ("value",),
+    Metric.STARTUP: ("value",),
+    Metric.MEMORY: ("value",),
+}
+"""Metric → columns of the tidy table that are summarised."""
+TAIL = "p999_us"
+"""What `tails` adds to latency: the 99.9th percentile of all blocks' samples together."""
+EXCEEDANCES = 100
+"""So many samples must lie above a percentile of the tail, or it is an anecdote."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over blocks and its 95 % interval (NaN where so few blocks say nothing)."""
+
+    mean: float
+    low: float
+    high: float
+    blocks: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}] of {self.blocks} blocks"
+
+
+NOTHING = Estimate(nan, nan, nan, 0)
+
+
+def estimate(values: Iterable[float]) -> Estimate:
+    """Geometric mean and t-interval of positive block values.
+
+    exp(m ± t(0.975, n - 1) · s / √n) with m and s the mean and standard deviation of the n
+    logarithms (Student, 1908; on logarithms, as ratios of programs' times are to be averaged:
+    Fleming and Wallace, CACM 29(3), 1986). One value has no interval; no value gives NaN.
+    """
+    logs = [log(value) for value in values]
+    n = len(logs)
+    if n == 0:
+        return NOTHING
+    mean = fmean(logs)
+    if n == 1:
+        return Estimate(exp(mean), nan, nan, 1)
+    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * stdev(logs) / sqrt(n)
+    return Estimate(exp(mean), exp(mean - half), exp(mean + half), n)
+
+
+def pseudomedian(values: Iterable[float]) -> Estimate:
+    """What positive block values are typically, and its interval by signed ranks.
+
+    On logarithms: the median of the means of all pairs (Hodges and Lehmann, Ann. Math. Stat. 34(2),
+    1963), between those of these means at which Wilcoxon's signed-rank test (Biometrics Bulletin
+    1(6), 1945) begins to reject, exactly. A few blocks that something disturbed hardly move it,
+    whereas the t-interval grows with each. Fewer than six values have no interval.
+    """
+    logs = np.log(np.fromiter(values, float))
+    n = len(logs)
+    if n == 0:
+        return NOTHING
+    i, j = np.triu_indices(n)
+    pairs = np.sort((logs[i] + logs[j]) / 2)
+    cut = _signed_rank(n)
+    low, high = (exp(pairs[cut - 1]), exp(pairs[-cut])) if cut else (nan, nan)
+    return Estimate(exp(np.median(pairs)), low, high, n)
+
+
+def _signed_rank(n: int) -> int:
+    """How many sums of signed ranks of n values, from 0, are together as rare as an interval's end
+    is to be; each subset of the ranks 1 to n is as likely as any other."""
+    likely = np.zeros(n * (n + 1) // 2 + 1)
+    likely[0] = 1
+    for rank in range(1, n + 1):
+        likely[rank:] += likely[:-rank].copy()
+        likely /= 2
+    return int(np.searchsorted(np.cumsum(likely), (1 - CONFIDENCE) / 2, side="right"))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How one set of block values differs from another that is independent of it."""
+
+    ratio: Estimate
+    """Of geometric means, later by earlier; `blocks` is that of the smaller set."""
+    p_different: float
+    """How likely so large a difference is, where there is none."""
+    p_equivalent: float
+    """How likely so small a difference is, where it is as large as the band at least."""
+
+
+def difference(before: Iterable[float], after: Iterable[float], band: float) -> Difference:
+    """Ratio of two geometric means with its t-interval, and tests of difference and equivalence.
+
+    On logarithms, with unequal variances: t with Welch and Satterthwaite's degrees of freedom
+    (Welch, Biometrika 34, 1947). Equivalent means that the ratio lies within 1 / (1 + band) and
+    1 + band; tested by two one-sided tests (Schuirmann, J. Pharmacokinet. Biopharm. 15, 1987).
+    Needs two values on either side: with fewer, NaN.
+    """
+    a, b = [log(value) for value in before], [log(value) for value in after]
+    blocks = min(len(a), len(b))
+    if blocks < 2:
+        mean = exp(fmean(b) - fmean(a)) if blocks else nan
+        return Difference(Estimate(mean, nan, nan, blocks), nan, nan)
+    change, of_a, of_b = fmean(b) - fmean(a), variance(a) / len(a), variance(b) / len(b)
+    # Values without any spread are none that were measured; 1e-12 keeps the division sane.
+    error = max(sqrt(of_a + of_b), 1e-12)
+    spread = of_a**2 / (len(a) - 1) + of_b**2 / (len(b) - 1)
+    freedom = (of_a + of_b) ** 2 / spread if spread else len(a) + len(b) - 2
+    half = float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * error
+    edge = log1p(band)
+    return Difference(
+        Estimate(exp(change), exp(change - half), exp(change + half), blocks),
+        p_different=2 * float(stdtr(freedom, -abs(change) / error)),
+        p_equivalent=float(stdtr(freedom, (abs(change) - edge) / error)),
+    )
+
+
+def discoveries(p_values: Sequence[float], rate: float = 1 - CONFIDENCE) -> list[bool]:
+    """Which of many hypotheses to reject, so that of those at most `rate` are rejected wrongly.
+
+    The false-discovery rate, controlled by Benjamini and Hochberg's step-up procedure (J. R. Stat.
+    Soc. B 57, 1995); it holds for positively dependent tests too, such as two percentiles of one
+    trial (Benjamini and Yekutieli, Ann. Stat. 29, 2001). NaN is never rejected and not counted.
+    """
+    ranked = sorted(p for p in p_values if p == p)
+    bounds = [p for k, p in enumerate(ranked, 1) if p <= rate * k / len(ranked)]
+    return [bool(bounds) and p <= bounds[-1] for p in p_values]
+
+
+def distribution(blocks: Sequence[Sequence[tuple[float, int]]]) -> list[tuple[float, float]]:
+    """Cumulative distribution of several blocks' histograms, each block with the same weight.
+
+    Points (upper bound of bucket, share of samples at or below it), ascending.
+    """
+    filled = [(block, sum(count for _, count in block)) for block in blocks]
+    shares: dict[float, float] = {}
+    for block, samples in filled:
+        for upper, count in block:
+            shares[upper] = shares.get(upper, 0.0) + count / samples / len(filled)
+    points, total = [], 0.0
+    for upper in sorted(shares):
+        total += shares[upper]
+        points.append((upper, min(total, 1.0)))
+    return points
+
+
+def reference(datapath: str, pair: Pair, references: Mapping[str, str]) -> str | None:
+    """The datapath that a cell is divided by, if it has one.
+
+    Native to native is the kernel's own loopback in every datapath, so that is what it is held to;
+    but a variant, to what it is a variant of.
+    """
+    if pair.shape is Pair.NATIVE_NATIVE and "~" not in datapath:
+        return "loopback"
+    return references.get(datapath)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One quantity of one cell over all blocks, and against its reference datapath."""
+
+    cell: Cell
+    quantity: str
+    """Column of the tidy table, one of `QUANTITIES`; or `TAIL`."""
+    status: Status
+    """`ok` if any block was."""
+    reason: str | None
+    """Of the blocks that were not ok, with how many they are if others were."""
+    estimate: Estimate
+    reference: str | None
+    ratio: Estimate
+    no_ratio: str | None
+    """Why there is no ratio."""
+
+
+def summarise(trials: pd.DataFrame, references: Mapping[str, str]) -> list[Summary]:
+    """One summary per cell and quantity, in the order in which cells first appear.
+
+    `trials` is the table of `testbed.results.store.frame`, `references` a campaign's.
+    """
+    summaries = []
+    tables = {Cell.parse(str(id)): table for id, table in trials.groupby("cell", sort=False)}
+    for cell, table in tables.items():
+        divisor = reference(cell.datapath, cell.pair, references)
+        other = tables.get(replace(cell, datapath=divisor)) if divisor else None
+        for quantity in QUANTITIES[cell.metric]:
+            values = block_values(table, quantity)
+            ratio, no_ratio = _ratio(values, divisor, other, quantity)
+            summaries.append(
+                Summary(
+                    cell=cell,
+                    quantity=quantity,
+                    status=_status(table, values),
+                    reason=_reason(table, values),
+                    estimate=estimate(values.values()),
+                    reference=divisor,
+                    ratio=ratio,
+                    no_ratio=no_ratio,
+                )
+            )
+    return summaries
+
+
+def tails(trials: Iterable[Trial]) -> list[Summary]:
+    """Of each latency cell that has the samples for it, the 99.9th percentile.
+
+    A block alone has too few, so those of all blocks are one sample: no interval, and no ratio. A
+    cell of fewer than 1,000 · `EXCEEDANCES` samples has none, and is left out.
+    """
+    found = []
+    kept = [t for t in trials if t.status is Status.OK and t.histogram_us]
+    for id in dict.fromkeys(trial.cell for trial in kept):
+        cell = Cell.parse(id)
+        blocks = [trial.histogram_us for trial in kept if trial.cell == id]
+        samples = [bucket for block in blocks for bucket in block]
+        enough = sum(count for _, count in samples) >= 1000 * EXCEEDANCES
+        if cell.metric is Metric.LATENCY and enough:
+            value = Estimate(percentile(samples, 99.9), nan, nan, len(blocks))
+            found.append(Summary(cell, TAIL, Status.OK, None, value, None, NOTHING, None))
+    return found
+
+
+def widest(summaries: Iterable[Summary]) -> float:
+    """How far, of all ratios, an interval reaches from its mean at most, as a share of the mean.
+
+    Of rates and median times; the tail (p99) is not waited for. Infinite if an interval is missing
+    where there is a ratio.
+    """
+    widths = [
+        row.ratio.high / row.ratio.mean - 1
+        for row in summaries
+        if row.ratio.blocks and row.reference != row.cell.datapath and row.quantity != "p99_us"
+    ]
+    return max((inf if width != width else width for width in widths), default=0.0)
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Whether a campaign finds what is there, and nothing where there is nothing."""
+
+    same: int
+    """Ratios of a datapath to itself (A/A)."""
+    differing: int
+    """Of these, how many have an interval that excludes 1."""
+    bound: int
+    """More than so many would be by chance once in a hundred campaigns."""
+    slow: int
+    """Median times with servers whose delay is known."""
+    found: int
+    """Of these, how many have a ratio whose interval lies above 1."""
+
+    @property
+    def passed(self) -> bool:
+        return self.differing <= self.bound and self.found == self.slow
+
+
+def controls(summaries: Iterable[Summary]) -> Controls | None:
+    """How the controls came out; None if the campaign has none, or too few blocks to tell.
+
+    The bound is the 99th percentile of the binomial distribution with the share of intervals that
+    miss the truth, 1 in 20; that two percentiles of one trial go together is left out of account.
+    """
+    known = [row for row in summaries if row.ratio.blocks > 1]
+    same = [row for row in known if row.cell.variant == AGAIN]
+    slow = [row for row in known if row.cell.variant == SLOW and row.quantity == "p50_us"]
+    if not same and not slow:
+        return None
+    differing = sum(not row.ratio.low <= 1 <= row.ratio.high for row in same)
+    within = (n for n in range(len(same) + 1) if bdtr(n, len(same), 1 - CONFIDENCE) >= 0.99)
+    found = sum(row.ratio.low > 1 for row in slow)
+    return Controls(len(same), differing, next(within), len(slow), found)
+
+
+CPU = ("softirq", "system", "user", "guest")
+"""What a host's CPU time is spent on (`testbed.host.facts.busy`)."""
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """A cell's value over all blocks, and what it is the sum of."""
+
+    cell: Cell
+    total: Estimate
+    shares: Mapping[str, float]
+    """What of the total is each part; together 1."""
+
+
+def costs(trials: pd.DataFrame) -> list[Breakdown]:
+    """What traffic costs the host, for every cell whose trials say so, as they first appear.
+
+    Host CPU seconds per gigabyte of payload (throughput) or million transactions (others), by what
+    they are spent on (`CPU`).
+
+    All that the host did while there was traffic is counted, on all CPUs: CPU seconds per second
+    by the rate that was measured. An idle host's own business is in it; on a quiet one, little.
+    """
+    found = []
+    for id, table in trials[trials.status == "ok"].groupby("cell", sort=False):
+        if cost := cost_values(table):
+            parts = table[[f"machine.{part}_s" for part in CPU]].clip(lower=0).mean()
+            shares = {part: float(parts[f"machine.{part}_s"] / parts.sum()) for part in CPU}
+            found.append(Breakdown(Cell.parse(str(id)), estimate(cost.values()), shares))
+    return found
+
+
+def breakdowns(trials: pd.DataFrame) -> list[Breakdown]:
+    """Of every cell whose trials have parts: starts in their steps, memory by whose it is."""
+    found = []
+    for id, table in trials[trials.status == "ok"].groupby("cell", sort=False):
+        cell = Cell.parse(str(id))
+        if cell.metric.of_building:
+            parts = table.filter(regex="^parts[.]").dropna(axis=1).mean().clip(lower=0)
+            shares = {str(name)[6:]: float(part / parts.sum()) for name, part in parts.items()}
+            found.append(Breakdown(cell, estimate(block_values(table, "value").values()), shares))
+    return found
+
+
+def cost_values(table: pd.DataFrame) -> dict[int, float]:
+    """Block → what traffic cost in one cell's trials that are ok and say so (`costs`)."""
+    metric = Metric(str(table.metric.iloc[0]))
+    if "machine.softirq_s" not in table or metric.of_building:
+        return {}
+    rows = table[table.status == "ok"]
+    done = rows.payload_bytes / 1e9
+    if metric is not Metric.THROUGHPUT:
+        done = rows.transactions / 1e6
+    cost = rows["machine.cpu_s"] / rows["machine.active_s"] / (done / rows.duration_s)
+    return {int(b): float(c) for b, c in zip(rows.block, cost, strict=True) if 0 < c < inf}
+
+
+def block_values(table: pd.DataFrame, quantity: str) -> dict[int, float]:
+    """Block → value of one cell's trials that are ok and have a positive, finite one."""
+    rows = table[(table.status == "ok") & (table[quantity] > 0) & (table[quantity] < inf)]
+    return {
+        int(block): float(value) for block, value in zip(rows.block, rows[quantity], strict=True)
+    }
+
+
+def _ratio(
+    values: Mapping[int, float], divisor: str | None, other: pd.DataFrame | None, quantity: str
+) -> tuple[Estimate, str | None]:
+    """Ratio to the reference over the blocks that have both, or why there is none."""
+    if divisor is None:
+        return NOTHING, "no reference datapath"
+    if other is None:
+        return NOTHING, f"{divisor} has no such cell in this campaign"
+    others = block_values(other, quantity)
+    if values and not others:
+        return NOTHING, f"{divisor}: {_reason(other, others)}"
+    both = sorted(values.keys() & others.keys())
+    if values and not both:
+        return NOTHING, f"no block has both this and {divisor}"
+    return estimate(values[block] / others[block] for block in both), None
+
+
+def _status(table: pd.DataFrame, values: Mapping[int, float]) -> Status:
+    if values:
+        return Status.OK
+    return Status.UNSUPPORTED if (table.status == "unsupported").all() else Status.FAILED
+
+
+def _reason(table: pd.DataFrame, values: Mapping[int, float]) -> str | None:
+    """Why blocks have no value: the commonest reason, led by how many blocks if some have one."""
+    without = table[~table.block.isin(list(values))]
+    if without.empty:
+        return None
+    reasons = without.reason.where(without.status != "ok").fillna("no value measured")
+    text = " ".join(str(reasons.mode().iloc[0]).split())
+    return text if not values else f"{len(without)} of {len(table)} blocks failed: {text}"

@@ -1,0 +1,344 @@
+"""A campaign's directory: what was planned and where, every trial that was run, tables of them.
+
+    campaign.json    the plan and the circumstances (`Campaign`), written once
+    trials.jsonl     one line a trial, appended and on the disk before `append` returns
+    consoles/        serial consoles of guests
+    hosts/           of campaigns on other hosts, what each of these is: machine, versions, guests
+    trials.parquet, trials.csv, histogram.parquet    derived: rewritten from trials.jsonl at will
+    figures/         derived as well (`testbed.reports.figures.draw`)
+    conformance.json what `testbed conformance --json` printed, if somebody put it there
+
+A campaign that is kept for reference has trials.jsonl.gz in the place of trials.jsonl: the same,
+but smaller, and closed to further trials.
+
+Whoever appends holds a lock on trials.jsonl that the kernel drops when the process ends, however it
+ends; reading takes no lock. Nothing is measured here and nothing summarised.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gzip
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from math import nan
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import pandas as pd
+
+from testbed.model.cells import Cell
+from testbed.model.errors import Error
+from testbed.model.trials import Status, Trial, percentile
+
+FORMAT = 1
+"""Version of the directory's layout, in campaign.json."""
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """A plan's blocks on a host: everything that figures and tables say besides the trials."""
+
+    name: str
+    """The plan's name."""
+    plan: Mapping[str, Any]
+    """The plan as given."""
+    cells: tuple[str, ...]
+    """Ids of the cells to run in each block."""
+    blocks: int
+    seed: int
+    references: Mapping[str, str]
+    """Datapath → the datapath that its results are divided by; its own name means itself."""
+    guest: str
+    """Runtime of the guests."""
+    guest_kernel: str
+    accelerator: str
+    """`kvm`, `tcg`, or `none` where guests are no virtual machines."""
+    kernel: str
+    cpu: str
+    governor: str
+    host: str
+    revision: str
+    """Git revision of this project, with `-dirty` if it was."""
+    congestion_control: str = "unknown"
+    """Of TCP on the host."""
+    offloads: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    images: Mapping[str, str] = field(default_factory=dict)
+    """Image → digest."""
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    """Whatever else may explain a number."""
+    started: str = ""
+    """UTC, ISO 8601."""
+    guests: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Runtime that cells name for their guests → its `kernel` and `accelerator`."""
+
+    @property
+    def functional(self) -> bool:
+        """Whether guests were emulated: their cells show function and make no claim of speed."""
+        return self.accelerator == "tcg"
+
+    def is_functional(self, cell: Cell) -> bool:
+        """The same of one cell's guests, which may be others."""
+        named = self.guests.get(cell.guest, {}).get("accelerator", "none")
+        return cell.pair.guests > 0 and (named == "tcg" if cell.guest else self.functional)
+
+
+class Store:
+    """A campaign's directory, open for reading, or for appending too (`create`, `resume`)."""
+
+    def __init__(self, path: Path, campaign: Campaign, log: BinaryIO | None = None) -> None:
+        self.path = path
+        self.campaign = campaign
+        self._log = log
+
+    def append(self, trial: Trial) -> None:
+        """Add a trial; it is on the disk when this returns, or the file is as it was before."""
+        if self._log is None:
+            raise ValueError(f"{self.path} is open for reading only")
+        line = json.dumps(trial.as_json(), ensure_ascii=False, allow_nan=False) + "\n"
+        log, rest = self._log.fileno(), line.encode()
+        with _explained(self._log_path, resume=self.path):
+            end = os.fstat(log).st_size
+            try:
+                while rest:  # A disk that fills up takes a part before it refuses.
+                    rest = rest[os.write(log, rest) :]
+                os.fsync(log)
+            except OSError:
+                os.ftruncate(log, end)
+                raise
+
+    def trials(self) -> list[Trial]:
+        """One trial for each cell and block that was run, in the order of blocks.
+
+        Of several the last that is ok and undisturbed counts, else the last that is ok, else the
+        last. Raises `Error` with the number of a line that is no trial.
+        """
+        kept: dict[tuple[str, int], Trial] = {}
+        for trial in self.log():
+            key = (trial.cell, trial.block)
+            if key not in kept or _worth(trial) >= _worth(kept[key]):
+                kept[key] = trial
+        return sorted(kept.values(), key=lambda t: (t.block, t.order))
+
+    def log(self) -> list[Trial]:
+        """Every trial that was run, in that order. A torn last line is left out."""
+        lines = self.raw().split(b"\n")[:-1]
+        trials = []
+        for number, line in enumerate(lines, 1):
+            try:
+                trial = Trial.from_json(json.loads(line))
+                Cell.parse(trial.cell)
+            except (ValueError, TypeError, KeyError, AttributeError, Error) as e:
+                raise Error(
+                    f"{self._log_path} line {number}: not a trial ({e})",
+                    "delete that line; its trial is run again on --resume",
+                ) from e
+            trials.append(trial)
+        return trials
+
+    def raw(self) -> bytes:
+        """trials.jsonl as it was written."""
+        kept = self.path / "trials.jsonl.gz"
+        if not kept.exists():
+            with _explained(self._log_path):
+                return self._log_path.read_bytes()
+        with _explained(kept):
+            try:
+                return gzip.decompress(kept.read_bytes())
+            except (EOFError, zlib.error) as e:
+                raise Error(f"{kept}: {e}", "fetch or copy it again") from e
+
+    def digest(self) -> str:
+        """SHA-256 of all that is not derived; whatever is derived can say of what."""
+        parts = [(self.path / "campaign.json").read_bytes(), self.raw()]
+        conformance = self.path / "conformance.json"
+        parts += [conformance.read_bytes()] if conformance.exists() else []
+        return "sha256:" + hashlib.sha256(b"\n".join(parts)).hexdigest()
+
+    def done(self) -> set[tuple[str, int]]:
+        """(cell id, block) of what need not be run again; failed trials are worth another try."""
+        return {(t.cell, t.block) for t in self.trials() if t.status is not Status.FAILED}
+
+    def console(self, name: str) -> Path:
+        """Where a guest's serial console goes."""
+        return self.path / "consoles" / f"{name}.log"
+
+    def keep_host(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Keep what a host that takes part is."""
+        with _explained(self.path / "hosts"):
+            (self.path / "hosts").mkdir(exist_ok=True)
+        with _replacing(self.path / "hosts" / f"{name}.json") as beside:
+            beside.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+
+    def derive(self) -> list[Path]:
+        """Write the tables anew from trials.jsonl, and say which files they are."""
+        trials = self.trials()
+        table, histogram = frame(trials), histograms(trials)
+        written = []
+        for name, write in (
+            ("trials.parquet", partial(table.to_parquet, compression="zstd")),
+            ("trials.csv", table.to_csv),
+            ("histogram.parquet", partial(histogram.to_parquet, compression="zstd")),
+        ):
+            with _replacing(self.path / name) as beside:
+                write(beside, index=False)
+            written.append(self.path / name)
+        return written
+
+    def close(self) -> None:
+        """Let go of the lock, where there is one."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def _log_path(self) -> Path:
+        return self.path / "trials.jsonl"
+
+
+def directory(plan: str, now: datetime | None = None) -> Path:
+    """Where a campaign goes unless told otherwise: `results/<UTC time>-<plan>`."""
+    return Path("results") / f"{(now or datetime.now(UTC)).astimezone(UTC):%Y%m%dT%H%M%SZ}-{plan}"
+
+
+def create(path: Path, campaign: Campaign) -> Store:
+    """A new campaign at `path`, open for appending. Raises `Error` if one is there already."""
+    with _explained(path):
+        (path / "consoles").mkdir(parents=True, exist_ok=True)
+    log = _lock(path)
+    try:
+        if (path / "campaign.json").exists():
+            raise Error(f"{path}: there is a campaign already", f"continue it: --resume {path}")
+        with _replacing(path / "campaign.json") as beside:
+            text = json.dumps({"format": FORMAT, **asdict(campaign)}, indent=1, ensure_ascii=False)
+            beside.write_text(text + "\n")
+    except BaseException:
+        log.close()
+        raise
+    return Store(path, campaign, log)
+
+
+def resume(path: Path) -> Store:
+    """The campaign at `path`, open for appending. A last line torn by a kill is cut off."""
+    campaign = open(path).campaign
+    if (path / "trials.jsonl.gz").exists():
+        raise Error(f"{path}: kept for reference, so it is finished", "start another")
+    log = _lock(path)
+    with _explained(path):
+        text = (path / "trials.jsonl").read_bytes()
+        os.ftruncate(log.fileno(), text.rfind(b"\n") + 1)
+    return Store(path, campaign, log)
+
+
+def open(path: Path) -> Store:
+    """The campaign at `path`, for reading. Raises `Error` if there is none, or none we can read."""
+    file = path / "campaign.json"
+    if not file.exists():
+        raise Error(f"{path}: no campaign there (no campaign.json)", "campaigns are in results/")
+    with _explained(file):
+        text = file.read_text()
+    try:
+        data = json.loads(text)
+        if (found := data.pop("format")) != FORMAT:
+            raise Error(f"{file}: format {found}, and this testbed reads format {FORMAT}")
+        data["cells"] = tuple(data["cells"])
+        return Store(path, Campaign(**data))
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise Error(f"{file}: not a campaign ({e})") from e
+
+
+def frame(trials: Sequence[Trial]) -> pd.DataFrame:
+    """Tidy table: one row a trial.
+
+    Columns: the cell's fields; block, order, status, reason; value in the metric's unit; p50_us and
+    p99_us of the trial's histogram (NaN without one); loss, where a rate was searched; what else
+    the trial says. Dictionaries become columns such as `carried.packets`.
+    """
+    rows = []
+    for trial in trials:
+        row = {**vars(Cell.parse(trial.cell)), **vars(trial)}
+        histogram, searched = row.pop("histogram_us"), row.pop("searched")
+        row["loss"] = searched[-1][2] if searched else nan
+        row["p50_us"], row["p99_us"] = percentile(histogram, 50), percentile(histogram, 99)
+        for name in ("parts", "carried", "counters", "machine"):
+            row.update({f"{name}.{key}": value for key, value in row.pop(name).items()})
+        rows.append({k: str(v) if isinstance(v, str) else v for k, v in row.items()})
+    table = pd.DataFrame(rows)
+    table = table.reindex(columns=[*_COLUMNS, *sorted(set(table.columns) - set(_COLUMNS))])
+    return table.astype({"value": float, "p50_us": float, "p99_us": float, "duration_s": float})
+
+
+_COLUMNS = (
+    "datapath", "pair", "family", "transport", "metric", "size_bytes", "streams",
+    "rate_per_s", "guest", "guests", "pods",
+    "cell", "block", "order", "status", "reason", "value", "p50_us", "p99_us", "duration_s",
+    "payload_bytes", "transactions", "errors", "loss", "dialed", "started",
+)  # fmt: skip
+
+
+def histograms(trials: Sequence[Trial]) -> pd.DataFrame:
+    """Long table: cell, block, upper_us, count; one row per bucket of each trial that is ok."""
+    rows = [
+        (trial.cell, trial.block, upper_us, count)
+        for trial in trials
+        if trial.status is Status.OK
+        for upper_us, count in trial.histogram_us
+    ]
+    return pd.DataFrame(rows, columns=["cell", "block", "upper_us", "count"])
+
+
+def _worth(trial: Trial) -> int:
+    return 0 if trial.status is not Status.OK else 1 if trial.disturbed else 2
+
+
+def _lock(path: Path) -> BinaryIO:
+    """trials.jsonl, open for appending and locked as long as it is open (flock(2))."""
+    with _explained(path):
+        log = (path / "trials.jsonl").open("ab", buffering=0)
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        log.close()
+        raise Error(f"{path}: another process is writing this campaign", "wait for it") from e
+    return log
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, which takes the place of `path` when all went well."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with _explained(path):
+            yield beside
+            with beside.open("rb") as written:
+                os.fsync(written.fileno())
+            beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _explained(path: Path, resume: Path | None = None) -> Iterator[None]:
+    """Turns an OSError into one line about `path`."""
+    try:
+        yield
+    except OSError as e:
+        hint = f"then go on with --resume {resume}" if resume else None
+        raise Error(f"{path}: {e.strerror or e}", hint) from e

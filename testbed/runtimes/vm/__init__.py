@@ -1,0 +1,1 @@
+"""Virtual machines: QEMU's command line, and which accelerator works here."""
