@@ -21,7 +21,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from testbed import bpf, datapaths
-from testbed.host import facts, netlink, process
+from testbed.host import cache, cgroups, facts, namespaces, netlink
 from testbed.host.ledger import Owner
 from testbed.images import kernels
 from testbed.model.cells import Cell, Metric, Pair
@@ -98,7 +98,7 @@ def host(*, anew: bool = True) -> Iterator[Finding]:
                       "another kernel")  # fmt: skip
     with Owner() as owner:
         netns = f"tb-{owner.id}-doctor"
-        with netlink.create_netns(owner, netns) as ip:
+        with namespaces.create(owner, netns) as ip:
             yield _try("veth", lambda: _link(ip, "veth", peer="peer"))
             yield _try("bridge", lambda: _link(ip, "bridge"))
             yield _try("tap", lambda: _link(ip, "tuntap", mode="tap"))
@@ -140,8 +140,8 @@ def _link(ip: IPRoute, kind: str, **options: Any) -> str:
 
 
 def _cgroup(owner: Owner, name: str) -> str:
-    process.create_cgroup(owner, name)
-    return f"at {process.cgroup_mount()}"
+    cgroups.create(owner, name)
+    return f"at {cgroups.mount_point()}"
 
 
 def _headers() -> str:
@@ -153,7 +153,7 @@ def _headers() -> str:
 
 def _programs(owner: Owner, name: str, anew: bool) -> str:
     """Compile, load, attach to `lo` of a namespace and to a cgroup, as `capture` does."""
-    cgroup = process.create_cgroup(owner, f"{name}-ebpf")
+    cgroup = cgroups.create(owner, f"{name}-ebpf")
     if anew:
         bpf.compile("probe")
     with closing(bpf.load("probe", owner)) as loaded:
@@ -292,7 +292,7 @@ def room() -> Iterator[Finding]:
     memory = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
     assert memory is not None
     yield _enough("memory", int(memory[1]) >> 10, MEMORY_MIB, "guests may not start")
-    folder = facts.cache_folder()
+    folder = cache.cache_folder()
     while not folder.exists():
         folder = folder.parent
     yield _enough("disk", shutil.disk_usage(folder).free >> 20, DISK_MIB,

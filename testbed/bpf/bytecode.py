@@ -25,7 +25,7 @@ from pathlib import Path
 from testbed import paths
 from testbed.bpf import syscall
 from testbed.host import architecture
-from testbed.host.facts import cache_folder
+from testbed.host.cache import cache_folder
 from testbed.model.errors import Error
 
 TYPES = {"skb": 3, "address": 18, "option": 25}

@@ -22,7 +22,7 @@ from pyroute2 import IPRoute
 
 from testbed.bpf import syscall
 from testbed.bpf.bytecode import ATTACH_TYPES
-from testbed.host import netlink
+from testbed.host import namespaces
 from testbed.host.ledger import Scope
 from testbed.model.errors import Error
 
@@ -63,7 +63,7 @@ def replace_tc(netns: str, ifindex: int, hook: int, program: int, name: str, cla
         _tc(RTM_NEWTFILTER, ifindex, kind + _attribute(TCA_OPTIONS, options),
             parent=AT_CLSACT[hook], handle=1, info=1 << 16 | socket.htons(ETH_P_ALL))  # fmt: skip
 
-    netlink.inside(netns, attach)
+    namespaces.inside(netns, attach)
 
 
 @cache
@@ -89,7 +89,7 @@ def attach_tcx(netns: str, ifindex: int, hook: int, entry: int) -> None:
             syscall.call(syscall.ATTACH, "=IIIII", ifindex, entry, hook, flags, old)
 
     try:
-        netlink.inside(netns, attach)
+        namespaces.inside(netns, attach)
     except OSError as e:
         if e.errno != errno.ENODEV:
             raise
@@ -105,7 +105,7 @@ def running_tc(netns: str, ip: IPRoute, ifindex: int) -> list[str]:
                 yield from (f"{at}:{name}" for name in programs)
 
     return [
-        *(netlink.inside(netns, lambda: list(by_tcx())) if has_tcx() else ()),
+        *(namespaces.inside(netns, lambda: list(by_tcx())) if has_tcx() else ()),
         *(f"{at}:{options.get_attr('TCA_BPF_NAME')}"
           for at, hook in hooks.items()
           for filter in ip.get_filters(index=ifindex, parent=AT_CLSACT[hook])
@@ -135,7 +135,7 @@ def detach_tc(netns: str, ifindex: int) -> None:
         _tc(RTM_DELQDISC, ifindex, _attribute(TCA_KIND, b"clsact\0"), parent=CLSACT)
 
     try:
-        netlink.inside(netns, detach)
+        namespaces.inside(netns, detach)
     except OSError as e:
         if e.errno not in (errno.ENODEV, errno.EINVAL, errno.ENOENT):  # EINVAL: no clsact
             raise

@@ -8,23 +8,19 @@ fails the cells of its own blocks.
 
 from __future__ import annotations
 
-import json
 import math
-import random
 import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, suppress
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from queue import SimpleQueue
-from typing import IO, BinaryIO, Protocol
 
 from testbed import datapaths, paths
-from testbed.campaigns.worker import BEAT_S, Event, Job
+from testbed.campaigns.places import HERE, Place, Share, events_of
+from testbed.campaigns.protocol import Event, Job
+from testbed.campaigns.schedule import Blocks, order_blocks
 from testbed.model.cells import Cell
 from testbed.model.errors import Error
 from testbed.model.trials import Status, Trial
@@ -60,46 +56,6 @@ Report = Callable[[Progress], None]
 # --- where workers run ----------------------------------------------------------------------
 
 
-class Worker(Protocol):
-    """A worker that has its job: `subprocess.Popen`, or one on another host."""
-
-    @property
-    def stdin(self) -> IO[str] | None: ...
-    @property
-    def stdout(self) -> IO[str] | None: ...
-    def wait(self) -> int: ...
-
-
-class Place(Protocol):
-    """Where a worker runs."""
-
-    name: str
-    """Stands in its trials; empty for this machine."""
-
-    def start(self, job: Job, log: BinaryIO, say: Callable[[str], None]) -> Worker:
-        """Start a worker, which complains to `log`. Raises `Error` if that cannot be done there."""
-
-
-class Here:
-    """This machine."""
-
-    name = ""
-
-    def start(self, job: Job, log: BinaryIO, say: Callable[[str], None]) -> Worker:
-        worker = subprocess.Popen(
-            [sys.executable, "-P", "-m", "testbed.campaigns.worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-        )  # fmt: skip
-        assert worker.stdin is not None
-        with suppress(BrokenPipeError):  # its status will tell
-            worker.stdin.write(json.dumps(asdict(job)) + "\n")
-            worker.stdin.flush()
-        return worker
-
-
-HERE = (Here(),)
-
-
 # --- campaigns ------------------------------------------------------------------------------
 
 
@@ -125,7 +81,7 @@ def start(
     job = Job((), plan.warmup_s, plan.duration_s, choice.guest, str(path.absolute()),
               str(choice.osv_kernel.absolute()) if choice.osv_kernel else None,
               keep=choice.keep)  # fmt: skip
-    shares = _deal(job, _blocks(plan, seed, range(plan.blocks), set()), places, {})
+    shares = _deal(job, order_blocks(plan, seed, range(plan.blocks), set()), places, {})
     began = time.monotonic()
 
     def make(ready: Event) -> Store:
@@ -155,7 +111,7 @@ def resume(path: Path, keep: bool, report: Report, places: Sequence[Place] = HER
               campaign.environment["osv_kernel"], keep=keep)  # fmt: skip
     begun = {t.block: t.host for t in stored.trials() if t.status is not Status.FAILED}
     numbers = range(max([plan.blocks - 1, *(t.block for t in stored.trials())]) + 1)
-    blocks = _blocks(plan, campaign.seed, numbers, stored.done())
+    blocks = order_blocks(plan, campaign.seed, numbers, stored.done())
     began = time.monotonic()
     if not blocks and (plan.target_width is None or _width(stored) <= plan.target_width):
         return stored
@@ -189,7 +145,9 @@ def _refine(
         if job.keep and any(trial.status is Status.FAILED for trial in trials):
             break
         first = 1 + max(trial.block for trial in trials)
-        blocks = _blocks(plan, finished.campaign.seed, range(first, first + len(places)), set())
+        blocks = order_blocks(
+            plan, finished.campaign.seed, range(first, first + len(places)), set()
+        )
         _run(_deal(job, blocks, places, {}), lambda _: finished, report)
         rounds += 1
     return finished
@@ -199,60 +157,25 @@ def _width(of: Store) -> float:
     return widest(summarise(frame(of.trials()), of.campaign.references))
 
 
-Blocks = tuple[tuple[int, tuple[str, ...]], ...]
-"""(number of the block, ids of its cells in the order to run them)."""
-
-
-def _blocks(plan: Plan, seed: int, numbers: range, done: set[tuple[str, int]]) -> Blocks:
-    """These blocks' cells in their random order, without those that are done.
-
-    Those that differ in their datapath alone follow each other: they are to be divided, and a
-    machine changes within a block, too.
-    """
-    blocks = []
-    for number in numbers:
-        chance = random.Random(f"{seed}/{number}")
-        alike: dict[Cell, list[str]] = {}
-        for cell in chance.sample(plan.cells, len(plan.cells)):
-            alike.setdefault(replace(cell, datapath=""), []).append(cell.id)
-        order = (id for ids in alike.values() for id in ids)
-        if left := tuple(id for id in order if (id, number) not in done):
-            blocks.append((number, left))
-    return tuple(blocks)
-
-
-@dataclass
-class _Share:
-    """The blocks that one place runs, and how that ended."""
-
-    name: str
-    place: Place | None
-    """None: a host on which blocks were begun, and which is not to be had now."""
-    job: Job
-    stop: threading.Event = field(default_factory=threading.Event)
-    working: bool = False
-    error: Error | None = None
-
-
-def _deal(job: Job, blocks: Blocks, places: Sequence[Place], begun: dict[int, str]) -> list[_Share]:
+def _deal(job: Job, blocks: Blocks, places: Sequence[Place], begun: dict[int, str]) -> list[Share]:
     """Blocks that were begun go to their hosts, the others round in turn."""
-    hands: dict[str, list[tuple[int, tuple[str, ...]]]] = {place.name: [] for place in places}
+    dealt: dict[str, list[tuple[int, tuple[str, ...]]]] = {place.name: [] for place in places}
     new = 0
     for block in blocks:
         name = begun.get(block[0])
         if name is None:
             name = places[new % len(places)].name
             new += 1
-        hands.setdefault(name, []).append(block)
+        dealt.setdefault(name, []).append(block)
     by_name = {place.name: place for place in places}
     return [
-        _Share(name, by_name.get(name), replace(job, blocks=tuple(hand)))
-        for name, hand in hands.items()
-        if hand
+        Share(name, by_name.get(name), replace(job, blocks=tuple(blocks_of_place)))
+        for name, blocks_of_place in dealt.items()
+        if blocks_of_place
     ]
 
 
-def _run(shares: list[_Share], open_store: Callable[[Event], Store], report: Report) -> Store:
+def _run(shares: list[Share], open_store: Callable[[Event], Store], report: Report) -> Store:
     """Have workers run their shares, all at once; store their trials.
 
     If some of them fail, so do the cells that they still had. Raises the `Error` if all do.
@@ -262,13 +185,13 @@ def _run(shares: list[_Share], open_store: Callable[[Event], Store], report: Rep
             for number, ids in share.job.blocks for order, id in enumerate(ids)}  # fmt: skip
     total, text, began = len(left), "starting", time.monotonic()
     try:
-        with closing(_events(shares)) as events:
+        with closing(events_of(shares)) as events:
             for share, event in events:
                 prefix = f"{share.name}: " if share.name else ""
                 match event["event"]:
                     case "ready":
                         campaign = campaign or open_store(event)
-                        _meet(campaign, share, event)
+                        _record_host(campaign, share, event)
                         began = time.monotonic()
                         why = f": {event['why']}" if event["why"] else ""
                         text = f"{prefix}guests are {event['guest']['runtime']}{why}"
@@ -299,14 +222,14 @@ def _run(shares: list[_Share], open_store: Callable[[Event], Store], report: Rep
         raise
 
 
-def _all_failed(shares: list[_Share]) -> Error:
+def _all_failed(shares: list[Share]) -> Error:
     errors = [share.error for share in shares if share.error]
     if len(errors) == 1:
         return errors[0]
     return Error("; ".join(e.message for e in errors), errors[0].hint)
 
 
-def _meet(store: Store, share: _Share, ready: Event) -> None:
+def _record_host(store: Store, share: Share, ready: Event) -> None:
     """Keep what a host says of itself; its share fails if its guests are not the campaign's.
 
     What is averaged over blocks must be the same kind of guest.
@@ -323,105 +246,6 @@ def _meet(store: Store, share: _Share, ready: Event) -> None:
             "start a new campaign, with --guest or on other hosts",
         )
         share.stop.set()
-
-
-def _events(shares: list[_Share]) -> Generator[tuple[_Share, Event], None, None]:
-    """What the workers say, as they say it. When this returns, or is left, the workers are gone."""
-    inbox: SimpleQueue[tuple[_Share, Event | BaseException]] = SimpleQueue()
-
-    def attend(share: _Share) -> None:
-        try:
-            for event in _attend(share, lambda text: inbox.put((share, _step(text)))):
-                inbox.put((share, event))
-            inbox.put((share, {"event": "end"}))
-        except BaseException as e:
-            inbox.put((share, e))
-
-    threads = [threading.Thread(target=attend, args=(share,), daemon=True) for share in shares]
-    for thread in threads:
-        thread.start()
-    running = len(threads)
-    try:
-        while running:
-            share, event = inbox.get()
-            if isinstance(event, BaseException):
-                running -= 1
-                if not isinstance(event, Error):
-                    raise event
-                share.error = share.error or event
-                yield share, {"event": "failed"}
-            elif event["event"] == "end":
-                running -= 1
-            elif share.error is None:
-                yield share, event
-    finally:
-        for share in shares:
-            share.stop.set()
-        for share, thread in zip(shares, threads, strict=True):
-            if share.working:  # one that still prepares has nothing to take down
-                _join(thread)
-
-
-def _step(text: str) -> Event:
-    return {"event": "step", "text": text}
-
-
-def _join(thread: threading.Thread) -> None:
-    """Workers take everything down before they end, also if somebody is in a hurry."""
-    while thread.is_alive():
-        with suppress(KeyboardInterrupt):
-            thread.join()
-
-
-def _attend(share: _Share, say: Callable[[str], None]) -> Iterator[Event]:
-    """Start a share's worker and pass on what it says. When this returns the worker is gone.
-
-    What it complains of stays in `worker.log` of the campaign, or `worker-HOST.log`.
-    """
-    if share.place is None:
-        raise Error(f"blocks were begun on {share.name}, which is not among the hosts of this run",
-                    f"--on {share.name}")  # fmt: skip
-    log = Path(share.job.directory, f"worker-{share.name}.log" if share.name else "worker.log")
-    try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        complaints = log.open("wb")
-    except OSError as e:
-        raise Error(f"cannot write {log}: {e.strerror}", "choose a directory with --out") from e
-    with complaints:
-        worker = share.place.start(share.job, complaints, say)
-        share.working = True
-        assert worker.stdin is not None
-        assert worker.stdout is not None
-        beat = threading.Thread(target=_beat, args=(worker.stdin, share.stop), daemon=True)
-        beat.start()
-        try:
-            for line in worker.stdout:
-                event = json.loads(line)
-                if event["event"] == "error":
-                    where = f"{share.name}: " if share.name else ""
-                    raise Error(f"{where}{event['message']}", event["hint"])
-                yield event
-        finally:
-            share.stop.set()
-            beat.join()
-            status = worker.wait()
-            worker.stdout.close()
-    if status:
-        last = log.read_text(errors="replace").strip().rpartition("\n")[2] or "it said nothing"
-        if status < 0 and share.name:
-            raise Error(f"lost the link to {share.name}", "--resume goes on where it ended")
-        where = f"the worker on {share.name}" if share.name else "the worker"
-        raise Error(f"{where} ended with status {status}: {last}", f"see {log}, then --resume")
-
-
-def _beat(orders: IO[str], stop: threading.Event) -> None:
-    """Tell a worker that somebody wants its results, until nobody does."""
-    with suppress(OSError):
-        while not stop.wait(BEAT_S):
-            orders.write("\n")
-            orders.flush()
-    with suppress(OSError):
-        orders.close()
 
 
 def _describe(plan: Plan, seed: int, job: Job, ready: Event, places: Sequence[Place]) -> Campaign:

@@ -14,14 +14,15 @@ import signal
 import sys
 
 from testbed import runtimes
-from testbed.campaigns import trial
-from testbed.campaigns.worker import end_when_nobody_listens
+from testbed.campaigns import roles
+from testbed.campaigns.protocol import end_when_nobody_listens
 from testbed.datapaths.routed import Routed, Side
-from testbed.host import process
+from testbed.host import ledger
 from testbed.host.ledger import Owner
 from testbed.model.errors import Error
 from testbed.model.terms import Runtime
 from testbed.pods.pod import Pod
+from testbed.runtimes import interface
 
 
 def main() -> None:
@@ -29,11 +30,11 @@ def main() -> None:
     side = Side.from_json(json.loads(sys.stdin.readline()))
     end_when_nobody_listens()
     try:
-        program = runtimes.prepare(Runtime.PROCESS, runtimes.Options())
-        manifest = trial.manifest(Routed.pairs, Runtime.STANDIN)
-        clients = {client: side.other for pair in Routed.pairs for client, _ in trial.ends(pair)}
+        program = runtimes.prepare(Runtime.PROCESS, interface.Options())
+        manifest = roles.manifest(Routed.pairs, Runtime.STANDIN)
+        clients = {client: side.other for pair in Routed.pairs for client, _ in roles.ends(pair)}
         with Owner() as owner:
-            consoles = process.create_folder(owner, f"{owner.id}-consoles")
+            consoles = ledger.create_folder(owner, f"{owner.id}-consoles")
             with Pod(owner, "far", manifest, Routed(side), {Runtime.PROCESS: program}, consoles,
                      elsewhere=clients) as pod:  # fmt: skip
                 pod.start()

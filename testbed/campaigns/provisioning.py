@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from testbed.campaigns import trial
-from testbed.host import facts, process
+from testbed.host import cgroups, facts, process
 from testbed.model.cells import Cell, Metric, Pair
 from testbed.model.terms import Family
 from testbed.model.trials import Status, Trial
 from testbed.pods.pod import Pod
-from testbed.runtimes import Prepared
+from testbed.runtimes.interface import Prepared
 
 POLL_S = 0.001
 SETTLE_S, SETTLE_LIMIT_S, SETTLED_BYTES = 0.1, 3.0, 64 << 10
@@ -110,7 +110,7 @@ class Built:
                 self.answered_ms[cell] = passed_ms()
         for pod in self.pods:
             pod.wait()
-        processes = sum(process.resident_bytes(pod.cgroup.parent) for pod in self.pods)
+        processes = sum(cgroups.resident_bytes(pod.cgroup.parent) for pod in self.pods)
         kernel = facts.kernel_bytes() - kernel_bytes
         self.memory_bytes = {
             "processes": processes / len(self.pods), "kernel": kernel / len(self.pods)

@@ -13,77 +13,44 @@ from __future__ import annotations
 
 import json
 import os
-import select
-import signal
 import sys
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from testbed import datapaths, runtimes
-from testbed.campaigns import trial
+from testbed.campaigns import roles, trial
+from testbed.campaigns.protocol import Event, Job, end_when_nobody_listens, ignore_signals
 from testbed.campaigns.provisioning import Built, Deployment
-from testbed.datapaths import Datapath
-from testbed.datapaths.routed import Routed, Side
+from testbed.campaigns.roles import unsupported
+from testbed.datapaths.interface import Datapath
+from testbed.datapaths.routed import Routed
 from testbed.host import facts
 from testbed.host.ledger import Owner, Scope
 from testbed.model.cells import Cell, Pair
 from testbed.model.errors import Error
 from testbed.model.terms import Runtime
 from testbed.model.trials import Status, Trial
-from testbed.pods.pod import Pod, unsupported
-from testbed.pods.reconciler import Supervisor
-
-BEAT_S = 5
-SILENCE_S = 20
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker is asked to do."""
-
-    blocks: tuple[tuple[int, tuple[str, ...]], ...]
-    """(number of the block, ids of its cells in the order to run them)."""
-    warmup_s: float
-    duration_s: float
-    guest: str
-    """A runtime, or `best`."""
-    directory: str
-    """The campaign's, on this host: what workloads print goes to `consoles` in it."""
-    osv_kernel: str | None = None
-    hosts_patch: bool = True
-    keep: bool = False
-    """Leave a pod that failed standing."""
-    side: Side | None = None
-    """The client's end of cells between this host and another, if it is given one."""
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Job:
-        """The inverse of `dataclasses.asdict` after JSON."""
-        blocks = tuple((number, tuple(cells)) for number, cells in data["blocks"])
-        side = Side.from_json(data["side"]) if data["side"] else None
-        return cls(**{**data, "blocks": blocks, "side": side})
-
-
-Event = dict[str, Any]
+from testbed.pods.pod import Pod
+from testbed.pods.reconciler import Reconciler
+from testbed.runtimes import interface
+from testbed.runtimes.vm.guest import queues
 
 
 def work(job: Job) -> Iterator[Event]:
     """The events of a job, as they happen."""
     yield _step("preparing guests")
     kernel = Path(job.osv_kernel) if job.osv_kernel else None
-    options = runtimes.Options(kernel, job.hosts_patch, say=lambda text: _say(_step(text)))
+    options = interface.Options(kernel, job.hosts_patch, say=lambda text: _say(_step(text)))
     guest, why = runtimes.choose(job.guest, options)
     named = {Cell.parse(id).guest for _, ids in job.blocks for id in ids} - {""}
     guests: Guests = {"": guest, **{name: _prepared(name, options) for name in sorted(named)}}
-    standing = trial.manifest({Pair.NATIVE_GUEST}, guest.description.runtime)
+    standing = roles.manifest({Pair.NATIVE_GUEST}, guest.description.runtime)
     yield {"event": "ready", "guest": asdict(guest.description), "why": why,
            "guests": {name: asdict(of.description) for name, of in guests.items()
                       if name and not isinstance(of, Error)},
-           "queues": runtimes.queues(guest, standing.guests[1]),
+           "queues": queues(guest, standing.guests[1]),
            "machine": facts.facts(), "versions": facts.versions()}  # fmt: skip
     with Owner() as owner:
         bench = _Bench(job, owner, guests, options)
@@ -95,11 +62,11 @@ def work(job: Job) -> Iterator[Event]:
                 return
 
 
-Guests = dict[str, runtimes.Prepared | Error]
+Guests = dict[str, interface.Prepared | Error]
 """By the name that cells give; the campaign's own has none. Or why there is none."""
 
 
-def _prepared(name: str, options: runtimes.Options) -> runtimes.Prepared | Error:
+def _prepared(name: str, options: interface.Options) -> interface.Prepared | Error:
     try:
         return runtimes.prepare(Runtime(name), options)
     except Error as e:
@@ -123,25 +90,16 @@ def _say(event: Event) -> None:
     try:
         print(json.dumps(event), flush=True)
     except BrokenPipeError:
-        _be_deaf()
+        ignore_signals()
         raise
-
-
-def _be_deaf() -> None:
-    """A second signal would interrupt the taking down that the first led to.
-
-    It gets a handler that does nothing: ignored, one that has come already is an OSError in Python.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
 
 
 class _Bench:
     """Where blocks are run."""
 
-    def __init__(self, job: Job, owner: Scope, guests: Guests, options: runtimes.Options) -> None:
+    def __init__(self, job: Job, owner: Scope, guests: Guests, options: interface.Options) -> None:
         self.job, self.owner, self.guests, self.options = job, owner, guests, options
-        self.natives: dict[Runtime, runtimes.Prepared | Error] = {}
+        self.natives: dict[Runtime, interface.Prepared | Error] = {}
         self.failed: list[Pod] = []
 
     def block(self, number: int, cells: Sequence[Cell]) -> Iterator[Event]:
@@ -180,9 +138,9 @@ class _Bench:
         found = datapaths.get(name)
         return Routed(self.job.side) if isinstance(found, Routed) else found
 
-    def _natives(self, cells: Iterable[Cell]) -> dict[Runtime, runtimes.Prepared | Error]:
+    def _natives(self, cells: Iterable[Cell]) -> dict[Runtime, interface.Prepared | Error]:
         """What runs the cells' natives, prepared when first needed."""
-        kinds = trial.natives(cell.pair for cell in cells)
+        kinds = roles.natives(cell.pair for cell in cells)
         for kind in kinds - self.natives.keys():
             self.natives[kind] = _prepared(kind, self.options)
         return {kind: self.natives[kind] for kind in kinds}
@@ -194,7 +152,7 @@ class _Bench:
         guest, datapath = self.guests[deployment.guest], self._datapath(deployment.datapath)
         assert not isinstance(guest, Error)
         runtime, pairs = guest.description.runtime, {cell.pair for cell in cells}
-        manifest = trial.manifest(pairs, runtime, deployment.guests)
+        manifest = roles.manifest(pairs, runtime, deployment.guests)
         kinds = {runtime: guest} | {
             kind: native for kind, native in self._natives(cells).items()
             if not isinstance(native, Error)
@@ -204,7 +162,7 @@ class _Bench:
         stack.callback(self._close, built)
         names = [f"{name}-{k}" for k in range(deployment.pods)] if deployment.pods > 1 else [name]
         far = datapath.side.other if isinstance(datapath, Routed) and datapath.side else {}
-        elsewhere = {server: far for pair in pairs for _, server in trial.ends(pair) if far}
+        elsewhere = {server: far for pair in pairs for _, server in roles.ends(pair) if far}
         pods = (Pod(self.owner, name, manifest, datapath, kinds, consoles, elsewhere=elsewhere)
                 for name in names)  # fmt: skip
         try:
@@ -215,7 +173,7 @@ class _Bench:
             self.failed += built.pods
             return e if isinstance(e, Error) else Error(str(e))
         for pod in built.pods:
-            stack.enter_context(Supervisor(pod))
+            stack.enter_context(Reconciler(pod))
         return built
 
     def _trials(self, cell: Cell, built: Built | Error) -> Iterator[Trial]:
@@ -242,25 +200,6 @@ class _Bench:
         for pod in built.pods:
             if not (self.job.keep and pod in self.failed):
                 pod.close()
-
-
-def end_when_nobody_listens() -> None:
-    """Raise `KeyboardInterrupt` in the main thread at a signal, at the end of standard input, or
-    after `SILENCE_S` without a line there.
-    """
-
-    def listen() -> None:
-        while select.select([0], [], [], SILENCE_S)[0] and os.read(0, 4096):
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    def stop(*_: object) -> None:
-        _be_deaf()
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    threading.Thread(target=listen, daemon=True).start()
 
 
 def main() -> None:

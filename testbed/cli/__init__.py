@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 
-from testbed.cli import hosts, images, pods, run
+from testbed.cli import conformance, hosts, images, pods, results, run
 from testbed.model.errors import Error
 
 
@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (run, hosts, pods, images):
+    for module in (run, results, conformance, hosts, pods, images):
         module.add(commands)
     completion = commands.add_parser(
         "completion", help="print what has a shell complete commands, options and names of pods",

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from testbed.model.errors import Error
+from testbed.model.terms import Runtime
 
 if TYPE_CHECKING:
     from testbed.campaigns.campaign import Progress
-    from testbed.remote.place import Host
+    from testbed.remote.inventory import Host
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -36,9 +37,20 @@ def chosen(arguments: argparse.Namespace) -> Sequence[Host]:
         if arguments.on:
             raise Error("--on chooses among the hosts of an inventory", "add --hosts FILE")
         return ()
-    from testbed.remote import place
+    from testbed.remote import inventory
 
-    return place.choose(place.load(arguments.hosts), arguments.on)
+    return inventory.choose(inventory.load(arguments.hosts), arguments.on)
+
+
+def add_guest(command: argparse.ArgumentParser) -> None:
+    """Options that choose what runs guests."""
+    guests = ["best", *(r for r in Runtime if r.is_guest)]
+    command.add_argument("--guest", default="best", choices=guests,
+                         help="what runs guests (default: the best that is there)")  # fmt: skip
+    command.add_argument(
+        "--osv-kernel", type=Path, metavar="PATH",
+        help="OSv kernel or tree (default: cache, else nightly release)",
+    )  # fmt: skip
 
 
 @contextmanager

@@ -46,11 +46,11 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _doctor_of_hosts(arguments: argparse.Namespace) -> int:
     from testbed import doctor
-    from testbed.remote import place
+    from testbed.remote import survey
 
     well = True
     answers = {}
-    for host, answer in place.each(chosen(arguments), place.examine):
+    for host, answer in survey.each(chosen(arguments), survey.examine):
         if isinstance(answer, Error):
             answers[host.name], lines, well = {"error": str(answer)}, [str(answer)], False
         else:
@@ -65,11 +65,11 @@ def _doctor_of_hosts(arguments: argparse.Namespace) -> int:
 
 
 def _hosts(arguments: argparse.Namespace) -> int:
-    from testbed.remote import place
+    from testbed.remote import survey
 
     reached = True
     answers = {}
-    for host, seen in place.each(chosen(arguments), place.look):
+    for host, seen in survey.each(chosen(arguments), survey.look):
         reached &= not isinstance(seen, Error)
         answers[host.name] = {"error": str(seen)} if isinstance(seen, Error) else vars(seen)
         if not arguments.json:

@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 
 def add(commands: Commands) -> None:
     """Of pods by hand."""
+    _add_building(commands)
+    _add_asking(commands)
+    _add_top(commands)
+    _add_trace(commands)
+
+
+def _add_building(commands: Commands) -> None:
     up = commands.add_parser(
         "up", help="build the pods of a Kubernetes manifest, and leave them standing",
         epilog="Which runtime: annotation testbed/runtime.CONTAINER, or runtimeClassName. "
@@ -54,6 +61,8 @@ def add(commands: Commands) -> None:
             "--wait", type=float, metavar="S", help="for the pods to be ready (default: 60)"
         )
 
+
+def _add_asking(commands: Commands) -> None:
     ps = commands.add_parser("ps", help="list pods and their workloads")
     ps.set_defaults(call=_ps)
     ps.add_argument("--json", action="store_true")
@@ -76,31 +85,6 @@ def add(commands: Commands) -> None:
             command.add_argument("words", nargs="+", metavar="COMMAND")
         if name == "describe":
             command.add_argument("--json", action="store_true")
-
-    top = commands.add_parser(
-        "top", help="packets and bits per second of each pair of workloads, and what is counted"
-    )
-    top.set_defaults(call=_top)
-    _pod(top, metavar="POD", nargs="*", help="default: all")
-    top.add_argument("--interval", type=float, default=1.0, metavar="S",
-                     help="between two looks (default: %(default)s)")  # fmt: skip
-    top.add_argument("--once", action="store_true", help="print one interval, and end")
-    top.add_argument("--json", action="store_true", help="the same, as JSON")
-
-    trace = commands.add_parser(
-        "trace", help="each packet at each of the datapath's programs, and what became of it",
-        epilog="Ends with Ctrl-C. While it runs, the pod's programs are slower; before and after, "
-        "they are not.",
-    )  # fmt: skip
-    trace.set_defaults(call=_trace)
-    _pod(trace, metavar="POD")
-    trace.add_argument("--port", type=int, metavar="N", help="only packets from or to a port")
-    trace.add_argument(
-        "--pcap", type=Path, metavar="FILE",
-        help="write them as pcapng, too: how they came, and how they went",
-    )  # fmt: skip
-    trace.add_argument("--count", type=int, metavar="N", help="end after so many")
-    trace.add_argument("--json", action="store_true", help="a line of JSON for each")
 
 
 def _pod(command: argparse.ArgumentParser, **options: Any) -> None:
@@ -137,8 +121,9 @@ def _ordered(arguments: argparse.Namespace, sandbox: Sandbox | None = None) -> l
     from testbed.host import nft
     from testbed.pods import kubernetes
     from testbed.pods.supervisor import Order
+    from testbed.runtimes.interface import Options
 
-    options = runtimes.Options(osv_kernel=arguments.osv_kernel)
+    options = Options(osv_kernel=arguments.osv_kernel)
     best = functools.cache(lambda: runtimes.best(replace(options, say=_say)))
     specs = kubernetes.read(arguments.manifest, best)
     if sandbox and len(specs) > 1:
@@ -263,6 +248,23 @@ def _describe(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_trace(commands: Commands) -> None:
+    trace = commands.add_parser(
+        "trace", help="each packet at each of the datapath's programs, and what became of it",
+        epilog="Ends with Ctrl-C. While it runs, the pod's programs are slower; before and after, "
+        "they are not.",
+    )  # fmt: skip
+    trace.set_defaults(call=_trace)
+    _pod(trace, metavar="POD")
+    trace.add_argument("--port", type=int, metavar="N", help="only packets from or to a port")
+    trace.add_argument(
+        "--pcap", type=Path, metavar="FILE",
+        help="write them as pcapng, too: how they came, and how they went",
+    )  # fmt: skip
+    trace.add_argument("--count", type=int, metavar="N", help="end after so many")
+    trace.add_argument("--json", action="store_true", help="a line of JSON for each")
+
+
 def _trace(arguments: argparse.Namespace) -> int:
     from testbed.pods.observe import pcapng, trace
 
@@ -282,6 +284,18 @@ def _trace(arguments: argparse.Namespace) -> int:
         if tracing.missed:
             _say(f"{tracing.missed} were missed: too many at once")
     return 0
+
+
+def _add_top(commands: Commands) -> None:
+    top = commands.add_parser(
+        "top", help="packets and bits per second of each pair of workloads, and what is counted"
+    )
+    top.set_defaults(call=_top)
+    _pod(top, metavar="POD", nargs="*", help="default: all")
+    top.add_argument("--interval", type=float, default=1.0, metavar="S",
+                     help="between two looks (default: %(default)s)")  # fmt: skip
+    top.add_argument("--once", action="store_true", help="print one interval, and end")
+    top.add_argument("--json", action="store_true", help="the same, as JSON")
 
 
 def _top(arguments: argparse.Namespace) -> int:

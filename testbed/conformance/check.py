@@ -13,7 +13,7 @@ from testbed.model.cells import Pair
 from testbed.model.terms import Family, Transport
 
 if TYPE_CHECKING:
-    from testbed.conformance.fixture import Bed
+    from testbed.conformance.bed import Bed
 
 Body = Callable[["Bed"], Iterator[None] | None]
 

@@ -10,7 +10,7 @@ import socket
 import struct
 from collections.abc import Iterable
 
-from testbed.host import netlink
+from testbed.host import namespaces
 from testbed.model.addresses import Address
 
 ETH_P_IP, ETH_P_ARP, ETH_P_IPV6 = 0x0800, 0x0806, 0x86DD
@@ -21,7 +21,7 @@ def send(netns: str, ifname: str, frames: Iterable[bytes]) -> None:
 
     Programs on the way out may drop them at once, which the socket hears as ENOBUFS.
     """
-    out = netlink.inside(netns, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
+    out = namespaces.inside(netns, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
     with out:
         out.bind((ifname, 0))
         for frame in frames:

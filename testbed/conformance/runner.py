@@ -11,16 +11,17 @@ from tempfile import TemporaryDirectory
 from types import MappingProxyType
 
 from testbed import datapaths, runtimes
-from testbed.campaigns.trial import ROLES
+from testbed.campaigns.roles import ROLES, unsupported
 from testbed.conformance import checks, known_limits
+from testbed.conformance.bed import Bed
 from testbed.conformance.check import EVERY, Case, Check, Failure, Result, Status, Unsupported
-from testbed.conformance.fixture import Bed, ForeignStage, OwnStage, Stage
-from testbed.datapaths import Datapath
+from testbed.conformance.stage import ForeignStage, OwnStage, Stage
+from testbed.datapaths.interface import Datapath
 from testbed.host.ledger import Owner
 from testbed.model.cells import Cell, Metric, Pair
 from testbed.model.errors import Error
 from testbed.model.terms import Family, Runtime
-from testbed.pods.pod import unsupported
+from testbed.runtimes import interface
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def run(choice: Choice) -> Iterator[Result | Progress]:
         if datapath and not datapath.localhost:
             raise Error(f"{name} does not make localhost work: there is nothing to check",
                         hint="choose another --datapath")  # fmt: skip
-    options = runtimes.Options(osv_kernel=choice.osv_kernel, hosts_patch=choice.hosts_patch)
+    options = interface.Options(osv_kernel=choice.osv_kernel, hosts_patch=choice.hosts_patch)
     with Owner() as owner, TemporaryDirectory(prefix="testbed-") as consoles:
         if choice.netns:
             if choice.native is not Runtime.PROCESS:

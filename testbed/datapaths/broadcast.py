@@ -12,8 +12,9 @@ from pathlib import Path
 
 from testbed import bpf
 from testbed.bpf import INGRESS, ProgramSet
-from testbed.datapaths import Attachment, Layout, ProgramsOfPod, Wiring
+from testbed.datapaths.ebpf.attachment import EbpfAttachment
 from testbed.datapaths.ebpf.loopback_side import LO_IFINDEX
+from testbed.datapaths.interface import Attachment, Layout, Wiring
 from testbed.host.ledger import Scope
 from testbed.model.cells import Cell, Pair
 from testbed.model.errors import Error
@@ -42,7 +43,7 @@ class Broadcast:
         return _Attachment(wiring, owner)
 
 
-class _Attachment(ProgramsOfPod):
+class _Attachment(EbpfAttachment):
     def __init__(self, wiring: Wiring, owner: Scope) -> None:
         if len(wiring.ports) > MAX_COPIES:
             raise Error(f"pod {wiring.pod} has {len(wiring.ports)} guests, and `broadcast` makes "

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from testbed import bpf
 from testbed.bpf import EGRESS, INGRESS, ProgramSet
-from testbed.datapaths import Attachment, Layout, ProgramsOfPod, Wiring
+from testbed.datapaths.ebpf.attachment import EbpfAttachment
+from testbed.datapaths.interface import Attachment, Layout, Wiring
 from testbed.host.ledger import Scope
 from testbed.model.cells import Cell, Pair
 
@@ -36,7 +37,7 @@ class Capture:
         return _Attachment(wiring, owner)
 
 
-class _Attachment(ProgramsOfPod):
+class _Attachment(EbpfAttachment):
     def __init__(self, wiring: Wiring, owner: Scope) -> None:
         super().__init__("capture", REASONS, wiring, owner)
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 import shutil
 import socket
 
-from testbed.datapaths import Attachment, Layout, LinkCounters, Wiring, add_aliases
-from testbed.host import netlink, nft
+from testbed.datapaths.interface import Attachment, Layout, Wiring
+from testbed.datapaths.link_counters import LinkCounters, add_aliases
+from testbed.host import namespaces, nft
 from testbed.host.ledger import Scope
 from testbed.model.addresses import alias, guest_link, loopback, pod_link
 from testbed.model.cells import Cell, Pair
@@ -59,14 +60,14 @@ class _Attachment(LinkCounters):
 
     def _open(self, wiring: Wiring) -> None:
         add_aliases(wiring)
-        netlink.set_sysctls(wiring.netns, {
+        namespaces.set_sysctls(wiring.netns, {
             "net/ipv4/conf/all/forwarding": 1,
             "net/ipv6/conf/all/forwarding": 1,
             "net/ipv4/conf/all/send_redirects": 0,
             **{f"net/ipv4/conf/{p.ifname}/route_localnet": 1 for p in wiring.ports},
             **{f"net/ipv4/conf/{p.ifname}/send_redirects": 0 for p in wiring.ports},
         })  # fmt: skip
-        with netlink.open_socket(wiring.netns) as ip:
+        with namespaces.open_socket(wiring.netns) as ip:
             for port in wiring.ports:
                 ip.route("replace", family=socket.AF_INET6, dst="::1/128", oif=port.ifindex,
                          type="local", table=LOCAL_TABLE, priority=LO_METRIC + port.n)  # fmt: skip

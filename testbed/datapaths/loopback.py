@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from testbed.datapaths import Attachment, Layout, LinkCounters, Wiring
+from testbed.datapaths.interface import Attachment, Layout, Wiring
+from testbed.datapaths.link_counters import LinkCounters
 from testbed.host.ledger import Scope
 from testbed.model.cells import Cell, Pair
 

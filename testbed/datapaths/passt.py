@@ -19,8 +19,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 
-from testbed.datapaths import Attachment, Count, Layout, LinkCounters, Port, Wiring
-from testbed.host import netlink, process
+from testbed.datapaths.interface import Attachment, Count, Layout, Port, Wiring
+from testbed.datapaths.link_counters import LinkCounters
+from testbed.host import cgroups, namespaces, netlink, process
 from testbed.host.ledger import Scope
 from testbed.model.addresses import ALIAS_MAC, LINK_PREFIX, alias, guest_link
 from testbed.model.cells import Cell, Pair
@@ -54,7 +55,7 @@ class _Attachment(LinkCounters):
     def __init__(self, wiring: Wiring, owner: Scope) -> None:
         super().__init__(wiring)
         self._scope = owner.part()
-        self._cgroup = process.create_cgroup(self._scope, f"{wiring.netns}/passt")
+        self._cgroup = cgroups.create(self._scope, f"{wiring.netns}/passt")
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._listening: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
@@ -83,7 +84,7 @@ class _Attachment(LinkCounters):
 
         There, as at every address of the pod, passt listens for the guest.
         """
-        with netlink.open_socket(self.wiring.netns) as ip:
+        with namespaces.open_socket(self.wiring.netns) as ip:
             netlink.create_link(ip, "template", kind="bridge", state="up")
             for port in self.wiring.ports:
                 for family in Family:

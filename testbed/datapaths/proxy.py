@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from testbed.datapaths import Attachment, Layout, LinkCounters, Wiring, add_aliases
-from testbed.host import process
+from testbed.datapaths.interface import Attachment, Layout, Wiring
+from testbed.datapaths.link_counters import LinkCounters, add_aliases
+from testbed.host import cgroups, ledger, process
 from testbed.host.ledger import Scope
 from testbed.model.addresses import Address, alias, guest_link, loopback
 from testbed.model.cells import Cell, Pair
@@ -57,8 +58,8 @@ class _Attachment(LinkCounters):
         super().__init__(wiring)
         add_aliases(wiring)
         self._scope = owner.part()
-        folder = process.create_folder(self._scope, f"{wiring.netns}-proxy")
-        self._cgroup = process.create_cgroup(self._scope, f"{wiring.netns}/proxy")
+        folder = ledger.create_folder(self._scope, f"{wiring.netns}-proxy")
+        self._cgroup = cgroups.create(self._scope, f"{wiring.netns}/proxy")
         if shutil.which("haproxy"):
             config = folder / "haproxy.conf"
             config.write_text(haproxy_conf(wiring))

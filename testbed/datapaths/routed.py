@@ -22,8 +22,9 @@ from typing import Any, Self
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from testbed.datapaths import Attachment, Count, Layout, LinkCounters, Wiring
-from testbed.host import netlink
+from testbed.datapaths.interface import Attachment, Count, Layout, Wiring
+from testbed.datapaths.link_counters import LinkCounters
+from testbed.host import namespaces, netlink
 from testbed.host.ledger import Scope
 from testbed.model.addresses import Address, address_between_hosts
 from testbed.model.cells import Cell, Pair
@@ -91,7 +92,7 @@ class Routed:
     def attach(self, wiring: Wiring, owner: Scope) -> Attachment:
         assert self.side
         number, ifname = self.side.number, f"tb-r{self.side.number}"
-        with IPRoute() as host, netlink.open_socket(wiring.netns) as pod:
+        with IPRoute() as host, namespaces.open_socket(wiring.netns) as pod:
             try:
                 peer = {"ifname": UPLINK, "net_ns_fd": wiring.netns}
                 port = netlink.create_link(host, ifname, kind="veth", state="up", peer=peer)
@@ -127,7 +128,7 @@ class _Uplink(LinkCounters):
     """What the pod's link to its host carried."""
 
     def carried(self, client: int | None, server: int | None) -> Count:
-        with netlink.open_socket(self.wiring.netns) as ip:
+        with namespaces.open_socket(self.wiring.netns) as ip:
             return Count(*netlink.traffic(ip, netlink.links(self.wiring.netns)[UPLINK]))
 
 

@@ -19,8 +19,9 @@ from pathlib import Path
 
 from testbed import bpf
 from testbed.bpf import ProgramSet
-from testbed.datapaths import AT_PORTS, Attachment, Layout, ProgramsOfPod, Wiring
-from testbed.host import netlink
+from testbed.datapaths.ebpf.attachment import AT_PORTS, EbpfAttachment
+from testbed.datapaths.interface import Attachment, Layout, Wiring
+from testbed.host import namespaces
 from testbed.host.ledger import Scope
 from testbed.model import addresses
 from testbed.model.cells import Cell, Pair
@@ -59,7 +60,7 @@ class Steer:
         return _Attachment(wiring, owner)
 
 
-class _Attachment(ProgramsOfPod):
+class _Attachment(EbpfAttachment):
     def __init__(self, wiring: Wiring, owner: Scope) -> None:
         super().__init__("steer", REASONS, wiring, owner, local=ALIASES)
 
@@ -67,7 +68,7 @@ class _Attachment(ProgramsOfPod):
         super()._attach_lo()
         self._steer_sockets()
 
-    def settle(self) -> None:
+    def attach_deferred(self) -> None:
         """Have ports run their programs by themselves, ahead of the filters, where Linux can."""
         if not bpf.has_tcx():
             return
@@ -85,7 +86,7 @@ class _Attachment(ProgramsOfPod):
     def _steer_sockets(self) -> None:
         """Attach to the pod's cgroup, and say which namespace is the pod's."""
         try:
-            cookie = netlink.inside(self._wiring.netns, _cookie)
+            cookie = namespaces.inside(self._wiring.netns, _cookie)
         except OSError as e:
             if e.errno != errno.ENOPROTOOPT:
                 raise

@@ -11,8 +11,9 @@ only, and both links leave the bridge: there is no other way for a packet.
 
 from __future__ import annotations
 
-from testbed.datapaths import Attachment, Layout, LinkCounters, Wiring
-from testbed.host import netlink
+from testbed.datapaths.interface import Attachment, Layout, Wiring
+from testbed.datapaths.link_counters import LinkCounters
+from testbed.host import namespaces
 from testbed.host.ledger import Scope
 from testbed.model.cells import Cell, Pair
 from testbed.model.errors import Error
@@ -54,7 +55,7 @@ class _Attachment(LinkCounters):
         self._tie()
 
     def detach(self) -> None:
-        with netlink.open_socket(self.wiring.link_netns) as ip:
+        with namespaces.open_socket(self.wiring.link_netns) as ip:
             for ifindex in self._ends:
                 if any(q.get("kind") == "ingress" for q in ip.get_qdiscs(ifindex)):
                     ip.tc("del", "ingress", ifindex, INGRESS)
@@ -65,7 +66,7 @@ class _Attachment(LinkCounters):
 
     def _tie(self) -> None:
         one, other = self._ends
-        with netlink.open_socket(self.wiring.link_netns) as ip:
+        with namespaces.open_socket(self.wiring.link_netns) as ip:
             for here, there in ((one, other), (other, one)):
                 ip.link("set", index=here, master=0)
                 ip.tc("add", "ingress", here, INGRESS)

@@ -17,8 +17,9 @@ import struct
 import sys
 from collections.abc import Mapping
 
-from testbed.datapaths import Attachment, Layout, LinkCounters, Wiring
-from testbed.host import netlink, process
+from testbed.datapaths.interface import Attachment, Layout, Wiring
+from testbed.datapaths.link_counters import LinkCounters
+from testbed.host import cgroups, namespaces, netlink, process
 from testbed.host.ledger import Scope
 from testbed.model.addresses import guest_link, guest_view, loopback, native_source
 from testbed.model.cells import Cell, Pair
@@ -55,7 +56,7 @@ class _Attachment(LinkCounters):
     def __init__(self, wiring: Wiring, owner: Scope) -> None:
         super().__init__(wiring)
         self._scope = owner.part()
-        cgroup = process.create_cgroup(self._scope, f"{wiring.netns}/tun")
+        cgroup = cgroups.create(self._scope, f"{wiring.netns}/tun")
         self._route()
         self._open()
         self._running = process.spawn(
@@ -75,7 +76,7 @@ class _Attachment(LinkCounters):
 
     def _route(self) -> None:
         """What takes the device; rules for it come before those for the pod's own addresses."""
-        with netlink.open_socket(self.wiring.netns) as ip:
+        with namespaces.open_socket(self.wiring.netns) as ip:
             device = netlink.create_link(ip, DEVICE, kind="tuntap", mode="tun")
             ip.link("set", index=device, state="up")
             ip.route("add", dst=f"{guest_view(Family.IPV4, 0)}/24", oif=device)
@@ -93,7 +94,7 @@ class _Attachment(LinkCounters):
     def _open(self) -> None:
         """Loopback addresses may come and go by the device, and come from guests."""
         wiring = self.wiring
-        netlink.set_sysctls(wiring.netns, {
+        namespaces.set_sysctls(wiring.netns, {
             "net/ipv4/conf/all/forwarding": 1,
             f"net/ipv4/conf/{DEVICE}/route_localnet": 1,
             f"net/ipv4/conf/{DEVICE}/accept_local": 1,

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from testbed.host.facts import cache_folder
+from testbed.host.cache import cache_folder
 from testbed.model.errors import Error
 
 

@@ -35,11 +35,6 @@ def slowness() -> float:
     return factor
 
 
-def cache_folder() -> Path:
-    """`~/.cache/testbed`, or `$XDG_CACHE_HOME/testbed`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "testbed"
-
-
 def families() -> frozenset[Family]:
     """IP versions that this kernel has: IPv6 can be compiled out, or off by `ipv6.disable=1`."""
     has_ipv6 = Path("/proc/sys/net/ipv6").exists()

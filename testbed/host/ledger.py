@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import secrets
+import shutil
 import signal
 import threading
 import time
@@ -26,6 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from testbed.host import ledger
 from testbed.model.errors import Error
 
 ROOT = Path("/run/testbed")
@@ -288,3 +290,17 @@ def _lock(file: TextIOWrapper, kind: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def create_folder(owner: Scope, name: str) -> Path:
+    """Make a folder beside the ledgers, for what programs are told and tell in files."""
+    path = ledger.ROOT / name
+    owner.defer(remove_folder, path=str(path))
+    path.mkdir(mode=0o700, exist_ok=True)
+    return path
+
+
+def remove_folder(path: str) -> None:
+    """Remove a folder with all that is in it. One that is gone is no error."""
+    if Path(path).exists():
+        shutil.rmtree(path)

@@ -7,115 +7,23 @@ Nothing here knows what a pod is.
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
-import functools
-import os
 import socket
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
-import pyroute2.netns
-from pyroute2 import AsyncIPRoute, IPRoute
+from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
-from pyroute2.netlink.rtnl.iprsocket import IPRouteProxy
 
 from testbed.host import facts
-from testbed.host.ledger import Scope
+from testbed.host.namespaces import (
+    inside,
+    open_socket,
+)
 from testbed.model.addresses import Address
-from testbed.model.errors import Error
 from testbed.model.terms import Family
 
-NETNS = Path("/run/netns")
 IFA_F_NODAD = 0x02
 NUD_PERMANENT = 0x80
-CLONE_NEWNET = 0x40000000
-MS_BIND, MS_REC, MS_SHARED = 0x1000, 0x4000, 0x100000
-NS_GET_NSTYPE = 0xB703
-
-T = TypeVar("T")
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def create_netns(owner: Scope, name: str) -> IPRoute:
-    """`make_netns`, for one owner."""
-    owner.defer(remove_netns, name=name)
-    return make_netns(name)
-
-
-def make_netns(name: str) -> IPRoute:
-    """Make a namespace with `lo` up and addresses usable at once; returns a socket in it.
-
-    What a host may have opened on `all` (net.core.devconf_inherit_init_net) is closed again.
-    """
-    if not is_netns(NETNS / name):
-        _in_thread(lambda: _unshare_netns(_place(name)))
-    ip = open_socket(name)
-    ip.link("set", index=1, state="up")
-    off = {"ipv4": ("route_localnet", "accept_local"),
-           "ipv6": ("accept_dad", "accept_ra", "autoconf")}  # fmt: skip
-    set_sysctls(
-        name,
-        {f"net/{family}/conf/{links}/{key}": 0
-         for family, keys in off.items() for key in keys for links in ("all", "default")},
-    )  # fmt: skip
-    return ip
-
-
-def hold_netns(owner: Scope, name: str, path: Path) -> IPRoute:
-    """Know somebody else's namespace by a name of ours; returns a socket in it."""
-    owner.defer(remove_netns, name=name)
-    if not is_netns(NETNS / name):
-        _mount_netns(path, _place(name))
-    return open_socket(name)
-
-
-def is_netns(path: Path) -> bool:
-    """Whether a path is of a network namespace (ioctl_ns(2))."""
-    try:
-        with path.open() as file:
-            return bool(fcntl.ioctl(file, NS_GET_NSTYPE) == CLONE_NEWNET)
-    except OSError:
-        return False
-
-
-def open_socket(netns: str) -> IPRoute:
-    """An rtnetlink socket in a namespace, for any thread, one at a time."""
-    ip = IPRoute.__new__(IPRoute)  # with another `asyncore`, as there is no argument for it
-    ip.asyncore = _Inside(netns)
-    ip.asyncore.status["event_loop"] = "new"
-    ip.asyncore.local.keep_event_loop = True
-    return ip
-
-
-class _Inside(AsyncIPRoute):  # type: ignore[misc]
-    """Opens its sockets, one per thread, by a thread inside; pyroute2's way, a fork, takes 8 ms."""
-
-    def __init__(self, netns: str) -> None:
-        super().__init__()
-        self._netns = netns
-        self.request_proxy = SimpleNamespace(handle=self._handle)
-
-    def _handle(self, message: Any) -> bytes:
-        """What is not done by netlink: taps."""
-        if message.get(("linkinfo", "kind")) != "tuntap":
-            return b""
-        return inside(self._netns, lambda: bytes(IPRouteProxy().handle(message)))
-
-    def setup_socket(self) -> socket.socket:
-        opened: socket.socket = inside(self._netns, super().setup_socket)
-        return opened
-
-
-def remove_netns(name: str) -> None:
-    """Remove a namespace's name. With its last one it goes, and its links a moment later."""
-    if (NETNS / name).exists():
-        pyroute2.netns.remove(name)
 
 
 def links(netns: str) -> dict[str, int]:
@@ -179,82 +87,6 @@ def add_neighbor(ip: IPRoute, ifindex: int, address: Address, mac: str) -> None:
 
 def _family(address: Address) -> Family:
     return Family(f"ipv{address.version}")
-
-
-def inside(netns: str, call: Callable[[], T]) -> T:
-    """Run a short call in a thread inside the namespace; sockets that it opens stay there."""
-
-    def run() -> T:
-        with (NETNS / netns).open() as file:
-            _checked(_libc.setns(file.fileno(), CLONE_NEWNET), f"enter namespace {netns}")
-        return call()
-
-    return _in_thread(run)
-
-
-@functools.cache
-def _share_folder() -> None:
-    """Make `/run/netns` a mount of its own, as `ip netns` does when it is not.
-
-    Who comes second mounts it over what is mounted in it already, which then nobody can unmount.
-    """
-    NETNS.mkdir(exist_ok=True)
-    folder = os.open(NETNS, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)  # so does iproute2
-        path = str(NETNS).encode()
-        if _libc.mount(b"", path, b"none", MS_SHARED | MS_REC, None):
-            _checked(_libc.mount(path, path, b"none", MS_BIND | MS_REC, None), f"mount {NETNS}")
-            _checked(_libc.mount(b"", path, b"none", MS_SHARED | MS_REC, None), f"share {NETNS}")
-    finally:
-        os.close(folder)
-
-
-def _place(name: str) -> Path:
-    """A file to mount a namespace at."""
-    _share_folder()
-    (NETNS / name).touch(mode=0o444)
-    return NETNS / name
-
-
-def _unshare_netns(at: Path) -> None:
-    """Move this thread to a new namespace and mount it at a path: `ip netns add` without a fork."""
-    _checked(_libc.unshare(CLONE_NEWNET), "make a network namespace")
-    _mount_netns(Path("/proc/thread-self/ns/net"), at)
-
-
-def _mount_netns(path: Path, at: Path) -> None:
-    source, target = str(path).encode(), str(at).encode()
-    _checked(_libc.mount(source, target, b"none", MS_BIND, None), f"mount {at}")
-
-
-def _checked(result: int, what: str) -> None:
-    if result:
-        code = ctypes.get_errno()
-        raise Error(f"cannot {what}: {os.strerror(code)}", hint="be root; see 'testbed doctor'")
-
-
-def _in_thread(call: Callable[[], T]) -> T:
-    """The call in a thread of its own: which namespace a thread is in ends with it."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        return pool.submit(call).result()
-
-
-def set_sysctls(netns: str, values: Mapping[str, int | str]) -> None:
-    """Write sysctls (`net/…`, with slashes) of a namespace; not IPv6's, where there is none."""
-    has_ipv6 = Family.IPV6 in facts.families()
-
-    def write() -> None:
-        for key, value in values.items():
-            if has_ipv6 or not key.startswith("net/ipv6/"):
-                Path("/proc/sys", key).write_text(str(value))
-
-    inside(netns, write)
-
-
-def sysctls(netns: str, *keys: str) -> dict[str, str]:
-    """Read sysctls (`net/…`, with slashes) of a namespace."""
-    return inside(netns, lambda: {key: Path("/proc/sys", key).read_text().strip() for key in keys})
 
 
 def traffic(ip: IPRoute, ifindex: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable
 
-from testbed.host import netlink
+from testbed.host import namespaces
 from testbed.model.errors import Error
 
 MISSING = "no nft; apt-get install nftables"
@@ -25,7 +25,7 @@ def unsupported() -> str | None:
 def load(netns: str, text: str) -> None:
     """One transaction, in nft's language. Raises `Error` with what nft says."""
     done = subprocess.run(
-        ["nsenter", f"--net={netlink.NETNS / netns}", "nft", "-f", "-"],
+        ["nsenter", f"--net={namespaces.NETNS / netns}", "nft", "-f", "-"],
         input=text, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:

@@ -7,86 +7,18 @@ pid could be written down only after the fact, and would miss grandchildren.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import select
 import shlex
 import shutil
 import signal
 import subprocess
-import time
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from testbed.host import ledger
-from testbed.host.ledger import Scope
 from testbed.model.errors import Error
-
-
-@functools.cache
-def cgroup_mount() -> Path:
-    """Where cgroup2 is mounted: /sys/fs/cgroup, or /sys/fs/cgroup/unified in hybrid setups."""
-    for line in Path("/proc/mounts").read_text().splitlines():
-        _, where, kind, options, *_ = line.split()
-        if kind == "cgroup2" and "rw" in options.split(","):
-            return Path(where)
-    raise Error("no writable cgroup2 is mounted", hint="mount -t cgroup2 none /sys/fs/cgroup")
-
-
-def create_cgroup(owner: Scope, name: str) -> Path:
-    """Make a cgroup below the mount. When it is taken back, the processes in it are killed."""
-    path = cgroup_mount() / name
-    owner.defer(remove_cgroup, path=str(path))
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def remove_cgroup(path: str) -> None:
-    """Kill what runs in the cgroup and below, then remove it."""
-    if not Path(path).exists():
-        return
-    empty_cgroup(Path(path))
-    groups = [Path(path), *(p for p in Path(path).rglob("*") if p.is_dir())]
-    for group in sorted(groups, reverse=True):
-        group.rmdir()
-
-
-def create_folder(owner: Scope, name: str) -> Path:
-    """Make a folder beside the ledgers, for what programs are told and tell in files."""
-    path = ledger.ROOT / name
-    owner.defer(remove_folder, path=str(path))
-    path.mkdir(mode=0o700, exist_ok=True)
-    return path
-
-
-def remove_folder(path: str) -> None:
-    """Remove a folder with all that is in it. One that is gone is no error."""
-    if Path(path).exists():
-        shutil.rmtree(path)
-
-
-def empty_cgroup(group: Path) -> None:
-    """Kill every process in the cgroup and below; returns when the last one is gone.
-
-    By pid and not by `cgroup.kill`, which kernels before 5.14 lack. New children of a dying process
-    are met in the next round. One that is listed no more may still be there for a moment.
-    """
-    deadline = time.monotonic() + 10
-    while "populated 1" in (group / "cgroup.events").read_text():
-        pids = [
-            int(pid) for procs in group.rglob("cgroup.procs") for pid in procs.read_text().split()
-        ]
-        if time.monotonic() > deadline:
-            raise Error(f"processes {pids} in {group} do not die")
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                fd = os.pidfd_open(pid)
-                signal.pidfd_send_signal(fd, signal.SIGKILL)
-                select.select([fd], [], [], 1)
-                os.close(fd)
-        time.sleep(0.001)
 
 
 def spawn(
@@ -144,19 +76,6 @@ def launched(process: Running) -> bool:
         return Path(f"/proc/{process.pid}/exe").readlink().name not in _WRAPPERS
     except OSError:
         return True
-
-
-def resident_bytes(group: Path) -> int:
-    """Memory of the processes in a cgroup and below, what they share with others by their share.
-
-    The proportional set size (PSS) of /proc/PID/smaps_rollup (proc(5)).
-    """
-    total = 0
-    for pid in (p for procs in group.rglob("cgroup.procs") for p in procs.read_text().split()):
-        with contextlib.suppress(OSError):  # ended meanwhile
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-            total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    return total * 1024
 
 
 class Running(Protocol):
@@ -229,9 +148,3 @@ def end(process: Running, grace_s: float = GRACE_S) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def kill_connections(netns: str, expression: str) -> None:
-    """End TCP connections that match an `ss` filter, as resets do (SOCK_DESTROY)."""
-    command = ["nsenter", f"--net=/run/netns/{netns}", "ss", "--tcp", "--kill", expression]
-    subprocess.run(command, check=True, capture_output=True)

@@ -13,8 +13,6 @@ import hashlib
 import lzma
 import re
 import shutil
-import stat
-import struct
 import tempfile
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -26,8 +24,8 @@ from typing import Any
 from elftools.elf.elffile import ELFFile
 
 from testbed import agent, paths
-from testbed.host import facts
-from testbed.images import elf, kernels, rofs, rootfs, shim
+from testbed.host import cache
+from testbed.images import cpio, elf, kernels, rofs, rootfs, shim
 from testbed.images.rofs import Directory, Node, Symlink, Tree
 from testbed.model.addresses import Address, alias
 from testbed.model.errors import Error
@@ -238,8 +236,8 @@ def build(definition: Path, output: Path, *, hosts_patch: bool = True) -> Image:
 def inspect(path: Path) -> dict[str, Any]:
     """What is in an image, as plain data. Raises `Error` if it is damaged, or no image of ours."""
     data = _contents(path)
-    is_cpio = data.startswith(_CPIO_MAGIC)
-    tree = unpack_cpio(data) if is_cpio else rofs.unpack(data)
+    is_cpio = data.startswith(cpio.MAGIC)
+    tree = cpio.unpack(data) if is_cpio else rofs.unpack(data)
     hosts = tree.get("/etc/hosts", b"")
     return {
         "format": "cpio" if is_cpio else "rofs",
@@ -320,9 +318,9 @@ def _modules(kernel: kernels.LinuxKernel, wanted: Iterable[str]) -> dict[str, by
 
 def _store(tree: Tree, kind: str, command: tuple[str, ...]) -> Image:
     """Put the packed tree into the cache under its digest, all or nothing."""
-    data = pack_cpio(tree) if kind == "cpio" else rofs.pack(tree)
+    data = cpio.pack(tree) if kind == "cpio" else rofs.pack(tree)
     sha256 = hashlib.sha256(data).hexdigest()
-    path = facts.cache_folder() / "images" / f"{sha256}.{kind}"
+    path = cache.cache_folder() / "images" / f"{sha256}.{kind}"
     if not path.exists() or path.stat().st_size != len(data):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".new-", delete=False) as file:
@@ -334,69 +332,3 @@ def _store(tree: Tree, kind: str, command: tuple[str, ...]) -> Image:
 
 
 # --- cpio, "newc": what the Linux kernel unpacks (Documentation/driver-api/early-userspace) ----
-
-_CPIO_MAGIC = b"070701"
-_CPIO_HEADER = struct.Struct("6s" + "8s" * 13)
-_CPIO_END = "TRAILER!!!"
-
-
-def pack_cpio(tree: Tree) -> bytes:
-    """An initramfs of the tree, all files executable, owned by root, from 1970.
-
-    A console is added: the kernel opens it for /init before anything is mounted.
-    """
-    archive = bytearray()
-
-    def add(name: str, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)) -> None:
-        encoded = name.encode() + b"\0"
-        fields = (len(archive), mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(encoded), 0)
-        archive.extend(_CPIO_MAGIC + b"".join(b"%08X" % value for value in fields))
-        for part in (encoded, data):
-            archive.extend(part)
-            archive.extend(bytes(-len(archive) % 4))
-
-    def walk(directory: Any, prefix: str) -> None:
-        for name, node in sorted(directory.items()):
-            path = f"{prefix}{name}"
-            if isinstance(node, dict):
-                add(path, stat.S_IFDIR | 0o755)
-                walk(node, f"{path}/")
-            elif isinstance(node, Symlink):
-                add(path, stat.S_IFLNK | 0o777, node.target.encode())
-            else:
-                add(path, stat.S_IFREG | 0o755, node)
-
-    walk(rofs.nested(tree), "")
-    add("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
-    add(_CPIO_END, 0)
-    return bytes(archive.ljust(-(-len(archive) // 512) * 512, b"\0"))
-
-
-def unpack_cpio(archive: bytes) -> dict[str, Node]:
-    """The tree of an initramfs, device files left out. Raises `Error` if it is damaged."""
-    tree: dict[str, Node] = {}
-    offset = 0
-    try:
-        while True:
-            magic, *fields = _CPIO_HEADER.unpack_from(archive, offset)
-            if magic != _CPIO_MAGIC:
-                raise ValueError(f"no header at byte {offset}")
-            values = [int(value, 16) for value in fields]
-            mode, size, name_size = values[1], values[6], values[11]
-            offset += _CPIO_HEADER.size
-            name = archive[offset : offset + name_size - 1].decode()
-            offset += name_size + -(offset + name_size) % 4
-            data = archive[offset : offset + size]
-            if len(data) != size:
-                raise ValueError(f"{name} is cut off")
-            offset += size + -(offset + size) % 4
-            if name == _CPIO_END:
-                return tree
-            if stat.S_ISDIR(mode):
-                tree[f"/{name}"] = Directory()
-            elif stat.S_ISLNK(mode):
-                tree[f"/{name}"] = Symlink(data.decode())
-            elif stat.S_ISREG(mode):
-                tree[f"/{name}"] = data
-    except (struct.error, ValueError) as e:
-        raise Error(f"initramfs is damaged: {e}") from e

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from testbed import paths
-from testbed.host import architecture, facts
+from testbed.host import architecture, cache
 from testbed.images import elf
 from testbed.model.errors import Error
 from testbed.model.terms import Family
@@ -212,7 +212,7 @@ def _in_tree(path: Path) -> Path:
 def _cached(flavor: str) -> Path:
     if flavor not in FLAVORS:
         raise Error(f"no OSv kernel flavor {flavor!r}", hint=f"choose from {', '.join(FLAVORS)}")
-    return facts.cache_folder() / "kernels" / f"osv-{flavor}" / "kernel.elf"
+    return cache.cache_folder() / "kernels" / f"osv-{flavor}" / "kernel.elf"
 
 
 def _origin(kernel: Path) -> str:
@@ -256,7 +256,7 @@ def linux_kernel(*, download: bool = True) -> LinuxKernel:
 
     Raises `Error` if it is not in the cache and cannot be downloaded.
     """
-    folder = facts.cache_folder() / "kernels" / "linux"
+    folder = cache.cache_folder() / "kernels" / "linux"
     cached = sorted(folder.glob("*/boot/vmlinuz-*"), key=_version)
     if not cached:
         if not download:

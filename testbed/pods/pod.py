@@ -31,8 +31,9 @@ from typing import Self
 from pyroute2 import IPRoute
 
 from testbed.agent import Agent
-from testbed.datapaths import Attachment, Datapath, Layout, Port, ProgramsOfPod, Wiring
-from testbed.host import facts, netlink, process
+from testbed.datapaths.ebpf.attachment import EbpfAttachment
+from testbed.datapaths.interface import Attachment, Datapath, Layout, Port, Wiring
+from testbed.host import cgroups, facts, ledger, namespaces, netlink, process, sockets
 from testbed.host.ledger import Scope
 from testbed.model.addresses import (
     LINK_PREFIX,
@@ -45,13 +46,14 @@ from testbed.model.addresses import (
     pod_address,
     pod_link,
 )
-from testbed.model.cells import Cell, Metric
 from testbed.model.errors import Error
 from testbed.model.manifest import HostPort, Manifest, Workload
 from testbed.model.terms import Family, Runtime, Transport
 from testbed.pods.network import gateway, node
 from testbed.pods.sandbox import Sandbox
-from testbed.runtimes import Place, Prepared, container, queues
+from testbed.runtimes import container
+from testbed.runtimes.interface import Placement, Prepared
+from testbed.runtimes.vm.guest import queues
 
 MTU = 1500
 """Of every guest link (OSv's driver knows no other)."""
@@ -118,18 +120,18 @@ class Pod:
             raise
 
     def _build(self) -> None:
-        self._scratch = self._given or process.create_folder(self._owner, f"{self.netns}-scratch")
+        self._scratch = self._given or ledger.create_folder(self._owner, f"{self.netns}-scratch")
         if Runtime.CONTAINER in self._runtimes:
             container.own(self._owner, self._scratch, self.netns)
         for netns in dict.fromkeys((self.netns, self.link_netns, *self._standins.values())):
             if self.sandbox and netns == self.netns:
                 self._ips[netns] = self.sandbox.join(self._owner, netns, self._own_links())
             else:
-                self._ips[netns] = netlink.create_netns(self._owner, netns)
+                self._ips[netns] = namespaces.create(self._owner, netns)
         if self.datapath.layout is Layout.BRIDGE:
             # Ports of bridges need no addresses, and have nothing to say to IPv6 routers.
-            netlink.set_sysctls(self.link_netns, {"net/ipv6/conf/default/disable_ipv6": 1})
-        root = process.create_cgroup(self._owner, self.netns)
+            namespaces.set_sysctls(self.link_netns, {"net/ipv6/conf/default/disable_ipv6": 1})
+        root = cgroups.create(self._owner, self.netns)
         self.cgroup, self.guest_cgroup = root / "natives", root / "guests"
         for group in (self.cgroup, self.guest_cgroup):
             group.mkdir(exist_ok=True)
@@ -139,7 +141,7 @@ class Pod:
             if self._standins:
                 raise Error(f"{self.datapath.name} carries frames of virtual machines only",
                             hint="choose guests other than stand-ins")  # fmt: skip
-            self._sockets = process.create_folder(self._owner, f"{self.netns}-sockets")
+            self._sockets = ledger.create_folder(self._owner, f"{self.netns}-sockets")
         if self._owner.goes_on:
             missing = self.missing_links()
             self.cut_off = {g.name for n, g in self.manifest.guests.items()
@@ -161,7 +163,7 @@ class Pod:
             gateway.open(
                 self.netns, node.UPLINK, self.addresses, self.manifest.owners,
                 {p.n: p.families for p in self.wiring().ports},
-                tracked=not isinstance(self.attachment, ProgramsOfPod),
+                tracked=not isinstance(self.attachment, EbpfAttachment),
             )  # fmt: skip
 
     # --- links ------------------------------------------------------------------------------
@@ -230,7 +232,7 @@ class Pod:
         peer = {"ifname": TO_GUESTS, "net_ns_fd": self.netns, "address": POD_MAC}
         uplink = netlink.create_link(self.link_ip, TO_POD, kind="veth", state="up", peer=peer)
         guests = netlink.links(self.netns)[TO_GUESTS]
-        self._settle(TO_GUESTS)
+        self._prepare_link(TO_GUESTS)
         for family in Family:
             netlink.add_address(self.ip, guests, pod_link(family), LINK_PREFIX[family])
         self.ip.link("set", index=guests, state="up")
@@ -255,7 +257,7 @@ class Pod:
             flags = {"multi_queue": int(self._queues(n) > 1)}
             port = netlink.create_link(ip, name, kind="tuntap", mode="tap", ifr=flags)
         if self.datapath.layout is not Layout.BRIDGE:
-            self._settle(name)
+            self._prepare_link(name)
             ip.link("set", index=port, state="up")
             for family in Family:
                 netlink.add_address(ip, port, pod_link(family), pod_link(family).max_prefixlen)
@@ -268,16 +270,16 @@ class Pod:
         guest = self.manifest.guests[n]
         return queues(self._runtimes[guest.runtime], guest)
 
-    def _settle(self, ifname: str) -> None:
+    def _prepare_link(self, ifname: str) -> None:
         if self.sandbox:
-            self.sandbox.settle(self.netns, ifname)
+            self.sandbox.prepare_link(self.netns, ifname)
 
     def _take_loopback(self, netns: str) -> None:
         """Of a stand-in. That `lo` is down is not enough: routes to its own addresses stay."""
         ip = self._ips[netns]
         ip.flush_addr(index=1)
         ip.link("set", index=1, state="down")
-        netlink.set_sysctls(netns, {"net/ipv4/conf/eth0/route_localnet": 1})
+        namespaces.set_sysctls(netns, {"net/ipv4/conf/eth0/route_localnet": 1})
 
     def wiring(self) -> Wiring:
         """The links as they are now, for the datapath."""
@@ -320,7 +322,7 @@ class Pod:
         for n, guest in self.manifest.guests.items():
             if port_name(n) in missing and n not in self._standins and guest.name in self.processes:
                 self.restart_workload(guest.name)
-        self.settle()
+        self.attach_deferred()
 
     # --- workloads --------------------------------------------------------------------------
 
@@ -342,12 +344,12 @@ class Pod:
         self._consoles.mkdir(parents=True, exist_ok=True)
         for workload in self._here:
             self.start_workload(workload.name)
-        self.settle()
+        self.attach_deferred()
 
-    def settle(self) -> None:
+    def attach_deferred(self) -> None:
         """Do, while workloads boot, what the datapath leaves for then."""
         with self.lock:
-            self.attachment.settle()
+            self.attachment.attach_deferred()
 
     def wait(self, families: Collection[Family] = tuple(Family)) -> None:
         """Wait until all workloads answer in those families that they have of these."""
@@ -359,12 +361,12 @@ class Pod:
         _, workload = self._find(name)
         with self.lock:
             if name in self.processes:  # it has ended, and that may not have been noticed yet
-                self.bury(name)
+                self.workload_ended(name)
         running = self._runtimes[workload.runtime].start(self.place(workload))
         with self.lock:
             self.processes[name] = running
 
-    def place(self, workload: Workload) -> Place:
+    def place(self, workload: Workload) -> Placement:
         """Where a workload of the manifest runs, or another native one."""
         n, runtime = self.number_of(workload.name) or 0, self._runtimes[workload.runtime]
         if not n:
@@ -374,7 +376,7 @@ class Pod:
             cgroup = self.guest_cgroup
         cgroup = cgroup / workload.name
         cgroup.mkdir(exist_ok=True)
-        return Place(workload, n, netns, port_name(n) if runtime.uses_tap else "", cgroup,
+        return Placement(workload, n, netns, port_name(n) if runtime.uses_tap else "", cgroup,
                      self.console(workload.name), self._scratch,
                      self._socket(n) if runtime.uses_tap else None,
                      not n or self.datapath.layout is not Layout.ROUTED,
@@ -384,7 +386,7 @@ class Pod:
         """End one workload, and the connections that its peers in the pod still have with it."""
         with self.lock:
             process.end(self.processes.pop(name))
-            self.bury(name)
+            self.workload_ended(name)
 
     def restart_workload(self, name: str) -> None:
         """Stop one workload and start it; whoever else wants to, after that."""
@@ -392,7 +394,7 @@ class Pod:
             self.stop_workload(name)
             self.start_workload(name)
 
-    def bury(self, name: str) -> None:
+    def workload_ended(self, name: str) -> None:
         """A workload has ended: what is for a guest is refused, and its peers are told.
 
         With the lock held, and not when its next process runs: that one's connections would end.
@@ -417,7 +419,7 @@ class Pod:
             if transport is Transport.TCP
             for net in ("127.0.0.0/8", "[::1]", *pod)
         ]
-        process.kill_connections(self.netns, " or ".join(ends))
+        sockets.kill_connections(self.netns, " or ".join(ends))
 
     def wait_ready(self, name: str, families: Collection[Family] = tuple(Family)) -> None:
         """Wait until the workload's agent answers in every one of `families` that its stack has.
@@ -474,7 +476,7 @@ class Pod:
         there = self.elsewhere.get(name)  # whichever family the hosts have between them
         address = next(iter(there.values())) if there else self.address(name, family)
         to = (str(address), workload.control_port)
-        return Agent(netlink.inside(self.netns, lambda: socket.create_connection(to, timeout_s)))
+        return Agent(namespaces.inside(self.netns, lambda: socket.create_connection(to, timeout_s)))
 
     def _find(self, name: str) -> tuple[int, Workload]:
         for n, guest in self.manifest.guests.items():
@@ -506,21 +508,3 @@ class Pod:
         self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
     ) -> None:
         self.close()
-
-
-def unsupported(datapath: Datapath, cell: Cell, guest: Prepared) -> str | None:
-    """Why a cell cannot be had with this guest, or None."""
-    if cell.pair.shape not in datapath.pairs:
-        return f"{datapath.name} does not carry {cell.pair.label('guest')}"
-    if cell.family not in facts.families():
-        return f"this machine's kernel has no {cell.family.replace('ip', 'IP')}"
-    if cell.pair.guests and cell.family not in guest.families:
-        kernel = guest.description.kernel or guest.description.runtime
-        return f"the guest's kernel ({kernel}) has no {cell.family.replace('ip', 'IP')}"
-    if datapath.layout is Layout.SOCKET and not guest.uses_tap:
-        return f"{datapath.name} carries frames of a virtual machine, which a stand-in is not"
-    if datapath.layout is Layout.ROUTED and guest.description.runtime is Runtime.OSV:
-        return "OSv has its loopback in the kernel, which would have to be changed"
-    if cell.metric is Metric.CONNECTIONS and cell.pair.startswith("wasm"):
-        return "WASI has no close by reset: what was measured would be how many ports there are"
-    return datapath.unsupported(cell)

@@ -16,7 +16,7 @@ from typing import Self
 
 from pyroute2.netlink.exceptions import NetlinkError
 
-from testbed.host import netlink
+from testbed.host import namespaces
 from testbed.host.process import Running
 from testbed.pods.pod import Pod
 
@@ -25,7 +25,7 @@ RETRY_MS = 250
 """How often a mending that failed is tried again, and processes are looked for that are new."""
 
 
-class Supervisor:
+class Reconciler:
     """Keeps a pod whole, as a context manager.
 
     `deaths` names workloads that ended on their own, `mended` links that vanished and are back.
@@ -36,7 +36,7 @@ class Supervisor:
         self.mended: list[str] = []
         self._pod = pod
         self._wake, self._sleeper = os.pipe()
-        self._links = netlink.inside(
+        self._links = namespaces.inside(
             pod.link_netns,
             lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE),
         )
@@ -48,13 +48,13 @@ class Supervisor:
         self._poller.register(self._links, select.POLLIN)
         self._alive: dict[int, tuple[str, Running]] = {}
         """By descriptor."""
-        self._met: set[Running] = set()
+        self._seen: set[Running] = set()
         """Processes that are watched, or were until they ended."""
 
     def _watch(self) -> None:
         missing: set[str] = set()
         while True:
-            self._meet()
+            self._watch_new()
             for fd, _ in self._poller.poll(RETRY_MS):
                 if fd == self._wake:
                     return
@@ -62,22 +62,22 @@ class Supervisor:
                     self._drain()
                     missing |= self._pod.missing_links()
                 else:
-                    self._bury(fd)
+                    self._ended(fd)
             if missing and self._mend():
                 self.mended += missing
                 missing.clear()
 
-    def _meet(self) -> None:
+    def _watch_new(self) -> None:
         """Watch processes that were started since."""
         for name, process in list(self._pod.processes.items()):
-            if process not in self._met:
+            if process not in self._seen:
                 with contextlib.suppress(ProcessLookupError):  # was collected meanwhile
                     fd = os.pidfd_open(process.pid)
                     self._alive[fd] = (name, process)
                     self._poller.register(fd, select.POLLIN)
-                self._met.add(process)
+                self._seen.add(process)
 
-    def _bury(self, fd: int) -> None:
+    def _ended(self, fd: int) -> None:
         """A process has ended."""
         name, process = self._alive.pop(fd)
         self._poller.unregister(fd)
@@ -85,7 +85,7 @@ class Supervisor:
         with self._pod.lock:
             if self._pod.processes.get(name) is process:  # it was not us who ended it
                 self.deaths.append(name)
-                self._pod.bury(name)
+                self._pod.workload_ended(name)
 
     def _drain(self) -> None:
         """Forget messages: what they say is asked for anew, as there may be too many to get all."""

@@ -14,9 +14,9 @@ from pathlib import Path
 from pyroute2 import IPRoute
 
 from testbed import bpf
-from testbed.datapaths import Datapath, Layout
 from testbed.datapaths.ebpf.loopback_side import LO_IFINDEX
-from testbed.host import facts, netlink
+from testbed.datapaths.interface import Datapath, Layout
+from testbed.host import facts, namespaces, netlink
 from testbed.host.ledger import Scope
 from testbed.model import addresses
 from testbed.model.addresses import LINK_PREFIX
@@ -49,7 +49,7 @@ class Sandbox:
 
     def check(self, spec: Spec, datapath: Datapath) -> None:
         """Raises `Error` if a pod cannot be there at all, whatever else is."""
-        if not netlink.is_netns(self.netns):
+        if not namespaces.is_namespace(self.netns):
             raise Error(f"{self.netns} is no network namespace",
                         hint="give a path like /run/netns/NAME or /proc/PID/ns/net")  # fmt: skip
         if self.netns.samefile("/proc/thread-self/ns/net"):
@@ -70,7 +70,7 @@ class Sandbox:
 
         `links` are what will be made in it. Raises `Error` if something there is in their way.
         """
-        ip = netlink.hold_netns(owner, name, self.netns)
+        ip = namespaces.hold(owner, name, self.netns)
         if not owner.goes_on and (obstacle := next(self._obstacles(ip, name, links), None)):
             ip.close()
             raise Error(f"{self.netns}: {obstacle[0]}", hint=obstacle[1])
@@ -79,10 +79,10 @@ class Sandbox:
         return ip
 
     @staticmethod
-    def settle(netns: str, ifname: str) -> None:
+    def prepare_link(netns: str, ifname: str) -> None:
         """Have a link of ours be what it is in our own namespaces, whatever the default is here."""
         off = ("disable_ipv6", "accept_dad", "accept_ra", "autoconf")
-        netlink.set_sysctls(netns, {f"net/ipv6/conf/{ifname}/{key}": 0 for key in off})
+        namespaces.set_sysctls(netns, {f"net/ipv6/conf/{ifname}/{key}": 0 for key in off})
 
     def _obstacles(
         self, ip: IPRoute, name: str, links: Collection[str]
@@ -92,7 +92,7 @@ class Sandbox:
         if ip.get_links(1)[0]["state"] != "up":
             yield "lo is down", f"{enter} ip link set lo up"
         if (Family.IPV6 in facts.families()
-                and netlink.sysctls(name, IPV6_OFF)[IPV6_OFF] != "0"):  # fmt: skip
+                and namespaces.sysctls(name, IPV6_OFF)[IPV6_OFF] != "0"):  # fmt: skip
             yield "IPv6 is disabled on lo", f"{enter} sysctl -w {IPV6_OFF}=0"
         for address in ip.get_addr():
             found = ip_interface(f"{address.get('address')}/{address['prefixlen']}")

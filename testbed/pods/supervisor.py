@@ -24,8 +24,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from testbed import datapaths, runtimes
-from testbed.datapaths import Datapath
-from testbed.host import nft, process
+from testbed.datapaths.interface import Datapath
+from testbed.host import ledger, nft
 from testbed.host.ledger import Owner
 from testbed.images import compose
 from testbed.model.addresses import alias, loopback
@@ -35,10 +35,10 @@ from testbed.model.terms import Family, Runtime, Transport
 from testbed.pods import control
 from testbed.pods.network import dns_relay
 from testbed.pods.pod import Pod
-from testbed.pods.reconciler import Supervisor
+from testbed.pods.reconciler import Reconciler
 from testbed.pods.sandbox import Sandbox
-from testbed.pods.workloads import Kept
-from testbed.runtimes import Options, Prepared
+from testbed.pods.workloads import Workloads
+from testbed.runtimes.interface import Options, Prepared
 
 ORDER = "order"
 """File of a pod's folder."""
@@ -86,7 +86,7 @@ def detach(order: Order) -> tuple[int, int]:
             told.close()
 
         try:
-            keep(order, tell)
+            supervise(order, tell)
         except Error as e:
             tell(error=e.message, hint=e.hint)
         except Exception as e:
@@ -158,7 +158,7 @@ def _read_all(fd: int) -> bytes:
         return file.read()
 
 
-def keep(order: Order, built: Callable[[], None]) -> None:
+def supervise(order: Order, built: Callable[[], None]) -> None:
     """Build a pod, call `built`, and keep it until somebody asks for its end, or SIGTERM.
 
     However it ends, everything is taken down. An orphan of that name is taken over. Raises `Error`
@@ -174,7 +174,7 @@ def keep(order: Order, built: Callable[[], None]) -> None:
                 _check_left(left, order, datapath)
             prepared = _prepare(spec, order.options)
             with _ending() as ending, Owner(left.ledger if left else None) as owner:
-                scratch = process.create_folder(owner, control.folder_name(owner.id))
+                scratch = ledger.create_folder(owner, control.folder_name(owner.id))
                 (scratch / ORDER).write_bytes(pickle.dumps(order))
                 _write_etc(spec, scratch)
                 try:
@@ -188,8 +188,8 @@ def keep(order: Order, built: Callable[[], None]) -> None:
                 with (
                     pod,
                     _connected(spec, pod),
-                    Supervisor(pod),
-                    Kept(spec, pod, prepared, scratch, before) as kept,
+                    Reconciler(pod),
+                    Workloads(spec, pod, prepared, scratch, before) as kept,
                 ):
                     built()
                     asker = kept.serve(server, ending)

@@ -25,29 +25,27 @@ from typing import Any, Self
 
 from pyroute2 import IPRoute
 
-from testbed import bpf, datapaths
-from testbed.host import netlink, process
+from testbed import bpf
+from testbed.datapaths.ebpf.attachment import EbpfAttachment
+from testbed.host import cgroups, namespaces, process
+from testbed.host.sockets import served_ports
 from testbed.model.addresses import guest_link, loopback
 from testbed.model.errors import Error
 from testbed.model.manifest import Probe, Restart, Spec, Workload
 from testbed.model.terms import Family, Runtime, Transport
 from testbed.pods import control
 from testbed.pods.pod import Pod
-from testbed.runtimes import Prepared
+from testbed.pods.probes import EAGER_CONNECT_S, Question
+from testbed.runtimes.interface import Prepared
 
 FIRST_DELAY_S, LAST_DELAY_S = 0.5, 60.0
 """Before a restart. It doubles each time, and starts anew after a run of `LAST_DELAY_S`. Kubernetes
 begins with 10 s and ends at 5 min; here somebody is watching."""
-EAGER_PERIOD_S = 0.02
-"""Between questions to a workload that was not ready yet; later the probe's own period counts."""
-EAGER_CONNECT_S = 0.05
-"""Then an unready guest is asked anew: while it boots it hears nothing, and the kernel's own second
-attempt comes a second later."""
 EVENTS = 100
 """Kept for `describe`."""
 
 
-class Kept:
+class Workloads:
     """A pod's workloads at work, each watched by a thread, as a context manager."""
 
     def __init__(
@@ -107,7 +105,7 @@ class Kept:
         ]
         for thread in self._threads[1:]:
             thread.start()
-        self.pod.settle()
+        self.pod.attach_deferred()
 
     # --- answers ----------------------------------------------------------------------------
 
@@ -147,7 +145,7 @@ class Kept:
                 return
             try:
                 attachment = self.pod.attachment
-                if not isinstance(attachment, datapaths.ProgramsOfPod):
+                if not isinstance(attachment, EbpfAttachment):
                     raise Error(f"the datapath {self.pod.datapath.name} has no programs to trace",
                                 hint="testbed up --datapath steer")  # fmt: skip
                 with attachment.traced(self.pod.lock) as programs:
@@ -217,7 +215,7 @@ class Watched:
 
     def __init__(
         self,
-        kept: Kept,
+        kept: Workloads,
         workload: Workload,
         was: Mapping[str, Any] | None,
         *,
@@ -353,7 +351,7 @@ class Watched:
             self._say("its link was lost")
             process.end(left)
             raise ProcessLookupError(was["pid"])
-        process.empty_cgroup(pod.place(self.workload).cgroup)
+        cgroups.empty(pod.place(self.workload).cgroup)
         return None
 
     def _watch(self, running: process.Running) -> bool:
@@ -416,7 +414,7 @@ class Watched:
             to = (str(pod.address(name, family)), port)
             try:
                 dial = functools.partial(socket.create_connection, to, limit_s)
-                connection = netlink.inside(pod.netns, dial)
+                connection = namespaces.inside(pod.netns, dial)
             except OSError as e:
                 refused = e
             else:
@@ -429,7 +427,7 @@ class Watched:
         others' by the kernel's tables, so that nobody is disturbed."""
         if not self.runtime.uses_tap:
             place = self.kept.pod.place(self.workload)
-            return set(self.workload.ports) <= netlink.inside(place.netns, _served)
+            return set(self.workload.ports) <= namespaces.inside(place.netns, served_ports)
         try:
             for transport, port in self.workload.ports:
                 if transport is Transport.TCP:
@@ -437,42 +435,6 @@ class Watched:
         except OSError:
             return False
         return True
-
-
-class Question:
-    """When to ask next, and what the last answers come to (`verdict`; None: not yet known)."""
-
-    def __init__(self, probe: Probe, *, eager: bool = False) -> None:
-        self.probe, self.eager = probe, eager
-        wait_s = probe.delay_s if eager else max(probe.delay_s, probe.period_s)
-        self.due: float | None = time.monotonic() + wait_s
-        self.verdict: bool | None = None
-        self._streak = 0
-
-    def is_due(self) -> bool:
-        return self.due is not None and self.due <= time.monotonic()
-
-    def answered(self, yes: bool) -> None:
-        self._streak = max(1, self._streak + 1) if yes else min(-1, self._streak - 1)
-        if self._streak >= self.probe.successes:
-            self.verdict = True
-        elif -self._streak >= self.probe.failures:
-            self.verdict = False
-        waiting = self.eager and not self.verdict
-        self.due = time.monotonic() + (EAGER_PERIOD_S if waiting else self.probe.period_s)
-
-
-def _served() -> set[tuple[Transport, int]]:
-    """What is listened to (TCP) or bound (UDP) in this thread's namespace (proc_net_tcp)."""
-    served = set()
-    for transport, state in ((Transport.TCP, "0A"), (Transport.UDP, "07")):
-        for suffix in ("", "6"):
-            table = Path(f"/proc/thread-self/net/{transport}{suffix}").read_text()
-            for line in table.splitlines()[1:]:
-                _, local, _, is_in, *_ = line.split()
-                if is_in == state:
-                    served.add((transport, int(local.rpartition(":")[2], 16)))
-    return served
 
 
 def _links(netns: str, ip: IPRoute) -> list[dict[str, Any]]:

@@ -24,8 +24,9 @@ from rich.text import Text
 
 from testbed.model.cells import Cell
 from testbed.plan import CPU_QUANTITY, Claim
-from testbed.reports.table import interval, names, plain, size_of
-from testbed.results.analysis import Estimate, block_values, cost_values, pseudomedian, reference
+from testbed.reports.words import interval, names, plain, size_of
+from testbed.results.analysis import block_values, cost_values, reference
+from testbed.results.statistics import Estimate, pseudomedian
 from testbed.results.store import Store, frame
 
 

@@ -22,36 +22,29 @@ from rich.table import Table
 from rich.text import Text
 
 from testbed.model.cells import Cell
-from testbed.reports.table import (
+from testbed.reports.words import (
     COLUMNS,
     FUNCTIONAL,
     UNITS,
     blocks_of,
-    grouped,
     guest_of,
     interval,
     names,
     plain,
-    reading_order,
     size_of,
     superscript,
 )
-from testbed.results.analysis import (
-    QUANTITIES,
-    Difference,
-    Estimate,
-    block_values,
-    difference,
-    discoveries,
-)
-from testbed.results.analysis import estimate as estimate_of
+from testbed.results.analysis import QUANTITIES, block_values
+from testbed.results.order import grouped, reading_order
+from testbed.results.statistics import Difference, Estimate, difference, discoveries
+from testbed.results.statistics import estimate as estimate_of
 from testbed.results.store import Store, frame
 
 BAND = 0.05
 """Changes of less than this, either way, are of no interest unless the user says otherwise."""
 
 
-class Verdict(StrEnum):
+class Change(StrEnum):
     """What may be said of a cell; of the later campaign against the earlier."""
 
     FASTER = "faster"
@@ -70,7 +63,7 @@ class Comparison:
     after: Estimate
     ratio: Estimate
     """Later by earlier; its interval is of this cell alone."""
-    verdict: Verdict
+    verdict: Change
     reason: str | None
     """Why there is nothing to compare."""
     lost: bool
@@ -107,7 +100,7 @@ def compare(before: Store, after: Store, band: float = BAND) -> list[Comparison]
 
 def exit_status(rows: Sequence[Comparison]) -> int:
     """0: none slower; 1: some slower; 3: nothing to compare, or cells that were there are lost."""
-    if any(row.verdict is Verdict.SLOWER for row in rows):
+    if any(row.verdict is Change.SLOWER for row in rows):
         return 1
     nothing = all(row.reason for row in rows)
     return 3 if nothing or any(row.lost for row in rows) else 0
@@ -182,10 +175,10 @@ def table(rows: Sequence[Comparison], before: Store, after: Store, band: float) 
 
 
 _COLORS = {
-    Verdict.FASTER: "green",
-    Verdict.SLOWER: "bold red",
-    Verdict.EQUIVALENT: "default",
-    Verdict.UNCLEAR: "dim",
+    Change.FASTER: "green",
+    Change.SLOWER: "bold red",
+    Change.EQUIVALENT: "default",
+    Change.UNCLEAR: "dim",
 }
 
 
@@ -214,17 +207,17 @@ def _incomparable(
     return f"{which}: {reasons[-1] if reasons else 'not measured'}"
 
 
-def _verdict(cell: Cell, change: Difference, different: bool, equivalent: bool) -> Verdict:
+def _verdict(cell: Cell, change: Difference, different: bool, equivalent: bool) -> Change:
     if equivalent:
-        return Verdict.EQUIVALENT
+        return Change.EQUIVALENT
     if not different:
-        return Verdict.UNCLEAR
+        return Change.UNCLEAR
     better = (change.ratio.mean > 1) is cell.metric.higher_is_better
-    return Verdict.FASTER if better else Verdict.SLOWER
+    return Change.FASTER if better else Change.SLOWER
 
 
 def _counts(rows: Sequence[Comparison]) -> dict[str, int]:
-    return {verdict: sum(row.verdict is verdict for row in rows) for verdict in Verdict}
+    return {verdict: sum(row.verdict is verdict for row in rows) for verdict in Change}
 
 
 def _shown(of: Estimate, scale: float, wide: bool = False) -> str:

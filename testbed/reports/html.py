@@ -24,21 +24,22 @@ from testbed.model.errors import Error
 from testbed.model.trials import Status
 from testbed.reports import claims
 from testbed.reports.figures import draw
-from testbed.reports.table import (
+from testbed.reports.table import summaries
+from testbed.reports.words import (
     COLUMNS,
     UNITS,
     blocks_of,
     controls_of,
-    grouped,
     guest_of,
     meanings_of,
     names,
     number,
     size_of,
-    summaries,
     warning_of,
 )
-from testbed.results.analysis import CPU, Estimate, Summary, costs
+from testbed.results.analysis import CPU, Summary, costs
+from testbed.results.order import grouped
+from testbed.results.statistics import Estimate
 from testbed.results.store import Campaign, Store, frame
 
 

@@ -13,14 +13,14 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from testbed.host import process
+from testbed.host import cgroups, process
 from testbed.host.ledger import Scope
 from testbed.images import rootfs
 from testbed.images.rootfs import Root
 from testbed.model.errors import Error
 from testbed.model.manifest import Program, Workload
 from testbed.model.terms import Family, Runtime
-from testbed.runtimes import Description, Options, Place
+from testbed.runtimes.interface import Description, Options, Placement
 
 CAPABILITIES = [f"CAP_{name}" for name in (
     "CHOWN", "DAC_OVERRIDE", "FSETID", "FOWNER", "MKNOD", "NET_RAW", "SETGID", "SETUID", "SETFCAP",
@@ -65,7 +65,7 @@ class Container:
     def compose(self, workload: Workload) -> None:
         self._root(workload)
 
-    def start(self, place: Place) -> subprocess.Popen[bytes]:
+    def start(self, place: Placement) -> subprocess.Popen[bytes]:
         """Start it, after removing what is left of the one before.
 
         The layer is mounted where runc alone sees it, and goes with it.
@@ -89,7 +89,7 @@ class Container:
             cgroup=monitor, cpus=place.workload.cpus, output=place.console,
         )  # fmt: skip
 
-    def enter(self, place: Place) -> list[str]:
+    def enter(self, place: Placement) -> list[str]:
         return [*_command(place.scratch), "exec", place.workload.name]
 
     def _root(self, workload: Workload) -> Root:
@@ -128,7 +128,7 @@ def _state(scratch: Path) -> Path:
     return scratch / "runc"
 
 
-def _bundle(place: Place) -> Path:
+def _bundle(place: Placement) -> Path:
     return place.scratch / "bundles" / place.workload.name
 
 
@@ -140,7 +140,7 @@ def _runc(scratch: Path, *arguments: str) -> None:
     subprocess.run([*_command(scratch), *arguments], check=False, capture_output=True)
 
 
-def _config(place: Place, root: Root) -> dict[str, Any]:
+def _config(place: Placement, root: Root) -> dict[str, Any]:
     """config.json of the OCI runtime specification, 1.0.2."""
     program = _program(place.workload)
     arguments = program.args or (() if program.command else root.arguments)
@@ -152,7 +152,7 @@ def _config(place: Place, root: Root) -> dict[str, Any]:
     hostname = file.read_text().strip() if file.exists() else place.workload.name
     env = {"PATH": rootfs.PATH, "HOSTNAME": hostname, "HOME": "/root"}
     env |= dict(variable.split("=", 1) for variable in root.env) | dict(program.env)
-    group = place.cgroup.relative_to(process.cgroup_mount()) / "container"
+    group = place.cgroup.relative_to(cgroups.mount_point()) / "container"
     sets = ("bounding", "effective", "permitted")
     return {
         "ociVersion": "1.0.2",
@@ -183,7 +183,7 @@ def _config(place: Place, root: Root) -> dict[str, Any]:
     }
 
 
-def _mounts(place: Place) -> list[dict[str, Any]]:
+def _mounts(place: Placement) -> list[dict[str, Any]]:
     safe = ["nosuid", "noexec", "nodev"]
     files = dict(place.etc)
     if (hostname := place.scratch / "hostname").exists():

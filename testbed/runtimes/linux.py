@@ -13,17 +13,9 @@ from testbed.model.addresses import guest_mac
 from testbed.model.errors import Error
 from testbed.model.manifest import Workload
 from testbed.model.terms import Family, Runtime
-from testbed.runtimes import (
-    Absent,
-    Description,
-    Options,
-    Place,
-    as_told,
-    definition,
-    memory_mib,
-    vcpus,
-)
+from testbed.runtimes.interface import Absent, Description, Options, Placement
 from testbed.runtimes.vm import accelerator, qemu
+from testbed.runtimes.vm.guest import as_told, definition, memory_mib, vcpus
 from testbed.runtimes.vm.qemu import Vm
 
 
@@ -67,11 +59,11 @@ class Linux:
     def compose(self, workload: Workload) -> None:
         self._compose(workload)
 
-    def enter(self, place: Place) -> list[str]:
+    def enter(self, place: Placement) -> list[str]:
         raise Error(f"{place.workload.name!r} is a virtual machine: nothing can be started in it",
                     hint="see its console: testbed logs")  # fmt: skip
 
-    def start(self, place: Place) -> subprocess.Popen[bytes]:
+    def start(self, place: Placement) -> subprocess.Popen[bytes]:
         """Boot guest n of the pod, with the agent or the workload's program."""
         workload = place.workload
         machine = Vm(

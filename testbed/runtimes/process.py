@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from testbed.images import compose
 from testbed.model.terms import Runtime
-from testbed.runtimes import Options, Program
+from testbed.runtimes.interface import Options
+from testbed.runtimes.program import PlainProgram
 
 
-def prepare(options: Options) -> Program:
+def prepare(options: Options) -> PlainProgram:
     """Compiles the agent. The pod has a hosts file of its own: this host's may lack a family."""
-    return Program(Runtime.PROCESS, compose.hosts_file(patched=False))
+    return PlainProgram(Runtime.PROCESS, compose.hosts_file(patched=False))

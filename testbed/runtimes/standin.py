@@ -11,7 +11,9 @@ from pathlib import Path
 from testbed.images import compose, rootfs
 from testbed.model.manifest import Workload
 from testbed.model.terms import Runtime
-from testbed.runtimes import Options, Program, command_line, definition
+from testbed.runtimes.interface import Options, command_line
+from testbed.runtimes.program import PlainProgram
+from testbed.runtimes.vm.guest import definition
 
 
 def prepare(options: Options) -> Standin:
@@ -19,7 +21,7 @@ def prepare(options: Options) -> Standin:
     return Standin(Runtime.STANDIN, compose.hosts_file(patched=options.hosts_patch))
 
 
-class Standin(Program):
+class Standin(PlainProgram):
     """A program of this host, or a definition's with its files."""
 
     def _command(self, workload: Workload) -> list[str]:

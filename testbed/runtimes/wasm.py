@@ -15,12 +15,12 @@ from importlib import metadata
 from pathlib import Path
 
 from testbed import paths
-from testbed.host import facts, process
+from testbed.host import cache, process
 from testbed.images import rootfs
 from testbed.model.errors import Error
 from testbed.model.manifest import Program, Workload
 from testbed.model.terms import Family, Runtime
-from testbed.runtimes import Description, Options, Place, refuse_limits
+from testbed.runtimes.interface import Description, Options, Placement, refuse_limits
 
 _WORLD = """\
 package testbed:program;
@@ -102,7 +102,7 @@ class Wasm:
                         hint="give it args")  # fmt: skip
         self._compile(workload.program or _agent(workload))
 
-    def start(self, place: Place) -> subprocess.Popen[bytes]:
+    def start(self, place: Placement) -> subprocess.Popen[bytes]:
         program = place.workload.program or _agent(place.workload)
         return process.spawn(
             [sys.executable, "-P", "-m", "testbed.runtimes.wasi",
@@ -111,7 +111,7 @@ class Wasm:
             output=place.console, env={"PATH": rootfs.PATH, **dict(program.env)},
         )  # fmt: skip
 
-    def enter(self, place: Place) -> list[str]:
+    def enter(self, place: Placement) -> list[str]:
         raise Error(f"{place.workload.name!r} is a component: it runs nothing but itself",
                     hint="see what it prints: testbed logs")  # fmt: skip
 
@@ -126,7 +126,7 @@ class Wasm:
         is_python = source.suffix == ".py"
         maker = f"{_MAIN} {metadata.version('componentize-py')}" if is_python else ""
         key = hashlib.sha256(data + f"\0{maker}\0{self.version}".encode()).hexdigest()
-        compiled = facts.cache_folder() / "wasm" / f"{key}.cwasm"
+        compiled = cache.cache_folder() / "wasm" / f"{key}.cwasm"
         if compiled.exists():
             return compiled
         compiled.parent.mkdir(parents=True, exist_ok=True)

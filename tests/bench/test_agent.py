@@ -21,7 +21,7 @@ import pytest
 
 from testbed import datapaths, runtimes
 from testbed.agent import Agent, Direction, build
-from testbed.campaigns import trial
+from testbed.campaigns import roles
 from testbed.host import process
 from testbed.host.ledger import Owner
 from testbed.model.addresses import guest_link, loopback
@@ -29,6 +29,7 @@ from testbed.model.cells import Pair
 from testbed.model.manifest import Manifest
 from testbed.model.terms import Family, Runtime, Transport
 from testbed.pods.pod import Pod
+from testbed.runtimes import interface
 
 from .gate import Ratio
 
@@ -154,12 +155,14 @@ def test_iperf3_finds_the_same_of_a_stand_in(
 ) -> None:
     """From the pod to the stand-in, both programs where workloads are, on the CPUs of these."""
     port = 5201
-    agents = trial.manifest([Pair.NATIVE_GUEST], Runtime.STANDIN)
+    agents = roles.manifest([Pair.NATIVE_GUEST], Runtime.STANDIN)
     workloads = {w.name: w for w in agents.workloads}
     guest = workloads["guest1"]
     workloads["guest1"] = replace(guest, ports=(*guest.ports, (Transport.TCP, port)))
     way = datapaths.get(datapath)
-    kinds = {r: runtimes.prepare(r, runtimes.Options()) for r in (Runtime.PROCESS, Runtime.STANDIN)}
+    kinds = {
+        r: runtimes.prepare(r, interface.Options()) for r in (Runtime.PROCESS, Runtime.STANDIN)
+    }
     dialed = str(loopback(family) if way.localhost else guest_link(family, 1))
     said, log = tmp_path / "client.json", tmp_path / "server.txt"
 
@@ -170,7 +173,7 @@ def test_iperf3_finds_the_same_of_a_stand_in(
                              cpus=place.workload.cpus, output=output)  # fmt: skip
 
     def agent_s() -> float:
-        result = client.run(Transport.TCP, family, dialed, trial.port("guest1"), "stream",
+        result = client.run(Transport.TCP, family, dialed, roles.port("guest1"), "stream",
                             128 << 10, duration_s=SECONDS, warmup_s=0.05)  # fmt: skip
         return 1e6 * result.duration_s / result.bytes
 
@@ -189,7 +192,7 @@ def test_iperf3_finds_the_same_of_a_stand_in(
         iperf3 = start_iperf3("guest1", log, "-s")
         stack.callback(process.end, iperf3)
         with pod.agent("native1") as client, pod.agent("guest1") as server:
-            server.serve(Transport.TCP, family, trial.port("guest1"))
+            server.serve(Transport.TCP, family, roles.port("guest1"))
             while not (log.exists() and "listening" in log.read_text()):
                 assert iperf3.poll() is None
                 sleep(0.01)

@@ -13,12 +13,12 @@ import pytest
 
 from testbed import datapaths, runtimes
 from testbed.agent import Mode
-from testbed.campaigns import trial
+from testbed.campaigns import roles
 from testbed.host.ledger import Owner
 from testbed.model.cells import Pair
 from testbed.model.terms import Family, Runtime, Transport
 from testbed.pods.pod import Pod
-from testbed.runtimes import Options
+from testbed.runtimes.interface import Options
 
 from .gate import Ratio
 
@@ -38,7 +38,7 @@ def pod(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     kinds = (Runtime.PROCESS, Runtime.STANDIN)
     prepared = {r: runtimes.prepare(r, Options()) for r in kinds}
     pairs = (Pair.NATIVE_NATIVE, Pair.NATIVE_GUEST, Pair.GUEST_NATIVE)
-    manifest = trial.manifest(pairs, Runtime.STANDIN)
+    manifest = roles.manifest(pairs, Runtime.STANDIN)
     way = datapaths.get(request.param)
     with Owner() as owner:
         with Pod(owner, "cells", manifest, way, prepared, tmp_path_factory.mktemp("cells")) as pod:
@@ -60,7 +60,7 @@ def test_a_cell(
 
         def traffic(client: str, server: str) -> Callable[[], None]:
             dialing, serving = (stack.enter_context(pod.agent(name)) for name in (client, server))
-            bind, at = ("any", trial.port(server)) if pod.number_of(server) else ("localhost", 0)
+            bind, at = ("any", roles.port(server)) if pod.number_of(server) else ("localhost", 0)
             port = serving.serve(transport, family, at, bind).port
             host = guest.dialed(family) if pod.number_of(client) else "localhost"
 
@@ -72,6 +72,6 @@ def test_a_cell(
 
         ratio(
             f"{pod.datapath.name}: {pair.label('guest')} {mode}, {transport} {family}",
-            traffic(*trial.ROLES[pair]),
+            traffic(*roles.ROLES[pair]),
             traffic(*ON_THE_SAME_CPUS[pair]),
         )

@@ -15,7 +15,7 @@ import pytest
 
 from testbed import bpf
 from testbed.bpf import ProgramSet
-from testbed.host import netlink
+from testbed.host import namespaces, netlink
 from testbed.host.ledger import Owner
 from testbed.model.terms import Family
 from tests.bpf.conftest import loaded as capture
@@ -121,7 +121,7 @@ def netns() -> Iterator[str]:
     """A namespace that has the alias and guest 0's address."""
     with Owner() as owner:
         name = f"tb-{owner.id}-speed"
-        with netlink.create_netns(owner, name) as ip:
+        with namespaces.create(owner, name) as ip:
             for family in Family:
                 plan = Plan(family)
                 for address in (plan.alias, plan.link):
@@ -136,7 +136,7 @@ def connection(family: Family, netns: str) -> Iterator[int]:
     kind = socket.AF_INET if family is Family.IPV4 else socket.AF_INET6
     with ExitStack() as stack:
         listening, client = (
-            stack.enter_context(netlink.inside(netns, lambda: socket.socket(kind)))
+            stack.enter_context(namespaces.inside(netns, lambda: socket.socket(kind)))
             for _ in range(2)
         )
         listening.bind((str(plan.alias), NATIVE_PORT))
@@ -177,7 +177,7 @@ def test_a_packet_of_a_connection_that_steer_has_handed_over(
 ) -> None:
     name, make = ESTABLISHED[what]
     program, data = steer.program(name), make(Plan(family), connection)
-    netlink.inside(
+    namespaces.inside(
         netns,
         lambda: ratio(
             f"steer: {what}, {family}",

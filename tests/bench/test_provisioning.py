@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from testbed import datapaths, runtimes
-from testbed.datapaths import Attachment
-from testbed.host import netlink
+from testbed.datapaths.interface import Attachment
+from testbed.host import namespaces
 from testbed.host.ledger import Owner
 from testbed.model.manifest import Manifest, Workload
 from testbed.model.terms import Runtime, Transport
 from testbed.pods.pod import Pod
-from testbed.runtimes import Options
+from testbed.runtimes.interface import Options
 
 from .gate import Ratio
 from .references import netlink_round_trips
@@ -73,7 +73,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 @pytest.fixture
 def round_trips(site: Site) -> Iterator[Callable[[], float]]:
-    with netlink.create_netns(site.owner, f"tb-{site.owner.id}-reference") as ip:
+    with namespaces.create(site.owner, f"tb-{site.owner.id}-reference") as ip:
         yield netlink_round_trips(ip, links=5)
 
 

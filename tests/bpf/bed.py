@@ -14,8 +14,8 @@ import socket
 import threading
 from collections.abc import Callable
 
-from testbed.datapaths import Layout, Port, Wiring
-from testbed.host import netlink, process
+from testbed.datapaths.interface import Layout, Port, Wiring
+from testbed.host import cgroups, namespaces, netlink
 from testbed.host.facts import slowness
 from testbed.host.ledger import Scope
 from testbed.model import addresses
@@ -34,11 +34,10 @@ class Bed:
         self.pod, self.links = f"pod-{mark}", f"links-{mark}"
         self.guests = {n: f"guest{n}-{mark}" for n in (1, 200)}
         self._ip = {
-            ns: netlink.create_netns(owner, ns)
-            for ns in (self.pod, self.links, *self.guests.values())
+            ns: namespaces.create(owner, ns) for ns in (self.pod, self.links, *self.guests.values())
         }
-        self.cgroup = process.create_cgroup(owner, f"bpf-{mark}")
-        netlink.set_sysctls(self.links, {"net/ipv6/conf/default/disable_ipv6": 1})
+        self.cgroup = cgroups.create(owner, f"bpf-{mark}")
+        namespaces.set_sysctls(self.links, {"net/ipv6/conf/default/disable_ipv6": 1})
         self._bridge = netlink.create_link(self._ip[self.links], "br", kind="bridge", state="up")
         uplink = self._link("u", self.pod, addresses.POD_MAC, addresses.pod_link)
         self.wiring = Wiring(
@@ -82,7 +81,7 @@ class Bed:
 def open_socket(netns: str, family: Family, transport: Transport) -> socket.socket:
     kind = socket.SOCK_STREAM if transport is Transport.TCP else socket.SOCK_DGRAM
     domain = socket.AF_INET if family is Family.IPV4 else socket.AF_INET6
-    made = netlink.inside(netns, lambda: socket.socket(domain, kind))
+    made = namespaces.inside(netns, lambda: socket.socket(domain, kind))
     made.settimeout(PATIENCE_S)
     return made
 

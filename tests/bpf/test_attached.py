@@ -25,8 +25,9 @@ from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import ARP, Ether
 
 from testbed import bpf
-from testbed.datapaths import Attachment, get
-from testbed.host import netlink
+from testbed.datapaths import get
+from testbed.datapaths.interface import Attachment
+from testbed.host import namespaces
 from testbed.host.ledger import Owner
 from testbed.model import addresses
 from testbed.model.addresses import guest_link, guest_mac
@@ -165,7 +166,7 @@ def test_no_checksum_was_ever_wrong(pod: Pod) -> None:
         def counted() -> str:
             return "".join(Path("/proc/thread-self/net", f).read_text() for f in ("snmp", "snmp6"))
 
-        text = netlink.inside(netns, counted)
+        text = namespaces.inside(netns, counted)
         assert re.findall(r"^(\w+InCsumErrors)\s+([1-9]\d*)", text, re.MULTILINE) == []
         for header, values in re.findall(r"^(\w+: [A-Z].*)\n\w+: (\d.*)", text, re.MULTILINE):
             row = dict(zip(header.split()[1:], values.split(), strict=True))
@@ -194,7 +195,7 @@ print(peer[0], client.getpeername()[0], client.getsockname()[0])
 def test_natives_see_tcp_clients_of_guests_as_localhost(
     pod: Pod, listens: str, family: Family, shown: str
 ) -> None:
-    command = ["nsenter", f"--net={netlink.NETNS / pod.bed.pod}", "python3", "-c", SHOW_PEER,
+    command = ["nsenter", f"--net={namespaces.NETNS / pod.bed.pod}", "python3", "-c", SHOW_PEER,
                str(pod.bed.cgroup / "cgroup.procs"), listens]  # fmt: skip
     with ending(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)) as server:
         assert server.stdout
@@ -224,7 +225,7 @@ def test_native_gets_no_port_that_a_guest_owns(
 
 def test_guests_ports_are_out_of_the_ephemeral_range(pod: Pod) -> None:
     path = Path("/proc/sys/net/ipv4/ip_local_reserved_ports")
-    assert netlink.inside(pod.bed.pod, path.read_text) == "5001-5002\n"
+    assert namespaces.inside(pod.bed.pod, path.read_text) == "5001-5002\n"
 
 
 def test_a_port_that_a_native_has_already_is_an_error_that_names_it(owner: Owner) -> None:
@@ -267,7 +268,7 @@ def test_the_bridge_brings_nobody_to_loopback(pod: Pod) -> None:
 
     with open_socket(bed.pod, Family.IPV4, Transport.UDP) as server:
         server.bind(("", 6001))
-        netlink.inside(bed.links, send)
+        namespaces.inside(bed.links, send)
         assert attachment.counters()["outside"].packets >= before + len(frames)
         server.settimeout(0)
         with pytest.raises(BlockingIOError):
@@ -293,7 +294,7 @@ def test_frames_of_any_length_from_a_guest_do_no_harm(pod: Pod) -> None:
                     raw.send(whole[:length])
 
     before = attachment.counters()
-    netlink.inside(bed.guests[1], send)
+    namespaces.inside(bed.guests[1], send)
     after = attachment.counters()
     dropped = sum((after[r] - before[r]).packets for r in ("truncated", "unhandled", "spoofed"))
     assert dropped == sum(len(whole) - 14 for whole in wholes)
@@ -359,12 +360,12 @@ def test_detaching_leaves_nothing(owner: Owner) -> None:
         return [*sysctls, *sorted(routes), *qdiscs]
 
     with owner.part() as part, closing(Bed(part, "c")) as bed:
-        before = {ns: netlink.inside(ns, settings) for ns in (bed.pod, bed.links)}
+        before = {ns: namespaces.inside(ns, settings) for ns in (bed.pod, bed.links)}
         pins = set(bpf.PINS.rglob("*"))
         attachment = get("capture").attach(bed.wiring, part)
-        assert {ns: netlink.inside(ns, settings) for ns in before} != before
+        assert {ns: namespaces.inside(ns, settings) for ns in before} != before
         attachment.detach()
-        assert {ns: netlink.inside(ns, settings) for ns in before} == before
+        assert {ns: namespaces.inside(ns, settings) for ns in before} == before
         assert set(bpf.PINS.rglob("*")) == pins
         with ExitStack() as stack:
             for _, port in OWNERS:

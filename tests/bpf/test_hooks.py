@@ -8,9 +8,9 @@ import pytest
 
 from testbed import bpf
 from testbed.bpf import ProgramSet
-from testbed.datapaths import AT_PORTS
+from testbed.datapaths.ebpf.attachment import AT_PORTS
 from testbed.datapaths.ebpf.loopback_side import LO_IFINDEX
-from testbed.host import netlink
+from testbed.host import namespaces
 from testbed.host.ledger import Owner
 
 pytestmark = [
@@ -28,7 +28,7 @@ def owner() -> Iterator[Owner]:
 @pytest.fixture
 def netns(owner: Owner) -> str:
     name = f"hooks-{owner.id}"
-    netlink.create_netns(owner, name).close()
+    namespaces.create(owner, name).close()
     return name
 
 
@@ -40,7 +40,7 @@ def programs(owner: Owner) -> Iterator[ProgramSet]:
 
 
 def running(netns: str) -> list[str]:
-    with netlink.open_socket(netns) as ip:
+    with namespaces.open_socket(netns) as ip:
         return bpf.running_tc(netns, ip, LO_IFINDEX)
 
 

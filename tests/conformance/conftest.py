@@ -10,11 +10,11 @@ import pytest
 from testbed import datapaths, runtimes
 from testbed.conformance import checks, runner
 from testbed.conformance.check import Result
-from testbed.conformance.fixture import OwnStage
-from testbed.datapaths import Datapath
+from testbed.conformance.stage import OwnStage
+from testbed.datapaths.interface import Datapath
 from testbed.host.ledger import Owner
 from testbed.model.terms import Family, Runtime
-from testbed.runtimes import Options
+from testbed.runtimes.interface import Options
 
 Run = Callable[..., list[Result]]
 

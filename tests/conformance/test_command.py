@@ -14,12 +14,12 @@ import pytest
 
 from testbed import datapaths, runtimes
 from testbed.conformance.check import EVERY
-from testbed.conformance.fixture import manifest
+from testbed.conformance.stage import manifest
 from testbed.host.ledger import Owner
 from testbed.model.addresses import CONTROL_PORT, guest_link
 from testbed.model.terms import Family, Runtime
 from testbed.pods.pod import Pod
-from testbed.runtimes import Options
+from testbed.runtimes.interface import Options
 from tests.children import ending
 
 COMMAND = [sys.executable, "-m", "testbed.cli", "conformance"]

@@ -16,7 +16,7 @@ from testbed.model.manifest import Manifest
 from testbed.model.terms import Runtime
 from testbed.pods import control
 from testbed.pods.pod import Pod
-from testbed.runtimes import Options, Prepared
+from testbed.runtimes.interface import Options, Prepared
 
 from .sockets import MANIFEST, Bench
 

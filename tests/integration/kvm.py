@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from testbed import datapaths, doctor, runtimes
-from testbed.campaigns import trial
+from testbed.campaigns import roles, trial
 from testbed.doctor import State
 from testbed.host.ledger import Owner
 from testbed.images import kernels
@@ -23,7 +23,7 @@ from testbed.model.terms import Family, Runtime, Transport
 from testbed.model.trials import Status
 from testbed.pods.pod import Pod
 from testbed.results import store
-from testbed.runtimes import Options, Prepared
+from testbed.runtimes.interface import Options, Prepared
 
 from .commands import run
 
@@ -67,7 +67,7 @@ def test_cells_of_a_guest_go_through_a_vhost_thread(
 ) -> None:
     assert not guest.description.functional_only
     runtime = guest.description.runtime
-    manifest, kinds = trial.manifest(PAIRS, runtime), {**prepared, runtime: guest}
+    manifest, kinds = roles.manifest(PAIRS, runtime), {**prepared, runtime: guest}
     with Pod(owner, "kvm", manifest, datapaths.get(datapath), kinds, tmp_path) as pod:
         pod.start()
         assert_is_of_kvm(pod)
@@ -82,7 +82,7 @@ def test_each_pair_of_queues_of_a_guest_with_two_cpus_has_a_vhost_thread(
     owner: Owner, prepared: dict[Runtime, Prepared], tmp_path: Path
 ) -> None:
     guest = runtimes.prepare(Runtime.LINUX, Options())
-    usual = trial.manifest(PAIRS, Runtime.LINUX)
+    usual = roles.manifest(PAIRS, Runtime.LINUX)
     manifest = Manifest(tuple(
         replace(w, cpus=tuple(range(CPUS)) if w.runtime.is_guest else w.cpus)
         for w in usual.workloads

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import pytest
 
-from testbed.host import netlink
+from testbed.host import namespaces
 from testbed.host.facts import slowness
 from testbed.model import addresses
 from testbed.model.manifest import Manifest, Workload
@@ -71,7 +71,7 @@ class Bench:
     def open(self, n: int, family: Family, transport: Transport) -> socket.socket:
         """A socket of a workload."""
         kind = socket.SOCK_STREAM if transport is Transport.TCP else socket.SOCK_DGRAM
-        opened = netlink.inside(self.netns(n), lambda: socket.socket(domain(family), kind))
+        opened = namespaces.inside(self.netns(n), lambda: socket.socket(domain(family), kind))
         opened.settimeout(PATIENCE_S)
         return opened
 
@@ -162,7 +162,7 @@ class Bench:
 
     def checksum_errors(self) -> dict[int, dict[str, int]]:
         """What each workload's stack counted as wrong (nstat's *InCsumErrors)."""
-        return {n: netlink.inside(self.netns(n), _checksum_errors) for n in PORTS}
+        return {n: namespaces.inside(self.netns(n), _checksum_errors) for n in PORTS}
 
 
 def domain(family: Family) -> socket.AddressFamily:
@@ -181,7 +181,7 @@ def send_frames(netns: str, ifname: str, *frames: bytes) -> None:
             for frame in frames:
                 raw.send(frame)
 
-    netlink.inside(netns, send)
+    namespaces.inside(netns, send)
 
 
 def transfer(
@@ -244,4 +244,4 @@ def set_checksum_offload(netns: str, ifname: str, on: bool) -> None:
                 request = struct.pack("16sP", ifname.encode(), ctypes.addressof(value))
                 fcntl.ioctl(any_socket, SIOCETHTOOL, request.ljust(40, b"\0"))
 
-    netlink.inside(netns, change)
+    namespaces.inside(netns, change)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from testbed.host import netlink
+from testbed.host import namespaces, netlink
 from testbed.model.addresses import alias, loopback
 from testbed.model.terms import Family
 from testbed.pods import control
@@ -80,7 +80,7 @@ def connected(pod: str) -> Iterator[list[Client]]:
 def by_lo(pod: str, family: Family) -> socket.socket:
     """A connection to the guest from a process of the namespace that is not of the pod's cgroup."""
     to = (str(loopback(family)), GUEST)
-    return netlink.inside(control.status(pod)["netns"], lambda: socket.create_connection(to, 5))
+    return namespaces.inside(control.status(pod)["netns"], lambda: socket.create_connection(to, 5))
 
 
 def echoes(connection: socket.socket) -> bool:
@@ -117,7 +117,7 @@ def test_connections_and_workloads_live_through_their_keepers(
     assert [w["restarts"] for w in control.status(name)["workloads"]] == [0, 0]
     assert "taken over" in run("describe", name).stdout
     with pytest.raises(OSError, match=os.strerror(errno.EADDRINUSE)):
-        netlink.inside(control.status(name)["netns"], lambda: socket.create_server(("", GUEST)))
+        namespaces.inside(control.status(name)["netns"], lambda: socket.create_server(("", GUEST)))
     run("down", name)
     assert not there(name)
 
@@ -156,7 +156,9 @@ def test_an_orphan_is_only_taken_over_as_it_is(manifest: Callable[..., Path], na
     other = manifest(ECHO.replace(str(NATIVE), "9002"), guests=["guest"])
     refused = run("up", other, status=3)
     assert f"testbed adopt {name}, or testbed down {name}" in refused.stderr
-    taken = netlink.inside(control.status(name)["netns"], lambda: socket.create_server(("", GUEST)))
+    taken = namespaces.inside(
+        control.status(name)["netns"], lambda: socket.create_server(("", GUEST))
+    )
     with taken:
         assert "a native process has it" in run("adopt", name, status=3).stderr
     assert workload(name, "guest")["state"] == "running"

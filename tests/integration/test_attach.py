@@ -14,7 +14,7 @@ import pytest
 
 from testbed import bpf, datapaths
 from testbed.datapaths.ebpf import loopback_side
-from testbed.host import netlink, process
+from testbed.host import cgroups, namespaces, netlink
 from testbed.host.ledger import Owner
 from testbed.model.addresses import alias, loopback
 from testbed.model.errors import Error
@@ -53,7 +53,7 @@ class Theirs:
 
     @property
     def netns(self) -> Path:
-        return netlink.NETNS / self.name
+        return namespaces.NETNS / self.name
 
     def run(self, *words: str) -> str:
         command = ["nsenter", f"--net={self.netns}", *words]
@@ -63,16 +63,16 @@ class Theirs:
         """All that attaching could change."""
         routes = (("ip", family, "route", "show", "table", "all") for family in ("-4", "-6"))
         asked = (("ip", "addr"), *routes, ("tc", "qdisc"), ("ss", "-lntuH"))
-        return [*(self.run(*words) for words in asked), *netlink.inside(self.name, _settings)]
+        return [*(self.run(*words) for words in asked), *namespaces.inside(self.name, _settings)]
 
     def connect(self, family: Family) -> socket.socket:
         """To the guest, at `localhost`."""
         to = (str(loopback(family)), PORT)
-        return netlink.inside(self.name, lambda: socket.create_connection(to, 5))
+        return namespaces.inside(self.name, lambda: socket.create_connection(to, 5))
 
     def serve(self, family: Family, host: str, port: int) -> socket.socket:
         af = socket.AF_INET6 if family is Family.IPV6 else socket.AF_INET
-        return netlink.inside(self.name, lambda: socket.create_server((host, port), family=af))
+        return namespaces.inside(self.name, lambda: socket.create_server((host, port), family=af))
 
 
 def _settings() -> list[str]:
@@ -85,14 +85,12 @@ def _settings() -> list[str]:
 @pytest.fixture
 def theirs(tmp_path: Path) -> Iterator[Theirs]:
     with Owner() as owner:
-        theirs = Theirs(
-            owner, f"tb-{owner.id}-theirs", process.create_cgroup(owner, f"tb-{owner.id}")
-        )
-        with netlink.create_netns(owner, theirs.name) as ip:
+        theirs = Theirs(owner, f"tb-{owner.id}-theirs", cgroups.create(owner, f"tb-{owner.id}"))
+        with namespaces.create(owner, theirs.name) as ip:
             netlink.create_link(
                 ip, "eth0", kind="veth", state="up", peer={"ifname": "peer", "state": "up"}
             )
-        netlink.set_sysctls(theirs.name, SETTINGS)
+        namespaces.set_sysctls(theirs.name, SETTINGS)
         theirs.run("ip", "addr", "add", "10.1.2.3/24", "dev", "eth0")
         yield theirs
 
@@ -106,7 +104,7 @@ def echoes(connection: socket.socket) -> bool:
 def dials(netns: str, family: Family, native: socket.socket) -> bool:
     """Whether a guest reaches a native server at what `localhost` is to it."""
     to = (str(alias(family)), NATIVE_PORT)
-    with netlink.inside(netns, lambda: socket.create_connection(to, 5)) as guest:
+    with namespaces.inside(netns, lambda: socket.create_connection(to, 5)) as guest:
         accepted, _ = native.accept()
         with accepted:
             guest.sendall(b"hello")
@@ -142,7 +140,7 @@ def test_processes_of_a_cgroup_that_is_named_go_past_lo(
     assert theirs.run("busybox", "sh", "-c", script, str(theirs.cgroup)) == "hello\n"
     assert echoes(theirs.connect(Family.IPV4))
     assert control.describe(name)["counters"]["steered"]["packets"] == 1
-    netlink.create_netns(theirs.owner, f"{theirs.name}-2").close()
+    namespaces.create(theirs.owner, f"{theirs.name}-2").close()
     file = manifest(GUEST, runtime="standin")
     file.write_text(file.read_text().replace(name, f"{name}-2"))
     refused = run("attach", "--netns", f"{theirs.netns}-2", "--cgroup", theirs.cgroup, file,
@@ -223,7 +221,7 @@ def test_programs_that_lo_runs_by_itself_are_in_the_way(theirs: Theirs) -> None:
         pytest.skip("Linux 6.6")
     programs, name = bpf.load("probe", theirs.owner), f"{theirs.name}-joined"
     programs.make_calls(theirs.owner, 1)
-    with theirs.owner.part() as part, netlink.hold_netns(part, name, theirs.netns):
+    with theirs.owner.part() as part, namespaces.hold(part, name, theirs.netns):
         with programs.entry("redirect_peer", 1, 0) as entry:
             bpf.attach_tcx(name, loopback_side.LO_IFINDEX, bpf.INGRESS, entry)
     programs.close()

@@ -20,9 +20,9 @@ from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
 from testbed import datapaths, runtimes
-from testbed.campaigns import trial
-from testbed.datapaths import Layout
-from testbed.host import netlink, process
+from testbed.campaigns import roles, trial
+from testbed.datapaths.interface import Layout
+from testbed.host import cgroups, namespaces
 from testbed.host.ledger import Owner
 from testbed.model import addresses
 from testbed.model.addresses import guest_link, guest_mac
@@ -31,7 +31,7 @@ from testbed.model.cells import Pair as Roles
 from testbed.model.errors import Error
 from testbed.model.manifest import Manifest
 from testbed.model.terms import Family, Runtime, Transport
-from testbed.runtimes import Options
+from testbed.runtimes.interface import Options
 
 from .conftest import Build
 from .sockets import (
@@ -172,7 +172,7 @@ def test_no_guest_reaches_loopback_but_by_the_alias(bench: Bench) -> None:
 
 def in_pod(netns: str, *command: str) -> str:
     """What a command in the namespace prints."""
-    entered = ["nsenter", f"--net={netlink.NETNS / netns}", *command]
+    entered = ["nsenter", f"--net={namespaces.NETNS / netns}", *command]
     return subprocess.run(entered, check=True, capture_output=True, text=True).stdout
 
 
@@ -188,7 +188,7 @@ def test_dnat_leaves_no_rules(build: Build, owner: Owner) -> None:
 def test_proxies_end_with_their_pod(build: Build) -> None:
     need("proxy")
     pod = build("proxies", datapath="proxy")
-    cgroup = process.cgroup_mount() / pod.netns / "proxy"
+    cgroup = cgroups.mount_point() / pod.netns / "proxy"
     pids = (cgroup / "cgroup.procs").read_text().split()
     names = {Path("/proc", pid, "comm").read_text().strip() for pid in pids}
     assert names == {"haproxy", "nginx"}
@@ -214,7 +214,7 @@ def test_broadcast_to_three_guests_resets_nobody(build: Build, family: Family) -
         names, values = (x for x in lines if x[0] == "Tcp:")
         return int(values[names.index("OutRsts")])
 
-    assert [netlink.inside(bench.netns(n), resets) for n in range(4)] == [0, 0, 0, 0]
+    assert [namespaces.inside(bench.netns(n), resets) for n in range(4)] == [0, 0, 0, 0]
 
 
 # --- tcredirect -----------------------------------------------------------------------------
@@ -274,8 +274,8 @@ def test_stand_ins_have_no_frames_for_passt(build: Build) -> None:
 def test_passt_carries_a_virtual_machine_both_ways_also_the_next_one(build: Build) -> None:
     need("passt", Transport.TCP)
     prepared = {r: runtimes.prepare(r, Options()) for r in (Runtime.PROCESS, Runtime.LINUX)}
-    roles = (Roles.NATIVE_GUEST, Roles.GUEST_NATIVE)
-    pod = build("passt", trial.manifest(roles, Runtime.LINUX), "passt", prepared)
+    pairs = (Roles.NATIVE_GUEST, Roles.GUEST_NATIVE)
+    pod = build("passt", roles.manifest(pairs, Runtime.LINUX), "passt", prepared)
     pod.start()
 
     def fault(cell: Cell) -> str | None:
@@ -288,7 +288,7 @@ def test_passt_carries_a_virtual_machine_both_ways_also_the_next_one(build: Buil
 
     cells = [
         Cell("passt", pair, family, transport, Metric.LATENCY, 64)
-        for pair in roles
+        for pair in pairs
         for family in Family
         for transport in Transport
     ]

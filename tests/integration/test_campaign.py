@@ -19,10 +19,10 @@ import pandas as pd
 import pytest
 
 from testbed import agent, bpf
-from testbed.host import process
+from testbed.host import cgroups
 from testbed.host.facts import slowness
 from testbed.host.ledger import ROOT
-from testbed.host.netlink import NETNS
+from testbed.host.namespaces import NETNS
 from testbed.model import addresses
 from testbed.model.terms import Family
 from testbed.model.trials import Status
@@ -153,7 +153,7 @@ def left_by(mark: str) -> list[str]:
     pins = bpf.PINS.rglob("*") if bpf.PINS.exists() else ()
     return [
         path.name
-        for paths in (NETNS.iterdir(), process.cgroup_mount().iterdir(), pins, ROOT.iterdir())
+        for paths in (NETNS.iterdir(), cgroups.mount_point().iterdir(), pins, ROOT.iterdir())
         for path in paths
         if mark in path.name
     ]

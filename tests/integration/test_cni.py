@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from testbed.host import netlink, process
+from testbed.host import cgroups, namespaces, netlink
 from testbed.host.facts import slowness
 from testbed.host.ledger import Owner
 from testbed.model.addresses import loopback
@@ -66,10 +66,10 @@ class Runtime:
 
     @property
     def netns(self) -> str:
-        return str(netlink.NETNS / self.pod)
+        return str(namespaces.NETNS / self.pod)
 
     def on_host(self, call: Callable[[], T]) -> T:
-        return netlink.inside(self.host, call)
+        return namespaces.inside(self.host, call)
 
     def call(
         self, command: str, plugin: dict[str, Any], previous: Any = None, **environment: str
@@ -84,8 +84,9 @@ class Runtime:
                      "CNI_NETNS": self.netns, "CNI_IFNAME": "eth0",
                      "CNI_PATH": ":".join(FOLDERS), "PATH": os.environ["PATH"]}  # fmt: skip
         done = subprocess.run(
-            ["nsenter", f"--net={netlink.NETNS / self.host}", str(program)], check=False, text=True,
-            input=json.dumps(given), capture_output=True, env=variables | environment,
+            ["nsenter", f"--net={namespaces.NETNS / self.host}", str(program)],
+            input=json.dumps(given), env=variables | environment,
+            check=False, text=True, capture_output=True,
         )  # fmt: skip
         return done.returncode, json.loads(done.stdout) if done.stdout else done.stderr
 
@@ -108,7 +109,7 @@ def runtime(tmp_path: Path) -> Iterator[Runtime]:
     with Owner() as owner:
         host, pod = (f"tb-{owner.id}-{what}" for what in ("host", "sandbox"))
         for netns in (host, pod):
-            netlink.create_netns(owner, netns).close()
+            namespaces.create(owner, netns).close()
         runtime = Runtime(host, pod, {"cniVersion": "1.0.0", "name": "net", "plugins": [own]})
         yield runtime
         runtime.call("DEL", own)
@@ -130,7 +131,7 @@ def chained(runtime: Runtime, tmp_path: Path) -> Runtime:
 def echoes(runtime: Runtime, family: Family) -> bool:
     """Whether the guest answers a process of the pod at `localhost`."""
     to = (str(loopback(family)), PORT)
-    with netlink.inside(runtime.pod, lambda: socket.create_connection(to, 5)) as connection:
+    with namespaces.inside(runtime.pod, lambda: socket.create_connection(to, 5)) as connection:
         connection.sendall(b"hello")
         return connection.recv(5) == b"hello"
 
@@ -294,7 +295,7 @@ def podman(owner: Owner, tmp_path: Path) -> Iterator[Podman]:
         PODMAN_CONF.format(folders=json.dumps(folders), work=tmp_path)
     )
     (tmp_path / "networks").mkdir()
-    cgroup = process.create_cgroup(owner, f"tb-{owner.id}-podman").name
+    cgroup = cgroups.create(owner, f"tb-{owner.id}-podman").name
     container.own(owner, tmp_path, cgroup)
     script = "ip link set lo up && mount -t tmpfs none /var/lib && echo ready && exec sleep 1000"
     command = ["unshare", "--net", "--mount", "--propagation", "private", "sh", "-c", script]

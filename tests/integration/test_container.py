@@ -11,13 +11,13 @@ import pytest
 
 from testbed import runtimes
 from testbed.datapaths import get
-from testbed.host import process
+from testbed.host import ledger, process
 from testbed.host.ledger import Owner
 from testbed.model.errors import Error
 from testbed.model.manifest import Manifest, Program, Workload
 from testbed.model.terms import Runtime
 from testbed.pods.pod import Pod
-from testbed.runtimes import Options, Prepared
+from testbed.runtimes.interface import Options, Prepared
 from tests.children import ending
 
 pytestmark = pytest.mark.root
@@ -32,7 +32,7 @@ def runtime() -> Prepared:
 
 @pytest.fixture(scope="module")
 def pod(owner: Owner, runtime: Prepared) -> Iterator[Pod]:
-    scratch = process.create_folder(owner, f"{owner.id}-containers")
+    scratch = ledger.create_folder(owner, f"{owner.id}-containers")
     (scratch / "native").mkdir()
     (scratch / "native/hosts").write_text("127.0.0.1 localhost\n10.1.2.3 db\n")
     (scratch / "native/resolv.conf").write_text("nameserver 127.0.0.11\n")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from testbed.cli import parser
-from testbed.host.netlink import NETNS
+from testbed.host.namespaces import NETNS
 from testbed.pods import control
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from testbed.agent import Agent
-from testbed.host import facts, netlink
+from testbed.host import cache, facts, namespaces
 from testbed.images import kernels
 from testbed.model import addresses
 from testbed.model.terms import Family, Runtime, Transport
@@ -50,19 +50,19 @@ def environment(best: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Mapp
         if kernels.find_osv(download=False) is None:
             pytest.skip("no OSv kernel here")
         return os.environ
-    cache = tmp_path_factory.mktemp(f"cache-{best}") / "testbed"
-    (cache / "kernels").mkdir(parents=True)
-    for there in facts.cache_folder().iterdir():
+    folder = tmp_path_factory.mktemp(f"cache-{best}") / "testbed"
+    (folder / "kernels").mkdir(parents=True)
+    for there in cache.cache_folder().iterdir():
         if there.name != "kernels":
-            (cache / there.name).symlink_to(there)
+            (folder / there.name).symlink_to(there)
     unset = ("TESTBED_OSV_KERNEL", "TESTBED_OSV_TREE")
     environment = {name: value for name, value in os.environ.items() if name not in unset}
-    environment |= {"XDG_CACHE_HOME": str(cache.parent), "https_proxy": NOBODY}
+    environment |= {"XDG_CACHE_HOME": str(folder.parent), "https_proxy": NOBODY}
     if best is Runtime.LINUX:
         linux = kernels.linux_kernel().path.parents[2]
-        (cache / "kernels" / linux.name).symlink_to(linux)
+        (folder / "kernels" / linux.name).symlink_to(linux)
         return environment
-    apt = cache.parent / "apt.conf"
+    apt = folder.parent / "apt.conf"
     apt.write_text('Dir::State::lists "/nonexistent"; Dir::Cache "/nonexistent";\n')
     return environment | {"APT_CONFIG": str(apt)}
 
@@ -172,7 +172,7 @@ def connected(pod: dict[str, Any], workload: dict[str, Any]) -> Agent:
     """A control connection to the agent of a workload."""
     port = {"container": 4701, "process": 4702}.get(workload["name"], 4700)
     to = (workload["addresses"][0], port)
-    return Agent(netlink.inside(pod["netns"], lambda: socket.create_connection(to, 5)))
+    return Agent(namespaces.inside(pod["netns"], lambda: socket.create_connection(to, 5)))
 
 
 def print_matrix(names: list[str], reached: dict[tuple[str, str, Family, Transport], bool]) -> None:

@@ -11,11 +11,11 @@ from contextlib import suppress
 import pytest
 from pyroute2.netlink.exceptions import NetlinkError
 
-from testbed.host import netlink
+from testbed.host import namespaces
 from testbed.model.addresses import guest_mac
 from testbed.model.terms import Family, Transport
 from testbed.pods.pod import Pod
-from testbed.pods.reconciler import Supervisor
+from testbed.pods.reconciler import Reconciler
 
 from .conftest import Build
 from .sockets import PAIRS, PORTS, Bench, Pair, localhost, wait_until
@@ -26,9 +26,9 @@ FAMILIES = pytest.mark.parametrize("family", Family, ids=str)
 
 
 @pytest.fixture(scope="module")
-def supervisor(pod: Pod) -> Iterator[Supervisor]:
+def supervisor(pod: Pod) -> Iterator[Reconciler]:
     pod.start()
-    with Supervisor(pod) as supervisor:
+    with Reconciler(pod) as supervisor:
         yield supervisor
 
 
@@ -38,11 +38,11 @@ def links(pod: Pod) -> dict[str, str]:
 
 
 def remove(pod: Pod, ifname: str) -> None:
-    with netlink.open_socket(pod.link_netns) as ip:  # the supervisor has the pod's own
+    with namespaces.open_socket(pod.link_netns) as ip:  # the supervisor has the pod's own
         ip.link("del", ifname=ifname)
 
 
-def vanish(pod: Pod, supervisor: Supervisor, ifname: str) -> None:
+def vanish(pod: Pod, supervisor: Reconciler, ifname: str) -> None:
     """Remove a link and wait until it is mended."""
     before = len(supervisor.mended)
     remove(pod, ifname)
@@ -68,7 +68,7 @@ def everything_works(bench: Bench) -> bool:
 
 @pytest.mark.parametrize("what", ["port of guest 1", "port of guest 2", "uplink", "bridge"])
 def test_a_link_that_vanishes_is_made_again(
-    bench: Bench, supervisor: Supervisor, what: str
+    bench: Bench, supervisor: Reconciler, what: str
 ) -> None:
     """Without a word to the supervisor; what was counted before stays counted."""
     before = bench.pod.attachment.carried(None, 1)
@@ -78,7 +78,7 @@ def test_a_link_that_vanishes_is_made_again(
     assert bench.pod.attachment.carried(None, 1).packets > before.packets
 
 
-def test_a_connection_survives_the_loss_of_its_link(bench: Bench, supervisor: Supervisor) -> None:
+def test_a_connection_survives_the_loss_of_its_link(bench: Bench, supervisor: Reconciler) -> None:
     for what in ("port of guest 1", "uplink"):
         with bench.connected(Pair(0, 1), Family.IPV4) as (near, far):
             remove(bench.pod, links(bench.pod)[what])
@@ -86,7 +86,7 @@ def test_a_connection_survives_the_loss_of_its_link(bench: Bench, supervisor: Su
             assert far.recv(100) == b"question"
 
 
-def test_links_may_vanish_over_and_over_all_at_once(bench: Bench, supervisor: Supervisor) -> None:
+def test_links_may_vanish_over_and_over_all_at_once(bench: Bench, supervisor: Reconciler) -> None:
     until = time.monotonic() + 1.5
     while time.monotonic() < until:
         for ifname in links(bench.pod).values():
@@ -97,7 +97,7 @@ def test_links_may_vanish_over_and_over_all_at_once(bench: Bench, supervisor: Su
     assert everything_works(bench)
 
 
-def test_agents_are_reached_again_too(bench: Bench, supervisor: Supervisor) -> None:
+def test_agents_are_reached_again_too(bench: Bench, supervisor: Reconciler) -> None:
     for ifname in links(bench.pod).values():
         vanish(bench.pod, supervisor, ifname)
     for name in ("native1", "guest1", "guest2"):
@@ -118,7 +118,7 @@ def silenced(bench: Bench) -> Iterator[None]:
 
     With another MAC than its own it is dropped as a forger.
     """
-    with netlink.open_socket(bench.netns(1)) as ip:
+    with namespaces.open_socket(bench.netns(1)) as ip:
         eth0 = ip.link_lookup(ifname="eth0")[0]
         ip.link("set", index=eth0, address="02:00:00:00:00:01")
         yield
@@ -127,7 +127,7 @@ def silenced(bench: Bench) -> Iterator[None]:
 
 @FAMILIES
 def test_natives_blocked_on_a_guest_that_dies_get_an_error_within_a_second(
-    bench: Bench, supervisor: Supervisor, family: Family, request: pytest.FixtureRequest
+    bench: Bench, supervisor: Reconciler, family: Family, request: pytest.FixtureRequest
 ) -> None:
     """Of either direction: who connected does not matter."""
     bench.pod.revive()
@@ -148,7 +148,7 @@ def test_natives_blocked_on_a_guest_that_dies_get_an_error_within_a_second(
 
 @FAMILIES
 def test_connections_with_others_survive_a_guests_death(
-    bench: Bench, supervisor: Supervisor, family: Family
+    bench: Bench, supervisor: Reconciler, family: Family
 ) -> None:
     bench.pod.revive()
     with (
@@ -178,14 +178,14 @@ def test_a_guest_hears_of_anothers_death(unattended: Bench, dead: int, family: F
 @FAMILIES
 @pytest.mark.parametrize("transport", Transport, ids=str)
 def test_a_guest_that_ended_is_refused_until_it_sends(
-    bench: Bench, supervisor: Supervisor, family: Family, transport: Transport
+    bench: Bench, supervisor: Reconciler, family: Family, transport: Transport
 ) -> None:
     bench.refuses_until_it_sends(family, transport)
 
 
 @FAMILIES
 def test_the_next_guest_on_the_port_works(
-    bench: Bench, supervisor: Supervisor, family: Family
+    bench: Bench, supervisor: Reconciler, family: Family
 ) -> None:
     bench.pod.revive()
     kill(bench.pod, "guest1")
@@ -196,7 +196,7 @@ def test_the_next_guest_on_the_port_works(
         client.connect((localhost(0, family), PORTS[1]))
 
 
-def test_a_death_is_noticed_once(bench: Bench, supervisor: Supervisor) -> None:
+def test_a_death_is_noticed_once(bench: Bench, supervisor: Reconciler) -> None:
     bench.pod.revive()
     died = len(supervisor.deaths)
     kill(bench.pod, "guest2")

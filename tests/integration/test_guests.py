@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 
 from testbed import datapaths, runtimes
-from testbed.campaigns import trial, worker
+from testbed.campaigns import protocol, roles, trial, worker
 from testbed.host.facts import slowness
 from testbed.host.ledger import Owner
 from testbed.images import kernels
@@ -25,8 +25,8 @@ from testbed.model.cells import Cell, Metric, Pair
 from testbed.model.terms import Family, Runtime, Transport
 from testbed.model.trials import Status
 from testbed.pods.pod import Pod
-from testbed.pods.reconciler import Supervisor
-from testbed.runtimes import Options, Prepared
+from testbed.pods.reconciler import Reconciler
+from testbed.runtimes.interface import Options, Prepared
 from testbed.runtimes.osv import Osv
 from testbed.runtimes.osv import prepare as prepare_osv
 
@@ -35,7 +35,7 @@ from .sockets import Bench, localhost, wait_until
 pytestmark = pytest.mark.root
 
 FAMILIES = pytest.mark.parametrize("family", Family, ids=str)
-GUESTS_PORT = trial.port("guest1")
+GUESTS_PORT = roles.port("guest1")
 PAIRS = [pair for pair in Pair if pair is pair.shape]
 GUESTS_PAIRS = (Pair.NATIVE_GUEST, Pair.GUEST_NATIVE, Pair.GUEST_GUEST, Pair.GUEST_SELF)
 WARMUP_S, DURATIONS_S = 0.05, (0.1, 1.0, 2.0)
@@ -54,10 +54,10 @@ def start(
         def start(name: str, guest: Prepared, pairs: Collection[Pair]) -> Pod:
             runtime = guest.description.runtime
             kinds = {**prepared, runtime: guest}
-            pod = Pod(owner, name, trial.manifest(pairs, runtime), datapaths.get("capture"), kinds,
+            pod = Pod(owner, name, roles.manifest(pairs, runtime), datapaths.get("capture"), kinds,
                       consoles / name)  # fmt: skip
             stack.enter_context(pod).start()
-            stack.enter_context(Supervisor(pod))
+            stack.enter_context(Reconciler(pod))
             return pod
 
         yield start
@@ -162,7 +162,7 @@ def test_cells_of_a_family_that_the_kernel_lacks_are_unsupported_with_the_reason
 ) -> None:
     guest = osv("master")
     lacking = cell(Pair.NATIVE_GUEST, Family.IPV6, Transport.TCP, Metric.LATENCY).id
-    job = worker.Job(((0, (lacking,)),), 0, DURATIONS_S[0], "osv", str(tmp_path),
+    job = protocol.Job(((0, (lacking,)),), 0, DURATIONS_S[0], "osv", str(tmp_path),
                      osv_kernel=str(guest.kernel.path))  # fmt: skip
     (event,) = (e for e in worker.work(job) if e["event"] == "trial")
     assert event["trial"]["status"] == "unsupported"

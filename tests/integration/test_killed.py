@@ -84,9 +84,9 @@ def start(mark: str, *words: str | Path) -> subprocess.Popen[bytes]:
 
 def kill_once(number: int, seed: int, folder: Path) -> str | None:
     """One command killed, and what lives on ended; what was done. None: it was over before."""
-    chance = random.Random(f"{seed}/{number}")
-    kind = chance.choice(list(KINDS))
-    moment_s = chance.uniform(0, KINDS[kind])
+    rng = random.Random(f"{seed}/{number}")
+    kind = rng.choice(list(KINDS))
+    moment_s = rng.uniform(0, KINDS[kind])
     mark = f"k{secrets.token_hex(3)}"
     manifest, plan = folder / f"{mark}.yaml", folder / f"{mark}.toml"
     manifest.write_text(POD.format(name=mark))
@@ -104,8 +104,8 @@ def kill_once(number: int, seed: int, folder: Path) -> str | None:
             running.wait(moment_s)
         victims = sorted(harness(mark))
         whole = len(victims)
-        if chance.random() < 0.5:
-            victims = [chance.choice(victims)] if victims else []
+        if rng.random() < 0.5:
+            victims = [rng.choice(victims)] if victims else []
         for pid in victims:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from testbed import agent, runtimes
-from testbed.campaigns import trial
+from testbed.campaigns import roles, trial
 from testbed.model.addresses import CONTROL_PORT
 from testbed.model.cells import Cell, Metric, Pair
 from testbed.model.errors import Error
@@ -17,8 +17,8 @@ from testbed.model.manifest import Manifest, Program
 from testbed.model.terms import Family, Runtime, Transport
 from testbed.model.trials import Status
 from testbed.pods.pod import Pod
-from testbed.pods.reconciler import Supervisor
-from testbed.runtimes import Options, Prepared
+from testbed.pods.reconciler import Reconciler
+from testbed.runtimes.interface import Options, Prepared
 
 from .conftest import Build
 from .sockets import wait_until
@@ -44,7 +44,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     image.write_text(f'program = "/bin/dash"\n[files]\n"/agent" = "{agent.build()}"\n')
     told = f"{WATCHED} & exec /agent --control-port {CONTROL_PORT}"
     program = Program(str(image), args=("-c", told), cpus=CPUS)
-    usual = trial.manifest({Pair.NATIVE_GUEST, Pair.GUEST_NATIVE}, Runtime.LINUX)
+    usual = roles.manifest({Pair.NATIVE_GUEST, Pair.GUEST_NATIVE}, Runtime.LINUX)
     return Manifest(tuple(
         replace(w, program=program, cpus=(), control_port=CONTROL_PORT)
         if w.runtime is Runtime.LINUX else w
@@ -65,7 +65,7 @@ def test_packets_of_a_guest_with_two_cpus_go_through_two_queues(
         linux.compose(workload)
     pod = build(f"queues-{datapath}", manifest, datapath, kinds)
     pod.start()
-    with Supervisor(pod):
+    with Reconciler(pod):
         assert opened(pod) == CPUS
         console = pod.console("guest1")
         named = {f"{way}-{n}" for way in ("rx", "tx") for n in range(CPUS)}

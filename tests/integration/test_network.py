@@ -14,7 +14,7 @@ from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
 from testbed import datapaths
-from testbed.host import ledger, netlink, nft
+from testbed.host import ledger, namespaces, nft
 from testbed.host.ledger import Owner
 from testbed.model import addresses
 from testbed.model.addresses import Address, guest_link, node_address
@@ -64,7 +64,7 @@ def peer(build: Build) -> Pod:
 
 def opened(netns: str, family: Family, transport: Transport) -> socket.socket:
     kind = socket.SOCK_STREAM if transport is Transport.TCP else socket.SOCK_DGRAM
-    made = netlink.inside(netns, lambda: socket.socket(domain(family), kind))
+    made = namespaces.inside(netns, lambda: socket.socket(domain(family), kind))
     made.settimeout(PATIENCE_S)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     return made
@@ -168,13 +168,13 @@ def test_localhost_is_as_it_was_and_is_not_tracked(
     def tracked() -> int:
         return int(Path("/proc/sys/net/netfilter/nf_conntrack_count").read_text())
 
-    before = netlink.inside(bench.pod.netns, tracked)
+    before = namespaces.inside(bench.pod.netns, tracked)
     for pair in PAIRS:
         with connected(bench, pair, family, transport) as (near, far):
             near.send(b"question")
             assert far.recv(100) == b"question"
     if bench.pod.datapath.name != "dnat":
-        assert netlink.inside(bench.pod.netns, tracked) <= before
+        assert namespaces.inside(bench.pod.netns, tracked) <= before
 
 
 @FAMILIES
@@ -189,7 +189,7 @@ def test_nothing_else_comes_in_from_outside(bench: Bench, family: Family) -> Non
     ]  # fmt: skip
     stranger = node_address(family)
     ends = [(stranger, to) for to in inside] + [(s, to) for s in inside for to in (*inside, pod)]
-    with netlink.open_socket(bench.pod.netns) as ip:
+    with namespaces.open_socket(bench.pod.netns) as ip:
         mac = ip.get_links(ifname=node.UPLINK)[0].get("address")
     layer = IP if family is Family.IPV4 else IPv6
     frames = [
@@ -235,7 +235,7 @@ def test_a_loopback_bound_socket_hears_nothing_from_outside(bench: Bench, family
 def test_a_pod_that_claims_anothers_address_is_not_heard(
     bench: Bench, peer: Pod, family: Family
 ) -> None:
-    with netlink.open_socket(node.NETNS) as ip:
+    with namespaces.open_socket(node.NETNS) as ip:
         mac = ip.get_links(ifname=link_of(peer))[0].get("address")
     layer = IP if family is Family.IPV4 else IPv6
     to = str(bench.pod.addresses[family])
@@ -279,4 +279,4 @@ def test_the_node_goes_with_its_last_pod(owner: Owner) -> None:
         pytest.skip("other pods stand on this host")
     for lease in (ledger.ROOT / "node").iterdir():
         node.leave(int(lease.name.partition("-")[0]), owner.id)
-    assert not (netlink.NETNS / node.NETNS).exists()
+    assert not (namespaces.NETNS / node.NETNS).exists()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from testbed import bpf, datapaths
-from testbed.host import netlink
+from testbed.host import namespaces
 from testbed.host.ledger import ROOT, Owner
 from testbed.model.errors import Error
 from testbed.model.manifest import Manifest, Workload
@@ -51,8 +51,8 @@ def test_native_can_bind_its_own_port(bench: Bench, transport: Transport, addres
 def test_no_native_gets_a_guests_port_as_an_ephemeral_one(bench: Bench) -> None:
     """With a range that holds little else, still."""
     span = Path("/proc/sys/net/ipv4/ip_local_port_range")
-    before = netlink.inside(bench.pod.netns, span.read_text)
-    netlink.set_sysctls(bench.pod.netns, {"net/ipv4/ip_local_port_range": "5000 5003"})
+    before = namespaces.inside(bench.pod.netns, span.read_text)
+    namespaces.set_sysctls(bench.pod.netns, {"net/ipv4/ip_local_port_range": "5000 5003"})
     try:
         taken = [bench.open(0, Family.IPV4, Transport.UDP) for _ in range(2)]
         for client in taken:
@@ -64,7 +64,7 @@ def test_no_native_gets_a_guests_port_as_an_ephemeral_one(bench: Bench) -> None:
     finally:
         for client in taken:
             client.close()
-        netlink.set_sysctls(bench.pod.netns, {"net/ipv4/ip_local_port_range": before})
+        namespaces.set_sysctls(bench.pod.netns, {"net/ipv4/ip_local_port_range": before})
 
 
 @pytest.mark.parametrize("other", [Runtime.PROCESS, Runtime.STANDIN], ids=str)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from testbed.campaigns import rate_search, trial
+from testbed.campaigns import rate_search, roles, trial
 from testbed.host import netlink
 from testbed.model.cells import Cell, Metric, Pair
 from testbed.model.terms import Family, Runtime, Transport
 from testbed.model.trials import Status, Trial
 from testbed.pods.pod import port_name
-from testbed.runtimes import Prepared
+from testbed.runtimes.interface import Prepared
 
 from .conftest import Build
 
@@ -27,7 +27,7 @@ def test_the_rate_that_is_found_is_what_the_link_can_carry(
     build: Build, prepared: dict[Runtime, Prepared], family: Family
 ) -> None:
     pair, guest = Pair.NATIVE_GUEST, prepared[Runtime.STANDIN]
-    pod = build(f"slow-{family}", trial.manifest([pair], Runtime.STANDIN), "direct")
+    pod = build(f"slow-{family}", roles.manifest([pair], Runtime.STANDIN), "direct")
     pod.start()
     port = netlink.links(pod.link_netns)[port_name(1)]
     # A token bucket (tc-tbf); rates are in bytes per second.

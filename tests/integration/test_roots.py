@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from testbed.host.facts import cache_folder
+from testbed.host.cache import cache_folder
 from tests.children import ending
 from tests.machines import roots
 

@@ -17,7 +17,7 @@ from scapy.layers.inet6 import ICMPv6ND_NA, ICMPv6NDOptDstLLAddr, IPv6
 from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Packet
 
-from testbed.host import netlink
+from testbed.host import namespaces
 from testbed.model import addresses
 from testbed.model.addresses import Address, guest_link, guest_mac
 from testbed.model.terms import Family, Transport
@@ -82,7 +82,7 @@ def segments_heard(bench: Bench, n: int) -> int:
         header, values = (line.split() for line in lines if line.startswith("Tcp:"))
         return int(values[header.index("InSegs")])
 
-    return netlink.inside(bench.netns(n), count)
+    return namespaces.inside(bench.netns(n), count)
 
 
 # --- guests ---------------------------------------------------------------------------------
@@ -225,11 +225,11 @@ def test_no_link_but_lo_takes_loopback_addresses(bench: Bench) -> None:
         files = Path("/proc/sys/net/ipv4/conf").glob("*/route_localnet")
         return {f.parent.name: f.read_text().strip() for f in files}
 
-    pod = netlink.inside(bench.pod.netns, conf)
+    pod = namespaces.inside(bench.pod.netns, conf)
     assert pod.pop("lo") == "1"
     assert set(pod.values()) == {"0"}
     for netns in (bench.pod.link_netns, bench.netns(1)):
-        assert set(netlink.inside(netns, conf).values()) == {"0"}
+        assert set(namespaces.inside(netns, conf).values()) == {"0"}
 
 
 # --- pods -----------------------------------------------------------------------------------

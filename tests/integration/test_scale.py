@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from testbed.campaigns import worker
-from testbed.campaigns.worker import Job
+from testbed.campaigns.protocol import Job
 from testbed.model.cells import Cell, Metric, Pair
 from testbed.model.terms import Family, Runtime, Transport
 from testbed.model.trials import Status, Trial

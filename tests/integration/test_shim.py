@@ -24,14 +24,14 @@ import pytest
 
 from testbed import datapaths, paths, runtimes
 from testbed.agent import Agent
-from testbed.host import netlink, process
+from testbed.host import namespaces, netlink, process
 from testbed.host.ledger import Owner
 from testbed.images import kernels
 from testbed.model import addresses
 from testbed.model.manifest import Manifest, Program, Workload
 from testbed.model.terms import Family, Runtime, Transport
 from testbed.pods.pod import Pod
-from testbed.runtimes import Options
+from testbed.runtimes.interface import Options
 
 from .sockets import PATIENCE_S, domain, wait_until
 
@@ -226,7 +226,7 @@ def family_is_spoken(request: pytest.FixtureRequest, pod: Pod) -> None:
 
 def native(pod: Pod, family: Family, transport: Transport) -> socket.socket:
     kind = socket.SOCK_STREAM if transport is Transport.TCP else socket.SOCK_DGRAM
-    opened = netlink.inside(pod.netns, lambda: socket.socket(domain(family), kind))
+    opened = namespaces.inside(pod.netns, lambda: socket.socket(domain(family), kind))
     opened.settimeout(PATIENCE_S)
     return opened
 
@@ -530,7 +530,7 @@ def test_curl_in_a_guest_finds_a_native_server(pod: Pod, family: Family) -> None
 
     at = (str(addresses.loopback(family)), HTTP_PORT)
     name = "curl" if family is Family.IPV4 else "curl-ipv6"
-    with netlink.inside(pod.netns, lambda: Server(at, Hello)) as server:
+    with namespaces.inside(pod.netns, lambda: Server(at, Hello)) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:

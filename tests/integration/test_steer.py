@@ -24,7 +24,7 @@ from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Raw
 
 from testbed import bpf, datapaths
-from testbed.host import netlink, process
+from testbed.host import cgroups, namespaces
 from testbed.host.ledger import Owner
 from testbed.model import addresses
 from testbed.model.errors import Error
@@ -50,7 +50,7 @@ def member(cgroup: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        (process.cgroup_mount() / own / "cgroup.procs").write_text(str(os.getpid()))
+        (cgroups.mount_point() / own / "cgroup.procs").write_text(str(os.getpid()))
 
 
 class Members(Bench):
@@ -305,7 +305,7 @@ def test_a_connection_by_lo_follows_one_that_was_handed_over(pod: Pod, family: F
 @FAMILIES
 @pytest.mark.parametrize("host", ["", "localhost"])
 def test_syn_cookies_are_honored(natives: Bench, family: Family, host: str) -> None:
-    netlink.set_sysctls(natives.pod.netns, {"net/ipv4/tcp_syncookies": 2})
+    namespaces.set_sysctls(natives.pod.netns, {"net/ipv4/tcp_syncookies": 2})
     try:
         with natives.serve(0, family, Transport.TCP, host and loopback(family)) as listening:
             with natives.open(1, family, Transport.TCP) as client:
@@ -315,7 +315,7 @@ def test_syn_cookies_are_honored(natives: Bench, family: Family, host: str) -> N
                 with accepted:
                     assert accepted.recv(1) == b"?"
     finally:
-        netlink.set_sysctls(natives.pod.netns, {"net/ipv4/tcp_syncookies": 1})
+        namespaces.set_sysctls(natives.pod.netns, {"net/ipv4/tcp_syncookies": 1})
 
 
 @TRANSPORTS
@@ -589,7 +589,7 @@ def test_a_native_cannot_bind_a_guests_port(
 
 def test_another_namespace_in_the_same_cgroup_keeps_its_own_loopback(members: Members) -> None:
     with member(members.pod.cgroup):
-        stranger = netlink.inside(members.netns(2), socket.socket)
+        stranger = namespaces.inside(members.netns(2), socket.socket)
     with stranger, members.serve(1, Family.IPV4, Transport.TCP):
         with pytest.raises(ConnectionRefusedError):
             stranger.connect(("127.0.0.1", PORTS[1]))
@@ -646,7 +646,7 @@ def test_a_guest_cannot_take_anothers_address_by_arp(members: Members) -> None:
 def test_a_guest_pings_localhost(members: Members) -> None:
     before = members.pod.attachment.carried(1, None)
     packet = ip(str(addresses.guest_link(Family.IPV4, 1)), localhost(1, Family.IPV4)) / ICMP(id=7)
-    with netlink.inside(
+    with namespaces.inside(
         members.netns(1), lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)
     ) as raw:
         raw.settimeout(5)
@@ -708,7 +708,7 @@ def test_when_it_has_settled_each_packet_meets_a_program_once(build: Build, fami
         pytest.skip("links run programs by themselves: Linux 6.6")
     settled = Members(build(f"settled-{family}", datapath="steer"))
     pod = settled.pod
-    pod.settle()
+    pod.attach_deferred()
     for _ in range(2):
         port = pod.wiring().ports[0]
         at_port = bpf.running_tc(pod.netns, pod.link_ip, port.ifindex)
@@ -756,7 +756,7 @@ def test_two_pods_are_separate(build: Build, members: Members) -> None:
 
 def test_a_native_that_has_a_guests_port_already_is_named(build: Build, owner: Owner) -> None:
     pod = build("steer3", datapath="direct")
-    with netlink.inside(pod.netns, socket.socket) as native:
+    with namespaces.inside(pod.netns, socket.socket) as native:
         native.bind(("127.0.0.1", PORTS[1]))
         with pytest.raises(Error, match=f"tcp port {PORTS[1]} is guest 1's"):
             datapaths.get("steer").attach(pod.wiring(), owner.part())

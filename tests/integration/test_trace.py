@@ -17,7 +17,7 @@ from scapy.utils import rdpcap
 
 from testbed import bpf
 from testbed.bpf import bytecode
-from testbed.host import netlink
+from testbed.host import namespaces
 from testbed.model.addresses import alias, loopback
 from testbed.model.terms import Family
 from testbed.pods import control
@@ -66,7 +66,7 @@ def trace(pod: str, family: Family, *options: str | Path) -> list[dict[str, Any]
         assert run.stderr.readline().startswith(f"tracing {pod}")
         netns = control.status(pod)["netns"]
         dial = f"import socket; socket.create_connection(('{loopback(family)}', {PORT})).close()"
-        netlink.inside(netns, lambda: subprocess.run([sys.executable, "-c", dial], check=True))
+        namespaces.inside(netns, lambda: subprocess.run([sys.executable, "-c", dial], check=True))
         events = [json.loads(line) for line in run.stdout]
         assert run.wait() == 0
     return events
@@ -102,7 +102,7 @@ def test_what_is_dropped_is_told_with_its_reason(pod: str) -> None:
             f"sendp(Ether(src='02:77:00:00:01:01') / IP(src='10.9.9.9', dst='{alias(Family.IPV4)}')"
             " / UDP(sport=5555, dport=5555), iface='eth0', verbose=False)"
         )
-        netlink.inside(guest, lambda: subprocess.run([sys.executable, "-c", send], check=True))
+        namespaces.inside(guest, lambda: subprocess.run([sys.executable, "-c", send], check=True))
         event = json.loads(run.stdout.readline())
         run.wait()
     assert (event["verdict"], event["reason"]) == ("dropped", "spoofed")

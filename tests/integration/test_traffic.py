@@ -17,7 +17,7 @@ from scapy.layers.inet6 import ICMPv6PacketTooBig, IPv6
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
-from testbed.host import netlink
+from testbed.host import namespaces
 from testbed.model import addresses
 from testbed.model.addresses import guest_link, guest_mac
 from testbed.model.terms import Family, Transport
@@ -243,7 +243,7 @@ def too_big(family: Family, guest: int, port: int, mtu: int) -> bytes:
 def icmp_listener(bench: Bench, n: int, family: Family) -> Iterator[socket.socket]:
     """A raw socket of a workload that hears of destinations that are unreachable, and no more."""
     protocol = socket.IPPROTO_ICMP if family is Family.IPV4 else socket.IPPROTO_ICMPV6
-    with netlink.inside(
+    with namespaces.inside(
         bench.netns(n), lambda: socket.socket(domain(family), socket.SOCK_RAW, protocol)
     ) as listener:
         listener.settimeout(PATIENCE_S)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from testbed.host import ledger, netlink
+from testbed.host import ledger, namespaces
 from testbed.host.facts import slowness
 from testbed.pods import control
 from tests.children import ending
@@ -67,7 +67,7 @@ def test_top_tells_what_each_pair_carries(manifest: Callable[..., Path], name: s
                 connection.sendall(b"x" * 1000)
                 connection.recv(1000)
 
-    talking = threading.Thread(target=lambda: netlink.inside(netns, talk))
+    talking = threading.Thread(target=lambda: namespaces.inside(netns, talk))
     talking.start()
     try:
         told = json.loads(run("top", name, "--json", "--interval=0.5").stdout)

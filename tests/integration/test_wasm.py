@@ -11,17 +11,18 @@ from pathlib import Path
 import pytest
 
 from testbed import runtimes
-from testbed.campaigns import trial
+from testbed.campaigns import roles, trial
+from testbed.campaigns.roles import unsupported
 from testbed.datapaths import get
-from testbed.host import netlink, process
+from testbed.host import ledger, namespaces
 from testbed.host.ledger import Owner
 from testbed.model.cells import Cell, Metric, Pair
 from testbed.model.errors import Error
 from testbed.model.manifest import Manifest, Program, Workload
 from testbed.model.terms import Family, Runtime, Transport
 from testbed.model.trials import Status
-from testbed.pods.pod import Pod, unsupported
-from testbed.runtimes import Options, Prepared
+from testbed.pods.pod import Pod
+from testbed.runtimes.interface import Options, Prepared
 from tests.children import ending
 
 from .sockets import domain
@@ -55,7 +56,7 @@ def runtime() -> Prepared:
 
 @pytest.fixture(scope="module")
 def pod(owner: Owner, runtime: Prepared) -> Iterator[Pod]:
-    scratch = process.create_folder(owner, f"{owner.id}-wasm")
+    scratch = ledger.create_folder(owner, f"{owner.id}-wasm")
     (scratch / "native").mkdir()
     (scratch / "native/hosts").write_text("127.0.0.1 localhost\n::1 localhost\n")
     (scratch / "native/resolv.conf").write_text("")
@@ -98,7 +99,7 @@ def test_it_dials_in_the_pod(run: Run, pod: Pod, host: str) -> None:
     def serve() -> socket.socket:
         return socket.create_server((address, 0), family=domain(family))
 
-    with netlink.inside(pod.netns, serve) as server:
+    with namespaces.inside(pod.netns, serve) as server:
         server.settimeout(10)
 
         def answer() -> None:
@@ -125,9 +126,9 @@ def bench(
     """A pod of what the pairs need, and its guest."""
     kinds = {
         kind: runtimes.prepare(kind, Options())
-        for kind in (*trial.natives(PAIRS), Runtime.STANDIN)
+        for kind in (*roles.natives(PAIRS), Runtime.STANDIN)
     }  # fmt: skip
-    manifest = trial.manifest(PAIRS, Runtime.STANDIN)
+    manifest = roles.manifest(PAIRS, Runtime.STANDIN)
     name, consoles = f"agents-{request.param}", tmp_path_factory.mktemp("consoles")
     with Pod(owner, name, manifest, get(request.param), kinds, consoles) as pod:
         pod.start()

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from testbed.host.facts import cache_folder
+from testbed.host.cache import cache_folder
 from testbed.model.errors import Error
 from tests.machines import linux, roots, vm
 

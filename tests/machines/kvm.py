@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from xml.etree import ElementTree as ET
 
-from testbed.host import facts
+from testbed.host import cache, facts
 from testbed.images import kernels
 from testbed.runtimes.vm import accelerator
 from tests.machines import linux, roots, vm
@@ -128,8 +128,8 @@ def in_emulated(args: Sequence[str], steps: Steps) -> int:
         root = warm(SUITE)
     with steps.step(f"kernel {KERNEL}"):
         kernel = linux.kernel(KERNEL)
-    out, cache = Path("/root/out"), facts.cache_folder() / "kernels"
-    osv = {f"/root/.cache/testbed/kernels/{p.name}": p for p in cache.glob("osv-*")}
+    out, built = Path("/root/out"), cache.cache_folder() / "kernels"
+    osv = {f"/root/.cache/testbed/kernels/{p.name}": p for p in built.glob("osv-*")}
     emulated = vm.Machine(
         kernel, root, cpu=CPU, memory_mib=MEMORY_MIB, modules=MODULES,
         shares={str(out): LOGS, **osv},

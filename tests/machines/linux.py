@@ -10,7 +10,7 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from testbed.host.facts import cache_folder
+from testbed.host.cache import cache_folder
 from testbed.images.kernels import LinuxKernel
 from testbed.model.errors import Error
 from tests.machines import roots

@@ -31,7 +31,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from testbed.host.facts import cache_folder
+from testbed.host.cache import cache_folder
 from testbed.model.errors import Error
 
 REPOSITORY = Path(__file__).parents[2]

@@ -31,7 +31,7 @@ from typing import BinaryIO, Literal
 
 from testbed.host import architecture
 from testbed.host.architecture import Architecture
-from testbed.images import compose, rootfs
+from testbed.images import cpio, rootfs
 from testbed.images.kernels import LinuxKernel
 from testbed.images.rofs import Node
 from testbed.model.errors import Error
@@ -226,7 +226,7 @@ def boot(machine: Machine, console: Path, *, limit_s: float = BOOT_LIMIT_S) -> I
         os.fdopen(os.memfd_create("initramfs"), "wb") as initramfs,
         console.open("ab") as complaints,
     ):
-        initramfs.write(compose.pack_cpio(_initramfs(machine, mark)))
+        initramfs.write(cpio.pack(_initramfs(machine, mark)))
         initramfs.flush()
         qemu = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL",

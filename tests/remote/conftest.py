@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from testbed.host import netlink
+from testbed.host import namespaces
 from testbed.host.ledger import Owner
-from testbed.remote import place
+from testbed.remote import package
 
 from .lan import CLIENT, Lan, SshHost
 
@@ -26,7 +26,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     It uses the packages that are installed here: to install them anew takes minutes and a network.
     """
     work = tmp_path_factory.mktemp("hosts")
-    bundle = place.package()
+    bundle = package.package()
     environment = work / "environments" / bundle.environment
     for name, path in bundle.files.items():
         (environment / name).parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def lan(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lan]:
         pytest.skip("no sshd")
     with Owner() as owner:
         lan = Lan(owner, tmp_path_factory.mktemp("lan"), work)
-        netlink.create_netns(owner, lan.netns).close()
+        namespaces.create(owner, lan.netns).close()
         lan.run("ip", "link", "add", "br0", "type", "bridge")
         lan.run("ip", "address", "add", f"{CLIENT}/24", "dev", "br0")
         lan.run("ip", "link", "set", "br0", "up")

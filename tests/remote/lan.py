@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from testbed.host import netlink, process
+from testbed.host import cgroups, namespaces
 from testbed.host.facts import slowness
 from testbed.host.ledger import Owner
 
@@ -110,11 +110,11 @@ class SshHost:
         self.address6 = f"fd77:3::{n}"
         self.cache = lan.path / f"{name}.cache"
         netns = f"tb-{lan.owner.id}-{name}"
-        netlink.create_netns(lan.owner, netns).close()
+        namespaces.create(lan.owner, netns).close()
         peer = ("peer", "name", "eth0", "netns", netns)
         lan.run("ip", "link", "add", name, "type", "veth", *peer)
         lan.run("ip", "link", "set", name, "master", "br0", "up")
-        self._cgroup = process.create_cgroup(lan.owner, netns)
+        self._cgroup = cgroups.create(lan.owner, netns)
         key = lan.path / f"{name}.key"
         subprocess.run(["ssh-keygen", "-qt", "ed25519", "-N", "", "-f", str(key)], check=True)
         kind, self.key, *_ = key.with_suffix(".key.pub").read_text().split()
@@ -130,7 +130,7 @@ class SshHost:
         script.write_text(
             _BOOT.format(
                 name=name, address=self.address, address6=self.address6, config=config,
-                cgroup=self._cgroup, mount=process.cgroup_mount(),
+                cgroup=self._cgroup, mount=cgroups.mount_point(),
                 aside=lan.path / f"{name}.cgroup",
             )
         )  # fmt: skip
@@ -156,7 +156,7 @@ class SshHost:
         """Pull its plug."""
         self._init.kill()
         self._init.wait()
-        process.remove_cgroup(str(self._cgroup))
+        cgroups.remove(str(self._cgroup))
 
     def cable(self, state: str) -> None:
         """Pull its cable (`down`), or put it back (`up`)."""

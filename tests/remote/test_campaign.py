@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from testbed.host import facts
+from testbed.host import cache
 from testbed.images import kernels
 from tests.campaigns import trials
 
@@ -235,8 +235,8 @@ def test_a_host_is_given_the_osv_kernel_that_is_here(
     if not (kernel := kernels.find_osv(download=False)):
         pytest.skip("no OSv kernel here")
     out = tmp_path / "out"
-    cache = facts.cache_folder().parent
-    command = start_osv(lan, out, plan(tmp_path, BRIDGE, 1, 0.2), alpha, cache)
+    folder = cache.cache_folder().parent
+    command = start_osv(lan, out, plan(tmp_path, BRIDGE, 1, 0.2), alpha, folder)
     status, _, errors = command.end()
     assert status == 0, errors
     assert (lan.work / "kernels" / f"{kernel.sha256}.elf").read_bytes() == kernel.path.read_bytes()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from testbed.model.errors import Error
-from testbed.remote import place
+from testbed.remote import inventory, package
 
 GOOD = """
 known_hosts = "known"
@@ -37,15 +37,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def load(folder: Path, text: str) -> tuple[place.Host, ...]:
+def load(folder: Path, text: str) -> tuple[inventory.Host, ...]:
     (folder / "hosts.toml").write_text(text)
-    return place.load(folder / "hosts.toml")
+    return inventory.load(folder / "hosts.toml")
 
 
 def test_what_is_left_out_has_a_default_and_paths_are_beside_the_file(folder: Path) -> None:
     first, second = load(folder, GOOD)
-    assert first == place.Host("kvm1", "192.0.2.11", folder / "known", labels=("kvm",))
-    assert second == place.Host(
+    assert first == inventory.Host("kvm1", "192.0.2.11", folder / "known", labels=("kvm",))
+    assert second == inventory.Host(
         "kvm2", "kvm2.example.org", folder / "known", 2222, "measure", folder / "id", True,
         ("kvm", "lab"), (2, 3), "/srv/testbed",
     )  # fmt: skip
@@ -53,11 +53,11 @@ def test_what_is_left_out_has_a_default_and_paths_are_beside_the_file(folder: Pa
 
 def test_hosts_are_chosen_by_name_or_label(folder: Path) -> None:
     hosts = load(folder, GOOD)
-    assert place.choose(hosts, []) == hosts
-    assert place.choose(hosts, ["lab", "kvm1"]) == hosts
-    assert place.choose(hosts, ["lab"]) == hosts[1:]
+    assert inventory.choose(hosts, []) == hosts
+    assert inventory.choose(hosts, ["lab", "kvm1"]) == hosts
+    assert inventory.choose(hosts, ["lab"]) == hosts[1:]
     with pytest.raises(Error, match="no host has the name or label 'kvm3'"):
-        place.choose(hosts, ["kvm1", "kvm3"])
+        inventory.choose(hosts, ["kvm1", "kvm3"])
 
 
 @pytest.mark.parametrize(
@@ -89,18 +89,18 @@ def test_bad_input_is_refused_with_file_and_key(
 
 def test_an_inventory_that_is_missing_is_told_with_an_example(tmp_path: Path) -> None:
     with pytest.raises(Error, match=r"none\.toml: No such file.*hosts\.example\.toml"):
-        place.load(tmp_path / "none.toml")
+        inventory.load(tmp_path / "none.toml")
 
 
 def test_the_example_is_an_inventory() -> None:
-    hosts = place.load(Path(__file__).parents[2] / "experiments/hosts.example.toml")
+    hosts = inventory.load(Path(__file__).parents[2] / "experiments/hosts.example.toml")
     assert [host.name for host in hosts] == ["kvm1", "kvm2"]
 
 
 def test_a_package_is_known_by_its_content_and_leaves_out_what_hosts_do_not_need() -> None:
-    package = place.package()
+    carried = package.package()
     assert {"bootstrap", "testbed/campaigns/worker.py", "bpf/capture.c", "agent/main.c"} <= set(
-        package.files
+        carried.files
     )
-    assert not any(name.startswith(("tests/", "paper/", ".git/")) for name in package.files)
-    assert len(package.sha256) == len(package.environment) == 64
+    assert not any(name.startswith(("tests/", "paper/", ".git/")) for name in carried.files)
+    assert len(carried.sha256) == len(carried.environment) == 64

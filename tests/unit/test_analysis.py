@@ -14,7 +14,7 @@ from scipy import stats
 
 from testbed.model.cells import Pair
 from testbed.model.trials import Status, Trial, percentile
-from testbed.results import analysis, store
+from testbed.results import analysis, statistics, store
 
 positive = st.floats(1e-6, 1e12)
 histogram = st.lists(st.tuples(st.floats(0.1, 1e6), st.integers(1, 1000)), min_size=1)
@@ -22,7 +22,7 @@ histogram = st.lists(st.tuples(st.floats(0.1, 1e6), st.integers(1, 1000)), min_s
 
 def test_estimate_of_hand_computed_values() -> None:
     """ln of 1, e, e² has mean and deviation 1; t(0.975, 2) = 4.302653 (tables of Student's t)."""
-    e = analysis.estimate([1.0, math.e, math.e**2])
+    e = statistics.estimate([1.0, math.e, math.e**2])
     half = 4.302653 / math.sqrt(3)
     assert e.blocks == 3
     assert e.mean == pytest.approx(math.e)
@@ -36,7 +36,7 @@ def test_estimate_is_scipys_t_interval_on_logarithms(values: list[float]) -> Non
     low, high = stats.t.interval(
         0.95, len(logs) - 1, loc=sum(logs) / len(logs), scale=stats.sem(logs)
     )
-    e = analysis.estimate(values)
+    e = statistics.estimate(values)
     assert math.log(e.mean) == pytest.approx(sum(logs) / len(logs), abs=1e-9)
     assert math.log(e.mean / e.low) == pytest.approx(math.log(e.high / e.mean), abs=1e-6)
     assert math.log(e.low) == pytest.approx(low, rel=1e-6, abs=1e-6)
@@ -48,13 +48,13 @@ def test_intervals_cover_the_truth_nineteen_times_in_twenty() -> None:
     rng = random.Random(20)
     hits = 0
     for _ in range(2000):
-        e = analysis.estimate(rng.lognormvariate(math.log(3.5e9), 0.2) for _ in range(5))
+        e = statistics.estimate(rng.lognormvariate(math.log(3.5e9), 0.2) for _ in range(5))
         hits += e.low <= 3.5e9 <= e.high
     assert hits / 2000 == pytest.approx(0.95, abs=0.015)
 
 
 def test_one_block_has_no_interval_and_none_has_no_mean() -> None:
-    one, none = analysis.estimate([7.0]), analysis.estimate([])
+    one, none = statistics.estimate([7.0]), statistics.estimate([])
     assert one.mean == pytest.approx(7)
     assert math.isnan(one.low)
     assert math.isnan(one.high)
@@ -70,7 +70,7 @@ def test_pseudomedian_ends_where_the_signed_rank_test_rejects(n: int, critical: 
     rng = random.Random(n)
     values = [rng.lognormvariate(0, 0.2) for _ in range(n)]
     means = sorted(math.sqrt(a * b) for i, a in enumerate(values) for b in values[i:])
-    e = analysis.pseudomedian(values)
+    e = statistics.pseudomedian(values)
     assert (e.low, e.high) == pytest.approx((means[critical], means[-1 - critical]))
     assert e.mean == pytest.approx(math.exp(np.median(np.log(means))))
     below, above = (
@@ -80,8 +80,8 @@ def test_pseudomedian_ends_where_the_signed_rank_test_rejects(n: int, critical: 
 
 
 def test_pseudomedian_of_few() -> None:
-    assert math.isnan(analysis.pseudomedian([1.0, 1.1, 1.2, 1.3, 1.4]).low)
-    assert analysis.pseudomedian([]).blocks == 0
+    assert math.isnan(statistics.pseudomedian([1.0, 1.1, 1.2, 1.3, 1.4]).low)
+    assert statistics.pseudomedian([]).blocks == 0
 
 
 def test_pseudomedian_covers_and_bears_with_blocks_that_were_disturbed() -> None:
@@ -89,7 +89,7 @@ def test_pseudomedian_covers_and_bears_with_blocks_that_were_disturbed() -> None
     for _ in range(400):
         spread = [rng.choice((0.05,) * 9 + (0.5,)) for _ in range(60)]
         values = [rng.lognormvariate(math.log(0.98), s) for s in spread]
-        e, t = analysis.pseudomedian(values), analysis.estimate(values)
+        e, t = statistics.pseudomedian(values), statistics.estimate(values)
         covered += e.low <= 0.98 <= e.high
         wide.append(math.log(t.high / t.low) / math.log(e.high / e.low))
     assert 0.92 < covered / 400 < 0.98
@@ -126,14 +126,14 @@ def test_percentile_is_a_sample_with_enough_at_or_below_it(
 
 @given(st.lists(histogram, min_size=1, max_size=4))
 def test_distribution_climbs_to_one(blocks: list[list[tuple[float, int]]]) -> None:
-    points = analysis.distribution(blocks)
+    points = statistics.distribution(blocks)
     assert [x for x, _ in points] == sorted({u for block in blocks for u, _ in block})
     assert [y for _, y in points] == sorted(y for _, y in points)
     assert points[-1][1] == pytest.approx(1)
 
 
 def test_blocks_weigh_the_same_in_a_distribution_however_many_samples() -> None:
-    assert analysis.distribution([[(1.0, 1000)], [(2.0, 1)]]) == [(1.0, 0.5), (2.0, 1.0)]
+    assert statistics.distribution([[(1.0, 1000)], [(2.0, 1)]]) == [(1.0, 0.5), (2.0, 1.0)]
 
 
 REFERENCES = {"capture": "bridge", "bridge": "direct", "direct": "direct", "loopback": "loopback"}
@@ -310,7 +310,7 @@ def test_cost_is_cpu_time_by_traffic_and_its_shares_are_of_the_whole() -> None:
 def test_difference_is_scipys_welch_test_on_logarithms(a: list[float], b: list[float]) -> None:
     expected = stats.ttest_ind([math.log(v) for v in b], [math.log(v) for v in a], equal_var=False)
     low, high = expected.confidence_interval(0.95)
-    found = analysis.difference(a, b, 0.05)
+    found = statistics.difference(a, b, 0.05)
     assert found.p_different == pytest.approx(expected.pvalue, rel=1e-6, abs=1e-12)
     assert math.log(found.ratio.low) == pytest.approx(low, rel=1e-6, abs=1e-6)
     assert math.log(found.ratio.high) == pytest.approx(high, rel=1e-6, abs=1e-6)
@@ -320,21 +320,21 @@ def test_discoveries_are_scipys_benjamini_hochberg() -> None:
     rng = random.Random(3)
     for _ in range(200):
         ps = [rng.random() ** 3 for _ in range(rng.randint(1, 30))]
-        assert analysis.discoveries(ps) == list(stats.false_discovery_control(ps) <= 0.05)
+        assert statistics.discoveries(ps) == list(stats.false_discovery_control(ps) <= 0.05)
 
 
 def test_what_was_not_tested_is_no_discovery_and_makes_no_other_harder() -> None:
-    assert analysis.discoveries([math.nan, 0.04, math.nan]) == [False, True, False]
-    assert analysis.discoveries([math.nan]) == [False]
-    assert analysis.discoveries([]) == []
+    assert statistics.discoveries([math.nan, 0.04, math.nan]) == [False, True, False]
+    assert statistics.discoveries([math.nan]) == [False]
+    assert statistics.discoveries([]) == []
 
 
 def campaigns(
     rng: random.Random, change: float, blocks: int = 5, spread: float = 0.04, cells: int = 20
-) -> list[analysis.Difference]:
+) -> list[statistics.Difference]:
     """Two campaigns of cells that differ by a factor, whose spread differs twofold."""
     return [
-        analysis.difference(
+        statistics.difference(
             [rng.lognormvariate(0, spread) for _ in range(blocks)],
             [rng.lognormvariate(math.log(change), spread / 2) for _ in range(blocks)],
             0.05,
@@ -352,7 +352,7 @@ def test_without_a_change_hardly_a_campaign_shows_one() -> None:
     """Of 400 pairs of campaigns of 20 cells 5 % have any discovery; of intervals 5 % exclude 1."""
     rng = random.Random(5)
     drawn = [campaigns(rng, 1.0) for _ in range(400)]
-    wrong = sum(any(analysis.discoveries([d.p_different for d in c])) for c in drawn)
+    wrong = sum(any(statistics.discoveries([d.p_different for d in c])) for c in drawn)
     assert wrong <= binomial_bound(400, 0.05)
     excluded = sum(not d.ratio.low <= 1 <= d.ratio.high for c in drawn for d in c)
     assert excluded <= binomial_bound(8000, 0.05)
@@ -371,14 +371,14 @@ def test_a_change_as_large_as_the_band_is_not_called_equivalent() -> None:
 def test_a_real_change_and_real_equality_are_found() -> None:
     rng = random.Random(7)
     changed = campaigns(rng, 0.8)
-    assert all(analysis.discoveries([d.p_different for d in changed]))
+    assert all(statistics.discoveries([d.p_different for d in changed]))
     equal = campaigns(rng, 1.0, spread=0.01)
-    assert all(analysis.discoveries([d.p_equivalent for d in equal]))
+    assert all(statistics.discoveries([d.p_equivalent for d in equal]))
 
 
 def test_one_block_on_a_side_has_a_ratio_but_proves_nothing() -> None:
-    found = analysis.difference([1.0], [2.0, 2.1], 0.05)
+    found = statistics.difference([1.0], [2.0, 2.1], 0.05)
     assert found.ratio.mean == pytest.approx(math.sqrt(4.2))
     assert math.isnan(found.ratio.low)
     assert math.isnan(found.p_different)
-    assert math.isnan(analysis.difference([], [1.0], 0.05).ratio.mean)
+    assert math.isnan(statistics.difference([], [1.0], 0.05).ratio.mean)

@@ -14,7 +14,7 @@ from rich.console import Console
 from testbed import cli
 from testbed.model.trials import Status, Trial
 from testbed.reports import compare
-from testbed.reports.compare import Verdict
+from testbed.reports.compare import Change
 from testbed.results import store
 
 CELLS = tuple(
@@ -48,7 +48,7 @@ def campaign(
     return store.open(path)
 
 
-def verdicts(rows: list[compare.Comparison]) -> list[Verdict]:
+def verdicts(rows: list[compare.Comparison]) -> list[Change]:
     return [row.verdict for row in rows]
 
 
@@ -60,7 +60,7 @@ def test_faster_is_more_throughput_and_less_latency(tmp_path: Path) -> None:
         (CELLS[0], "value"), (CELLS[1], "p50_us"), (CELLS[1], "p99_us"),
         (CELLS[2], "value"), (CELLS[3], "p50_us"), (CELLS[3], "p99_us"),
     ]  # fmt: skip
-    faster, slower, same = Verdict.FASTER, Verdict.SLOWER, Verdict.EQUIVALENT
+    faster, slower, same = Change.FASTER, Change.SLOWER, Change.EQUIVALENT
     assert verdicts(rows) == [faster, slower, slower, same, faster, faster]
     assert compare.exit_status(rows) == 1
 
@@ -71,7 +71,7 @@ def test_a_sure_change_within_the_band_is_equivalent_and_one_beyond_a_narrower_i
     before, after = campaign(tmp_path / "a", 1, {}), campaign(tmp_path / "b", 2, {CELLS[0]: 0.97})
     (row, *_), (narrow, *_) = (compare.compare(before, after, band) for band in (0.08, 0.01))
     assert row.ratio.high < 1
-    assert (row.verdict, narrow.verdict) == (Verdict.EQUIVALENT, Verdict.SLOWER)
+    assert (row.verdict, narrow.verdict) == (Change.EQUIVALENT, Change.SLOWER)
 
 
 def test_a_cell_that_no_longer_works_is_lost_and_one_left_out_is_not(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_cell_that_no_longer_works_is_lost_and_one_left_out_is_not(tmp_path: P
     broken = campaign(tmp_path / "b", 2, {CELLS[2]: 0.0})
     rows = compare.compare(before, broken)
     lost = next(r for r in rows if r.cell.id == CELLS[2])
-    assert (lost.verdict, lost.reason) == (Verdict.UNCLEAR, "later: guest not ready")
+    assert (lost.verdict, lost.reason) == (Change.UNCLEAR, "later: guest not ready")
     assert compare.exit_status(rows) == 3
     fewer = campaign(tmp_path / "c", 3, {}, cells=CELLS[:2])
     rows = compare.compare(before, fewer)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from testbed.host import architecture
-from testbed.images import compose, elf, rofs
+from testbed.images import compose, cpio, elf, rofs
 from testbed.images.compose import Definition
 from testbed.images.kernels import LinuxKernel, OsvKernel
 from testbed.images.rofs import Directory, Node, Symlink
@@ -156,8 +156,8 @@ def test_compressed_modules_are_unpacked(program: Path, linux_kernel: LinuxKerne
 def test_initramfs_is_read_alike_by_us_and_by_cpio() -> None:
     tree: dict[str, Node] = {"/init": b"#!/bin/sh\n", "/a/b/c": b"x" * 1001, "/a/l": Symlink("b/c"),
             "/dev": Directory()}  # fmt: skip
-    archive = compose.pack_cpio(tree)
-    assert rofs.nested(compose.unpack_cpio(archive)) == rofs.nested(tree)
+    archive = cpio.pack(tree)
+    assert rofs.nested(cpio.unpack(archive)) == rofs.nested(tree)
     listed = subprocess.run(["busybox", "cpio", "-t"], input=archive, capture_output=True,
                             check=True).stdout.decode().split()  # fmt: skip
     assert set(listed) == {"init", "a", "a/b", "a/b/c", "a/l", "dev", "dev/console"}
@@ -166,9 +166,9 @@ def test_initramfs_is_read_alike_by_us_and_by_cpio() -> None:
 
 @pytest.mark.parametrize("cut", [0, 100, 600])
 def test_damaged_initramfs_is_refused(cut: int) -> None:
-    archive = compose.pack_cpio({"/init": b"x" * 1000})
+    archive = cpio.pack({"/init": b"x" * 1000})
     with pytest.raises(Error, match="initramfs is damaged"):
-        compose.unpack_cpio(archive[:cut])
+        cpio.unpack(archive[:cut])
 
 
 def test_inspect_tells_what_is_in_an_image(

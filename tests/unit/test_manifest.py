@@ -11,7 +11,7 @@ from testbed.model.errors import Error
 from testbed.model.manifest import HostPort, Probe, Program, Restart, Spec, Workload
 from testbed.model.terms import Runtime, Transport
 from testbed.pods import kubernetes
-from testbed.runtimes import definition, vcpus
+from testbed.runtimes.vm.guest import definition, vcpus
 
 
 def read(tmp_path: Path, text: str) -> list[Spec]:

@@ -14,7 +14,7 @@ from testbed import paths
 from testbed.model.errors import Error
 from testbed.model.trials import Status, Trial
 from testbed.reports import archive
-from testbed.reports.paper import build
+from testbed.reports.paper import answers, build, tables
 from testbed.results import store
 
 WAY = "native-guest/ipv4/tcp/throughput/65536x1"
@@ -96,7 +96,7 @@ def test_macros_are_answered_from_the_campaign(
     campaign: store.Store, folder: Path, asked: str, answer: str
 ) -> None:
     write(folder, asked)
-    found = build.numbers(build.Answers(campaign), folder)
+    found = build.numbers(answers.Answers(campaign), folder)
     assert answer in found.values()
 
 
@@ -139,7 +139,7 @@ def test_a_campaign_without_results_of_checks_has_those_that_are_kept(
     campaign: store.Store,
 ) -> None:
     (campaign.path / "conformance.json").unlink()
-    facts = build.Answers(campaign).facts
+    facts = answers.Answers(campaign).facts
     counts = [
         int(facts[f"conformance/steer/standin/{key}"]) for key in ("passed", "failed", "tried")
     ]
@@ -165,7 +165,7 @@ def test_all_that_is_made_is_stale_when_the_data_changes(
 
 
 def test_a_table_has_every_datapath_and_why_one_has_no_value(campaign: store.Store) -> None:
-    table = "\n".join(build.TABLES["table-standin"](build.Answers(campaign)))
+    table = "\n".join(tables.TABLES["table-standin"](answers.Answers(campaign)))
     assert re.search(r"\\dpath\{direct\} & 20\.0 & & & & 1\.00 &", table)
     assert re.search(r"\\dpath\{steer\} & 18\.0 & \\textbf\{\$\\times\$0\.900\}", table)
     assert re.search(r"\\dpath\{passt\} & \\multicolumn\{2\}\{c\}\{n/a\$\^a\$\}", table)
@@ -175,10 +175,8 @@ def test_a_table_has_every_datapath_and_why_one_has_no_value(campaign: store.Sto
 def test_the_pdf_says_of_which_data_it_is(campaign: store.Store, folder: Path) -> None:
     if not shutil.which("latexmk"):
         pytest.skip("no latexmk")
-    tables = "".join(rf"\input{{generated/{name}}}" for name in build.TABLES)
-    write(
-        folder, rf"\ratio{{steer/{WAY},guest=standin}}{tables}\resultfigure{{ratios-tcp-standin}}"
-    )
+    made = "".join(rf"\input{{generated/{name}}}" for name in tables.TABLES)
+    write(folder, rf"\ratio{{steer/{WAY},guest=standin}}{made}\resultfigure{{ratios-tcp-standin}}")
     assert archive.stale(campaign, [build.build(campaign, folder)]) == []
     write(folder, r"\nonsense")
     with pytest.raises(Error, match=r"main.tex:3: Undefined control sequence"):
@@ -187,7 +185,7 @@ def test_the_pdf_says_of_which_data_it_is(campaign: store.Store, folder: Path) -
 
 def test_the_paper_asks_nothing_that_its_campaigns_do_not_answer() -> None:
     kept, proof = (store.open(paths.REFERENCE / name) for name in ("paper", "proof"))
-    assert build.numbers(build.Answers(kept, proof), paths.PAPER)
+    assert build.numbers(answers.Answers(kept, proof), paths.PAPER)
 
 
 # --- what is typed --------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from testbed.model.cells import Cell, Metric, Pair
 from testbed.model.errors import Error
 from testbed.model.terms import Family
 from testbed.model.trials import Status, Trial
-from testbed.reports import table
-from testbed.reports.figures import draw, forest, style
-from testbed.results import analysis, store
+from testbed.reports import table, words
+from testbed.reports.figures import draw, forest, stacks, style
+from testbed.results import analysis, order, statistics, store
 
 PLAN = plan.parse(
     """
@@ -160,7 +160,7 @@ def test_an_axis_of_ratios_has_numbers_besides_1_however_many_panels(
     little: store.Store, low: float, high: float
 ) -> None:
     rows = analysis.summarise(store.frame(little.trials()), CAMPAIGN.references)
-    near = analysis.Estimate(0.95, low, high, 3)
+    near = statistics.Estimate(0.95, low, high, 3)
     axes = forest.forest([replace(r, ratio=near) for r in rows if r.ratio.blocks], "osv").axes
     assert len(axes) == 4
     assert {"1"} < {label.get_text() for label in axes[0].get_xticklabels()}
@@ -212,7 +212,7 @@ def test_a_place_that_cannot_be_drawn_into_is_one_line(little: store.Store) -> N
 
 
 def test_every_datapath_of_the_design_has_a_look_of_its_own() -> None:
-    assert tuple(style.STYLES) == table.DATAPATHS
+    assert tuple(style.STYLES) == order.DATAPATHS
     looks = [(s.color, s.hatch) for s in style.STYLES.values()]
     lines = [(s.line, s.marker) for s in style.STYLES.values()]
     assert len(set(looks)) == len(looks)
@@ -244,7 +244,7 @@ def test_starts_memory_and_scaling_have_figures_and_guests_that_cells_name_their
         guests={"standin": {"kernel": "", "accelerator": "none"}},
     )  # fmt: skip
     parts = {
-        Metric.STARTUP: dict.fromkeys(draw.STEPS, 20.0),
+        Metric.STARTUP: dict.fromkeys(stacks.STEPS, 20.0),
         Metric.MEMORY: {"processes": 3e6, "kernel": -1e3},
     }
     with store.create(tmp_path / "scale", campaign) as made:
@@ -254,7 +254,7 @@ def test_starts_memory_and_scaling_have_figures_and_guests_that_cells_name_their
                 value = (sum(of.values()) or 1e9) * (1 + block / 50)
                 made.append(Trial(cell.id, block, 0, Status.OK, value=value, parts=of))
         names = [f.name for f in draw.draw(made) if f.suffix == ".png"]
-        warning = table.warning_of(made.campaign)
+        warning = words.warning_of(made.campaign)
     assert names == ["throughput-tcp-standin.png", "scaling-tcp-standin.png", "startup-tcp.png",
                      "memory-tcp.png", "ratios-tcp-standin.png"]  # fmt: skip
     assert warning == "osv: emulated guest: functional, not a speed claim"

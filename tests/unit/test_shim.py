@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from testbed import paths
-from testbed.host import facts
+from testbed.host import cache
 from testbed.images import compose, elf, shim
 from testbed.images.compose import Definition
 from testbed.model.errors import Error
@@ -91,7 +91,7 @@ def test_binding_gives_the_same_bytes_each_time(
 
     first = digest()
     assert digest() == first  # from the cache
-    (kept,) = (facts.cache_folder() / "bound").iterdir()
+    (kept,) = (cache.cache_folder() / "bound").iterdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     assert digest() == first
     assert hashlib.sha256(kept.read_bytes()).hexdigest() == first

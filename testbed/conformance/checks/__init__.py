@@ -24,4 +24,5 @@ def matching(globs: Iterable[str] = ("*",)) -> list[Check]:
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in registered):
             raise Error(f"no check is named {glob!r}", hint="see testbed conformance --list")
-    return [c for name, c in registered.items() if any(fnmatchcase(name, glob) for glob in globs)]
+    by_file = sorted(registered.values(), key=lambda c: c.body.__module__)
+    return [c for c in by_file if any(fnmatchcase(c.name, glob) for glob in globs)]

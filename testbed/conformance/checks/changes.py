@@ -8,11 +8,11 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+from testbed.conformance.bed import Bed
 from testbed.conformance.check import Unsupported, check, expect
-from testbed.conformance.checks.connections import exchange
 from testbed.conformance.checks.volume import amount
-from testbed.conformance.fixture import Bed
 from testbed.conformance.sockets import Peer
+from testbed.conformance.steps import exchange
 from testbed.model.cells import Pair
 from testbed.model.errors import Error
 from testbed.model.terms import Transport

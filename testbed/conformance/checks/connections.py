@@ -6,6 +6,7 @@ import errno
 import time
 from collections.abc import Iterator
 
+from testbed.conformance.bed import Bed
 from testbed.conformance.check import (
     EVERY,
     GUEST_SERVER,
@@ -17,15 +18,13 @@ from testbed.conformance.check import (
     expect,
     fails_with,
 )
-from testbed.conformance.fixture import Bed
 from testbed.conformance.sockets import Sock
-from testbed.host import netlink
+from testbed.conformance.steps import AT_ONCE_S, exchange, refused_at_once
+from testbed.host import namespaces
 from testbed.model.addresses import loopback
 from testbed.model.cells import Pair
 from testbed.model.terms import Family, Transport
 
-AT_ONCE_S = 0.5
-"""What a program takes for an answer at once. A lost SYN is sent again after a second."""
 STALL_S = 0.040
 """The shortest delayed acknowledgment of Linux (TCP_DELACK_MIN)."""
 IDLE_S = 5.0
@@ -35,24 +34,6 @@ SIZE = 20_000
 """Bytes that every stack takes before anybody reads them."""
 BACKLOG_S = 16.0
 """SYNs that a full backlog dropped come again after 1, 3, 7, 15 s."""
-
-
-def exchange(near: Sock, far: Sock, size: int = 1000) -> None:
-    """Bytes go both ways, each in its place."""
-    for a, b in ((near, far), (far, near)):
-        a.send(size, phase=size)
-        got = b.receive(size, phase=size)
-        expect(got.bytes == size, f"{b.peer.name} received {got.bytes} of {size} bytes")
-        expect(got.intact, f"{b.peer.name} received other bytes than were sent")
-
-
-def refused_at_once(bed: Bed, port: int = 0) -> None:
-    """A connection is refused, and it does not take long."""
-    began = time.monotonic()
-    with fails_with(errno.ECONNREFUSED):
-        bed.dial(port)
-    took_s = time.monotonic() - began
-    expect(took_s < AT_ONCE_S, f"refused only after {took_s:.2f} s")
 
 
 # --- making them ----------------------------------------------------------------------------
@@ -241,7 +222,7 @@ def any_process(bed: Bed) -> None:
         raise Unsupported("its client is a plain process, not the component")
     listener = bed.serve()
     where = (str(bed.loopback), bed.port)
-    near = netlink.inside(bed.stage.netns, lambda: socket.create_connection(where, 3))
+    near = namespaces.inside(bed.stage.netns, lambda: socket.create_connection(where, 3))
     with near:
         far, _ = listener.accept()
         near.sendall(b"hello")
@@ -296,13 +277,13 @@ def syn_cookies(bed: Bed) -> None:
     """Connections are made while the kernel answers every SYN with a cookie."""
     key = "net/ipv4/tcp_syncookies"
     listener = bed.serve()
-    netlink.set_sysctls(bed.stage.netns, {key: 2})
+    namespaces.set_sysctls(bed.stage.netns, {key: 2})
     try:
         for _ in range(10):
             near = bed.dial()
             exchange(near, listener.accept()[0])
     finally:
-        netlink.set_sysctls(bed.stage.netns, {key: 1})
+        namespaces.set_sysctls(bed.stage.netns, {key: 1})
 
 
 @check("listen(2): backlog; tcp(7)")

@@ -6,6 +6,7 @@ import errno
 import time
 from ipaddress import ip_address
 
+from testbed.conformance.bed import Bed
 from testbed.conformance.check import (
     BOTH,
     EVERY,
@@ -19,9 +20,8 @@ from testbed.conformance.check import (
     expect,
     fails_with,
 )
-from testbed.conformance.checks.connections import AT_ONCE_S
-from testbed.conformance.fixture import Bed
 from testbed.conformance.sockets import Sock
+from testbed.conformance.steps import AT_ONCE_S
 from testbed.model.cells import Pair
 from testbed.model.terms import Family, Transport
 

@@ -11,12 +11,12 @@ from ipaddress import ip_address
 from pyroute2 import IPRoute
 
 from testbed.conformance import frames
+from testbed.conformance.bed import Bed
 from testbed.conformance.check import NATIVE_SERVER, UDP, check, expect
-from testbed.conformance.checks.connections import exchange, refused_at_once
-from testbed.conformance.fixture import Bed
 from testbed.conformance.sockets import Sock
-from testbed.datapaths import Layout
-from testbed.host import netlink
+from testbed.conformance.steps import exchange, refused_at_once
+from testbed.datapaths.interface import Layout
+from testbed.host import namespaces, netlink
 from testbed.model.addresses import (
     ALIAS_MAC,
     POD_MAC,
@@ -106,7 +106,7 @@ def uplink(bed: Bed) -> Iterator[tuple[str, str]]:
     wiring = pod.wiring()
     if wiring.layout is Layout.BRIDGE:
         netns, ifindex = wiring.link_netns, wiring.uplink_peer_ifindex
-        yield netns, netlink.inside(netns, lambda: socket.if_indextoname(ifindex))
+        yield netns, namespaces.inside(netns, lambda: socket.if_indextoname(ifindex))
         return
 
     def link(command: str, **spec: str) -> None:
@@ -117,12 +117,12 @@ def uplink(bed: Bed) -> Iterator[tuple[str, str]]:
     scope = bed.own_pod.owner.part()
     with ExitStack() as stack:
         stack.callback(scope.undo)
-        with netlink.create_netns(scope, outside) as ip:
+        with namespaces.create(scope, outside) as ip:
             peer = {"ifname": "outside", "net_ns_fd": pod.netns, "address": POD_MAC}
             netlink.create_link(ip, "eth0", kind="veth", state="up", peer=peer)
         # The namespace's own end would take its time.
-        stack.callback(netlink.inside, pod.netns, lambda: link("del"))
-        netlink.inside(pod.netns, lambda: link("set", state="up"))
+        stack.callback(namespaces.inside, pod.netns, lambda: link("del"))
+        namespaces.inside(pod.netns, lambda: link("set", state="up"))
         yield outside, "eth0"
 
 
@@ -173,7 +173,7 @@ def pods_are_apart(bed: Bed) -> None:
             wild = "0.0.0.0" if bed.family is Family.IPV4 else "::"
             return socket.create_server((wild, bed.port), family=family)
 
-        with netlink.inside(other.netns, listen) as listener:
+        with namespaces.inside(other.netns, listen) as listener:
             listener.setblocking(False)
             refused_at_once(bed)
             for address in (pod_link(bed.family), native_source(bed.family)):

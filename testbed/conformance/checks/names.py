@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import time
 
+from testbed.conformance.bed import Bed
 from testbed.conformance.check import (
     BOTH,
     EVERY,
@@ -15,8 +16,7 @@ from testbed.conformance.check import (
     expect,
     fails_with,
 )
-from testbed.conformance.checks.connections import exchange
-from testbed.conformance.fixture import Bed
+from testbed.conformance.steps import exchange
 from testbed.model.cells import Pair
 from testbed.model.terms import Family, Transport
 
@@ -98,7 +98,7 @@ def native_cannot_take_a_guests_port(bed: Bed) -> None:
 @check("ip(7): ip_local_port_range", transports=BOTH, pairs=NATIVE_CLIENT)
 def ephemeral_ports_serve_nobody(bed: Bed) -> None:
     """Ports that the kernel chooses are none that a workload owns."""
-    from testbed.conformance.fixture import PORTS
+    from testbed.conformance.stage import PORTS
 
     taken = {port for ports in PORTS.values() for port in ports}
     chosen = set()

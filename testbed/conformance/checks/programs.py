@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from testbed.conformance.bed import Bed
 from testbed.conformance.check import BOTH, EVERY, NATIVE_SERVER, Unsupported, check, expect
-from testbed.conformance.fixture import Bed
-from testbed.host import netlink, process
+from testbed.host import namespaces, process
 from testbed.images import compose
 from testbed.model.addresses import guest_link
 from testbed.model.terms import Family, Runtime
@@ -100,7 +100,7 @@ def _is_bound(bed: Bed, port: int) -> bool:
         return [line for table in tables for line in table.splitlines()[1:]]
 
     wanted = (f"{port:04X}", "0A" if bed.transport == "tcp" else "07")
-    rows = (line.split() for line in netlink.inside(netns, read))
+    rows = (line.split() for line in namespaces.inside(netns, read))
     return wanted in {(local.rpartition(":")[2], state) for _, local, _, state, *_ in rows}
 
 

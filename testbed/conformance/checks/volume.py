@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from testbed.conformance.bed import Bed
 from testbed.conformance.check import BOTH, check, expect
-from testbed.conformance.fixture import Bed
 from testbed.conformance.sockets import connect_many
 
 SEQUENTIAL = 10_000

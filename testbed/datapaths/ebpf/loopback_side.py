@@ -21,7 +21,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from testbed import bpf
 from testbed.bpf import ProgramSet
 from testbed.datapaths.ebpf.challenge_ack import Conversation
-from testbed.host import facts, netlink
+from testbed.host import facts, namespaces
 from testbed.host.ledger import Scope
 from testbed.model import addresses
 from testbed.model.errors import Error
@@ -76,7 +76,7 @@ def hold_ports(pod: str, netns: str, owners: Owners) -> list[socket.socket]:
                 ) from e
 
     try:
-        netlink.inside(netns, bind)
+        namespaces.inside(netns, bind)
     except BaseException:
         release_ports(held)
         raise
@@ -106,19 +106,19 @@ def prepare_lo(owner: Scope, netns: str, owners: Owners, local: Sequence[str] = 
     own on whatever link.
     """
     routes = [*_VIEWS, *local]
-    before = netlink.sysctls(netns, *_LO, _RESERVED)
+    before = namespaces.sysctls(netns, *_LO, _RESERVED)
     owner.defer(unprepare_lo, netns=netns, routes=routes, before=before)
     ports = ",".join(str(port) for port in sorted({port for _, port in owners}))
     reserved = ",".join(filter(None, (before[_RESERVED], ports)))
-    netlink.set_sysctls(netns, dict.fromkeys(_LO, 1) | {_RESERVED: reserved or "\n"})
+    namespaces.set_sysctls(netns, dict.fromkeys(_LO, 1) | {_RESERVED: reserved or "\n"})
     _change_routes("replace", netns, routes)
 
 
 def unprepare_lo(netns: str, routes: list[str], before: dict[str, str]) -> None:
     """Undo what was set on a namespace's `lo`; one that is gone is no error."""
-    if not (netlink.NETNS / netns).exists():
+    if not (namespaces.NETNS / netns).exists():
         return
-    netlink.set_sysctls(netns, before | {_RESERVED: before[_RESERVED] or "\n"})
+    namespaces.set_sysctls(netns, before | {_RESERVED: before[_RESERVED] or "\n"})
     _change_routes("del", netns, routes)
 
 
@@ -140,7 +140,7 @@ def _change_routes(command: str, netns: str, routes: Sequence[str]) -> None:
                     if e.code != errno.ESRCH:  # deleted already
                         raise
 
-    netlink.inside(netns, change)
+    namespaces.inside(netns, change)
 
 
 # --- maps -----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, cast
 
-from testbed.host import netlink
+from testbed.host import namespaces
 from testbed.model.addresses import Address, alias, loopback
 from testbed.model.terms import Family
 
@@ -77,7 +77,7 @@ class Relay:
 
     def _run(self) -> None:
         try:
-            netlink.inside(self._netns, lambda: self._loop.run_until_complete(self._serve()))
+            namespaces.inside(self._netns, lambda: self._loop.run_until_complete(self._serve()))
         finally:
             self._loop.close()
 

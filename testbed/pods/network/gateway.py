@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from testbed.host import netlink, nft
+from testbed.host import namespaces, netlink, nft
 from testbed.model.addresses import LINK_PREFIX, NATIVE_VIEW_NET6, Address, alias, guest_link
 from testbed.model.terms import Family, Transport
 
@@ -61,7 +61,7 @@ def open(
             for hook in ("prerouting", "output")
         ]
     nft.load(netns, "\n".join((*text, "}")))
-    netlink.set_sysctls(netns, {
+    namespaces.set_sysctls(netns, {
         **{f"net/ipv4/conf/{link}/send_redirects": 0
            for link in ("all", "default", *netlink.links(netns))},
         "net/ipv4/conf/all/forwarding": 1,

@@ -23,7 +23,7 @@ from typing import Any
 
 from pyroute2 import IPRoute
 
-from testbed.host import ledger, netlink, nft
+from testbed.host import ledger, namespaces, netlink, nft
 from testbed.host.ledger import Scope
 from testbed.model.addresses import MAX_PODS, node_address, pod_address
 from testbed.model.errors import Error
@@ -53,7 +53,7 @@ def join(owner: Scope, pod: str, netns: str, ports: Collection[HostPort]) -> int
                 if (port.transport, port.host_port) in taken:
                     raise Error(f"pod {lease['pod']!r} has {port.transport} port {port.host_port} "
                                 "of the node already", hint="choose another hostPort")  # fmt: skip
-        is_there = netlink.is_netns(netlink.NETNS / NETNS)
+        is_there = namespaces.is_namespace(namespaces.NETNS / NETNS)
         links = netlink.links(NETNS) if is_there else {}
         # A link may be left for a moment by a pod that went.
         n = own or next(n for n in count(1) if n not in leases and _link(n) not in links)
@@ -62,10 +62,10 @@ def join(owner: Scope, pod: str, netns: str, ports: Collection[HostPort]) -> int
         leases[n] = {"pod": pod, "id": owner.id,
                      "ports": [[p.transport, p.host_port, p.port] for p in ports]}  # fmt: skip
         owner.defer(leave, n=n, id=owner.id)
-        with netlink.make_netns(NETNS) as node:
+        with namespaces.make(NETNS) as node:
             (_folder() / f"{n}-{owner.id}").write_text(json.dumps(leases[n]))
             if not is_there:
-                netlink.set_sysctls(NETNS, {
+                namespaces.set_sysctls(NETNS, {
                     "net/ipv4/conf/all/forwarding": 1,
                     "net/ipv6/conf/all/forwarding": 1,
                 })  # fmt: skip
@@ -81,7 +81,7 @@ def leave(n: int, id: str) -> None:
         had = leases.pop(n)["ports"] if mine.exists() else ()
         mine.unlink(missing_ok=True)
         if not leases:
-            netlink.remove_netns(NETNS)
+            namespaces.remove(NETNS)
         elif had:
             _load(leases)
 
@@ -116,7 +116,7 @@ def _connect(node: IPRoute, netns: str, n: int, link: int | None) -> None:
     if link is None:
         peer = {"ifname": UPLINK, "net_ns_fd": netns}
         link = netlink.create_link(node, _link(n), kind="veth", state="up", peer=peer)
-    with netlink.open_socket(netns) as pod:
+    with namespaces.open_socket(netns) as pod:
         uplink = netlink.links(netns)[UPLINK]
         pod.link("set", index=uplink, state="up")
         for family in Family:

@@ -26,8 +26,9 @@ from testbed.reports.figures.style import (
     point_key,
     style_of,
 )
-from testbed.reports.table import COLUMNS, names, size_of
-from testbed.results.analysis import Estimate, Summary
+from testbed.reports.words import COLUMNS, names, size_of
+from testbed.results.analysis import Summary
+from testbed.results.statistics import Estimate
 from testbed.results.store import Store
 
 

@@ -23,8 +23,10 @@ from PIL.PngImagePlugin import PngInfo
 from testbed.model.cells import Cell
 from testbed.model.errors import Error
 from testbed.model.trials import Status
-from testbed.reports.table import FUNCTIONAL, absence, blocks_of, guest_of, names, rank, size_of
-from testbed.results.analysis import Breakdown, Estimate, Summary
+from testbed.reports.words import FUNCTIONAL, absence, blocks_of, guest_of, names, size_of
+from testbed.results.analysis import Breakdown, Summary
+from testbed.results.order import rank
+from testbed.results.statistics import Estimate
 from testbed.results.store import Store
 
 

@@ -26,8 +26,9 @@ from testbed.reports.figures.style import (
     mark_of,
     style_of,
 )
-from testbed.reports.table import COLUMNS, UNITS, grouped, names, present
+from testbed.reports.words import COLUMNS, UNITS, names
 from testbed.results.analysis import TAIL, Summary
+from testbed.results.order import grouped, present
 from testbed.results.store import Store
 
 

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import IO
 
 from testbed.host import architecture
-from testbed.host.facts import cache_folder, slowness
+from testbed.host.cache import cache_folder
+from testbed.host.facts import slowness
 from testbed.model.errors import Error
 
 HEAD_START_S = 5.0

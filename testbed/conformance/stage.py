@@ -1,16 +1,15 @@
-"""What a check is run in: two workloads of a pod in their roles, and how to get at what is around.
+"""Stage: the pod that checks are run in.
 
-A `Stage` is the pod: one that is built here, or one that somebody else made (a namespace, and a
-guest's agent in it), in which nothing can be replaced. A `Bed` is one case's view of it.
+One that is built here, or one that somebody else made (a namespace, and a guest's agent in it), in
+which nothing can be replaced.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import socket
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -18,20 +17,21 @@ from typing import Protocol, Self, TypeVar
 
 from testbed import runtimes
 from testbed.agent import Agent
-from testbed.campaigns.trial import ROLES, natives, runtime
-from testbed.conformance.check import EVERY, Case, Unsupported
-from testbed.conformance.sockets import TIMEOUT_S, Peer, Sock
-from testbed.datapaths import Datapath
-from testbed.host import netlink, process
+from testbed.campaigns.roles import ROLES, natives, runtime
+from testbed.conformance.check import EVERY, Unsupported
+from testbed.conformance.sockets import TIMEOUT_S
+from testbed.datapaths.interface import Datapath
+from testbed.host import cgroups, namespaces
 from testbed.host.ledger import Owner, Scope
-from testbed.model.addresses import CONTROL_PORT, Address, loopback
+from testbed.model.addresses import CONTROL_PORT
 from testbed.model.cells import Pair
 from testbed.model.errors import Error
 from testbed.model.manifest import Manifest, Workload
-from testbed.model.terms import Family, Runtime, Transport
+from testbed.model.terms import Runtime, Transport
 from testbed.pods.pod import Pod
-from testbed.pods.reconciler import Supervisor
-from testbed.runtimes import Options, Place, Prepared
+from testbed.pods.reconciler import Reconciler
+from testbed.runtimes import interface
+from testbed.runtimes.interface import Options, Placement, Prepared
 
 T = TypeVar("T")
 
@@ -113,7 +113,7 @@ class OwnStage:
             stack.callback(self.pod.close)
             self.netns = self.pod.netns
             self.pod.start()
-            stack.enter_context(Supervisor(self.pod))
+            stack.enter_context(Reconciler(self.pod))
             self._standing = stack.pop_all()
             self._stands = True
 
@@ -164,7 +164,7 @@ class ForeignStage:
         if not netns.exists():
             raise Error(f"no network namespace {netns}", hint="give a path such as /run/netns/NAME")
         self.datapath = datapath
-        self.netns = os.path.relpath(netns.resolve(), netlink.NETNS)
+        self.netns = os.path.relpath(netns.resolve(), namespaces.NETNS)
         host, colon, port = control.rpartition(":")
         if not colon or "]" in port or (host.count(":") and not host.startswith("[")):
             host, port = control, str(CONTROL_PORT)
@@ -173,11 +173,11 @@ class ForeignStage:
             "native2": ("127.0.0.1", CONTROL_PORT + 1),
             "guest1": (host.strip("[]"), int(port)),
         }
-        program = runtimes.prepare(Runtime.PROCESS, runtimes.Options())
-        cgroup = process.create_cgroup(owner, f"tb-{owner.id}-foreign")
+        program = runtimes.prepare(Runtime.PROCESS, interface.Options())
+        cgroup = cgroups.create(owner, f"tb-{owner.id}-foreign")
         for name in ("native1", "native2"):
             workload = Workload(name, Runtime.PROCESS, control_port=self._control[name][1])
-            program.start(Place(workload, 0, self.netns, "", cgroup, Path(os.devnull), Path()))
+            program.start(Placement(workload, 0, self.netns, "", cgroup, Path(os.devnull), Path()))
 
     def agent(self, name: str) -> Agent:
         if name not in self._control:
@@ -188,7 +188,7 @@ class ForeignStage:
             return socket.create_connection(to, TIMEOUT_S)
 
         try:
-            return Agent(_patiently(lambda: netlink.inside(self.netns, connect)))
+            return Agent(_patiently(lambda: namespaces.inside(self.netns, connect)))
         except OSError as e:
             raise Error(f"{name}: no agent answers at {to[0]}, port {to[1]}: {e.strerror or e}",
                         hint="start it there, and say where with --control") from e  # fmt: skip
@@ -210,100 +210,3 @@ def _patiently(call: Callable[[], T]) -> T:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
-
-
-class Bed:
-    """One case: `client` and `server` are its workloads, `port` is the server's to use.
-
-    `pair` is the pair's shape: to a check a component or a container is one more native.
-    """
-
-    _ports: Mapping[str, Iterator[int]] = {
-        name: itertools.cycle(ports) for name, ports in PORTS.items()
-    }
-
-    def __init__(self, stage: Stage, case: Case) -> None:
-        self.stage, self.case = stage, case
-        self.pair, self.family, self.transport = case.pair.shape, case.family, case.transport
-        self._opened: list[Peer] = []
-        try:
-            self.client_name, self.server_name = ROLES[case.pair]
-            self.client, self.server = self.peer(self.client_name), self.peer(self.server_name)
-        except BaseException:
-            self.close()
-            raise
-        self.port = self.next_port()
-
-    def peer(self, name: str) -> Peer:
-        """One more control connection to a workload. Raises `Unsupported` if there is none."""
-        try:
-            peer = Peer(name, self.stage.agent(name))
-        except OSError as e:
-            raise OSError(e.errno, f"the agent of {name} is not to be reached: {e}") from e
-        self._opened.append(peer)
-        return peer
-
-    def next_port(self, name: str = "") -> int:
-        """Another port that the server, or the workload of that name, owns."""
-        return next(self._ports[name or self.server_name])
-
-    @property
-    def own_pod(self) -> OwnStage:
-        """The stage, if it is ours to change. Raises `Unsupported` else."""
-        if not isinstance(self.stage, OwnStage):
-            raise Unsupported("would have to change a pod that is not ours")
-        return self.stage
-
-    @property
-    def target(self) -> Address:
-        """What the client dials for `localhost`."""
-        return self.client.localhost(self.family)
-
-    @property
-    def loopback(self) -> Address:
-        return loopback(self.family)
-
-    def open(self, peer: Peer, family: Family | None = None) -> Sock:
-        """A socket of the case's transport."""
-        return peer.socket(self.transport, family or self.family)
-
-    def serve(
-        self, at: Address | str = "", *, port: int = 0, peer: Peer | None = None,
-        family: Family | None = None, backlog: int = 128, options: Mapping[str, int | str] = {},
-    ) -> Sock:  # fmt: skip
-        """A socket that serves: bound, and listening if it is TCP's.
-
-        Bound where a program of its kind would that means `localhost`, on `port` of this bed.
-        """
-        peer = peer or self.server
-        sock = self.open(peer, family)
-        if self.transport is Transport.TCP:
-            sock.set("SO_REUSEADDR", 1)
-        if sock.family is Family.IPV6 and "IPV6_V6ONLY" not in options:
-            sock.set("IPV6_V6ONLY", 1)
-        for option, value in options.items():
-            sock.set(option, value)
-        sock.bind(at or peer.here(sock.family), port or self.port)
-        if self.transport is Transport.TCP:
-            sock.listen(backlog)
-        return sock
-
-    def dial(self, port: int = 0, *, peer: Peer | None = None) -> Sock:
-        """A socket of the client, or of another, connected to `localhost`."""
-        peer = peer or self.client
-        sock = self.open(peer)
-        sock.connect(peer.localhost(self.family), port or self.port)
-        return sock
-
-    def connected(self) -> tuple[Sock, Sock]:
-        """A TCP connection on a port of its own, client's end first; nobody listens any more."""
-        port = self.next_port()
-        listener = self.serve(port=port)
-        near = self.dial(port)
-        far, _ = listener.accept()
-        listener.close()
-        return near, far
-
-    def close(self) -> None:
-        for peer in self._opened:
-            peer.close()

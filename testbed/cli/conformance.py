@@ -1,0 +1,115 @@
+"""Command that checks what programs may rely on at `localhost`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from testbed.cli import common
+from testbed.cli.common import Commands
+from testbed.model.errors import Error
+from testbed.model.terms import Family, Runtime
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from testbed.conformance.check import Result
+
+
+def add(commands: Commands) -> None:
+    """Of conformance."""
+    conformance = commands.add_parser(
+        "conformance", help="check what programs may rely on at localhost, through any datapath",
+        epilog="Exit status: 0 nothing failed, 1 some checks failed, 3 could not run.",
+    )  # fmt: skip
+    conformance.set_defaults(call=_conformance)
+    conformance.add_argument("--datapath", nargs="+", metavar="NAME",
+                             help="default: all that make localhost work")  # fmt: skip
+    common.add_guest(conformance)
+    conformance.add_argument("--native", type=Runtime, default=Runtime.PROCESS,
+                             choices=(Runtime.PROCESS, Runtime.WASM),
+                             help="what natives are (default: process); with wasm checks run "
+                             "through wasm→guest, guest→wasm and wasm→container")  # fmt: skip
+    conformance.add_argument("--family", nargs="+", type=Family, choices=tuple(Family))
+    conformance.add_argument("--check", action="append", metavar="GLOB",
+                             help="only checks like 'datagram-*' (may be repeated)")  # fmt: skip
+    conformance.add_argument("--list", action="store_true", help="list the checks, and run none")
+    conformance.add_argument("--json", action="store_true", help="print the results as JSON")
+    conformance.add_argument("--keep", action="store_true",
+                             help="put the results into results/reference/conformance")  # fmt: skip
+    conformance.add_argument("--pages", action="store_true",
+                             help="write docs/conformance.md and README's table from what is kept, "
+                             "and run nothing")  # fmt: skip
+    conformance.add_argument("--junit", type=Path, metavar="FILE",
+                             help="write the results as JUnit's XML, too")  # fmt: skip
+    conformance.add_argument("--netns", type=Path, metavar="PATH",
+                             help="a pod that is there already: its namespace ...")  # fmt: skip
+    conformance.add_argument("--control", metavar="ADDRESS[:PORT]",
+                             help="... and where its guest's agent takes orders")  # fmt: skip
+
+
+def _conformance(arguments: argparse.Namespace) -> int:
+    from testbed import datapaths
+    from testbed.campaigns import campaign
+    from testbed.conformance import archive, check, checks, output, runner
+
+    globs = tuple(arguments.check or ("*",))
+    if arguments.list:
+        _print(output.listing(checks.matching(globs)))
+        return 0
+    if arguments.pages:
+        for path in archive.write_pages():
+            print(path)
+        return 0
+    if arguments.keep and (arguments.check or arguments.family or arguments.netns):
+        raise Error("only whole runs are kept", hint="leave out --check, --family and --netns")
+    foreign = arguments.netns is not None
+    if foreign != (arguments.control is not None):
+        raise Error("a pod that is there already needs both --netns and --control")
+    localhost = [name for name in datapaths.NAMES if datapaths.get(name).localhost]
+    choice = runner.Choice(
+        tuple(arguments.datapath or (["foreign"] if foreign else localhost)), arguments.guest,
+        tuple(arguments.family or Family), globs, arguments.native, arguments.osv_kernel,
+        netns=arguments.netns, control=arguments.control or "",
+    )  # fmt: skip
+    results: list[Result] = []
+    try:
+        with common.progress() as report:
+            for event in runner.run(choice):
+                if isinstance(event, check.Result):
+                    results.append(event)
+                else:
+                    report(campaign.Progress(event.text, event.done, event.total, None))
+    except BaseException:
+        if results:  # what there is until then
+            _show_conformance(results, arguments)
+        raise
+    for run in archive.runs_of(results) if arguments.keep else ():
+        print(f"kept in {archive.keep(run)}", file=sys.stderr)
+    _show_conformance(results, arguments)
+    return 1 if any(r.status is check.Status.FAIL for r in results) else 0
+
+
+def _show_conformance(results: Sequence[Result], arguments: argparse.Namespace) -> None:
+    from testbed.conformance import output
+    from testbed.conformance.check import Status
+
+    if arguments.junit:
+        arguments.junit.write_bytes(output.junit(results))
+    if arguments.json:
+        print(json.dumps(output.as_json(results), indent=1))
+        return
+    _print(output.matrix(results))
+    for status in (Status.UNSUPPORTED, Status.FAIL):
+        for line in output.reasons(results, status):
+            print(f"{status}: {line}")
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
+    Console().print(table)

@@ -1,0 +1,209 @@
+"""Commands that read stored campaigns; none needs root."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from testbed import paths
+from testbed.cli.common import Commands
+
+if TYPE_CHECKING:
+    from testbed.results.store import Store
+
+
+def add(commands: Commands) -> None:
+    """Of stored campaigns."""
+    _add_figures(commands)
+    _add_table(commands)
+    _add_report(commands)
+    _add_claims(commands)
+    _add_compare(commands)
+    _add_keep(commands)
+    _add_paper(commands)
+
+
+def _add_figures(commands: Commands) -> None:
+    figures = commands.add_parser(
+        "figures", help="draw the figures of a stored campaign (needs no root)"
+    )
+    figures.set_defaults(call=_figures)
+    figures.add_argument("directory", type=Path, metavar="DIR")
+
+
+def _figures(arguments: argparse.Namespace) -> int:
+    from testbed.reports.figures import draw
+    from testbed.results import store
+
+    for path in draw.draw(store.open(arguments.directory)):
+        print(path)
+    return 0
+
+
+def _add_table(commands: Commands) -> None:
+    table = commands.add_parser(
+        "table", help="print the table of a stored campaign (needs no root)"
+    )
+    table.set_defaults(call=_table)
+    table.add_argument("directory", type=Path, metavar="DIR")
+    table.add_argument("--json", action="store_true")
+
+
+def _table(arguments: argparse.Namespace) -> int:
+    from testbed.results import store
+
+    print_table(store.open(arguments.directory), arguments.json)
+    return 0
+
+
+def _add_report(commands: Commands) -> None:
+    page = commands.add_parser(
+        "report", help="write a stored campaign into one HTML file (needs no root)"
+    )
+    page.set_defaults(call=_report)
+    page.add_argument("directory", type=Path, metavar="DIR")
+    page.add_argument("-o", "--output", type=Path, metavar="FILE",
+                      help="default: DIR/report.html")  # fmt: skip
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from testbed.reports import html
+    from testbed.results import store
+
+    file = arguments.output or arguments.directory / "report.html"
+    html.write(store.open(arguments.directory), file)
+    print(file)
+    return 0
+
+
+def _add_keep(commands: Commands) -> None:
+    keep = commands.add_parser(
+        "keep", help="keep a stored campaign for reference: whole, and small enough for git",
+        epilog="'testbed compare results/reference/NAME DIR' holds a later one against it.",
+    )  # fmt: skip
+    keep.set_defaults(call=_keep)
+    keep.add_argument("directory", type=Path, metavar="DIR")
+    keep.add_argument("-o", "--output", type=Path, metavar="DIR",
+                      help="default: results/reference/PLAN")  # fmt: skip
+
+
+def _keep(arguments: argparse.Namespace) -> int:
+    from testbed.reports import archive
+    from testbed.results import store
+
+    campaign = store.open(arguments.directory)
+    kept = archive.keep(campaign, arguments.output or paths.REFERENCE / campaign.campaign.name)
+    print(kept.path)
+    return 0
+
+
+def _add_claims(commands: Commands) -> None:
+    claims = commands.add_parser(
+        "claims", help="say whether a stored campaign bears out what its plan claims",
+        epilog="Exit status: 0 all claims hold, 1 one does not, 3 nobody can tell.",
+    )  # fmt: skip
+    claims.set_defaults(call=_claims)
+    claims.add_argument("directory", type=Path, metavar="DIR")
+    claims.add_argument("--json", action="store_true")
+
+
+def _claims(arguments: argparse.Namespace) -> int:
+    from testbed.reports import claims
+    from testbed.results import store
+
+    campaign = store.open(arguments.directory)
+    found = claims.judge(campaign)
+    if arguments.json:
+        print(json.dumps(claims.data(found), indent=1))
+    else:
+        from rich.console import Console
+
+        Console().print(claims.table(found, campaign.campaign.guest))
+    return claims.exit_status(found)
+
+
+def _add_paper(commands: Commands) -> None:
+    paper = commands.add_parser(
+        "paper", help="build paper/main.pdf from a stored campaign (needs LaTeX, no root)",
+        epilog="LaTeX is installed by ./bootstrap --tex.",
+    )  # fmt: skip
+    paper.set_defaults(call=_paper)
+    paper.add_argument("directory", type=Path, metavar="DIR", nargs="?",
+                       help="default: results/reference/paper")  # fmt: skip
+    paper.add_argument("--proof", type=Path, metavar="DIR",
+                       help="of plan proof: what came of the claims (default: "
+                       "results/reference/proof)")  # fmt: skip
+
+
+def _paper(arguments: argparse.Namespace) -> int:
+    from testbed.reports.paper import build
+    from testbed.results import store
+
+    campaign = store.open(arguments.directory or paths.REFERENCE / "paper")
+    proof = store.open(arguments.proof or paths.REFERENCE / "proof")
+    print(build.build(campaign, proof=proof))
+    return 0
+
+
+def _add_compare(commands: Commands) -> None:
+    compare = commands.add_parser(
+        "compare", help="hold a stored campaign against an earlier one (needs no root)",
+        epilog="Exit status: 0 none slower, 1 some slower, 3 could not compare.",
+    )  # fmt: skip
+    compare.set_defaults(call=_compare)
+    compare.add_argument("before", type=Path, metavar="A", help="directory of the earlier campaign")
+    compare.add_argument("after", type=Path, metavar="B", help="of the later; gets the figure")
+    compare.add_argument("--band", type=_band, default=0.05, metavar="SHARE",
+                         help="smaller changes are equivalent (default: %(default)s)")  # fmt: skip
+    compare.add_argument("--json", action="store_true")
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from testbed.reports import compare
+    from testbed.reports.figures import draw
+    from testbed.results import store
+
+    before, after = store.open(arguments.before), store.open(arguments.after)
+    rows = compare.compare(before, after, arguments.band)
+    status = compare.exit_status(rows)
+    drawn = []
+    if any(row.ratio.blocks for row in rows):
+        folder = after.path / "figures"
+        drawn = draw.draw_comparison(rows, before, after, arguments.band, folder)
+    if arguments.json:
+        print(json.dumps(compare.data(rows, before, after, arguments.band), indent=1))
+    else:
+        from rich.console import Console
+
+        Console().print(compare.table(rows, before, after, arguments.band))
+    if drawn:
+        print(f"\nfigure: {drawn[0]}", file=sys.stderr)
+    if status == 3:
+        print("testbed: could not compare: see the reasons above", file=sys.stderr)
+    return status
+
+
+def print_table(campaign: Store, as_json: bool) -> None:
+    """A campaign's table, and what came of its claims; or the table as JSON."""
+    from testbed.reports import claims, table
+
+    if as_json:
+        print(json.dumps(table.data(campaign), indent=1))
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(table.table(campaign, console.width))
+    if found := claims.judge(campaign):
+        console.print()
+        console.print(claims.table(found, campaign.campaign.guest))
+
+
+def _band(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value

@@ -1,0 +1,34 @@
+"""Steps that several checks take."""
+
+from __future__ import annotations
+
+import errno
+import time
+
+from testbed.conformance.bed import Bed
+from testbed.conformance.check import (
+    expect,
+    fails_with,
+)
+from testbed.conformance.sockets import Sock
+
+AT_ONCE_S = 0.5
+"""What a program takes for an answer at once. A lost SYN is sent again after a second."""
+
+
+def exchange(near: Sock, far: Sock, size: int = 1000) -> None:
+    """Bytes go both ways, each in its place."""
+    for a, b in ((near, far), (far, near)):
+        a.send(size, phase=size)
+        got = b.receive(size, phase=size)
+        expect(got.bytes == size, f"{b.peer.name} received {got.bytes} of {size} bytes")
+        expect(got.intact, f"{b.peer.name} received other bytes than were sent")
+
+
+def refused_at_once(bed: Bed, port: int = 0) -> None:
+    """A connection is refused, and it does not take long."""
+    began = time.monotonic()
+    with fails_with(errno.ECONNREFUSED):
+        bed.dial(port)
+    took_s = time.monotonic() - began
+    expect(took_s < AT_ONCE_S, f"refused only after {took_s:.2f} s")

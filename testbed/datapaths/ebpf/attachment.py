@@ -1,0 +1,131 @@
+"""Attachment of datapaths made of eBPF (`bpf/pod.h`): what is the same for all of them."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from testbed import bpf
+from testbed.datapaths.ebpf import challenge_ack, loopback_side
+from testbed.datapaths.interface import Count, Wiring
+from testbed.datapaths.link_counters import LinkCounters
+from testbed.host import namespaces
+from testbed.host.ledger import Scope
+
+AT_PORTS = {"port_ingress": bpf.INGRESS, "port_egress": bpf.EGRESS}
+"""Programs at guests' ports in the pod's own namespace."""
+
+
+class EbpfAttachment:
+    """The attachment of datapaths made of eBPF (`bpf/pod.h`): what is the same for all of them.
+
+    Their own part is which programs stand where: `_attach_lo`, once, and `_attach_links`, again
+    whenever links were replaced.
+    """
+
+    def __init__(
+        self, name: str, reasons: tuple[str, ...], wiring: Wiring, owner: Scope,
+        local: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        """`reasons` in the order of the programs' `enum reason`; `local`: see `prepare_lo`."""
+        self.name, self.reasons = name, reasons
+        self._wiring = wiring
+        self._scope = owner.part()
+        self._links = self._scope
+        self._held: list[socket.socket] = []
+        self._places: dict[tuple[str, int, int], tuple[str, int]] = {}
+        """(namespace, ifindex, hook) → name and class of the program there."""
+        try:
+            self._held = loopback_side.hold_ports(wiring.pod, wiring.netns, wiring.owners)
+            self._programs = self._at_work = bpf.load(name, self._scope)
+            self._rows = loopback_side.Rows(self._programs, reasons)
+            self._rows.fill(self._scope, wiring.owners, {p.n: p.families for p in wiring.ports})
+            for port in wiring.ports:
+                self._rows.set_port(port.n, port.ifindex)
+            loopback_side.prepare_lo(self._scope, wiring.netns, wiring.owners, local)
+            self._attach_lo()
+            self._links = self._scope.part()
+            self._attach_links()
+        except BaseException:
+            self.detach()
+            raise
+
+    def carried(self, client: int | None, server: int | None) -> Count:
+        if client is None and server is None:
+            return LinkCounters(self._wiring).carried(None, None)
+        return Count(*self._rows.carried(client, server))
+
+    def counters(self) -> dict[str, Count]:
+        return {reason: Count(*count) for reason, count in self._rows.counters().items()}
+
+    def rewire(self, wiring: Wiring) -> None:
+        self._wiring = wiring
+        self._links.undo()
+        for port in wiring.ports:
+            if port.ifindex and self._rows.port(port.n):  # 0: vanished again; the guest is down
+                self._rows.set_port(port.n, port.ifindex)
+        self._attach_links()
+
+    def guest_ended(self, n: int) -> None:
+        self._rows.set_port(n, 0)
+        if waiting := self._rows.take_conversations(n):
+            links = {port.n: port.ifname for port in self._wiring.ports}
+            with namespaces.inside(self._wiring.link_netns, challenge_ack.open_socket) as opened:
+                challenge_ack.send(opened, [(c, links[c.n]) for c in waiting])
+
+    def detach(self) -> None:
+        self._scope.undo()
+        loopback_side.release_ports(self._held)
+        if hasattr(self, "_programs"):
+            self._programs.close()
+
+    def attach_deferred(self) -> None:
+        pass
+
+    def _attach_lo(self) -> None:
+        self._attach(loopback_side.LO_IFINDEX, bpf.EGRESS, "lo_egress")
+
+    def _attach_links(self) -> None:
+        for port in self._wiring.ports:
+            for name, hook in AT_PORTS.items():
+                self._attach(port.ifindex, hook, name, port.n)
+
+    def _show_names(self) -> None:
+        """Have natives of the pod's cgroup see guests' connections as from `localhost`."""
+        names = bpf.load("names", self._scope)
+        for hook in ("getpeername4", "getpeername6"):
+            bpf.attach_cgroup(self._scope, self._wiring.cgroup, hook, names.program(hook))
+        names.close()
+
+    def _attach(
+        self, ifindex: int, hook: int, name: str, n: int = 0, netns: str | None = None
+    ) -> None:
+        """To a link of the pod's namespace, or of another; `n` for a guest's port."""
+        place, classid = (netns or self._wiring.netns, ifindex, hook), self._class_of(n)
+        self._places[place] = name, classid
+        bpf.attach_tc(self._links, *place, self._at_work.program(name), name, classid)
+
+    def _class_of(self, n: int) -> int:
+        """What programs are told of where they are (`where` in `bpf/pod.h`)."""
+        return self._programs.slot << 8 | n
+
+    @contextmanager
+    def traced(self, lock: threading.RLock) -> Iterator[bpf.ProgramSet]:
+        """Have the traced variant of the programs at work; the lock is held while they change."""
+        with self._scope.part() as part:
+            variant = bpf.load_traced(self._programs, part)
+            try:
+                self._replace(variant, lock)
+                yield variant
+            finally:
+                self._replace(self._programs, lock)
+                variant.close()
+
+    def _replace(self, programs: bpf.ProgramSet, lock: threading.RLock) -> None:
+        with lock:
+            self._at_work = programs
+            for place, (name, classid) in self._places.items():
+                with suppress(OSError):  # that link is gone
+                    bpf.replace_tc(*place, programs.program(name), name, classid)

@@ -1,0 +1,180 @@
+"""Stacked bars: what a trial cost the host, and what starts and memory are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
+
+from testbed.model.cells import Metric
+from testbed.model.terms import Family, Runtime
+from testbed.reports.figures.bars import slots_of
+from testbed.reports.figures.style import (
+    SMALL_PT,
+    WIDTH_IN,
+    Drawing,
+    circumstances,
+    functional,
+    title_of,
+)
+from testbed.reports.words import UNITS, names
+from testbed.results.analysis import Breakdown
+from testbed.results.order import grouped, present, rank
+from testbed.results.store import Store
+
+
+class Part(NamedTuple):
+    """How a part of a bar looks."""
+
+    color: str
+    hatch: str
+    name: str
+
+
+PARTS = {
+    "softirq": Part("#333333", "", "softirq"),
+    "system": Part("#888888", "////", "system"),
+    "user": Part("#ffffff", "..", "user"),
+    "guest": Part("#cccccc", "", "guests' QEMU"),
+}
+"""What CPU time is spent on, from the bottom of the bars up. No colors: those are datapaths'."""
+
+
+STEPS = {
+    "image": Part("#333333", "", "image"),
+    "links": Part("#777777", "////", "links"),
+    "datapath": Part("#ffffff", "..", "datapath"),
+    "launch": Part("#aaaaaa", "\\\\\\\\", "launch"),
+    "boot": Part("#dddddd", "", "boot"),
+    "answer": Part("#ffffff", "xxxx", "answer"),
+}
+OWNERS = {
+    "processes": Part("#cccccc", "", "processes"),
+    "kernel": Part("#555555", "////", "kernel"),
+}
+
+
+def spent_figure(rows: Sequence[Breakdown], store: Store) -> Drawing:
+    """Host CPU time as bars of its parts, by pair and datapath, a panel per family."""
+    cell = rows[0].cell
+    families = present(Family, (row.cell.family for row in rows))
+    slots, guest = slots_of(rows), cell.guest or store.campaign.guest
+    figure = Figure(figsize=(WIDTH_IN, 2.4))
+    per = "gigabyte" if cell.metric is Metric.THROUGHPUT else "million transactions"
+    how = (
+        "Bars: geometric means over blocks of all that the host's CPUs did during traffic, by the "
+        "traffic; whiskers: 95 % t-intervals of the whole."
+    )
+    panels = figure.subplots(1, len(families), squeeze=False, sharey=True)[0]
+    for axes, family in zip(panels, families, strict=True):
+        axes.set_title(names(family), loc="left", fontweight="bold")
+        labels = [slot and (slot[0].label(guest), slot[1]) for slot in slots]
+        here = [row for row in rows if row.cell.family is family]
+        at = [slots.index((row.cell.pair, row.cell.datapath)) for row in here]
+        _stacks(axes, here, at, labels, PARTS)
+    _fit(panels[0], rows)
+    panels[0].set_ylabel(f"CPU seconds per {per}")
+    return Drawing(
+        figure, f"Host CPU: {title_of(cell)}", _keys(PARTS),
+        [f"{circumstances(store, cell.guest)} {how}"], functional(store, rows),
+    )  # fmt: skip
+
+
+def built_figure(rows: Sequence[Breakdown], store: Store) -> Drawing:
+    """What building pods takes as bars of its parts, by pair and datapath, apart with machines."""
+    metric, unit = rows[0].cell.metric, UNITS[rows[0].cell.metric]
+    starts = metric is Metric.STARTUP
+    parts = STEPS if starts else OWNERS
+    title = ("From nothing to the first answer at localhost" if starts
+             else "Memory of a pod after its first answer")  # fmt: skip
+    how = (
+        "Bars: geometric means over blocks; whiskers: 95 % t-intervals of the whole. "
+        + ("Images and programs are in the cache; launch: until the program, or the virtual "
+           "machine, runs; boot: until it answers at its own address; answer: the first request "
+           "to localhost." if starts
+           else "Processes: proportional set size; kernel: what its memory grew by.")
+    )  # fmt: skip
+    groups = grouped(rows, lambda r: (r.cell.family, _boots(r, store)))
+    places = sorted(groups)
+    slots = [_labels(groups[place], store) for place in places]
+    figure = Figure(figsize=(WIDTH_IN, 2.4))
+    panels = figure.subplots(
+        1, len(places), squeeze=False, width_ratios=[len(labels) + 1 for labels in slots]
+    )[0]  # fmt: skip
+    for axes, place, labels in zip(panels, places, slots, strict=True):
+        here, kind = groups[place], "virtual machines" if place[1] else "no virtual machines"
+        axes.set_title(f"{names(place[0])}, {kind}", loc="left", fontweight="bold")
+        at = [labels.index((r.cell.label(store.campaign.guest), r.cell.datapath)) for r in here]
+        _stacks(axes, here, at, labels, parts)
+        _fit(axes, here, unit.scale)
+    panels[0].set_ylabel(unit.name)
+    return Drawing(
+        figure, title, _keys(parts), [f"{circumstances(store)} {how}"], functional(store, rows)
+    )
+
+
+def _boots(row: Breakdown, store: Store) -> bool:
+    """Whether there is a virtual machine, beside which all else is small."""
+    guest = Runtime(row.cell.guest or store.campaign.guest)
+    return row.cell.pair.guests > 0 and guest is not Runtime.STANDIN
+
+
+def _labels(rows: Sequence[Breakdown], store: Store) -> list[tuple[str, str] | None]:
+    """Places along the x axis: the datapaths of each pair, an empty place between pairs."""
+    of_pair = grouped(rows, lambda r: r.cell.label(store.campaign.guest))
+    labels: list[tuple[str, str] | None] = []
+    for pair, of in of_pair.items():
+        datapaths = sorted({row.cell.datapath for row in of}, key=rank)
+        labels += [None, *((pair, datapath) for datapath in datapaths)]
+    return labels[1:]
+
+
+def _keys(parts: Mapping[str, Part]) -> list[tuple[Any, str]]:
+    return [
+        (Patch(fc=part.color, hatch=part.hatch * 2, ec="black"), part.name)
+        for part in parts.values()
+    ]
+
+
+def _stacks(
+    axes: Axes, rows: Sequence[Breakdown], at: Sequence[int],
+    labels: Sequence[tuple[str, str] | None], parts: Mapping[str, Part],
+) -> None:  # fmt: skip
+    """Bars of parts at places, whose labels are (group, bar)."""
+    axes.set_xlim(-1.2, len(labels) + 0.2)
+    axes.grid(axis="y")
+    ticks = {at: label[1] for at, label in enumerate(labels) if label}
+    axes.set_xticks(list(ticks), list(ticks.values()), rotation=90, fontsize=SMALL_PT)
+    for group in dict.fromkeys(label[0] for label in labels if label):
+        middle = [at for at, label in enumerate(labels) if label and label[0] == group]
+        axes.text(sum(middle) / len(middle), 1.0, group.replace("→", "\n→ "),
+                  transform=axes.get_xaxis_transform(), ha="center", va="top",
+                  fontsize=SMALL_PT, bbox={"fc": "white", "ec": "none", "pad": 0.6},
+                  zorder=4)  # fmt: skip
+    for row, place in zip(rows, at, strict=True):
+        _stack(axes, row, place, parts, UNITS[row.cell.metric].scale
+               if row.cell.metric.of_building else 1)  # fmt: skip
+
+
+def _fit(axes: Axes, rows: Sequence[Breakdown], scale: float = 1) -> None:
+    tops = [max(c.total.mean, min(c.total.high, 1.5 * c.total.mean)) for c in rows]
+    axes.set_ylim(0, 1.25 * max(tops) / scale)
+
+
+def _stack(axes: Axes, row: Breakdown, at: int, parts: Mapping[str, Part], scale: float) -> None:
+    """One bar of its parts, with the interval of the whole."""
+    mean, low, high = (x / scale for x in astuple(row.total)[:3])
+    bottom = 0.0
+    for name, part in parts.items():
+        height = mean * row.shares[name]
+        axes.bar(at, height, 0.86, bottom, color=part.color, hatch=part.hatch, edgecolor="black")
+        bottom += height
+    if not math.isnan(low):
+        axes.errorbar(at, mean, [[mean - low], [high - mean]], color="black", lw=0.8, capsize=1.5,
+                      path_effects=[withStroke(linewidth=2.2, foreground="white")])  # fmt: skip

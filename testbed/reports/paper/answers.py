@@ -1,0 +1,273 @@
+"""Answers to what the paper's text asks of a campaign: numbers with units, as LaTeX."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from datetime import datetime
+from fnmatch import fnmatchcase
+from typing import Any
+
+from testbed import paths
+from testbed.model.cells import SLOW_US, Cell
+from testbed.model.errors import Error
+from testbed.model.trials import Status
+from testbed.plan import CPU_QUANTITY
+from testbed.reports import claims
+from testbed.reports.table import summaries
+from testbed.reports.words import UNITS, Unit, number
+from testbed.results.analysis import Summary, block_values, controls, cost_values
+from testbed.results.statistics import CONFIDENCE, Estimate, estimate
+from testbed.results.store import Store, frame
+
+
+class Answers:
+    """What a campaign says, as LaTeX. A KeyError has the reason why it says nothing."""
+
+    def __init__(self, store: Store, proof: Store | None = None) -> None:
+        self.store, self.proof = store, proof or store
+        self.rows = list(summaries(store))
+        self.cells: dict[str, list[Summary]] = {}
+        for row in self.rows:
+            self.cells.setdefault(self.id_of(row.cell), []).append(row)
+        self._tables = {
+            self.id_of(Cell.parse(str(id))): table
+            for id, table in frame(store.trials()).groupby("cell")
+        }
+        self.claims = claims.judge(self.proof)
+        self.conformance = _conformance(store)
+        self.facts = dict(_facts(self))
+
+    def id_of(self, cell: Cell) -> str:
+        """Its id with its guests named."""
+        guest = (cell.guest or self.store.campaign.guest) if cell.pair.guests else ""
+        return replace(cell, guest=guest).id
+
+    def __call__(self, kind: str, quantity: str, asked: str) -> str:
+        if kind == "fact":
+            if asked not in self.facts:
+                raise KeyError("no such fact")
+            return self.facts[asked]
+        if kind in ("ratios", "tally"):
+            return self._of_many(kind, asked)
+        id, _, other = asked.partition(" to ")
+        row = self._known(id, "" if kind == "of" else quantity)
+        if kind == "of":
+            return _parameter(row.cell, quantity)
+        if kind in _OF_CELL:
+            return _OF_CELL[kind](row)
+        if other:
+            row = self._divided(row, self._known(other, quantity).cell)
+        elif row.no_ratio:
+            raise KeyError(row.no_ratio)
+        return _OF_RATIO[kind](row.ratio)
+
+    def _known(self, id: str, quantity: str) -> Summary:
+        row = self.row(id, quantity)
+        if row is None:
+            raise KeyError("no such cell in this campaign")
+        if row.status is not Status.OK:
+            raise KeyError(f"{row.status}: {row.reason}")
+        return row
+
+    def row(self, id: str, quantity: str = "") -> Summary | None:
+        """The first quantity of a cell, the one that is so called (`p99`), or what it costs."""
+        rows = self.cells.get(id, ())
+        if quantity == CPU_QUANTITY:
+            return self._cost(rows[0]) if rows else None
+        return next((row for row in rows if row.quantity.startswith(quantity)), None)
+
+    def _cost(self, row: Summary) -> Summary:
+        """The same cell, of what its traffic costs the host."""
+        row = replace(row, quantity=CPU_QUANTITY)
+        row = replace(row, estimate=estimate(self._values(row.cell, CPU_QUANTITY).values()))
+        return self._divided(row, replace(row.cell, datapath=row.reference or row.cell.datapath))
+
+    def _divided(self, row: Summary, to: Cell) -> Summary:
+        """The same, with the ratio to another cell in those blocks that have both."""
+        mine, others = (self._values(cell, row.quantity) for cell in (row.cell, to))
+        both = sorted(mine.keys() & others.keys())
+        return replace(row, ratio=estimate(mine[block] / others[block] for block in both))
+
+    def _values(self, cell: Cell, quantity: str) -> dict[int, float]:
+        table = self._tables.get(self.id_of(cell))
+        if table is None:
+            return {}
+        return cost_values(table) if quantity == CPU_QUANTITY else block_values(table, quantity)
+
+    def _of_many(self, kind: str, glob: str) -> str:
+        """Of all ratios like `glob`: their range; or how many are below, at and above one."""
+        found = [
+            row.ratio
+            for id, rows in self.cells.items()
+            if fnmatchcase(id, glob)
+            for row in rows[:1]
+            if row.ratio.blocks > 1 and row.reference != row.cell.datapath
+        ]
+        if not found:
+            raise KeyError("no such ratios in this campaign")
+        if kind == "ratios":
+            means = sorted(ratio.mean for ratio in found)
+            return f"{number(means[0], 1)} to {number(means[-1], 1)}"
+        below, above = (sum(r.high < 1 for r in found), sum(r.low > 1 for r in found))
+        return f"{below} of {len(found)} below one, {above} above"
+
+
+def latex_unit(row: Summary) -> Unit:
+    return COST if row.quantity == CPU_QUANTITY else UNITS[row.cell.metric]
+
+
+COST = Unit(1, "CPU s")
+"""Per gigabyte (throughput) or million transactions (other metrics)."""
+
+
+def latex_interval(of: Estimate, unit: Unit) -> str:
+    mean, low, high = (
+        number(x / unit.scale, of.mean / unit.scale) for x in (of.mean, of.low, of.high)
+    )
+    shown = mean if of.blocks < 2 else f"{mean} [{low}, {high}]"
+    return shown + (rf"\,{escape(unit.name)}" if unit.name else "")
+
+
+def _parameter(cell: Cell, name: str) -> str:
+    """The size of a cell's messages, or how many streams, guests, pods it has."""
+    if name != "size":
+        return str(getattr(cell, name))
+    kib, rest = divmod(cell.size_bytes, 1024)
+    return rf"{cell.size_bytes}\,bytes" if rest else rf"{kib}\,KiB"
+
+
+def _verdict(ratio: Estimate) -> str:
+    if ratio.low > 1:
+        return "above"
+    return "below" if ratio.high < 1 else "not distinguishable from"
+
+
+_OF_CELL: Mapping[str, Callable[[Summary], str]] = {
+    "mean": lambda row: latex_interval(replace(row.estimate, blocks=1), latex_unit(row)),
+    "interval": lambda row: latex_interval(row.estimate, latex_unit(row)),
+}
+_OF_RATIO: Mapping[str, Callable[[Estimate], str]] = {
+    "ratio": lambda ratio: latex_interval(ratio, Unit(1, "")),
+    "low": lambda ratio: number(ratio.low, ratio.mean),
+    "high": lambda ratio: number(ratio.high, ratio.mean),
+    "verdict": _verdict,
+}
+
+
+# --- facts ----------------------------------------------------------------------------------
+
+
+def _facts(answers: Answers) -> Iterator[tuple[str, str]]:
+    """Everything else that the text may ask for."""
+    store, campaign = answers.store, answers.store.campaign
+    trials, log = store.trials(), store.log()
+    yield "digest", store.digest()
+    yield "digest/short", store.digest()[: len("sha256:") + 16]
+    for name in ("revision", "kernel", "cpu", "governor", "congestion_control"):
+        yield name, escape(str(getattr(campaign, name)))
+    if campaign.started:
+        began = datetime.fromisoformat(campaign.started)
+        yield "date", f"{began.day}~{began:%B %Y}"
+    times = sorted(datetime.fromisoformat(trial.started) for trial in log if trial.started)
+    if times:
+        yield "duration", f"{(times[-1] - times[0]).total_seconds() / 60:.0f}~minutes"
+    yield "cells", str(len(campaign.cells))
+    yield "blocks", str(len({trial.block for trial in trials}))
+    yield "trials", str(len(log))
+    yield "trials/disturbed", str(sum(trial.disturbed is not None for trial in log))
+    ended = Counter(trial.status for trial in trials)
+    for status in Status:
+        yield f"trials/{status}", str(ended[status])
+    for name in ("duration", "warmup"):
+        yield f"plan/{name}", rf"{campaign.plan.get(f'{name}_s', 0):g}\,s"
+    yield "confidence", rf"{CONFIDENCE:.0%}".replace("%", r"\,\%")
+    yield "slow", rf"{SLOW_US:g}\,\textmu{{}}s"
+    guests = {
+        campaign.guest: {"kernel": campaign.guest_kernel, "accelerator": campaign.accelerator}
+    }
+    for name, guest in (guests | dict(campaign.guests)).items():
+        for key, value in guest.items():
+            yield f"guest/{name}/{key}", escape(value)
+    for name, version in campaign.versions.items():
+        yield f"version/{name}", escape(version)
+    for row in answers.claims:
+        if row.ratio.blocks:
+            yield (
+                f"claims/{row.claim.quantity}/{row.cell.id}",
+                latex_interval(row.ratio, Unit(1, "")),
+            )
+    judged = Counter(row.verdict for row in answers.claims)
+    yield "claims", str(judged.total())
+    yield "claims/blocks", str(len({trial.block for trial in answers.proof.trials()}))
+    yield "claims/congestion_control", escape(answers.proof.campaign.congestion_control)
+    for verdict in claims.Verdict:
+        yield f"claims/{verdict}", str(judged[verdict])
+    if found := controls(answers.rows):
+        yield from (("aa/ratios", str(found.same)), ("aa/differing", str(found.differing)),
+                    ("aa/bound", str(found.bound)), ("slow/cells", str(found.slow)),
+                    ("slow/found", str(found.found)))  # fmt: skip
+    if answers.conformance:
+        yield "checks", str(len({r["check"] for r in answers.conformance}))
+        for head, counts in latex_columns(answers.conformance).items():
+            name = "/".join(part for part in head if part)
+            for key, count in counts.items():
+                yield f"conformance/{name}/{key}", str(count)
+
+
+def _conformance(store: Store) -> list[dict[str, str]]:
+    """Results of checks: the campaign's, where it has them, else those that are kept."""
+    file = store.path / "conformance.json"
+    try:
+        if file.exists():
+            found: list[dict[str, str]] = json.loads(file.read_text())
+        else:
+            found = []
+            for file in sorted(KEPT.glob("*.json")):
+                found += _kept(json.loads(file.read_text()), file.stem)
+        latex_columns(found)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise Error(f"{file}: not results of checks ({e})") from e
+    return found
+
+
+KEPT = paths.REFERENCE / "conformance"
+"""What `testbed conformance --keep` writes, `DATAPATH-GUEST.json`."""
+
+
+def _kept(results: Mapping[str, Any], name: str) -> Iterator[dict[str, str]]:
+    """Each case of a file of `KEPT`; OSv's kernels are told apart by the file's name."""
+    head = {"datapath": results["datapath"], "guest": name.partition("-")[2]}
+    for check, came in results["checks"].items():
+        counts = {"pass": came["passed"]} | {
+            status: sum(map(len, came[key].values()))
+            for status, key in (("fail", "failed"), ("unsupported", "unsupported"))
+        }
+        for status, count in counts.items():
+            yield from [{**head, "check": check, "status": status}] * count
+
+
+def latex_columns(results: Iterable[Mapping[str, str]]) -> dict[tuple[str, str], dict[str, int]]:
+    """(datapath, guest) → how many cases passed, failed, were tried (both), or could not be."""
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    for r in results:
+        counts.setdefault((r["datapath"], r["guest"]), Counter())[r["status"]] += 1
+    return {
+        head: {"passed": c["pass"], "failed": c["fail"], "tried": c["pass"] + c["fail"],
+               "unsupported": c["unsupported"], "cases": c.total()}
+        for head, c in counts.items()
+    }  # fmt: skip
+
+
+def escape(text: str) -> str:
+    """The same text in LaTeX."""
+    text = re.sub(r"([#$%&_{}])", r"\\\1", text.replace("\\", "/"))
+    return (
+        text.replace("~", r"\textasciitilde{}")
+        .replace("^", r"\textasciicircum{}")
+        .replace("→", r"$\to$")
+        .replace("µ", r"\textmu{}")
+    )

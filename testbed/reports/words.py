@@ -1,0 +1,138 @@
+"""Words and numbers as people read them: units, columns, sizes, intervals, warnings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from testbed.model.cells import SLOW_US, UDP_LOSS, Cell, Metric
+from testbed.model.terms import Transport
+from testbed.model.trials import Status
+from testbed.results.analysis import EXCEEDANCES, TAIL, Summary, controls
+from testbed.results.statistics import Estimate
+from testbed.results.store import Campaign
+
+UDP_RATE = (Metric.THROUGHPUT, Transport.UDP)
+UDP_RATE_MEANS = f"UDP: the highest rate at which at most {UDP_LOSS:.1%} of datagrams are lost"
+FUNCTIONAL = "emulated guest: functional, not a speed claim"
+
+
+class Unit(NamedTuple):
+    scale: float
+    name: str
+
+
+UNITS = {
+    Metric.THROUGHPUT: Unit(1e9, "Gbit/s"),
+    Metric.LATENCY: Unit(1, "µs"),
+    Metric.CONNECTIONS: Unit(1e3, "k/s"),
+    Metric.STARTUP: Unit(1, "ms"),
+    Metric.MEMORY: Unit(2**20, "MiB"),
+}
+
+
+def plain(value: Any) -> Any:
+    """The same with None for NaN, which strict JSON does not know."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+# --- table ----------------------------------------------------------------------------------
+
+COLUMNS = (
+    (Metric.THROUGHPUT, "value", "throughput"),
+    (Metric.LATENCY, "p50_us", "latency p50"),
+    (Metric.LATENCY, "p99_us", "latency p99"),
+    (Metric.LATENCY, TAIL, "latency p99.9"),
+    (Metric.CONNECTIONS, "value", "connections"),
+    (Metric.STARTUP, "value", "first answer"),
+    (Metric.MEMORY, "value", "memory"),
+)
+
+
+def interval(of: Estimate, scale: float, wide: bool) -> str:
+    """`3.21 [3.10, 3.33]`, or `3.21 ±4%` by the wider side; the mean alone without an interval."""
+    mean, low, high = (number(x / scale, of.mean / scale) for x in (of.mean, of.low, of.high))
+    if math.isnan(of.low):
+        return mean
+    if wide:
+        return f"{mean} [{low}, {high}]"
+    side = 100 * (of.high / of.mean - 1)
+    return f"{mean} ±{side:.0f}%" if side < 999.5 else f"{mean} >±999%"
+
+
+def warning_of(campaign: Campaign) -> str:
+    """That guests are emulated, if so, and which where there are others too."""
+    guests = {campaign.guest: campaign.functional} if campaign.guest else {}
+    guests |= {name: is_["accelerator"] == "tcg" for name, is_ in campaign.guests.items()}
+    emulated = [name for name, is_ in guests.items() if is_]
+    which = f"{', '.join(emulated)}: " if 0 < len(emulated) < len(guests) else ""
+    return which + FUNCTIONAL if emulated else ""
+
+
+def meanings_of(rows: Iterable[Summary]) -> list[str]:
+    """What of a campaign's quantities does not go without saying."""
+    rows, lines = list(rows), []
+    if any(row.quantity == TAIL for row in rows):
+        lines.append(f"p99.9: of all blocks together, where {EXCEEDANCES} samples or more lie "
+                     "above it.")  # fmt: skip
+    if any((r.cell.metric, r.cell.transport) == UDP_RATE for r in rows):
+        lines.append(f"{UDP_RATE_MEANS}.")
+    return lines
+
+
+def controls_of(rows: Iterable[Summary]) -> list[str]:
+    """How the campaign's controls came out, a line for each kind that it has."""
+    found, lines = controls(rows), []
+    if found and found.same:
+        verdict = "as it should be" if found.differing <= found.bound else "too many"
+        lines.append(f"A/A: {found.differing} of {found.same} intervals exclude 1, at most "
+                     f"{found.bound} would by chance: {verdict}.")  # fmt: skip
+    if found and found.slow:
+        verdict = "as it should be" if found.found == found.slow else "this campaign is too coarse"
+        lines.append(f"Servers that wait {SLOW_US:g} µs: found in {found.found} of {found.slow} "
+                     f"cells: {verdict}.")  # fmt: skip
+    return lines
+
+
+def superscript(number: int) -> str:
+    return str(number).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def number(value: float, like: float) -> str:
+    """A number with as many decimals as give `like` three significant digits."""
+    return f"{value:.{max(0, 2 - math.floor(math.log10(like)))}f}"
+
+
+def absence(status: Status) -> str:
+    return "n/a" if status is Status.UNSUPPORTED else str(status)
+
+
+def names(*words: str) -> str:
+    return " ".join(w.replace("ipv", "IPv") if w.startswith("ipv") else w.upper() for w in words)
+
+
+def guest_of(campaign: Campaign, named: str = "") -> str:
+    """The campaign's guest, or the one that cells name."""
+    guest, kernel, accelerator = campaign.guest, campaign.guest_kernel, campaign.accelerator
+    if named:
+        found = campaign.guests.get(named, {})
+        guest, kernel = named, found.get("kernel", "")
+        accelerator = found.get("accelerator", "none")
+    return f"{guest}{f' ({kernel})' if kernel else ''}, accelerator {accelerator}"
+
+
+def blocks_of(campaign: Campaign) -> str:
+    least = "at least " if campaign.plan.get("target_width") else ""
+    return f"{least}{campaign.blocks} block{'s' if campaign.blocks > 1 else ''}"
+
+
+def size_of(cell: Cell) -> str:
+    kib, rest = divmod(cell.size_bytes, 1024)
+    size = f"{cell.size_bytes} B" if rest else f"{kib} KiB"
+    size += f", {cell.streams} streams" if cell.streams > 1 else ""
+    size += f", {cell.rate_per_s}/s" if cell.rate_per_s else ""
+    size += f", {cell.guests} guests" if cell.guests > 1 else ""
+    return size + (f", {cell.pods} pods" if cell.pods > 1 else "")

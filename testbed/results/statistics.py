@@ -1,0 +1,145 @@
+"""Statistics of blocks: means with intervals, differences of two samples, distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import exp, log, log1p, nan, sqrt
+from statistics import fmean, stdev, variance
+
+import numpy as np
+from scipy.special import stdtr, stdtrit
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over blocks and its 95 % interval (NaN where so few blocks say nothing)."""
+
+    mean: float
+    low: float
+    high: float
+    blocks: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}] of {self.blocks} blocks"
+
+
+NOTHING = Estimate(nan, nan, nan, 0)
+
+
+def estimate(values: Iterable[float]) -> Estimate:
+    """Geometric mean and t-interval of positive block values.
+
+    exp(m ± t(0.975, n - 1) · s / √n) with m and s the mean and standard deviation of the n
+    logarithms (Student, 1908; on logarithms, as ratios of programs' times are to be averaged:
+    Fleming and Wallace, CACM 29(3), 1986). One value has no interval; no value gives NaN.
+    """
+    logs = [log(value) for value in values]
+    n = len(logs)
+    if n == 0:
+        return NOTHING
+    mean = fmean(logs)
+    if n == 1:
+        return Estimate(exp(mean), nan, nan, 1)
+    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * stdev(logs) / sqrt(n)
+    return Estimate(exp(mean), exp(mean - half), exp(mean + half), n)
+
+
+def pseudomedian(values: Iterable[float]) -> Estimate:
+    """What positive block values are typically, and its interval by signed ranks.
+
+    On logarithms: the median of the means of all pairs (Hodges and Lehmann, Ann. Math. Stat. 34(2),
+    1963), between those of these means at which Wilcoxon's signed-rank test (Biometrics Bulletin
+    1(6), 1945) begins to reject, exactly. A few blocks that something disturbed hardly move it,
+    whereas the t-interval grows with each. Fewer than six values have no interval.
+    """
+    logs = np.log(np.fromiter(values, float))
+    n = len(logs)
+    if n == 0:
+        return NOTHING
+    i, j = np.triu_indices(n)
+    pairs = np.sort((logs[i] + logs[j]) / 2)
+    cut = _signed_rank(n)
+    low, high = (exp(pairs[cut - 1]), exp(pairs[-cut])) if cut else (nan, nan)
+    return Estimate(exp(np.median(pairs)), low, high, n)
+
+
+def _signed_rank(n: int) -> int:
+    """How many sums of signed ranks of n values, from 0, are together as rare as an interval's end
+    is to be; each subset of the ranks 1 to n is as likely as any other."""
+    likely = np.zeros(n * (n + 1) // 2 + 1)
+    likely[0] = 1
+    for rank in range(1, n + 1):
+        likely[rank:] += likely[:-rank].copy()
+        likely /= 2
+    return int(np.searchsorted(np.cumsum(likely), (1 - CONFIDENCE) / 2, side="right"))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How one set of block values differs from another that is independent of it."""
+
+    ratio: Estimate
+    """Of geometric means, later by earlier; `blocks` is that of the smaller set."""
+    p_different: float
+    """How likely so large a difference is, where there is none."""
+    p_equivalent: float
+    """How likely so small a difference is, where it is as large as the band at least."""
+
+
+def difference(before: Iterable[float], after: Iterable[float], band: float) -> Difference:
+    """Ratio of two geometric means with its t-interval, and tests of difference and equivalence.
+
+    On logarithms, with unequal variances: t with Welch and Satterthwaite's degrees of freedom
+    (Welch, Biometrika 34, 1947). Equivalent means that the ratio lies within 1 / (1 + band) and
+    1 + band; tested by two one-sided tests (Schuirmann, J. Pharmacokinet. Biopharm. 15, 1987).
+    Needs two values on either side: with fewer, NaN.
+    """
+    a, b = [log(value) for value in before], [log(value) for value in after]
+    blocks = min(len(a), len(b))
+    if blocks < 2:
+        mean = exp(fmean(b) - fmean(a)) if blocks else nan
+        return Difference(Estimate(mean, nan, nan, blocks), nan, nan)
+    change, of_a, of_b = fmean(b) - fmean(a), variance(a) / len(a), variance(b) / len(b)
+    # Values without any spread are none that were measured; 1e-12 keeps the division sane.
+    error = max(sqrt(of_a + of_b), 1e-12)
+    spread = of_a**2 / (len(a) - 1) + of_b**2 / (len(b) - 1)
+    freedom = (of_a + of_b) ** 2 / spread if spread else len(a) + len(b) - 2
+    half = float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * error
+    edge = log1p(band)
+    return Difference(
+        Estimate(exp(change), exp(change - half), exp(change + half), blocks),
+        p_different=2 * float(stdtr(freedom, -abs(change) / error)),
+        p_equivalent=float(stdtr(freedom, (abs(change) - edge) / error)),
+    )
+
+
+def discoveries(p_values: Sequence[float], rate: float = 1 - CONFIDENCE) -> list[bool]:
+    """Which of many hypotheses to reject, so that of those at most `rate` are rejected wrongly.
+
+    The false-discovery rate, controlled by Benjamini and Hochberg's step-up procedure (J. R. Stat.
+    Soc. B 57, 1995); it holds for positively dependent tests too, such as two percentiles of one
+    trial (Benjamini and Yekutieli, Ann. Stat. 29, 2001). NaN is never rejected and not counted.
+    """
+    ranked = sorted(p for p in p_values if p == p)
+    bounds = [p for k, p in enumerate(ranked, 1) if p <= rate * k / len(ranked)]
+    return [bool(bounds) and p <= bounds[-1] for p in p_values]
+
+
+def distribution(blocks: Sequence[Sequence[tuple[float, int]]]) -> list[tuple[float, float]]:
+    """Cumulative distribution of several blocks' histograms, each block with the same weight.
+
+    Points (upper bound of bucket, share of samples at or below it), ascending.
+    """
+    filled = [(block, sum(count for _, count in block)) for block in blocks]
+    shares: dict[float, float] = {}
+    for block, samples in filled:
+        for upper, count in block:
+            shares[upper] = shares.get(upper, 0.0) + count / samples / len(filled)
+    points, total = [], 0.0
+    for upper in sorted(shares):
+        total += shares[upper]
+        points.append((upper, min(total, 1.0)))
+    return points

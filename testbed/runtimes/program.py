@@ -1,0 +1,88 @@
+"""A plain program in a namespace: what `process` and `standin` share."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+from pathlib import Path
+
+from testbed import agent
+from testbed.host.process import spawn
+from testbed.images import compose, rootfs
+from testbed.model.errors import Error
+from testbed.model.manifest import Workload
+from testbed.model.terms import Family, Runtime
+from testbed.runtimes.interface import Description, Placement, refuse_limits
+
+
+def join(cgroup: Path, netns: str) -> list[str]:
+    """A command line; what is added to it runs in a cgroup and a network namespace."""
+    script = 'echo $$ > "$0" && exec "$@"'
+    return [
+        "sh",
+        "-c",
+        script,
+        str(cgroup / "cgroup.procs"),
+        "nsenter",
+        f"--net=/run/netns/{netns}",
+    ]
+
+
+class PlainProgram:
+    """A plain program in a namespace: natives and stand-ins.
+
+    Its image is `host:PROGRAM`, as it stands on this host.
+    """
+
+    families = frozenset(Family)
+    uses_tap = multiqueue = False
+    ready_limit_s = 5.0
+
+    def __init__(self, runtime: Runtime, hosts: Path) -> None:
+        self._agent, self._hosts = agent.build(), hosts
+        digest = hashlib.sha256(self._agent.read_bytes()).hexdigest()
+        self.description = Description(runtime, digests={"agent": digest})
+
+    def dialed(self, family: Family) -> str:
+        return "localhost"
+
+    def compose(self, workload: Workload) -> None:
+        refuse_limits(workload)
+        self._command(workload)
+
+    def enter(self, place: Placement) -> list[str]:
+        return join(place.cgroup, place.netns)
+
+    def start(self, place: Placement) -> subprocess.Popen[bytes]:
+        if program := place.workload.program:
+            return spawn(
+                self._command(place.workload),
+                cgroup=place.cgroup, netns=place.netns, cpus=place.workload.cpus,
+                binds={**place.etc, **self._files(place.workload)}, output=place.console,
+                env={"PATH": rootfs.PATH, **dict(program.env)},
+                working_dir=program.working_dir or None,
+            )  # fmt: skip
+        hosts = self._hosts if place.loopback else compose.hosts_file(patched=False)
+        return spawn(
+            [self._agent, "--control-port", str(place.workload.control_port)],
+            cgroup=place.cgroup, netns=place.netns, cpus=place.workload.cpus,
+            binds={hosts: "/etc/hosts"}, output=place.console,
+        )  # fmt: skip
+
+    def _files(self, workload: Workload) -> dict[Path, str]:
+        """Files that the program needs besides, and the paths that they stand at."""
+        return {}
+
+    def _command(self, workload: Workload) -> list[str]:
+        program = workload.program
+        assert program is not None
+        if not rootfs.is_of_host(program.image):
+            raise Error(f"{workload.name!r} has the image {program.image!r}, but is no container",
+                        hint=f"the runtime {workload.runtime} takes host:PROGRAM")  # fmt: skip
+        own = [str(path) for path in rootfs.programs(program.image)][:1]
+        command = [*(program.command or own), *program.args]
+        if not command or shutil.which(command[0]) is None:
+            raise Error(f"{workload.name!r}: this host has no program {' '.join(command[:1])!r}",
+                        hint="give an image host:PROGRAM, or a command")  # fmt: skip
+        return command
