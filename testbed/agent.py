@@ -164,10 +164,17 @@ class Agent:
         with what the agent says: `connect localhost:8080: Connection refused`.
         """
         order: dict[str, Any] = {
-            "transport": transport, "family": family, "host": host, "port": port, "mode": mode,
-            "size_bytes": size_bytes, "streams": streams, "duration_s": duration_s, "bytes": bytes,
+            "transport": transport,
+            "family": family,
+            "host": host,
+            "port": port,
+            "mode": mode,
+            "size_bytes": size_bytes,
+            "streams": streams,
+            "duration_s": duration_s,
+            "bytes": bytes,
             "warmup_s": warmup_s,
-        }  # fmt: skip
+        }
         if mode == "stream":
             order["direction"] = direction
             if transport is Transport.UDP:

@@ -93,9 +93,12 @@ def host(*, anew: bool = True) -> Iterator[Finding]:
         yield Finding("root", State.MISSING, "pods need root", "sudo, in front of the command")
         return
     if Family.IPV6 not in facts.families():
-        yield Finding("IPv6", State.DEGRADED, "this kernel has none",
-                      "IPv6 cells and checks are unsupported; boot without ipv6.disable=1, or "
-                      "another kernel")  # fmt: skip
+        yield Finding(
+            "IPv6",
+            State.DEGRADED,
+            "this kernel has none",
+            "IPv6 cells and checks are unsupported; boot without ipv6.disable=1, or another kernel",
+        )
     with Owner() as owner:
         netns = f"tb-{owner.id}-doctor"
         with namespaces.create(owner, netns) as ip:
@@ -125,8 +128,12 @@ def _try(name: str, work: Callable[[], str]) -> Finding:
     except Error as e:
         return Finding(name, State.MISSING, e.message, e.hint or "")
     except (OSError, NetlinkError) as e:
-        return Finding(name, State.MISSING, f"the kernel refuses: {e}",
-                       "load its module, or boot a kernel that has it")  # fmt: skip
+        return Finding(
+            name,
+            State.MISSING,
+            f"the kernel refuses: {e}",
+            "load its module, or boot a kernel that has it",
+        )
 
 
 def _link(ip: IPRoute, kind: str, **options: Any) -> str:
@@ -174,9 +181,13 @@ def _congestion() -> Finding:
     found = facts.congestion_control()
     if found in UNPACED:
         return Finding("TCP", State.FINE, f"congestion control {found}")
-    return Finding("TCP", State.DEGRADED, f"congestion control {found}",
-                   "if it paces, as bbr does, a stream in a pod reaches some 0.6 of what it would; "
-                   "sysctl net.ipv4.tcp_congestion_control=cubic")  # fmt: skip
+    return Finding(
+        "TCP",
+        State.DEGRADED,
+        f"congestion control {found}",
+        "if it paces, as bbr does, a stream in a pod reaches some 0.6 of what it would; "
+        "sysctl net.ipv4.tcp_congestion_control=cubic",
+    )
 
 
 # --- what guests run on ---------------------------------------------------------------------
@@ -195,8 +206,12 @@ def guests() -> Iterator[Finding]:
         kernel = linux.path
         yield Finding("Linux kernel", State.FINE, f"{linux.release}, {linux.source}")
     except Error as e:
-        yield Finding("Linux kernel", State.DEGRADED, e.message,
-                      "downloaded when first needed, else no Linux guests")  # fmt: skip
+        yield Finding(
+            "Linux kernel",
+            State.DEGRADED,
+            e.message,
+            "downloaded when first needed, else no Linux guests",
+        )
     try:
         kernels.check_osv()
         osv = kernels.find_osv(download=False)
@@ -219,15 +234,22 @@ def guests() -> Iterator[Finding]:
 
 def _osv(kernel: kernels.OsvKernel | None) -> Finding:
     if kernel is None:
-        return Finding("OSv kernel", State.DEGRADED, "none on this machine",
-                       "a run tries to download one, else Linux guests serve; "
-                       "give yours with --osv-kernel")  # fmt: skip
+        return Finding(
+            "OSv kernel",
+            State.DEGRADED,
+            "none on this machine",
+            "a run tries to download one, else Linux guests serve; give yours with --osv-kernel",
+        )
     detail = f"{kernel.version}, {kernel.source}"
     if not kernel.listed:
         detail += " (not listed in osv/kernels.toml: flagged in results)"
     if Family.IPV6 not in kernel.families:
-        return Finding("OSv kernel", State.DEGRADED, detail,
-                       "IPv6 cells are unsupported; OSv's branch ipv6 has them")  # fmt: skip
+        return Finding(
+            "OSv kernel",
+            State.DEGRADED,
+            detail,
+            "IPv6 cells are unsupported; OSv's branch ipv6 has them",
+        )
     return Finding("OSv kernel", State.FINE, detail)
 
 
@@ -235,16 +257,23 @@ def _accelerator(kernel: Path) -> Finding:
     found = accelerator.accelerator(kernel)
     if found.name == "kvm":
         return Finding("accelerator", State.FINE, f"KVM: {found.why}")
-    return Finding("accelerator", State.DEGRADED, f"TCG: {found.why}",
-                   "guests prove function, not speed; speed needs a machine with KVM")  # fmt: skip
+    return Finding(
+        "accelerator",
+        State.DEGRADED,
+        f"TCG: {found.why}",
+        "guests prove function, not speed; speed needs a machine with KVM",
+    )
 
 
 def _vhost_net() -> Finding:
     if accelerator.vhost_net():
         return Finding("vhost-net", State.FINE, "/dev/vhost-net")
-    return Finding("vhost-net", State.DEGRADED, "no /dev/vhost-net",
-                   "packets of guests take the way through QEMU, which is slower; "
-                   "modprobe vhost_net")  # fmt: skip
+    return Finding(
+        "vhost-net",
+        State.DEGRADED,
+        "no /dev/vhost-net",
+        "packets of guests take the way through QEMU, which is slower; modprobe vhost_net",
+    )
 
 
 # --- what datapaths need besides ------------------------------------------------------------
@@ -256,8 +285,10 @@ def others() -> Iterator[Finding]:
     for name in datapaths.NAMES:
         if Pair.NATIVE_GUEST not in datapaths.get(name).pairs:
             continue  # natives alone need nothing
-        cells = (Cell(name, Pair.NATIVE_GUEST, Family.IPV4, transport, Metric.LATENCY, 64)
-                 for transport in Transport)  # fmt: skip
+        cells = (
+            Cell(name, Pair.NATIVE_GUEST, Family.IPV4, transport, Metric.LATENCY, 64)
+            for transport in Transport
+        )
         lacks = {reason for cell in cells if (reason := datapaths.get(name).unsupported(cell))}
         if refused := _refused(datapaths.get(name).programs):
             yield Finding(name, State.MISSING, refused, "boot a kernel that docs/machines.md lists")
@@ -295,8 +326,12 @@ def room() -> Iterator[Finding]:
     folder = cache.cache_folder()
     while not folder.exists():
         folder = folder.parent
-    yield _enough("disk", shutil.disk_usage(folder).free >> 20, DISK_MIB,
-                  f"images and kernels may not fit; make room at {folder}")  # fmt: skip
+    yield _enough(
+        "disk",
+        shutil.disk_usage(folder).free >> 20,
+        DISK_MIB,
+        f"images and kernels may not fit; make room at {folder}",
+    )
 
 
 def _enough(name: str, free_mib: int, wanted_mib: int, hint: str) -> Finding:

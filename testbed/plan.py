@@ -108,10 +108,20 @@ def parse(text: str, where: str) -> Plan:
     except tomllib.TOMLDecodeError as e:
         raise Error(f"plan {where}: not TOML: {e}") from e
     if ("target_width" in table) != ("limit_s" in table):
-        raise Error(f"plan {where}: target_width and limit_s: one without the other",
-                    "give both, or leave out both")  # fmt: skip
-    keys = ("name", "blocks", "warmup_s", "duration_s", "target_width", "limit_s", "cells",
-            "claims")  # fmt: skip
+        raise Error(
+            f"plan {where}: target_width and limit_s: one without the other",
+            "give both, or leave out both",
+        )
+    keys = (
+        "name",
+        "blocks",
+        "warmup_s",
+        "duration_s",
+        "target_width",
+        "limit_s",
+        "cells",
+        "claims",
+    )
     _only(table, keys, where)
     groups = table.get("cells")
     if not (isinstance(groups, list) and groups and all(isinstance(g, dict) for g in groups)):
@@ -160,16 +170,31 @@ def _claim(table: Mapping[str, Any], cells: Sequence[Cell], where: str) -> Claim
 
 
 _USUAL: dict[str, list[Any]] = {
-    "streams": [1], "rate_per_s": [0], "guest": [""], "guests": [1], "pods": [1],
-}  # fmt: skip
+    "streams": [1],
+    "rate_per_s": [0],
+    "guest": [""],
+    "guests": [1],
+    "pods": [1],
+}
 
 
 def _multiply(group: Mapping[str, Any], where: str) -> Iterable[Cell]:
     """The product of a `[[cells]]` table's lists; a single value is a list of one."""
     lists = {key: value if isinstance(value, list) else [value] for key, value in group.items()}
     lists = _USUAL | lists
-    names = ("datapath", "pair", "family", "transport", "metric", "size_bytes", "streams",
-             "rate_per_s", "guest", "guests", "pods")  # fmt: skip
+    names = (
+        "datapath",
+        "pair",
+        "family",
+        "transport",
+        "metric",
+        "size_bytes",
+        "streams",
+        "rate_per_s",
+        "guest",
+        "guests",
+        "pods",
+    )
     _only(lists, names, where)
     for key in names:
         values = lists.get(key)

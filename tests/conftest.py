@@ -118,8 +118,9 @@ def others() -> set[str]:
     fields = [line.split() for line in locks]
     foreign = {inode.rpartition(":")[2] for *_, pid, inode, _, _ in fields if int(pid) not in ours}
     ids = {p.stem for p in ROOT.glob("*.ledger") if str(p.stat().st_ino) in foreign}
-    working = bool(ids) or any(is_worker(p) for p in Path("/proc").glob("[0-9]*")
-                               if int(p.name) not in ours)  # fmt: skip
+    working = bool(ids) or any(
+        is_worker(p) for p in Path("/proc").glob("[0-9]*") if int(p.name) not in ours
+    )
     return {
         thing
         for thing in snapshot()

@@ -74,13 +74,21 @@ def start(
     if (path / "campaign.json").exists():
         raise Error(f"{path}: there is a campaign already", f"continue it: --resume {path}")
     if plan.blocks < len(places):
-        raise Error(f"{plan.blocks} blocks cannot be dealt out to {len(places)} hosts",
-                    f"--blocks {len(places)}, or fewer hosts by --on")  # fmt: skip
+        raise Error(
+            f"{plan.blocks} blocks cannot be dealt out to {len(places)} hosts",
+            f"--blocks {len(places)}, or fewer hosts by --on",
+        )
     for name in {cell.datapath for cell in plan.cells}:
         datapaths.get(name)
-    job = Job((), plan.warmup_s, plan.duration_s, choice.guest, str(path.absolute()),
-              str(choice.osv_kernel.absolute()) if choice.osv_kernel else None,
-              keep=choice.keep)  # fmt: skip
+    job = Job(
+        (),
+        plan.warmup_s,
+        plan.duration_s,
+        choice.guest,
+        str(path.absolute()),
+        str(choice.osv_kernel.absolute()) if choice.osv_kernel else None,
+        keep=choice.keep,
+    )
     shares = _deal(job, order_blocks(plan, seed, range(plan.blocks), set()), places, {})
     began = time.monotonic()
 
@@ -107,8 +115,15 @@ def resume(path: Path, keep: bool, report: Report, places: Sequence[Place] = HER
         **{**campaign.plan, "claims": tuple(Claim(**c) for c in campaign.plan.get("claims", ()))},
         cells=tuple(map(Cell.parse, campaign.cells)),
     )
-    job = Job((), plan.warmup_s, plan.duration_s, campaign.guest, str(path.absolute()),
-              campaign.environment["osv_kernel"], keep=keep)  # fmt: skip
+    job = Job(
+        (),
+        plan.warmup_s,
+        plan.duration_s,
+        campaign.guest,
+        str(path.absolute()),
+        campaign.environment["osv_kernel"],
+        keep=keep,
+    )
     begun = {t.block: t.host for t in stored.trials() if t.status is not Status.FAILED}
     numbers = range(max([plan.blocks - 1, *(t.block for t in stored.trials())]) + 1)
     blocks = order_blocks(plan, campaign.seed, numbers, stored.done())
@@ -181,8 +196,12 @@ def _run(shares: list[Share], open_store: Callable[[Event], Store], report: Repo
     If some of them fail, so do the cells that they still had. Raises the `Error` if all do.
     """
     campaign: Store | None = None
-    left = {(number, id): (share, order) for share in shares
-            for number, ids in share.job.blocks for order, id in enumerate(ids)}  # fmt: skip
+    left = {
+        (number, id): (share, order)
+        for share in shares
+        for number, ids in share.job.blocks
+        for order, id in enumerate(ids)
+    }
     total, text, began = len(left), "starting", time.monotonic()
     try:
         with closing(events_of(shares)) as events:
@@ -213,8 +232,9 @@ def _run(shares: list[Share], open_store: Callable[[Event], Store], report: Repo
             raise _all_failed(failed)
         for (number, id), (share, order) in left.items():
             if share.error:
-                campaign.append(Trial(id, number, order, Status.FAILED, share.error.message,
-                                      host=share.name))  # fmt: skip
+                campaign.append(
+                    Trial(id, number, order, Status.FAILED, share.error.message, host=share.name)
+                )
         return campaign
     except BaseException:
         if campaign:
@@ -296,6 +316,7 @@ def revision() -> str:
     """Git revision of this project, with `-dirty` if it was changed; `unknown` outside a clone."""
     done = subprocess.run(
         ["git", "-C", str(paths.ROOT), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     return done.stdout.strip() or "unknown"

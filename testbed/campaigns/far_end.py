@@ -35,8 +35,15 @@ def main() -> None:
         clients = {client: side.other for pair in Routed.pairs for client, _ in roles.ends(pair)}
         with Owner() as owner:
             consoles = ledger.create_folder(owner, f"{owner.id}-consoles")
-            with Pod(owner, "far", manifest, Routed(side), {Runtime.PROCESS: program}, consoles,
-                     elsewhere=clients) as pod:  # fmt: skip
+            with Pod(
+                owner,
+                "far",
+                manifest,
+                Routed(side),
+                {Runtime.PROCESS: program},
+                consoles,
+                elsewhere=clients,
+            ) as pod:
                 pod.start()
                 print(json.dumps({"lacks": side.lacking()}), flush=True)
                 signal.pause()

@@ -45,8 +45,11 @@ class Here:
     def start(self, job: Job, log: BinaryIO, say: Callable[[str], None]) -> Worker:
         worker = subprocess.Popen(
             [sys.executable, "-P", "-m", "testbed.campaigns.worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
         assert worker.stdin is not None
         with suppress(BrokenPipeError):  # its status will tell
             worker.stdin.write(json.dumps(asdict(job)) + "\n")
@@ -124,8 +127,10 @@ def _attend(share: Share, say: Callable[[str], None]) -> Iterator[Event]:
     What it complains of stays in `worker.log` of the campaign, or `worker-HOST.log`.
     """
     if share.place is None:
-        raise Error(f"blocks were begun on {share.name}, which is not among the hosts of this run",
-                    f"--on {share.name}")  # fmt: skip
+        raise Error(
+            f"blocks were begun on {share.name}, which is not among the hosts of this run",
+            f"--on {share.name}",
+        )
     log = Path(share.job.directory, f"worker-{share.name}.log" if share.name else "worker.log")
     try:
         log.parent.mkdir(parents=True, exist_ok=True)

@@ -113,8 +113,9 @@ class Built:
         processes = sum(cgroups.resident_bytes(pod.cgroup.parent) for pod in self.pods)
         kernel = facts.kernel_bytes() - kernel_bytes
         self.memory_bytes = {
-            "processes": processes / len(self.pods), "kernel": kernel / len(self.pods)
-        }  # fmt: skip
+            "processes": processes / len(self.pods),
+            "kernel": kernel / len(self.pods),
+        }
 
     def measured(self, cell: Cell) -> Trial:
         """The trial of a cell about building."""

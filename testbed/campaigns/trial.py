@@ -62,8 +62,15 @@ class Flow:
     def run(self, cell: Cell, **options: Any) -> Result:
         """Traffic as the cell says, or one request where it is about building."""
         mode = MODES.get(cell.metric, "rr")
-        return self.agent.run(cell.transport, cell.family, self.dialed, port(self.server), mode,
-                              cell.size_bytes, **options)  # fmt: skip
+        return self.agent.run(
+            cell.transport,
+            cell.family,
+            self.dialed,
+            port(self.server),
+            mode,
+            cell.size_bytes,
+            **options,
+        )
 
     def carried(self) -> Count:
         """By the datapath between the two, so far."""
@@ -79,9 +86,13 @@ def flows(cell: Cell, pods: Sequence[Pod], guest: Prepared) -> Iterator[list[Flo
         for pod in pods:
             for server in dict.fromkeys(server for _, server in ends(cell.pair, cell.guests)):
                 serving = stack.enter_context(pod.agent(server))
-                served = serving.serve(cell.transport, cell.family, port(server),
-                                       _bind(pod, server),
-                                       delay_us=SLOW_US if cell.variant == SLOW else 0)  # fmt: skip
+                served = serving.serve(
+                    cell.transport,
+                    cell.family,
+                    port(server),
+                    _bind(pod, server),
+                    delay_us=SLOW_US if cell.variant == SLOW else 0,
+                )
                 stack.callback(_stop, serving, served)
             for client, server in ends(cell.pair, cell.guests):
                 dialing = stack.enter_context(pod.agent(client))
@@ -141,8 +152,14 @@ def _search(
 
     def attempt(rate_bps: float) -> rate_search.Attempt:
         short_s = duration_s * SHORT
-        results = at_once(flows, cell, streams=cell.streams, duration_s=short_s,
-                          warmup_s=warmup_s * SHORT, rate_bps=rate_bps / len(flows))  # fmt: skip
+        results = at_once(
+            flows,
+            cell,
+            streams=cell.streams,
+            duration_s=short_s,
+            warmup_s=warmup_s * SHORT,
+            rate_bps=rate_bps / len(flows),
+        )
         whole = _together(results)
         return keep(whole.bytes, whole.lost, whole.duration_s, short_s)
 
@@ -155,9 +172,13 @@ def _search(
         if last.passed:
             return replace(measured, value=last.arrived_bps, searched=tuple(searched))
         rate_bps = (rate_bps or last.offered_bps) / (1 + rate_search.RESOLUTION) ** n
-    return replace(measured, status=Status.FAILED, value=None, searched=tuple(searched),
-                   reason=f"more than {UDP_LOSS:.1%} of datagrams are lost at what short "
-                   "attempts bore")  # fmt: skip
+    return replace(
+        measured,
+        status=Status.FAILED,
+        value=None,
+        searched=tuple(searched),
+        reason=f"more than {UDP_LOSS:.1%} of datagrams are lost at what short attempts bore",
+    )
 
 
 def _measure(
@@ -174,16 +195,24 @@ def _measure(
     warmup_s, duration_s = warmup_s * longer, duration_s * longer
     carried, counters = [flow.carried() for flow in flows], _counters(pods)
     busy, began = facts.busy(machines), time.monotonic()
-    results = at_once(flows, cell, streams=cell.streams, duration_s=duration_s, warmup_s=warmup_s,
-                      rate_per_s=cell.rate_per_s / len(flows),
-                      rate_bps=rate_bps / len(flows))  # fmt: skip
+    results = at_once(
+        flows,
+        cell,
+        streams=cell.streams,
+        duration_s=duration_s,
+        warmup_s=warmup_s,
+        rate_per_s=cell.rate_per_s / len(flows),
+        rate_bps=rate_bps / len(flows),
+    )
     elapsed_s = time.monotonic() - began
     spent = {key: value - busy[key] for key, value in facts.busy(machines).items()}
     carried = [flow.carried() - before for flow, before in zip(flows, carried, strict=True)]
     moved = _counters(pods) - counters
     ways = 1 if cell.metric is Metric.THROUGHPUT else 2
-    faults = (_fault(result, count, result.bytes * ways)
-              for result, count in zip(results, carried, strict=True))  # fmt: skip
+    faults = (
+        _fault(result, count, result.bytes * ways)
+        for result, count in zip(results, carried, strict=True)
+    )
     fault = next(filter(None, faults), None)
     whole = _together(results)
     if whole.transactions < 0.95 * cell.rate_per_s * duration_s:
@@ -191,8 +220,11 @@ def _measure(
             f"{whole.transactions} requests in {duration_s:g} s: {cell.rate_per_s} per second are "
             "too many"
         )
-    spent |= {"load1": facts.load1(), "elapsed_s": elapsed_s,
-              "active_s": warmup_s + whole.duration_s}  # fmt: skip
+    spent |= {
+        "load1": facts.load1(),
+        "elapsed_s": elapsed_s,
+        "active_s": warmup_s + whole.duration_s,
+    }
     if frequency := facts.frequency_mhz():
         spent["frequency_mhz"] = frequency
     clock = None if fault else _clock(whole, elapsed_s - warmup_s - whole.duration_s)

@@ -47,11 +47,19 @@ def work(job: Job) -> Iterator[Event]:
     named = {Cell.parse(id).guest for _, ids in job.blocks for id in ids} - {""}
     guests: Guests = {"": guest, **{name: _prepared(name, options) for name in sorted(named)}}
     standing = roles.manifest({Pair.NATIVE_GUEST}, guest.description.runtime)
-    yield {"event": "ready", "guest": asdict(guest.description), "why": why,
-           "guests": {name: asdict(of.description) for name, of in guests.items()
-                      if name and not isinstance(of, Error)},
-           "queues": queues(guest, standing.guests[1]),
-           "machine": facts.facts(), "versions": facts.versions()}  # fmt: skip
+    yield {
+        "event": "ready",
+        "guest": asdict(guest.description),
+        "why": why,
+        "guests": {
+            name: asdict(of.description)
+            for name, of in guests.items()
+            if name and not isinstance(of, Error)
+        },
+        "queues": queues(guest, standing.guests[1]),
+        "machine": facts.facts(),
+        "versions": facts.versions(),
+    }
     with Owner() as owner:
         bench = _Bench(job, owner, guests, options)
         for number, ids in job.blocks:
@@ -154,17 +162,20 @@ class _Bench:
         runtime, pairs = guest.description.runtime, {cell.pair for cell in cells}
         manifest = roles.manifest(pairs, runtime, deployment.guests)
         kinds = {runtime: guest} | {
-            kind: native for kind, native in self._natives(cells).items()
+            kind: native
+            for kind, native in self._natives(cells).items()
             if not isinstance(native, Error)
-        }  # fmt: skip
+        }
         consoles = Path(self.job.directory, "consoles")
         built = Built()
         stack.callback(self._close, built)
         names = [f"{name}-{k}" for k in range(deployment.pods)] if deployment.pods > 1 else [name]
         far = datapath.side.other if isinstance(datapath, Routed) and datapath.side else {}
         elsewhere = {server: far for pair in pairs for _, server in roles.ends(pair) if far}
-        pods = (Pod(self.owner, name, manifest, datapath, kinds, consoles, elsewhere=elsewhere)
-                for name in names)  # fmt: skip
+        pods = (
+            Pod(self.owner, name, manifest, datapath, kinds, consoles, elsewhere=elsewhere)
+            for name in names
+        )
         try:
             built.build(
                 cells, guest, lambda: [runtimes.prepare(kind, self.options) for kind in kinds], pods

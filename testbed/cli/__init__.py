@@ -27,9 +27,10 @@ def parser() -> argparse.ArgumentParser:
     for module in (run, results, conformance, hosts, pods, images):
         module.add(commands)
     completion = commands.add_parser(
-        "completion", help="print what has a shell complete commands, options and names of pods",
+        "completion",
+        help="print what has a shell complete commands, options and names of pods",
         epilog='For instance in .bashrc: eval "$(testbed completion bash)"',
-    )  # fmt: skip
+    )
     completion.set_defaults(call=_completion)
     completion.add_argument("shell", choices=("bash", "zsh"))
     return top

@@ -22,13 +22,19 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 def add_hosts(command: argparse.ArgumentParser, required: bool = False) -> None:
     """Options that choose other hosts."""
     command.add_argument(
-        "--hosts", type=Path, metavar="FILE", required=required,
+        "--hosts",
+        type=Path,
+        metavar="FILE",
+        required=required,
         help="other hosts, by SSH (see experiments/hosts.example.toml)",
-    )  # fmt: skip
+    )
     command.add_argument(
-        "--on", nargs="+", default=[], metavar="NAME",
+        "--on",
+        nargs="+",
+        default=[],
+        metavar="NAME",
         help="only those with one of these names or labels",
-    )  # fmt: skip
+    )
 
 
 def chosen(arguments: argparse.Namespace) -> Sequence[Host]:
@@ -45,12 +51,18 @@ def chosen(arguments: argparse.Namespace) -> Sequence[Host]:
 def add_guest(command: argparse.ArgumentParser) -> None:
     """Options that choose what runs guests."""
     guests = ["best", *(r for r in Runtime if r.is_guest)]
-    command.add_argument("--guest", default="best", choices=guests,
-                         help="what runs guests (default: the best that is there)")  # fmt: skip
     command.add_argument(
-        "--osv-kernel", type=Path, metavar="PATH",
+        "--guest",
+        default="best",
+        choices=guests,
+        help="what runs guests (default: the best that is there)",
+    )
+    command.add_argument(
+        "--osv-kernel",
+        type=Path,
+        metavar="PATH",
         help="OSv kernel or tree (default: cache, else nightly release)",
-    )  # fmt: skip
+    )
 
 
 @contextmanager
@@ -77,8 +89,12 @@ def progress() -> Iterator[Callable[[Progress], None]]:
         task = display.add_task("starting", total=None)
 
         def show(now: Progress) -> None:
-            display.update(task, completed=now.done, total=now.total,
-                           description=f"{now.text}{_left(now.left_s)}")  # fmt: skip
+            display.update(
+                task,
+                completed=now.done,
+                total=now.total,
+                description=f"{now.text}{_left(now.left_s)}",
+            )
 
         yield show
 

@@ -23,33 +23,49 @@ if TYPE_CHECKING:
 def add(commands: Commands) -> None:
     """Of conformance."""
     conformance = commands.add_parser(
-        "conformance", help="check what programs may rely on at localhost, through any datapath",
+        "conformance",
+        help="check what programs may rely on at localhost, through any datapath",
         epilog="Exit status: 0 nothing failed, 1 some checks failed, 3 could not run.",
-    )  # fmt: skip
+    )
     conformance.set_defaults(call=_conformance)
-    conformance.add_argument("--datapath", nargs="+", metavar="NAME",
-                             help="default: all that make localhost work")  # fmt: skip
+    conformance.add_argument(
+        "--datapath", nargs="+", metavar="NAME", help="default: all that make localhost work"
+    )
     common.add_guest(conformance)
-    conformance.add_argument("--native", type=Runtime, default=Runtime.PROCESS,
-                             choices=(Runtime.PROCESS, Runtime.WASM),
-                             help="what natives are (default: process); with wasm checks run "
-                             "through wasm→guest, guest→wasm and wasm→container")  # fmt: skip
+    conformance.add_argument(
+        "--native",
+        type=Runtime,
+        default=Runtime.PROCESS,
+        choices=(Runtime.PROCESS, Runtime.WASM),
+        help="what natives are (default: process); with wasm checks run "
+        "through wasm→guest, guest→wasm and wasm→container",
+    )
     conformance.add_argument("--family", nargs="+", type=Family, choices=tuple(Family))
-    conformance.add_argument("--check", action="append", metavar="GLOB",
-                             help="only checks like 'datagram-*' (may be repeated)")  # fmt: skip
+    conformance.add_argument(
+        "--check",
+        action="append",
+        metavar="GLOB",
+        help="only checks like 'datagram-*' (may be repeated)",
+    )
     conformance.add_argument("--list", action="store_true", help="list the checks, and run none")
     conformance.add_argument("--json", action="store_true", help="print the results as JSON")
-    conformance.add_argument("--keep", action="store_true",
-                             help="put the results into results/reference/conformance")  # fmt: skip
-    conformance.add_argument("--pages", action="store_true",
-                             help="write docs/conformance.md and README's table from what is kept, "
-                             "and run nothing")  # fmt: skip
-    conformance.add_argument("--junit", type=Path, metavar="FILE",
-                             help="write the results as JUnit's XML, too")  # fmt: skip
-    conformance.add_argument("--netns", type=Path, metavar="PATH",
-                             help="a pod that is there already: its namespace ...")  # fmt: skip
-    conformance.add_argument("--control", metavar="ADDRESS[:PORT]",
-                             help="... and where its guest's agent takes orders")  # fmt: skip
+    conformance.add_argument(
+        "--keep", action="store_true", help="put the results into results/reference/conformance"
+    )
+    conformance.add_argument(
+        "--pages",
+        action="store_true",
+        help="write docs/conformance.md and README's table from what is kept, and run nothing",
+    )
+    conformance.add_argument(
+        "--junit", type=Path, metavar="FILE", help="write the results as JUnit's XML, too"
+    )
+    conformance.add_argument(
+        "--netns", type=Path, metavar="PATH", help="a pod that is there already: its namespace ..."
+    )
+    conformance.add_argument(
+        "--control", metavar="ADDRESS[:PORT]", help="... and where its guest's agent takes orders"
+    )
 
 
 def _conformance(arguments: argparse.Namespace) -> int:
@@ -72,10 +88,15 @@ def _conformance(arguments: argparse.Namespace) -> int:
         raise Error("a pod that is there already needs both --netns and --control")
     localhost = [name for name in datapaths.NAMES if datapaths.get(name).localhost]
     choice = runner.Choice(
-        tuple(arguments.datapath or (["foreign"] if foreign else localhost)), arguments.guest,
-        tuple(arguments.family or Family), globs, arguments.native, arguments.osv_kernel,
-        netns=arguments.netns, control=arguments.control or "",
-    )  # fmt: skip
+        tuple(arguments.datapath or (["foreign"] if foreign else localhost)),
+        arguments.guest,
+        tuple(arguments.family or Family),
+        globs,
+        arguments.native,
+        arguments.osv_kernel,
+        netns=arguments.netns,
+        control=arguments.control or "",
+    )
     results: list[Result] = []
     try:
         with common.progress() as report:

@@ -32,29 +32,43 @@ def add(commands: Commands) -> None:
 
 def _add_building(commands: Commands) -> None:
     up = commands.add_parser(
-        "up", help="build the pods of a Kubernetes manifest, and leave them standing",
+        "up",
+        help="build the pods of a Kubernetes manifest, and leave them standing",
         epilog="Which runtime: annotation testbed/runtime.CONTAINER, or runtimeClassName. "
         "A pod whose keeper was killed is taken over.",
-    )  # fmt: skip
+    )
     attach = commands.add_parser(
-        "attach", help="have a manifest's guests join a pod that somebody else made",
+        "attach",
+        help="have a manifest's guests join a pod that somebody else made",
         epilog="Links, programs and guests come into the namespace; what is there is left alone, "
         "and is all that is there after 'testbed detach POD'.",
-    )  # fmt: skip
+    )
     adopt = commands.add_parser("adopt", help="take over a pod whose keeper was killed, as it is")
     up.set_defaults(call=_up)
     attach.set_defaults(call=_attach)
     adopt.set_defaults(call=_adopt)
-    attach.add_argument("--netns", type=Path, required=True, metavar="PATH",
-                        help="its namespace: /run/netns/NAME or /proc/PID/ns/net")  # fmt: skip
-    attach.add_argument("--cgroup", type=Path, metavar="PATH",
-                        help="its processes' cgroup (v2), for steer's fast path; without, they go "
-                        "by lo")  # fmt: skip
+    attach.add_argument(
+        "--netns",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="its namespace: /run/netns/NAME or /proc/PID/ns/net",
+    )
+    attach.add_argument(
+        "--cgroup",
+        type=Path,
+        metavar="PATH",
+        help="its processes' cgroup (v2), for steer's fast path; without, they go by lo",
+    )
     _pod(adopt, metavar="POD")
     for command in (up, attach):
         command.add_argument("manifest", type=Path, metavar="FILE", help="v1 Pods, in YAML")
-        command.add_argument("--datapath", default="steer", metavar="NAME",
-                             help="what makes localhost work (default: %(default)s)")  # fmt: skip
+        command.add_argument(
+            "--datapath",
+            default="steer",
+            metavar="NAME",
+            help="what makes localhost work (default: %(default)s)",
+        )
         command.add_argument("--osv-kernel", type=Path, metavar="PATH", help="as for run")
     for command in (up, attach, adopt):
         command.add_argument(
@@ -127,8 +141,9 @@ def _ordered(arguments: argparse.Namespace, sandbox: Sandbox | None = None) -> l
     best = functools.cache(lambda: runtimes.best(replace(options, say=_say)))
     specs = kubernetes.read(arguments.manifest, best)
     if sandbox and len(specs) > 1:
-        raise Error(f"{arguments.manifest} has {len(specs)} pods, for one namespace",
-                    hint="leave one")  # fmt: skip
+        raise Error(
+            f"{arguments.manifest} has {len(specs)} pods, for one namespace", hint="leave one"
+        )
     for spec in specs:
         for warning in spec.warnings:
             _say(warning)
@@ -162,21 +177,43 @@ def _ps(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(found, indent=1))
         return 0
-    head = ("POD", "IP", "WORKLOAD", "RUNTIME", "STATE", "READY", "RESTARTS", "PORTS", "ADDRESSES",
-            "DATAPATH")  # fmt: skip
+    head = (
+        "POD",
+        "IP",
+        "WORKLOAD",
+        "RUNTIME",
+        "STATE",
+        "READY",
+        "RESTARTS",
+        "PORTS",
+        "ADDRESSES",
+        "DATAPATH",
+    )
     rows = [head] + [
-        (p["name"], ",".join(p["addresses"]) or "-", w["name"], w["runtime"], w["state"],
-         "yes" if w["ready"] else "no", str(w["restarts"]), ",".join(w["ports"]) or "-",
-         ",".join(w["addresses"]), p["datapath"])
-        for p in found for w in p["workloads"]
-    ]  # fmt: skip
+        (
+            p["name"],
+            ",".join(p["addresses"]) or "-",
+            w["name"],
+            w["runtime"],
+            w["state"],
+            "yes" if w["ready"] else "no",
+            str(w["restarts"]),
+            ",".join(w["ports"]) or "-",
+            ",".join(w["addresses"]),
+            p["datapath"],
+        )
+        for p in found
+        for w in p["workloads"]
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
     for pod in found:
         if pod["keeper"] is None:
-            _say(f"the keeper of pod {pod['name']} was killed, and the pod is as it was then; "
-                 f"testbed adopt {pod['name']}")  # fmt: skip
+            _say(
+                f"the keeper of pod {pod['name']} was killed, and the pod is as it was then; "
+                f"testbed adopt {pod['name']}"
+            )
     return 0
 
 
@@ -250,17 +287,20 @@ def _describe(arguments: argparse.Namespace) -> int:
 
 def _add_trace(commands: Commands) -> None:
     trace = commands.add_parser(
-        "trace", help="each packet at each of the datapath's programs, and what became of it",
+        "trace",
+        help="each packet at each of the datapath's programs, and what became of it",
         epilog="Ends with Ctrl-C. While it runs, the pod's programs are slower; before and after, "
         "they are not.",
-    )  # fmt: skip
+    )
     trace.set_defaults(call=_trace)
     _pod(trace, metavar="POD")
     trace.add_argument("--port", type=int, metavar="N", help="only packets from or to a port")
     trace.add_argument(
-        "--pcap", type=Path, metavar="FILE",
+        "--pcap",
+        type=Path,
+        metavar="FILE",
         help="write them as pcapng, too: how they came, and how they went",
-    )  # fmt: skip
+    )
     trace.add_argument("--count", type=int, metavar="N", help="end after so many")
     trace.add_argument("--json", action="store_true", help="a line of JSON for each")
 
@@ -274,8 +314,9 @@ def _trace(arguments: argparse.Namespace) -> int:
         if arguments.pcap:
             capture = pcapng.Writer(stack.enter_context(arguments.pcap.open("wb")))
         print(f"tracing {arguments.pod}; end it with Ctrl-C", file=sys.stderr, flush=True)
-        events = (e for e in tracing.events()
-                  if arguments.port is None or e.has_port(arguments.port))  # fmt: skip
+        events = (
+            e for e in tracing.events() if arguments.port is None or e.has_port(arguments.port)
+        )
         with suppress(KeyboardInterrupt):
             for event in islice(events, arguments.count):
                 print(json.dumps(event.data()) if arguments.json else event, flush=True)
@@ -292,8 +333,13 @@ def _add_top(commands: Commands) -> None:
     )
     top.set_defaults(call=_top)
     _pod(top, metavar="POD", nargs="*", help="default: all")
-    top.add_argument("--interval", type=float, default=1.0, metavar="S",
-                     help="between two looks (default: %(default)s)")  # fmt: skip
+    top.add_argument(
+        "--interval",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="between two looks (default: %(default)s)",
+    )
     top.add_argument("--once", action="store_true", help="print one interval, and end")
     top.add_argument("--json", action="store_true", help="the same, as JSON")
 

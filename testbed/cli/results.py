@@ -65,8 +65,7 @@ def _add_report(commands: Commands) -> None:
     )
     page.set_defaults(call=_report)
     page.add_argument("directory", type=Path, metavar="DIR")
-    page.add_argument("-o", "--output", type=Path, metavar="FILE",
-                      help="default: DIR/report.html")  # fmt: skip
+    page.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: DIR/report.html")
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -81,13 +80,15 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _add_keep(commands: Commands) -> None:
     keep = commands.add_parser(
-        "keep", help="keep a stored campaign for reference: whole, and small enough for git",
+        "keep",
+        help="keep a stored campaign for reference: whole, and small enough for git",
         epilog="'testbed compare results/reference/NAME DIR' holds a later one against it.",
-    )  # fmt: skip
+    )
     keep.set_defaults(call=_keep)
     keep.add_argument("directory", type=Path, metavar="DIR")
-    keep.add_argument("-o", "--output", type=Path, metavar="DIR",
-                      help="default: results/reference/PLAN")  # fmt: skip
+    keep.add_argument(
+        "-o", "--output", type=Path, metavar="DIR", help="default: results/reference/PLAN"
+    )
 
 
 def _keep(arguments: argparse.Namespace) -> int:
@@ -102,9 +103,10 @@ def _keep(arguments: argparse.Namespace) -> int:
 
 def _add_claims(commands: Commands) -> None:
     claims = commands.add_parser(
-        "claims", help="say whether a stored campaign bears out what its plan claims",
+        "claims",
+        help="say whether a stored campaign bears out what its plan claims",
         epilog="Exit status: 0 all claims hold, 1 one does not, 3 nobody can tell.",
-    )  # fmt: skip
+    )
     claims.set_defaults(call=_claims)
     claims.add_argument("directory", type=Path, metavar="DIR")
     claims.add_argument("--json", action="store_true")
@@ -127,15 +129,20 @@ def _claims(arguments: argparse.Namespace) -> int:
 
 def _add_paper(commands: Commands) -> None:
     paper = commands.add_parser(
-        "paper", help="build paper/main.pdf from a stored campaign (needs LaTeX, no root)",
+        "paper",
+        help="build paper/main.pdf from a stored campaign (needs LaTeX, no root)",
         epilog="LaTeX is installed by ./bootstrap --tex.",
-    )  # fmt: skip
+    )
     paper.set_defaults(call=_paper)
-    paper.add_argument("directory", type=Path, metavar="DIR", nargs="?",
-                       help="default: results/reference/paper")  # fmt: skip
-    paper.add_argument("--proof", type=Path, metavar="DIR",
-                       help="of plan proof: what came of the claims (default: "
-                       "results/reference/proof)")  # fmt: skip
+    paper.add_argument(
+        "directory", type=Path, metavar="DIR", nargs="?", help="default: results/reference/paper"
+    )
+    paper.add_argument(
+        "--proof",
+        type=Path,
+        metavar="DIR",
+        help="of plan proof: what came of the claims (default: results/reference/proof)",
+    )
 
 
 def _paper(arguments: argparse.Namespace) -> int:
@@ -150,14 +157,20 @@ def _paper(arguments: argparse.Namespace) -> int:
 
 def _add_compare(commands: Commands) -> None:
     compare = commands.add_parser(
-        "compare", help="hold a stored campaign against an earlier one (needs no root)",
+        "compare",
+        help="hold a stored campaign against an earlier one (needs no root)",
         epilog="Exit status: 0 none slower, 1 some slower, 3 could not compare.",
-    )  # fmt: skip
+    )
     compare.set_defaults(call=_compare)
     compare.add_argument("before", type=Path, metavar="A", help="directory of the earlier campaign")
     compare.add_argument("after", type=Path, metavar="B", help="of the later; gets the figure")
-    compare.add_argument("--band", type=_band, default=0.05, metavar="SHARE",
-                         help="smaller changes are equivalent (default: %(default)s)")  # fmt: skip
+    compare.add_argument(
+        "--band",
+        type=_band,
+        default=0.05,
+        metavar="SHARE",
+        help="smaller changes are equivalent (default: %(default)s)",
+    )
     compare.add_argument("--json", action="store_true")
 
 

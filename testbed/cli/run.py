@@ -19,14 +19,23 @@ if TYPE_CHECKING:
 def add(commands: Commands) -> None:
     """Of campaigns."""
     run = commands.add_parser(
-        "run", help="run a plan: build pods, measure, draw figures, take everything down",
+        "run",
+        help="run a plan: build pods, measure, draw figures, take everything down",
         epilog="An interrupted run goes on with --resume DIR.",
-    )  # fmt: skip
+    )
     run.set_defaults(call=_run)
-    run.add_argument("--plan", default="standard", metavar="NAME|FILE.toml",
-                     help="a plan of experiments/ or a file (default: %(default)s)")  # fmt: skip
-    run.add_argument("--cells", action="append", metavar="GLOB",
-                     help="only cells like 'capture/*/ipv6/*' (may be repeated)")  # fmt: skip
+    run.add_argument(
+        "--plan",
+        default="standard",
+        metavar="NAME|FILE.toml",
+        help="a plan of experiments/ or a file (default: %(default)s)",
+    )
+    run.add_argument(
+        "--cells",
+        action="append",
+        metavar="GLOB",
+        help="only cells like 'capture/*/ipv6/*' (may be repeated)",
+    )
     common.add_guest(run)
     run.add_argument("--blocks", type=_positive, metavar="N", help="instead of the plan's number")
     run.add_argument(
@@ -38,8 +47,11 @@ def add(commands: Commands) -> None:
     run.add_argument(
         "--seed", type=int, default=1, help="of the random order (default: %(default)s)"
     )
-    run.add_argument("--keep", action="store_true",
-                     help="stop at the first pod that fails, and leave it standing")  # fmt: skip
+    run.add_argument(
+        "--keep",
+        action="store_true",
+        help="stop at the first pod that fails, and leave it standing",
+    )
     run.add_argument("--json", action="store_true", help="print the table as JSON")
     common.add_hosts(run)
 
@@ -78,15 +90,20 @@ def _run(arguments: argparse.Namespace) -> int:
                 choice = campaign.Choice(arguments.guest, arguments.osv_kernel, arguments.keep)
                 finished = campaign.start(chosen, path, choice, arguments.seed, report, where)
     except KeyboardInterrupt:
-        print(f"testbed: interrupted, and all is taken down; go on with --resume {path}",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"testbed: interrupted, and all is taken down; go on with --resume {path}",
+            file=sys.stderr,
+        )
         return 130
     with finished:
         finished.derive()
         drawn = draw.draw(finished)
     print_table(finished, arguments.json)
-    print(f"\nfigures: {' '.join(str(f) for f in drawn if f.suffix == '.png')}"
-          f"\nall of it in one file: testbed report {path}", file=sys.stderr)  # fmt: skip
+    print(
+        f"\nfigures: {' '.join(str(f) for f in drawn if f.suffix == '.png')}"
+        f"\nall of it in one file: testbed report {path}",
+        file=sys.stderr,
+    )
     return 1 if any(t.status == "failed" for t in finished.trials()) else 0
 
 

@@ -147,10 +147,13 @@ def with_sums(text: str, runs: Sequence[Run]) -> str:
 
 def _sums(runs: Sequence[Run]) -> list[str]:
     rows = [
-        (run.datapath, _workloads(run), *(str(run.total(status)) for status in
-                                          (Status.PASS, Status.FAIL, Status.UNSUPPORTED)))
+        (
+            run.datapath,
+            _workloads(run),
+            *(str(run.total(status)) for status in (Status.PASS, Status.FAIL, Status.UNSUPPORTED)),
+        )
         for run in runs
-    ]  # fmt: skip
+    ]
     return _table(("datapath", "workloads", "pass", "fail", "unsupported"), rows, "llrrr")
 
 
@@ -172,12 +175,13 @@ def page(runs: Sequence[Run], all_checks: Iterable[Check]) -> str:
         "",
         "## Failed, and how",
         "",
-    ]  # fmt: skip
+    ]
     for run in runs:
         failures = [
             f"- {name} ({outcome.count(Status.FAIL)}): {next(iter(outcome.failed))}"
-            for name, outcome in run.checks.items() if outcome.failed
-        ]  # fmt: skip
+            for name, outcome in run.checks.items()
+            if outcome.failed
+        ]
         if failures:
             lines += [f"### {run.datapath}, {_workloads(run)}", "", *failures, ""]
     return "\n".join(lines).rstrip("\n") + "\n"

@@ -77,9 +77,15 @@ class Bed:
         return peer.socket(self.transport, family or self.family)
 
     def serve(
-        self, at: Address | str = "", *, port: int = 0, peer: Peer | None = None,
-        family: Family | None = None, backlog: int = 128, options: Mapping[str, int | str] = {},
-    ) -> Sock:  # fmt: skip
+        self,
+        at: Address | str = "",
+        *,
+        port: int = 0,
+        peer: Peer | None = None,
+        family: Family | None = None,
+        backlog: int = 128,
+        options: Mapping[str, int | str] = {},
+    ) -> Sock:
         """A socket that serves: bound, and listening if it is TCP's.
 
         Bound where a program of its kind would that means `localhost`, on `port` of this bed.

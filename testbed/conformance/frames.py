@@ -33,9 +33,12 @@ def send(netns: str, ifname: str, frames: Iterable[bytes]) -> None:
 
 
 def datagram(
-    macs: tuple[str, str], source: Address, destination: Address, ports: tuple[int, int],
+    macs: tuple[str, str],
+    source: Address,
+    destination: Address,
+    ports: tuple[int, int],
     payload: bytes = b"forged",
-) -> bytes:  # fmt: skip
+) -> bytes:
     """A UDP datagram. `macs` and `ports` are source's and destination's."""
     body = struct.pack("!HHHH", *ports, 8 + len(payload), 0) + payload
     return _ip(macs, source, destination, socket.IPPROTO_UDP, body, checksum_at=6)
@@ -47,7 +50,7 @@ def syn(
     destination: Address,
     ports: tuple[int, int],
     number: int,
-) -> bytes:  # fmt: skip
+) -> bytes:
     """The first segment of a connection."""
     body = struct.pack("!HHIIBBHHH", *ports, number, 0, 5 << 4, 2, 65535, 0, 0)
     return _ip(macs, source, destination, socket.IPPROTO_TCP, body, checksum_at=16)
@@ -65,9 +68,14 @@ def claim(macs: tuple[str, str], claimed: Address, told: Address, told_from: Add
 
 
 def _ip(
-    macs: tuple[str, str], source: Address, destination: Address, protocol: int, body: bytes,
-    checksum_at: int, hops: int = 64,
-) -> bytes:  # fmt: skip
+    macs: tuple[str, str],
+    source: Address,
+    destination: Address,
+    protocol: int,
+    body: bytes,
+    checksum_at: int,
+    hops: int = 64,
+) -> bytes:
     pseudo = source.packed + destination.packed + struct.pack("!IHBB", len(body), 0, 0, protocol)
     summed = struct.pack("!H", checksum(pseudo + body))
     body = body[:checksum_at] + summed + body[checksum_at + 2 :]

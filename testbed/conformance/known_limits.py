@@ -82,13 +82,17 @@ WASI: tuple[Impossible, ...] = (
         pairs=EVERY,
     ),
     Impossible(
-        frozenset({
-            "datagram-refused", "datagram-refused-after-close", "datagram-refusals-to-their-own",
-        }),
+        frozenset(
+            {
+                "datagram-refused",
+                "datagram-refused-after-close",
+                "datagram-refusals-to-their-own",
+            }
+        ),
         "WASI tells of a refused datagram when the next is sent, not to who waits for an answer",
         pairs=EVERY,
     ),
-)  # fmt: skip
+)
 
 
 def why(datapath: str, guest: str, case: Case) -> str | None:

@@ -81,10 +81,14 @@ def junit(results: Sequence[Result]) -> bytes:
         own = [r for r in results if (r.datapath, r.guest) == (datapath, guest)]
         counts = Counter(r.status for r in own)
         suite = ET.SubElement(
-            top, "testsuite", name=f"{datapath} ({guest})", tests=str(len(own)),
-            failures=str(counts[Status.FAIL]), skipped=str(counts[Status.UNSUPPORTED]),
+            top,
+            "testsuite",
+            name=f"{datapath} ({guest})",
+            tests=str(len(own)),
+            failures=str(counts[Status.FAIL]),
+            skipped=str(counts[Status.UNSUPPORTED]),
             time=f"{sum(r.duration_s for r in own):.3f}",
-        )  # fmt: skip
+        )
         for r in own:
             name = f"{r.check} {r.pair} {r.family} {r.transport}"
             case = ET.SubElement(

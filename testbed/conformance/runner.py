@@ -56,14 +56,18 @@ def run(choice: Choice) -> Iterator[Result | Progress]:
     for name in choice.datapaths:
         datapath = None if choice.netns else datapaths.get(name)
         if datapath and not datapath.localhost:
-            raise Error(f"{name} does not make localhost work: there is nothing to check",
-                        hint="choose another --datapath")  # fmt: skip
+            raise Error(
+                f"{name} does not make localhost work: there is nothing to check",
+                hint="choose another --datapath",
+            )
     options = interface.Options(osv_kernel=choice.osv_kernel, hosts_patch=choice.hosts_patch)
     with Owner() as owner, TemporaryDirectory(prefix="testbed-") as consoles:
         if choice.netns:
             if choice.native is not Runtime.PROCESS:
-                raise Error(f"no {choice.native} is brought to a pod that is there already",
-                            hint="leave out --native")  # fmt: skip
+                raise Error(
+                    f"no {choice.native} is brought to a pod that is there already",
+                    hint="leave out --native",
+                )
             stage = ForeignStage(owner, choice.netns, choice.control, choice.datapaths[0])
             yield from through(stage, cases(chosen, stage.pairs, choice.families))
             return
@@ -81,9 +85,17 @@ def run(choice: Choice) -> Iterator[Result | Progress]:
             if len(lacking) == len(chosen_cases):  # and it may be that no such pod can be built
                 for case, reason in lacking.items():
                     yield Result(
-                        case.check.name, name, guest.description.runtime, guest.description.kernel,
-                        case.pair, case.family, case.transport, Status.UNSUPPORTED, reason, 0,
-                    )  # fmt: skip
+                        case.check.name,
+                        name,
+                        guest.description.runtime,
+                        guest.description.kernel,
+                        case.pair,
+                        case.family,
+                        case.transport,
+                        Status.UNSUPPORTED,
+                        reason,
+                        0,
+                    )
                 continue
             yield Progress(f"building the pod of {name}", 0, 0)
             with OwnStage(owner, datapath, pairs, guest, options, Path(consoles)) as own:
@@ -104,10 +116,12 @@ def cases(
     return [
         Case(check, pair, family, transport)
         for check in sorted(chosen, key=lambda c: c.disruptive)
-        for pair in Pair if pair in pairs and pair.shape in check.pairs
-        for family in families if family in check.families
+        for pair in Pair
+        if pair in pairs and pair.shape in check.pairs
+        for family in families
+        if family in check.families
         for transport in check.transports
-    ]  # fmt: skip
+    ]
 
 
 def _cell(datapath: str, case: Case) -> Cell:
@@ -209,9 +223,17 @@ class _Runner:
 
     def _result(self, case: Case, status: Status, reason: str, duration_s: float) -> Result:
         return Result(
-            case.check.name, self.stage.datapath, self.stage.guest, self.stage.kernel,
-            case.pair, case.family, case.transport, status, reason, round(duration_s, 4),
-        )  # fmt: skip
+            case.check.name,
+            self.stage.datapath,
+            self.stage.guest,
+            self.stage.kernel,
+            case.pair,
+            case.family,
+            case.transport,
+            status,
+            reason,
+            round(duration_s, 4),
+        )
 
 
 _OUTCOMES = (Failure, Unsupported, Error, OSError)

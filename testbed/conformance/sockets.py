@@ -106,8 +106,9 @@ class Peer:
         if code := answer["errno"]:
             detail = keys.get("address") or keys.get("option") or ""
             where = f"{detail}:{keys['port']}" if "port" in keys else detail
-            raise OSError(code, f"{self.name}: {' '.join(filter(None, (op, where)))}: "
-                          f"{os.strerror(code)}")  # fmt: skip
+            raise OSError(
+                code, f"{self.name}: {' '.join(filter(None, (op, where)))}: {os.strerror(code)}"
+            )
         return answer
 
     def close(self) -> None:
@@ -164,9 +165,14 @@ class Sock:
         return ip_address(answer["peer_address"]), answer["peer_port"]
 
     def send(
-        self, what: str | int, *, phase: int = 0, to: Name | None = None, flag: str = "",
+        self,
+        what: str | int,
+        *,
+        phase: int = 0,
+        to: Name | None = None,
+        flag: str = "",
         timeout_s: float = TIMEOUT_S,
-    ) -> int:  # fmt: skip
+    ) -> int:
         """A text, or so many bytes of the pattern. Returns what the kernel took.
 
         Raises `TimeoutError` if not all of it was taken in time.
@@ -202,20 +208,33 @@ class Sock:
         return keys
 
     def receive(
-        self, size: int = 1 << 20, *, phase: int = 0, flag: str = "", some: bool = False,
+        self,
+        size: int = 1 << 20,
+        *,
+        phase: int = 0,
+        flag: str = "",
+        some: bool = False,
         timeout_s: float = TIMEOUT_S,
-    ) -> Received:  # fmt: skip
+    ) -> Received:
         """A datagram; of a stream `size` bytes or all to the end, or what comes first (`some`)."""
         keys: dict[str, Any] = {"flag": flag} if flag else {}
         answer = self._tried(
-            FLAGS.get(flag, ""), "receive",
-            size=size, phase=phase, some=int(some), timeout_s=timeout_s, **keys,
-        )  # fmt: skip
+            FLAGS.get(flag, ""),
+            "receive",
+            size=size,
+            phase=phase,
+            some=int(some),
+            timeout_s=timeout_s,
+            **keys,
+        )
         sender = (ip_address(answer["address"]), answer["port"]) if answer["address"] else None
         return Received(
-            answer["bytes"], bytes.fromhex(answer["hex"]), bool(answer["intact"]),
-            bool(answer["ended"]), sender,
-        )  # fmt: skip
+            answer["bytes"],
+            bytes.fromhex(answer["hex"]),
+            bool(answer["intact"]),
+            bool(answer["ended"]),
+            sender,
+        )
 
     def poll(self, wish: str, timeout_s: float = TIMEOUT_S) -> Readiness:
         """Wait until it is ready to `read`, `write`, `urgent`, or has an `error` or hang-up."""

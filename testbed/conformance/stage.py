@@ -39,10 +39,14 @@ PORTS_EACH = 32
 PORTS = {
     name: range(start, start + PORTS_EACH)
     for name, start in (
-        ("native1", 8000), ("native2", 8032), ("guest1", 8064), ("guest2", 8096),
-        ("wasm1", 8128), ("container1", 8160),
+        ("native1", 8000),
+        ("native2", 8032),
+        ("guest1", 8064),
+        ("guest2", 8096),
+        ("wasm1", 8128),
+        ("container1", 8160),
     )
-}  # fmt: skip
+}
 """Both transports' ports that a workload owns; a pod that is not ours must have it so, too."""
 
 
@@ -51,13 +55,18 @@ def manifest(pairs: Collection[Pair], guest: Runtime) -> Manifest:
     names = {"native1", "native2", *(name for pair in pairs for name in ROLES[pair])}
     if any(pair.guests for pair in pairs):
         names |= {"guest1", "guest2"}
-    return Manifest(tuple(
-        Workload(
-            name, runtime(name, guest), tuple((t, port) for t in Transport for port in PORTS[name]),
-            control_port=CONTROL_PORT + i,
+    return Manifest(
+        tuple(
+            Workload(
+                name,
+                runtime(name, guest),
+                tuple((t, port) for t in Transport for port in PORTS[name]),
+                control_port=CONTROL_PORT + i,
+            )
+            for i, name in enumerate(PORTS)
+            if name in names
         )
-        for i, name in enumerate(PORTS) if name in names
-    ))  # fmt: skip
+    )
 
 
 class Stage(Protocol):
@@ -87,9 +96,14 @@ class OwnStage:
     """A pod with what the pairs need, for one datapath."""
 
     def __init__(
-        self, owner: Scope, datapath: Datapath, pairs: frozenset[Pair], guest: Prepared,
-        options: Options, consoles: Path,
-    ) -> None:  # fmt: skip
+        self,
+        owner: Scope,
+        datapath: Datapath,
+        pairs: frozenset[Pair],
+        guest: Prepared,
+        options: Options,
+        consoles: Path,
+    ) -> None:
         self.owner, self.datapath, self.pairs = owner, datapath.name, pairs
         self.runtime = guest.description.runtime
         self.guest = str(self.runtime) if any(pair.guests for pair in self.pairs) else ""
@@ -190,8 +204,10 @@ class ForeignStage:
         try:
             return Agent(_patiently(lambda: namespaces.inside(self.netns, connect)))
         except OSError as e:
-            raise Error(f"{name}: no agent answers at {to[0]}, port {to[1]}: {e.strerror or e}",
-                        hint="start it there, and say where with --control") from e  # fmt: skip
+            raise Error(
+                f"{name}: no agent answers at {to[0]}, port {to[1]}: {e.strerror or e}",
+                hint="start it there, and say where with --control",
+            ) from e
 
     def revive(self) -> None:
         pass  # what is not ours is not ours to start

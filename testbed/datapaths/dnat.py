@@ -60,17 +60,27 @@ class _Attachment(LinkCounters):
 
     def _open(self, wiring: Wiring) -> None:
         add_aliases(wiring)
-        namespaces.set_sysctls(wiring.netns, {
-            "net/ipv4/conf/all/forwarding": 1,
-            "net/ipv6/conf/all/forwarding": 1,
-            "net/ipv4/conf/all/send_redirects": 0,
-            **{f"net/ipv4/conf/{p.ifname}/route_localnet": 1 for p in wiring.ports},
-            **{f"net/ipv4/conf/{p.ifname}/send_redirects": 0 for p in wiring.ports},
-        })  # fmt: skip
+        namespaces.set_sysctls(
+            wiring.netns,
+            {
+                "net/ipv4/conf/all/forwarding": 1,
+                "net/ipv6/conf/all/forwarding": 1,
+                "net/ipv4/conf/all/send_redirects": 0,
+                **{f"net/ipv4/conf/{p.ifname}/route_localnet": 1 for p in wiring.ports},
+                **{f"net/ipv4/conf/{p.ifname}/send_redirects": 0 for p in wiring.ports},
+            },
+        )
         with namespaces.open_socket(wiring.netns) as ip:
             for port in wiring.ports:
-                ip.route("replace", family=socket.AF_INET6, dst="::1/128", oif=port.ifindex,
-                         type="local", table=LOCAL_TABLE, priority=LO_METRIC + port.n)  # fmt: skip
+                ip.route(
+                    "replace",
+                    family=socket.AF_INET6,
+                    dst="::1/128",
+                    oif=port.ifindex,
+                    type="local",
+                    table=LOCAL_TABLE,
+                    priority=LO_METRIC + port.n,
+                )
 
 
 _ALIAS4, _ALIAS6 = alias(Family.IPV4), alias(Family.IPV6)
@@ -116,19 +126,27 @@ def rules(wiring: Wiring) -> str:
     """The pod's table, named after its namespace, in nft's language."""
     ports = wiring.ports
     owners = wiring.owners.items()
-    return "\n".join((
-        f"table inet {wiring.netns} {{",
-        nft.elements("set ports", "ifname", (f'"{p.ifname}"' for p in ports)),
-        *(
-            nft.elements(f"set links{ip[3]}", f"ifname . {ip}_addr",
-                      (f'"{p.ifname}" . {guest_link(family, p.n)}' for p in ports))
-            + nft.elements(f"map owners{ip[3]}", f"inet_proto . inet_service : {ip}_addr",
-                        (f"{t} . {port} : {guest_link(family, n)}" for (t, port), n in owners))
-            for family, ip in ((Family.IPV4, "ipv4"), (Family.IPV6, "ipv6"))
-        ),
-        CHAINS,
-        "}",
-    ))  # fmt: skip
+    return "\n".join(
+        (
+            f"table inet {wiring.netns} {{",
+            nft.elements("set ports", "ifname", (f'"{p.ifname}"' for p in ports)),
+            *(
+                nft.elements(
+                    f"set links{ip[3]}",
+                    f"ifname . {ip}_addr",
+                    (f'"{p.ifname}" . {guest_link(family, p.n)}' for p in ports),
+                )
+                + nft.elements(
+                    f"map owners{ip[3]}",
+                    f"inet_proto . inet_service : {ip}_addr",
+                    (f"{t} . {port} : {guest_link(family, n)}" for (t, port), n in owners),
+                )
+                for family, ip in ((Family.IPV4, "ipv4"), (Family.IPV6, "ipv6"))
+            ),
+            CHAINS,
+            "}",
+        )
+    )
 
 
 DATAPATH = Dnat()

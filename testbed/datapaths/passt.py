@@ -112,11 +112,19 @@ class _Attachment(LinkCounters):
                 if before := self._running.pop(port.n, None):
                     process.end(before)
                 self._running[port.n] = process.spawn(
-                    ["passt", "--foreground", "--stderr", "--fd", str(guest.fileno()),
-                     *options(self.wiring, port)],
-                    cgroup=self._cgroup, netns=self.wiring.netns, pass_fds=[guest.fileno()],
+                    [
+                        "passt",
+                        "--foreground",
+                        "--stderr",
+                        "--fd",
+                        str(guest.fileno()),
+                        *options(self.wiring, port),
+                    ],
+                    cgroup=self._cgroup,
+                    netns=self.wiring.netns,
+                    pass_fds=[guest.fileno()],
                     output=port.socket.with_suffix(".log"),
-                )  # fmt: skip
+                )
 
 
 def options(wiring: Wiring, port: Port) -> Iterator[str]:

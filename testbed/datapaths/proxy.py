@@ -113,8 +113,14 @@ def _end(address: Address, port: int) -> str:
 
 def haproxy_conf(wiring: Wiring) -> str:
     """HAProxy's configuration: a proxy per listener."""
-    lines = ["defaults", " mode tcp", " retries 0", " timeout connect 5s",
-             f" timeout client {IDLE_S}s", f" timeout server {IDLE_S}s"]  # fmt: skip
+    lines = [
+        "defaults",
+        " mode tcp",
+        " retries 0",
+        " timeout connect 5s",
+        f" timeout client {IDLE_S}s",
+        f" timeout server {IDLE_S}s",
+    ]
     for i, route in enumerate(routes(wiring, Transport.TCP)):
         lines += [f"listen l{i}", f" bind {route.listen}", f" server s {route.to}"]
     return "\n".join(lines) + "\n"

@@ -99,12 +99,16 @@ class Routed:
             except NetlinkError as e:
                 if e.code != errno.EEXIST:
                     raise
-                raise Error(f"{platform.node()} has a link {ifname}: another campaign goes "
-                            "between these hosts", hint="wait for its end") from e  # fmt: skip
+                raise Error(
+                    f"{platform.node()} has a link {ifname}: another campaign goes "
+                    "between these hosts",
+                    hint="wait for its end",
+                ) from e
             uplink = netlink.links(wiring.netns)[UPLINK]
             pod.link("set", index=uplink, state="up")
-            hosts_mac, pods_mac = (ip.get_links(at)[0].get("address")
-                                   for ip, at in ((host, port), (pod, uplink)))  # fmt: skip
+            hosts_mac, pods_mac = (
+                ip.get_links(at)[0].get("address") for ip, at in ((host, port), (pod, uplink))
+            )
             for family, there in self.side.other.items():
                 here = address_between_hosts(family, number)
                 netlink.add_address(pod, uplink, here, here.max_prefixlen)
@@ -113,8 +117,9 @@ class Routed:
                 netlink.add_route(host, port, here)
                 netlink.add_neighbor(host, port, here, pods_mac)
                 owner.defer(remove_route, address=str(there))
-                host.route("replace", dst=f"{there}/{there.max_prefixlen}",
-                           gateway=self.side.via[family])  # fmt: skip
+                host.route(
+                    "replace", dst=f"{there}/{there.max_prefixlen}", gateway=self.side.via[family]
+                )
         return _Uplink(wiring)
 
 

@@ -45,8 +45,10 @@ class _Attachment(LinkCounters):
     def __init__(self, wiring: Wiring) -> None:
         super().__init__(wiring)
         if len(wiring.ports) != 1:
-            raise Error(f"pod {wiring.pod} has {len(wiring.ports)} guests, and one veth to tie to",
-                        hint="give it one guest, or choose another datapath")  # fmt: skip
+            raise Error(
+                f"pod {wiring.pod} has {len(wiring.ports)} guests, and one veth to tie to",
+                hint="give it one guest, or choose another datapath",
+            )
         self._tie()
 
     def rewire(self, wiring: Wiring) -> None:
@@ -70,10 +72,22 @@ class _Attachment(LinkCounters):
             for here, there in ((one, other), (other, one)):
                 ip.link("set", index=here, master=0)
                 ip.tc("add", "ingress", here, INGRESS)
-                redirect = {"kind": "mirred", "direction": "egress", "action": "redirect",
-                            "ifindex": there}  # fmt: skip
-                ip.tc("add-filter", "u32", here, parent=INGRESS, protocol=ETH_P_ALL,
-                      keys=["0x0/0x0+0"], target=INGRESS, action=redirect)  # fmt: skip
+                redirect = {
+                    "kind": "mirred",
+                    "direction": "egress",
+                    "action": "redirect",
+                    "ifindex": there,
+                }
+                ip.tc(
+                    "add-filter",
+                    "u32",
+                    here,
+                    parent=INGRESS,
+                    protocol=ETH_P_ALL,
+                    keys=["0x0/0x0+0"],
+                    target=INGRESS,
+                    action=redirect,
+                )
 
 
 DATAPATH = TcRedirect()

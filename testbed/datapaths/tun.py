@@ -60,10 +60,16 @@ class _Attachment(LinkCounters):
         self._route()
         self._open()
         self._running = process.spawn(
-            [sys.executable, "-m", "testbed.datapaths.tun", DEVICE,
-             *(f"{transport}/{port}/{n}" for (transport, port), n in wiring.owners.items())],
-            cgroup=cgroup, netns=wiring.netns,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "testbed.datapaths.tun",
+                DEVICE,
+                *(f"{transport}/{port}/{n}" for (transport, port), n in wiring.owners.items()),
+            ],
+            cgroup=cgroup,
+            netns=wiring.netns,
+        )
 
     def rewire(self, wiring: Wiring) -> None:
         super().rewire(wiring)
@@ -81,26 +87,37 @@ class _Attachment(LinkCounters):
             ip.link("set", index=device, state="up")
             ip.route("add", dst=f"{guest_view(Family.IPV4, 0)}/24", oif=device)
             ip.route("add", dst=f"{native_source(Family.IPV4)}/32", oif=device)
-            ip.route("add", dst=LOOPBACK_NET, oif=device, table=TABLE,
-                     prefsrc=str(loopback(Family.IPV4)))  # fmt: skip
+            ip.route(
+                "add", dst=LOOPBACK_NET, oif=device, table=TABLE, prefsrc=str(loopback(Family.IPV4))
+            )
             for port in self.wiring.ports:
                 ip.rule("add", priority=1, iifname=port.ifname, dst=LOOPBACK_NET, table=TABLE)
             for transport, number in self.wiring.owners:
-                ip.rule("add", priority=2, iifname="lo", dst=LOOPBACK_NET, table=TABLE,
-                        ip_proto=NUMBERS[transport], dport_range=f"{number}:{number}")  # fmt: skip
+                ip.rule(
+                    "add",
+                    priority=2,
+                    iifname="lo",
+                    dst=LOOPBACK_NET,
+                    table=TABLE,
+                    ip_proto=NUMBERS[transport],
+                    dport_range=f"{number}:{number}",
+                )
             ip.rule("add", priority=LOCAL_PREF, table=LOCAL_TABLE)
             ip.rule("del", priority=0, table=LOCAL_TABLE)
 
     def _open(self) -> None:
         """Loopback addresses may come and go by the device, and come from guests."""
         wiring = self.wiring
-        namespaces.set_sysctls(wiring.netns, {
-            "net/ipv4/conf/all/forwarding": 1,
-            f"net/ipv4/conf/{DEVICE}/route_localnet": 1,
-            f"net/ipv4/conf/{DEVICE}/accept_local": 1,
-            **{f"net/ipv4/conf/{p.ifname}/route_localnet": 1 for p in wiring.ports},
-            **{f"net/ipv4/conf/{p.ifname}/proxy_arp": 1 for p in wiring.ports},
-        })  # fmt: skip
+        namespaces.set_sysctls(
+            wiring.netns,
+            {
+                "net/ipv4/conf/all/forwarding": 1,
+                f"net/ipv4/conf/{DEVICE}/route_localnet": 1,
+                f"net/ipv4/conf/{DEVICE}/accept_local": 1,
+                **{f"net/ipv4/conf/{p.ifname}/route_localnet": 1 for p in wiring.ports},
+                **{f"net/ipv4/conf/{p.ifname}/proxy_arp": 1 for p in wiring.ports},
+            },
+        )
 
 
 # --- the process behind the device ----------------------------------------------------------

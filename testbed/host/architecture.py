@@ -35,21 +35,31 @@ class Architecture:
 
 
 X86_64 = Architecture(
-    name="x86_64", debian="amd64", kernel="x86",
-    qemu="qemu-system-x86_64", qemu_package="qemu-system-x86",
+    name="x86_64",
+    debian="amd64",
+    kernel="x86",
+    qemu="qemu-system-x86_64",
+    qemu_package="qemu-system-x86",
     # It has the clocks that kernels calibrate by (microvm has none under TCG: Linux hangs there now
     # and then, OSv always) and starts fast with its unused devices left out.
     machine="q35,sata=off,smbus=off,usb=off,vmport=off",
-    emulated_cpu="qemu64", console="ttyS0", sys_bpf=321,
-)  # fmt: skip
+    emulated_cpu="qemu64",
+    console="ttyS0",
+    sys_bpf=321,
+)
 AARCH64 = Architecture(
-    name="aarch64", debian="arm64", kernel="arm64",
-    qemu="qemu-system-aarch64", qemu_package="qemu-system-arm",
+    name="aarch64",
+    debian="arm64",
+    kernel="arm64",
+    qemu="qemu-system-aarch64",
+    qemu_package="qemu-system-arm",
     machine="virt,gic-version=max",  # the default is GICv2, which KVM on many servers has not
     # QEMU's default is a 32-bit CPU. Emulated pointer signatures of the architecture's own kind
     # take half of all time.
-    emulated_cpu="max,pauth-impdef=on", console="ttyAMA0", sys_bpf=280,
-)  # fmt: skip
+    emulated_cpu="max,pauth-impdef=on",
+    console="ttyAMA0",
+    sys_bpf=280,
+)
 
 
 def native() -> Architecture:
@@ -57,6 +67,8 @@ def native() -> Architecture:
     known = {each.name: each for each in (X86_64, AARCH64)}
     name = platform.machine()
     if name not in known:
-        raise Error(f"this machine is {name}; testbed knows {' and '.join(known)}",
-                    hint="add it to testbed/host/architecture.py")  # fmt: skip
+        raise Error(
+            f"this machine is {name}; testbed knows {' and '.join(known)}",
+            hint="add it to testbed/host/architecture.py",
+        )
     return known[name]

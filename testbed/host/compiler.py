@@ -25,8 +25,9 @@ def build(title: str, name: str, sources: Path, flags: Sequence[str]) -> Path:
     """
     files = sorted(sources.glob("*.[ch]"))
     if not files:
-        raise Error(f"no sources of {title} in {sources}",
-                    hint="run from a clone of the repository")  # fmt: skip
+        raise Error(
+            f"no sources of {title} in {sources}", hint="run from a clone of the repository"
+        )
     digest = hashlib.sha256(" ".join(flags).encode())
     for file in files:
         digest.update(f"\0{file.name}\0".encode() + file.read_bytes())

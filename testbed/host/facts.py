@@ -30,8 +30,10 @@ def slowness() -> float:
     except ValueError:
         factor = 0.0
     if not 0 < factor < math.inf:
-        raise Error(f"TESTBED_SLOWNESS is {text!r}, which is no factor",
-                    hint="export TESTBED_SLOWNESS=8: every limit is 8 times as long")  # fmt: skip
+        raise Error(
+            f"TESTBED_SLOWNESS is {text!r}, which is no factor",
+            hint="export TESTBED_SLOWNESS=8: every limit is 8 times as long",
+        )
     return factor
 
 

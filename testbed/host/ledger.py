@@ -251,8 +251,10 @@ def clean(only: Path | None = None) -> Iterator[str]:
         else:
             ledger.close()
     if failures:
-        raise Error(f"left behind: {'; '.join(failures)}",
-                    hint="if another version of testbed made it, clean with that one")  # fmt: skip
+        raise Error(
+            f"left behind: {'; '.join(failures)}",
+            hint="if another version of testbed made it, clean with that one",
+        )
 
 
 def _dead(path: Path) -> _Ledger | None:

@@ -49,13 +49,19 @@ def make(name: str) -> IPRoute:
         _in_thread(lambda: _unshare(_place(name)))
     ip = open_socket(name)
     ip.link("set", index=1, state="up")
-    off = {"ipv4": ("route_localnet", "accept_local"),
-           "ipv6": ("accept_dad", "accept_ra", "autoconf")}  # fmt: skip
+    off = {
+        "ipv4": ("route_localnet", "accept_local"),
+        "ipv6": ("accept_dad", "accept_ra", "autoconf"),
+    }
     set_sysctls(
         name,
-        {f"net/{family}/conf/{links}/{key}": 0
-         for family, keys in off.items() for key in keys for links in ("all", "default")},
-    )  # fmt: skip
+        {
+            f"net/{family}/conf/{links}/{key}": 0
+            for family, keys in off.items()
+            for key in keys
+            for links in ("all", "default")
+        },
+    )
     return ip
 
 

@@ -57,32 +57,51 @@ def add_address(ip: IPRoute, ifindex: int, address: Address, prefix_length: int)
     """
     if _family(address) not in facts.families():
         return
-    ip.addr("replace", index=ifindex, address=str(address), prefixlen=prefix_length,
-            flags=IFA_F_NODAD if address.version == 6 else 0)  # fmt: skip
+    ip.addr(
+        "replace",
+        index=ifindex,
+        address=str(address),
+        prefixlen=prefix_length,
+        flags=IFA_F_NODAD if address.version == 6 else 0,
+    )
 
 
 def add_route(ip: IPRoute, ifindex: int, address: Address) -> None:
     """Route one address to a link that it is on."""
     if _family(address) not in facts.families():
         return
-    ip.route("replace", dst=f"{address}/{address.max_prefixlen}", oif=ifindex,
-             **({"scope": "link"} if address.version == 4 else {}))  # fmt: skip
+    ip.route(
+        "replace",
+        dst=f"{address}/{address.max_prefixlen}",
+        oif=ifindex,
+        **({"scope": "link"} if address.version == 4 else {}),
+    )
 
 
 def add_default_route(ip: IPRoute, ifindex: int, gateway: Address) -> None:
     """Route all else to a gateway that is on the link."""
     if _family(gateway) not in facts.families():
         return
-    ip.route("replace", dst="0.0.0.0/0" if gateway.version == 4 else "::/0", gateway=str(gateway),
-             oif=ifindex)  # fmt: skip
+    ip.route(
+        "replace",
+        dst="0.0.0.0/0" if gateway.version == 4 else "::/0",
+        gateway=str(gateway),
+        oif=ifindex,
+    )
 
 
 def add_neighbor(ip: IPRoute, ifindex: int, address: Address, mac: str) -> None:
     """A permanent neighbor entry: a booting guest misses requests, repeated a second later."""
     if _family(address) not in facts.families():
         return
-    ip.neigh("replace", dst=str(address), lladdr=mac, ifindex=ifindex, state=NUD_PERMANENT,
-             family=socket.AF_INET6 if address.version == 6 else socket.AF_INET)  # fmt: skip
+    ip.neigh(
+        "replace",
+        dst=str(address),
+        lladdr=mac,
+        ifindex=ifindex,
+        state=NUD_PERMANENT,
+        family=socket.AF_INET6 if address.version == 6 else socket.AF_INET,
+    )
 
 
 def _family(address: Address) -> Family:

@@ -26,11 +26,16 @@ def load(netns: str, text: str) -> None:
     """One transaction, in nft's language. Raises `Error` with what nft says."""
     done = subprocess.run(
         ["nsenter", f"--net={namespaces.NETNS / netns}", "nft", "-f", "-"],
-        input=text, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        input=text,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
-        raise Error(f"nft refuses the rules of {netns}: {done.stderr.strip().splitlines()[0]}",
-                    hint="see whether the kernel has nf_tables with NAT")  # fmt: skip
+        raise Error(
+            f"nft refuses the rules of {netns}: {done.stderr.strip().splitlines()[0]}",
+            hint="see whether the kernel has nf_tables with NAT",
+        )
 
 
 def elements(what: str, kind: str, listed: Iterable[str]) -> str:

@@ -34,10 +34,21 @@ from testbed.model.terms import Family
 AGENT = paths.OSV / "agent.toml"
 """Definition of the guests of the testbed's own cells."""
 
-OSV_PROVIDES = frozenset({
-    "libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "libresolv.so.2",
-    "libcrypt.so.1", "libaio.so.1", "libstdc++.so.6", "libgcc_s.so.1", "ld-linux-x86-64.so.2",
-})  # fmt: skip
+OSV_PROVIDES = frozenset(
+    {
+        "libc.so.6",
+        "libm.so.6",
+        "libpthread.so.0",
+        "libdl.so.2",
+        "librt.so.1",
+        "libresolv.so.2",
+        "libcrypt.so.1",
+        "libaio.so.1",
+        "libstdc++.so.6",
+        "libgcc_s.so.1",
+        "ld-linux-x86-64.so.2",
+    }
+)
 """Sonames whose symbols are in OSv's kernel (`core/elf.cc`), libgcc_s.so.1 by its symbols alone.
 The last is x86-64's (`kernels.OSV_MACHINE`)."""
 
@@ -120,8 +131,9 @@ def load(path: Path) -> Definition:
     except (OSError, ValueError) as e:
         raise Error(f"cannot read image definition {path}: {e}") from e
     if unknown := data.keys() - _KEYS.keys():
-        raise Error(f"{path}: unknown {', '.join(sorted(unknown))}",
-                    hint=f"known are {', '.join(_KEYS)}")  # fmt: skip
+        raise Error(
+            f"{path}: unknown {', '.join(sorted(unknown))}", hint=f"known are {', '.join(_KEYS)}"
+        )
     program, package, arguments, files, shim = (data.get(key, _KEYS[key]) for key in _KEYS)
     if not isinstance(program, str) or not program:
         raise Error(f"{path} names no program", hint='add program = "PATH"')
@@ -131,8 +143,10 @@ def load(path: Path) -> Definition:
         raise Error(f"{path}: shim must be true or false")
     beside = path.parent
     if package and not (beside / program).exists():
-        raise Error(f"no {program}, which {path.name} runs", hint=f"apt-get install {package}; "
-                    "all that examples/ need: ./bootstrap --examples")  # fmt: skip
+        raise Error(
+            f"no {program}, which {path.name} runs",
+            hint=f"apt-get install {package}; all that examples/ need: ./bootstrap --examples",
+        )
     return Definition(
         program=agent.build() if program == "agent" else beside / program,
         arguments=tuple(str(argument) for argument in arguments),

@@ -23,8 +23,15 @@ from elftools.elf.segments import InterpSegment, NoteSegment
 from testbed.host import architecture
 from testbed.model.errors import Error
 
-MACHINES = {"EM_X86_64": "x86_64", "EM_AARCH64": "aarch64", "EM_386": "i386", "EM_ARM": "arm",
-            "EM_RISCV": "riscv", "EM_S390": "s390x", "EM_PPC64": "ppc64"}  # fmt: skip
+MACHINES = {
+    "EM_X86_64": "x86_64",
+    "EM_AARCH64": "aarch64",
+    "EM_386": "i386",
+    "EM_ARM": "arm",
+    "EM_RISCV": "riscv",
+    "EM_S390": "s390x",
+    "EM_PPC64": "ppc64",
+}
 DEFAULT_FOLDERS = ("/lib64", "/usr/lib64", "/lib", "/usr/lib")
 
 

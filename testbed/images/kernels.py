@@ -129,9 +129,11 @@ def find_osv(
 def check_osv() -> None:
     """Raises `Error` if this machine cannot run OSv guests."""
     if (here := architecture.native().name) != OSV_MACHINE:
-        raise Error(f"OSv guests need an {OSV_MACHINE} machine, this one is {here}: guests run on "
-                    "their host's kind of processor, and no other OSv kernel is known here",
-                    hint="use Linux guests: --guest linux")  # fmt: skip
+        raise Error(
+            f"OSv guests need an {OSV_MACHINE} machine, this one is {here}: guests run on "
+            "their host's kind of processor, and no other OSv kernel is known here",
+            hint="use Linux guests: --guest linux",
+        )
 
 
 def read_osv(path: Path, source: str) -> OsvKernel:
@@ -288,8 +290,14 @@ def _download_linux(folder: Path) -> None:
     if (package := re.search(r"Depends: (linux-image-\S+)", depends)) is None:
         raise Error(f"apt knows no {wanted}", hint="apt-get update")
     with _new_folder(folder / package[1]) as unpacked:
-        quick = ("-o", f"Acquire::http::Timeout={_TIMEOUT_S}", "-o", "Acquire::Retries=0",
-                 "-o", "APT::Sandbox::User=root")  # fmt: skip
+        quick = (
+            "-o",
+            f"Acquire::http::Timeout={_TIMEOUT_S}",
+            "-o",
+            "Acquire::Retries=0",
+            "-o",
+            "APT::Sandbox::User=root",
+        )
         _run("apt-get", *quick, "--quiet", "download", package[1], cwd=unpacked)
         (deb,) = unpacked.glob("*.deb")
         _run("dpkg-deb", "--extract", str(deb), str(unpacked))
@@ -298,9 +306,13 @@ def _download_linux(folder: Path) -> None:
 
 def _run(*command: str, cwd: Path | None = None) -> str:
     done = subprocess.run(
-        command, cwd=cwd, env={**os.environ, "LC_ALL": "C"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        command,
+        cwd=cwd,
+        env={**os.environ, "LC_ALL": "C"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise Error(f"{' '.join(command)}: {why}", hint="apt-get update, and check the network")

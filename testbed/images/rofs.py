@@ -120,9 +120,15 @@ def pack(tree: Tree) -> bytes:
     structures += bytes(-len(structures) % BLOCK)
     blocks = next_block + len(structures) // BLOCK
     superblock = _SUPER.pack(
-        MAGIC, VERSION, BLOCK, next_block, len(structures) // BLOCK,
-        len(entries), len(symlinks), len(inodes),
-    )  # fmt: skip
+        MAGIC,
+        VERSION,
+        BLOCK,
+        next_block,
+        len(structures) // BLOCK,
+        len(entries),
+        len(symlinks),
+        len(inodes),
+    )
     # Type 0x83 (Linux) and CHS sector 1: OSv skips a slot that has a zero in either.
     slot = _SLOT.pack(0, 0, 1, 0, 0x83, 0, 1, 0, 1, blocks)
     mbr = (bytes(_SLOT_OFFSET) + slot).ljust(BLOCK - 2, b"\0") + _MBR_SIGNATURE

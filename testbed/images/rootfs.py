@@ -71,8 +71,11 @@ def unpack(image: str) -> Root:
         return Root(path)
     if path.is_file():
         return Root(_of_tar(path))
-    raise Error(f"no image {image!r}", hint="a folder, a tar, oci:FOLDER, oci-archive:FILE, or "
-                "host:PROGRAM; nothing is pulled from registries")  # fmt: skip
+    raise Error(
+        f"no image {image!r}",
+        hint="a folder, a tar, oci:FOLDER, oci-archive:FILE, or "
+        "host:PROGRAM; nothing is pulled from registries",
+    )
 
 
 def is_of_host(image: str) -> bool:
@@ -134,8 +137,10 @@ def _of_host(wanted: Iterable[Path]) -> Root:
                 (folder / "bin" / applet).symlink_to("busybox")
         (folder / "tmp").chmod(0o1777)
 
-    return Root(_cached((f"{at}\0{_digest(file)}" for at, file in files.items()), fill),
-                entrypoint=tuple(f"/usr/bin/{p.name}" for p in wanted)[:1] or ("sh",))  # fmt: skip
+    return Root(
+        _cached((f"{at}\0{_digest(file)}" for at, file in files.items()), fill),
+        entrypoint=tuple(f"/usr/bin/{p.name}" for p in wanted)[:1] or ("sh",),
+    )
 
 
 def _of_tar(path: Path) -> Path:

@@ -82,8 +82,10 @@ def bind(program: elf.Elf) -> bytes:
         command = [_patchelf(), "--add-needed", SONAME, str(new)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode or elf.read(new).needed[:1] != (SONAME,):
-            raise Error(f"{program.path} cannot be bound to the shim: {done.stderr.strip()}",
-                        hint="leave the shim out (shim = false)")  # fmt: skip
+            raise Error(
+                f"{program.path} cannot be bound to the shim: {done.stderr.strip()}",
+                hint="leave the shim out (shim = false)",
+            )
         new.replace(bound)
     return bound.read_bytes()
 

@@ -56,8 +56,13 @@ class Metric(StrEnum):
 
     @property
     def unit(self) -> str:
-        return {"throughput": "bps", "latency": "us", "connections": "per_s", "startup": "ms",
-                "memory": "bytes"}[self.value]  # fmt: skip
+        return {
+            "throughput": "bps",
+            "latency": "us",
+            "connections": "per_s",
+            "startup": "ms",
+            "memory": "bytes",
+        }[self.value]
 
     @property
     def higher_is_better(self) -> bool:
@@ -134,9 +139,19 @@ class Cell:
             size, streams = traffic.split("x")
             streams, _, rate = streams.partition("@")
             more = dict(part.split("=") for part in rest)
-            cell = cls(datapath, Pair(pair), Family(family), Transport(transport), Metric(metric),
-                       int(size), int(streams), int(rate or 0), more.pop("guest", ""),
-                       int(more.pop("guests", 1)), int(more.pop("pods", 1)))  # fmt: skip
+            cell = cls(
+                datapath,
+                Pair(pair),
+                Family(family),
+                Transport(transport),
+                Metric(metric),
+                int(size),
+                int(streams),
+                int(rate or 0),
+                more.pop("guest", ""),
+                int(more.pop("guests", 1)),
+                int(more.pop("pods", 1)),
+            )
             if more:
                 raise ValueError(f"no parameter {min(more)}")
             return cell

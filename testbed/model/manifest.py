@@ -84,12 +84,16 @@ class Manifest:
             names.add(w.name)
             for transport, port in w.ports:
                 if not 0 < port < 65536 or port == CONTROL_PORT:
-                    raise Error(f"workload {w.name!r} cannot have {transport} port {port}",
-                                hint=f"any but {CONTROL_PORT} from 1 to 65535")  # fmt: skip
+                    raise Error(
+                        f"workload {w.name!r} cannot have {transport} port {port}",
+                        hint=f"any but {CONTROL_PORT} from 1 to 65535",
+                    )
                 other = owners.setdefault((transport, port), w.name)
                 if other != w.name:
-                    raise Error(f"{other!r} and {w.name!r} both claim {transport} port {port}",
-                                hint="give one of them another port")  # fmt: skip
+                    raise Error(
+                        f"{other!r} and {w.name!r} both claim {transport} port {port}",
+                        hint="give one of them another port",
+                    )
         if len(self.guests) > MAX_GUESTS:
             raise Error(f"{len(self.guests)} guests in one pod", hint=f"at most {MAX_GUESTS}")
 

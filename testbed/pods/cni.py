@@ -35,8 +35,19 @@ if TYPE_CHECKING:
 VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0")
 """Of the specification; results, which are passed on, were others before."""
 OWN = {"guests", "datapath", "osvKernel", "cgroup"}
-OTHERS = {"cniVersion", "name", "type", "prevResult", "args", "capabilities", "runtimeConfig",
-          "dns", "ipMasq", "ipam", "disableCheck"}  # fmt: skip
+OTHERS = {
+    "cniVersion",
+    "name",
+    "type",
+    "prevResult",
+    "args",
+    "capabilities",
+    "runtimeConfig",
+    "dns",
+    "ipMasq",
+    "ipam",
+    "disableCheck",
+}
 """Keys that the specification or its conventions give to every plugin."""
 NEEDED = {
     "ADD": ("CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"),
@@ -88,8 +99,11 @@ def _answer(environment: Mapping[str, str], configuration: dict[str, Any]) -> ob
         raise _Refusal(ENVIRONMENT, f"{', '.join(missing)} is not set")
     unknown = [k for k in configuration if k not in OWN | OTHERS and not k.startswith("cni.dev/")]
     if unknown:
-        raise _Refusal(UNSUPPORTED, f"{unknown[0]} is {configuration[unknown[0]]!r}",
-                       f"keys are {', '.join(sorted(OWN))}")  # fmt: skip
+        raise _Refusal(
+            UNSUPPORTED,
+            f"{unknown[0]} is {configuration[unknown[0]]!r}",
+            f"keys are {', '.join(sorted(OWN))}",
+        )
     pod = _Pod(environment, configuration)
     return {"ADD": pod.add, "DEL": pod.delete, "CHECK": pod.check}[command]()
 
@@ -120,9 +134,11 @@ class _Pod:
 
         assert self.netns
         order = Order(
-            spec, self.configuration.get("datapath", "steer"), self._options(),
+            spec,
+            self.configuration.get("datapath", "steer"),
+            self._options(),
             Sandbox(Path(self.netns), self._cgroup(), self.id),
-        )  # fmt: skip
+        )
         with Starting() as starting:
             starting.start(order)
             starting.wait_built()

@@ -113,8 +113,10 @@ def workloads(pod: str, name: str | None) -> list[dict[str, Any]]:
     there = status(pod)["workloads"]
     chosen = [w for w in there if name in (None, w["name"])]
     if not chosen:
-        raise Error(f"pod {pod!r} has no workload {name!r}",
-                    hint=f"it has {', '.join(w['name'] for w in there)}")  # fmt: skip
+        raise Error(
+            f"pod {pod!r} has no workload {name!r}",
+            hint=f"it has {', '.join(w['name'] for w in there)}",
+        )
     return chosen
 
 
@@ -139,8 +141,10 @@ def _ask_keeper(pod: str, question: str) -> dict[str, Any]:
 def _unkept(pod: str) -> Error:
     """Of an orphan. Raises `Error` if there is no such pod at all."""
     orphan(pod)
-    return Error(f"the keeper of pod {pod!r} was killed, and the pod goes on without",
-                 hint=f"testbed adopt {pod}, or testbed down {pod}")  # fmt: skip
+    return Error(
+        f"the keeper of pod {pod!r} was killed, and the pod goes on without",
+        hint=f"testbed adopt {pod}, or testbed down {pod}",
+    )
 
 
 def down(pod: str) -> None:

@@ -39,9 +39,21 @@ RUNTIMES = (*Runtime, BEST)
 LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 """Names in Kubernetes (RFC 1123)."""
 SUFFIXES = {
-    "": 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18,
-    "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50, "Ei": 2**60,
-}  # fmt: skip
+    "": 1,
+    "m": 1e-3,
+    "k": 1e3,
+    "M": 1e6,
+    "G": 1e9,
+    "T": 1e12,
+    "P": 1e15,
+    "E": 1e18,
+    "Ki": 2**10,
+    "Mi": 2**20,
+    "Gi": 2**30,
+    "Ti": 2**40,
+    "Pi": 2**50,
+    "Ei": 2**60,
+}
 """Of quantities (apimachinery, resource.Quantity)."""
 
 
@@ -205,12 +217,26 @@ class _DnsConfig(_Model):
 
 
 class _PodSpec(_Model):
-    harmless = frozenset({
-        "affinity", "automountServiceAccountToken", "enableServiceLinks", "imagePullSecrets",
-        "nodeName", "nodeSelector", "preemptionPolicy", "priority", "priorityClassName",
-        "schedulerName", "schedulingGates", "serviceAccount", "serviceAccountName",
-        "terminationGracePeriodSeconds", "tolerations", "topologySpreadConstraints",
-    })  # fmt: skip
+    harmless = frozenset(
+        {
+            "affinity",
+            "automountServiceAccountToken",
+            "enableServiceLinks",
+            "imagePullSecrets",
+            "nodeName",
+            "nodeSelector",
+            "preemptionPolicy",
+            "priority",
+            "priorityClassName",
+            "schedulerName",
+            "schedulingGates",
+            "serviceAccount",
+            "serviceAccountName",
+            "terminationGracePeriodSeconds",
+            "tolerations",
+            "topologySpreadConstraints",
+        }
+    )
     containers: Annotated[tuple[_Container, ...], Field(min_length=1)]
     init_containers: tuple[_Container, ...] = ()
     restart_policy: Restart = Restart.ALWAYS
@@ -319,11 +345,15 @@ def _runtimes(pod: _Pod, where: str, best: Callable[[], Runtime]) -> dict[str, R
         _check_runtime(container, chosen[container.name], pod.spec, where)
     for container in pod.spec.init_containers:
         if chosen[container.name].is_guest:
-            raise Error(f"{where}: init container {container.name!r} cannot be a guest",
-                        hint=f"annotate it {ANNOTATION}.{container.name}: container")  # fmt: skip
+            raise Error(
+                f"{where}: init container {container.name!r} cannot be a guest",
+                hint=f"annotate it {ANNOTATION}.{container.name}: container",
+            )
         if container.ports or container.readiness_probe or container.liveness_probe:
-            raise Error(f"{where}: init container {container.name!r} has ports or probes",
-                        hint="it runs to its end before anybody serves")  # fmt: skip
+            raise Error(
+                f"{where}: init container {container.name!r} has ports or probes",
+                hint="it runs to its end before anybody serves",
+            )
     return chosen
 
 
@@ -333,8 +363,10 @@ def _check_runtime(container: _Container, runtime: Runtime, spec: _PodSpec, wher
     probes = (container.readiness_probe, container.liveness_probe)
     is_virtual = runtime in (Runtime.OSV, Runtime.LINUX)
     if (is_virtual or runtime is Runtime.WASM) and any(p and p.exec for p in probes):
-        raise Error(f"{who} has an exec probe, and nothing can be started in it",
-                    hint="ask it by tcpSocket or httpGet")  # fmt: skip
+        raise Error(
+            f"{who} has an exec probe, and nothing can be started in it",
+            hint="ask it by tcpSocket or httpGet",
+        )
 
 
 def _workload(container: _Container, runtime: Runtime, folder: Path) -> Workload:
@@ -357,8 +389,10 @@ def _workload(container: _Container, runtime: Runtime, folder: Path) -> Workload
 def _host_ports(spec: _PodSpec) -> tuple[HostPort, ...]:
     ports = [
         HostPort(Transport(p.protocol.lower()), p.host_port, p.container_port)
-        for container in spec.containers for p in container.ports if p.host_port
-    ]  # fmt: skip
+        for container in spec.containers
+        for p in container.ports
+        if p.host_port
+    ]
     taken = [(p.transport, p.host_port) for p in ports]
     if twice := {port for port in taken if taken.count(port) > 1}:
         raise Error("{} hostPort {} is claimed twice".format(*twice.pop()), hint="choose another")

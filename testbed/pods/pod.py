@@ -139,13 +139,18 @@ class Pod:
             self.cgroup = self.sandbox.cgroup
         if self.datapath.layout is Layout.SOCKET:
             if self._standins:
-                raise Error(f"{self.datapath.name} carries frames of virtual machines only",
-                            hint="choose guests other than stand-ins")  # fmt: skip
+                raise Error(
+                    f"{self.datapath.name} carries frames of virtual machines only",
+                    hint="choose guests other than stand-ins",
+                )
             self._sockets = ledger.create_folder(self._owner, f"{self.netns}-sockets")
         if self._owner.goes_on:
             missing = self.missing_links()
-            self.cut_off = {g.name for n, g in self.manifest.guests.items()
-                            if port_name(n) in missing and n not in self._standins}  # fmt: skip
+            self.cut_off = {
+                g.name
+                for n, g in self.manifest.guests.items()
+                if port_name(n) in missing and n not in self._standins
+            }
         self._build_links()
         began = time.monotonic()
         self.attachment: Attachment = self.datapath.attach(self.wiring(), self._owner)
@@ -161,10 +166,13 @@ class Pod:
             n = node.join(self._owner, self.name, self.netns, ports)
             self.addresses = {family: pod_address(family, n) for family in Family}
             gateway.open(
-                self.netns, node.UPLINK, self.addresses, self.manifest.owners,
+                self.netns,
+                node.UPLINK,
+                self.addresses,
+                self.manifest.owners,
                 {p.n: p.families for p in self.wiring().ports},
                 tracked=not isinstance(self.attachment, EbpfAttachment),
-            )  # fmt: skip
+            )
 
     # --- links ------------------------------------------------------------------------------
 
@@ -376,11 +384,18 @@ class Pod:
             cgroup = self.guest_cgroup
         cgroup = cgroup / workload.name
         cgroup.mkdir(exist_ok=True)
-        return Placement(workload, n, netns, port_name(n) if runtime.uses_tap else "", cgroup,
-                     self.console(workload.name), self._scratch,
-                     self._socket(n) if runtime.uses_tap else None,
-                     not n or self.datapath.layout is not Layout.ROUTED,
-                     self._queues(n) if n else 1)  # fmt: skip
+        return Placement(
+            workload,
+            n,
+            netns,
+            port_name(n) if runtime.uses_tap else "",
+            cgroup,
+            self.console(workload.name),
+            self._scratch,
+            self._socket(n) if runtime.uses_tap else None,
+            not n or self.datapath.layout is not Layout.ROUTED,
+            self._queues(n) if n else 1,
+        )
 
     def stop_workload(self, name: str) -> None:
         """End one workload, and the connections that its peers in the pod still have with it."""
@@ -449,8 +464,10 @@ class Pod:
                     break
                 time.sleep(0.005)
         lines = self.console(name).read_text(errors="replace").splitlines()[-8:]
-        raise Error(f"{problem}; its console's last lines: {' | '.join(lines) or 'none'}",
-                    hint=f"see {self.console(name)}")  # fmt: skip
+        raise Error(
+            f"{problem}; its console's last lines: {' | '.join(lines) or 'none'}",
+            hint=f"see {self.console(name)}",
+        )
 
     def revive(self) -> None:
         """Start workloads that ended again, and wait. Raises `Error` if one does not come back."""

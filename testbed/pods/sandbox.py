@@ -50,20 +50,30 @@ class Sandbox:
     def check(self, spec: Spec, datapath: Datapath) -> None:
         """Raises `Error` if a pod cannot be there at all, whatever else is."""
         if not namespaces.is_namespace(self.netns):
-            raise Error(f"{self.netns} is no network namespace",
-                        hint="give a path like /run/netns/NAME or /proc/PID/ns/net")  # fmt: skip
+            raise Error(
+                f"{self.netns} is no network namespace",
+                hint="give a path like /run/netns/NAME or /proc/PID/ns/net",
+            )
         if self.netns.samefile("/proc/thread-self/ns/net"):
-            raise Error(f"{self.netns} is this host's own network namespace",
-                        hint="give that of a pod")  # fmt: skip
+            raise Error(
+                f"{self.netns} is this host's own network namespace", hint="give that of a pod"
+            )
         if self.cgroup and not (self.cgroup / "cgroup.controllers").exists():
-            raise Error(f"{self.cgroup} is no cgroup of version 2",
-                        hint="see 0::PATH in /proc/PID/cgroup of a process of the pod")  # fmt: skip
+            raise Error(
+                f"{self.cgroup} is no cgroup of version 2",
+                hint="see 0::PATH in /proc/PID/cgroup of a process of the pod",
+            )
         if natives := [w.name for w in (*spec.init, *spec.manifest.natives)]:
-            raise Error(f"{', '.join(natives)} would be native to {self.netns}, where only guests "
-                        "are started", hint="leave it to whoever made the namespace")  # fmt: skip
+            raise Error(
+                f"{', '.join(natives)} would be native to {self.netns}, where only guests "
+                "are started",
+                hint="leave it to whoever made the namespace",
+            )
         if not datapath.in_kernel or datapath.layout not in (Layout.POD, Layout.BRIDGE):
-            raise Error(f"{datapath.name} needs a pod that it has for itself",
-                        hint="choose steer or capture")  # fmt: skip
+            raise Error(
+                f"{datapath.name} needs a pod that it has for itself",
+                hint="choose steer or capture",
+            )
 
     def join(self, owner: Scope, name: str, links: Collection[str]) -> IPRoute:
         """Know the namespace by a name of ours; returns a socket in it.
@@ -91,8 +101,7 @@ class Sandbox:
         enter, other = f"nsenter --net={self.netns}", "guests may be attached to it already"
         if ip.get_links(1)[0]["state"] != "up":
             yield "lo is down", f"{enter} ip link set lo up"
-        if (Family.IPV6 in facts.families()
-                and namespaces.sysctls(name, IPV6_OFF)[IPV6_OFF] != "0"):  # fmt: skip
+        if Family.IPV6 in facts.families() and namespaces.sysctls(name, IPV6_OFF)[IPV6_OFF] != "0":
             yield "IPv6 is disabled on lo", f"{enter} sysctl -w {IPV6_OFF}=0"
         for address in ip.get_addr():
             found = ip_interface(f"{address.get('address')}/{address['prefixlen']}")

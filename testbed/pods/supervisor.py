@@ -178,8 +178,16 @@ def supervise(order: Order, built: Callable[[], None]) -> None:
                 (scratch / ORDER).write_bytes(pickle.dumps(order))
                 _write_etc(spec, scratch)
                 try:
-                    pod = Pod(owner, spec.name, spec.manifest, datapath, prepared, scratch,
-                              scratch, order.sandbox)  # fmt: skip
+                    pod = Pod(
+                        owner,
+                        spec.name,
+                        spec.manifest,
+                        datapath,
+                        prepared,
+                        scratch,
+                        scratch,
+                        order.sandbox,
+                    )
                 except BaseException:
                     if left:
                         owner.keep()
@@ -207,11 +215,15 @@ def _check_left(left: control.Orphan, order: Order, datapath: Datapath) -> None:
     """Raises `Error` if the pod that a killed keeper left cannot be what was ordered."""
     name = order.spec.name
     if of_orphan(name) != order:
-        raise Error(f"pod {name!r} stands already, otherwise, and its keeper was killed",
-                    hint=f"testbed adopt {name}, or testbed down {name}")  # fmt: skip
+        raise Error(
+            f"pod {name!r} stands already, otherwise, and its keeper was killed",
+            hint=f"testbed adopt {name}, or testbed down {name}",
+        )
     if not datapath.in_kernel:
-        raise Error(f"the keeper of pod {name!r} was killed, and {datapath.name} does not go on "
-                    "without", hint=f"testbed down {name}")  # fmt: skip
+        raise Error(
+            f"the keeper of pod {name!r} was killed, and {datapath.name} does not go on without",
+            hint=f"testbed down {name}",
+        )
 
 
 @contextlib.contextmanager
@@ -247,8 +259,9 @@ def _prepare(spec: Spec, options: Options) -> dict[Runtime, Prepared]:
     workloads = (*spec.init, *spec.manifest.workloads)
     kinds = dict.fromkeys(w.runtime for w in workloads)
     with ThreadPoolExecutor() as pool:
-        prepared = dict(zip(kinds, pool.map(lambda r: runtimes.prepare(r, options), kinds),
-                            strict=True))  # fmt: skip
+        prepared = dict(
+            zip(kinds, pool.map(lambda r: runtimes.prepare(r, options), kinds), strict=True)
+        )
         list(pool.map(lambda w: prepared[w.runtime].compose(w), workloads))
     return prepared
 
@@ -259,8 +272,10 @@ def _etc(spec: Spec, *, guest: bool) -> dict[str, str]:
     own = (alias if guest else loopback)(Family.IPV4)
     aliases = "".join(f"{address} {' '.join(names)}\n" for address, names in spec.host_aliases)
     resolv_conf = dns_relay.of_guests(spec.resolv_conf) if guest else spec.resolv_conf
-    return {"/etc/hosts": f"{known}{own} {spec.hostname}\n{aliases}",
-            "/etc/resolv.conf": resolv_conf}  # fmt: skip
+    return {
+        "/etc/hosts": f"{known}{own} {spec.hostname}\n{aliases}",
+        "/etc/resolv.conf": resolv_conf,
+    }
 
 
 def _write_etc(spec: Spec, scratch: Path) -> None:

@@ -146,14 +146,18 @@ class Workloads:
             try:
                 attachment = self.pod.attachment
                 if not isinstance(attachment, EbpfAttachment):
-                    raise Error(f"the datapath {self.pod.datapath.name} has no programs to trace",
-                                hint="testbed up --datapath steer")  # fmt: skip
+                    raise Error(
+                        f"the datapath {self.pod.datapath.name} has no programs to trace",
+                        hint="testbed up --datapath steer",
+                    )
                 with attachment.traced(self.pod.lock) as programs:
                     answer = {
-                        "pins": str(programs.pins), "slot": programs.slot,
-                        "programs": bpf.entries(attachment.name), "reasons": attachment.reasons,
+                        "pins": str(programs.pins),
+                        "slot": programs.slot,
+                        "programs": bpf.entries(attachment.name),
+                        "reasons": attachment.reasons,
                         "guests": {n: w.name for n, w in self.spec.manifest.guests.items()},
-                    }  # fmt: skip
+                    }
                     asker.sendall(json.dumps(answer).encode() + b"\n")
                     select.select([asker.fileno(), self.stop], [], [])
             except Error as e:
@@ -187,10 +191,15 @@ class Workloads:
             attachment = self.pod.attachment
             counters = attachment.counters()
             traffic = [
-                {"client": ends[client], "server": ends[server],
-                 **vars(attachment.carried(client, server))}
-                for client in ends for server in ends if client or server
-            ]  # fmt: skip
+                {
+                    "client": ends[client],
+                    "server": ends[server],
+                    **vars(attachment.carried(client, server)),
+                }
+                for client in ends
+                for server in ends
+                if client or server
+            ]
         return {
             "traffic": traffic,
             "counters": {reason: vars(count) for reason, count in counters.items()},
@@ -392,8 +401,13 @@ class Watched:
         try:
             if probe.command:
                 command = [*self.runtime.enter(self.kept.pod.place(self.workload)), *probe.command]
-                done = subprocess.run(command, timeout=probe.timeout_s, check=False,
-                                      stdin=subprocess.DEVNULL, capture_output=True)  # fmt: skip
+                done = subprocess.run(
+                    command,
+                    timeout=probe.timeout_s,
+                    check=False,
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                )
                 return done.returncode == 0
             with self._connection(probe.port, probe.timeout_s) as connection:
                 if not probe.path:

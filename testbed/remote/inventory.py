@@ -52,8 +52,18 @@ class Host:
         return found
 
 
-_HOST_KEYS = ("name", "address", "port", "user", "key", "sudo", "labels", "cpus", "directory",
-              "link")  # fmt: skip
+_HOST_KEYS = (
+    "name",
+    "address",
+    "port",
+    "user",
+    "key",
+    "sudo",
+    "labels",
+    "cpus",
+    "directory",
+    "link",
+)
 
 
 def load(path: Path) -> tuple[Host, ...]:
@@ -88,8 +98,10 @@ def choose(hosts: Sequence[Host], wanted: Sequence[str]) -> tuple[Host, ...]:
     """
     for word in wanted:
         if not any(word in (host.name, *host.labels) for host in hosts):
-            raise Error(f"no host has the name or label {word!r}",
-                        f"hosts are {', '.join(host.name for host in hosts)}")  # fmt: skip
+            raise Error(
+                f"no host has the name or label {word!r}",
+                f"hosts are {', '.join(host.name for host in hosts)}",
+            )
     return tuple(h for h in hosts if not wanted or {h.name, *h.labels} & set(wanted))
 
 
@@ -123,13 +135,22 @@ def _host(table: Mapping[str, Any], known_hosts: Path, path: Path, where: str) -
         key=_file(table, "key", path, where),
         sudo=get("sudo", False, "true or false", lambda v: isinstance(v, bool)),
         labels=tuple(get("labels", (), "a list of words", lambda v: several(v, word))),
-        cpus=tuple(get("cpus", (), "a list of numbers of CPUs",
-                       lambda v: several(v, lambda n: number(n, 0, 1 << 16)))),
-        directory=get("directory", "/var/lib/testbed", "an absolute path",
-                      lambda v: text(v) and v.startswith("/")),
-        link=tuple(get("link", (), "a list of names or IP addresses",
-                       lambda v: several(v, text))),
-    )  # fmt: skip
+        cpus=tuple(
+            get(
+                "cpus",
+                (),
+                "a list of numbers of CPUs",
+                lambda v: several(v, lambda n: number(n, 0, 1 << 16)),
+            )
+        ),
+        directory=get(
+            "directory",
+            "/var/lib/testbed",
+            "an absolute path",
+            lambda v: text(v) and v.startswith("/"),
+        ),
+        link=tuple(get("link", (), "a list of names or IP addresses", lambda v: several(v, text))),
+    )
 
 
 def _file(table: Mapping[str, Any], key: str, beside: Path, where: str) -> Path | None:

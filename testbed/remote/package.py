@@ -37,8 +37,21 @@ class Package:
 @cache
 def package() -> Package:
     """The files of this clone that git has or would take, but for texts, tests and results."""
-    command = ["git", "-C", str(paths.ROOT), "ls-files", "-z", "--cached", "--others",
-               "--exclude-standard", "--", ".", ":!paper", ":!results", ":!tests"]  # fmt: skip
+    command = [
+        "git",
+        "-C",
+        str(paths.ROOT),
+        "ls-files",
+        "-z",
+        "--cached",
+        "--others",
+        "--exclude-standard",
+        "--",
+        ".",
+        ":!paper",
+        ":!results",
+        ":!tests",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise Error(

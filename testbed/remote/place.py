@@ -102,8 +102,10 @@ def places(hosts: Sequence[Host], between: bool) -> list[Place]:
     if not between:
         return [Place(host) for host in hosts]
     if len(hosts) % 2:
-        raise Error(f"cells between hosts take hosts by twos, and {len(hosts)} are chosen",
-                    "choose by --on NAME")  # fmt: skip
+        raise Error(
+            f"cells between hosts take hosts by twos, and {len(hosts)} are chosen",
+            "choose by --on NAME",
+        )
     twos = zip(hosts[::2], hosts[1::2], strict=True)
     return [Place(first, second, number) for number, (first, second) in enumerate(twos)]
 

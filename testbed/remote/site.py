@@ -47,9 +47,11 @@ class Site:
         at, pin = quote(self._package), ""
         if self.host.cpus:
             pin = f"taskset --cpu-list {','.join(map(str, self.host.cpus))} "
-        return (f"cd {at} && export PYTHONPATH={at} PYTHONDONTWRITEBYTECODE=1 && "
-                f"exec {pin}{quote(self._environment)}/bootstrap "
-                f"{shlex.join(['python', '-P', '-m', module, *arguments])}")  # fmt: skip
+        return (
+            f"cd {at} && export PYTHONPATH={at} PYTHONDONTWRITEBYTECODE=1 && "
+            f"exec {pin}{quote(self._environment)}/bootstrap "
+            f"{shlex.join(['python', '-P', '-m', module, *arguments])}"
+        )
 
     def findings(self) -> list[dict[str, str]]:
         """What the host's doctor finds: the fields of each `doctor.Finding`."""
@@ -75,9 +77,11 @@ class Site:
         there = f"{self._at}/kernels/{found.sha256}.elf"
         if not self.link.test(f"test -e {quote(there)}"):
             new = f"{quote(there)}.$$"
-            self.link.run(f"mkdir -p {quote(self._at)}/kernels && cat > {new} && "
-                          f"mv {new} {quote(there)} || {{ rm -f {new}; false; }}",
-                          found.path.read_bytes())  # fmt: skip
+            self.link.run(
+                f"mkdir -p {quote(self._at)}/kernels && cat > {new} && "
+                f"mv {new} {quote(there)} || {{ rm -f {new}; false; }}",
+                found.path.read_bytes(),
+            )
         return there
 
 

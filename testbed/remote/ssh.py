@@ -58,20 +58,25 @@ class Link:
             wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, LINK_LIMIT_S * 1000)
             self._connection.transport.set_keepalive(5)
         except paramiko.BadHostKeyException as e:
-            raise Error(f"{where} shows another host key than the one in {host.known_hosts}",
-                        "somebody may be in its place; if it was installed anew: ssh-keygen "
-                        f"-f {host.known_hosts} -R '{e.hostname}'") from e  # fmt: skip
+            raise Error(
+                f"{where} shows another host key than the one in {host.known_hosts}",
+                "somebody may be in its place; if it was installed anew: ssh-keygen "
+                f"-f {host.known_hosts} -R '{e.hostname}'",
+            ) from e
         except paramiko.PasswordRequiredException as e:
-            raise Error(f"{where}: the key {host.key} needs a passphrase",
-                        f"ssh-add {host.key}") from e  # fmt: skip
+            raise Error(
+                f"{where}: the key {host.key} needs a passphrase", f"ssh-add {host.key}"
+            ) from e
         except paramiko.AuthenticationException as e:
             login = f"-p {host.port} {host.user}@{host.address}"
             raise Error(f"{where} does not let {host.user} in", f"ssh-copy-id {login}") from e
         except (OSError, EOFError, paramiko.SSHException) as e:
             first = next(iter(getattr(e, "errors", {}).values()), e)  # one for each address
             why = getattr(first, "strerror", None) or str(first) or type(first).__name__
-            raise Error(f"{where} cannot be reached: {why}",
-                        f"ssh -p {host.port} {host.user}@{host.address}") from e  # fmt: skip
+            raise Error(
+                f"{where} cannot be reached: {why}",
+                f"ssh -p {host.port} {host.user}@{host.address}",
+            ) from e
         finally:
             if not self._connection.is_connected:
                 client.close()

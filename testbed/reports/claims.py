@@ -105,10 +105,15 @@ def exit_status(found: Sequence[Found]) -> int:
 def data(found: Sequence[Found]) -> list[dict[str, Any]]:
     """The same as plain data for JSON."""
     return [
-        {"cell": row.cell.id, "to": row.to.id, "verdict": row.verdict,
-         "claim": asdict(row.claim), "ratio": plain(asdict(row.ratio))}
+        {
+            "cell": row.cell.id,
+            "to": row.to.id,
+            "verdict": row.verdict,
+            "claim": asdict(row.claim),
+            "ratio": plain(asdict(row.ratio)),
+        }
         for row in found
-    ]  # fmt: skip
+    ]
 
 
 def table(found: Sequence[Found], guest: str) -> Group:
@@ -122,15 +127,24 @@ def table(found: Sequence[Found], guest: str) -> Group:
             shown.add_row(Text(row.claim.text, style="bold"), "", "", "", "")
             last = row.claim
         ratio = interval(row.ratio, 1, wide=True) if row.ratio.blocks else "not measured"
-        shown.add_row(f"  {what(row, guest)}", bound(row.claim), ratio, str(row.ratio.blocks),
-                      Text(row.verdict, style=_COLORS[row.verdict]))  # fmt: skip
+        shown.add_row(
+            f"  {what(row, guest)}",
+            bound(row.claim),
+            ratio,
+            str(row.ratio.blocks),
+            Text(row.verdict, style=_COLORS[row.verdict]),
+        )
     counted = [f"{n} {v}" for v in Verdict if (n := sum(row.verdict is v for row in found))]
     legend = "Pseudomedians of ratios within a block, with 95 % intervals by signed ranks."
     return Group(shown, Text(f"{', '.join(counted) or 'no claims'}. {legend}"))
 
 
-_COLORS = {Verdict.HOLDS: "green", Verdict.FAILS: "bold red", Verdict.UNCLEAR: "yellow",
-           Verdict.STATED: "default"}  # fmt: skip
+_COLORS = {
+    Verdict.HOLDS: "green",
+    Verdict.FAILS: "bold red",
+    Verdict.UNCLEAR: "yellow",
+    Verdict.STATED: "default",
+}
 
 
 def bound(claim: Claim) -> str:

@@ -108,8 +108,18 @@ def exit_status(rows: Sequence[Comparison]) -> int:
 
 def circumstances(before: Store, after: Store) -> dict[str, tuple[Any, Any]]:
     """What may explain a change besides the revision: what differs, earlier and later."""
-    names = ("guest", "guest_kernel", "accelerator", "kernel", "cpu", "governor", "host",
-             "congestion_control", "offloads", "plan")  # fmt: skip
+    names = (
+        "guest",
+        "guest_kernel",
+        "accelerator",
+        "kernel",
+        "cpu",
+        "governor",
+        "host",
+        "congestion_control",
+        "offloads",
+        "plan",
+    )
     pairs = {
         name: (getattr(before.campaign, name), getattr(after.campaign, name)) for name in names
     }
@@ -134,8 +144,13 @@ def data(rows: Sequence[Comparison], before: Store, after: Store, band: float) -
 def table(rows: Sequence[Comparison], before: Store, after: Store, band: float) -> Group:
     """The table for a terminal, with what was counted and what may explain it below."""
     guest = after.campaign.guest
-    shown = Table(title=_headline(before, after), title_justify="left", box=box.SIMPLE_HEAD,
-                  show_edge=False, padding=(0, 1, 0, 0))  # fmt: skip
+    shown = Table(
+        title=_headline(before, after),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     shown.add_column("datapath", no_wrap=True)
     for name in ("quantity", "earlier", "later", "ratio", "verdict"):
         shown.add_column(name, overflow="fold")

@@ -67,8 +67,17 @@ def write(store: Store, file: Path) -> None:
 
 def command(campaign: Campaign) -> str:
     """What to type, in a clone of the revision, to run the same campaign again."""
-    words = ["./bootstrap", "testbed", "run", "--plan", campaign.name, "--guest", campaign.guest,
-             "--seed", str(campaign.seed)]  # fmt: skip
+    words = [
+        "./bootstrap",
+        "testbed",
+        "run",
+        "--plan",
+        campaign.name,
+        "--guest",
+        campaign.guest,
+        "--seed",
+        str(campaign.seed),
+    ]
     if not campaign.plan.get("target_width"):
         words += ["--blocks", str(campaign.blocks)]
     if kernel := campaign.environment.get("osv_kernel"):
@@ -167,8 +176,24 @@ def _entry(entry: Entry) -> str:
 
 def _results(rows: Sequence[Summary], guest: str) -> str:
     titles = {(metric, quantity): title for metric, quantity, title in COLUMNS}
-    heads = ("pair", "family", "transport", "datapath", "quantity", "message", "mean", "low",
-             "high", "unit", "ratio", "low", "high", "to", "blocks", "note")  # fmt: skip
+    heads = (
+        "pair",
+        "family",
+        "transport",
+        "datapath",
+        "quantity",
+        "message",
+        "mean",
+        "low",
+        "high",
+        "unit",
+        "ratio",
+        "low",
+        "high",
+        "to",
+        "blocks",
+        "note",
+    )
     return _table("results", heads, (_result(row, guest, titles) for row in rows))
 
 
@@ -223,14 +248,19 @@ def _disturbed(store: Store) -> list[str]:
         return []
     kept = store.trials()
     rows = [
-        [Entry(t.cell), Entry(str(t.block), t.block), Entry(t.disturbed or ""),
-         Entry("" if t.value is None else f"{t.value:.4g}", t.value),
-         Entry("yes" if t in kept else "no, another run does")]
+        [
+            Entry(t.cell),
+            Entry(str(t.block), t.block),
+            Entry(t.disturbed or ""),
+            Entry("" if t.value is None else f"{t.value:.4g}", t.value),
+            Entry("yes" if t in kept else "no, another run does"),
+        ]
         for t in trials
-    ]  # fmt: skip
+    ]
     heads = ("cell", "block", "disturbed by", "value", "counts")
-    return _section("Disturbed trials", "Run once more, in the same block.",
-                    _table("disturbed", heads, rows))  # fmt: skip
+    return _section(
+        "Disturbed trials", "Run once more, in the same block.", _table("disturbed", heads, rows)
+    )
 
 
 def _claims(store: Store) -> list[str]:
@@ -240,11 +270,15 @@ def _claims(store: Store) -> list[str]:
         return []
     heads = ("claim", "cell", "bound", "ratio", "low", "high", "verdict")
     rows = (
-        [Entry(row.claim.text), Entry(claims.what(row, store.campaign.guest)),
-         Entry(claims.bound(row.claim)), *_estimate(row.ratio, 1, ""),
-         Entry(row.verdict, look="" if row.verdict in _BORNE_OUT else "bold")]
+        [
+            Entry(row.claim.text),
+            Entry(claims.what(row, store.campaign.guest)),
+            Entry(claims.bound(row.claim)),
+            *_estimate(row.ratio, 1, ""),
+            Entry(row.verdict, look="" if row.verdict in _BORNE_OUT else "bold"),
+        ]
         for row in found
-    )  # fmt: skip
+    )
     lead = (
         "Pseudomedians of ratios within a block, with 95 % intervals by signed ranks. "
         "A claim holds if the whole interval keeps to the bound."
@@ -280,15 +314,22 @@ def _searches(store: Store) -> list[str]:
     if not found:
         return []
     rows = [
-        [Entry(t.cell), Entry(str(t.block), t.block), Entry(str(n), n),
-         *(Entry(f"{bps / 1e6:.1f}", bps, look="number") for bps in (sent_bps, arrived_bps)),
-         Entry(f"{loss:.3%}", loss, look="number")]
+        [
+            Entry(t.cell),
+            Entry(str(t.block), t.block),
+            Entry(str(n), n),
+            *(Entry(f"{bps / 1e6:.1f}", bps, look="number") for bps in (sent_bps, arrived_bps)),
+            Entry(f"{loss:.3%}", loss, look="number"),
+        ]
         for t in found
         for n, (sent_bps, arrived_bps, loss) in enumerate(t.searched, 1)
-    ]  # fmt: skip
+    ]
     heads = ("cell", "block", "attempt", "sent, Mbit/s", "arrived, Mbit/s", "lost")
-    return _section("Searches for a rate", "The last attempt of each is the trial.",
-                    _table("searches", heads, rows))  # fmt: skip
+    return _section(
+        "Searches for a rate",
+        "The last attempt of each is the trial.",
+        _table("searches", heads, rows),
+    )
 
 
 def _picture(path: Path) -> str:
@@ -316,10 +357,22 @@ def _conformance(file: Path) -> list[str]:
             for check, group in checks.items()
         ]
         others = [
-            [Entry(str(r[key])) for key in
-             ("check", "datapath", "guest", "pair", "family", "transport", "status", "reason")]
-            for r in results if r["status"] != "pass"
-        ]  # fmt: skip
+            [
+                Entry(str(r[key]))
+                for key in (
+                    "check",
+                    "datapath",
+                    "guest",
+                    "pair",
+                    "family",
+                    "transport",
+                    "status",
+                    "reason",
+                )
+            ]
+            for r in results
+            if r["status"] != "pass"
+        ]
     except (OSError, ValueError, KeyError, TypeError) as e:
         hint = "it is what testbed conformance --json prints"
         raise Error(f"{file}: not results of checks ({e})", hint) from e

@@ -76,8 +76,13 @@ def table(store: Store, width: int) -> Group:
         metric: {size_of(r.cell) for r in rows if r.cell.metric is metric} for metric in Metric
     }
     wide = width >= 116
-    shown = Table(title=_headline(campaign), title_justify="left", box=box.SIMPLE_HEAD,
-                  show_edge=False, padding=(0, 1 if wide else 0, 0, 0))  # fmt: skip
+    shown = Table(
+        title=_headline(campaign),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1 if wide else 0, 0, 0),
+    )
     shown.add_column("pair", no_wrap=True)
     shown.add_column("datapath", no_wrap=True)
     for metric, _, name in columns:

@@ -76,8 +76,9 @@ def meanings_of(rows: Iterable[Summary]) -> list[str]:
     """What of a campaign's quantities does not go without saying."""
     rows, lines = list(rows), []
     if any(row.quantity == TAIL for row in rows):
-        lines.append(f"p99.9: of all blocks together, where {EXCEEDANCES} samples or more lie "
-                     "above it.")  # fmt: skip
+        lines.append(
+            f"p99.9: of all blocks together, where {EXCEEDANCES} samples or more lie above it."
+        )
     if any((r.cell.metric, r.cell.transport) == UDP_RATE for r in rows):
         lines.append(f"{UDP_RATE_MEANS}.")
     return lines
@@ -88,12 +89,16 @@ def controls_of(rows: Iterable[Summary]) -> list[str]:
     found, lines = controls(rows), []
     if found and found.same:
         verdict = "as it should be" if found.differing <= found.bound else "too many"
-        lines.append(f"A/A: {found.differing} of {found.same} intervals exclude 1, at most "
-                     f"{found.bound} would by chance: {verdict}.")  # fmt: skip
+        lines.append(
+            f"A/A: {found.differing} of {found.same} intervals exclude 1, at most "
+            f"{found.bound} would by chance: {verdict}."
+        )
     if found and found.slow:
         verdict = "as it should be" if found.found == found.slow else "this campaign is too coarse"
-        lines.append(f"Servers that wait {SLOW_US:g} µs: found in {found.found} of {found.slow} "
-                     f"cells: {verdict}.")  # fmt: skip
+        lines.append(
+            f"Servers that wait {SLOW_US:g} µs: found in {found.found} of {found.slow} "
+            f"cells: {verdict}."
+        )
     return lines
 
 

@@ -8,9 +8,19 @@ from typing import Any, TypeVar
 from testbed.model.cells import Cell, Metric, Pair
 
 DATAPATHS = (
-    "loopback", "direct", "bridge", "tcredirect", "capture", "steer", "dnat", "proxy", "passt",
-    "tun", "broadcast", "routed",
-)  # fmt: skip
+    "loopback",
+    "direct",
+    "bridge",
+    "tcredirect",
+    "capture",
+    "steer",
+    "dnat",
+    "proxy",
+    "passt",
+    "tun",
+    "broadcast",
+    "routed",
+)
 """In the order of bars and rows."""
 
 
@@ -28,10 +38,19 @@ def rank(datapath: str) -> tuple[int, str]:
 def reading_order(cell: Cell, quantity: str) -> tuple[Any, ...]:
     """Pairs, transports, families; in them datapaths side by side, small messages first."""
     return (
-        list(Pair).index(cell.pair), cell.guest, cell.transport, cell.family, rank(cell.datapath),
-        list(Metric).index(cell.metric), cell.size_bytes, cell.streams, cell.rate_per_s,
-        cell.guests, cell.pods, quantity,
-    )  # fmt: skip
+        list(Pair).index(cell.pair),
+        cell.guest,
+        cell.transport,
+        cell.family,
+        rank(cell.datapath),
+        list(Metric).index(cell.metric),
+        cell.size_bytes,
+        cell.streams,
+        cell.rate_per_s,
+        cell.guests,
+        cell.pods,
+        quantity,
+    )
 
 
 def present(kinds: Iterable[T], found: Iterable[T]) -> list[T]:

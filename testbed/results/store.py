@@ -286,11 +286,33 @@ def frame(trials: Sequence[Trial]) -> pd.DataFrame:
 
 
 _COLUMNS = (
-    "datapath", "pair", "family", "transport", "metric", "size_bytes", "streams",
-    "rate_per_s", "guest", "guests", "pods",
-    "cell", "block", "order", "status", "reason", "value", "p50_us", "p99_us", "duration_s",
-    "payload_bytes", "transactions", "errors", "loss", "dialed", "started",
-)  # fmt: skip
+    "datapath",
+    "pair",
+    "family",
+    "transport",
+    "metric",
+    "size_bytes",
+    "streams",
+    "rate_per_s",
+    "guest",
+    "guests",
+    "pods",
+    "cell",
+    "block",
+    "order",
+    "status",
+    "reason",
+    "value",
+    "p50_us",
+    "p99_us",
+    "duration_s",
+    "payload_bytes",
+    "transactions",
+    "errors",
+    "loss",
+    "dialed",
+    "started",
+)
 
 
 def histograms(trials: Sequence[Trial]) -> pd.DataFrame:

@@ -22,23 +22,75 @@ from testbed.model.manifest import Program, Workload
 from testbed.model.terms import Family, Runtime
 from testbed.runtimes.interface import Description, Options, Placement
 
-CAPABILITIES = [f"CAP_{name}" for name in (
-    "CHOWN", "DAC_OVERRIDE", "FSETID", "FOWNER", "MKNOD", "NET_RAW", "SETGID", "SETUID", "SETFCAP",
-    "SETPCAP", "NET_BIND_SERVICE", "SYS_CHROOT", "KILL", "AUDIT_WRITE",
-)]  # fmt: skip
+CAPABILITIES = [
+    f"CAP_{name}"
+    for name in (
+        "CHOWN",
+        "DAC_OVERRIDE",
+        "FSETID",
+        "FOWNER",
+        "MKNOD",
+        "NET_RAW",
+        "SETGID",
+        "SETUID",
+        "SETFCAP",
+        "SETPCAP",
+        "NET_BIND_SERVICE",
+        "SYS_CHROOT",
+        "KILL",
+        "AUDIT_WRITE",
+    )
+]
 """Docker's default."""
 
 FORBIDDEN = [
-    "acct", "add_key", "bpf", "delete_module", "finit_module", "fsopen", "fspick", "fsmount",
-    "init_module", "ioperm", "iopl", "kexec_file_load", "kexec_load", "keyctl", "lookup_dcookie",
-    "mount", "mount_setattr", "move_mount", "open_by_handle_at", "open_tree", "perf_event_open",
-    "pivot_root", "quotactl", "reboot", "request_key", "setns", "settimeofday", "swapoff", "swapon",
-    "umount2", "unshare", "userfaultfd", "vhangup",
-]  # fmt: skip
+    "acct",
+    "add_key",
+    "bpf",
+    "delete_module",
+    "finit_module",
+    "fsopen",
+    "fspick",
+    "fsmount",
+    "init_module",
+    "ioperm",
+    "iopl",
+    "kexec_file_load",
+    "kexec_load",
+    "keyctl",
+    "lookup_dcookie",
+    "mount",
+    "mount_setattr",
+    "move_mount",
+    "open_by_handle_at",
+    "open_tree",
+    "perf_event_open",
+    "pivot_root",
+    "quotactl",
+    "reboot",
+    "request_key",
+    "setns",
+    "settimeofday",
+    "swapoff",
+    "swapon",
+    "umount2",
+    "unshare",
+    "userfaultfd",
+    "vhangup",
+]
 """System calls that ask the kernel for what no workload needs; all others are allowed."""
 
-MASKED = ["/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/sched_debug",
-          "/proc/scsi", "/proc/timer_list", "/proc/timer_stats", "/sys/firmware"]  # fmt: skip
+MASKED = [
+    "/proc/acpi",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/sys/firmware",
+]
 READ_ONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
 CPU_PERIOD_US = 100_000
 
@@ -84,10 +136,24 @@ class Container:
         monitor.mkdir(exist_ok=True)
         script = 'mount -t overlay overlay -o "$0" "$1" && shift && exec "$@"'
         return process.spawn(
-            ["unshare", "--mount", "sh", "-c", script, options, str(layers["root"]),
-             *_command(place.scratch), "run", "--bundle", str(bundle), id],
-            cgroup=monitor, cpus=place.workload.cpus, output=place.console,
-        )  # fmt: skip
+            [
+                "unshare",
+                "--mount",
+                "sh",
+                "-c",
+                script,
+                options,
+                str(layers["root"]),
+                *_command(place.scratch),
+                "run",
+                "--bundle",
+                str(bundle),
+                id,
+            ],
+            cgroup=monitor,
+            cpus=place.workload.cpus,
+            output=place.console,
+        )
 
     def enter(self, place: Placement) -> list[str]:
         return [*_command(place.scratch), "exec", place.workload.name]
@@ -146,8 +212,9 @@ def _config(place: Placement, root: Root) -> dict[str, Any]:
     arguments = program.args or (() if program.command else root.arguments)
     command = [*(program.command or root.entrypoint), *arguments]
     if not command:
-        raise Error(f"the image of {place.workload.name!r} says nothing to run",
-                    hint="give it a command")  # fmt: skip
+        raise Error(
+            f"the image of {place.workload.name!r} says nothing to run", hint="give it a command"
+        )
     file = place.scratch / "hostname"
     hostname = file.read_text().strip() if file.exists() else place.workload.name
     env = {"PATH": rootfs.PATH, "HOSTNAME": hostname, "HOME": "/root"}
@@ -190,17 +257,31 @@ def _mounts(place: Placement) -> list[dict[str, Any]]:
         files[hostname] = "/etc/hostname"
     return [
         {"destination": "/proc", "type": "proc", "source": "proc", "options": safe},
-        {"destination": "/dev", "type": "tmpfs", "source": "tmpfs",
-         "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
-        {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
-         "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]},
-        {"destination": "/dev/shm", "type": "tmpfs", "source": "shm",
-         "options": [*safe, "mode=1777", "size=65536k"]},
+        {
+            "destination": "/dev",
+            "type": "tmpfs",
+            "source": "tmpfs",
+            "options": ["nosuid", "strictatime", "mode=755", "size=65536k"],
+        },
+        {
+            "destination": "/dev/pts",
+            "type": "devpts",
+            "source": "devpts",
+            "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+        },
+        {
+            "destination": "/dev/shm",
+            "type": "tmpfs",
+            "source": "shm",
+            "options": [*safe, "mode=1777", "size=65536k"],
+        },
         {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": safe},
         {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": [*safe, "ro"]},
-        *({"destination": inside, "type": "bind", "source": str(file), "options": ["bind"]}
-          for file, inside in files.items()),
-    ]  # fmt: skip
+        *(
+            {"destination": inside, "type": "bind", "source": str(file), "options": ["bind"]}
+            for file, inside in files.items()
+        ),
+    ]
 
 
 def _resources(memory_bytes: int | None, cpus: float | None) -> dict[str, Any]:

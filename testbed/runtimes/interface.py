@@ -124,13 +124,14 @@ def refuse_limits(workload: Workload) -> None:
     """Raises `Error` if the program has a limit of CPUs or memory that nobody would enforce."""
     program = workload.program
     if program and (program.cpus or program.memory_bytes):
-        raise Error(f"{workload.name!r} has a limit that {workload.runtime} cannot keep",
-                    hint="take out resources.limits, or run it as a container")  # fmt: skip
+        raise Error(
+            f"{workload.name!r} has a limit that {workload.runtime} cannot keep",
+            hint="take out resources.limits, or run it as a container",
+        )
 
 
 def command_line(workload: Workload, own: Sequence[str]) -> tuple[str, ...]:
     """What a workload runs whose image's own command line is this."""
     program = workload.program
     assert program is not None
-    return (*(program.command or own[:1]),
-            *(program.args or (() if program.command else own[1:])))  # fmt: skip
+    return (*(program.command or own[:1]), *(program.args or (() if program.command else own[1:])))

@@ -60,17 +60,27 @@ class Linux:
         self._compose(workload)
 
     def enter(self, place: Placement) -> list[str]:
-        raise Error(f"{place.workload.name!r} is a virtual machine: nothing can be started in it",
-                    hint="see its console: testbed logs")  # fmt: skip
+        raise Error(
+            f"{place.workload.name!r} is a virtual machine: nothing can be started in it",
+            hint="see its console: testbed logs",
+        )
 
     def start(self, place: Placement) -> subprocess.Popen[bytes]:
         """Boot guest n of the pod, with the agent or the workload's program."""
         workload = place.workload
         machine = Vm(
-            self.accelerator, place.tap, guest_mac(place.n), qemu.link_addresses(place.n),
-            place.console, vhost=self.vhost, memory_mib=memory_mib(workload), socket=place.socket,
-            loopback=place.loopback, vcpus=vcpus(workload), queues=place.queues,
-        )  # fmt: skip
+            self.accelerator,
+            place.tap,
+            guest_mac(place.n),
+            qemu.link_addresses(place.n),
+            place.console,
+            vhost=self.vhost,
+            memory_mib=memory_mib(workload),
+            socket=place.socket,
+            loopback=place.loopback,
+            vcpus=vcpus(workload),
+            queues=place.queues,
+        )
         image, arguments = self.image, ["--control-port", str(workload.control_port)]
         if not place.loopback:
             image = compose.compose_linux(
@@ -80,8 +90,11 @@ class Linux:
             image, arguments = self._compose(workload), []
         return process.spawn(
             command(machine, self.kernel, image, arguments),
-            cgroup=place.cgroup, netns=place.netns, cpus=place.workload.cpus, output=place.console,
-        )  # fmt: skip
+            cgroup=place.cgroup,
+            netns=place.netns,
+            cpus=place.workload.cpus,
+            output=place.console,
+        )
 
     def _compose(self, workload: Workload) -> Image:
         wanted = definition(workload)
@@ -106,13 +119,16 @@ def boot_line(machine: Vm, words: Sequence[str]) -> str:
     What the kernel does not know, /init of the image gets as environment, and the words after `--`
     as arguments. Raises `Error` for a word that the kernel's quotes cannot hold.
     """
-    return " ".join((
-        f"console={architecture.native().console} quiet panic=-1",
-        _quoted(f"guest_addresses={' '.join(map(str, machine.addresses))}"),
-        _quoted(f"guest_gateways={' '.join(map(str, machine.gateways))}"),
-        *(() if machine.loopback else ("guest_loopback=none",)),
-        "--", *map(_quoted, words),
-    ))  # fmt: skip
+    return " ".join(
+        (
+            f"console={architecture.native().console} quiet panic=-1",
+            _quoted(f"guest_addresses={' '.join(map(str, machine.addresses))}"),
+            _quoted(f"guest_gateways={' '.join(map(str, machine.gateways))}"),
+            *(() if machine.loopback else ("guest_loopback=none",)),
+            "--",
+            *map(_quoted, words),
+        )
+    )
 
 
 def _quoted(word: str) -> str:

@@ -72,24 +72,36 @@ class Osv:
         self._compose(workload)
 
     def enter(self, place: Placement) -> list[str]:
-        raise Error(f"{place.workload.name!r} is a unikernel: it runs nothing but its program",
-                    hint="see its console: testbed logs")  # fmt: skip
+        raise Error(
+            f"{place.workload.name!r} is a unikernel: it runs nothing but its program",
+            hint="see its console: testbed logs",
+        )
 
     def start(self, place: Placement) -> subprocess.Popen[bytes]:
         """Boot guest n of the pod, with the agent or the workload's program."""
         workload = place.workload
         machine = Vm(
-            self.accelerator, place.tap, guest_mac(place.n), qemu.link_addresses(place.n),
-            place.console, vhost=self.vhost, memory_mib=memory_mib(workload), socket=place.socket,
-            vcpus=vcpus(workload), queues=place.queues,
-        )  # fmt: skip
+            self.accelerator,
+            place.tap,
+            guest_mac(place.n),
+            qemu.link_addresses(place.n),
+            place.console,
+            vhost=self.vhost,
+            memory_mib=memory_mib(workload),
+            socket=place.socket,
+            vcpus=vcpus(workload),
+            queues=place.queues,
+        )
         image, arguments = self.image, ["--control-port", str(workload.control_port)]
         if workload.program:
             image, arguments = self._compose(workload), []
         return process.spawn(
             command(machine, self.kernel, image, arguments),
-            cgroup=place.cgroup, netns=place.netns, cpus=place.workload.cpus, output=place.console,
-        )  # fmt: skip
+            cgroup=place.cgroup,
+            netns=place.netns,
+            cpus=place.workload.cpus,
+            output=place.console,
+        )
 
     def _compose(self, workload: Workload) -> Image:
         wanted = definition(workload)
@@ -114,9 +126,11 @@ def command(
     """
     disk = qemu.value(image.path)
     extra = [
-        "-drive", f"if=none,id=disk,format=raw,readonly=on,file={disk}",
-        "-device", "virtio-blk-pci,drive=disk",
-    ]  # fmt: skip
+        "-drive",
+        f"if=none,id=disk,format=raw,readonly=on,file={disk}",
+        "-device",
+        "virtio-blk-pci,drive=disk",
+    ]
     if ready:
         extra += ["-chardev", f"file,id=ready,path={qemu.value(ready)}"]
         extra += ["-device", "isa-debugcon,iobase=0x3f0,chardev=ready"]

@@ -58,17 +58,23 @@ class PlainProgram:
         if program := place.workload.program:
             return spawn(
                 self._command(place.workload),
-                cgroup=place.cgroup, netns=place.netns, cpus=place.workload.cpus,
-                binds={**place.etc, **self._files(place.workload)}, output=place.console,
+                cgroup=place.cgroup,
+                netns=place.netns,
+                cpus=place.workload.cpus,
+                binds={**place.etc, **self._files(place.workload)},
+                output=place.console,
                 env={"PATH": rootfs.PATH, **dict(program.env)},
                 working_dir=program.working_dir or None,
-            )  # fmt: skip
+            )
         hosts = self._hosts if place.loopback else compose.hosts_file(patched=False)
         return spawn(
             [self._agent, "--control-port", str(place.workload.control_port)],
-            cgroup=place.cgroup, netns=place.netns, cpus=place.workload.cpus,
-            binds={hosts: "/etc/hosts"}, output=place.console,
-        )  # fmt: skip
+            cgroup=place.cgroup,
+            netns=place.netns,
+            cpus=place.workload.cpus,
+            binds={hosts: "/etc/hosts"},
+            output=place.console,
+        )
 
     def _files(self, workload: Workload) -> dict[Path, str]:
         """Files that the program needs besides, and the paths that they stand at."""
@@ -78,11 +84,15 @@ class PlainProgram:
         program = workload.program
         assert program is not None
         if not rootfs.is_of_host(program.image):
-            raise Error(f"{workload.name!r} has the image {program.image!r}, but is no container",
-                        hint=f"the runtime {workload.runtime} takes host:PROGRAM")  # fmt: skip
+            raise Error(
+                f"{workload.name!r} has the image {program.image!r}, but is no container",
+                hint=f"the runtime {workload.runtime} takes host:PROGRAM",
+            )
         own = [str(path) for path in rootfs.programs(program.image)][:1]
         command = [*(program.command or own), *program.args]
         if not command or shutil.which(command[0]) is None:
-            raise Error(f"{workload.name!r}: this host has no program {' '.join(command[:1])!r}",
-                        hint="give an image host:PROGRAM, or a command")  # fmt: skip
+            raise Error(
+                f"{workload.name!r}: this host has no program {' '.join(command[:1])!r}",
+                hint="give an image host:PROGRAM, or a command",
+            )
         return command

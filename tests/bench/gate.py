@@ -86,8 +86,11 @@ def ratio(
         benchmark.name, began = name, perf_counter()
         benchmark.pedantic(  # type: ignore[no-untyped-call]
             lambda: times.append(_timed(operation)),
-            setup=prepare, teardown=teardown, rounds=rounds, warmup_rounds=1,
-        )  # fmt: skip
+            setup=prepare,
+            teardown=teardown,
+            rounds=rounds,
+            warmup_rounds=1,
+        )
         del times[0], references[0]  # warm-up
         band = known.get(name)
         while True:
@@ -103,10 +106,15 @@ def ratio(
         row = Row(name, median(times), median(references), of, band, verdict, goal_s)
         request.config.stash[ROWS].append(row)
         benchmark.extra_info |= {
-            "time_s": row.time_s, "reference_s": row.reference_s,
-            "goal_s": goal_s, "ratio": of.median, "low": of.low, "high": of.high,
-            "stored": band and [band.ratio, band.share], "verdict": verdict,
-        }  # fmt: skip
+            "time_s": row.time_s,
+            "reference_s": row.reference_s,
+            "goal_s": goal_s,
+            "ratio": of.median,
+            "low": of.low,
+            "high": of.high,
+            "stored": band and [band.ratio, band.share],
+            "verdict": verdict,
+        }
         if verdict is Verdict.WORSE:
             assert band
             pytest.fail(

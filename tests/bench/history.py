@@ -46,8 +46,13 @@ def draw(stored: Sequence[dict[str, Any]], to: Path) -> None:
         for number, info in points:
             if info["stored"]:
                 ratio, share = info["stored"]
-                axis.fill_between([number - 0.5, number + 0.5], ratio / (1 + share),
-                                  ratio * (1 + share), color="0.9", linewidth=0)  # fmt: skip
+                axis.fill_between(
+                    [number - 0.5, number + 0.5],
+                    ratio / (1 + share),
+                    ratio * (1 + share),
+                    color="0.9",
+                    linewidth=0,
+                )
             color = {"worse": "C3", "better": "C2", "within": "C0"}.get(info["verdict"], "0.5")
             axis.plot([number, number], [info["low"], info["high"]], color=color)
         axis.plot(at, [info["ratio"] for _, info in points], "o", color="0.2", markersize=3)

@@ -93,9 +93,16 @@ def test_a_tcp_stream_is_as_fast_as_iperf3s(ratio: Ratio, direction: Direction) 
 
     def agent_s() -> float:
         result = client.run(
-            Transport.TCP, Family.IPV4, "127.0.0.1", served.port, "stream", 128 << 10,
-            direction=direction, duration_s=SECONDS, warmup_s=0.05,
-        )  # fmt: skip
+            Transport.TCP,
+            Family.IPV4,
+            "127.0.0.1",
+            served.port,
+            "stream",
+            128 << 10,
+            direction=direction,
+            duration_s=SECONDS,
+            warmup_s=0.05,
+        )
         assert result.corrupt == 0
         return 1e6 * result.duration_s / result.bytes
 
@@ -123,9 +130,15 @@ def test_transactions_are_as_fast_as_sockperfs(
 
     def agent_s() -> float:
         result = client.run(
-            transport, Family.IPV4, "127.0.0.1", served.port, "rr", size,
-            duration_s=SECONDS, warmup_s=0.05,
-        )  # fmt: skip
+            transport,
+            Family.IPV4,
+            "127.0.0.1",
+            served.port,
+            "rr",
+            size,
+            duration_s=SECONDS,
+            warmup_s=0.05,
+        )
         assert result.corrupt == 0
         return result.duration_s / result.transactions
 
@@ -169,12 +182,21 @@ def test_iperf3_finds_the_same_of_a_stand_in(
     def start_iperf3(name: str, output: Path, *options: str) -> subprocess.Popen[bytes]:
         place = pod.place(workloads[name])
         command = ["iperf3", *options, "-p", str(port), "--forceflush"]
-        return process.spawn(command, cgroup=place.cgroup, netns=place.netns,
-                             cpus=place.workload.cpus, output=output)  # fmt: skip
+        return process.spawn(
+            command, cgroup=place.cgroup, netns=place.netns, cpus=place.workload.cpus, output=output
+        )
 
     def agent_s() -> float:
-        result = client.run(Transport.TCP, family, dialed, roles.port("guest1"), "stream",
-                            128 << 10, duration_s=SECONDS, warmup_s=0.05)  # fmt: skip
+        result = client.run(
+            Transport.TCP,
+            family,
+            dialed,
+            roles.port("guest1"),
+            "stream",
+            128 << 10,
+            duration_s=SECONDS,
+            warmup_s=0.05,
+        )
         return 1e6 * result.duration_s / result.bytes
 
     def iperf3_s() -> float:

@@ -66,26 +66,30 @@ def sent(plan: Plan, dport: int, *, to_pod: bool = False) -> bytes:
 
 LEFT_ALONE: dict[str, tuple[str, Frame]] = {
     "native to native": (
-        "lo_egress", lambda a: frame(ip(a.loopback, a.loopback) / tcp(EPHEMERAL, NATIVE_PORT))
+        "lo_egress",
+        lambda a: frame(ip(a.loopback, a.loopback) / tcp(EPHEMERAL, NATIVE_PORT)),
     ),
     "guest to native, at the port": ("port_ingress", lambda a: sent(a, NATIVE_PORT)),
     "bridged, at the port": ("port_ingress", lambda a: sent(a, NATIVE_PORT, to_pod=True)),
     "bridged, to the pod": ("bridge_egress", lambda a: sent(a, NATIVE_PORT, to_pod=True)),
     "bridged, in the pod": ("uplink_ingress", lambda a: sent(a, NATIVE_PORT, to_pod=True)),
     "native to guest, at the router": (
-        "router", lambda a: from_guest(ip(a.alias, a.link) / tcp(1, 2))
+        "router",
+        lambda a: from_guest(ip(a.alias, a.link) / tcp(1, 2)),
     ),
-}  # fmt: skip
+}
 TRANSLATED: dict[str, tuple[str, Frame]] = {
     "native to guest": (
-        "lo_egress", lambda a: frame(ip(a.loopback, a.loopback) / tcp(1, OWN_PORT))
+        "lo_egress",
+        lambda a: frame(ip(a.loopback, a.loopback) / tcp(1, OWN_PORT)),
     ),
     "native answers guest": (
-        "lo_egress", lambda a: frame(ip(a.loopback, a.native_view) / tcp(1, 2))
+        "lo_egress",
+        lambda a: frame(ip(a.loopback, a.native_view) / tcp(1, 2)),
     ),
     "guest to native": ("uplink_ingress", lambda a: from_guest(ip(a.link, a.alias) / tcp(1, 2))),
     "guest to guest": ("port_ingress", lambda a: sent(a, ANOTHERS_PORT)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", LEFT_ALONE)
@@ -148,21 +152,26 @@ def connection(family: Family, netns: str) -> Iterator[int]:
 
 ESTABLISHED: dict[str, tuple[str, Callable[[Plan, int], bytes]]] = {
     "native to native": (
-        "lo_egress", lambda a, _: frame(ip(a.loopback, a.loopback) / tcp(EPHEMERAL, NATIVE_PORT))
+        "lo_egress",
+        lambda a, _: frame(ip(a.loopback, a.loopback) / tcp(EPHEMERAL, NATIVE_PORT)),
     ),
     "native to guest": (
-        "port_egress", lambda a, _: to_guest(ip(a.pod_link, a.link) / tcp(EPHEMERAL, OWN_PORT), 0)
+        "port_egress",
+        lambda a, _: to_guest(ip(a.pod_link, a.link) / tcp(EPHEMERAL, OWN_PORT), 0),
     ),
     "guest answers native": (
-        "port_ingress", lambda a, _: from_guest(ip(a.link, a.pod_link) / tcp(OWN_PORT, EPHEMERAL))
+        "port_ingress",
+        lambda a, _: from_guest(ip(a.link, a.pod_link) / tcp(OWN_PORT, EPHEMERAL)),
     ),
     "guest to native": (
-        "port_ingress", lambda a, own: from_guest(ip(a.link, a.alias) / tcp(own, NATIVE_PORT))
+        "port_ingress",
+        lambda a, own: from_guest(ip(a.link, a.alias) / tcp(own, NATIVE_PORT)),
     ),
     "native answers guest": (
-        "port_egress", lambda a, own: to_guest(ip(a.alias, a.link) / tcp(NATIVE_PORT, own), 0)
+        "port_egress",
+        lambda a, own: to_guest(ip(a.alias, a.link) / tcp(NATIVE_PORT, own), 0),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", ESTABLISHED)

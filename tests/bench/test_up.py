@@ -71,9 +71,15 @@ def manifest(folder: Path, names: list[str], containers: list[str], count: int =
 
 
 def measure(
-    ratio: Ratio, what: str, names: list[str], folder: Path, containers: list[str], goal_s: float,
-    count: int = 1, rounds: int = ROUNDS,
-) -> None:  # fmt: skip
+    ratio: Ratio,
+    what: str,
+    names: list[str],
+    folder: Path,
+    containers: list[str],
+    goal_s: float,
+    count: int = 1,
+    rounds: int = ROUNDS,
+) -> None:
     """An `up`."""
     file = folder / "pods.yaml"
 
@@ -81,8 +87,14 @@ def measure(
         take_down(names)
         manifest(folder, names, containers, count)
 
-    ratio(f"up: {what}", lambda: command("up", file), start_of_python, rounds=rounds,
-          setup=setup, goal_s=goal_s)  # fmt: skip
+    ratio(
+        f"up: {what}",
+        lambda: command("up", file),
+        start_of_python,
+        rounds=rounds,
+        setup=setup,
+        goal_s=goal_s,
+    )
 
 
 COMPONENT = "{name: component, image: serve.py, ports: [{containerPort: 8003}]}"

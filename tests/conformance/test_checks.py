@@ -19,21 +19,58 @@ from .conftest import Run
 pytestmark = pytest.mark.timeout(900)  # a whole suite each, and components that are compiled once
 
 SLOW = {
-    "bulk-up", "bulk-down", "sequential-connections", "concurrent-connections", "full-backlog",
-    "idle", "keepalive", "nginx-and-wrk", "iperf3", "postgresql-as-installed", "syn-flood",
+    "bulk-up",
+    "bulk-down",
+    "sequential-connections",
+    "concurrent-connections",
+    "full-backlog",
+    "idle",
+    "keepalive",
+    "nginx-and-wrk",
+    "iperf3",
+    "postgresql-as-installed",
+    "syn-flood",
     "restarts-under-load",
-}  # fmt: skip
+}
 """Seconds each; the suite itself is where they run."""
 QUICK = [check.name for check in checks.matching() if check.name not in SLOW]
 
 FOR_CAPTURE = (
-    "connect", "refused", "refused-after-close", "data-before-accept", "listen-*", "client-*",
-    "any-process", "listener-bound-to-lo", "reuseport", "syn-cookies", "half-close*", "reset*",
-    "linger", "urgent-data", "flow-control", "segment-size", "gso-sizes", "port-*", "same-port-*",
-    "server-names", "server-restart", "every-address-answers", "datagram", "datagram-[c-o]*",
-    "datagram-r*", "datagram-same-*", "forged-*", "outside-*", "alias-*", "pods-are-apart",
-    "native-*", "server-killed", "link-replaced-*", "pod-rebuilt",
-)  # fmt: skip
+    "connect",
+    "refused",
+    "refused-after-close",
+    "data-before-accept",
+    "listen-*",
+    "client-*",
+    "any-process",
+    "listener-bound-to-lo",
+    "reuseport",
+    "syn-cookies",
+    "half-close*",
+    "reset*",
+    "linger",
+    "urgent-data",
+    "flow-control",
+    "segment-size",
+    "gso-sizes",
+    "port-*",
+    "same-port-*",
+    "server-names",
+    "server-restart",
+    "every-address-answers",
+    "datagram",
+    "datagram-[c-o]*",
+    "datagram-r*",
+    "datagram-same-*",
+    "forged-*",
+    "outside-*",
+    "alias-*",
+    "pods-are-apart",
+    "native-*",
+    "server-killed",
+    "link-replaced-*",
+    "pod-rebuilt",
+)
 
 
 class Pretender(Bridge):
@@ -132,22 +169,35 @@ COMPONENTS = {Pair.WASM_GUEST, Pair.GUEST_WASM, Pair.WASM_CONTAINER}
 
 @pytest.mark.root
 def test_a_component_has_connections_and_datagrams_as_a_process_has(run: Run) -> None:
-    results = run("steer", "connect", "refused", "connect-without-*", "half-close", "flow-control",
-                  "accept-names", "datagram", "datagram-64k", "datagram-many-servers",
-                  native=Runtime.WASM)  # fmt: skip
+    results = run(
+        "steer",
+        "connect",
+        "refused",
+        "connect-without-*",
+        "half-close",
+        "flow-control",
+        "accept-names",
+        "datagram",
+        "datagram-64k",
+        "datagram-many-servers",
+        native=Runtime.WASM,
+    )
     assert {r.status for r in results} == {Status.PASS}, failed(results)
     assert {r.pair for r in results} == COMPONENTS
 
 
 @pytest.mark.root
 def test_what_wasi_has_no_call_for_is_unsupported_and_says_so(run: Run) -> None:
-    results = run("steer", "segment-size", "no-stalls", "urgent-data", native=Runtime.WASM,
-                  families=IPV4)  # fmt: skip
+    results = run(
+        "steer", "segment-size", "no-stalls", "urgent-data", native=Runtime.WASM, families=IPV4
+    )
     assert {r.status for r in results} == {Status.UNSUPPORTED}
     assert {r.reason for r in results} == {
-        "WASI has no TCP_MAXSEG", "WASI has no TCP_NODELAY", "WASI has no MSG_OOB",
+        "WASI has no TCP_MAXSEG",
+        "WASI has no TCP_NODELAY",
+        "WASI has no MSG_OOB",
         "WASI has no POLLPRI",
-    }  # fmt: skip
+    }
     assert {r.pair for r in results} == COMPONENTS
 
 

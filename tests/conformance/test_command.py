@@ -59,8 +59,16 @@ def test_what_cannot_run_is_status_3_and_one_line(arguments: tuple[str, ...], me
 
 @pytest.mark.root
 def test_interrupted_it_shows_what_was_found_until_then() -> None:
-    command = [*COMMAND, "--datapath", "loopback", "--check", "connect",
-               "--check", "sequential-connections", "--json"]  # fmt: skip
+    command = [
+        *COMMAND,
+        "--datapath",
+        "loopback",
+        "--check",
+        "connect",
+        "--check",
+        "sequential-connections",
+        "--json",
+    ]
     pipe = subprocess.PIPE
     with ending(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)) as running:
         assert running.stderr
@@ -76,8 +84,18 @@ def test_interrupted_it_shows_what_was_found_until_then() -> None:
 def test_json_and_junit_hold_every_case_also_of_a_pod_that_cannot_be_built(tmp_path: Path) -> None:
     """passt carries frames of virtual machines only."""
     junit = tmp_path / "junit.xml"
-    done = conformance("--datapath", "loopback", "passt", "--guest", "standin", "--check",
-                       "connect", "--json", "--junit", junit)  # fmt: skip
+    done = conformance(
+        "--datapath",
+        "loopback",
+        "passt",
+        "--guest",
+        "standin",
+        "--check",
+        "connect",
+        "--json",
+        "--junit",
+        junit,
+    )
     assert done.returncode == 0
     results = json.loads(done.stdout)
     assert {(r["datapath"], r["family"], r["status"]) for r in results} == {
@@ -116,9 +134,19 @@ def foreign_pod(tmp_path: Path) -> Iterator[Pod]:
 def test_a_pod_that_is_there_already_is_checked(foreign_pod: Pod) -> None:
     netns, guest = f"/run/netns/{foreign_pod.netns}", foreign_pod.manifest.guests[1]
     address = guest_link(Family.IPV4, 1)
-    done = conformance("--netns", netns, "--control", f"{address}:{guest.control_port}", "--json",
-                       "--check", "connect", "--check", "datagram",
-                       "--check", "pod-rebuilt")  # fmt: skip
+    done = conformance(
+        "--netns",
+        netns,
+        "--control",
+        f"{address}:{guest.control_port}",
+        "--json",
+        "--check",
+        "connect",
+        "--check",
+        "datagram",
+        "--check",
+        "pod-rebuilt",
+    )
     assert done.returncode == 0, done.stderr
     results = {(r["check"], r["pair"]): r["status"] for r in json.loads(done.stdout)}
     for pair in ("native-native", "native-guest", "guest-native", "guest-self"):

@@ -83,10 +83,12 @@ def test_each_pair_of_queues_of_a_guest_with_two_cpus_has_a_vhost_thread(
 ) -> None:
     guest = runtimes.prepare(Runtime.LINUX, Options())
     usual = roles.manifest(PAIRS, Runtime.LINUX)
-    manifest = Manifest(tuple(
-        replace(w, cpus=tuple(range(CPUS)) if w.runtime.is_guest else w.cpus)
-        for w in usual.workloads
-    ))  # fmt: skip
+    manifest = Manifest(
+        tuple(
+            replace(w, cpus=tuple(range(CPUS)) if w.runtime.is_guest else w.cpus)
+            for w in usual.workloads
+        )
+    )
     kinds = {**prepared, Runtime.LINUX: guest}
     with Pod(owner, "kvm", manifest, datapaths.get("capture"), kinds, tmp_path) as pod:
         pod.start()

@@ -50,8 +50,12 @@ class Client:
 
     def __init__(self, pod: str, place: str, address: object, port: int) -> None:
         command = [*workload(pod, place)["enter"], sys.executable, "-c", CLIENT]
-        self.process = subprocess.Popen([*command, str(address), str(port)], text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+        self.process = subprocess.Popen(
+            [*command, str(address), str(port)],
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
 
     def works(self) -> bool:
         assert self.process.stdin
@@ -174,8 +178,10 @@ def test_an_orphan_is_taken_down_as_any_pod(manifest: Callable[..., Path], name:
 
 
 def test_containers_go_on_too(manifest: Callable[..., Path], name: str) -> None:
-    run("up", manifest('- {name: box, image: "host:", command: [sleep, "1000"]}',
-                       runtime="container"))  # fmt: skip
+    run(
+        "up",
+        manifest('- {name: box, image: "host:", command: [sleep, "1000"]}', runtime="container"),
+    )
     pid = workload(name, "box")["pid"]
     kill_keeper(name)
     run("adopt", name)

@@ -92,9 +92,17 @@ def test_a_stream_runs_as_long_as_it_should(
 ) -> None:
     port = server.serve(transport, family).port
     result = client.run(
-        transport, family, str(loopback(family)), port, "stream", size_of(transport),
-        direction=direction, streams=streams, duration_s=0.3, warmup_s=0.1,  # type: ignore[arg-type]
-    )  # fmt: skip
+        transport,
+        family,
+        str(loopback(family)),
+        port,
+        "stream",
+        size_of(transport),
+        direction=direction,
+        streams=streams,
+        duration_s=0.3,
+        warmup_s=0.1,  # type: ignore[arg-type]
+    )
     assert result.address == loopback(family)
     assert result.bytes > 1_000_000
     # The receiver's buffer is emptied after the sender's end: little more, hardly less.
@@ -109,9 +117,17 @@ def test_requests_keep_to_their_rate(
 ) -> None:
     port = server.serve(transport, family).port
     result = client.run(
-        transport, family, str(loopback(family)), port, "rr", 64,
-        streams=streams, duration_s=0.5, warmup_s=0.1, rate_per_s=800,
-    )  # fmt: skip
+        transport,
+        family,
+        str(loopback(family)),
+        port,
+        "rr",
+        64,
+        streams=streams,
+        duration_s=0.5,
+        warmup_s=0.1,
+        rate_per_s=800,
+    )
     assert result.transactions == pytest.approx(400, rel=0.1)
     assert sum(count for _, count in result.histogram_us) == result.transactions
 
@@ -120,9 +136,7 @@ def test_a_slow_server_is_found_and_by_how_much(
     client: Agent, server: Agent, family: Family, transport: Transport
 ) -> None:
     port = server.serve(transport, family, delay_us=3000).port
-    result = client.run(
-        transport, family, str(loopback(family)), port, "rr", 64, duration_s=0.3
-    )  # fmt: skip
+    result = client.run(transport, family, str(loopback(family)), port, "rr", 64, duration_s=0.3)
     assert 3000 <= min(result.histogram_us)[0] < 4000
 
 
@@ -133,7 +147,7 @@ def test_a_request_that_had_to_wait_for_the_one_before_is_timed_from_when_it_was
     port = server.serve(transport, family, delay_us=10_000).port
     result = client.run(
         transport, family, str(loopback(family)), port, "rr", 64, duration_s=0.5, rate_per_s=200
-    )  # fmt: skip
+    )
     assert result.transactions <= 51
     assert max(result.histogram_us)[0] > 200_000
     assert percentile(result.histogram_us, 50) > 80_000
@@ -147,9 +161,16 @@ def test_a_tcp_stream_moves_exactly_its_bytes(
     port = server.serve(Transport.TCP, family).port
     count = 54_321 if size == 1 else 7_654_321
     result = client.run(
-        Transport.TCP, family, str(loopback(family)), port, "stream", size,
-        direction=direction, streams=3, bytes=count,  # type: ignore[arg-type]
-    )  # fmt: skip
+        Transport.TCP,
+        family,
+        str(loopback(family)),
+        port,
+        "stream",
+        size,
+        direction=direction,
+        streams=3,
+        bytes=count,  # type: ignore[arg-type]
+    )
     assert (result.bytes, result.corrupt) == (3 * count, 0)
 
 
@@ -160,9 +181,16 @@ def test_a_paced_udp_stream_arrives_whole(
 ) -> None:
     port = server.serve(Transport.UDP, family).port
     result = client.run(
-        Transport.UDP, family, str(loopback(family)), port, "stream", size,
-        direction=direction, bytes=30 * size, rate_bps=30 * size * 8 / 0.2,  # type: ignore[arg-type]
-    )  # fmt: skip
+        Transport.UDP,
+        family,
+        str(loopback(family)),
+        port,
+        "stream",
+        size,
+        direction=direction,
+        bytes=30 * size,
+        rate_bps=30 * size * 8 / 0.2,  # type: ignore[arg-type]
+    )
     assert (result.datagrams, result.bytes) == (30, 30 * size)
     assert (result.lost, result.reordered, result.corrupt) == (0, 0, 0)
     assert 0.15 < result.duration_s < 1
@@ -171,9 +199,17 @@ def test_a_paced_udp_stream_arrives_whole(
 def test_udp_keeps_to_its_rate(client: Agent, server: Agent, family: Family) -> None:
     port = server.serve(Transport.UDP, family).port
     result = client.run(
-        Transport.UDP, family, str(loopback(family)), port, "stream", 1400,
-        streams=2, duration_s=0.5, warmup_s=0.1, rate_bps=20e6,
-    )  # fmt: skip
+        Transport.UDP,
+        family,
+        str(loopback(family)),
+        port,
+        "stream",
+        1400,
+        streams=2,
+        duration_s=0.5,
+        warmup_s=0.1,
+        rate_bps=20e6,
+    )
     sent_bps = (result.bytes + result.lost * 1400) * 8 / result.duration_s
     assert 14e6 < sent_bps < 21e6  # what a busy machine holds up is not made up for
 
@@ -185,9 +221,16 @@ def test_transactions_are_timed_one_by_one(
 ) -> None:
     port = server.serve(transport, family).port
     result = client.run(
-        transport, family, str(loopback(family)), port, mode, size,  # type: ignore[arg-type]
-        streams=2, duration_s=0.2, warmup_s=0.05,
-    )  # fmt: skip
+        transport,
+        family,
+        str(loopback(family)),
+        port,
+        mode,
+        size,  # type: ignore[arg-type]
+        streams=2,
+        duration_s=0.2,
+        warmup_s=0.05,
+    )
     assert result.transactions > 50
     assert result.transactions == sum(count for _, count in result.histogram_us)
     assert result.bytes == result.transactions * size
@@ -215,10 +258,16 @@ def test_one_server_serves_all_modes_at_once(client_port: int, server: Agent) ->
         with Agent.connect("127.0.0.1", client_port) as own:
             results.append(
                 own.run(
-                    transport, Family.IPV4, "127.0.0.1", port[transport], mode, 1000,  # type: ignore[arg-type]
-                    direction="down", duration_s=0.3,
+                    transport,
+                    Family.IPV4,
+                    "127.0.0.1",
+                    port[transport],
+                    mode,
+                    1000,  # type: ignore[arg-type]
+                    direction="down",
+                    duration_s=0.3,
                 )
-            )  # fmt: skip
+            )
 
     threads = [
         threading.Thread(target=go, args=(t, m)) for t in Transport for m in ("stream", "rr", "crr")
@@ -255,9 +304,14 @@ def test_a_port_that_nobody_serves_is_refused_at_once(
     began = monotonic()
     with pytest.raises(Error, match=rf":{stopped.port}: Connection refused"):
         client.run(
-            transport, family, str(loopback(family)), stopped.port, mode, 64,  # type: ignore[arg-type]
+            transport,
+            family,
+            str(loopback(family)),
+            stopped.port,
+            mode,
+            64,  # type: ignore[arg-type]
             duration_s=1,
-        )  # fmt: skip
+        )
     assert monotonic() - began < 1
 
 
@@ -274,9 +328,16 @@ def test_a_server_that_ends_in_mid_stream_ends_the_run(
         began = monotonic()
         with pytest.raises(Error, match=f"127.0.0.1:{server.port}: "):
             client.run(
-                transport, Family.IPV4, "127.0.0.1", server.port, "stream", size_of(transport),
-                direction=direction, duration_s=30, rate_bps=1e8,  # type: ignore[arg-type]
-            )  # fmt: skip
+                transport,
+                Family.IPV4,
+                "127.0.0.1",
+                server.port,
+                "stream",
+                size_of(transport),
+                direction=direction,
+                duration_s=30,
+                rate_bps=1e8,  # type: ignore[arg-type]
+            )
         assert monotonic() - began < 8
         timer.join()
 
@@ -291,9 +352,16 @@ def test_a_peer_that_vanishes_without_a_word_ends_every_kind_of_run(client_port:
             with Agent.connect("127.0.0.1", client_port) as own:
                 try:
                     own.run(
-                        transport, Family.IPV4, "127.0.0.1", port[transport], mode,  # type: ignore[arg-type]
-                        1000, direction=direction, duration_s=30, rate_bps=1e7,  # type: ignore[arg-type]
-                    )  # fmt: skip
+                        transport,
+                        Family.IPV4,
+                        "127.0.0.1",
+                        port[transport],
+                        mode,  # type: ignore[arg-type]
+                        1000,
+                        direction=direction,
+                        duration_s=30,
+                        rate_bps=1e7,  # type: ignore[arg-type]
+                    )
                 except Error as e:
                     faults.append(f"{transport} {mode} {direction}: {e}")
 
@@ -320,9 +388,15 @@ def test_a_client_that_vanishes_leaves_no_sender_behind(server: Agent) -> None:
             timer.start()
             with pytest.raises(Error, match="traffic agent: (run|the agent has ended)"):
                 other.agent.run(
-                    transport, Family.IPV4, "127.0.0.1", served.port, "stream", 1000,
-                    direction="down", duration_s=30,
-                )  # fmt: skip
+                    transport,
+                    Family.IPV4,
+                    "127.0.0.1",
+                    served.port,
+                    "stream",
+                    1000,
+                    direction="down",
+                    duration_s=30,
+                )
             timer.join()
         began = monotonic()
         server.stop(served)

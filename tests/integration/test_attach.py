@@ -116,8 +116,14 @@ def test_guests_join_and_leave_all_as_it_was(
     manifest: Callable[..., Path], name: str, theirs: Theirs, datapath: str
 ) -> None:
     before = theirs.state()
-    run("attach", "--netns", theirs.netns, "--datapath", datapath,
-        manifest(GUEST, runtime="standin"))  # fmt: skip
+    run(
+        "attach",
+        "--netns",
+        theirs.netns,
+        "--datapath",
+        datapath,
+        manifest(GUEST, runtime="standin"),
+    )
     guest_netns = f"{control.status(name)['netns']}-g1"
     for family in Family:
         assert echoes(theirs.connect(family))
@@ -134,8 +140,14 @@ def test_guests_join_and_leave_all_as_it_was(
 def test_processes_of_a_cgroup_that_is_named_go_past_lo(
     manifest: Callable[..., Path], name: str, theirs: Theirs
 ) -> None:
-    run("attach", "--netns", theirs.netns, "--cgroup", theirs.cgroup,
-        manifest(GUEST, runtime="standin"))  # fmt: skip
+    run(
+        "attach",
+        "--netns",
+        theirs.netns,
+        "--cgroup",
+        theirs.cgroup,
+        manifest(GUEST, runtime="standin"),
+    )
     script = 'echo $$ > "$0/cgroup.procs" && echo hello | exec nc -w 1 127.0.0.1 9000'
     assert theirs.run("busybox", "sh", "-c", script, str(theirs.cgroup)) == "hello\n"
     assert echoes(theirs.connect(Family.IPV4))
@@ -143,8 +155,9 @@ def test_processes_of_a_cgroup_that_is_named_go_past_lo(
     namespaces.create(theirs.owner, f"{theirs.name}-2").close()
     file = manifest(GUEST, runtime="standin")
     file.write_text(file.read_text().replace(name, f"{name}-2"))
-    refused = run("attach", "--netns", f"{theirs.netns}-2", "--cgroup", theirs.cgroup, file,
-                  status=3)  # fmt: skip
+    refused = run(
+        "attach", "--netns", f"{theirs.netns}-2", "--cgroup", theirs.cgroup, file, status=3
+    )
     assert "is the cgroup of another pod" in refused.stderr
     assert control.describe(name)["counters"]["steered"]["packets"] == 1
     run("down", name)
@@ -159,8 +172,12 @@ def test_a_pod_known_by_a_process_of_it_is_kept_after_the_keeper_s_death(
     with ending(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)) as one:
         assert one.stdout
         assert one.stdout.readline() == "ready\n"
-        attach = ("attach", "--netns", f"/proc/{one.pid}/ns/net",
-                  manifest(GUEST, runtime="standin"))  # fmt: skip
+        attach = (
+            "attach",
+            "--netns",
+            f"/proc/{one.pid}/ns/net",
+            manifest(GUEST, runtime="standin"),
+        )
         run(*attach)
         os.kill(control.status(name)["keeper"], signal.SIGKILL)
         wait_until(lambda: control.status(name)["keeper"] is None, "it is dead")
@@ -200,14 +217,17 @@ def test_what_cannot_be_joined_is_left_alone(
     assert theirs.state() == before
 
 
-@pytest.mark.parametrize(("command", "problem"), [
-    ("ip addr add 169.254.79.9/32 dev eth0", "an address 169.254.79.9/32"),
-    ("ip route add fd77::78:0/112 dev lo", "a route to fd77::78:0/112"),
-    ("ip link add g1 type bridge", "a link g1"),
-    ("tc qdisc add dev lo clsact", "programs on lo"),
-    ("sysctl -qw net/ipv6/conf/lo/disable_ipv6=1", "IPv6 is disabled on lo"),
-    ("ip link set lo down", "lo is down"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [
+        ("ip addr add 169.254.79.9/32 dev eth0", "an address 169.254.79.9/32"),
+        ("ip route add fd77::78:0/112 dev lo", "a route to fd77::78:0/112"),
+        ("ip link add g1 type bridge", "a link g1"),
+        ("tc qdisc add dev lo clsact", "programs on lo"),
+        ("sysctl -qw net/ipv6/conf/lo/disable_ipv6=1", "IPv6 is disabled on lo"),
+        ("ip link set lo down", "lo is down"),
+    ],
+)
 def test_what_is_in_the_way_is_named(theirs: Theirs, command: str, problem: str) -> None:
     theirs.run(*command.split())
     before = theirs.state()

@@ -38,8 +38,20 @@ def copy(tmp_path: Path) -> Path:
 
 def bench(project: Path) -> tuple[int, str]:
     """Exit status and output of one benchmark there."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "bench", TEST, "--benchmark-quiet",
-               "--benchmark-json", "run.json", "-p", "no:cacheprovider"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "bench",
+        TEST,
+        "--benchmark-quiet",
+        "--benchmark-json",
+        "run.json",
+        "-p",
+        "no:cacheprovider",
+    ]
     env = os.environ | {"PYTHONPATH": str(project)}
     env.pop("PYTEST_XDIST_WORKER", None)  # it would measure nothing, as if it were one
     done = subprocess.run(

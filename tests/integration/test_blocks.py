@@ -37,10 +37,25 @@ def blocks(folder: Path, width: float, limit: float, *arguments: str) -> list[Tr
     plan, out = folder / "narrow.toml", folder / "out"
     plan.write_text(PLAN.format(width=width, limit=limit))
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "testbed.cli", "run", "--plan", plan, "--guest", "standin",
-         "--out", out, *arguments],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120 * facts.slowness(),
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-P",
+            "-m",
+            "testbed.cli",
+            "run",
+            "--plan",
+            plan,
+            "--guest",
+            "standin",
+            "--out",
+            out,
+            *arguments,
+        ],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120 * facts.slowness(),
+    )
     assert done.returncode == 0, done.stderr
     assert "Servers that wait 50 µs" in done.stdout
     return store.open(out).trials()

@@ -72,9 +72,13 @@ def command(
     *arguments: str | Path, environment: Mapping[str, str] = os.environ, before: Sequence[str] = ()
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*before, *TESTBED, *map(str, arguments)], env={**os.environ, **environment},
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT_S * slowness(),
-    )  # fmt: skip
+        [*before, *TESTBED, *map(str, arguments)],
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S * slowness(),
+    )
 
 
 def run(plan: Path, out: Path, *arguments: str) -> list[str]:
@@ -100,16 +104,20 @@ class Running:
         self.out = out
         self.process = subprocess.Popen(
             [*TESTBED, *run(plan, out, *arguments)],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            text=True, process_group=0,
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            process_group=0,
+        )
 
     def wait_for_trials(self, count: int) -> None:
         log = self.out / "trials.jsonl"
         wait_until(
             lambda: (log.exists() and log.read_bytes().count(b"\n") >= count) or self.ended,
-            f"{count} trials", LIMIT_S,
-        )  # fmt: skip
+            f"{count} trials",
+            LIMIT_S,
+        )
         assert not self.ended
 
     @property
@@ -385,13 +393,16 @@ def test_a_folder_that_cannot_be_written_is_one_line(plan: Path, tmp_path: Path)
         (["run", "--blocks", "0"], 2, "0 is less than 1"),
         (["run", "--plan", "nonesuch"], 3, "nonesuch.toml: No such file or directory"),
         (["run", "--plan", "quick", "--cells", "tcp/*"], 3, "no cell of plan quick matches"),
-        (["run", "--plan", "quick", "--guest", "osv", "--osv-kernel", "/bin/true", "--out", "@"],
-         3, "/bin/true is no OSv kernel"),
+        (
+            ["run", "--plan", "quick", "--guest", "osv", "--osv-kernel", "/bin/true", "--out", "@"],
+            3,
+            "/bin/true is no OSv kernel",
+        ),
         (["run", "--resume", "@"], 3, "no campaign there"),
         (["table", "@"], 3, "no campaign there"),
         (["figures", "@"], 3, "no campaign there"),
     ],
-)  # fmt: skip
+)
 def test_usage_is_told_in_one_line(
     tmp_path: Path, arguments: list[str], code: int, says: str
 ) -> None:

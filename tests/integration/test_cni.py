@@ -46,8 +46,12 @@ T = TypeVar("T")
 
 def guest(port: int = PORT) -> dict[str, Any]:
     """A Pod with a guest that echoes."""
-    container = {"name": "guest", "image": "host:busybox", "ports": [{"containerPort": port}],
-                 "args": ["nc", "-ll", "-p", str(port), "-e", "cat"]}  # fmt: skip
+    container = {
+        "name": "guest",
+        "image": "host:busybox",
+        "ports": [{"containerPort": port}],
+        "args": ["nc", "-ll", "-p", str(port), "-e", "cat"],
+    }
     spec = {"runtimeClassName": "standin", "containers": [container]}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "guests"}, "spec": spec}
 
@@ -80,14 +84,22 @@ class Runtime:
         given = {"cniVersion": self.network["cniVersion"], "name": self.network["name"], **plugin}
         if previous is not None:
             given["prevResult"] = previous
-        variables = {"CNI_COMMAND": command, "CNI_CONTAINERID": self.container,
-                     "CNI_NETNS": self.netns, "CNI_IFNAME": "eth0",
-                     "CNI_PATH": ":".join(FOLDERS), "PATH": os.environ["PATH"]}  # fmt: skip
+        variables = {
+            "CNI_COMMAND": command,
+            "CNI_CONTAINERID": self.container,
+            "CNI_NETNS": self.netns,
+            "CNI_IFNAME": "eth0",
+            "CNI_PATH": ":".join(FOLDERS),
+            "PATH": os.environ["PATH"],
+        }
         done = subprocess.run(
             ["nsenter", f"--net={namespaces.NETNS / self.host}", str(program)],
-            input=json.dumps(given), env=variables | environment,
-            check=False, text=True, capture_output=True,
-        )  # fmt: skip
+            input=json.dumps(given),
+            env=variables | environment,
+            check=False,
+            text=True,
+            capture_output=True,
+        )
         return done.returncode, json.loads(done.stdout) if done.stdout else done.stderr
 
     def all(self, command: str, **environment: str) -> None:
@@ -145,8 +157,9 @@ def test_guests_join_a_pod_of_other_plugins_and_leave_it(chained: Runtime) -> No
     chained.all("ADD", **arguments)
     assert chained.cached
     assert {a["address"].partition("/")[0] for a in chained.cached["ips"]} == {
-        "10.99.0.2", "fd99::2",
-    }  # fmt: skip
+        "10.99.0.2",
+        "fd99::2",
+    }
     names = [i["name"] for i in chained.cached["interfaces"]]
     assert (names[0], names[-2:]) == ("cni0", ["eth0", "g1"])
     chained.all("CHECK", **arguments)
@@ -162,10 +175,12 @@ def test_guests_join_a_pod_of_other_plugins_and_leave_it(chained: Runtime) -> No
 def test_what_the_plugin_before_made_goes_through_unchanged(runtime: Runtime) -> None:
     own = runtime.network["plugins"][0]
     before = {
-        "cniVersion": "1.0.0", "interfaces": [{"name": "eth0", "mac": "02:00:00:00:00:01"}],
-        "ips": [{"address": "10.1.2.3/24", "interface": 0}], "dns": {"nameservers": ["10.1.2.1"]},
+        "cniVersion": "1.0.0",
+        "interfaces": [{"name": "eth0", "mac": "02:00:00:00:00:01"}],
+        "ips": [{"address": "10.1.2.3/24", "interface": 0}],
+        "dns": {"nameservers": ["10.1.2.1"]},
         "routes": [{"dst": "0.0.0.0/0"}],
-    }  # fmt: skip
+    }
     status, after = runtime.call("ADD", own, before)
     assert status == 0, after
     added = after["interfaces"].pop()
@@ -205,19 +220,22 @@ def test_a_check_finds_out_and_a_delete_cleans_up_after_a_killed_keeper(runtime:
     assert not there(runtime.container)
 
 
-@pytest.mark.parametrize(("change", "environment", "code", "words"), [
-    ({"cniVersion": "2.0.0"}, {}, 1, "cniVersion '2.0.0'"),
-    ({"guest": 1}, {}, 2, "guest is 1"),
-    ({}, {"CNI_COMMAND": "GET"}, 4, "CNI_COMMAND is 'GET'"),
-    ({}, {"CNI_NETNS": ""}, 4, "CNI_NETNS is not set"),
-    ({}, {"CNI_ARGS": "K8S_POD_NAME=../x"}, 4, "'../x' is no name of a pod"),
-    ({"prevResult": None}, {}, 7, "no prevResult"),
-    ({"guests": "/none.yaml"}, {}, 7, "cannot read /none.yaml"),
-    ({"guests": {"kind": "Pod"}}, {}, 7, "guests, apiVersion"),
-    ({"datapath": "dnat"}, {}, 100, "dnat needs a pod that it has for itself"),
-    ({}, {"CNI_NETNS": "/etc/passwd"}, 100, "/etc/passwd is no network namespace"),
-    ({"runtimeConfig": {"cgroupPath": "/none"}}, {}, 100, "none is no cgroup"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "environment", "code", "words"),
+    [
+        ({"cniVersion": "2.0.0"}, {}, 1, "cniVersion '2.0.0'"),
+        ({"guest": 1}, {}, 2, "guest is 1"),
+        ({}, {"CNI_COMMAND": "GET"}, 4, "CNI_COMMAND is 'GET'"),
+        ({}, {"CNI_NETNS": ""}, 4, "CNI_NETNS is not set"),
+        ({}, {"CNI_ARGS": "K8S_POD_NAME=../x"}, 4, "'../x' is no name of a pod"),
+        ({"prevResult": None}, {}, 7, "no prevResult"),
+        ({"guests": "/none.yaml"}, {}, 7, "cannot read /none.yaml"),
+        ({"guests": {"kind": "Pod"}}, {}, 7, "guests, apiVersion"),
+        ({"datapath": "dnat"}, {}, 100, "dnat needs a pod that it has for itself"),
+        ({}, {"CNI_NETNS": "/etc/passwd"}, 100, "/etc/passwd is no network namespace"),
+        ({"runtimeConfig": {"cgroupPath": "/none"}}, {}, 100, "none is no cgroup"),
+    ],
+)
 def test_errors_are_as_the_specification_has_them(
     runtime: Runtime, change: dict[str, Any], environment: dict[str, str], code: int, words: str
 ) -> None:
@@ -239,9 +257,13 @@ def test_versions_are_told_fast() -> None:
     for _ in range(5):
         began = time.monotonic()
         done = subprocess.run(
-            [OWN], input='{"cniVersion": "1.0.0"}', capture_output=True, text=True, check=True,
+            [OWN],
+            input='{"cniVersion": "1.0.0"}',
+            capture_output=True,
+            text=True,
+            check=True,
             env={"CNI_COMMAND": "VERSION"},
-        )  # fmt: skip
+        )
         times_s.append(time.monotonic() - began)
         assert "1.0.0" in json.loads(done.stdout)["supportedVersions"]
     assert min(times_s) < 0.2 * slowness()
@@ -273,8 +295,13 @@ class Podman:
     def run(self, *command: str | Path, status: int = 0) -> str:
         settings = {"CONTAINERS_CONF": str(self.work / "containers.conf")}
         inside = ["nsenter", f"--target={self.host}", "--net", "--mount"]
-        done = subprocess.run([*inside, *map(str, command)], capture_output=True, text=True,
-                              env=os.environ | settings, check=False)  # fmt: skip
+        done = subprocess.run(
+            [*inside, *map(str, command)],
+            capture_output=True,
+            text=True,
+            env=os.environ | settings,
+            check=False,
+        )
         assert done.returncode == status, done.stderr
         return done.stdout
 

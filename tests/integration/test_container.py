@@ -67,9 +67,17 @@ def test_it_is_alone_but_in_the_pods_network(run: Run, pod: Pod) -> None:
         shell("echo $$; hostname; cat /etc/hosts /etc/resolv.conf /etc/hostname; ls /sys/class/net")
     )
     assert text.split() == [
-        "1", "shop", "127.0.0.1", "localhost", "10.1.2.3", "db", "nameserver", "127.0.0.11",
-        "shop", "lo",
-    ]  # fmt: skip
+        "1",
+        "shop",
+        "127.0.0.1",
+        "localhost",
+        "10.1.2.3",
+        "db",
+        "nameserver",
+        "127.0.0.11",
+        "shop",
+        "lo",
+    ]
 
 
 def test_it_may_what_docker_lets_it(run: Run) -> None:
@@ -116,10 +124,22 @@ def test_an_oci_image_says_what_runs(run: Run, tmp_path: Path, packed: bool) -> 
         ["init", "--layout", str(layout)],
         ["new", "--image", image],
         ["insert", "--image", image, str(root), "/"],
-        ["config", "--image", image, "--config.entrypoint", "/bin/sh", "--config.entrypoint", "-c",
-         "--config.cmd", "echo $GREETING from $(pwd)", "--config.env", "GREETING=hello",
-         "--config.workingdir", "/srv"],
-    ):  # fmt: skip
+        [
+            "config",
+            "--image",
+            image,
+            "--config.entrypoint",
+            "/bin/sh",
+            "--config.entrypoint",
+            "-c",
+            "--config.cmd",
+            "echo $GREETING from $(pwd)",
+            "--config.env",
+            "GREETING=hello",
+            "--config.workingdir",
+            "/srv",
+        ],
+    ):
         subprocess.run(["umoci", *command], check=True, capture_output=True)
     name = f"oci:{image}"
     if packed:

@@ -67,8 +67,14 @@ def clone(tmp_path: Path) -> Iterator[Path]:
 def test_what_a_page_tells_to_type_does_what_it_says(clone: Path, page: Path) -> None:
     blocks = [block for marked, block in BLOCK.findall(page.read_text()) if marked]
     for command, printed in (c for block in blocks for c in commands(block)):
-        done = subprocess.run(["bash", "-euc", command], cwd=clone, stdin=subprocess.DEVNULL,
-                              capture_output=True, text=True, check=False)  # fmt: skip
+        done = subprocess.run(
+            ["bash", "-euc", command],
+            cwd=clone,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, f"{command}: {done.stderr}"
         expected = r"\n".join(re.escape(p).replace("…", ".*") for p in printed)
         said = "\n".join(line.rstrip() for line in done.stdout.splitlines())

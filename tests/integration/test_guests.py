@@ -54,8 +54,14 @@ def start(
         def start(name: str, guest: Prepared, pairs: Collection[Pair]) -> Pod:
             runtime = guest.description.runtime
             kinds = {**prepared, runtime: guest}
-            pod = Pod(owner, name, roles.manifest(pairs, runtime), datapaths.get("capture"), kinds,
-                      consoles / name)  # fmt: skip
+            pod = Pod(
+                owner,
+                name,
+                roles.manifest(pairs, runtime),
+                datapaths.get("capture"),
+                kinds,
+                consoles / name,
+            )
             stack.enter_context(pod).start()
             stack.enter_context(Reconciler(pod))
             return pod
@@ -162,8 +168,14 @@ def test_cells_of_a_family_that_the_kernel_lacks_are_unsupported_with_the_reason
 ) -> None:
     guest = osv("master")
     lacking = cell(Pair.NATIVE_GUEST, Family.IPV6, Transport.TCP, Metric.LATENCY).id
-    job = protocol.Job(((0, (lacking,)),), 0, DURATIONS_S[0], "osv", str(tmp_path),
-                     osv_kernel=str(guest.kernel.path))  # fmt: skip
+    job = protocol.Job(
+        ((0, (lacking,)),),
+        0,
+        DURATIONS_S[0],
+        "osv",
+        str(tmp_path),
+        osv_kernel=str(guest.kernel.path),
+    )
     (event,) = (e for e in worker.work(job) if e["event"] == "trial")
     assert event["trial"]["status"] == "unsupported"
     assert event["trial"]["reason"] == (

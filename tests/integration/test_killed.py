@@ -77,9 +77,12 @@ def harness(mark: str) -> Iterator[int]:
 
 def start(mark: str, *words: str | Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [*TESTBED, *map(str, words)], env=os.environ | {MARK: mark},
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [*TESTBED, *map(str, words)],
+        env=os.environ | {MARK: mark},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
 
 
 def kill_once(number: int, seed: int, folder: Path) -> str | None:

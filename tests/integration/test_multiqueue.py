@@ -45,11 +45,14 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     told = f"{WATCHED} & exec /agent --control-port {CONTROL_PORT}"
     program = Program(str(image), args=("-c", told), cpus=CPUS)
     usual = roles.manifest({Pair.NATIVE_GUEST, Pair.GUEST_NATIVE}, Runtime.LINUX)
-    return Manifest(tuple(
-        replace(w, program=program, cpus=(), control_port=CONTROL_PORT)
-        if w.runtime is Runtime.LINUX else w
-        for w in usual.workloads
-    ))  # fmt: skip
+    return Manifest(
+        tuple(
+            replace(w, program=program, cpus=(), control_port=CONTROL_PORT)
+            if w.runtime is Runtime.LINUX
+            else w
+            for w in usual.workloads
+        )
+    )
 
 
 @pytest.mark.parametrize("datapath", ["steer", "capture"])

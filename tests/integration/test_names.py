@@ -48,8 +48,10 @@ def start(bench: Bench, output: Path, *arguments: str) -> subprocess.Popen[bytes
     """A server among the pod's natives; their sockets know their cgroup from the start."""
     server = process.spawn(
         [sys.executable, "-c", NATIVE, *arguments],
-        cgroup=bench.pod.cgroup, netns=bench.pod.netns, output=output,
-    )  # fmt: skip
+        cgroup=bench.pod.cgroup,
+        netns=bench.pod.netns,
+        output=output,
+    )
     wait_until(lambda: output.read_text() == "ready\n" or server.poll() is not None, "it listens")
     return server
 

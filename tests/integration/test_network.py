@@ -182,11 +182,15 @@ def test_nothing_else_comes_in_from_outside(bench: Bench, family: Family) -> Non
     """Not to addresses of the pod's inside, and not from such, to whatever socket."""
     pod = bench.pod.addresses[family]
     inside = [
-        addresses.alias(family), addresses.native_source(family),
-        addresses.native_source_odd(family), addresses.guest_view(family, 1),
-        addresses.native_view(family, 1), addresses.loopback(family),
-        addresses.pod_link(family), guest_link(family, 1),
-    ]  # fmt: skip
+        addresses.alias(family),
+        addresses.native_source(family),
+        addresses.native_source_odd(family),
+        addresses.guest_view(family, 1),
+        addresses.native_view(family, 1),
+        addresses.loopback(family),
+        addresses.pod_link(family),
+        guest_link(family, 1),
+    ]
     stranger = node_address(family)
     ends = [(stranger, to) for to in inside] + [(s, to) for s in inside for to in (*inside, pod)]
     with namespaces.open_socket(bench.pod.netns) as ip:
@@ -194,8 +198,9 @@ def test_nothing_else_comes_in_from_outside(bench: Bench, family: Family) -> Non
     layer = IP if family is Family.IPV4 else IPv6
     frames = [
         bytes(Ether(dst=mac) / layer(src=str(s), dst=str(to)) / UDP(sport=7, dport=port) / b"bad")
-        for s, to in ends for port in PORTS.values()
-    ]  # fmt: skip
+        for s, to in ends
+        for port in PORTS.values()
+    ]
     honest = bytes(
         Ether(dst=mac) / layer(src=str(stranger), dst=str(pod)) / UDP(dport=PORTS[0]) / b"good"
     )
@@ -242,10 +247,11 @@ def test_a_pod_that_claims_anothers_address_is_not_heard(
     frames = [
         bytes(Ether(dst=mac) / layer(src=str(source), dst=to) / UDP(dport=PORTS[0]) / text)
         for source, text in (
-            (addresses.pod_address(family, 900), b"bad"), (node_address(family), b"bad"),
+            (addresses.pod_address(family, 900), b"bad"),
+            (node_address(family), b"bad"),
             (peer.addresses[family], b"good"),
         )
-    ]  # fmt: skip
+    ]
     with bench.serve(0, family, Transport.UDP) as server:
         send_frames(peer.netns, node.UPLINK, *frames)
         assert server.recv(100) == b"good"

@@ -203,10 +203,14 @@ def test_a_socket_bound_to_loopback_hears_nothing_from_outside(
     """Neither at its address nor at the pod's; one at all addresses hears what is for the pod."""
     loopback, pod = addresses.loopback(family), addresses.pod_link(family)
     frames = [
-        framed("02:00:00:00:00:99", addresses.POD_MAC, packet(STRANGER[family], to, Transport.UDP),
-               PORTS[0])
+        framed(
+            "02:00:00:00:00:99",
+            addresses.POD_MAC,
+            packet(STRANGER[family], to, Transport.UDP),
+            PORTS[0],
+        )
         for to in (loopback, pod)
-    ]  # fmt: skip
+    ]
     with bench.serve(0, family, Transport.UDP, str(loopback)) as server:
         send_frames(bench.pod.link_netns, "bridge", *frames)
         server.setblocking(False)

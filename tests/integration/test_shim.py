@@ -116,9 +116,11 @@ def manifest(folder: Path) -> Manifest:
 
     def guest(name: str, definition: Path, *ports: int, args: Sequence[str] = ()) -> Workload:
         return Workload(
-            name, Runtime.OSV, tuple((t, p) for p in ports for t in Transport),
+            name,
+            Runtime.OSV,
+            tuple((t, p) for p in ports for t in Transport),
             program=Program(str(definition), args=tuple(args)),
-        )  # fmt: skip
+        )
 
     guests = [
         guest("agent", agent, *GUEST_PORTS),
@@ -126,15 +128,23 @@ def manifest(folder: Path) -> Manifest:
         guest("nginx", folder / "nginx.toml", SERVERS["nginx"]),
         guest("iperf3", paths.OSV / "iperf3.toml", 5201),
         guest("curl", paths.OSV / "curl.toml"),
-        guest("curl-ipv6", paths.OSV / "curl.toml",
-              args=["--silent", "--show-error", f"http://[::1]:{HTTP_PORT}/"]),
-        guest("messages4", messages, MESSAGES_PORT,
-              args=["4", str(MESSAGES_PORT), "127.0.0.1", "8"]),
-        guest("messages6", messages, MESSAGES_PORT + 1,
-              args=["6", str(MESSAGES_PORT + 1), "::1", "8"]),
-        guest("iperf3-client", paths.OSV / "iperf3.toml",
-              args=["--client", "127.0.0.1", "--port", str(IPERF_PORT), "--time", "1"]),
-    ]  # fmt: skip
+        guest(
+            "curl-ipv6",
+            paths.OSV / "curl.toml",
+            args=["--silent", "--show-error", f"http://[::1]:{HTTP_PORT}/"],
+        ),
+        guest(
+            "messages4", messages, MESSAGES_PORT, args=["4", str(MESSAGES_PORT), "127.0.0.1", "8"]
+        ),
+        guest(
+            "messages6", messages, MESSAGES_PORT + 1, args=["6", str(MESSAGES_PORT + 1), "::1", "8"]
+        ),
+        guest(
+            "iperf3-client",
+            paths.OSV / "iperf3.toml",
+            args=["--client", "127.0.0.1", "--port", str(IPERF_PORT), "--time", "1"],
+        ),
+    ]
     return Manifest(tuple(guests))
 
 
@@ -260,10 +270,13 @@ def echo(pod: Pod, family: Family, transport: Transport) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("family", "dialed"),
     [
-        (Family.IPV4, "127.0.0.1"), (Family.IPV4, "127.0.0.9"), (Family.IPV4, "0.0.0.0"),
-        (Family.IPV6, "::1"), (Family.IPV6, "::"),
+        (Family.IPV4, "127.0.0.1"),
+        (Family.IPV4, "127.0.0.9"),
+        (Family.IPV4, "0.0.0.0"),
+        (Family.IPV6, "::1"),
+        (Family.IPV6, "::"),
     ],
-)  # fmt: skip
+)
 @TRANSPORTS
 def test_loopback_that_is_dialed_is_the_pods(
     pod: Pod, guest: Guest, family: Family, dialed: str, transport: Transport
@@ -440,8 +453,11 @@ def started(pod: Pod, name: str) -> Iterator[None]:
     pod.start_workload(name)
     try:
         if name in SERVERS:
-            wait_until(lambda: accepts(pod, SERVERS[name]) or bool(failure(pod, name)),
-                       f"{name} serves", 40)  # fmt: skip
+            wait_until(
+                lambda: accepts(pod, SERVERS[name]) or bool(failure(pod, name)),
+                f"{name} serves",
+                40,
+            )
             if said := failure(pod, name):
                 pytest.skip(f"OSv itself fails: {said}")
         yield
@@ -552,10 +568,20 @@ def test_iperf3_in_a_guest_dials_a_native(pod: Pod) -> None:
     if shutil.which("iperf3") is None:
         pytest.skip("no iperf3")
     server = process.spawn(
-        ["iperf3", "--server", "--one-off", "--forceflush", "--bind", "127.0.0.1",
-         "--port", str(IPERF_PORT)],
-        cgroup=pod.cgroup, netns=pod.netns, output=pod.console("native-iperf3-server"),
-    )  # fmt: skip
+        [
+            "iperf3",
+            "--server",
+            "--one-off",
+            "--forceflush",
+            "--bind",
+            "127.0.0.1",
+            "--port",
+            str(IPERF_PORT),
+        ],
+        cgroup=pod.cgroup,
+        netns=pod.netns,
+        output=pod.console("native-iperf3-server"),
+    )
     try:
         wait_until(lambda: "listening" in pod.console("native-iperf3-server").read_text(), "server")
         with started(pod, "iperf3-client"):

@@ -51,12 +51,15 @@ def test_a_pod_stands_until_it_is_taken_down(manifest: Callable[..., Path], name
 
 
 def test_top_tells_what_each_pair_carries(manifest: Callable[..., Path], name: str) -> None:
-    file = manifest("""
+    file = manifest(
+        """
         - name: guest
           image: "host:busybox"
           args: [nc, -ll, -p, "9000", -e, cat]
           ports: [{containerPort: 9000}]
-    """, runtime="standin")  # fmt: skip
+    """,
+        runtime="standin",
+    )
     run("up", file)
     netns = control.status(name)["netns"]
     stop = threading.Event()
@@ -101,10 +104,13 @@ def test_logs_and_exec(manifest: Callable[..., Path], name: str) -> None:
 def test_what_ends_is_started_again_as_the_policy_says(
     manifest: Callable[..., Path], name: str
 ) -> None:
-    file = manifest("""
+    file = manifest(
+        """
         - {name: good, image: "host:true"}
         - {name: bad, image: "host:false"}
-    """, "restartPolicy: OnFailure")  # fmt: skip
+    """,
+        "restartPolicy: OnFailure",
+    )
     subprocess.run([*TESTBED, "up", file, "--wait=1"], check=False)
     wait_until(lambda: workload(name, "bad")["restarts"] >= 1, "a restart")
     good = workload(name, "good")
@@ -113,12 +119,15 @@ def test_what_ends_is_started_again_as_the_policy_says(
 
 
 def test_a_guest_that_is_killed_comes_back(manifest: Callable[..., Path], name: str) -> None:
-    file = manifest("""
+    file = manifest(
+        """
         - name: guest
           image: "host:busybox"
           args: [nc, -ll, -p, "9000", -e, cat]
           ports: [{containerPort: 9000}]
-    """, runtime="standin")  # fmt: skip
+    """,
+        runtime="standin",
+    )
     run("up", file)
     os.kill(workload(name, "guest")["pid"], signal.SIGKILL)
     wait_until(lambda: workload(name, "guest")["restarts"] == 1, "a restart")
@@ -128,7 +137,8 @@ def test_a_guest_that_is_killed_comes_back(manifest: Callable[..., Path], name: 
 def test_init_containers_run_first_and_probes_are_asked(
     manifest: Callable[..., Path], name: str, tmp_path: Path
 ) -> None:
-    file = manifest(f"""
+    file = manifest(
+        f"""
         - name: server
           image: "host:busybox"
           args: [httpd, -f, -p, "8080", -h, {tmp_path}]
@@ -136,16 +146,20 @@ def test_init_containers_run_first_and_probes_are_asked(
           readinessProbe: {{httpGet: {{port: web, path: /made}}, periodSeconds: 1}}
           livenessProbe: {{exec: {{command: [test, -e, {tmp_path}/made]}}, periodSeconds: 1,
                           failureThreshold: 1}}
-    """, f"""
+    """,
+        f"""
         initContainers:
         - {{name: first, image: "host:sh", args: [-c, "sleep 0.2; mkdir {tmp_path}/site"]}}
         - {{name: second, image: "host:sh",
             args: [-c, "echo yes > {tmp_path}/site/page && ln -s site/page {tmp_path}/made"]}}
-    """)  # fmt: skip
+    """,
+    )
     run("up", file)
     assert [w["state"] for w in control.status(name)["workloads"]] == [
-        "completed", "completed", "running",
-    ]  # fmt: skip
+        "completed",
+        "completed",
+        "running",
+    ]
     (tmp_path / "made").unlink()
     wait_until(lambda: workload(name, "server")["restarts"] >= 1, "it is found dead")
 
@@ -175,10 +189,13 @@ def test_an_interrupted_up_leaves_nothing(manifest: Callable[..., Path], name: s
 def test_clean_takes_down_what_a_killed_keeper_left(
     manifest: Callable[..., Path], name: str
 ) -> None:
-    file = manifest("""
+    file = manifest(
+        """
         - {name: box, image: "host:", command: [sleep, "1000"],
            resources: {limits: {memory: 32Mi}}}
-    """, runtime="container")  # fmt: skip
+    """,
+        runtime="container",
+    )
     run("up", file)
     os.kill(control.status(name)["keeper"], signal.SIGKILL)
     wait_until(lambda: control.status(name)["keeper"] is None, "it is dead")
@@ -206,8 +223,13 @@ def test_a_shell_is_told_commands_and_the_names_of_pods(
 ) -> None:
     run("up", manifest('- {name: a, image: "host:sleep", args: ["1000"]}'))
     told = tmp_path / "told"
-    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)),
-             "_ARGCOMPLETE_STDOUT_FILENAME": str(told), "_ARGCOMPLETE_IFS": "\n"}  # fmt: skip
+    asked = {
+        "_ARGCOMPLETE": "1",
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(told),
+        "_ARGCOMPLETE_IFS": "\n",
+    }
     subprocess.run(TESTBED, env=os.environ | asked, check=False)
     assert (offered or name) in told.read_text().split()
     assert "complete" in run("completion", "bash").stdout

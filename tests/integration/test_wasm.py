@@ -125,9 +125,8 @@ def bench(
 ) -> Iterator[tuple[Pod, Prepared]]:
     """A pod of what the pairs need, and its guest."""
     kinds = {
-        kind: runtimes.prepare(kind, Options())
-        for kind in (*roles.natives(PAIRS), Runtime.STANDIN)
-    }  # fmt: skip
+        kind: runtimes.prepare(kind, Options()) for kind in (*roles.natives(PAIRS), Runtime.STANDIN)
+    }
     manifest = roles.manifest(PAIRS, Runtime.STANDIN)
     name, consoles = f"agents-{request.param}", tmp_path_factory.mktemp("consoles")
     with Pod(owner, name, manifest, get(request.param), kinds, consoles) as pod:

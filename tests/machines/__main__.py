@@ -22,8 +22,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 def main(args: list[str]) -> int:
     if not args or args[0] not in COMMANDS:
-        print(*(f"python3 -m tests.machines {name}  # {what}" for name, what in COMMANDS.items()),
-              sep="\n")  # fmt: skip
+        print(
+            *(f"python3 -m tests.machines {name}  # {what}" for name, what in COMMANDS.items()),
+            sep="\n",
+        )
         return 0 if args in (["-h"], ["--help"]) else 2
     for number in SIGNALS:
         signal.signal(number, interrupt)

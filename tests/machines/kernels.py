@@ -32,9 +32,15 @@ PAGE = roots.REPOSITORY / "docs/machines.md"
 BEGIN, END = "<!-- kernels: nox -s kernels -->", "<!-- end of kernels -->"
 
 TESTED = (
-    "agent", "bpf", "experiments", "testbed", "tests/bpf", "bootstrap", "packages.txt",
+    "agent",
+    "bpf",
+    "experiments",
+    "testbed",
+    "tests/bpf",
+    "bootstrap",
+    "packages.txt",
     "pyproject.toml",
-)  # fmt: skip
+)
 """What the steps run."""
 
 COMPILERS = {"bookworm": "Debian 12", "trixie": "Debian 13"}
@@ -43,12 +49,22 @@ ENVIRONMENT = "PYTHONUNBUFFERED=1 TESTBED_SLOWNESS=8"
 
 DATAPATHS = ("steer", "capture")
 CHECKS = (
-    "connect", "refused", "listen-loopback", "half-close", "reset", "both-ways-at-once",
-    "datagram", "datagram-refused", "datagram-names",
-    "resolves", "client-names", "accept-names",
-    "forged-source-of-guest", "pods-are-apart",
+    "connect",
+    "refused",
+    "listen-loopback",
+    "half-close",
+    "reset",
+    "both-ways-at-once",
+    "datagram",
+    "datagram-refused",
+    "datagram-names",
+    "resolves",
+    "client-names",
+    "accept-names",
+    "forged-source-of-guest",
+    "pods-are-apart",
     "server-killed",
-)  # fmt: skip
+)
 """Of each kind some, and of those that are quick."""
 
 
@@ -128,25 +144,56 @@ class Row:
 
 ROWS = (
     *(Row(kernel, compiler) for kernel in linux.SUITES for compiler in COMPILERS),
-    Row("6.1", "bookworm", "IPv6 off by `ipv6.disable=1`, as if compiled out",
-        steps=(doctor(says="degraded +IPv6 .*ipv6.disable"), cells("*/ipv4/*"),
-               checks("--family ipv4")),
-        machine={"append": "ipv6.disable=1"}),
-    Row("6.1", "bookworm", "IPv6 off by sysctl",
+    Row(
+        "6.1",
+        "bookworm",
+        "IPv6 off by `ipv6.disable=1`, as if compiled out",
+        steps=(
+            doctor(says="degraded +IPv6 .*ipv6.disable"),
+            cells("*/ipv4/*"),
+            checks("--family ipv4"),
+        ),
+        machine={"append": "ipv6.disable=1"},
+    ),
+    Row(
+        "6.1",
+        "bookworm",
+        "IPv6 off by sysctl",
         setup="sysctl -w net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1",
-        steps=(doctor(), checks())),
-    Row("6.1", "bookworm", "no cgroup2 mounted",
+        steps=(doctor(), checks()),
+    ),
+    Row(
+        "6.1",
+        "bookworm",
+        "no cgroup2 mounted",
         steps=(doctor(1, "missing +cgroup2 .*mount -t cgroup2"),),
-        machine={"cgroups": "none"}),
-    Row("6.1", "bookworm", "cgroups of both versions (hybrid)",
+        machine={"cgroups": "none"},
+    ),
+    Row(
+        "6.1",
+        "bookworm",
+        "cgroups of both versions (hybrid)",
         steps=(doctor(says="fine +cgroup2 +at /sys/fs/cgroup/unified"), checks()),
-        machine={"cgroups": "hybrid"}),
-    Row("6.1", "bookworm", "no BTF of the kernel", steps=(doctor(), checks()),
-        machine={"btf": False}),
-    *(Row("6.1", "bookworm", arch=arch,
-          steps=(doctor(), bpf(), cells("native-guest/ipv4/tcp/latency/*")))
-      for arch in roots.MACHINES if arch != roots.architecture()),
-)  # fmt: skip
+        machine={"cgroups": "hybrid"},
+    ),
+    Row(
+        "6.1",
+        "bookworm",
+        "no BTF of the kernel",
+        steps=(doctor(), checks()),
+        machine={"btf": False},
+    ),
+    *(
+        Row(
+            "6.1",
+            "bookworm",
+            arch=arch,
+            steps=(doctor(), bpf(), cells("native-guest/ipv4/tcp/latency/*")),
+        )
+        for arch in roots.MACHINES
+        if arch != roots.architecture()
+    ),
+)
 
 
 @dataclass
@@ -169,11 +216,12 @@ def main(args: Sequence[str]) -> int:
     options = parser.parse_args(args)
 
     rows = [
-        row for row in ROWS
+        row
+        for row in ROWS
         if row.kernel in (options.kernel or linux.SUITES)
         and row.compiler in (options.compiler or COMPILERS)
         and row.name in (options.row or [row.name])
-    ]  # fmt: skip
+    ]
     if options.list or not rows:
         print(*(row.name for row in (rows or ROWS)), sep="\n")
         return 0 if options.list else 2
@@ -228,14 +276,17 @@ def run(row: Row, root: Path, commit: str) -> None:
 
     def write() -> None:
         (folder / "row.json").write_text(
-            json.dumps({
-                "commit": commit,
-                "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-                "release": kernel.release,
-                "compiler": compiler(root),
-                "steps": {name: asdict(outcome) for name, outcome in outcomes.items()},
-            }, indent=1)
-        )  # fmt: skip
+            json.dumps(
+                {
+                    "commit": commit,
+                    "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+                    "release": kernel.release,
+                    "compiler": compiler(root),
+                    "steps": {name: asdict(outcome) for name, outcome in outcomes.items()},
+                },
+                indent=1,
+            )
+        )
 
     say(f"{row.name}: boots Linux {kernel.release}")
     shares = {"/results": shared}

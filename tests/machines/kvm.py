@@ -131,9 +131,13 @@ def in_emulated(args: Sequence[str], steps: Steps) -> int:
     out, built = Path("/root/out"), cache.cache_folder() / "kernels"
     osv = {f"/root/.cache/testbed/kernels/{p.name}": p for p in built.glob("osv-*")}
     emulated = vm.Machine(
-        kernel, root, cpu=CPU, memory_mib=MEMORY_MIB, modules=MODULES,
+        kernel,
+        root,
+        cpu=CPU,
+        memory_mib=MEMORY_MIB,
+        modules=MODULES,
         shares={str(out): LOGS, **osv},
-    )  # fmt: skip
+    )
     slowness = facts.slowness()
     command = shlex.join([".venv/bin/python", *test_command(out / "steps.xml", args)])
     with ExitStack() as stack, (LOGS / "output.log").open("wb") as log:
@@ -143,5 +147,6 @@ def in_emulated(args: Sequence[str], steps: Steps) -> int:
             )
         return guest.run(
             f"cd /{roots.CLONE} && TESTBED_SLOWNESS={SLOWNESS * slowness} {command}",
-            cast(BinaryIO, Both(log, sys.stdout.buffer)), limit_s=LIMIT_S * slowness,
-        )  # fmt: skip
+            cast(BinaryIO, Both(log, sys.stdout.buffer)),
+            limit_s=LIMIT_S * slowness,
+        )

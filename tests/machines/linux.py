@@ -90,6 +90,7 @@ def _fetch(suites: tuple[str, ...], arch: str, folder: Path) -> None:
         script = _FETCH.format(suites=" ".join(suites), arch=arch)
         if roots.run(root, ["bash", "-c", script], on_line=said.append):
             last = (said or ["it said nothing"])[-1]
-            raise Error(f"no kernel of {' or '.join(suites)} for {arch}: {last}",
-                        hint="check the network")  # fmt: skip
+            raise Error(
+                f"no kernel of {' or '.join(suites)} for {arch}: {last}", hint="check the network"
+            )
         (root / "kernel/lib/modules").resolve().rename(folder)

@@ -45,14 +45,23 @@ CERTIFICATES = Path("etc/ssl/machine.crt")
 """Not among those of ca-certificates, whose post-install rewrites them."""
 
 CERTIFICATE_VARIABLES = (
-    "SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "GIT_SSL_CAINFO",
-)  # fmt: skip
+    "SSL_CERT_FILE",
+    "PIP_CERT",
+    "REQUESTS_CA_BUNDLE",
+    "CURL_CA_BUNDLE",
+    "GIT_SSL_CAINFO",
+)
 
 PIP_FILES = ("/etc/pip.conf", "~/.pip/pip.conf", "~/.config/pip/pip.conf")
 PIP_SETTINGS = (
-    "index-url", "extra-index-url", "proxy", "trusted-host", "default-timeout", "timeout",
+    "index-url",
+    "extra-index-url",
+    "proxy",
+    "trusted-host",
+    "default-timeout",
+    "timeout",
     "retries",
-)  # fmt: skip
+)
 
 INTERRUPT_GRACE_S = 60
 """After an interrupt, what runs in a root has this long to take down what it made."""
@@ -169,16 +178,29 @@ def run(
     """
     unshare = ("unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child")
     process = subprocess.Popen(
-        ["setpriv", "--pdeathsig", "KILL", *unshare, "--propagation", "private",
-         "sh", "-c", ENTER, "enter", root, cwd, *command],
+        [
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            *unshare,
+            "--propagation",
+            "private",
+            "sh",
+            "-c",
+            ENTER,
+            "enter",
+            root,
+            cwd,
+            *command,
+        ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE if on_line else None,
         stderr=subprocess.STDOUT if on_line else None,
         env=environment(root) | dict(env or {}),
         text=True,
         errors="replace",
-        start_new_session=True, # an interrupt from a terminal comes to this process alone
-    )  # fmt: skip
+        start_new_session=True,  # an interrupt from a terminal comes to this process alone
+    )
     with process:
         try:
             return _follow(process, on_line)
@@ -354,11 +376,30 @@ def _debootstrap(suite: str, arch: str, root: Path) -> None:
     log = _folder() / f"{suite}-{arch}.log"  # not beside the root: among those, only folders
     with log.open("w") as output:
         made = subprocess.run(
-            ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--propagation", "private",
-             "--pid", "--fork", "--kill-child", "debootstrap", f"--arch={arch}",
-             "--variant=minbase", "--include=git,ca-certificates", suite, root, *mirror],
-            stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False,
-        )  # fmt: skip
+            [
+                "setpriv",
+                "--pdeathsig",
+                "KILL",
+                "unshare",
+                "--mount",
+                "--propagation",
+                "private",
+                "--pid",
+                "--fork",
+                "--kill-child",
+                "debootstrap",
+                f"--arch={arch}",
+                "--variant=minbase",
+                "--include=git,ca-certificates",
+                suite,
+                root,
+                *mirror,
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            check=False,
+        )
     if made.returncode:
         raise Error(f"debootstrap made no root of {suite} for {arch}", f"read {log}")
     log.unlink()
@@ -371,8 +412,12 @@ def _debootstrap(suite: str, arch: str, root: Path) -> None:
     for suffix in SUFFIXES[1:]:
         extra = root / f"etc/apt/sources.list.d/{suite}{suffix}.list"
         extra.write_text(f"deb {uris[suffix]} {suite}{suffix} main\n")
-        options = ("-o", f"Dir::Etc::SourceList=/{extra.relative_to(root)}",
-                   "-o", "Dir::Etc::SourceParts=-")  # fmt: skip
+        options = (
+            "-o",
+            f"Dir::Etc::SourceList=/{extra.relative_to(root)}",
+            "-o",
+            "Dir::Etc::SourceParts=-",
+        )
         if run(root, ["apt-get", "-qq", *options, "update"], on_line=lambda _: None):
             extra.unlink()  # sid has none
     for folder in ("var/cache/apt/archives", "var/lib/apt/lists"):

@@ -229,12 +229,19 @@ def boot(machine: Machine, console: Path, *, limit_s: float = BOOT_LIMIT_S) -> I
         initramfs.write(cpio.pack(_initramfs(machine, mark)))
         initramfs.flush()
         qemu = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL",
-             *_command(machine, Path(f"/proc/self/fd/{initramfs.fileno()}"), console)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, bufsize=0,
+            [
+                "setpriv",
+                "--pdeathsig",
+                "KILL",
+                *_command(machine, Path(f"/proc/self/fd/{initramfs.fileno()}"), console),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            bufsize=0,
             pass_fds=(initramfs.fileno(),),
             start_new_session=True,  # an interrupt from a terminal comes to this process alone
-        )  # fmt: skip
+        )
     with qemu:
         try:
             guest = Guest(qemu, mark.encode(), console)
@@ -253,21 +260,46 @@ def _command(machine: Machine, initramfs: Path, console: Path) -> list[str]:
     emulated = _EMULATED_X86 if arch == architecture.X86_64 else arch.emulated_cpu
     append = f"console={arch.console} panic=-1 nokaslr mitigations=off {machine.append}"
     return [
-        arch.qemu, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
-        "-machine", arch.machine, "-accel", "kvm" if kvm else "tcg,thread=multi",
-        "-cpu", machine.cpu or ("host" if kvm else emulated),
-        "-smp", str(machine.cpus), "-m", f"{machine.memory_mib}M",
-        "-kernel", str(machine.kernel.path), "-initrd", str(initramfs), "-append", append,
-        "-chardev", f"file,id=console,append=on,path={value(console)}",
-        "-serial", "chardev:console",
-        "-chardev", f"stdio,id={_PORT},signal=off",
-        "-device", "virtio-serial-pci",
-        "-device", f"virtserialport,chardev={_PORT},name={_PORT}",
+        arch.qemu,
+        "-nodefaults",
+        "-no-user-config",
+        "-no-reboot",
+        "-display",
+        "none",
+        "-machine",
+        arch.machine,
+        "-accel",
+        "kvm" if kvm else "tcg,thread=multi",
+        "-cpu",
+        machine.cpu or ("host" if kvm else emulated),
+        "-smp",
+        str(machine.cpus),
+        "-m",
+        f"{machine.memory_mib}M",
+        "-kernel",
+        str(machine.kernel.path),
+        "-initrd",
+        str(initramfs),
+        "-append",
+        append,
+        "-chardev",
+        f"file,id=console,append=on,path={value(console)}",
+        "-serial",
+        "chardev:console",
+        "-chardev",
+        f"stdio,id={_PORT},signal=off",
+        "-device",
+        "virtio-serial-pci",
+        "-device",
+        f"virtserialport,chardev={_PORT},name={_PORT}",
         *_share("root", machine.root, readonly=True),
         *_share("modules", machine.kernel.modules, readonly=True),
-        *(word for n, folder in enumerate(machine.shares.values())
-          for word in _share(f"share{n}", folder, readonly=False)),
-    ]  # fmt: skip
+        *(
+            word
+            for n, folder in enumerate(machine.shares.values())
+            for word in _share(f"share{n}", folder, readonly=False)
+        ),
+    ]
 
 
 def _architecture(machine: Machine) -> Architecture:

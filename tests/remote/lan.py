@@ -51,9 +51,11 @@ class Lan:
     def testbed(self, *arguments: str | Path, environment: dict[str, str] | None = None) -> Command:
         """Start the command line on the machine."""
         settings = [f"{name}={value}" for name, value in (environment or {}).items()]
-        command = Command(self.inside(
-            "env", *settings, sys.executable, "-P", "-m", "testbed.cli", *map(str, arguments)
-        ))  # fmt: skip
+        command = Command(
+            self.inside(
+                "env", *settings, sys.executable, "-P", "-m", "testbed.cli", *map(str, arguments)
+            )
+        )
         self.commands.append(command)
         return command
 
@@ -87,8 +89,13 @@ class Command(subprocess.Popen[str]):
     """A command at work."""
 
     def __init__(self, command: Sequence[str]) -> None:
-        super().__init__(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                         stderr=subprocess.PIPE, text=True)  # fmt: skip
+        super().__init__(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def end(self) -> tuple[int, str, str]:
         """Exit status and what it printed, when it has ended."""
@@ -129,22 +136,40 @@ class SshHost:
         script = lan.path / f"{name}.sh"
         script.write_text(
             _BOOT.format(
-                name=name, address=self.address, address6=self.address6, config=config,
-                cgroup=self._cgroup, mount=cgroups.mount_point(),
+                name=name,
+                address=self.address,
+                address6=self.address6,
+                config=config,
+                cgroup=self._cgroup,
+                mount=cgroups.mount_point(),
                 aside=lan.path / f"{name}.cgroup",
             )
-        )  # fmt: skip
-        self._command = f"echo $$ > {self._cgroup}/cgroup.procs && exec " + shlex.join([
-            "nsenter", f"--net=/run/netns/{netns}", "unshare", "--mount", "--propagation",
-            "private", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "sh", str(script),
-        ])  # fmt: skip
+        )
+        self._command = f"echo $$ > {self._cgroup}/cgroup.procs && exec " + shlex.join(
+            [
+                "nsenter",
+                f"--net=/run/netns/{netns}",
+                "unshare",
+                "--mount",
+                "--propagation",
+                "private",
+                "--uts",
+                "--ipc",
+                "--pid",
+                "--fork",
+                "--kill-child",
+                "sh",
+                str(script),
+            ]
+        )
 
     def boot(self) -> None:
         """Come up, after a kill too; returns when sshd answers."""
         self._cgroup.mkdir(exist_ok=True)
         with (self.lan.path / f"{self.name}.log").open("ab") as log:
-            self._init = subprocess.Popen(["sh", "-c", self._command], stdin=subprocess.DEVNULL,
-                                          stdout=log, stderr=log)  # fmt: skip
+            self._init = subprocess.Popen(
+                ["sh", "-c", self._command], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
         greeting = f"exec 3<>/dev/tcp/{self.address}/22 && read -t 1 -u 3"
         ask = self.lan.inside("bash", "-c", greeting)
         wait_until(

@@ -61,8 +61,9 @@ def hosts_of_blocks(out: Path) -> dict[int, str]:
 def wait_for_trials(out: Path, host: SshHost, count: int = 1) -> None:
     wait_until(
         lambda: sum(trial["host"] == host.name for trial in trials(out)) >= count,
-        f"{count} trials of {host.name}", 120,
-    )  # fmt: skip
+        f"{count} trials of {host.name}",
+        120,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -160,8 +161,17 @@ def test_a_host_that_refuses_fails_its_own_cells_and_nothing_runs_in_its_place(
     inventory = lan.inventory(alpha, beta)
     inventory.write_text(inventory.read_text().replace(f'"{beta.address}"', '"10.77.0.1"'))
     out = tmp_path / "out"
-    command = lan.testbed("run", "--plan", plan(tmp_path, LOOPBACK, 2, 0.2), "--guest", "standin",
-                          "--out", out, "--hosts", inventory)  # fmt: skip
+    command = lan.testbed(
+        "run",
+        "--plan",
+        plan(tmp_path, LOOPBACK, 2, 0.2),
+        "--guest",
+        "standin",
+        "--out",
+        out,
+        "--hosts",
+        inventory,
+    )
     status, _, errors = command.end()
     assert status == 1, errors
     assert hosts_of_blocks(out) == {0: "alpha"}
@@ -217,8 +227,18 @@ def test_a_campaign_that_is_interrupted_takes_all_down_before_it_ends(
 
 
 def start_osv(lan: Lan, out: Path, plan: Path, host: SshHost, cache: Path) -> Command:
-    return lan.testbed("run", "--plan", plan, "--guest", "osv", "--out", out, "--hosts",
-                       lan.inventory(host), environment={"XDG_CACHE_HOME": str(cache)})  # fmt: skip
+    return lan.testbed(
+        "run",
+        "--plan",
+        plan,
+        "--guest",
+        "osv",
+        "--out",
+        out,
+        "--hosts",
+        lan.inventory(host),
+        environment={"XDG_CACHE_HOME": str(cache)},
+    )
 
 
 def test_a_host_without_an_osv_kernel_says_so(lan: Lan, alpha: SshHost, tmp_path: Path) -> None:
@@ -288,8 +308,9 @@ def test_a_client_on_one_host_dials_a_server_on_another_by_plain_routing(
     assert status == 0, errors
     found = trials(tmp_path / "out")
     assert Counter((t["cell"].partition("/")[0], t["status"]) for t in found) == {
-        ("loopback", "ok"): 4, ("routed", "ok"): 6,
-    }  # fmt: skip
+        ("loopback", "ok"): 4,
+        ("routed", "ok"): 6,
+    }
     assert {t["host"] for t in found} == {"alpha"}
     assert {t["dialed"] for t in found} == {"localhost", "10.78.0.1", "fd77:2::1"}
     sent = sum(t["payload_bytes"] for t in found if t["cell"].startswith("routed/"))

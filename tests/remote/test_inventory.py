@@ -46,9 +46,17 @@ def test_what_is_left_out_has_a_default_and_paths_are_beside_the_file(folder: Pa
     first, second = load(folder, GOOD)
     assert first == inventory.Host("kvm1", "192.0.2.11", folder / "known", labels=("kvm",))
     assert second == inventory.Host(
-        "kvm2", "kvm2.example.org", folder / "known", 2222, "measure", folder / "id", True,
-        ("kvm", "lab"), (2, 3), "/srv/testbed",
-    )  # fmt: skip
+        "kvm2",
+        "kvm2.example.org",
+        folder / "known",
+        2222,
+        "measure",
+        folder / "id",
+        True,
+        ("kvm", "lab"),
+        (2, 3),
+        "/srv/testbed",
+    )
 
 
 def test_hosts_are_chosen_by_name_or_label(folder: Path) -> None:

@@ -286,11 +286,19 @@ def test_the_widest_interval_is_that_of_a_ratio_and_infinite_without_one() -> No
 
 def test_cost_is_cpu_time_by_traffic_and_its_shares_are_of_the_whole() -> None:
     """2 s of CPU in 2 s of traffic at 4 GB/s: a quarter of a second each; block 1 the double."""
-    spent = {"cpu_s": 2.0, "softirq_s": 1.0, "system_s": 0.6, "user_s": 0.3, "guest_s": 0.1,
-             "active_s": 2.0, "elapsed_s": 2.1}  # fmt: skip
+    spent = {
+        "cpu_s": 2.0,
+        "softirq_s": 1.0,
+        "system_s": 0.6,
+        "user_s": 0.3,
+        "guest_s": 0.1,
+        "active_s": 2.0,
+        "elapsed_s": 2.1,
+    }
     cell = "direct/native-guest/ipv4/tcp/throughput/65536x1"
-    first = Trial(cell, 0, 0, Status.OK, value=3.2e10, duration_s=1.0, payload_bytes=4 * 10**9,
-                  machine=spent)  # fmt: skip
+    first = Trial(
+        cell, 0, 0, Status.OK, value=3.2e10, duration_s=1.0, payload_bytes=4 * 10**9, machine=spent
+    )
     twice = replace(first, block=1, machine={k: 2 * v for k, v in spent.items()} | {"active_s": 2})
     (cost,) = analysis.costs(store.frame([first, twice]))
     assert cost.total.mean == pytest.approx(math.sqrt(0.25 * 0.5))

@@ -44,8 +44,11 @@ def bootstrap(clone: Path, *args: str, path: str | None = None) -> subprocess.Co
     env = {**os.environ, "PATH": path or os.environ["PATH"]}
     return subprocess.run(
         [shutil.which("bash") or "bash", clone / "bootstrap", *args],
-        env=env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def tools(directory: Path, *names: str) -> str:
@@ -163,15 +166,19 @@ def test_without_root_the_command_to_type_is_said(clone: Path, tmp_path: Path) -
         pytest.skip("no user namespaces here")
     ran = subprocess.run(
         [*nobody, "env", f"PATH={path}", "bash", clone / "bootstrap"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert ran.returncode == 1
     assert "sudo apt-get install --no-install-recommends away" in ran.stderr
     (clone / "packages.txt").write_text("tex:away  no-such-command  # why\n")
     ran = subprocess.run(
         [*nobody, "env", f"PATH={path}", "bash", clone / "bootstrap", "--tex", "true"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert ran.returncode == 1
     assert ran.stderr.splitlines()[-1] == (
         "bootstrap: not root, and packages are missing (away); type: sudo ./bootstrap --tex"

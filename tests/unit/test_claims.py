@@ -49,22 +49,49 @@ def campaign(path: Path, spread: float, **factors: float) -> store.Store:
     """Throughput and cost of `steer` with two guests, times a factor; all else is alike."""
     read, rng = plan.parse(PLAN, "tiny.toml"), random.Random(1)
     kept: dict[str, Any] = {"claims": [vars(claim) for claim in read.claims]}
-    made = store.create(path, store.Campaign(
-        name="tiny", plan=kept, cells=tuple(c.id for c in read.cells), blocks=6, seed=1,
-        references={"steer": "direct", "direct": "direct"}, guest="standin", guest_kernel="",
-        accelerator="none", kernel="6.18", cpu="a CPU", governor="none", host="", revision="",
-    ))  # fmt: skip
+    made = store.create(
+        path,
+        store.Campaign(
+            name="tiny",
+            plan=kept,
+            cells=tuple(c.id for c in read.cells),
+            blocks=6,
+            seed=1,
+            references={"steer": "direct", "direct": "direct"},
+            guest="standin",
+            guest_kernel="",
+            accelerator="none",
+            kernel="6.18",
+            cpu="a CPU",
+            governor="none",
+            host="",
+            revision="",
+        ),
+    )
     with made:
         for cell in read.cells:
             about = cell.datapath == "steer" and cell.guests == 2
             for block in range(6):
                 fast, dear = (factors.get(k, 1.0) if about else 1.0 for k in ("fast", "dear"))
-                made.append(Trial(
-                    cell.id, block, 0, Status.OK, payload_bytes=10**9, duration_s=1.0,
-                    value=1e9 * fast * rng.lognormvariate(0, spread),
-                    machine={"cpu_s": dear * rng.lognormvariate(0, spread), "active_s": 1.0,
-                             "softirq_s": 1.0, "system_s": 0, "user_s": 0, "guest_s": 0},
-                ))  # fmt: skip
+                made.append(
+                    Trial(
+                        cell.id,
+                        block,
+                        0,
+                        Status.OK,
+                        payload_bytes=10**9,
+                        duration_s=1.0,
+                        value=1e9 * fast * rng.lognormvariate(0, spread),
+                        machine={
+                            "cpu_s": dear * rng.lognormvariate(0, spread),
+                            "active_s": 1.0,
+                            "softirq_s": 1.0,
+                            "system_s": 0,
+                            "user_s": 0,
+                            "guest_s": 0,
+                        },
+                    )
+                )
     return store.open(path)
 
 
@@ -78,9 +105,13 @@ def campaign(path: Path, spread: float, **factors: float) -> store.Store:
     ],
 )
 def test_a_claim_holds_if_the_whole_interval_keeps_to_the_bound(
-    tmp_path: Path, spread: float, factors: dict[str, float], verdicts: tuple[Verdict, ...],
-    status: int, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    tmp_path: Path,
+    spread: float,
+    factors: dict[str, float],
+    verdicts: tuple[Verdict, ...],
+    status: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     campaign(tmp_path / "out", spread, **factors)
     assert cli.main(["claims", str(tmp_path / "out"), "--json"]) == status
     found = json.loads(capsys.readouterr().out)

@@ -23,10 +23,21 @@ CELLS = tuple(
     for metric in ("throughput/65536x1", "latency/64x1")
 )
 CAMPAIGN = store.Campaign(
-    name="little", plan={}, cells=CELLS, blocks=6, seed=1,
-    references={"bridge": "bridge", "capture": "bridge"}, guest="standin", guest_kernel="",
-    accelerator="none", kernel="6.18", cpu="a CPU", governor="none", host="here", revision="a" * 12,
-)  # fmt: skip
+    name="little",
+    plan={},
+    cells=CELLS,
+    blocks=6,
+    seed=1,
+    references={"bridge": "bridge", "capture": "bridge"},
+    guest="standin",
+    guest_kernel="",
+    accelerator="none",
+    kernel="6.18",
+    cpu="a CPU",
+    governor="none",
+    host="here",
+    revision="a" * 12,
+)
 
 
 def campaign(
@@ -39,9 +50,13 @@ def campaign(
             for block in range(blocks):
                 value = 100 * factors.get(cell, 1.0) * rng.lognormvariate(0, 0.01)
                 trial = Trial(
-                    cell, block, 0, Status.OK, value=value,
+                    cell,
+                    block,
+                    0,
+                    Status.OK,
+                    value=value,
                     histogram_us=((value, 98), (3 * value, 2)) if "latency" in cell else (),
-                )  # fmt: skip
+                )
                 if not value:
                     trial = Trial(cell, block, 0, Status.FAILED, reason="guest not ready")
                 made.append(trial)
@@ -57,9 +72,13 @@ def test_faster_is_more_throughput_and_less_latency(tmp_path: Path) -> None:
     after = campaign(tmp_path / "b", 2, {CELLS[0]: 1.2, CELLS[1]: 1.2, CELLS[3]: 0.8})
     rows = compare.compare(before, after)
     assert [(r.cell.id, r.quantity) for r in rows] == [
-        (CELLS[0], "value"), (CELLS[1], "p50_us"), (CELLS[1], "p99_us"),
-        (CELLS[2], "value"), (CELLS[3], "p50_us"), (CELLS[3], "p99_us"),
-    ]  # fmt: skip
+        (CELLS[0], "value"),
+        (CELLS[1], "p50_us"),
+        (CELLS[1], "p99_us"),
+        (CELLS[2], "value"),
+        (CELLS[3], "p50_us"),
+        (CELLS[3], "p99_us"),
+    ]
     faster, slower, same = Change.FASTER, Change.SLOWER, Change.EQUIVALENT
     assert verdicts(rows) == [faster, slower, slower, same, faster, faster]
     assert compare.exit_status(rows) == 1

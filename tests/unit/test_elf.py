@@ -29,12 +29,25 @@ def cc(folder: Path, name: str, source: str, *options: str) -> Path:
 @pytest.fixture
 def library(tmp_path: Path) -> Path:
     """A library in a folder that ld.so does not know, which needs another in that folder."""
-    inner = cc(tmp_path, "lib/libinner.so.1", "int inner(void) { return 0; }",
-               "-shared", "-fPIC", "-Wl,-soname,libinner.so.1")  # fmt: skip
+    inner = cc(
+        tmp_path,
+        "lib/libinner.so.1",
+        "int inner(void) { return 0; }",
+        "-shared",
+        "-fPIC",
+        "-Wl,-soname,libinner.so.1",
+    )
     outer = "int inner(void); int answer(void) { return inner(); }"
-    return cc(tmp_path, "lib/libouter.so.2", outer,
-              "-shared", "-fPIC", "-Wl,-soname,libouter.so.2", "-Wl,-rpath,$ORIGIN",
-              str(inner))  # fmt: skip
+    return cc(
+        tmp_path,
+        "lib/libouter.so.2",
+        outer,
+        "-shared",
+        "-fPIC",
+        "-Wl,-soname,libouter.so.2",
+        "-Wl,-rpath,$ORIGIN",
+        str(inner),
+    )
 
 
 def test_closure_is_what_ldd_says(tmp_path: Path) -> None:
@@ -53,9 +66,17 @@ def test_closure_is_what_ldd_says(tmp_path: Path) -> None:
 def test_origin_and_libraries_of_libraries_are_followed(
     tmp_path: Path, library: Path, tag: str
 ) -> None:
-    program = cc(tmp_path, "bin/main", MAIN, "-pie", "-fPIE", f"-Wl,{tag}",
-                 "-Wl,-rpath,$ORIGIN/../lib", f"-Wl,-rpath-link,{library.parent}",
-                 str(library))  # fmt: skip
+    program = cc(
+        tmp_path,
+        "bin/main",
+        MAIN,
+        "-pie",
+        "-fPIE",
+        f"-Wl,{tag}",
+        "-Wl,-rpath,$ORIGIN/../lib",
+        f"-Wl,-rpath-link,{library.parent}",
+        str(library),
+    )
     closure = elf.closure(elf.read_program(program), provided={"libc.so.6"})
     assert {name: path.resolve() for name, path in closure.items()} == {
         "libinner.so.1": library.parent / "libinner.so.1",
@@ -70,8 +91,15 @@ def test_missing_library_names_who_needs_it(tmp_path: Path, library: Path) -> No
 
 
 def test_library_of_another_machine_is_passed_over(tmp_path: Path, library: Path) -> None:
-    program = cc(tmp_path, "main", MAIN, "-pie", f"-Wl,-rpath,{library.parent}",
-                 f"-Wl,-rpath-link,{library.parent}", str(library))  # fmt: skip
+    program = cc(
+        tmp_path,
+        "main",
+        MAIN,
+        "-pie",
+        f"-Wl,-rpath,{library.parent}",
+        f"-Wl,-rpath-link,{library.parent}",
+        str(library),
+    )
     as_machine(library, RISCV)
     with pytest.raises(Error, match=r"libouter\.so\.2 is for riscv"):
         elf.closure(elf.read(program), provided={"libc.so.6"})

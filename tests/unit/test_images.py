@@ -40,11 +40,15 @@ def program(tmp_path: Path) -> Path:
     library, main = tmp_path / "libown.so.1", tmp_path / "main"
     for out, source, options in (
         (library, "int own(void) { return 0; }", ["-shared", "-fPIC", "-Wl,-soname,libown.so.1"]),
-        (main, "int own(void); int main(void) { return own(); }",
-         ["-pie", "-fPIE", f"-Wl,-rpath,{tmp_path}", str(library)]),
-    ):  # fmt: skip
-        subprocess.run(["cc", "-xc", "-", "-xnone", "-o", out, *options], input=source,
-                       text=True, check=True)  # fmt: skip
+        (
+            main,
+            "int own(void); int main(void) { return own(); }",
+            ["-pie", "-fPIE", f"-Wl,-rpath,{tmp_path}", str(library)],
+        ),
+    ):
+        subprocess.run(
+            ["cc", "-xc", "-", "-xnone", "-o", out, *options], input=source, text=True, check=True
+        )
     return main
 
 
@@ -61,8 +65,12 @@ def linux_kernel(tmp_path: Path) -> LinuxKernel:
     }
     for name, others in depends.items():
         source = f'__attribute__((section(".modinfo"))) const char i[] = "depends={others}";'
-        subprocess.run(["cc", "-xc", "-", "-c", "-o", tmp_path / f"{name}.ko"], input=source,
-                       text=True, check=True)  # fmt: skip
+        subprocess.run(
+            ["cc", "-xc", "-", "-c", "-o", tmp_path / f"{name}.ko"],
+            input=source,
+            text=True,
+            check=True,
+        )
     return LinuxKernel(tmp_path / "vmlinuz", tmp_path, "6.1.0", "0" * 64, "test")
 
 
@@ -89,9 +97,15 @@ def test_osv_image_holds_the_program_and_what_osv_lacks(program: Path) -> None:
     image = compose.compose_osv(Definition(program, ("-x",), shim=False))
     assert image.command == ("/main", "-x")
     assert set(image.files) == {
-        "/main", "/usr/lib/libown.so.1", "/etc/hosts", "/etc/fstab",
-        "/dev", "/proc", "/sys", "/tmp",
-    }  # fmt: skip
+        "/main",
+        "/usr/lib/libown.so.1",
+        "/etc/hosts",
+        "/etc/fstab",
+        "/dev",
+        "/proc",
+        "/sys",
+        "/tmp",
+    }
     tree = rofs.unpack(image.path.read_bytes())
     assert tree["/main"] == program.read_bytes()
     assert tree["/etc/hosts"] == compose.hosts_file().read_bytes()
@@ -154,12 +168,19 @@ def test_compressed_modules_are_unpacked(program: Path, linux_kernel: LinuxKerne
 
 
 def test_initramfs_is_read_alike_by_us_and_by_cpio() -> None:
-    tree: dict[str, Node] = {"/init": b"#!/bin/sh\n", "/a/b/c": b"x" * 1001, "/a/l": Symlink("b/c"),
-            "/dev": Directory()}  # fmt: skip
+    tree: dict[str, Node] = {
+        "/init": b"#!/bin/sh\n",
+        "/a/b/c": b"x" * 1001,
+        "/a/l": Symlink("b/c"),
+        "/dev": Directory(),
+    }
     archive = cpio.pack(tree)
     assert rofs.nested(cpio.unpack(archive)) == rofs.nested(tree)
-    listed = subprocess.run(["busybox", "cpio", "-t"], input=archive, capture_output=True,
-                            check=True).stdout.decode().split()  # fmt: skip
+    listed = (
+        subprocess.run(["busybox", "cpio", "-t"], input=archive, capture_output=True, check=True)
+        .stdout.decode()
+        .split()
+    )
     assert set(listed) == {"init", "a", "a/b", "a/b/c", "a/l", "dev", "dev/console"}
     assert listed.index("dev") < listed.index("dev/console")
 
@@ -237,8 +258,14 @@ def test_address_that_is_the_alias_is_refused(family: Family) -> None:
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Vm:
-    return Vm("tcg", "tap0", guest_mac(1), qemu.link_addresses(1), tmp_path / "console.log",
-              gateways=(ip_address("169.254.77.3"), ip_address("fd77::3")))  # fmt: skip
+    return Vm(
+        "tcg",
+        "tap0",
+        guest_mac(1),
+        qemu.link_addresses(1),
+        tmp_path / "console.log",
+        gateways=(ip_address("169.254.77.3"), ip_address("fd77::3")),
+    )
 
 
 @pytest.fixture

@@ -16,17 +16,24 @@ STEER = ("steer", "osv", "ipv6 v0.57.0")
 
 
 def result(
-    check: str, status: Status = Status.PASS, reason: str = "", family: Family = Family.IPV4,
-    run: tuple[str, str, str] = STEER, pair: Pair = Pair.NATIVE_GUEST,
-) -> Result:  # fmt: skip
+    check: str,
+    status: Status = Status.PASS,
+    reason: str = "",
+    family: Family = Family.IPV4,
+    run: tuple[str, str, str] = STEER,
+    pair: Pair = Pair.NATIVE_GUEST,
+) -> Result:
     return Result(check, *run, pair, family, Transport.TCP, status, reason, 0.1)
 
 
 def test_a_run_counts_passes_and_keeps_whatever_did_not_pass_with_its_reason() -> None:
-    (run,) = archive.runs_of([
-        result("connect"), result("connect", Status.FAIL, "refused", Family.IPV6),
-        result("idle", Status.UNSUPPORTED, "no"),
-    ])  # fmt: skip
+    (run,) = archive.runs_of(
+        [
+            result("connect"),
+            result("connect", Status.FAIL, "refused", Family.IPV6),
+            result("idle", Status.UNSUPPORTED, "no"),
+        ]
+    )
     assert run.checks["connect"] == archive.Outcome(1, {}, {"refused": ["native-guest ipv6 tcp"]})
     assert [run.total(status) for status in Status] == [1, 1, 1]
 
@@ -37,8 +44,12 @@ def test_what_is_kept_is_read_as_it_was_in_the_order_of_datapaths_and_guests(
     names = [("proxy", "standin", ""), STEER, ("steer", "standin", ""), ("loopback", "", "")]
     runs = archive.runs_of([result("connect", Status.FAIL, "refused", run=run) for run in names])
     files = {archive.keep(run, tmp_path).name for run in runs}
-    assert files == {"proxy-standin.json", "steer-osv-ipv6.json", "steer-standin.json",
-                     "loopback.json"}  # fmt: skip
+    assert files == {
+        "proxy-standin.json",
+        "steer-osv-ipv6.json",
+        "steer-standin.json",
+        "loopback.json",
+    }
     assert archive.read(tmp_path) == [runs[3], runs[2], runs[1], runs[0]]
     assert "| check | loopback<br>processes | steer<br>stand-ins |" in archive.page(runs[::-1], [])
     with pytest.raises(Error, match="no results"):
@@ -47,21 +58,27 @@ def test_what_is_kept_is_read_as_it_was_in_the_order_of_datapaths_and_guests(
 
 def test_checks_with_components_are_a_run_of_their_own() -> None:
     standins = ("steer", "standin", "")
-    runs = archive.runs_of([
-        result("connect", run=standins), result("connect", run=standins, pair=Pair.WASM_CONTAINER),
-        result("connect", run=standins, pair=Pair.WASM_GUEST),
-    ])  # fmt: skip
+    runs = archive.runs_of(
+        [
+            result("connect", run=standins),
+            result("connect", run=standins, pair=Pair.WASM_CONTAINER),
+            result("connect", run=standins, pair=Pair.WASM_GUEST),
+        ]
+    )
     totals = {run.name: run.total(Status.PASS) for run in runs}
     assert totals == {"steer-standin": 1, "steer-wasm-standin": 2}
     assert "| check | steer<br>stand-ins | steer<br>WASM, stand-ins |" in archive.page(runs, [])
 
 
 def test_a_cell_says_what_passed_what_failed_and_why_the_rest_is_unsupported() -> None:
-    runs = archive.runs_of([
-        result("connect"), result("connect", Status.FAIL, "guest1: refused"),
-        result("idle", Status.UNSUPPORTED, "guest1 has no such thing"),
-        result("idle", Status.UNSUPPORTED, "guest2 has no such thing"),
-    ])  # fmt: skip
+    runs = archive.runs_of(
+        [
+            result("connect"),
+            result("connect", Status.FAIL, "guest1: refused"),
+            result("idle", Status.UNSUPPORTED, "guest1 has no such thing"),
+            result("idle", Status.UNSUPPORTED, "guest2 has no such thing"),
+        ]
+    )
     page = archive.page(runs, checks.matching(["connect", "idle"]))
     lines = page.splitlines()
     assert any(line.endswith("| 1 **✗1** |") for line in lines)

@@ -36,9 +36,11 @@ def make_kernel(path: Path, version: str = "v0.57.0-398-g0e34e4dc", flavor: str 
     text = f"OSv {version}\\n" + ("ICMP6 checksum error" if flavor == "ipv6" else "")
     path.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run(
-        ["cc", "-x", "c", "-", "-o", path], check=True, text=True,
+        ["cc", "-x", "c", "-", "-o", path],
+        check=True,
+        text=True,
         input=f'const char text[] = "{text}"; int main(void) {{ return text[0]; }}',
-    )  # fmt: skip
+    )
     return path
 
 

@@ -28,8 +28,9 @@ def test_what_did_not_run_is_neither_passed_nor_failed(
 ) -> None:
     (tmp_path / "test_some.py").write_text(TESTS)
     command = [sys.executable, "-m", "pytest", "-c", "/dev/null", "-p", "no:cacheprovider", "-k"]
-    subprocess.run([*command, chosen, "--junit-xml=report.xml"], cwd=tmp_path, check=False,
-                   capture_output=True)  # fmt: skip
+    subprocess.run(
+        [*command, chosen, "--junit-xml=report.xml"], cwd=tmp_path, check=False, capture_output=True
+    )
     steps = Steps()
     steps.add_tests(tmp_path / "report.xml")
     assert steps.exit_status == status

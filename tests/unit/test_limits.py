@@ -28,22 +28,29 @@ def run(tmp_path: Path) -> Run:
         plugins = [word for name in ours for word in ("-p", name)]
         command = [sys.executable, "-m", "pytest", *plugins, "-c", "/dev/null", "-q", "test_it.py"]
         return subprocess.run(
-            [*command, *options], cwd=tmp_path, capture_output=True, text=True, check=False,
+            [*command, *options],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
             env=os.environ | {"PYTHONPATH": str(ROOT), "TESTBED_SLOWNESS": slowness},
-        )  # fmt: skip
+        )
 
     return run
 
 
 def test_a_test_that_fails_beside_its_child_ends_at_once(run: Run) -> None:
     began = time.monotonic()
-    done = run("""if True:
+    done = run(
+        """if True:
         import subprocess
         from tests.children import ending
         def test_it():
             with ending(subprocess.Popen(["sleep", "1000"])):
                 assert 1 == 2
-    """, slowness="1")  # fmt: skip
+    """,
+        slowness="1",
+    )
     assert time.monotonic() - began < 20
     assert "assert 1 == 2" in done.stdout
     assert "1 failed" in done.stdout
@@ -51,27 +58,33 @@ def test_a_test_that_fails_beside_its_child_ends_at_once(run: Run) -> None:
 
 @pytest.mark.parametrize("processes", [(), ("-n2",)], ids=["one process", "two processes"])
 def test_a_test_has_a_limit_which_a_marker_changes(run: Run, processes: tuple[str, ...]) -> None:
-    done = run("""if True:
+    done = run(
+        """if True:
         import time, pytest
         def test_slow():
             time.sleep(1000)
         @pytest.mark.timeout(1000)
         def test_that_may():
             time.sleep(4)
-    """, *processes)  # fmt: skip
+    """,
+        *processes,
+    )
     assert "1 failed, 1 passed" in done.stdout
     assert "Timeout (>3.0s)" in done.stdout
 
 
 def test_what_does_not_end_even_then_is_ended_and_says_where_it_was(run: Run) -> None:
-    done = run("""if True:
+    done = run(
+        """if True:
         import time
         def test_it():
             try:
                 time.sleep(1000)
             finally:
                 time.sleep(1000)
-    """, "-n1")  # fmt: skip
+    """,
+        "-n1",
+    )
     assert done.returncode == 1
     assert "in test_it" in done.stderr
     assert "crashed while running 'test_it.py::test_it'" in done.stdout
@@ -91,7 +104,8 @@ def test_a_thread_that_outlives_all_tests_is_ended_too(run: Run) -> None:
 def test_skips_that_are_listed_are_told_and_others_fail(
     run: Run, processes: tuple[str, ...]
 ) -> None:
-    done = run("""if True:
+    done = run(
+        """if True:
         import pytest
         @pytest.mark.parametrize("n", range(3))
         def test_for_root(n):
@@ -104,7 +118,9 @@ def test_skips_that_are_listed_are_told_and_others_fail(
             pytest.skip("no chromium")
         def test_of_a_page(browser):
             pass
-    """, *processes)  # fmt: skip
+    """,
+        *processes,
+    )
     assert done.returncode == 1
     assert "4 skipped, 1 error" in done.stdout
     assert f"    3 skipped: {skips.ALLOWED['needs root']}\n" in done.stdout

@@ -35,9 +35,12 @@ def test_a_row_is_green_at_the_commit_where_all_its_steps_passed(
     row = kernels.ROWS[0]
     steps = {step.name: {"passed": True, "text": "all of it", "took_s": 60.0} for step in row.steps}
     stored = {
-        "commit": "0123456789", "date": "2026-01-02", "release": "5.10.0-32-amd64",
-        "compiler": "Debian 12, LLVM 14", "steps": steps,
-    }  # fmt: skip
+        "commit": "0123456789",
+        "date": "2026-01-02",
+        "release": "5.10.0-32-amd64",
+        "compiler": "Debian 12, LLVM 14",
+        "steps": steps,
+    }
     (tmp_path / row.name).mkdir()
     (tmp_path / row.name / "row.json").write_text(json.dumps(stored))
     assert kernels.green(row, "0123456789")

@@ -139,31 +139,55 @@ def test_what_matters_to_clusters_alone_is_a_warning(tmp_path: Path) -> None:
         (pod("- {name: a, image: x, volumeMounts: []}"), "volumeMounts is not supported"),
         (pod("- {name: a, image: x, comand: [ls]}"), "spec.containers.0.comand: comand is not"),
         (pod("- {name: a, image: x}", "hostNetwork: true"), "spec.hostNetwork: hostNetwork is not"),
-        (pod("- {name: a, image: x, ports: [{containerPort: 80, hostIP: 10.0.0.1}]}"),
-         "spec.containers.0.ports.0.hostIP: hostIP is not supported"),
-        (pod("- name: a\n  image: x\n  ports: [{containerPort: 80, hostPort: 8}, "
-             "{containerPort: 81, hostPort: 8}]"), "tcp hostPort 8 is claimed twice"),
+        (
+            pod("- {name: a, image: x, ports: [{containerPort: 80, hostIP: 10.0.0.1}]}"),
+            "spec.containers.0.ports.0.hostIP: hostIP is not supported",
+        ),
+        (
+            pod(
+                "- name: a\n  image: x\n  ports: [{containerPort: 80, hostPort: 8}, "
+                "{containerPort: 81, hostPort: 8}]"
+            ),
+            "tcp hostPort 8 is claimed twice",
+        ),
         (pod("- {name: a, image: x, ports: [{containerPort: 70000}]}"), "to 65535, not 70000"),
-        (pod("- {name: a, image: x, resources: {limits: {memory: much}}}"),
-         "limits.memory: a quantity like 500m, 2 or 128Mi was expected, not 'much'"),
+        (
+            pod("- {name: a, image: x, resources: {limits: {memory: much}}}"),
+            "limits.memory: a quantity like 500m, 2 or 128Mi was expected, not 'much'",
+        ),
         (pod("- {name: a, image: x, readinessProbe: {}}"), "one of tcpSocket, httpGet and exec"),
-        (pod("- {name: a, image: x, readinessProbe: {tcpSocket: {port: web}}}"),
-         "probes port 'web', which it does not list"),
+        (
+            pod("- {name: a, image: x, readinessProbe: {tcpSocket: {port: web}}}"),
+            "probes port 'web', which it does not list",
+        ),
         (pod("- {name: a, image: x}", annotations="{testbed/runtime.b: osv}"), "no such container"),
         (pod("- {name: a, image: x}", annotations="{testbed/runtime: vm}"), "no runtime 'vm'"),
         (pod("- {name: a, image: x, name: b}"), "the key 'name' stands there twice"),
-        (pod("- {name: a, image: x}", "initContainers: [{name: i, image: x}]",
-             "{testbed/runtime.i: osv}"), "init container 'i' cannot be a guest"),
-        (pod("- &a {name: a, image: x, ports: [{containerPort: 80}]}\n- {<<: *a, name: b}"),
-         "document 1: 'a' and 'b' both claim tcp port 80"),
-        (pod("- {name: a, image: x, livenessProbe: {exec: {command: [ls]}}}",
-             annotations="{testbed/runtime: osv}"), "nothing can be started in it"),
+        (
+            pod(
+                "- {name: a, image: x}",
+                "initContainers: [{name: i, image: x}]",
+                "{testbed/runtime.i: osv}",
+            ),
+            "init container 'i' cannot be a guest",
+        ),
+        (
+            pod("- &a {name: a, image: x, ports: [{containerPort: 80}]}\n- {<<: *a, name: b}"),
+            "document 1: 'a' and 'b' both claim tcp port 80",
+        ),
+        (
+            pod(
+                "- {name: a, image: x, livenessProbe: {exec: {command: [ls]}}}",
+                annotations="{testbed/runtime: osv}",
+            ),
+            "nothing can be started in it",
+        ),
         ("apiVersion: apps/v1\nkind: Deployment", "apiVersion: Input should be 'v1'"),
         ("- a", "the document: "),
         ("", "holds no pod"),
         ("a: [", "is not YAML"),
     ],
-)  # fmt: skip
+)
 def test_a_fault_is_named_with_its_place(tmp_path: Path, text: str, fault: str) -> None:
     with pytest.raises(Error) as caught:
         read(tmp_path, text)

@@ -82,8 +82,14 @@ def test_no_two_roles_share_an_address_and_all_but_loopback_views_are_on_the_lin
 
 def test_a_label_names_the_runtimes_of_a_pair() -> None:
     assert [pair.label("osv") for pair in Pair] == [
-        "process→process", "process→osv", "osv→process", "osv→osv", "osv→itself",
-        "wasm→osv", "osv→wasm", "wasm→container",
-    ]  # fmt: skip
+        "process→process",
+        "process→osv",
+        "osv→process",
+        "osv→osv",
+        "osv→itself",
+        "wasm→osv",
+        "osv→wasm",
+        "wasm→container",
+    ]
     assert [pair.guests for pair in Pair] == [0, 1, 1, 2, 1, 1, 1, 0]
     assert Pair.GUEST_WASM.shape is Pair.GUEST_NATIVE

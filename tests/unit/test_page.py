@@ -21,15 +21,34 @@ from testbed.results import store
 VALUES = {"bridge": 2e9, "capture": 10e9, "steer": 9e9}
 CELLS = tuple(f"{d}/native-guest/ipv4/tcp/throughput/65536x1" for d in VALUES)
 CAMPAIGN = store.Campaign(
-    name="little", plan={}, cells=(*CELLS, CELLS[2].replace("ipv4", "ipv6")), blocks=3, seed=7,
-    references={"bridge": "bridge", "capture": "bridge", "steer": "bridge"}, guest="standin",
-    guest_kernel="", accelerator="none", kernel="6.18", cpu="a <CPU> & more", governor="none",
-    host="here", revision="0123456789ab", versions={"qemu": "7.2"}, started="2026-11-23T18:00:00Z",
-)  # fmt: skip
+    name="little",
+    plan={},
+    cells=(*CELLS, CELLS[2].replace("ipv4", "ipv6")),
+    blocks=3,
+    seed=7,
+    references={"bridge": "bridge", "capture": "bridge", "steer": "bridge"},
+    guest="standin",
+    guest_kernel="",
+    accelerator="none",
+    kernel="6.18",
+    cpu="a <CPU> & more",
+    governor="none",
+    host="here",
+    revision="0123456789ab",
+    versions={"qemu": "7.2"},
+    started="2026-11-23T18:00:00Z",
+)
 RESULT = {
-    "check": "refused-at-once", "datapath": "capture", "guest": "standin", "pair": "native-guest",
-    "family": "ipv4", "transport": "tcp", "status": "pass", "reason": "", "duration_s": 0.1,
-}  # fmt: skip
+    "check": "refused-at-once",
+    "datapath": "capture",
+    "guest": "standin",
+    "pair": "native-guest",
+    "family": "ipv4",
+    "transport": "tcp",
+    "status": "pass",
+    "reason": "",
+    "duration_s": 0.1,
+}
 
 
 @pytest.fixture
@@ -119,11 +138,20 @@ def rendered(page: Path, script: str = "") -> str:
     copy = page.with_name("copy.html")
     copy.write_text(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
     done = subprocess.run(
-        [chromium, "--headless", "--no-sandbox", "--disable-gpu",
-         "--host-resolver-rules=MAP * ~NOTFOUND",
-         f"--user-data-dir={page.parent / 'browser'}", "--dump-dom", copy.as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [
+            chromium,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+            f"--user-data-dir={page.parent / 'browser'}",
+            "--dump-dom",
+            copy.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -21,11 +21,20 @@ WAY = "native-guest/ipv4/tcp/throughput/65536x1"
 CAMPAIGN = store.Campaign(
     name="little",
     plan={"duration_s": 1.3, "claims": [{"text": "fast", "cells": "steer/*", "at_least": 0.97}]},
-    cells=(f"direct/{WAY}", f"steer/{WAY}", f"passt/{WAY}", f"tun/{WAY}"), blocks=3, seed=1,
+    cells=(f"direct/{WAY}", f"steer/{WAY}", f"passt/{WAY}", f"tun/{WAY}"),
+    blocks=3,
+    seed=1,
     references={"direct": "direct", "steer": "direct", "passt": "direct", "tun": "direct"},
-    guest="standin", guest_kernel="", accelerator="none", kernel="6.18_x", cpu="a CPU",
-    governor="none", host="here", revision="0" * 40, started="2026-11-25T03:45:05+00:00",
-)  # fmt: skip
+    guest="standin",
+    guest_kernel="",
+    accelerator="none",
+    kernel="6.18_x",
+    cpu="a CPU",
+    governor="none",
+    host="here",
+    revision="0" * 40,
+    started="2026-11-25T03:45:05+00:00",
+)
 
 
 @pytest.fixture
@@ -36,18 +45,27 @@ def campaign(tmp_path: Path) -> store.Store:
             values = (20e9, 18e9, 0, 9e9 + 9e9 * (block % 3))
             for order, (cell, value) in enumerate(zip(CAMPAIGN.cells, values, strict=True)):
                 trial = Trial(
-                    cell, block, order, Status.OK, value=value * (1 + block / 1000),
-                    duration_s=1.0, payload_bytes=10**9,
-                    machine={"cpu_s": 1.0 + order, "active_s": 1.0} | dict.fromkeys(
-                        ("softirq_s", "system_s", "user_s", "guest_s"), 0.25),
-                )  # fmt: skip
+                    cell,
+                    block,
+                    order,
+                    Status.OK,
+                    value=value * (1 + block / 1000),
+                    duration_s=1.0,
+                    payload_bytes=10**9,
+                    machine={"cpu_s": 1.0 + order, "active_s": 1.0}
+                    | dict.fromkeys(("softirq_s", "system_s", "user_s", "guest_s"), 0.25),
+                )
                 if not value:
                     trial = Trial(cell, block, order, Status.UNSUPPORTED, reason="no such guests")
                 made.append(trial)
-    (made.path / "conformance.json").write_text(json.dumps([
-        {"check": "refused", "datapath": "steer", "guest": "standin", "status": status}
-        for status in ("pass", "pass", "fail", "unsupported")
-    ]))  # fmt: skip
+    (made.path / "conformance.json").write_text(
+        json.dumps(
+            [
+                {"check": "refused", "datapath": "steer", "guest": "standin", "status": status}
+                for status in ("pass", "pass", "fail", "unsupported")
+            ]
+        )
+    )
     return store.open(made.path)
 
 

@@ -53,8 +53,9 @@ def test_rates_and_variants_are_in_the_names_of_cells() -> None:
 def test_globs_select_cells_and_one_that_matches_nothing_is_refused() -> None:
     tiny = plan.parse(GOOD, "tiny.toml")
     chosen = tiny.select(["capture/*", "*/ipv4/*"])
-    assert [c.id for c in chosen.cells] == [c.id for c in tiny.cells if "bridge" not in c.id or
-                                            "ipv4" in c.id]  # fmt: skip
+    assert [c.id for c in chosen.cells] == [
+        c.id for c in tiny.cells if "bridge" not in c.id or "ipv4" in c.id
+    ]
     with pytest.raises(Error, match=r"no cell of plan tiny matches 'steer/\*'"):
         tiny.select(["capture/*", "steer/*"])
 

@@ -18,10 +18,21 @@ from testbed.results import store
 
 CELLS = [f"{datapath}/native-guest/ipv4/tcp/throughput/65536x1" for datapath in ("direct", "steer")]
 CAMPAIGN = store.Campaign(
-    name="little", plan={}, cells=tuple(CELLS), blocks=2, seed=1,
-    references={"direct": "direct", "steer": "direct"}, guest="standin", guest_kernel="",
-    accelerator="none", kernel="6.18", cpu="a CPU", governor="none", host="here", revision="0" * 40,
-)  # fmt: skip
+    name="little",
+    plan={},
+    cells=tuple(CELLS),
+    blocks=2,
+    seed=1,
+    references={"direct": "direct", "steer": "direct"},
+    guest="standin",
+    guest_kernel="",
+    accelerator="none",
+    kernel="6.18",
+    cpu="a CPU",
+    governor="none",
+    host="here",
+    revision="0" * 40,
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +66,15 @@ def test_a_reference_is_the_campaign_without_its_consoles(
     assert kept.log() == campaign.log()
     assert kept.digest() == campaign.digest()
     assert {p.name for p in kept.path.iterdir()} == {
-        "campaign.json", "trials.jsonl.gz", "conformance.json", "trials.csv", "trials.parquet",
-        "histogram.parquet", "report.html", "figures",
-    }  # fmt: skip
+        "campaign.json",
+        "trials.jsonl.gz",
+        "conformance.json",
+        "trials.csv",
+        "trials.parquet",
+        "histogram.parquet",
+        "report.html",
+        "figures",
+    }
     assert table.summaries(kept) == table.summaries(campaign)
 
 

@@ -45,11 +45,21 @@ PLAN = plan.parse(
     "little.toml",
 )
 CAMPAIGN = store.Campaign(
-    name="little", plan={}, cells=tuple(c.id for c in PLAN.cells), blocks=3, seed=1,
+    name="little",
+    plan={},
+    cells=tuple(c.id for c in PLAN.cells),
+    blocks=3,
+    seed=1,
     references={"bridge": "bridge", "capture": "bridge", "loopback": "loopback"},
-    guest="osv", guest_kernel="OSv master", accelerator="tcg", kernel="6.18", cpu="a CPU",
-    governor="none", host="here", revision="0" * 40,
-)  # fmt: skip
+    guest="osv",
+    guest_kernel="OSv master",
+    accelerator="tcg",
+    kernel="6.18",
+    cpu="a CPU",
+    governor="none",
+    host="here",
+    revision="0" * 40,
+)
 LEVEL = {"loopback": 10.0, "bridge": 2.0, "capture": 1.0}
 SCALE = {Metric.THROUGHPUT: 1e9, Metric.LATENCY: 100.0, Metric.CONNECTIONS: 1e3}
 
@@ -186,8 +196,12 @@ def test_what_takes_three_values_has_a_figure_along_them_and_one_of_the_commones
     ids += [f"bridge/native-guest/ipv6/tcp/latency/64x1@{rate}" for rate in (100, 200, 400)]
     ids += ["bridge/guest-native/ipv4/tcp/latency/64x1"]
     ids += [f"{name}/native-guest/ipv4/tcp/latency/64x1" for name in ("capture", "capture~again")]
-    campaign = replace(CAMPAIGN, cells=tuple(ids), blocks=2,
-                       references={**CAMPAIGN.references, "capture~again": "capture"})  # fmt: skip
+    campaign = replace(
+        CAMPAIGN,
+        cells=tuple(ids),
+        blocks=2,
+        references={**CAMPAIGN.references, "capture~again": "capture"},
+    )
     with store.create(tmp_path / "sweeps", campaign) as made:
         for block in range(2):
             for cell in map(Cell.parse, ids):
@@ -195,9 +209,11 @@ def test_what_takes_three_values_has_a_figure_along_them_and_one_of_the_commones
                 made.append(replace(trial(like, block), cell=cell.id))
         names = [f.name for f in draw.draw(made) if f.suffix == ".png"]
         assert names == [
-            "latency-tcp.png", "latency-tcp-by-size.png", "latency-tcp-by-rate.png",
+            "latency-tcp.png",
+            "latency-tcp-by-size.png",
+            "latency-tcp-by-rate.png",
             "ratios-tcp.png",
-        ]  # fmt: skip
+        ]
         text = " ".join(printed(made, 120).split())
         assert "64 B, 100/s" in text
         assert (
@@ -240,9 +256,11 @@ def test_starts_memory_and_scaling_have_figures_and_guests_that_cells_name_their
     """
     cells = plan.parse(text, "scale.toml").cells
     campaign = replace(
-        CAMPAIGN, cells=tuple(c.id for c in cells), references={"steer": "direct"},
+        CAMPAIGN,
+        cells=tuple(c.id for c in cells),
+        references={"steer": "direct"},
         guests={"standin": {"kernel": "", "accelerator": "none"}},
-    )  # fmt: skip
+    )
     parts = {
         Metric.STARTUP: dict.fromkeys(stacks.STEPS, 20.0),
         Metric.MEMORY: {"processes": 3e6, "kernel": -1e3},
@@ -255,7 +273,12 @@ def test_starts_memory_and_scaling_have_figures_and_guests_that_cells_name_their
                 made.append(Trial(cell.id, block, 0, Status.OK, value=value, parts=of))
         names = [f.name for f in draw.draw(made) if f.suffix == ".png"]
         warning = words.warning_of(made.campaign)
-    assert names == ["throughput-tcp-standin.png", "scaling-tcp-standin.png", "startup-tcp.png",
-                     "memory-tcp.png", "ratios-tcp-standin.png"]  # fmt: skip
+    assert names == [
+        "throughput-tcp-standin.png",
+        "scaling-tcp-standin.png",
+        "startup-tcp.png",
+        "memory-tcp.png",
+        "ratios-tcp-standin.png",
+    ]
     assert warning == "osv: emulated guest: functional, not a speed claim"
     assert not any(made.campaign.is_functional(cell) for cell in cells)

@@ -18,10 +18,22 @@ from testbed.images.compose import Definition
 from testbed.model.errors import Error
 
 CALLS = {
-    "accept", "accept4", "bind", "connect", "freeaddrinfo", "getaddrinfo", "getpeername",
-    "getsockname", "recvfrom", "recvmmsg", "recvmsg", "sendmmsg", "sendmsg", "sendto",
+    "accept",
+    "accept4",
+    "bind",
+    "connect",
+    "freeaddrinfo",
+    "getaddrinfo",
+    "getpeername",
+    "getsockname",
+    "recvfrom",
+    "recvmmsg",
+    "recvmsg",
+    "sendmmsg",
+    "sendmsg",
+    "sendto",
     "__recvfrom_chk",
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -32,8 +44,12 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def compiled(folder: Path, source: str, *options: str) -> Path:
     program = folder / "program"
-    subprocess.run(["cc", "-xc", "-", "-pie", "-fPIE", "-o", program, *options],
-                   input=source, text=True, check=True)  # fmt: skip
+    subprocess.run(
+        ["cc", "-xc", "-", "-pie", "-fPIE", "-o", program, *options],
+        input=source,
+        text=True,
+        check=True,
+    )
     return program
 
 
@@ -46,8 +62,9 @@ def program(tmp_path: Path) -> Path:
 def test_the_shim_compiles_without_a_warning_and_needs_only_libc(tmp_path: Path) -> None:
     output = tmp_path / "shim.so"
     strict = ("-Wall", "-Wextra", "-Werror")
-    subprocess.run(["cc", *shim.flags(), *strict, "-o", output, *shim.SOURCES.glob("*.c")],
-                   check=True)  # fmt: skip
+    subprocess.run(
+        ["cc", *shim.flags(), *strict, "-o", output, *shim.SOURCES.glob("*.c")], check=True
+    )
     assert elf.read(output).needed == ("libc.so.6",)
     listed = subprocess.check_output(["nm", "-D", "--defined-only", output], text=True)
     assert {line.split()[-1] for line in listed.splitlines()} == CALLS

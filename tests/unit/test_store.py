@@ -21,16 +21,37 @@ from tests.children import ending
 
 CELL = "capture/native-guest/ipv4/tcp/latency/64x1"
 CAMPAIGN = store.Campaign(
-    name="quick", plan={"blocks": 2}, cells=(CELL,), blocks=2, seed=1,
-    references={"capture": "bridge"}, guest="linux", guest_kernel="Linux 6.1", accelerator="tcg",
-    kernel="Linux 6.18", cpu="a CPU", governor="none", host="here", revision="0" * 40,
-    images={"agent": "sha256:0"}, started="2026-11-23T18:00:00Z",
-)  # fmt: skip
+    name="quick",
+    plan={"blocks": 2},
+    cells=(CELL,),
+    blocks=2,
+    seed=1,
+    references={"capture": "bridge"},
+    guest="linux",
+    guest_kernel="Linux 6.1",
+    accelerator="tcg",
+    kernel="Linux 6.18",
+    cpu="a CPU",
+    governor="none",
+    host="here",
+    revision="0" * 40,
+    images={"agent": "sha256:0"},
+    started="2026-11-23T18:00:00Z",
+)
 OK = Trial(
-    CELL, 0, 3, Status.OK, value=12.5, duration_s=1.0, transactions=100,
-    histogram_us=((12.0, 49), (12.5, 50), (80.0, 1)), carried={"packets": 200},
-    counters={"to_guest": 100}, machine={"load1": 0.5}, dialed="localhost",
-)  # fmt: skip
+    CELL,
+    0,
+    3,
+    Status.OK,
+    value=12.5,
+    duration_s=1.0,
+    transactions=100,
+    histogram_us=((12.0, 49), (12.5, 50), (80.0, 1)),
+    carried={"packets": 200},
+    counters={"to_guest": 100},
+    machine={"load1": 0.5},
+    dialed="localhost",
+)
 FAILED = Trial(CELL, 0, 3, Status.FAILED, reason="guest not ready")
 
 

@@ -132,9 +132,14 @@ class Client:
             epoch, began, failure = self._epoch[0], time.monotonic(), ""
             try:
                 result = self._peer.agent.run(
-                    Transport.TCP, self.bed.family, self._target, self.bed.port, "crr", 64,
+                    Transport.TCP,
+                    self.bed.family,
+                    self._target,
+                    self.bed.port,
+                    "crr",
+                    64,
                     bytes=64,
-                )  # fmt: skip
+                )
             except (Error, OSError) as e:
                 failure = str(e)
             took_s = time.monotonic() - began
@@ -160,8 +165,11 @@ class Client:
         self._thread.join()
 
 
-@check("a server that restarts costs its clients nothing else", disruptive=True,
-       pairs=frozenset({Pair.NATIVE_GUEST}))  # fmt: skip
+@check(
+    "a server that restarts costs its clients nothing else",
+    disruptive=True,
+    pairs=frozenset({Pair.NATIVE_GUEST}),
+)
 def restarts_under_load(bed: Bed) -> None:
     """Of 100 restarts of a guest clients see refusals while it is down; none fails else, or hangs.
 

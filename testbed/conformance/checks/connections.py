@@ -641,8 +641,10 @@ def keepalive(bed: Bed) -> Iterator[None]:
     for sock in (near, far):
         sock.set("SO_KEEPALIVE", 1)
         for option, value in (
-            ("TCP_KEEPIDLE", 1), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", PROBES),
-        ):  # fmt: skip
+            ("TCP_KEEPIDLE", 1),
+            ("TCP_KEEPINTVL", 1),
+            ("TCP_KEEPCNT", PROBES),
+        ):
             sock.set(option, value)
     began = time.monotonic()
     yield
@@ -652,8 +654,9 @@ def keepalive(bed: Bed) -> Iterator[None]:
 
 @check(
     "beyond loopback: a pod whose guests lack a family",
-    families=IPV4, pairs=frozenset({Pair.NATIVE_GUEST}),
-)  # fmt: skip
+    families=IPV4,
+    pairs=frozenset({Pair.NATIVE_GUEST}),
+)
 def ipv6_client_of_ipv4_guest(bed: Bed) -> None:
     """A client that dials ::1 reaches a guest that speaks IPv4 alone."""
     if Family.IPV6 in bed.server.agent.hello().families:

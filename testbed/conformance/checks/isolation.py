@@ -59,10 +59,16 @@ def forge(bed: Bed, sources: list[Address], destinations: list[Address]) -> None
     netns = bed.stage.guest_netns("guest1")
     server = bed.serve("0.0.0.0" if bed.family is Family.IPV4 else "::")
     with nothing_arrives(bed, server):
-        frames.send(netns, "eth0", [
-            frames.datagram((guest_mac(1), mac), source, to, (7777, bed.port))
-            for source in sources for to in destinations for mac in (ALIAS_MAC, POD_MAC)
-        ])  # fmt: skip
+        frames.send(
+            netns,
+            "eth0",
+            [
+                frames.datagram((guest_mac(1), mac), source, to, (7777, bed.port))
+                for source in sources
+                for to in destinations
+                for mac in (ALIAS_MAC, POD_MAC)
+            ],
+        )
 
 
 @check("RFC 2827: no forged sources", transports=UDP, pairs=FROM_GUEST)
@@ -93,10 +99,15 @@ def loopback_by_the_link(bed: Bed) -> None:
     netns = bed.stage.guest_netns("guest1")
     own = guest_link(bed.family, 1)
     with nothing_arrives(bed, bed.serve(bed.loopback)):
-        frames.send(netns, "eth0", [
-            frames.datagram((guest_mac(1), mac), own, to, (7777, bed.port))
-            for to in (loopback(bed.family), pod_link(bed.family)) for mac in (ALIAS_MAC, POD_MAC)
-        ])  # fmt: skip
+        frames.send(
+            netns,
+            "eth0",
+            [
+                frames.datagram((guest_mac(1), mac), own, to, (7777, bed.port))
+                for to in (loopback(bed.family), pod_link(bed.family))
+                for mac in (ALIAS_MAC, POD_MAC)
+            ],
+        )
 
 
 @contextmanager
@@ -131,10 +142,15 @@ def from_outside(bed: Bed, destinations: list[Address]) -> None:
     sources = [ip_address(STRANGER[bed.family]), guest_link(bed.family, 9)]
     sources += [alias(bed.family), native_source(bed.family), loopback(bed.family)]
     with uplink(bed) as (netns, name), nothing_arrives(bed, bed.serve(bed.loopback)):
-        frames.send(netns, name, [
-            frames.datagram((ALIAS_MAC, POD_MAC), source, to, (7777, bed.port))
-            for source in sources for to in destinations
-        ])  # fmt: skip
+        frames.send(
+            netns,
+            name,
+            [
+                frames.datagram((ALIAS_MAC, POD_MAC), source, to, (7777, bed.port))
+                for source in sources
+                for to in destinations
+            ],
+        )
 
 
 @check("CVE-2020-8558: loopback is not for neighbors", transports=UDP, pairs=NATIVE_SERVER)
@@ -155,9 +171,14 @@ def alias_claimed_by_guest(bed: Bed) -> None:
     netns = bed.stage.guest_netns("guest2")
     near, far = bed.connected()
     told, attacker = guest_link(bed.family, 1), guest_link(bed.family, 2)
-    frames.send(netns, "eth0", [
-        frames.claim((guest_mac(2), guest_mac(1)), alias(bed.family), told, attacker),
-    ] * 3)  # fmt: skip
+    frames.send(
+        netns,
+        "eth0",
+        [
+            frames.claim((guest_mac(2), guest_mac(1)), alias(bed.family), told, attacker),
+        ]
+        * 3,
+    )
     exchange(near, far)
     exchange(*bed.connected())
 

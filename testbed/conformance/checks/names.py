@@ -84,8 +84,11 @@ def accept_names(bed: Bed) -> None:
     expect(far.own_name[1] == bed.port, f"getsockname: {far.own_name}")
 
 
-@check("bind(2): ports are the pod's, not a workload's", transports=BOTH,
-       pairs=frozenset({Pair.NATIVE_GUEST}))  # fmt: skip
+@check(
+    "bind(2): ports are the pod's, not a workload's",
+    transports=BOTH,
+    pairs=frozenset({Pair.NATIVE_GUEST}),
+)
 def native_cannot_take_a_guests_port(bed: Bed) -> None:
     """A native that binds a guest's port gets EADDRINUSE, whatever the address."""
     wild = "0.0.0.0" if bed.family is Family.IPV4 else "::"
@@ -109,8 +112,11 @@ def ephemeral_ports_serve_nobody(bed: Bed) -> None:
     expect(not chosen & taken, f"the kernel gave {sorted(chosen & taken)}")
 
 
-@check("the kernel's own loopback is left alone", pairs=frozenset({Pair.NATIVE_NATIVE}),
-       transports=BOTH)  # fmt: skip
+@check(
+    "the kernel's own loopback is left alone",
+    pairs=frozenset({Pair.NATIVE_NATIVE}),
+    transports=BOTH,
+)
 def native_traffic_untouched(bed: Bed) -> None:
     """Between natives no packet leaves lo, and no program counts one."""
     pod = bed.own_pod.pod

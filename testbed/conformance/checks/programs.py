@@ -40,8 +40,14 @@ PACKAGES = {
     "wrk": "wrk",
 }
 """Of Debian 12."""
-FOLDERS = os.pathsep.join((os.defpath, "/usr/sbin", "/usr/local/bin",
-                           *map(str, Path("/usr/lib/postgresql").glob("*/bin"))))  # fmt: skip
+FOLDERS = os.pathsep.join(
+    (
+        os.defpath,
+        "/usr/sbin",
+        "/usr/local/bin",
+        *map(str, Path("/usr/lib/postgresql").glob("*/bin")),
+    )
+)
 RUN_S = 30.0
 
 
@@ -204,8 +210,20 @@ def _redis(bed: Bed, protected: str) -> None:
         argv += ["--save", "", "--appendonly", "no", "--dir", str(folder)]
         argv += ["--protected-mode", protected]
         with serving(bed, argv, folder):
-            ask = [benchmark, "-h", str(bed.target), "-p", str(bed.port), "-n", "2000", "-c", "20",
-                   "-t", "set,get", "--csv"]  # fmt: skip
+            ask = [
+                benchmark,
+                "-h",
+                str(bed.target),
+                "-p",
+                str(bed.port),
+                "-n",
+                "2000",
+                "-c",
+                "20",
+                "-t",
+                "set,get",
+                "--csv",
+            ]
             out = run(bed, ask, folder)
         expect("DENIED" not in out, "DENIED: the client is not seen as loopback")
         expect('"GET"' in out, f"no result: {' | '.join(out.splitlines()[-3:])}")
@@ -225,12 +243,27 @@ def postgresql_as_installed(bed: Bed) -> None:
         data = folder / "data"
         made = subprocess.run(
             [*as_user, initdb, "--pgdata", str(data), "--no-sync", "--locale=C", "--encoding=UTF8"],
-            cwd=folder, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if made.returncode:
             raise Unsupported(f"initdb: {made.stderr.strip().splitlines()[-1]}")
-        argv = [*as_user, postgres, "-D", str(data), "-p", str(bed.port), "-c", "fsync=off",
-                "-h", bed.server.here(bed.family), "-k", str(folder)]  # fmt: skip
+        argv = [
+            *as_user,
+            postgres,
+            "-D",
+            str(data),
+            "-p",
+            str(bed.port),
+            "-c",
+            "fsync=off",
+            "-h",
+            bed.server.here(bed.family),
+            "-k",
+            str(folder),
+        ]
         with serving(bed, argv, folder, says="ready to accept connections"):
             ask = [psql, "-h", str(bed.target), "-p", str(bed.port), "-U", user, "-Atc"]
             out = run(bed, [*ask, "select count(*) from generate_series(1, 100000) x"], folder)
@@ -258,10 +291,19 @@ def dns_server_and_dig(bed: Bed) -> None:
     n = bed.own_pod.pod.number_of(bed.server_name)
     here = guest_link(bed.family, n) if n else bed.loopback  # it does not answer at a wildcard
     with folder_of() as folder:
-        argv = [dnsmasq, "--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv",
-                "--no-hosts", f"--port={bed.port}", "--bind-interfaces",
-                "--address=/pod.test/192.0.2.7", "--user=root", f"--pid-file={folder}/pid",
-                f"--listen-address={here}"]  # fmt: skip
+        argv = [
+            dnsmasq,
+            "--keep-in-foreground",
+            "--conf-file=/dev/null",
+            "--no-resolv",
+            "--no-hosts",
+            f"--port={bed.port}",
+            "--bind-interfaces",
+            "--address=/pod.test/192.0.2.7",
+            "--user=root",
+            f"--pid-file={folder}/pid",
+            f"--listen-address={here}",
+        ]
         with serving(bed, argv, folder):
             ask = [dig, f"@{bed.target}", "-p", str(bed.port), "+short", "+tries=1", "pod.test"]
             out = run(bed, [*ask, *(["+tcp"] if bed.transport == "tcp" else [])], folder)

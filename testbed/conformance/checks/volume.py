@@ -50,9 +50,15 @@ def _bulk(bed: Bed, direction: str) -> None:
     size = amount(bed, BULK_BYTES)
     bed.server.agent.serve(bed.transport, bed.family, bed.port, bed.server.here(bed.family))
     result = bed.client.agent.run(
-        bed.transport, bed.family, str(bed.target), bed.port, "stream", 65_536,
-        direction="up" if direction == "up" else "down", bytes=size,
-    )  # fmt: skip
+        bed.transport,
+        bed.family,
+        str(bed.target),
+        bed.port,
+        "stream",
+        65_536,
+        direction="up" if direction == "up" else "down",
+        bytes=size,
+    )
     expect(result.bytes == size, f"{result.bytes} of {size} bytes arrived")
     expect(not result.corrupt, f"{result.corrupt} pieces are not what was sent")
 
@@ -74,8 +80,14 @@ def requests_side_by_side(bed: Bed) -> None:
     """Eight clients at once, each answered with its own bytes, none lost."""
     bed.server.agent.serve(bed.transport, bed.family, bed.port, bed.server.here(bed.family))
     result = bed.client.agent.run(
-        bed.transport, bed.family, str(bed.target), bed.port, "rr", 1000, streams=8,
+        bed.transport,
+        bed.family,
+        str(bed.target),
+        bed.port,
+        "rr",
+        1000,
+        streams=8,
         bytes=amount(bed, 400_000),
-    )  # fmt: skip
+    )
     expect(not result.corrupt, f"{result.corrupt} answers were another's")
     expect(not result.lost, f"{result.lost} requests were lost")

@@ -163,5 +163,8 @@ class _Answer(asyncio.DatagramProtocol):
 def _is_bound() -> bool:
     """Whether the namespace has a UDP socket at the port."""
     tables = (Path("/proc/thread-self/net", name).read_text() for name in ("udp", "udp6"))
-    return any(line.split()[1].endswith(f":{PORT:04X}")
-               for table in tables for line in table.splitlines()[1:])  # fmt: skip
+    return any(
+        line.split()[1].endswith(f":{PORT:04X}")
+        for table in tables
+        for line in table.splitlines()[1:]
+    )

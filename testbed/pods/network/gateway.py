@@ -20,8 +20,10 @@ TABLE = "testbed-gateway"
 
 _IP = {Family.IPV4: "ip", Family.IPV6: "ip6"}
 _LINKS = {f: f"{alias(f)}/{LINK_PREFIX[f]}" for f in Family}
-_INSIDE = {Family.IPV4: f"127.0.0.0/8, {_LINKS[Family.IPV4]}",
-           Family.IPV6: f"::1, {_LINKS[Family.IPV6]}, {NATIVE_VIEW_NET6}"}  # fmt: skip
+_INSIDE = {
+    Family.IPV4: f"127.0.0.0/8, {_LINKS[Family.IPV4]}",
+    Family.IPV6: f"::1, {_LINKS[Family.IPV6]}, {NATIVE_VIEW_NET6}",
+}
 """Addresses that only have a meaning within a pod."""
 _NEIGHBORS = {Family.IPV4: "", Family.IPV6: ", fe80::/10, ff00::/8"}
 
@@ -47,9 +49,9 @@ def open(
         f"table inet {TABLE} {{",
     ]
     text += [
-        _of_family(uplink, family, address, owners, families) for family, address in
-        addresses.items()
-    ]  # fmt: skip
+        _of_family(uplink, family, address, owners, families)
+        for family, address in addresses.items()
+    ]
     if not tracked:
         text += [
             f"chain {hook}_untracked {{ type filter hook {hook} priority raw; "
@@ -61,12 +63,17 @@ def open(
             for hook in ("prerouting", "output")
         ]
     nft.load(netns, "\n".join((*text, "}")))
-    namespaces.set_sysctls(netns, {
-        **{f"net/ipv4/conf/{link}/send_redirects": 0
-           for link in ("all", "default", *netlink.links(netns))},
-        "net/ipv4/conf/all/forwarding": 1,
-        "net/ipv6/conf/all/forwarding": 1,
-    })  # fmt: skip
+    namespaces.set_sysctls(
+        netns,
+        {
+            **{
+                f"net/ipv4/conf/{link}/send_redirects": 0
+                for link in ("all", "default", *netlink.links(netns))
+            },
+            "net/ipv4/conf/all/forwarding": 1,
+            "net/ipv6/conf/all/forwarding": 1,
+        },
+    )
 
 
 def _of_family(
@@ -79,15 +86,17 @@ def _of_family(
     ip, version = _IP[family], family[3]
     served = (
         f"{transport} . {port} : {guest_link(family, n)}"
-        for (transport, port), n in owners.items() if family in families[n]
-    )  # fmt: skip
+        for (transport, port), n in owners.items()
+        if family in families[n]
+    )
     to_owner = f"{ip} daddr {pod} dnat {ip} to meta l4proto . th dport map @owners{version}"
     # Answers have to come this way, too.
     from_guest_to_pod = (
         f"{ip} saddr {_LINKS[family]} ct original {ip} daddr {pod} snat {ip} to {pod}"
     )
-    return nft.elements(f"map owners{version}", f"inet_proto . inet_service : {family}_addr",
-                        served) + f"""
+    return (
+        nft.elements(f"map owners{version}", f"inet_proto . inet_service : {family}_addr", served)
+        + f"""
 chain from_outside{version} {{
     type filter hook prerouting priority raw
     iifname "{uplink}" {ip} saddr {{ {_INSIDE[family]} }} drop
@@ -110,4 +119,5 @@ chain from_guest_to_native{version} {{
     type nat hook input priority 100
     {from_guest_to_pod}
 }}
-"""  # fmt: skip
+"""
+    )

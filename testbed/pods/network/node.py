@@ -45,30 +45,41 @@ def join(owner: Scope, pod: str, netns: str, ports: Collection[HostPort]) -> int
     ports, or the node has no address left.
     """
     with _leases() as leases:
-        own = next((n for n, lease in leases.items()
-                    if (lease["id"], lease["pod"]) == (owner.id, pod)), None)  # fmt: skip
+        own = next(
+            (n for n, lease in leases.items() if (lease["id"], lease["pod"]) == (owner.id, pod)),
+            None,
+        )
         for n, lease in leases.items():
             taken = {(t, p) for t, p, _ in lease["ports"]} if n != own else ()
             for port in ports:
                 if (port.transport, port.host_port) in taken:
-                    raise Error(f"pod {lease['pod']!r} has {port.transport} port {port.host_port} "
-                                "of the node already", hint="choose another hostPort")  # fmt: skip
+                    raise Error(
+                        f"pod {lease['pod']!r} has {port.transport} port {port.host_port} "
+                        "of the node already",
+                        hint="choose another hostPort",
+                    )
         is_there = namespaces.is_namespace(namespaces.NETNS / NETNS)
         links = netlink.links(NETNS) if is_there else {}
         # A link may be left for a moment by a pod that went.
         n = own or next(n for n in count(1) if n not in leases and _link(n) not in links)
         if n > MAX_PODS:
             raise Error(f"{len(leases)} pods have addresses of the node", hint="take one down")
-        leases[n] = {"pod": pod, "id": owner.id,
-                     "ports": [[p.transport, p.host_port, p.port] for p in ports]}  # fmt: skip
+        leases[n] = {
+            "pod": pod,
+            "id": owner.id,
+            "ports": [[p.transport, p.host_port, p.port] for p in ports],
+        }
         owner.defer(leave, n=n, id=owner.id)
         with namespaces.make(NETNS) as node:
             (_folder() / f"{n}-{owner.id}").write_text(json.dumps(leases[n]))
             if not is_there:
-                namespaces.set_sysctls(NETNS, {
-                    "net/ipv4/conf/all/forwarding": 1,
-                    "net/ipv6/conf/all/forwarding": 1,
-                })  # fmt: skip
+                namespaces.set_sysctls(
+                    NETNS,
+                    {
+                        "net/ipv4/conf/all/forwarding": 1,
+                        "net/ipv6/conf/all/forwarding": 1,
+                    },
+                )
             _load(leases)
             _connect(node, netns, n, links.get(_link(n)))
     return n
@@ -141,12 +152,17 @@ def _load(leases: dict[int, dict[str, Any]]) -> None:
     ]
     for family in Family:
         ip, version, node = _IP[family], family[3], node_address(family)
-        text.append(nft.elements(
-            f"map ports{version}",
-            f"inet_proto . inet_service : {family}_addr . inet_service",
-            (f"{transport} . {host_port} : {pod_address(family, n)} . {port}"
-             for n, lease in leases.items() for transport, host_port, port in lease["ports"]),
-        ))  # fmt: skip
+        text.append(
+            nft.elements(
+                f"map ports{version}",
+                f"inet_proto . inet_service : {family}_addr . inet_service",
+                (
+                    f"{transport} . {host_port} : {pod_address(family, n)} . {port}"
+                    for n, lease in leases.items()
+                    for transport, host_port, port in lease["ports"]
+                ),
+            )
+        )
         to_pod = f"{ip} daddr {node} dnat {ip} to meta l4proto . th dport map @ports{version}"
         pods = (f"{pod_address(family, n)} . {pod_address(family, n)}" for n in leases)
         text += [

@@ -26,8 +26,14 @@ class Writer:
             self._interfaces[interface] = len(self._interfaces)
             options = _option(_IF_NAME, interface.encode()) + _option(_IF_TSRESOL, b"\x09")
             self._block(_INTERFACE, struct.pack("=HxxI", LINKTYPE_ETHERNET, 0) + options + _END)
-        head = struct.pack("=IIIII", self._interfaces[interface], time_ns >> 32,
-                           time_ns & 0xFFFFFFFF, len(packet), length)  # fmt: skip
+        head = struct.pack(
+            "=IIIII",
+            self._interfaces[interface],
+            time_ns >> 32,
+            time_ns & 0xFFFFFFFF,
+            len(packet),
+            length,
+        )
         self._block(_PACKET, head + _padded(packet) + _option(_COMMENT, comment.encode()) + _END)
 
     def _block(self, kind: int, body: bytes) -> None:

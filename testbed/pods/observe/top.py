@@ -71,8 +71,9 @@ def table(found: Sequence[Rate]) -> Table:
     for head in ("packets/s", "bit/s", "packets in all"):
         made.add_column(head, justify="right")
     for rate in found:
-        made.add_row(rate.pod, rate.what, _short(rate.packets_per_s), _short(rate.bps),
-                     f"{rate.packets}")  # fmt: skip
+        made.add_row(
+            rate.pod, rate.what, _short(rate.packets_per_s), _short(rate.bps), f"{rate.packets}"
+        )
     return made
 
 

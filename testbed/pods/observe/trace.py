@@ -77,17 +77,24 @@ class Event:
     def data(self) -> dict[str, Any]:
         """For `--json`."""
         return {
-            "time_ns": self.time_ns, "program": self.program, "guest": self.at or None,
-            "came": str(self.came), "went": str(self.went), "verdict": self.verdict,
-            "reason": self.reason or None, "bytes": self.came.length,
-        }  # fmt: skip
+            "time_ns": self.time_ns,
+            "program": self.program,
+            "guest": self.at or None,
+            "came": str(self.came),
+            "went": str(self.went),
+            "verdict": self.verdict,
+            "reason": self.reason or None,
+            "bytes": self.came.length,
+        }
 
     def __str__(self) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(self.time_ns // 10**9))
         changed = f" => {self.went}" if str(self.went) != str(self.came) else ""
         what = f"{self.verdict}{f': {self.reason}' if self.reason else ''}"
-        return (f"{clock}.{self.time_ns // 1000 % 10**6:06} {self.place:<24} {self.came}"
-                f"{changed} ({self.came.length} bytes) {what}")  # fmt: skip
+        return (
+            f"{clock}.{self.time_ns // 1000 % 10**6:06} {self.place:<24} {self.came}"
+            f"{changed} ({self.came.length} bytes) {what}"
+        )
 
 
 @contextmanager

@@ -58,9 +58,11 @@ def bars_figure(rows: Sequence[Summary], store: Store) -> Drawing:
         + (f" {UDP_RATE_MEANS}." if kind_of(rows[0])[:2] == UDP_RATE else "")
     )
     panels = figure.subplots(
-        lines, len(families) * len(parts) // lines, squeeze=False,
+        lines,
+        len(families) * len(parts) // lines,
+        squeeze=False,
         width_ratios=[len(s) + 1 for s in slots] * (len(families) // lines),
-    )  # fmt: skip
+    )
     for n, axes in enumerate(panels.flat):
         family, part = families[n // len(parts)], parts[n % len(parts)]
         if n % len(parts) == 0:
@@ -70,9 +72,12 @@ def bars_figure(rows: Sequence[Summary], store: Store) -> Drawing:
     for line in panels:
         line[0].set_ylabel(named[rows[0].cell.metric])
     return Drawing(
-        figure, title_of(rows[0].cell), keys_of(rows, patch_key),
-        [f"{circumstances(store, own)} {how}", *absences(rows)], functional(store, rows),
-    )  # fmt: skip
+        figure,
+        title_of(rows[0].cell),
+        keys_of(rows, patch_key),
+        [f"{circumstances(store, own)} {how}", *absences(rows)],
+        functional(store, rows),
+    )
 
 
 def slots_of(rows: Sequence[Summary] | Sequence[Breakdown]) -> list[tuple[Pair, str] | None]:
@@ -85,9 +90,13 @@ def slots_of(rows: Sequence[Summary] | Sequence[Breakdown]) -> list[tuple[Pair, 
 
 
 def _bar_panel(
-    axes: Axes, rows: Sequence[Summary], family: Family, slots: Sequence[Any], guest: str,
+    axes: Axes,
+    rows: Sequence[Summary],
+    family: Family,
+    slots: Sequence[Any],
+    guest: str,
     upright: bool,
-) -> None:  # fmt: skip
+) -> None:
     scale = UNITS[rows[0].cell.metric].scale
     means = [row.estimate.mean / scale for row in rows if row.status is Status.OK]
     most = 1.5 * max(means, default=1)  # so far up whiskers are drawn, and end with an arrow
@@ -106,11 +115,26 @@ def _bar_panel(
     for row in (row for row in rows if row.cell.family is family):
         at = slots.index((row.cell.pair, row.cell.datapath))
         if row.status is not Status.OK:
-            axes.bar(at, 0.2, width=0.86, color="white", hatch="////", edgecolor="#aaaaaa",
-                     transform=across)  # fmt: skip
-            axes.text(at, 0.1, absence(row.status), transform=across, ha="center", va="center",
-                      fontsize=SMALL_PT, rotation=90,
-                      bbox={"fc": "white", "ec": "none", "pad": 0.6})  # fmt: skip
+            axes.bar(
+                at,
+                0.2,
+                width=0.86,
+                color="white",
+                hatch="////",
+                edgecolor="#aaaaaa",
+                transform=across,
+            )
+            axes.text(
+                at,
+                0.1,
+                absence(row.status),
+                transform=across,
+                ha="center",
+                va="center",
+                fontsize=SMALL_PT,
+                rotation=90,
+                bbox={"fc": "white", "ec": "none", "pad": 0.6},
+            )
             continue
         style = style_of(row.cell.datapath)
         mean, low, high = (
@@ -124,7 +148,15 @@ def _bar_panel(
             )
             if top < high:
                 axes.plot(at, top, "^", color="black", ms=2.5)
-        axes.annotate(number(mean, mean), (at, top), (0, 1.5), textcoords="offset points",
-                      ha="center", va="bottom", fontsize=SMALL_PT, annotation_clip=False,
-                      rotation=0 if upright and len(slots) <= 8 else 90,
-                      bbox={"fc": "white", "ec": "none", "pad": 0.2, "alpha": 0.8})  # fmt: skip
+        axes.annotate(
+            number(mean, mean),
+            (at, top),
+            (0, 1.5),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=SMALL_PT,
+            annotation_clip=False,
+            rotation=0 if upright and len(slots) <= 8 else 90,
+            bbox={"fc": "white", "ec": "none", "pad": 0.2, "alpha": 0.8},
+        )

@@ -61,8 +61,14 @@ def curves_figure(
                     ends.append(_curve(axes, style, histograms[row.cell]))
                 else:
                     absent.append(f"{row.cell.datapath}: {absence(row.status)}")
-            axes.text(0.96, 0.05, "\n".join(absent), transform=axes.transAxes, ha="right",
-                      bbox={"fc": "white", "ec": "none", "pad": 1})  # fmt: skip
+            axes.text(
+                0.96,
+                0.05,
+                "\n".join(absent),
+                transform=axes.transAxes,
+                ha="right",
+                bbox={"fc": "white", "ec": "none", "pad": 1},
+            )
     for axes in panels[-1]:
         axes.set_xlabel("round trip, µs")
     corner = panels[0][0]
@@ -72,10 +78,12 @@ def curves_figure(
     if ends:
         corner.set_xlim(min(low for low, _ in ends) / 1.3, max(high for _, high in ends) * 1.3)
     return Drawing(
-        figure, title_of(rows[0].cell), keys_of(rows, line_key),
+        figure,
+        title_of(rows[0].cell),
+        keys_of(rows, line_key),
         [f"{circumstances(store, rows[0].cell.guest)} {how}", *absences(rows)],
         functional(store, rows),
-    )  # fmt: skip
+    )
 
 
 def _curve(axes: Axes, style: Style, blocks: Blocks) -> tuple[float, float]:

@@ -90,8 +90,12 @@ def draw(store: Store, folder: Path | None = None, bare: bool = False) -> list[P
         built = [part for part in breakdowns(frame(store.trials())) if not _is_crowd(part.cell)]
         for (metric, transport), parts in grouped(built, lambda p: kind_of(p)[:2]).items():
             files += keep(built_figure(parts, store), name=f"{metric}-{transport}")
-        divided = [row for row in every if row.reference != row.cell.datapath
-                   and not (row.cell.metric.of_building or _is_crowd(row.cell))]  # fmt: skip
+        divided = [
+            row
+            for row in every
+            if row.reference != row.cell.datapath
+            and not (row.cell.metric.of_building or _is_crowd(row.cell))
+        ]
         for (transport, guest), group in grouped(divided, lambda r: kind_of(r)[1:]).items():
             if any(row.ratio.blocks for row in group):
                 whose = f"-{guest}" if guest else ""
@@ -126,9 +130,11 @@ def draw_comparison(
         )
         paragraphs = [f"Earlier: {circumstances(before)}", f"Later: {circumstances(after)}", how]
         drawing = Drawing(
-            figure, f"{after.path.name} against {before.path.name}",
-            keys_of(shown, point_key), paragraphs,
+            figure,
+            f"{after.path.name} against {before.path.name}",
+            keys_of(shown, point_key),
+            paragraphs,
             before.campaign.functional or after.campaign.functional,
-        )  # fmt: skip
+        )
         name = f"against-{before.path.resolve().name}"
         return save(drawing, folder, name, f"{after.digest()} against {before.digest()}")

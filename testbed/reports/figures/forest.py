@@ -45,10 +45,12 @@ def ratios(rows: Sequence[Summary], store: Store) -> Drawing:
     absent = [*absences(rows), *missing]
     guest = rows[0].cell.guest
     return Drawing(
-        figure, f"Ratio to the reference datapath, {names(rows[0].cell.transport)}",
-        keys_of(shown, point_key), [f"{circumstances(store, guest)} {how}", *absent],
+        figure,
+        f"Ratio to the reference datapath, {names(rows[0].cell.transport)}",
+        keys_of(shown, point_key),
+        [f"{circumstances(store, guest)} {how}", *absent],
         functional(store, rows),
-    )  # fmt: skip
+    )
 
 
 def forest(rows: Sequence[Ratio], guest: str, band: float = 0.0) -> Figure:
@@ -85,8 +87,16 @@ def forest(rows: Sequence[Ratio], guest: str, band: float = 0.0) -> Figure:
         for axes in panels:
             axes.axhline(first - 1.55, color="#dddddd", lw=0.5)
             axes.tick_params(axis="y", length=0)
-        corner.text(-0.02, first - 0.95, place, ha="right", va="center", fontweight="bold",
-                    fontsize=SMALL_PT, transform=corner.get_yaxis_transform())  # fmt: skip
+        corner.text(
+            -0.02,
+            first - 0.95,
+            place,
+            ha="right",
+            va="center",
+            fontweight="bold",
+            fontsize=SMALL_PT,
+            transform=corner.get_yaxis_transform(),
+        )
     corner.set_xscale("log")
     corner.set_xlim(low, high)
     for steps in _NEAR if high / low < 4 else _FAR:
@@ -127,5 +137,13 @@ def _interval_line(axes: Axes, row: Ratio, at: float, span: tuple[float, float])
             if beyond:
                 axes.plot(end, at, head, color="black", ms=2.5, clip_on=False)
     conclusive = low > 1 or high < 1
-    axes.plot(mean, at, style.marker, ms=3.8, mew=0.7, mec="black" if conclusive else style.color,
-              mfc=style.color if conclusive else "white", zorder=3)  # fmt: skip
+    axes.plot(
+        mean,
+        at,
+        style.marker,
+        ms=3.8,
+        mew=0.7,
+        mec="black" if conclusive else style.color,
+        mfc=style.color if conclusive else "white",
+        zorder=3,
+    )

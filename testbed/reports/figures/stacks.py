@@ -81,9 +81,12 @@ def spent_figure(rows: Sequence[Breakdown], store: Store) -> Drawing:
     _fit(panels[0], rows)
     panels[0].set_ylabel(f"CPU seconds per {per}")
     return Drawing(
-        figure, f"Host CPU: {title_of(cell)}", _keys(PARTS),
-        [f"{circumstances(store, cell.guest)} {how}"], functional(store, rows),
-    )  # fmt: skip
+        figure,
+        f"Host CPU: {title_of(cell)}",
+        _keys(PARTS),
+        [f"{circumstances(store, cell.guest)} {how}"],
+        functional(store, rows),
+    )
 
 
 def built_figure(rows: Sequence[Breakdown], store: Store) -> Drawing:
@@ -91,22 +94,25 @@ def built_figure(rows: Sequence[Breakdown], store: Store) -> Drawing:
     metric, unit = rows[0].cell.metric, UNITS[rows[0].cell.metric]
     starts = metric is Metric.STARTUP
     parts = STEPS if starts else OWNERS
-    title = ("From nothing to the first answer at localhost" if starts
-             else "Memory of a pod after its first answer")  # fmt: skip
-    how = (
-        "Bars: geometric means over blocks; whiskers: 95 % t-intervals of the whole. "
-        + ("Images and programs are in the cache; launch: until the program, or the virtual "
-           "machine, runs; boot: until it answers at its own address; answer: the first request "
-           "to localhost." if starts
-           else "Processes: proportional set size; kernel: what its memory grew by.")
-    )  # fmt: skip
+    title = (
+        "From nothing to the first answer at localhost"
+        if starts
+        else "Memory of a pod after its first answer"
+    )
+    how = "Bars: geometric means over blocks; whiskers: 95 % t-intervals of the whole. " + (
+        "Images and programs are in the cache; launch: until the program, or the virtual "
+        "machine, runs; boot: until it answers at its own address; answer: the first request "
+        "to localhost."
+        if starts
+        else "Processes: proportional set size; kernel: what its memory grew by."
+    )
     groups = grouped(rows, lambda r: (r.cell.family, _boots(r, store)))
     places = sorted(groups)
     slots = [_labels(groups[place], store) for place in places]
     figure = Figure(figsize=(WIDTH_IN, 2.4))
     panels = figure.subplots(
         1, len(places), squeeze=False, width_ratios=[len(labels) + 1 for labels in slots]
-    )[0]  # fmt: skip
+    )[0]
     for axes, place, labels in zip(panels, places, slots, strict=True):
         here, kind = groups[place], "virtual machines" if place[1] else "no virtual machines"
         axes.set_title(f"{names(place[0])}, {kind}", loc="left", fontweight="bold")
@@ -143,9 +149,12 @@ def _keys(parts: Mapping[str, Part]) -> list[tuple[Any, str]]:
 
 
 def _stacks(
-    axes: Axes, rows: Sequence[Breakdown], at: Sequence[int],
-    labels: Sequence[tuple[str, str] | None], parts: Mapping[str, Part],
-) -> None:  # fmt: skip
+    axes: Axes,
+    rows: Sequence[Breakdown],
+    at: Sequence[int],
+    labels: Sequence[tuple[str, str] | None],
+    parts: Mapping[str, Part],
+) -> None:
     """Bars of parts at places, whose labels are (group, bar)."""
     axes.set_xlim(-1.2, len(labels) + 0.2)
     axes.grid(axis="y")
@@ -153,13 +162,25 @@ def _stacks(
     axes.set_xticks(list(ticks), list(ticks.values()), rotation=90, fontsize=SMALL_PT)
     for group in dict.fromkeys(label[0] for label in labels if label):
         middle = [at for at, label in enumerate(labels) if label and label[0] == group]
-        axes.text(sum(middle) / len(middle), 1.0, group.replace("→", "\n→ "),
-                  transform=axes.get_xaxis_transform(), ha="center", va="top",
-                  fontsize=SMALL_PT, bbox={"fc": "white", "ec": "none", "pad": 0.6},
-                  zorder=4)  # fmt: skip
+        axes.text(
+            sum(middle) / len(middle),
+            1.0,
+            group.replace("→", "\n→ "),
+            transform=axes.get_xaxis_transform(),
+            ha="center",
+            va="top",
+            fontsize=SMALL_PT,
+            bbox={"fc": "white", "ec": "none", "pad": 0.6},
+            zorder=4,
+        )
     for row, place in zip(rows, at, strict=True):
-        _stack(axes, row, place, parts, UNITS[row.cell.metric].scale
-               if row.cell.metric.of_building else 1)  # fmt: skip
+        _stack(
+            axes,
+            row,
+            place,
+            parts,
+            UNITS[row.cell.metric].scale if row.cell.metric.of_building else 1,
+        )
 
 
 def _fit(axes: Axes, rows: Sequence[Breakdown], scale: float = 1) -> None:
@@ -176,5 +197,12 @@ def _stack(axes: Axes, row: Breakdown, at: int, parts: Mapping[str, Part], scale
         axes.bar(at, height, 0.86, bottom, color=part.color, hatch=part.hatch, edgecolor="black")
         bottom += height
     if not math.isnan(low):
-        axes.errorbar(at, mean, [[mean - low], [high - mean]], color="black", lw=0.8, capsize=1.5,
-                      path_effects=[withStroke(linewidth=2.2, foreground="white")])  # fmt: skip
+        axes.errorbar(
+            at,
+            mean,
+            [[mean - low], [high - mean]],
+            color="black",
+            lw=0.8,
+            capsize=1.5,
+            path_effects=[withStroke(linewidth=2.2, foreground="white")],
+        )

@@ -151,19 +151,32 @@ def _surround(drawing: Drawing, bare: bool) -> None:
     figure.set_size_inches(width, height)
     figure.set_layout_engine("constrained", rect=(0, foot_in / height, 1, panels_in / height))
     figure.legend(
-        [mark for mark, _ in keys], [name for _, name in keys],
-        loc="upper left", bbox_to_anchor=(0.0, 1 - title_in / height),
-        ncols=math.ceil(len(keys) / key_lines), frameon=False,
-        handlelength=2.8, columnspacing=1.2, borderpad=0.3, labelspacing=0.3,
-    )  # fmt: skip
+        [mark for mark, _ in keys],
+        [name for _, name in keys],
+        loc="upper left",
+        bbox_to_anchor=(0.0, 1 - title_in / height),
+        ncols=math.ceil(len(keys) / key_lines),
+        frameon=False,
+        handlelength=2.8,
+        columnspacing=1.2,
+        borderpad=0.3,
+        labelspacing=0.3,
+    )
     if bare:
         return
     top = 1 - 0.05 / height
     figure.text(0.01, top, title, fontsize=8, fontweight="bold", va="top")
     if functional:
         figure.text(0.99, top, FUNCTIONAL, fontsize=8, fontweight="bold", va="top", ha="right")
-    figure.text(0.01, foot_in / height - 0.02 / height, "\n".join(footer), fontsize=FOOTER_PT,
-                color="#333333", va="top", linespacing=1.25)  # fmt: skip
+    figure.text(
+        0.01,
+        foot_in / height - 0.02 / height,
+        "\n".join(footer),
+        fontsize=FOOTER_PT,
+        color="#333333",
+        va="top",
+        linespacing=1.25,
+    )
 
 
 def keys_of(rows: Iterable[Ratio], key: Callable[[Style], Any]) -> list[tuple[Any, str]]:
@@ -190,8 +203,9 @@ def mark_of(style: Style) -> dict[str, Any]:
 
 def absences(rows: Sequence[Summary]) -> list[str]:
     """Why cells are missing in a figure, each reason once."""
-    absent = {f"{absence(row.status)}: {row.reason}": None
-              for row in rows if row.status is not Status.OK}  # fmt: skip
+    absent = {
+        f"{absence(row.status)}: {row.reason}": None for row in rows if row.status is not Status.OK
+    }
     return [textwrap.shorten(reason, 280, placeholder=" …") for reason in absent]
 
 

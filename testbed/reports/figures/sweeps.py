@@ -96,9 +96,12 @@ def sweep(rows: Sequence[Summary], axis: Axis, store: Store) -> Drawing:
     for across, down in zip(panels, downs, strict=True):
         _set_y(across[0], [r for r in rows if (r.cell.family, r.quantity) == down], unit.scale)
     return Drawing(
-        figure, title, keys_of(rows, line_key),
-        [f"{circumstances(store, cell.guest)} {how}", *absences(rows)], functional(store, rows),
-    )  # fmt: skip
+        figure,
+        title,
+        keys_of(rows, line_key),
+        [f"{circumstances(store, cell.guest)} {how}", *absences(rows)],
+        functional(store, rows),
+    )
 
 
 def _set_x(axes: Axes, rows: Sequence[Summary], axis: Axis) -> None:
@@ -158,9 +161,12 @@ def scaling(rows: Sequence[Summary], store: Store) -> Drawing | None:
         "Geometric means over blocks; whiskers: 95 % t-intervals."
     )
     return Drawing(
-        figure, title, keys_of(shown, line_key),
-        [f"{circumstances(store, cell.guest)} {how}", *absences(shown)], functional(store, shown),
-    )  # fmt: skip
+        figure,
+        title,
+        keys_of(shown, line_key),
+        [f"{circumstances(store, cell.guest)} {how}", *absences(shown)],
+        functional(store, shown),
+    )
 
 
 def _sweep_line(

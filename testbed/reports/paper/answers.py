@@ -207,9 +207,13 @@ def _facts(answers: Answers) -> Iterator[tuple[str, str]]:
     for verdict in claims.Verdict:
         yield f"claims/{verdict}", str(judged[verdict])
     if found := controls(answers.rows):
-        yield from (("aa/ratios", str(found.same)), ("aa/differing", str(found.differing)),
-                    ("aa/bound", str(found.bound)), ("slow/cells", str(found.slow)),
-                    ("slow/found", str(found.found)))  # fmt: skip
+        yield from (
+            ("aa/ratios", str(found.same)),
+            ("aa/differing", str(found.differing)),
+            ("aa/bound", str(found.bound)),
+            ("slow/cells", str(found.slow)),
+            ("slow/found", str(found.found)),
+        )
     if answers.conformance:
         yield "checks", str(len({r["check"] for r in answers.conformance}))
         for head, counts in latex_columns(answers.conformance).items():
@@ -256,10 +260,15 @@ def latex_columns(results: Iterable[Mapping[str, str]]) -> dict[tuple[str, str],
     for r in results:
         counts.setdefault((r["datapath"], r["guest"]), Counter())[r["status"]] += 1
     return {
-        head: {"passed": c["pass"], "failed": c["fail"], "tried": c["pass"] + c["fail"],
-               "unsupported": c["unsupported"], "cases": c.total()}
+        head: {
+            "passed": c["pass"],
+            "failed": c["fail"],
+            "tried": c["pass"] + c["fail"],
+            "unsupported": c["unsupported"],
+            "cases": c.total(),
+        }
         for head, c in counts.items()
-    }  # fmt: skip
+    }
 
 
 def escape(text: str) -> str:

@@ -47,8 +47,16 @@ def build(campaign: Store, folder: Path = paths.PAPER, proof: Store | None = Non
 
 def typeset(campaign: Store, folder: Path) -> Path:
     """Run LaTeX over what there is; the PDF has the campaign's date, not today's."""
-    command = ["latexmk", "-pdf", "-interaction=nonstopmode", "-halt-on-error", "-file-line-error",
-               "-silent", "-auxdir=generated/build", "main.tex"]  # fmt: skip
+    command = [
+        "latexmk",
+        "-pdf",
+        "-interaction=nonstopmode",
+        "-halt-on-error",
+        "-file-line-error",
+        "-silent",
+        "-auxdir=generated/build",
+        "main.tex",
+    ]
     began = datetime.fromisoformat(campaign.campaign.started).timestamp()
     dated = {"SOURCE_DATE_EPOCH": f"{began:.0f}", "FORCE_SOURCE_DATE": "1"}
     done = subprocess.run(

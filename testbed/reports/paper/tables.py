@@ -100,12 +100,16 @@ def _entry(row: Summary | None, notes: dict[str, str]) -> str:
 def _conformance_table(answers: Answers) -> list[str]:
     """A row per datapath and guest: how many cases, and which checks failed."""
     if not answers.conformance:
-        raise Error(f"{KEPT}: no results of checks, of which the paper has a table",
-                    "testbed conformance --keep")  # fmt: skip
-    lines = [r"\begin{tabular}{@{}llrrrr>{\raggedright\arraybackslash}p{0.5\textwidth}@{}}",
-             r"\toprule",
-             r"datapath & guest & cases & passed & failed & impossible & checks with failures \\",
-             r"\midrule"]  # fmt: skip
+        raise Error(
+            f"{KEPT}: no results of checks, of which the paper has a table",
+            "testbed conformance --keep",
+        )
+    lines = [
+        r"\begin{tabular}{@{}llrrrr>{\raggedright\arraybackslash}p{0.5\textwidth}@{}}",
+        r"\toprule",
+        r"datapath & guest & cases & passed & failed & impossible & checks with failures \\",
+        r"\midrule",
+    ]
     for (datapath, guest), counts in latex_columns(answers.conformance).items():
         here = [r for r in answers.conformance if (r["datapath"], r["guest"]) == (datapath, guest)]
         failed = dict.fromkeys(r["check"] for r in here if r["status"] == "fail")
@@ -117,8 +121,11 @@ def _conformance_table(answers: Answers) -> list[str]:
 
 def _claims_table(answers: Answers) -> list[str]:
     """What the plan claims, and what came of it, a row per cell."""
-    lines = [r"\begin{tabular*}{\columnwidth}{@{\extracolsep{\fill}}lll@{}}", r"\toprule",
-             r"claim & ratio & verdict \\"]  # fmt: skip
+    lines = [
+        r"\begin{tabular*}{\columnwidth}{@{\extracolsep{\fill}}lll@{}}",
+        r"\toprule",
+        r"claim & ratio & verdict \\",
+    ]
     for claim, rows in grouped(answers.claims, lambda row: row.claim.text).items():
         lines += [r"\midrule", rf"\multicolumn{{3}}{{@{{}}l}}{{\emph{{{escape(claim)}}}}} \\"]
         for row in rows:

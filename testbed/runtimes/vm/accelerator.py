@@ -96,11 +96,27 @@ def probe(kernel: Path, accelerator: str) -> list[str]:
     """
     here = architecture.native()
     return [
-        here.qemu, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-        "-accel", accelerator, "-machine", here.machine, "-cpu", "max", "-m", "256",
-        "-serial", "stdio", "-kernel", str(kernel),  # OSv wants its own option first
-        "-append", f"--nomount console={here.console} quiet panic=-1",
-    ]  # fmt: skip
+        here.qemu,
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-no-reboot",
+        "-accel",
+        accelerator,
+        "-machine",
+        here.machine,
+        "-cpu",
+        "max",
+        "-m",
+        "256",
+        "-serial",
+        "stdio",
+        "-kernel",
+        str(kernel),  # OSv wants its own option first
+        "-append",
+        f"--nomount console={here.console} quiet panic=-1",
+    ]
 
 
 def boot(command: Sequence[str], rival: Sequence[str] = ()) -> str | None:

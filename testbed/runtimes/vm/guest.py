@@ -22,8 +22,10 @@ def vcpus(workload: Workload) -> int:
     """
     limit = workload.program.cpus if workload.program else None
     if limit and limit != int(limit):
-        raise Error(f"guest {workload.name!r} cannot have {limit:g} CPUs",
-                    hint="give it a whole number of them in resources.limits.cpu")  # fmt: skip
+        raise Error(
+            f"guest {workload.name!r} cannot have {limit:g} CPUs",
+            hint="give it a whole number of them in resources.limits.cpu",
+        )
     return int(limit or 0) or len(workload.cpus) or 1
 
 
@@ -41,8 +43,9 @@ def definition(workload: Workload) -> compose.Definition:
     assert program is not None
     vcpus(workload)
     if program.env or program.working_dir:
-        raise Error(f"guest {workload.name!r} cannot be given env or workingDir",
-                    hint="say it in args")  # fmt: skip
+        raise Error(
+            f"guest {workload.name!r} cannot be given env or workingDir", hint="say it in args"
+        )
     if program.image.startswith(rootfs.HOST):
         found = rootfs.programs(program.image)
         if len(found) != 1:

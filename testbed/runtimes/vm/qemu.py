@@ -69,18 +69,35 @@ def command(
         netdev = f"stream,id=net,server=off,addr.type=unix,addr.path={value(vm.socket)}"
     here = architecture.native()
     return [
-        here.qemu, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
-        "-machine", f"{here.machine},accel={vm.accelerator}",
-        "-cpu", "host" if vm.accelerator == "kvm" else here.emulated_cpu,
-        "-smp", str(vm.vcpus), "-m", f"{vm.memory_mib}M",
-        "-kernel", str(kernel), "-append", append,
-        "-chardev", f"file,id=console,append=on,path={value(vm.console)}",
-        "-serial", "chardev:console",
+        here.qemu,
+        "-nodefaults",
+        "-no-user-config",
+        "-no-reboot",
+        "-display",
+        "none",
+        "-machine",
+        f"{here.machine},accel={vm.accelerator}",
+        "-cpu",
+        "host" if vm.accelerator == "kvm" else here.emulated_cpu,
+        "-smp",
+        str(vm.vcpus),
+        "-m",
+        f"{vm.memory_mib}M",
+        "-kernel",
+        str(kernel),
+        "-append",
+        append,
+        "-chardev",
+        f"file,id=console,append=on,path={value(vm.console)}",
+        "-serial",
+        "chardev:console",
         *(("-qmp", f"unix:{value(vm.qmp)},server=on,wait=off") if vm.qmp else ()),
-        "-netdev", netdev,
-        "-device", ",".join(("virtio-net-pci,netdev=net", f"mac={vm.mac}", "romfile=", *nic)),
+        "-netdev",
+        netdev,
+        "-device",
+        ",".join(("virtio-net-pci,netdev=net", f"mac={vm.mac}", "romfile=", *nic)),
         *extra,
-    ]  # fmt: skip
+    ]
 
 
 def value(path: Path) -> str:
