@@ -98,10 +98,10 @@ def test_a_stream_runs_as_long_as_it_should(
         port,
         "stream",
         size_of(transport),
-        direction=direction,
+        direction=direction,  # type: ignore[arg-type]
         streams=streams,
         duration_s=0.3,
-        warmup_s=0.1,  # type: ignore[arg-type]
+        warmup_s=0.1,
     )
     assert result.address == loopback(family)
     assert result.bytes > 1_000_000
@@ -167,9 +167,9 @@ def test_a_tcp_stream_moves_exactly_its_bytes(
         port,
         "stream",
         size,
-        direction=direction,
+        direction=direction,  # type: ignore[arg-type]
         streams=3,
-        bytes=count,  # type: ignore[arg-type]
+        bytes=count,
     )
     assert (result.bytes, result.corrupt) == (3 * count, 0)
 
@@ -187,9 +187,9 @@ def test_a_paced_udp_stream_arrives_whole(
         port,
         "stream",
         size,
-        direction=direction,
+        direction=direction,  # type: ignore[arg-type]
         bytes=30 * size,
-        rate_bps=30 * size * 8 / 0.2,  # type: ignore[arg-type]
+        rate_bps=30 * size * 8 / 0.2,
     )
     assert (result.datagrams, result.bytes) == (30, 30 * size)
     assert (result.lost, result.reordered, result.corrupt) == (0, 0, 0)
@@ -225,8 +225,8 @@ def test_transactions_are_timed_one_by_one(
         family,
         str(loopback(family)),
         port,
-        mode,
-        size,  # type: ignore[arg-type]
+        mode,  # type: ignore[arg-type]
+        size,
         streams=2,
         duration_s=0.2,
         warmup_s=0.05,
@@ -262,8 +262,8 @@ def test_one_server_serves_all_modes_at_once(client_port: int, server: Agent) ->
                     Family.IPV4,
                     "127.0.0.1",
                     port[transport],
-                    mode,
-                    1000,  # type: ignore[arg-type]
+                    mode,  # type: ignore[arg-type]
+                    1000,
                     direction="down",
                     duration_s=0.3,
                 )
@@ -308,8 +308,8 @@ def test_a_port_that_nobody_serves_is_refused_at_once(
             family,
             str(loopback(family)),
             stopped.port,
-            mode,
-            64,  # type: ignore[arg-type]
+            mode,  # type: ignore[arg-type]
+            64,
             duration_s=1,
         )
     assert monotonic() - began < 1
@@ -334,9 +334,9 @@ def test_a_server_that_ends_in_mid_stream_ends_the_run(
                 server.port,
                 "stream",
                 size_of(transport),
-                direction=direction,
+                direction=direction,  # type: ignore[arg-type]
                 duration_s=30,
-                rate_bps=1e8,  # type: ignore[arg-type]
+                rate_bps=1e8,
             )
         assert monotonic() - began < 8
         timer.join()
@@ -358,9 +358,9 @@ def test_a_peer_that_vanishes_without_a_word_ends_every_kind_of_run(client_port:
                         port[transport],
                         mode,  # type: ignore[arg-type]
                         1000,
-                        direction=direction,
+                        direction=direction,  # type: ignore[arg-type]
                         duration_s=30,
-                        rate_bps=1e7,  # type: ignore[arg-type]
+                        rate_bps=1e7,
                     )
                 except Error as e:
                     faults.append(f"{transport} {mode} {direction}: {e}")
