@@ -16,7 +16,8 @@ import sys
 from testbed import runtimes
 from testbed.campaigns import roles
 from testbed.campaigns.protocol import end_when_nobody_listens
-from testbed.datapaths.routed import Routed, Side
+from testbed.datapaths.between_hosts import Side
+from testbed.datapaths.routed import Routed
 from testbed.host import ledger
 from testbed.host.ledger import Owner
 from testbed.model.errors import Error
@@ -31,15 +32,18 @@ def main() -> None:
     end_when_nobody_listens()
     try:
         program = runtimes.prepare(Runtime.PROCESS, interface.Options())
-        manifest = roles.manifest(Routed.pairs, Runtime.STANDIN)
-        clients = {client: side.other for pair in Routed.pairs for client, _ in roles.ends(pair)}
+        datapath = Routed(side)
+        manifest = roles.manifest(datapath.pairs, Runtime.STANDIN)
+        clients = {
+            client: datapath.far for pair in datapath.pairs for client, _ in roles.ends(pair)
+        }
         with Owner() as owner:
             consoles = ledger.create_folder(owner, f"{owner.id}-consoles")
             with Pod(
                 owner,
                 "far",
                 manifest,
-                Routed(side),
+                datapath,
                 {Runtime.PROCESS: program},
                 consoles,
                 elsewhere=clients,

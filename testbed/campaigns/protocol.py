@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from testbed.datapaths.routed import Side
+from testbed.datapaths.between_hosts import Side
 
 BEAT_S = 5
 SILENCE_S = 20

@@ -25,7 +25,6 @@ from testbed.campaigns.protocol import Event, Job, end_when_nobody_listens, igno
 from testbed.campaigns.provisioning import Built, Deployment
 from testbed.campaigns.roles import unsupported
 from testbed.datapaths.interface import Datapath
-from testbed.datapaths.routed import Routed
 from testbed.host import facts
 from testbed.host.ledger import Owner, Scope
 from testbed.model.cells import Cell, Pair
@@ -142,9 +141,8 @@ class _Bench:
         return unsupported(self._datapath(cell.datapath), cell, guest)
 
     def _datapath(self, name: str) -> Datapath:
-        """Which of this worker's own, if it goes between hosts."""
-        found = datapaths.get(name)
-        return Routed(self.job.side) if isinstance(found, Routed) else found
+        """At this worker's end, if it goes between hosts."""
+        return datapaths.get(name).between(self.job.side)
 
     def _natives(self, cells: Iterable[Cell]) -> dict[Runtime, interface.Prepared | Error]:
         """What runs the cells' natives, prepared when first needed."""
@@ -170,8 +168,8 @@ class _Bench:
         built = Built()
         stack.callback(self._close, built)
         names = [f"{name}-{k}" for k in range(deployment.pods)] if deployment.pods > 1 else [name]
-        far = datapath.side.other if isinstance(datapath, Routed) and datapath.side else {}
-        elsewhere = {server: far for pair in pairs for _, server in roles.ends(pair) if far}
+        servers = {server for pair in pairs for _, server in roles.ends(pair) if datapath.far}
+        elsewhere = dict.fromkeys(servers, datapath.far)
         pods = (
             Pod(self.owner, name, manifest, datapath, kinds, consoles, elsewhere=elsewhere)
             for name in names

@@ -6,23 +6,20 @@ links, is divided by.
 
 from __future__ import annotations
 
-from testbed.datapaths.interface import Attachment, Layout, Wiring
+from testbed.datapaths.interface import Attachment, Datapath, Layout, Wiring
 from testbed.datapaths.link_counters import LinkCounters
 from testbed.host.ledger import Scope
-from testbed.model.cells import Cell, Pair
+from testbed.model.cells import Pair
+from testbed.model.looks import Look
 
 
-class Bridge:
+class Bridge(Datapath):
     name = "bridge"
+    look = Look(30, "#E69F00", hatch="////", line="--", marker="^")
     layout = Layout.BRIDGE
     reference = "direct"
     localhost = False
-    in_kernel = True
-    programs: tuple[str, ...] = ()
     pairs = frozenset({Pair.NATIVE_GUEST, Pair.GUEST_NATIVE, Pair.GUEST_GUEST})
-
-    def unsupported(self, cell: Cell) -> str | None:
-        return None
 
     def attach(self, wiring: Wiring, owner: Scope) -> Attachment:
         return LinkCounters(wiring)

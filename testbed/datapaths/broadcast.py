@@ -14,10 +14,11 @@ from testbed import bpf
 from testbed.bpf import INGRESS, ProgramSet
 from testbed.datapaths.ebpf.attachment import EbpfAttachment
 from testbed.datapaths.ebpf.loopback_side import LO_IFINDEX
-from testbed.datapaths.interface import Attachment, Layout, Wiring
+from testbed.datapaths.interface import Attachment, Datapath, Wiring
 from testbed.host.ledger import Scope
-from testbed.model.cells import Cell, Pair
+from testbed.model.cells import Pair
 from testbed.model.errors import Error
+from testbed.model.looks import Look
 
 REASONS = ("too_big", "spoofed", "truncated", "unhandled", "fragment_orphan", "no_guest",
            "odd_source", "answered", "copied", "unwanted")  # fmt: skip
@@ -27,17 +28,12 @@ MAX_COPIES = 64
 """Of one packet: what the kernel's verifier is willing to follow."""
 
 
-class Broadcast:
+class Broadcast(Datapath):
     name = "broadcast"
-    layout = Layout.POD
+    look = Look(110, "#000000", line=(8, 2), marker="h")
     reference = "direct"
-    localhost = True
-    in_kernel = True
     programs = ("broadcast",)
     pairs = frozenset(Pair)
-
-    def unsupported(self, cell: Cell) -> str | None:
-        return None
 
     def attach(self, wiring: Wiring, owner: Scope) -> Attachment:
         return _Attachment(wiring, owner)

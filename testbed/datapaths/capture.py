@@ -12,26 +12,23 @@ from pathlib import Path
 from testbed import bpf
 from testbed.bpf import EGRESS, INGRESS, ProgramSet
 from testbed.datapaths.ebpf.attachment import EbpfAttachment
-from testbed.datapaths.interface import Attachment, Layout, Wiring
+from testbed.datapaths.interface import Attachment, Datapath, Layout, Wiring
 from testbed.host.ledger import Scope
-from testbed.model.cells import Cell, Pair
+from testbed.model.cells import Pair
+from testbed.model.looks import Look
 
 REASONS = ("too_big", "spoofed", "outside", "truncated", "unhandled", "fragment_orphan", "no_guest",
            "odd_source", "answered")  # fmt: skip
 """What counters say, in the order of `enum reason`."""
 
 
-class Capture:
+class Capture(Datapath):
     name = "capture"
+    look = Look(50, "#D55E00", hatch="\\\\\\\\", marker="D")
     layout = Layout.BRIDGE
     reference = "bridge"
-    localhost = True
-    in_kernel = True
     programs = ("capture", "names")
     pairs = frozenset(Pair)
-
-    def unsupported(self, cell: Cell) -> str | None:
-        return None
 
     def attach(self, wiring: Wiring, owner: Scope) -> Attachment:
         return _Attachment(wiring, owner)

@@ -5,23 +5,19 @@ What `steer`, which uses the same link, is divided by.
 
 from __future__ import annotations
 
-from testbed.datapaths.interface import Attachment, Layout, Wiring
+from testbed.datapaths.interface import Attachment, Datapath, Wiring
 from testbed.datapaths.link_counters import LinkCounters
 from testbed.host.ledger import Scope
-from testbed.model.cells import Cell, Pair
+from testbed.model.cells import Pair
+from testbed.model.looks import Look
 
 
-class Direct:
+class Direct(Datapath):
     name = "direct"
-    layout = Layout.POD
+    look = Look(20, "#56B4E9", hatch="..", line=(1, 1), marker="s")
     reference = "direct"
     localhost = False
-    in_kernel = True
-    programs: tuple[str, ...] = ()
     pairs = frozenset({Pair.NATIVE_GUEST, Pair.GUEST_NATIVE})
-
-    def unsupported(self, cell: Cell) -> str | None:
-        return None
 
     def attach(self, wiring: Wiring, owner: Scope) -> Attachment:
         return LinkCounters(wiring)

@@ -13,12 +13,13 @@ from __future__ import annotations
 import shutil
 import socket
 
-from testbed.datapaths.interface import Attachment, Layout, Wiring
+from testbed.datapaths.interface import Attachment, Datapath, Wiring
 from testbed.datapaths.link_counters import LinkCounters, add_aliases
 from testbed.host import namespaces, nft
 from testbed.host.ledger import Scope
 from testbed.model.addresses import alias, guest_link, loopback, pod_link
 from testbed.model.cells import Cell, Pair
+from testbed.model.looks import Look
 from testbed.model.terms import Family
 
 LOCAL_TABLE = 255
@@ -26,13 +27,11 @@ LO_METRIC = 1024
 """Of routes for ::1 on guests' links: natives go on using that of `lo`, which has 0."""
 
 
-class Dnat:
+class Dnat(Datapath):
     name = "dnat"
-    layout = Layout.POD
+    look = Look(70, "#009E73", hatch="++++", line="-.", marker="P")
     reference = "direct"
-    localhost = True
     in_kernel = False
-    programs: tuple[str, ...] = ()
     pairs = frozenset(Pair) - {Pair.NATIVE_NATIVE}
 
     def unsupported(self, cell: Cell) -> str | None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from testbed.datapaths.between_hosts import Side
 from testbed.host.ledger import Scope
-from testbed.model.addresses import CONTROL_PORT
+from testbed.model.addresses import CONTROL_PORT, Address
 from testbed.model.cells import Cell, Pair
+from testbed.model.looks import Look
 from testbed.model.terms import Family, Transport
 
 
@@ -83,6 +87,9 @@ class Count:
 class Attachment(Protocol):
     """A datapath at work in one pod."""
 
+    tracked: bool
+    """It needs connections to `localhost` in the kernel's connection tracking."""
+
     def carried(self, client: int | None, server: int | None) -> Count:
         """Traffic between client and server, both directions, since attaching.
 
@@ -104,28 +111,43 @@ class Attachment(Protocol):
         Guests that have a connection with it are refused as well.
         """
 
+    def trace(self, lock: threading.RLock) -> AbstractContextManager[dict[str, Any]]:
+        """Trace packets: what `testbed trace` has to know. The lock is held while programs change.
+
+        Raises `Error` where there is nothing to trace.
+        """
+
     def detach(self) -> None:
         """Remove everything that attaching made."""
 
 
-class Datapath(Protocol):
-    """A way of making `localhost` work."""
+class Datapath:
+    """A way of making `localhost` work, in a module of its own as `DATAPATH`."""
 
     name: str
-    layout: Layout
+    look: Look
     reference: str
     """The datapath whose cells these are divided by; its own name for a reference."""
-    localhost: bool
-    """Clients dial `localhost`; else the server's link address."""
     pairs: frozenset[Pair]
-    programs: tuple[str, ...]
+    layout = Layout.POD
+    localhost = True
+    """Clients dial `localhost`; else the server's link address."""
+    programs: tuple[str, ...] = ()
     """The sets of programs in `bpf/` that it loads."""
-    in_kernel: bool
+    in_kernel = True
     """What it makes is all in the kernel and in the ledger: it works on when whoever attached it
     died, and a namespace that is not its own is left as it was."""
+    far: Mapping[Family, Address] = {}
+    """Addresses of the servers' pod, where that is another host's."""
+
+    def between(self, side: Side | None) -> Datapath:
+        """The same at one end of a link between two hosts, if it goes there."""
+        return self
 
     def unsupported(self, cell: Cell) -> str | None:
         """Why this cell cannot be measured here, or None."""
+        return None
 
     def attach(self, wiring: Wiring, owner: Scope) -> Attachment:
         """Make it work. What is made is in the owner's ledger first."""
+        raise NotImplementedError

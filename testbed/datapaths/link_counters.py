@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import AbstractContextManager
+from typing import Any
+
 from testbed.datapaths.interface import Count, Wiring
 from testbed.host import namespaces, netlink
 from testbed.model.addresses import alias
+from testbed.model.errors import Error
 from testbed.model.terms import Family
 
 
 class LinkCounters:
     """The attachment of datapaths without programs: the links count."""
+
+    tracked = True
 
     def __init__(self, wiring: Wiring) -> None:
         self.wiring = wiring
@@ -36,6 +43,11 @@ class LinkCounters:
 
     def guest_ended(self, n: int) -> None:
         pass
+
+    def trace(self, lock: threading.RLock) -> AbstractContextManager[dict[str, Any]]:
+        raise Error(
+            "this pod's datapath has no programs to trace", hint="testbed up --datapath steer"
+        )
 
     def detach(self) -> None:
         pass

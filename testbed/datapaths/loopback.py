@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from testbed.datapaths.interface import Attachment, Layout, Wiring
+from testbed.datapaths.interface import Attachment, Datapath, Wiring
 from testbed.datapaths.link_counters import LinkCounters
 from testbed.host.ledger import Scope
-from testbed.model.cells import Cell, Pair
+from testbed.model.cells import Pair
+from testbed.model.looks import Look
 
 
-class Loopback:
+class Loopback(Datapath):
     name = "loopback"
-    layout = Layout.POD
+    look = Look(10, "#999999")
     reference = "loopback"
-    localhost = True
-    in_kernel = True
-    programs: tuple[str, ...] = ()
     pairs = frozenset({Pair.NATIVE_NATIVE})
-
-    def unsupported(self, cell: Cell) -> str | None:
-        return None
 
     def attach(self, wiring: Wiring, owner: Scope) -> Attachment:
         return LinkCounters(wiring)

@@ -19,25 +19,25 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 
-from testbed.datapaths.interface import Attachment, Count, Layout, Port, Wiring
+from testbed.datapaths.interface import Attachment, Count, Datapath, Layout, Port, Wiring
 from testbed.datapaths.link_counters import LinkCounters
 from testbed.host import cgroups, namespaces, netlink, process
 from testbed.host.ledger import Scope
 from testbed.model.addresses import ALIAS_MAC, LINK_PREFIX, alias, guest_link
 from testbed.model.cells import Cell, Pair
+from testbed.model.looks import Look
 from testbed.model.terms import Family, Transport
 
 LO_IFINDEX = 1
 OPTIONS = {Transport.TCP: "-t", Transport.UDP: "-u"}
 
 
-class Passt:
+class Passt(Datapath):
     name = "passt"
+    look = Look(90, "#CC79A7", hatch="||||", line=(3, 1, 1, 1), marker=">")
     layout = Layout.SOCKET
     reference = "direct"
-    localhost = True
     in_kernel = False
-    programs: tuple[str, ...] = ()
     pairs = frozenset(Pair) - {Pair.NATIVE_NATIVE}
 
     def unsupported(self, cell: Cell) -> str | None:

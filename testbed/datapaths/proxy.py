@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from testbed.datapaths.interface import Attachment, Layout, Wiring
+from testbed.datapaths.interface import Attachment, Datapath, Wiring
 from testbed.datapaths.link_counters import LinkCounters, add_aliases
 from testbed.host import cgroups, ledger, process
 from testbed.host.ledger import Scope
 from testbed.model.addresses import Address, alias, guest_link, loopback
 from testbed.model.cells import Cell, Pair
 from testbed.model.errors import Error
+from testbed.model.looks import Look
 from testbed.model.terms import Family, Transport
 
 STREAM_MODULE = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
@@ -31,13 +32,11 @@ UDP_SESSION_S = 60
 """For which answers to a client's datagram are expected."""
 
 
-class Proxy:
+class Proxy(Datapath):
     name = "proxy"
-    layout = Layout.POD
+    look = Look(80, "#F0E442", hatch="o", line=(5, 1), marker="X")
     reference = "direct"
-    localhost = True
     in_kernel = False
-    programs: tuple[str, ...] = ()
     pairs = frozenset(Pair) - {Pair.NATIVE_NATIVE}
 
     def unsupported(self, cell: Cell) -> str | None:

@@ -20,11 +20,12 @@ from pathlib import Path
 from testbed import bpf
 from testbed.bpf import ProgramSet
 from testbed.datapaths.ebpf.attachment import AT_PORTS, EbpfAttachment
-from testbed.datapaths.interface import Attachment, Layout, Wiring
+from testbed.datapaths.interface import Attachment, Datapath, Wiring
 from testbed.host import namespaces
 from testbed.host.ledger import Scope
 from testbed.model import addresses
-from testbed.model.cells import Cell, Pair
+from testbed.model.cells import Pair
+from testbed.model.looks import Look
 from testbed.model.terms import Family
 
 REASONS = ("too_big", "spoofed", "truncated", "unhandled", "fragment_orphan", "no_guest",
@@ -44,17 +45,12 @@ HOOKS = (
 SO_NETNS_COOKIE = 71
 
 
-class Steer:
+class Steer(Datapath):
     name = "steer"
-    layout = Layout.POD
+    look = Look(60, "#0072B2", hatch="----", marker="v")
     reference = "direct"
-    localhost = True
-    in_kernel = True
     programs = ("steer", "names")
     pairs = frozenset(Pair)
-
-    def unsupported(self, cell: Cell) -> str | None:
-        return None
 
     def attach(self, wiring: Wiring, owner: Scope) -> Attachment:
         return _Attachment(wiring, owner)

@@ -11,29 +11,27 @@ only, and both links leave the bridge: there is no other way for a packet.
 
 from __future__ import annotations
 
-from testbed.datapaths.interface import Attachment, Layout, Wiring
+from testbed.datapaths.interface import Attachment, Datapath, Layout, Wiring
 from testbed.datapaths.link_counters import LinkCounters
 from testbed.host import namespaces
 from testbed.host.ledger import Scope
-from testbed.model.cells import Cell, Pair
+from testbed.model.cells import Pair
 from testbed.model.errors import Error
+from testbed.model.looks import Look
 
 INGRESS = 0xFFFF0000
 """Handle of the qdisc `ingress` (linux/pkt_sched.h), of whose filters it is the parent."""
 ETH_P_ALL = 3
 
 
-class TcRedirect:
+class TcRedirect(Datapath):
     name = "tcredirect"
+    look = Look(40, "#882255", hatch="xxxx", line=(3, 1, 1, 1, 1, 1), marker="<")
     layout = Layout.BRIDGE
     reference = "bridge"
     localhost = False
     in_kernel = False
-    programs: tuple[str, ...] = ()
     pairs = frozenset({Pair.NATIVE_GUEST, Pair.GUEST_NATIVE})
-
-    def unsupported(self, cell: Cell) -> str | None:
-        return None
 
     def attach(self, wiring: Wiring, owner: Scope) -> Attachment:
         return _Attachment(wiring)

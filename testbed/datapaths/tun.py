@@ -17,12 +17,13 @@ import struct
 import sys
 from collections.abc import Mapping
 
-from testbed.datapaths.interface import Attachment, Layout, Wiring
+from testbed.datapaths.interface import Attachment, Datapath, Layout, Wiring
 from testbed.datapaths.link_counters import LinkCounters
 from testbed.host import cgroups, namespaces, netlink, process
 from testbed.host.ledger import Scope
 from testbed.model.addresses import guest_link, guest_view, loopback, native_source
 from testbed.model.cells import Cell, Pair
+from testbed.model.looks import Look
 from testbed.model.terms import Family, Transport
 
 DEVICE = "tun0"
@@ -34,13 +35,12 @@ NUMBERS = {Transport.TCP: socket.IPPROTO_TCP, Transport.UDP: socket.IPPROTO_UDP}
 LOOPBACK_NET = "127.0.0.0/8"
 
 
-class Tun:
+class Tun(Datapath):
     name = "tun"
+    look = Look(100, "#555555", line=(1, 3), marker="*")
     layout = Layout.ROUTED
     reference = "direct"
-    localhost = True
     in_kernel = False
-    programs: tuple[str, ...] = ()
     pairs = frozenset(Pair) - {Pair.NATIVE_NATIVE}
 
     def unsupported(self, cell: Cell) -> str | None:

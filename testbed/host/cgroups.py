@@ -27,12 +27,12 @@ def mount_point() -> Path:
 def create(owner: Scope, name: str) -> Path:
     """Make a cgroup below the mount. When it is taken back, the processes in it are killed."""
     path = mount_point() / name
-    owner.defer(remove, path=str(path))
+    owner.defer(remove_cgroup, path=str(path))
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
-def remove(path: str) -> None:
+def remove_cgroup(path: str) -> None:
     """Kill what runs in the cgroup and below, then remove it."""
     if not Path(path).exists():
         return

@@ -36,7 +36,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def create(owner: Scope, name: str) -> IPRoute:
     """`make_netns`, for one owner."""
-    owner.defer(remove, name=name)
+    owner.defer(remove_netns, name=name)
     return make(name)
 
 
@@ -67,7 +67,7 @@ def make(name: str) -> IPRoute:
 
 def hold(owner: Scope, name: str, path: Path) -> IPRoute:
     """Know somebody else's namespace by a name of ours; returns a socket in it."""
-    owner.defer(remove, name=name)
+    owner.defer(remove_netns, name=name)
     if not is_namespace(NETNS / name):
         _mount(path, _place(name))
     return open_socket(name)
@@ -110,7 +110,7 @@ class _Inside(AsyncIPRoute):  # type: ignore[misc]
         return opened
 
 
-def remove(name: str) -> None:
+def remove_netns(name: str) -> None:
     """Remove a namespace's name. With its last one it goes, and its links a moment later."""
     if (NETNS / name).exists():
         pyroute2.netns.remove(name)

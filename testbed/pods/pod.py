@@ -31,7 +31,6 @@ from typing import Self
 from pyroute2 import IPRoute
 
 from testbed.agent import Agent
-from testbed.datapaths.ebpf.attachment import EbpfAttachment
 from testbed.datapaths.interface import Attachment, Datapath, Layout, Port, Wiring
 from testbed.host import cgroups, facts, ledger, namespaces, netlink, process, sockets
 from testbed.host.ledger import Scope
@@ -171,7 +170,7 @@ class Pod:
                 self.addresses,
                 self.manifest.owners,
                 {p.n: p.families for p in self.wiring().ports},
-                tracked=not isinstance(self.attachment, EbpfAttachment),
+                tracked=self.attachment.tracked,
             )
 
     # --- links ------------------------------------------------------------------------------

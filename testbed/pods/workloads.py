@@ -26,7 +26,6 @@ from typing import Any, Self
 from pyroute2 import IPRoute
 
 from testbed import bpf
-from testbed.datapaths.ebpf.attachment import EbpfAttachment
 from testbed.host import cgroups, namespaces, process
 from testbed.host.sockets import served_ports
 from testbed.model.addresses import guest_link, loopback
@@ -144,20 +143,8 @@ class Workloads:
                 asker.sendall(json.dumps(answer).encode() + b"\n")
                 return
             try:
-                attachment = self.pod.attachment
-                if not isinstance(attachment, EbpfAttachment):
-                    raise Error(
-                        f"the datapath {self.pod.datapath.name} has no programs to trace",
-                        hint="testbed up --datapath steer",
-                    )
-                with attachment.traced(self.pod.lock) as programs:
-                    answer = {
-                        "pins": str(programs.pins),
-                        "slot": programs.slot,
-                        "programs": bpf.entries(attachment.name),
-                        "reasons": attachment.reasons,
-                        "guests": {n: w.name for n, w in self.spec.manifest.guests.items()},
-                    }
+                with self.pod.attachment.trace(self.pod.lock) as answer:
+                    answer["guests"] = {n: w.name for n, w in self.spec.manifest.guests.items()}
                     asker.sendall(json.dumps(answer).encode() + b"\n")
                     select.select([asker.fileno(), self.stop], [], [])
             except Error as e:

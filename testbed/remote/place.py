@@ -32,7 +32,7 @@ from shlex import quote
 from typing import BinaryIO
 
 from testbed.campaigns.protocol import Job
-from testbed.datapaths.routed import Side
+from testbed.datapaths.between_hosts import Side
 from testbed.model.errors import Error
 from testbed.model.terms import Family
 from testbed.remote.inventory import Host

@@ -181,7 +181,7 @@ class SshHost:
         """Pull its plug."""
         self._init.kill()
         self._init.wait()
-        cgroups.remove(str(self._cgroup))
+        cgroups.remove_cgroup(str(self._cgroup))
 
     def cable(self, state: str) -> None:
         """Pull its cable (`down`), or put it back (`up`)."""

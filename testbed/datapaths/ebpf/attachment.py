@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from testbed import bpf
 from testbed.datapaths.ebpf import challenge_ack, loopback_side
@@ -24,6 +25,8 @@ class EbpfAttachment:
     Their own part is which programs stand where: `_attach_lo`, once, and `_attach_links`, again
     whenever links were replaced.
     """
+
+    tracked = False
 
     def __init__(
         self, name: str, reasons: tuple[str, ...], wiring: Wiring, owner: Scope,
@@ -112,13 +115,18 @@ class EbpfAttachment:
         return self._programs.slot << 8 | n
 
     @contextmanager
-    def traced(self, lock: threading.RLock) -> Iterator[bpf.ProgramSet]:
-        """Have the traced variant of the programs at work; the lock is held while they change."""
+    def trace(self, lock: threading.RLock) -> Iterator[dict[str, Any]]:
+        """Have the traced variant of the programs at work."""
         with self._scope.part() as part:
             variant = bpf.load_traced(self._programs, part)
             try:
                 self._replace(variant, lock)
-                yield variant
+                yield {
+                    "pins": str(variant.pins),
+                    "slot": variant.slot,
+                    "programs": bpf.entries(self.name),
+                    "reasons": self.reasons,
+                }
             finally:
                 self._replace(self._programs, lock)
                 variant.close()

@@ -92,7 +92,7 @@ def leave(n: int, id: str) -> None:
         had = leases.pop(n)["ports"] if mine.exists() else ()
         mine.unlink(missing_ok=True)
         if not leases:
-            namespaces.remove(NETNS)
+            namespaces.remove_netns(NETNS)
         elif had:
             _load(leases)
 
