@@ -282,7 +282,7 @@ def _vhost_net() -> Finding:
 def others() -> Iterator[Finding]:
     """Each datapath's eBPF programs as this kernel takes them, and programs of other people."""
     whole = []
-    for name in datapaths.NAMES:
+    for name in datapaths.names():
         if Pair.NATIVE_GUEST not in datapaths.get(name).pairs:
             continue  # natives alone need nothing
         cells = (

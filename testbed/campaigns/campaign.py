@@ -285,6 +285,7 @@ def _describe(plan: Plan, seed: int, job: Job, ready: Event, places: Sequence[Pl
         blocks=plan.blocks,
         seed=seed,
         references={cell.datapath: datapaths.reference(cell.datapath) for cell in plan.cells},
+        looks={d.name: asdict(d.look) for d in (datapaths.get(c.datapath) for c in plan.cells)},
         guest=guest["runtime"],
         guest_kernel=guest["kernel"],
         accelerator=guest["accelerator"] or "none",

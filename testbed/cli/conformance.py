@@ -86,7 +86,7 @@ def _conformance(arguments: argparse.Namespace) -> int:
     foreign = arguments.netns is not None
     if foreign != (arguments.control is not None):
         raise Error("a pod that is there already needs both --netns and --control")
-    localhost = [name for name in datapaths.NAMES if datapaths.get(name).localhost]
+    localhost = [name for name in datapaths.names() if datapaths.get(name).localhost]
     choice = runner.Choice(
         tuple(arguments.datapath or (["foreign"] if foreign else localhost)),
         arguments.guest,

@@ -12,7 +12,7 @@ from testbed import paths
 from testbed.cli.common import Commands
 
 if TYPE_CHECKING:
-    from testbed.results.store import Store
+    from testbed.results.results import Results
 
 
 def add(commands: Commands) -> None:
@@ -36,9 +36,9 @@ def _add_figures(commands: Commands) -> None:
 
 def _figures(arguments: argparse.Namespace) -> int:
     from testbed.reports.figures import draw
-    from testbed.results import store
+    from testbed.results.results import read
 
-    for path in draw.draw(store.open(arguments.directory)):
+    for path in draw.draw(read(arguments.directory)):
         print(path)
     return 0
 
@@ -53,9 +53,9 @@ def _add_table(commands: Commands) -> None:
 
 
 def _table(arguments: argparse.Namespace) -> int:
-    from testbed.results import store
+    from testbed.results.results import read
 
-    print_table(store.open(arguments.directory), arguments.json)
+    print_table(read(arguments.directory), arguments.json)
     return 0
 
 
@@ -70,10 +70,10 @@ def _add_report(commands: Commands) -> None:
 
 def _report(arguments: argparse.Namespace) -> int:
     from testbed.reports import html
-    from testbed.results import store
+    from testbed.results.results import read
 
     file = arguments.output or arguments.directory / "report.html"
-    html.write(store.open(arguments.directory), file)
+    html.write(read(arguments.directory), file)
     print(file)
     return 0
 
@@ -114,9 +114,9 @@ def _add_claims(commands: Commands) -> None:
 
 def _claims(arguments: argparse.Namespace) -> int:
     from testbed.reports import claims
-    from testbed.results import store
+    from testbed.results.results import read
 
-    campaign = store.open(arguments.directory)
+    campaign = read(arguments.directory)
     found = claims.judge(campaign)
     if arguments.json:
         print(json.dumps(claims.data(found), indent=1))
@@ -147,10 +147,10 @@ def _add_paper(commands: Commands) -> None:
 
 def _paper(arguments: argparse.Namespace) -> int:
     from testbed.reports.paper import build
-    from testbed.results import store
+    from testbed.results.results import read
 
-    campaign = store.open(arguments.directory or paths.REFERENCE / "paper")
-    proof = store.open(arguments.proof or paths.REFERENCE / "proof")
+    campaign = read(arguments.directory or paths.REFERENCE / "paper")
+    proof = read(arguments.proof or paths.REFERENCE / "proof")
     print(build.build(campaign, proof=proof))
     return 0
 
@@ -177,9 +177,9 @@ def _add_compare(commands: Commands) -> None:
 def _compare(arguments: argparse.Namespace) -> int:
     from testbed.reports import compare
     from testbed.reports.figures import draw
-    from testbed.results import store
+    from testbed.results.results import read
 
-    before, after = store.open(arguments.before), store.open(arguments.after)
+    before, after = read(arguments.before), read(arguments.after)
     rows = compare.compare(before, after, arguments.band)
     status = compare.exit_status(rows)
     drawn = []
@@ -199,7 +199,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     return status
 
 
-def print_table(campaign: Store, as_json: bool) -> None:
+def print_table(campaign: Results, as_json: bool) -> None:
     """A campaign's table, and what came of its claims; or the table as JSON."""
     from testbed.reports import claims, table
 

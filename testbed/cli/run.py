@@ -64,6 +64,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from testbed.campaigns.places import HERE
     from testbed.reports.figures import draw
     from testbed.results import store
+    from testbed.results.results import Results
 
     if arguments.resume:
         path = arguments.resume
@@ -97,14 +98,15 @@ def _run(arguments: argparse.Namespace) -> int:
         return 130
     with finished:
         finished.derive()
-        drawn = draw.draw(finished)
-    print_table(finished, arguments.json)
+        results = Results(finished)
+        drawn = draw.draw(results)
+    print_table(results, arguments.json)
     print(
         f"\nfigures: {' '.join(str(f) for f in drawn if f.suffix == '.png')}"
         f"\nall of it in one file: testbed report {path}",
         file=sys.stderr,
     )
-    return 1 if any(t.status == "failed" for t in finished.trials()) else 0
+    return 1 if any(t.status == "failed" for t in results.trials) else 0
 
 
 def _positive(text: str) -> int:

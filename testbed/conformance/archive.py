@@ -122,7 +122,7 @@ def read(folder: Path = FOLDER) -> list[Run]:
 
 def _column(run: Run) -> tuple[int, str, int, str]:
     guest = GUESTS.index(Runtime(run.guest)) if run.guest else -1
-    return datapaths.NAMES.index(run.datapath), run.native, guest, run.kernel
+    return datapaths.names().index(run.datapath), run.native, guest, run.kernel
 
 
 # --- pages ----------------------------------------------------------------------------------

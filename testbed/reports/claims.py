@@ -26,8 +26,8 @@ from testbed.model.cells import Cell
 from testbed.plan import CPU_QUANTITY, Claim
 from testbed.reports.words import interval, names, plain, size_of
 from testbed.results.analysis import block_values, cost_values, reference
+from testbed.results.results import Results
 from testbed.results.statistics import Estimate, pseudomedian
-from testbed.results.store import Store, frame
 
 
 class Verdict(StrEnum):
@@ -51,10 +51,9 @@ class Found:
     verdict: Verdict
 
 
-def judge(store: Store) -> list[Found]:
+def judge(results: Results) -> list[Found]:
     """Every claim of the campaign's plan, for every cell that it is about."""
-    campaign, trials = store.campaign, store.trials()
-    tables = {str(id): table for id, table in frame(trials).groupby("cell")} if trials else {}
+    campaign, tables = results.campaign, results.tables
 
     def values(cell: Cell, quantity: str) -> dict[int, float]:
         if cell.id not in tables:

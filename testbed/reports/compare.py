@@ -35,10 +35,10 @@ from testbed.reports.words import (
     superscript,
 )
 from testbed.results.analysis import QUANTITIES, block_values
-from testbed.results.order import grouped, reading_order
+from testbed.results.order import grouped
+from testbed.results.results import Results
 from testbed.results.statistics import Difference, Estimate, difference, discoveries
 from testbed.results.statistics import estimate as estimate_of
-from testbed.results.store import Store, frame
 
 BAND = 0.05
 """Changes of less than this, either way, are of no interest unless the user says otherwise."""
@@ -70,10 +70,10 @@ class Comparison:
     """The later campaign should have a value, as the earlier has, and has none."""
 
 
-def compare(before: Store, after: Store, band: float = BAND) -> list[Comparison]:
+def compare(before: Results, after: Results, band: float = BAND) -> list[Comparison]:
     """Every cell that either campaign has, in reading order."""
     values_before, values_after = _values(before), _values(after)
-    keys = sorted(values_before | values_after, key=lambda key: reading_order(*key))
+    keys = sorted(values_before | values_after, key=lambda key: after.reading_order(*key))
     found: list[tuple[tuple[Cell, str], Difference, str | None]] = []
     for key in keys:
         a, b = values_before.get(key, {}), values_after.get(key, {})
@@ -106,7 +106,7 @@ def exit_status(rows: Sequence[Comparison]) -> int:
     return 3 if nothing or any(row.lost for row in rows) else 0
 
 
-def circumstances(before: Store, after: Store) -> dict[str, tuple[Any, Any]]:
+def circumstances(before: Results, after: Results) -> dict[str, tuple[Any, Any]]:
     """What may explain a change besides the revision: what differs, earlier and later."""
     names = (
         "guest",
@@ -126,7 +126,9 @@ def circumstances(before: Store, after: Store) -> dict[str, tuple[Any, Any]]:
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def data(rows: Sequence[Comparison], before: Store, after: Store, band: float) -> dict[str, Any]:
+def data(
+    rows: Sequence[Comparison], before: Results, after: Results, band: float
+) -> dict[str, Any]:
     """The comparison as plain data for JSON: null for what there is not."""
     return {
         "before": str(before.path),
@@ -141,7 +143,7 @@ def data(rows: Sequence[Comparison], before: Store, after: Store, band: float) -
     }
 
 
-def table(rows: Sequence[Comparison], before: Store, after: Store, band: float) -> Group:
+def table(rows: Sequence[Comparison], before: Results, after: Results, band: float) -> Group:
     """The table for a terminal, with what was counted and what may explain it below."""
     guest = after.campaign.guest
     shown = Table(
@@ -197,28 +199,27 @@ _COLORS = {
 }
 
 
-def _values(store: Store) -> dict[tuple[Cell, str], dict[int, float]]:
+def _values(results: Results) -> dict[tuple[Cell, str], dict[int, float]]:
     """Block values of every cell that the campaign was to measure, by cell and quantity."""
-    trials = store.trials()
-    tables = {str(id): table for id, table in frame(trials).groupby("cell")} if trials else {}
+    tables = results.tables
     return {
         (cell, quantity): block_values(tables[cell.id], quantity) if cell.id in tables else {}
-        for cell in map(Cell.parse, store.campaign.cells)
+        for cell in map(Cell.parse, results.campaign.cells)
         for quantity in QUANTITIES[cell.metric]
     }
 
 
 def _incomparable(
-    store: Store, values: Mapping[int, float], which: str, key: tuple[Cell, str]
+    results: Results, values: Mapping[int, float], which: str, key: tuple[Cell, str]
 ) -> str | None:
     """Why these values cannot be compared, or None."""
-    if key[0].id not in store.campaign.cells:
+    if key[0].id not in results.campaign.cells:
         return f"not in the {which} campaign"
     if len(values) > 1:
         return None
     if values:
         return f"one block in the {which} campaign says nothing of its spread"
-    reasons = [t.reason for t in store.trials() if t.cell == key[0].id and t.reason]
+    reasons = [t.reason for t in results.trials if t.cell == key[0].id and t.reason]
     return f"{which}: {reasons[-1] if reasons else 'not measured'}"
 
 
@@ -239,13 +240,13 @@ def _shown(of: Estimate, scale: float, wide: bool = False) -> str:
     return "" if math.isnan(of.mean) else interval(of, scale, wide)
 
 
-def _headline(before: Store, after: Store) -> Text:
+def _headline(before: Results, after: Results) -> Text:
     text = Text(f"{after.path} ({_of(after)}) against {before.path} ({_of(before)})")
     if before.campaign.functional or after.campaign.functional:
         text.append(f"\n{FUNCTIONAL}", style="bold yellow")
     return text
 
 
-def _of(store: Store) -> str:
-    campaign = store.campaign
+def _of(results: Results) -> str:
+    campaign = results.campaign
     return f"{campaign.revision}, {blocks_of(campaign)}, guest {guest_of(campaign)}"

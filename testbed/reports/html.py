@@ -24,7 +24,6 @@ from testbed.model.errors import Error
 from testbed.model.trials import Status
 from testbed.reports import claims
 from testbed.reports.figures import draw
-from testbed.reports.table import summaries
 from testbed.reports.words import (
     COLUMNS,
     UNITS,
@@ -37,10 +36,11 @@ from testbed.reports.words import (
     size_of,
     warning_of,
 )
-from testbed.results.analysis import CPU, Summary, costs
+from testbed.results.analysis import CPU, Summary
 from testbed.results.order import grouped
+from testbed.results.results import Results
 from testbed.results.statistics import Estimate
-from testbed.results.store import Campaign, Store, frame
+from testbed.results.store import Campaign
 
 
 class Entry(NamedTuple):
@@ -54,13 +54,13 @@ class Entry(NamedTuple):
     look: str = ""
 
 
-def write(store: Store, file: Path) -> None:
+def write(results: Results, file: Path) -> None:
     """Draw the campaign's figures and write the page to `file`."""
-    drawn = draw.draw(store)
-    against = sorted((store.path / "figures").glob("against-*.png"))
+    drawn = draw.draw(results)
+    against = sorted((results.path / "figures").glob("against-*.png"))
     pictures = [path for path in drawn if path.suffix == ".png"] + against
     try:
-        file.write_text(_page(store, pictures), encoding="utf-8")
+        file.write_text(_page(results, pictures), encoding="utf-8")
     except OSError as e:
         raise Error(f"{file}: {e.strerror}", "choose another file with -o") from e
 
@@ -91,8 +91,8 @@ def command(campaign: Campaign) -> str:
     return shlex.join(words)
 
 
-def _page(store: Store, pictures: Sequence[Path]) -> str:
-    campaign, rows = store.campaign, summaries(store)
+def _page(results: Results, pictures: Sequence[Path]) -> str:
+    campaign, rows = results.campaign, results.summaries
     parts = [
         f"<h1>{escape(campaign.name)}</h1>",
         f"<p>{escape(_lead(campaign))}</p>",
@@ -103,13 +103,13 @@ def _page(store: Store, pictures: Sequence[Path]) -> str:
             *(f"<p>{escape(line)}</p>" for line in (*meanings_of(rows), *controls_of(rows))),
             _results(rows, campaign.guest),
         ),
-        *_claims(store),
+        *_claims(results),
         *_section("Figures", "", *(_picture(path) for path in pictures)),
-        *_costs(store),
-        *_searches(store),
-        *_missing(store),
-        *_disturbed(store),
-        *_conformance(store.path / "conformance.json"),
+        *_costs(results),
+        *_searches(results),
+        *_missing(results),
+        *_disturbed(results),
+        *_conformance(results.path / "conformance.json"),
         *_section("Environment", "", _environment(campaign)),
         *_section(
             "How to repeat it",
@@ -119,11 +119,11 @@ def _page(store: Store, pictures: Sequence[Path]) -> str:
             f"<pre>{escape(command(campaign))}</pre>",
         ),
     ]
-    title = escape(f"{campaign.name}, {store.path.resolve().name}")
+    title = escape(f"{campaign.name}, {results.path.resolve().name}")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta name="data" content="{store.digest()}">\n'
+        f'<meta name="data" content="{results.digest}">\n'
         f"<style>{_STYLE}</style></head>\n<body>\n"
         + "\n".join(part for part in parts if part)
         + f"\n<script>{_SCRIPT}</script>\n</body></html>\n"
@@ -228,9 +228,9 @@ def _estimate(of: Estimate, scale: float, otherwise: str, look: str = "") -> lis
     ]
 
 
-def _missing(store: Store) -> list[str]:
+def _missing(results: Results) -> list[str]:
     """Trials that have no value, one by one."""
-    trials = [trial for trial in store.trials() if trial.status is not Status.OK]
+    trials = [trial for trial in results.trials if trial.status is not Status.OK]
     if not trials:
         return []
     rows = [
@@ -241,12 +241,12 @@ def _missing(store: Store) -> list[str]:
     return _section("Trials without a value", "", table)
 
 
-def _disturbed(store: Store) -> list[str]:
+def _disturbed(results: Results) -> list[str]:
     """Trials that something came in between of, and whether they count."""
-    trials = [trial for trial in store.log() if trial.disturbed]
+    trials = [trial for trial in results.log if trial.disturbed]
     if not trials:
         return []
-    kept = store.trials()
+    kept = results.trials
     rows = [
         [
             Entry(t.cell),
@@ -263,16 +263,16 @@ def _disturbed(store: Store) -> list[str]:
     )
 
 
-def _claims(store: Store) -> list[str]:
+def _claims(results: Results) -> list[str]:
     """What the plan claims, and what came of it."""
-    found = claims.judge(store)
+    found = claims.judge(results)
     if not found:
         return []
     heads = ("claim", "cell", "bound", "ratio", "low", "high", "verdict")
     rows = (
         [
             Entry(row.claim.text),
-            Entry(claims.what(row, store.campaign.guest)),
+            Entry(claims.what(row, results.campaign.guest)),
             Entry(claims.bound(row.claim)),
             *_estimate(row.ratio, 1, ""),
             Entry(row.verdict, look="" if row.verdict in _BORNE_OUT else "bold"),
@@ -289,9 +289,9 @@ def _claims(store: Store) -> list[str]:
 _BORNE_OUT = (claims.Verdict.HOLDS, claims.Verdict.STATED)
 
 
-def _costs(store: Store) -> list[str]:
+def _costs(results: Results) -> list[str]:
     """Host CPU time by traffic."""
-    found = costs(frame(store.trials()))
+    found = results.costs
     if not found:
         return []
     rows = [
@@ -308,9 +308,9 @@ def _costs(store: Store) -> list[str]:
     return _section("Host CPU", lead, _table("costs", heads, rows))
 
 
-def _searches(store: Store) -> list[str]:
+def _searches(results: Results) -> list[str]:
     """Every attempt of every search for a rate."""
-    found = [trial for trial in store.trials() if trial.searched]
+    found = [trial for trial in results.trials if trial.searched]
     if not found:
         return []
     rows = [

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from testbed.model.cells import Metric
-from testbed.model.trials import Status, Trial
+from testbed.model.trials import Status
 from testbed.reports.words import (
     COLUMNS,
     UNITS,
@@ -34,43 +34,32 @@ from testbed.reports.words import (
     superscript,
     warning_of,
 )
-from testbed.results.analysis import TAIL, Summary, summarise, tails
-from testbed.results.order import grouped, reading_order
-from testbed.results.store import Campaign, Store, frame
+from testbed.results.analysis import TAIL, Summary
+from testbed.results.order import grouped
+from testbed.results.results import Results
+from testbed.results.store import Campaign
 
 
-def summaries(store: Store) -> list[Summary]:
-    """All cells of a campaign in reading order, those that were not run yet as failed."""
-    trials = store.trials()
-    missing = set(store.campaign.cells) - {trial.cell for trial in trials}
-    trials += [Trial(cell, 0, 0, Status.FAILED, reason="not run yet") for cell in missing]
-    found = summarise(frame(trials), store.campaign.references) + tails(trials)
-    return sorted(found, key=lambda row: reading_order(row.cell, row.quantity))
-
-
-def data(store: Store) -> dict[str, Any]:
-    """The table as plain data for JSON: units as in the store, null for what there is not."""
-    campaign = {k: v for k, v in vars(store.campaign).items() if k != "cells"}
+def data(results: Results) -> dict[str, Any]:
+    """The table as plain data for JSON: units as in the results, null for what there is not."""
+    campaign = {k: v for k, v in vars(results.campaign).items() if k != "cells"}
     return {
-        "directory": str(store.path),
-        "campaign": campaign | {"functional": store.campaign.functional},
+        "directory": str(results.path),
+        "campaign": campaign | {"functional": results.campaign.functional},
         "cells": [
             {
                 "id": row.cell.id,
-                "functional": store.campaign.is_functional(row.cell),
+                "functional": results.campaign.is_functional(row.cell),
                 **plain(asdict(row)),
             }
-            for row in summaries(store)
+            for row in results.summaries
         ],
     }
 
 
-# --- table ----------------------------------------------------------------------------------
-
-
-def table(store: Store, width: int) -> Group:
+def table(results: Results, width: int) -> Group:
     """The table for a terminal of `width` columns: intervals in brackets from 116, else as ±."""
-    campaign, rows = store.campaign, summaries(store)
+    campaign, rows = results.campaign, results.summaries
     columns = [c for c in COLUMNS if any((row.cell.metric, row.quantity) == c[:2] for row in rows)]
     sizes = {
         metric: {size_of(r.cell) for r in rows if r.cell.metric is metric} for metric in Metric
@@ -139,6 +128,3 @@ def _legend(campaign: Campaign, rows: Iterable[Summary]) -> str:
     divided = ", ".join(f"{one} by {other}" for one, other in pairs if other not in (None, one))
     interval = "95 % intervals over blocks" if campaign.blocks > 1 else "one block: no intervals"
     return f"Geometric means, {interval}." + (f" × ratio in a block: {divided}." if divided else "")
-
-
-# --- words and order ------------------------------------------------------------------------

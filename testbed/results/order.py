@@ -7,36 +7,17 @@ from typing import Any, TypeVar
 
 from testbed.model.cells import Cell, Metric, Pair
 
-DATAPATHS = (
-    "loopback",
-    "direct",
-    "bridge",
-    "tcredirect",
-    "capture",
-    "steer",
-    "dnat",
-    "proxy",
-    "passt",
-    "tun",
-    "broadcast",
-    "routed",
-)
-"""In the order of bars and rows."""
-
-
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 
 
-def rank(datapath: str) -> tuple[int, str]:
-    """Known datapaths in the order of `DATAPATHS`, others after them by name."""
-    base = datapath.partition("~")[0]
-    known = DATAPATHS.index(base) if base in DATAPATHS else len(DATAPATHS)
-    return known, datapath
+def reading_order(
+    cell: Cell, quantity: str, rank: Callable[[str], tuple[int, str]]
+) -> tuple[Any, ...]:
+    """Pairs, transports, families; in them datapaths side by side, small messages first.
 
-
-def reading_order(cell: Cell, quantity: str) -> tuple[Any, ...]:
-    """Pairs, transports, families; in them datapaths side by side, small messages first."""
+    `rank` sorts datapaths.
+    """
     return (
         list(Pair).index(cell.pair),
         cell.guest,

@@ -23,7 +23,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -80,6 +80,8 @@ class Campaign:
     """UTC, ISO 8601."""
     guests: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Runtime that cells name for their guests → its `kernel` and `accelerator`."""
+    looks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Datapath → how it looks, the fields of `model.looks.Look`."""
 
     @property
     def functional(self) -> bool:
@@ -117,17 +119,8 @@ class Store:
                 raise
 
     def trials(self) -> list[Trial]:
-        """One trial for each cell and block that was run, in the order of blocks.
-
-        Of several the last that is ok and undisturbed counts, else the last that is ok, else the
-        last. Raises `Error` with the number of a line that is no trial.
-        """
-        kept: dict[tuple[str, int], Trial] = {}
-        for trial in self.log():
-            key = (trial.cell, trial.block)
-            if key not in kept or _worth(trial) >= _worth(kept[key]):
-                kept[key] = trial
-        return sorted(kept.values(), key=lambda t: (t.block, t.order))
+        """The trials that count (`counted`). Raises `Error` with a line that is no trial."""
+        return counted(self.log())
 
     def log(self) -> list[Trial]:
         """Every trial that was run, in that order. A torn last line is left out."""
@@ -262,6 +255,19 @@ def open(path: Path) -> Store:
         return Store(path, Campaign(**data))
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise Error(f"{file}: not a campaign ({e})") from e
+
+
+def counted(log: Iterable[Trial]) -> list[Trial]:
+    """One trial for each cell and block that was run, in the order of blocks.
+
+    Of several the last that is ok and undisturbed counts, else the last that is ok, else the last.
+    """
+    kept: dict[tuple[str, int], Trial] = {}
+    for trial in log:
+        key = (trial.cell, trial.block)
+        if key not in kept or _worth(trial) >= _worth(kept[key]):
+            kept[key] = trial
+    return sorted(kept.values(), key=lambda t: (t.block, t.order))
 
 
 def frame(trials: Sequence[Trial]) -> pd.DataFrame:

@@ -100,7 +100,7 @@ def test_every_check_says_in_one_line_what_it_proves_and_what_it_stands_for() ->
 
 def test_what_is_impossible_is_said_of_checks_and_datapaths_that_there_are() -> None:
     names = {check.name for check in checks.matching()}
-    assert known_limits.DATAPATHS.keys() <= set(datapaths.NAMES)
+    assert known_limits.DATAPATHS.keys() <= set(datapaths.names())
     assert known_limits.GUESTS.keys() <= set(Runtime)
     for entries in (*known_limits.DATAPATHS.values(), *known_limits.GUESTS.values()):
         for entry in entries:

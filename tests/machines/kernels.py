@@ -376,7 +376,7 @@ WARM_PROGRAMS = """
 from testbed import datapaths
 from testbed.bpf import bytecode
 bytecode.get("probe")
-for name in {name for each in datapaths.NAMES for name in datapaths.get(each).programs}:
+for name in {name for each in datapaths.names() for name in datapaths.get(each).programs}:
     bytecode.get(name)
     if bytecode.entries(name):
         bytecode.get(name + bytecode.TRACED)

@@ -15,6 +15,7 @@ from testbed.model.trials import Status, Trial
 from testbed.reports import claims
 from testbed.reports.claims import Verdict
 from testbed.results import store
+from testbed.results.results import Results
 
 PLAN = """
 name = "tiny"
@@ -122,7 +123,7 @@ def test_a_claim_holds_if_the_whole_interval_keeps_to_the_bound(
 
 def test_the_table_says_what_is_divided_by_what(tmp_path: Path) -> None:
     made = campaign(tmp_path / "out", 0.001)
-    rows = claims.judge(made)
+    rows = claims.judge(Results(made))
     assert [claims.bound(row.claim) for row in rows] == ["≥ 0.97", "≤ 1.03", "", ""]
     assert claims.what(rows[0], "standin") == (
         "steer, process→standin, IPv4 TCP, 64 KiB, 2 guests : direct"

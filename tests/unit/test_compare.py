@@ -16,6 +16,7 @@ from testbed.model.trials import Status, Trial
 from testbed.reports import compare
 from testbed.reports.compare import Change
 from testbed.results import store
+from testbed.results.results import Results
 
 CELLS = tuple(
     f"{datapath}/native-guest/ipv4/tcp/{metric}"
@@ -42,7 +43,7 @@ CAMPAIGN = store.Campaign(
 
 def campaign(
     path: Path, seed: int, factors: dict[str, float], blocks: int = 6, **changes: object
-) -> store.Store:
+) -> Results:
     """Values around 100 with 1 % of spread, times a factor per cell; factor 0: it failed."""
     rng = random.Random(seed)
     with store.create(path, replace(CAMPAIGN, **changes)) as made:  # type: ignore[arg-type]
@@ -60,7 +61,7 @@ def campaign(
                 if not value:
                     trial = Trial(cell, block, 0, Status.FAILED, reason="guest not ready")
                 made.append(trial)
-    return store.open(path)
+    return Results(store.open(path))
 
 
 def verdicts(rows: list[compare.Comparison]) -> list[Change]:

@@ -17,6 +17,7 @@ from testbed.model.errors import Error
 from testbed.model.trials import Status, Trial
 from testbed.reports import html
 from testbed.results import store
+from testbed.results.results import Results
 
 VALUES = {"bridge": 2e9, "capture": 10e9, "steer": 9e9}
 CELLS = tuple(f"{d}/native-guest/ipv4/tcp/throughput/65536x1" for d in VALUES)
@@ -95,7 +96,7 @@ def test_a_search_for_a_rate_is_shown_attempt_by_attempt(campaign: Path) -> None
     searched = ((4e8, 3e8, 0.25), (2.5e8, 2.499e8, 0.0004))
     with store.resume(campaign) as resumed:
         resumed.append(Trial(cell, 0, 9, Status.OK, value=2.499e8, searched=searched))
-    html.write(store.open(campaign), campaign / "report.html")
+    html.write(Results(store.open(campaign)), campaign / "report.html")
     text = (campaign / "report.html").read_text()
     searches = text[text.index('id="searches"') :]
     assert shown(searches, "searches", 2) == ["1", "2"]
@@ -121,7 +122,7 @@ def test_the_command_repeats_the_campaign() -> None:
 def test_conformance_that_is_none_is_refused(campaign: Path) -> None:
     (campaign / "conformance.json").write_text("[{}]")
     with pytest.raises(Error, match=r"conformance.json: not results of checks .*--json prints"):
-        html.write(store.open(campaign), campaign / "report.html")
+        html.write(Results(store.open(campaign)), campaign / "report.html")
 
 
 # --- in a browser -----------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from testbed.model.errors import Error
 from testbed.model.trials import Status, Trial
 from testbed.reports import archive
 from testbed.reports.paper import answers, build, tables
-from testbed.results import store
+from testbed.results import results, store
+from testbed.results.results import Results
 
 WAY = "native-guest/ipv4/tcp/throughput/65536x1"
 CAMPAIGN = store.Campaign(
@@ -114,7 +115,7 @@ def test_macros_are_answered_from_the_campaign(
     campaign: store.Store, folder: Path, asked: str, answer: str
 ) -> None:
     write(folder, asked)
-    found = build.numbers(answers.Answers(campaign), folder)
+    found = build.numbers(answers.Answers(Results(campaign)), folder)
     assert answer in found.values()
 
 
@@ -140,7 +141,7 @@ def test_what_the_campaign_lacks_is_one_line_that_names_it(
 ) -> None:
     write(folder, asked)
     with pytest.raises(Error) as e:
-        build.generate(campaign, folder)
+        build.generate(Results(campaign), folder)
     assert str(e.value).startswith(f"{folder / 'main.tex'} line ")
     assert fault in str(e.value)
     assert "\n" not in str(e.value)
@@ -150,14 +151,14 @@ def test_what_the_campaign_lacks_is_one_line_that_names_it(
 def test_a_figure_that_the_campaign_has_not_is_named(campaign: store.Store, folder: Path) -> None:
     write(folder, r"\resultfigure{latency-tcp-standin}")
     with pytest.raises(Error, match="the text has latency-tcp-standin, and .*little has not"):
-        build.generate(campaign, folder)
+        build.generate(Results(campaign), folder)
 
 
 def test_a_campaign_without_results_of_checks_has_those_that_are_kept(
     campaign: store.Store,
 ) -> None:
     (campaign.path / "conformance.json").unlink()
-    facts = answers.Answers(campaign).facts
+    facts = answers.Answers(Results(campaign)).facts
     counts = [
         int(facts[f"conformance/steer/standin/{key}"]) for key in ("passed", "failed", "tried")
     ]
@@ -172,7 +173,7 @@ def test_all_that_is_made_is_stale_when_the_data_changes(
     campaign: store.Store, folder: Path
 ) -> None:
     write(folder, r"\resultfigure{throughput-tcp-standin}\input{generated/table-standin}")
-    made = build.generate(campaign, folder)
+    made = build.generate(Results(campaign), folder)
     assert {"numbers.tex", "table-standin.tex", "throughput-tcp-standin.pdf"} <= {
         path.name for path in made
     }
@@ -183,7 +184,7 @@ def test_all_that_is_made_is_stale_when_the_data_changes(
 
 
 def test_a_table_has_every_datapath_and_why_one_has_no_value(campaign: store.Store) -> None:
-    table = "\n".join(tables.TABLES["table-standin"](answers.Answers(campaign)))
+    table = "\n".join(tables.TABLES["table-standin"](answers.Answers(Results(campaign))))
     assert re.search(r"\\dpath\{direct\} & 20\.0 & & & & 1\.00 &", table)
     assert re.search(r"\\dpath\{steer\} & 18\.0 & \\textbf\{\$\\times\$0\.900\}", table)
     assert re.search(r"\\dpath\{passt\} & \\multicolumn\{2\}\{c\}\{n/a\$\^a\$\}", table)
@@ -195,14 +196,14 @@ def test_the_pdf_says_of_which_data_it_is(campaign: store.Store, folder: Path) -
         pytest.skip("no latexmk")
     made = "".join(rf"\input{{generated/{name}}}" for name in tables.TABLES)
     write(folder, rf"\ratio{{steer/{WAY},guest=standin}}{made}\resultfigure{{ratios-tcp-standin}}")
-    assert archive.stale(campaign, [build.build(campaign, folder)]) == []
+    assert archive.stale(campaign, [build.build(Results(campaign), folder)]) == []
     write(folder, r"\nonsense")
     with pytest.raises(Error, match=r"main.tex:3: Undefined control sequence"):
-        build.typeset(campaign, folder)
+        build.typeset(Results(campaign), folder)
 
 
 def test_the_paper_asks_nothing_that_its_campaigns_do_not_answer() -> None:
-    kept, proof = (store.open(paths.REFERENCE / name) for name in ("paper", "proof"))
+    kept, proof = (results.read(paths.REFERENCE / name) for name in ("paper", "proof"))
     assert build.numbers(answers.Answers(kept, proof), paths.PAPER)
 
 

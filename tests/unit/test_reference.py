@@ -13,8 +13,9 @@ import pytest
 from testbed import cli, paths
 from testbed.model.errors import Error
 from testbed.model.trials import Status, Trial
-from testbed.reports import archive, compare, table
+from testbed.reports import archive, compare
 from testbed.results import store
+from testbed.results.results import Results
 
 CELLS = [f"{datapath}/native-guest/ipv4/tcp/throughput/65536x1" for datapath in ("direct", "steer")]
 CAMPAIGN = store.Campaign(
@@ -75,11 +76,11 @@ def test_a_reference_is_the_campaign_without_its_consoles(
         "report.html",
         "figures",
     }
-    assert table.summaries(kept) == table.summaries(campaign)
+    assert Results(kept).summaries == Results(campaign).summaries
 
 
 def test_a_campaign_is_held_against_a_reference(campaign: store.Store, kept: store.Store) -> None:
-    rows = compare.compare(kept, campaign)
+    rows = compare.compare(Results(kept), Results(campaign))
     assert [row.ratio.mean for row in rows] == pytest.approx([1.0] * 2)
     assert cli.main(["compare", str(kept.path), str(campaign.path)]) == 0
     (drawn,) = (campaign.path / "figures").glob("against-kept.pdf")

@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from testbed import plan
+from testbed import datapaths, plan
 from testbed.model.cells import Cell, Metric, Pair
 from testbed.model.errors import Error
 from testbed.model.terms import Family
 from testbed.model.trials import Status, Trial
 from testbed.reports import table, words
-from testbed.reports.figures import draw, forest, stacks, style
-from testbed.results import analysis, order, statistics, store
+from testbed.reports.figures import draw, forest, stacks
+from testbed.results import analysis, statistics, store
+from testbed.results.results import Results
 
 PLAN = plan.parse(
     """
@@ -86,7 +87,7 @@ def little(tmp_path: Path) -> Iterator[store.Store]:
 
 def printed(of: store.Store, width: int) -> str:
     console = Console(file=StringIO(), width=width)
-    console.print(table.table(of, width))
+    console.print(table.table(Results(of), width))
     assert isinstance(console.file, StringIO)
     return console.file.getvalue()
 
@@ -125,11 +126,11 @@ def test_cells_that_were_not_run_yet_are_in_the_table(tmp_path: Path) -> None:
         text = printed(made, 120)
         assert "not run yet" in text
         assert "loopback" in text
-        assert draw.draw(made)
+        assert draw.draw(Results(made))
 
 
 def test_data_is_strict_json_with_null_for_what_there_is_not(little: store.Store) -> None:
-    plain = json.loads(json.dumps(table.data(little), allow_nan=False))
+    plain = json.loads(json.dumps(table.data(Results(little)), allow_nan=False))
     assert plain["campaign"]["functional"] is True
     by_id = {(row["id"], row["quantity"]): row for row in plain["cells"]}
     capture = by_id["capture/native-guest/ipv4/tcp/latency/64x1", "p99_us"]
@@ -154,7 +155,7 @@ def test_the_99_9th_percentile_stands_where_there_are_samples_for_it(little: sto
 def test_figures_come_out_the_same_bytes_from_stored_data(little: store.Store) -> None:
     little.close()
     stored = store.open(little.path)
-    files = draw.draw(stored)
+    files = draw.draw(Results(stored))
     assert [f.name for f in files] == [
         f"{name}-tcp.{kind}"
         for name in ("throughput", "latency", "connections", "ratios")
@@ -162,7 +163,7 @@ def test_figures_come_out_the_same_bytes_from_stored_data(little: store.Store) -
     ]
     first = [f.read_bytes() for f in files]
     assert all(b.startswith((b"\x89PNG", b"%PDF")) for b in first)
-    assert [f.read_bytes() for f in draw.draw(stored)] == first
+    assert [f.read_bytes() for f in draw.draw(Results(stored))] == first
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.93, 1.07), (0.66, 1.55), (0.56, 1.75), (0.3, 4.0)])
@@ -171,7 +172,9 @@ def test_an_axis_of_ratios_has_numbers_besides_1_however_many_panels(
 ) -> None:
     rows = analysis.summarise(store.frame(little.trials()), CAMPAIGN.references)
     near = statistics.Estimate(0.95, low, high, 3)
-    axes = forest.forest([replace(r, ratio=near) for r in rows if r.ratio.blocks], "osv").axes
+    axes = forest.forest(
+        [replace(r, ratio=near) for r in rows if r.ratio.blocks], Results(little)
+    ).axes
     assert len(axes) == 4
     assert {"1"} < {label.get_text() for label in axes[0].get_xticklabels()}
 
@@ -182,7 +185,7 @@ def test_sizes_get_figures_of_their_own(tmp_path: Path) -> None:
     with store.create(tmp_path / "sizes", campaign) as made:
         for cell in cells:
             made.append(trial(cell, 0))
-        names = [f.name for f in draw.draw(made) if f.suffix == ".png"]
+        names = [f.name for f in draw.draw(Results(made)) if f.suffix == ".png"]
         assert names == ["latency-udp-64x1.png", "latency-udp-1400x1.png"]
         text = printed(made, 120)
         assert "1400 B" in text
@@ -207,7 +210,7 @@ def test_what_takes_three_values_has_a_figure_along_them_and_one_of_the_commones
             for cell in map(Cell.parse, ids):
                 like = replace(cell, datapath="bridge", family=Family.IPV4)
                 made.append(replace(trial(like, block), cell=cell.id))
-        names = [f.name for f in draw.draw(made) if f.suffix == ".png"]
+        names = [f.name for f in draw.draw(Results(made)) if f.suffix == ".png"]
         assert names == [
             "latency-tcp.png",
             "latency-tcp-by-size.png",
@@ -224,16 +227,15 @@ def test_what_takes_three_values_has_a_figure_along_them_and_one_of_the_commones
 def test_a_place_that_cannot_be_drawn_into_is_one_line(little: store.Store) -> None:
     (little.path / "figures").write_text("in the way")
     with pytest.raises(Error, match="figures: File exists"):
-        draw.draw(little)
+        draw.draw(Results(little))
 
 
 def test_every_datapath_of_the_design_has_a_look_of_its_own() -> None:
-    assert tuple(style.STYLES) == order.DATAPATHS
-    looks = [(s.color, s.hatch) for s in style.STYLES.values()]
-    lines = [(s.line, s.marker) for s in style.STYLES.values()]
-    assert len(set(looks)) == len(looks)
-    assert len(set(lines)) == len(lines)
-    assert len({s.color for s in style.STYLES.values()}) == len(looks)
+    looks = [datapaths.get(name).look for name in datapaths.names()]
+    assert len({(look.color, look.hatch) for look in looks}) == len(looks)
+    assert len({(look.line, look.marker) for look in looks}) == len(looks)
+    assert len({look.color for look in looks}) == len(looks)
+    assert len({look.rank for look in looks}) == len(looks)
 
 
 def test_starts_memory_and_scaling_have_figures_and_guests_that_cells_name_their_own(
@@ -271,7 +273,7 @@ def test_starts_memory_and_scaling_have_figures_and_guests_that_cells_name_their
                 of = parts.get(cell.metric, {})
                 value = (sum(of.values()) or 1e9) * (1 + block / 50)
                 made.append(Trial(cell.id, block, 0, Status.OK, value=value, parts=of))
-        names = [f.name for f in draw.draw(made) if f.suffix == ".png"]
+        names = [f.name for f in draw.draw(Results(made)) if f.suffix == ".png"]
         warning = words.warning_of(made.campaign)
     assert names == [
         "throughput-tcp-standin.png",

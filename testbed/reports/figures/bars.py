@@ -23,20 +23,19 @@ from testbed.reports.figures.style import (
     functional,
     keys_of,
     patch_key,
-    style_of,
     title_of,
 )
 from testbed.reports.words import UDP_RATE, UDP_RATE_MEANS, UNITS, absence, names, number
 from testbed.results.analysis import Breakdown, Summary
-from testbed.results.order import present, rank
-from testbed.results.store import Store
+from testbed.results.order import present
+from testbed.results.results import Results
 
 
 def kind_of(row: Ratio | Breakdown) -> tuple[Metric, Transport, str]:
     return row.cell.metric, row.cell.transport, row.cell.guest
 
 
-def bars_figure(rows: Sequence[Summary], store: Store) -> Drawing:
+def bars_figure(rows: Sequence[Summary], results: Results) -> Drawing:
     """Means as bars with interval whiskers, by pair and datapath, panels per family.
 
     The kernel's own loopback is an order of magnitude above any guest, so it has a scale of its
@@ -45,15 +44,15 @@ def bars_figure(rows: Sequence[Summary], store: Store) -> Drawing:
     families = present(Family, (row.cell.family for row in rows))
     native = [row for row in rows if row.cell.pair is Pair.NATIVE_NATIVE]
     parts = [part for part in (native, [row for row in rows if row not in native]) if part]
-    slots = [slots_of(part) for part in parts]
+    slots = [slots_of(part, results) for part in parts]
     own = rows[0].cell.guest
-    guest = own or store.campaign.guest
+    guest = own or results.campaign.guest
     narrow = sum(map(len, slots)) > 24  # families side by side would leave no room for labels
     lines = len(families) if narrow else 1
     figure = Figure(figsize=(WIDTH_IN, 2.2 if lines == 1 else 1.7 * lines))
     how = (
         "Bars: geometric means over blocks; "
-        + ("whiskers: 95 % t-intervals" if store.campaign.blocks > 1 else "no interval from one")
+        + ("whiskers: 95 % t-intervals" if results.campaign.blocks > 1 else "no interval from one")
         + ("; native and guest pairs on scales of their own." if len(parts) > 1 else ".")
         + (f" {UDP_RATE_MEANS}." if kind_of(rows[0])[:2] == UDP_RATE else "")
     )
@@ -67,31 +66,34 @@ def bars_figure(rows: Sequence[Summary], store: Store) -> Drawing:
         family, part = families[n // len(parts)], parts[n % len(parts)]
         if n % len(parts) == 0:
             axes.set_title(names(family), loc="left", fontweight="bold")
-        _bar_panel(axes, part, family, slots[n % len(parts)], guest, upright=not narrow)
+        _bar_panel(axes, part, results, family, slots[n % len(parts)], guest, upright=not narrow)
     named = {Metric.THROUGHPUT: "goodput, Gbit/s", Metric.CONNECTIONS: "connections, 10³/s"}
     for line in panels:
         line[0].set_ylabel(named[rows[0].cell.metric])
     return Drawing(
         figure,
         title_of(rows[0].cell),
-        keys_of(rows, patch_key),
-        [f"{circumstances(store, own)} {how}", *absences(rows)],
-        functional(store, rows),
+        keys_of(rows, patch_key, results),
+        [f"{circumstances(results, own)} {how}", *absences(rows)],
+        functional(results, rows),
     )
 
 
-def slots_of(rows: Sequence[Summary] | Sequence[Breakdown]) -> list[tuple[Pair, str] | None]:
+def slots_of(
+    rows: Sequence[Summary] | Sequence[Breakdown], results: Results
+) -> list[tuple[Pair, str] | None]:
     """Places along the x axis: the datapaths of each pair, an empty place between pairs."""
     slots: list[tuple[Pair, str] | None] = []
     for pair in present(Pair, (row.cell.pair for row in rows)):
         here = {row.cell.datapath: None for row in rows if row.cell.pair is pair}
-        slots += [None, *((pair, datapath) for datapath in sorted(here, key=rank))]
+        slots += [None, *((pair, datapath) for datapath in sorted(here, key=results.rank))]
     return slots[1:]
 
 
 def _bar_panel(
     axes: Axes,
     rows: Sequence[Summary],
+    results: Results,
     family: Family,
     slots: Sequence[Any],
     guest: str,
@@ -136,7 +138,7 @@ def _bar_panel(
                 bbox={"fc": "white", "ec": "none", "pad": 0.6},
             )
             continue
-        style = style_of(row.cell.datapath)
+        style = results.look(row.cell.datapath)
         mean, low, high = (
             x / scale for x in (row.estimate.mean, row.estimate.low, row.estimate.high)
         )

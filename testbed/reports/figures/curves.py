@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from testbed.model.cells import Cell, Pair
+from testbed.model.cells import Pair
+from testbed.model.looks import Look
 from testbed.model.terms import Family
 from testbed.model.trials import Status
 from testbed.reports.figures.style import (
     WIDTH_IN,
     Drawing,
-    Style,
     absences,
     circumstances,
     functional,
     keys_of,
     line_key,
+    line_of,
     mark_of,
-    style_of,
     title_of,
 )
 from testbed.reports.words import absence, names
 from testbed.results.analysis import Summary
 from testbed.results.order import present
+from testbed.results.results import Histogram, Results
 from testbed.results.statistics import distribution
-from testbed.results.store import Store
-
-Blocks = Sequence[Sequence[tuple[float, int]]]
-"""Histograms of a cell's blocks."""
 
 
-def curves_figure(
-    rows: Sequence[Summary], histograms: Mapping[Cell, Blocks], store: Store
-) -> Drawing:
+def curves_figure(rows: Sequence[Summary], results: Results) -> Drawing:
     """Cumulative distributions of round-trip times, a panel per family (down) and pair (across)."""
     families = present(Family, (row.cell.family for row in rows))
     pairs = present(Pair, (row.cell.pair for row in rows))
@@ -50,15 +45,15 @@ def curves_figure(
         for axes, pair in zip(line, pairs, strict=True):
             axes.grid(visible=True)
             if family is families[0]:
-                label = replace(rows[0].cell, pair=pair).label(store.campaign.guest)
+                label = replace(rows[0].cell, pair=pair).label(results.campaign.guest)
                 axes.set_title(label.replace("→", "\n→ ") if len(pairs) > 5 else label)
             absent = []
             for row in rows:
                 if (row.cell.family, row.cell.pair, row.quantity) != (family, pair, "p50_us"):
                     continue
                 if row.status is Status.OK:
-                    style = style_of(row.cell.datapath)
-                    ends.append(_curve(axes, style, histograms[row.cell]))
+                    style = results.look(row.cell.datapath)
+                    ends.append(_curve(axes, style, results.histograms[row.cell]))
                 else:
                     absent.append(f"{row.cell.datapath}: {absence(row.status)}")
             axes.text(
@@ -80,17 +75,17 @@ def curves_figure(
     return Drawing(
         figure,
         title_of(rows[0].cell),
-        keys_of(rows, line_key),
-        [f"{circumstances(store, rows[0].cell.guest)} {how}", *absences(rows)],
-        functional(store, rows),
+        keys_of(rows, line_key, results),
+        [f"{circumstances(results, rows[0].cell.guest)} {how}", *absences(rows)],
+        functional(results, rows),
     )
 
 
-def _curve(axes: Axes, style: Style, blocks: Blocks) -> tuple[float, float]:
+def _curve(axes: Axes, style: Look, blocks: Sequence[Histogram]) -> tuple[float, float]:
     """One datapath's curve; returns the 0.1th and the 99.9th percentile in µs."""
     points = distribution(blocks)
     x, y = [points[0][0], *(x for x, _ in points)], [0.0, *(y for _, y in points)]
-    axes.plot(x, y, drawstyle="steps-post", color=style.color, ls=style.line, lw=1.2)
+    axes.plot(x, y, drawstyle="steps-post", color=style.color, ls=line_of(style), lw=1.2)
     p01, p50, p99, p999 = (
         next((x for x, y in points if y >= p), points[-1][0]) for p in (0.001, 0.5, 0.99, 0.999)
     )

@@ -10,13 +10,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 
 from testbed.model.cells import Cell, Metric, Pair
 from testbed.model.terms import Family, Transport
-from testbed.model.trials import Status
 from testbed.reports.figures.bars import bars_figure, kind_of
 from testbed.reports.figures.curves import curves_figure
 from testbed.reports.figures.forest import forest, ratios
@@ -31,13 +29,12 @@ from testbed.reports.figures.style import (
     save,
 )
 from testbed.reports.figures.sweeps import AXES, along, scaling, sweep
-from testbed.reports.table import summaries
-from testbed.results.analysis import Summary, breakdowns, costs
+from testbed.results.analysis import Summary
 from testbed.results.order import grouped
-from testbed.results.store import Store, frame
+from testbed.results.results import Results
 
 
-def draw(store: Store, folder: Path | None = None, bare: bool = False) -> list[Path]:
+def draw(results: Results, folder: Path | None = None, bare: bool = False) -> list[Path]:
     """Draw all figures of a campaign into its `figures/`, as PNG and PDF; say which they are.
 
     Or into another `folder`; or `bare`, as PDF without title and footer, for the paper.
@@ -49,15 +46,14 @@ def draw(store: Store, folder: Path | None = None, bare: bool = False) -> list[P
     what memory pods have, of which parts: `startup-tcp.png`. Other ratios to reference datapaths,
     controls too: `ratios-tcp.png`. Guests that cells name have figures of their own, with the name.
     """
-    every, histograms, files = summaries(store), dict[Cell, list[Any]](), []
+    every, files = results.summaries, []
     rows = [row for row in every if not row.cell.variant]
     crowds = [row for row in rows if _is_crowd(row.cell)]
     traffic = [row for row in rows if not (row.cell.metric.of_building or _is_crowd(row.cell))]
-    for trial in store.trials():
-        if trial.status is Status.OK and trial.histogram_us:
-            histograms.setdefault(Cell.parse(trial.cell), []).append(trial.histogram_us)
-    spent = [cost for cost in costs(frame(store.trials())) if not cost.cell.variant]
-    keep = partial(save, folder=folder or store.path / "figures", digest=store.digest(), bare=bare)
+    spent = [cost for cost in results.costs if not cost.cell.variant]
+    keep = partial(
+        save, folder=folder or results.path / "figures", digest=results.digest, bare=bare
+    )
     with mpl.rc_context(RC):
         for (metric, transport, guest), kind in grouped(traffic, kind_of).items():
             whose = f"-{guest}" if guest else ""
@@ -72,24 +68,24 @@ def draw(store: Store, folder: Path | None = None, bare: bool = False) -> list[P
                 cells = {row.cell for row in group}
                 alike = [cost for cost in spent if cost.cell in cells]
                 if metric is Metric.LATENCY:
-                    files += keep(curves_figure(group, histograms, store), name=name)
+                    files += keep(curves_figure(group, results), name=name)
                 else:
-                    files += keep(bars_figure(group, store), name=name)
+                    files += keep(bars_figure(group, results), name=name)
                 if alike:
-                    files += keep(spent_figure(alike, store), name=f"cpu-{name}")
+                    files += keep(spent_figure(alike, results), name=f"cpu-{name}")
             for axis, found in swept:
                 name = f"{metric}-{transport}{whose}-by-{axis.name}"
-                files += keep(sweep(found, axis, store), name=name)
+                files += keep(sweep(found, axis, results), name=name)
         for (pair, family, transport, guest), group in grouped(rows, _place).items():
-            if drawing := scaling(group, store):
+            if drawing := scaling(group, results):
                 whose = f"-{guest}" if guest else ""
                 name = f"scaling-{transport}{whose}"
                 others = {_place(row) for row in crowds if _place(row)[2:] == (transport, guest)}
                 name += f"-{pair}-{family}" if len(others) > 1 else ""
                 files += keep(drawing, name=name)
-        built = [part for part in breakdowns(frame(store.trials())) if not _is_crowd(part.cell)]
+        built = [part for part in results.breakdowns if not _is_crowd(part.cell)]
         for (metric, transport), parts in grouped(built, lambda p: kind_of(p)[:2]).items():
-            files += keep(built_figure(parts, store), name=f"{metric}-{transport}")
+            files += keep(built_figure(parts, results), name=f"{metric}-{transport}")
         divided = [
             row
             for row in every
@@ -99,7 +95,7 @@ def draw(store: Store, folder: Path | None = None, bare: bool = False) -> list[P
         for (transport, guest), group in grouped(divided, lambda r: kind_of(r)[1:]).items():
             if any(row.ratio.blocks for row in group):
                 whose = f"-{guest}" if guest else ""
-                files += keep(ratios(group, store), name=f"ratios-{transport}{whose}")
+                files += keep(ratios(group, results), name=f"ratios-{transport}{whose}")
     return files
 
 
@@ -118,12 +114,12 @@ def _place(row: Ratio) -> tuple[Pair, Family, Transport, str]:
 
 
 def draw_comparison(
-    rows: Sequence[Ratio], before: Store, after: Store, band: float, folder: Path
+    rows: Sequence[Ratio], before: Results, after: Results, band: float, folder: Path
 ) -> list[Path]:
     """Draw ratios of one campaign to another, `against-<before>.png` and its PDF, into `folder`."""
     shown = [row for row in rows if row.ratio.blocks]
     with mpl.rc_context(RC):
-        figure = forest(shown, after.campaign.guest, band)
+        figure = forest(shown, after, band)
         how = (
             "Ratio of geometric means, later by earlier, with 95 % Welch t-intervals; filled: the "
             f"interval excludes 1. Gray: the band of equivalence, {band:.0%}."
@@ -132,9 +128,9 @@ def draw_comparison(
         drawing = Drawing(
             figure,
             f"{after.path.name} against {before.path.name}",
-            keys_of(shown, point_key),
+            keys_of(shown, point_key, after),
             paragraphs,
             before.campaign.functional or after.campaign.functional,
         )
         name = f"against-{before.path.resolve().name}"
-        return save(drawing, folder, name, f"{after.digest()} against {before.digest()}")
+        return save(drawing, folder, name, f"{after.digest} against {before.digest}")

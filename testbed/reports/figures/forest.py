@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from testbed.model.looks import Look
 from testbed.reports.figures.style import (
     SMALL_PT,
     WIDTH_IN,
@@ -24,18 +25,17 @@ from testbed.reports.figures.style import (
     functional,
     keys_of,
     point_key,
-    style_of,
 )
 from testbed.reports.words import COLUMNS, names, size_of
 from testbed.results.analysis import Summary
+from testbed.results.results import Results
 from testbed.results.statistics import Estimate
-from testbed.results.store import Store
 
 
-def ratios(rows: Sequence[Summary], store: Store) -> Drawing:
+def ratios(rows: Sequence[Summary], results: Results) -> Drawing:
     """Every ratio to a reference datapath in one figure."""
     shown = [row for row in rows if row.ratio.blocks]
-    figure = forest(shown, store.campaign.guest)
+    figure = forest(shown, results)
     divisors = dict.fromkeys((r.cell.datapath, r.reference) for r in shown)
     how = (
         "Geometric means of ratios within a block, 95 % t-intervals; filled: the interval excludes "
@@ -47,19 +47,20 @@ def ratios(rows: Sequence[Summary], store: Store) -> Drawing:
     return Drawing(
         figure,
         f"Ratio to the reference datapath, {names(rows[0].cell.transport)}",
-        keys_of(shown, point_key),
-        [f"{circumstances(store, guest)} {how}", *absent],
-        functional(store, rows),
+        keys_of(shown, point_key, results),
+        [f"{circumstances(results, guest)} {how}", *absent],
+        functional(results, rows),
     )
 
 
-def forest(rows: Sequence[Ratio], guest: str, band: float = 0.0) -> Figure:
+def forest(rows: Sequence[Ratio], results: Results, band: float = 0.0) -> Figure:
     """Ratios with intervals: a line per pair, family and datapath, a panel per quantity."""
     columns = [c for c in COLUMNS if any((r.cell.metric, r.quantity) == c[:2] for r in rows)]
     sized = len({size_of(row.cell) for row in rows}) > len({row.cell.metric for row in rows})
 
     def line_of(row: Ratio) -> tuple[str, str]:
-        place = f"{row.cell.label(guest)}, {names(row.cell.family, row.cell.transport)}"
+        pair = row.cell.label(results.campaign.guest)
+        place = f"{pair}, {names(row.cell.family, row.cell.transport)}"
         return place, row.cell.datapath + (f", {size_of(row.cell)}" if sized else "")
 
     lines = list(dict.fromkeys(map(line_of, rows)))
@@ -78,7 +79,8 @@ def forest(rows: Sequence[Ratio], guest: str, band: float = 0.0) -> Figure:
         axes.axvline(1, color="black", lw=0.6)
         for row in rows:
             if (row.cell.metric, row.quantity) == (metric, quantity) and row.ratio.blocks:
-                _interval_line(axes, row, heights[line_of(row)], (low, high))
+                style = results.look(row.cell.datapath)
+                _interval_line(axes, row, style, heights[line_of(row)], (low, high))
     corner = panels[0]
     corner.set_ylim(at + 0.8, 0.2)
     corner.set_yticks(list(heights.values()), [label for _, label in heights], fontsize=SMALL_PT)
@@ -127,10 +129,11 @@ def _span(ratios: Iterable[Estimate], band: float) -> tuple[float, float]:
     return max(low / 1.5, min([low, *ends])) / 1.03, min(high * 1.5, max([high, *ends])) * 1.03
 
 
-def _interval_line(axes: Axes, row: Ratio, at: float, span: tuple[float, float]) -> None:
+def _interval_line(
+    axes: Axes, row: Ratio, style: Look, at: float, span: tuple[float, float]
+) -> None:
     """One ratio: mark and whisker; an arrow head where the whisker leaves the panel."""
     mean, low, high, _ = astuple(row.ratio)
-    style = style_of(row.cell.datapath)
     if not math.isnan(low):
         axes.plot([max(low, span[0]), min(high, span[1])], [at, at], color="black", lw=0.7)
         for end, beyond, head in ((span[0], low < span[0], "<"), (span[1], high > span[1], ">")):

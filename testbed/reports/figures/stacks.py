@@ -25,8 +25,8 @@ from testbed.reports.figures.style import (
 )
 from testbed.reports.words import UNITS, names
 from testbed.results.analysis import Breakdown
-from testbed.results.order import grouped, present, rank
-from testbed.results.store import Store
+from testbed.results.order import grouped, present
+from testbed.results.results import Results
 
 
 class Part(NamedTuple):
@@ -60,11 +60,11 @@ OWNERS = {
 }
 
 
-def spent_figure(rows: Sequence[Breakdown], store: Store) -> Drawing:
+def spent_figure(rows: Sequence[Breakdown], results: Results) -> Drawing:
     """Host CPU time as bars of its parts, by pair and datapath, a panel per family."""
     cell = rows[0].cell
     families = present(Family, (row.cell.family for row in rows))
-    slots, guest = slots_of(rows), cell.guest or store.campaign.guest
+    slots, guest = slots_of(rows, results), cell.guest or results.campaign.guest
     figure = Figure(figsize=(WIDTH_IN, 2.4))
     per = "gigabyte" if cell.metric is Metric.THROUGHPUT else "million transactions"
     how = (
@@ -84,12 +84,12 @@ def spent_figure(rows: Sequence[Breakdown], store: Store) -> Drawing:
         figure,
         f"Host CPU: {title_of(cell)}",
         _keys(PARTS),
-        [f"{circumstances(store, cell.guest)} {how}"],
-        functional(store, rows),
+        [f"{circumstances(results, cell.guest)} {how}"],
+        functional(results, rows),
     )
 
 
-def built_figure(rows: Sequence[Breakdown], store: Store) -> Drawing:
+def built_figure(rows: Sequence[Breakdown], results: Results) -> Drawing:
     """What building pods takes as bars of its parts, by pair and datapath, apart with machines."""
     metric, unit = rows[0].cell.metric, UNITS[rows[0].cell.metric]
     starts = metric is Metric.STARTUP
@@ -106,9 +106,9 @@ def built_figure(rows: Sequence[Breakdown], store: Store) -> Drawing:
         if starts
         else "Processes: proportional set size; kernel: what its memory grew by."
     )
-    groups = grouped(rows, lambda r: (r.cell.family, _boots(r, store)))
+    groups = grouped(rows, lambda r: (r.cell.family, _boots(r, results)))
     places = sorted(groups)
-    slots = [_labels(groups[place], store) for place in places]
+    slots = [_labels(groups[place], results) for place in places]
     figure = Figure(figsize=(WIDTH_IN, 2.4))
     panels = figure.subplots(
         1, len(places), squeeze=False, width_ratios=[len(labels) + 1 for labels in slots]
@@ -116,27 +116,27 @@ def built_figure(rows: Sequence[Breakdown], store: Store) -> Drawing:
     for axes, place, labels in zip(panels, places, slots, strict=True):
         here, kind = groups[place], "virtual machines" if place[1] else "no virtual machines"
         axes.set_title(f"{names(place[0])}, {kind}", loc="left", fontweight="bold")
-        at = [labels.index((r.cell.label(store.campaign.guest), r.cell.datapath)) for r in here]
+        at = [labels.index((r.cell.label(results.campaign.guest), r.cell.datapath)) for r in here]
         _stacks(axes, here, at, labels, parts)
         _fit(axes, here, unit.scale)
     panels[0].set_ylabel(unit.name)
     return Drawing(
-        figure, title, _keys(parts), [f"{circumstances(store)} {how}"], functional(store, rows)
+        figure, title, _keys(parts), [f"{circumstances(results)} {how}"], functional(results, rows)
     )
 
 
-def _boots(row: Breakdown, store: Store) -> bool:
+def _boots(row: Breakdown, results: Results) -> bool:
     """Whether there is a virtual machine, beside which all else is small."""
-    guest = Runtime(row.cell.guest or store.campaign.guest)
+    guest = Runtime(row.cell.guest or results.campaign.guest)
     return row.cell.pair.guests > 0 and guest is not Runtime.STANDIN
 
 
-def _labels(rows: Sequence[Breakdown], store: Store) -> list[tuple[str, str] | None]:
+def _labels(rows: Sequence[Breakdown], results: Results) -> list[tuple[str, str] | None]:
     """Places along the x axis: the datapaths of each pair, an empty place between pairs."""
-    of_pair = grouped(rows, lambda r: r.cell.label(store.campaign.guest))
+    of_pair = grouped(rows, lambda r: r.cell.label(results.campaign.guest))
     labels: list[tuple[str, str] | None] = []
     for pair, of in of_pair.items():
-        datapaths = sorted({row.cell.datapath for row in of}, key=rank)
+        datapaths = sorted({row.cell.datapath for row in of}, key=results.rank)
         labels += [None, *((pair, datapath) for datapath in datapaths)]
     return labels[1:]
 

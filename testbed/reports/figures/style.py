@@ -22,43 +22,12 @@ from PIL.PngImagePlugin import PngInfo
 
 from testbed.model.cells import Cell
 from testbed.model.errors import Error
+from testbed.model.looks import Look
 from testbed.model.trials import Status
 from testbed.reports.words import FUNCTIONAL, absence, blocks_of, guest_of, names, size_of
 from testbed.results.analysis import Breakdown, Summary
-from testbed.results.order import rank
+from testbed.results.results import Results
 from testbed.results.statistics import Estimate
-from testbed.results.store import Store
-
-
-class Style(NamedTuple):
-    """How a datapath looks, the same in every figure."""
-
-    color: str
-    hatch: str
-    line: Any
-    marker: str
-
-
-STYLES = {
-    "loopback": Style("#999999", "", "-", "o"),
-    "direct": Style("#56B4E9", "..", (0, (1, 1)), "s"),
-    "bridge": Style("#E69F00", "////", "--", "^"),
-    "tcredirect": Style("#882255", "xxxx", (0, (3, 1, 1, 1, 1, 1)), "<"),
-    "capture": Style("#D55E00", "\\\\\\\\", "-", "D"),
-    "steer": Style("#0072B2", "----", "-", "v"),
-    "dnat": Style("#009E73", "++++", "-.", "P"),
-    "proxy": Style("#F0E442", "o", (0, (5, 1)), "X"),
-    "passt": Style("#CC79A7", "||||", (0, (3, 1, 1, 1)), ">"),
-    "tun": Style("#555555", "", (0, (1, 3)), "*"),
-    "broadcast": Style("#000000", "", (0, (8, 2)), "h"),
-    "routed": Style("#AAAA00", "**", (0, (6, 1, 1, 1)), "p"),
-}
-"""In the order of bars and rows. Okabe and Ito's eight colours, two greys, a wine and an olive."""
-
-
-NOVEL = Style("#CCCCCC", "OO", (0, (2, 2)), "d")
-"""A datapath that has no style yet."""
-
 
 RC: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
@@ -87,11 +56,6 @@ FOOTER_PT = 6
 
 
 SMALL_PT = 5.5
-
-
-def style_of(datapath: str) -> Style:
-    """Of the datapath, whichever variant."""
-    return STYLES.get(datapath.partition("~")[0], NOVEL)
 
 
 class Ratio(Protocol):
@@ -179,26 +143,33 @@ def _surround(drawing: Drawing, bare: bool) -> None:
     )
 
 
-def keys_of(rows: Iterable[Ratio], key: Callable[[Style], Any]) -> list[tuple[Any, str]]:
+def keys_of(
+    rows: Iterable[Ratio], key: Callable[[Look], Any], results: Results
+) -> list[tuple[Any, str]]:
     """The key of the datapaths that rows have, each with its mark."""
-    datapaths = sorted({row.cell.datapath for row in rows}, key=rank)
-    return [(key(style_of(datapath)), datapath) for datapath in datapaths]
+    datapaths = sorted({row.cell.datapath for row in rows}, key=results.rank)
+    return [(key(results.look(datapath)), datapath) for datapath in datapaths]
 
 
-def point_key(style: Style) -> Line2D:
-    return Line2D([], [], ls="none", color=style.color, **mark_of(style))
+def point_key(look: Look) -> Line2D:
+    return Line2D([], [], ls="none", color=look.color, **mark_of(look))
 
 
-def line_key(style: Style) -> Line2D:
-    return Line2D([], [], color=style.color, ls=style.line, **mark_of(style))
+def line_key(look: Look) -> Line2D:
+    return Line2D([], [], color=look.color, ls=line_of(look), **mark_of(look))
 
 
-def patch_key(style: Style) -> Patch:
-    return Patch(fc=style.color, hatch=style.hatch * 2, ec="black")
+def patch_key(look: Look) -> Patch:
+    return Patch(fc=look.color, hatch=look.hatch * 2, ec="black")
 
 
-def mark_of(style: Style) -> dict[str, Any]:
-    return {"marker": style.marker, "ms": 3.5, "mec": "black", "mew": 0.4}
+def line_of(look: Look) -> Any:
+    """The style of its line, as matplotlib takes it."""
+    return look.line if isinstance(look.line, str) else (0, look.line)
+
+
+def mark_of(look: Look) -> dict[str, Any]:
+    return {"marker": look.marker, "ms": 3.5, "mec": "black", "mew": 0.4}
 
 
 def absences(rows: Sequence[Summary]) -> list[str]:
@@ -213,15 +184,15 @@ def title_of(cell: Cell) -> str:
     return f"{cell.metric.capitalize()}, {names(cell.transport)}, {size_of(cell)} messages"
 
 
-def functional(store: Store, rows: Iterable[Summary | Breakdown]) -> bool:
+def functional(results: Results, rows: Iterable[Summary | Breakdown]) -> bool:
     """Whether any of the rows is of an emulated guest."""
-    return any(store.campaign.is_functional(row.cell) for row in rows)
+    return any(results.campaign.is_functional(row.cell) for row in rows)
 
 
-def circumstances(store: Store, guest: str = "") -> str:
+def circumstances(results: Results, guest: str = "") -> str:
     """What a figure's footer says of its campaign, and of the guest that its cells name."""
-    campaign = store.campaign
+    campaign = results.campaign
     return (
         f"Guest {guest_of(campaign, guest)}. Host {campaign.host}: kernel {campaign.kernel}, "
-        f"{campaign.cpu}. Campaign {store.path.name}, {blocks_of(campaign)}."
+        f"{campaign.cpu}. Campaign {results.path.name}, {blocks_of(campaign)}."
     )

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from testbed.model.cells import Cell, Pair
+from testbed.model.looks import Look
 from testbed.reports.figures.style import (
     WIDTH_IN,
     Drawing,
@@ -23,13 +24,13 @@ from testbed.reports.figures.style import (
     functional,
     keys_of,
     line_key,
+    line_of,
     mark_of,
-    style_of,
 )
 from testbed.reports.words import COLUMNS, UNITS, names
 from testbed.results.analysis import TAIL, Summary
 from testbed.results.order import grouped, present
-from testbed.results.store import Store
+from testbed.results.results import Results
 
 
 class Axis(NamedTuple):
@@ -64,7 +65,7 @@ def along(rows: Sequence[Summary], axis: Axis) -> list[Summary]:
     return [row for found in sets.values() if len(found) > 2 for row in found]
 
 
-def sweep(rows: Sequence[Summary], axis: Axis, store: Store) -> Drawing:
+def sweep(rows: Sequence[Summary], axis: Axis, results: Results) -> Drawing:
     """Means with intervals along a parameter: panels per pair (across), family and quantity."""
     cell = rows[0].cell
     pairs = present(Pair, (row.cell.pair for row in rows))
@@ -85,12 +86,12 @@ def sweep(rows: Sequence[Summary], axis: Axis, store: Store) -> Drawing:
             place = (family, quantity, pair)
             here = [r for r in rows if (r.cell.family, r.quantity, r.cell.pair) == place]
             for datapath, line in grouped(here, lambda r: r.cell.datapath).items():
-                _sweep_line(axes, line, axis, datapath, unit.scale)
+                _sweep_line(axes, line, axis, results.look(datapath), unit.scale)
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.grid(visible=True)
     for axes, pair in zip(panels[0], pairs, strict=True):
-        axes.set_title(replace(cell, pair=pair).label(store.campaign.guest))
+        axes.set_title(replace(cell, pair=pair).label(results.campaign.guest))
     for axes in panels[-1]:
         _set_x(axes, rows, axis)
     for across, down in zip(panels, downs, strict=True):
@@ -98,9 +99,9 @@ def sweep(rows: Sequence[Summary], axis: Axis, store: Store) -> Drawing:
     return Drawing(
         figure,
         title,
-        keys_of(rows, line_key),
-        [f"{circumstances(store, cell.guest)} {how}", *absences(rows)],
-        functional(store, rows),
+        keys_of(rows, line_key, results),
+        [f"{circumstances(results, cell.guest)} {how}", *absences(rows)],
+        functional(results, rows),
     )
 
 
@@ -127,7 +128,7 @@ def _set_y(axes: Axes, rows: Sequence[Summary], scale: float) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
 
 
-def scaling(rows: Sequence[Summary], store: Store) -> Drawing | None:
+def scaling(rows: Sequence[Summary], results: Results) -> Drawing | None:
     """All quantities (across) by guests in a pod and by pods on the host (down)."""
     downs = [(axis, found) for axis in SCALES if (found := along(rows, axis))]
     if not downs:
@@ -150,12 +151,12 @@ def scaling(rows: Sequence[Summary], store: Store) -> Drawing | None:
                 axes.set_axis_off()
                 continue
             for datapath, of in grouped(here, lambda r: r.cell.datapath).items():
-                _sweep_line(axes, of, axis, datapath, unit.scale)
+                _sweep_line(axes, of, axis, results.look(datapath), unit.scale)
             _set_x(axes, here, axis)
             axes.set_xlabel(axis.label if axes is line[len(acrosses) // 2] else "")
             _set_y(axes, here, unit.scale)
     cell = shown[0].cell
-    title = f"Scaling, {cell.label(store.campaign.guest)}, {names(cell.family, cell.transport)}"
+    title = f"Scaling, {cell.label(results.campaign.guest)}, {names(cell.family, cell.transport)}"
     how = (
         "Rates are those of all together, times those of all round trips, memory is per pod. "
         "Geometric means over blocks; whiskers: 95 % t-intervals."
@@ -163,21 +164,18 @@ def scaling(rows: Sequence[Summary], store: Store) -> Drawing | None:
     return Drawing(
         figure,
         title,
-        keys_of(shown, line_key),
-        [f"{circumstances(store, cell.guest)} {how}", *absences(shown)],
-        functional(store, shown),
+        keys_of(shown, line_key, results),
+        [f"{circumstances(results, cell.guest)} {how}", *absences(shown)],
+        functional(results, shown),
     )
 
 
-def _sweep_line(
-    axes: Axes, rows: Sequence[Summary], axis: Axis, datapath: str, scale: float
-) -> None:
+def _sweep_line(axes: Axes, rows: Sequence[Summary], axis: Axis, style: Look, scale: float) -> None:
     """One datapath's line; a gap where it has no value."""
-    style = style_of(datapath)
     rows = sorted(rows, key=lambda r: int(getattr(r.cell, axis.field)))
     x = [getattr(row.cell, axis.field) for row in rows]
     mean = [row.estimate.mean / scale for row in rows]
-    axes.plot(x, mean, color=style.color, ls=style.line, lw=1.2, **mark_of(style))
+    axes.plot(x, mean, color=style.color, ls=line_of(style), lw=1.2, **mark_of(style))
     for row, at in zip(rows, x, strict=True):
         if not math.isnan(row.estimate.low):
             ends = [row.estimate.low / scale, row.estimate.high / scale]

@@ -17,33 +17,31 @@ from testbed.model.errors import Error
 from testbed.model.trials import Status
 from testbed.plan import CPU_QUANTITY
 from testbed.reports import claims
-from testbed.reports.table import summaries
 from testbed.reports.words import UNITS, Unit, number
 from testbed.results.analysis import Summary, block_values, controls, cost_values
+from testbed.results.results import Results
 from testbed.results.statistics import CONFIDENCE, Estimate, estimate
-from testbed.results.store import Store, frame
 
 
 class Answers:
     """What a campaign says, as LaTeX. A KeyError has the reason why it says nothing."""
 
-    def __init__(self, store: Store, proof: Store | None = None) -> None:
-        self.store, self.proof = store, proof or store
-        self.rows = list(summaries(store))
+    def __init__(self, results: Results, proof: Results | None = None) -> None:
+        self.results, self.proof = results, proof or results
+        self.rows = list(results.summaries)
         self.cells: dict[str, list[Summary]] = {}
         for row in self.rows:
             self.cells.setdefault(self.id_of(row.cell), []).append(row)
         self._tables = {
-            self.id_of(Cell.parse(str(id))): table
-            for id, table in frame(store.trials()).groupby("cell")
+            self.id_of(Cell.parse(str(id))): table for id, table in results.table.groupby("cell")
         }
         self.claims = claims.judge(self.proof)
-        self.conformance = _conformance(store)
+        self.conformance = _conformance(results)
         self.facts = dict(_facts(self))
 
     def id_of(self, cell: Cell) -> str:
         """Its id with its guests named."""
-        guest = (cell.guest or self.store.campaign.guest) if cell.pair.guests else ""
+        guest = (cell.guest or self.results.campaign.guest) if cell.pair.guests else ""
         return replace(cell, guest=guest).id
 
     def __call__(self, kind: str, quantity: str, asked: str) -> str:
@@ -163,10 +161,10 @@ _OF_RATIO: Mapping[str, Callable[[Estimate], str]] = {
 
 def _facts(answers: Answers) -> Iterator[tuple[str, str]]:
     """Everything else that the text may ask for."""
-    store, campaign = answers.store, answers.store.campaign
-    trials, log = store.trials(), store.log()
-    yield "digest", store.digest()
-    yield "digest/short", store.digest()[: len("sha256:") + 16]
+    results, campaign = answers.results, answers.results.campaign
+    trials, log = results.trials, results.log
+    yield "digest", results.digest
+    yield "digest/short", results.digest[: len("sha256:") + 16]
     for name in ("revision", "kernel", "cpu", "governor", "congestion_control"):
         yield name, escape(str(getattr(campaign, name)))
     if campaign.started:
@@ -202,7 +200,7 @@ def _facts(answers: Answers) -> Iterator[tuple[str, str]]:
             )
     judged = Counter(row.verdict for row in answers.claims)
     yield "claims", str(judged.total())
-    yield "claims/blocks", str(len({trial.block for trial in answers.proof.trials()}))
+    yield "claims/blocks", str(len({trial.block for trial in answers.proof.trials}))
     yield "claims/congestion_control", escape(answers.proof.campaign.congestion_control)
     for verdict in claims.Verdict:
         yield f"claims/{verdict}", str(judged[verdict])
@@ -222,9 +220,9 @@ def _facts(answers: Answers) -> Iterator[tuple[str, str]]:
                 yield f"conformance/{name}/{key}", str(count)
 
 
-def _conformance(store: Store) -> list[dict[str, str]]:
+def _conformance(results: Results) -> list[dict[str, str]]:
     """Results of checks: the campaign's, where it has them, else those that are kept."""
-    file = store.path / "conformance.json"
+    file = results.path / "conformance.json"
     try:
         if file.exists():
             found: list[dict[str, str]] = json.loads(file.read_text())

@@ -27,7 +27,7 @@ from testbed.reports.paper.answers import (
 from testbed.reports.paper.tables import (
     TABLES,
 )
-from testbed.results.store import Store
+from testbed.results.results import Results
 
 CALL = re.compile(
     r"\\(mean|interval|ratio|low|high|verdict|of|ratios|tally|fact)(?:\[(\w+)\])?\{([^{}]+)\}"
@@ -37,7 +37,7 @@ MADE = re.compile(r"\\(?:resultfigure\{|input\{generated/)([\w-]+)\}")
 """A figure or table of the text."""
 
 
-def build(campaign: Store, folder: Path = paths.PAPER, proof: Store | None = None) -> Path:
+def build(campaign: Results, folder: Path = paths.PAPER, proof: Results | None = None) -> Path:
     """The paper as `main.pdf` in `folder`. Raises `Error` for what the campaign or LaTeX lacks."""
     if not shutil.which("latexmk"):
         raise Error("no latexmk here, which runs LaTeX", "./bootstrap --tex nox -s paper")
@@ -45,7 +45,7 @@ def build(campaign: Store, folder: Path = paths.PAPER, proof: Store | None = Non
     return typeset(campaign, folder)
 
 
-def typeset(campaign: Store, folder: Path) -> Path:
+def typeset(campaign: Results, folder: Path) -> Path:
     """Run LaTeX over what there is; the PDF has the campaign's date, not today's."""
     command = [
         "latexmk",
@@ -70,9 +70,11 @@ def typeset(campaign: Store, folder: Path) -> Path:
     return folder / "main.pdf"
 
 
-def generate(campaign: Store, folder: Path = paths.PAPER, proof: Store | None = None) -> list[Path]:
+def generate(
+    campaign: Results, folder: Path = paths.PAPER, proof: Results | None = None
+) -> list[Path]:
     """Write `generated/` anew: numbers.tex, tables, figures. Says which files they are."""
-    made, digest = folder / "generated", campaign.digest()
+    made, digest = folder / "generated", campaign.digest
     answers, tables_and_figures = Answers(campaign, proof), wanted(folder)
     lines = [
         rf"\answer{{{kind}[{quantity}]}}{{{asked}}}{{{answer}}}"

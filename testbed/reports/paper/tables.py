@@ -22,7 +22,7 @@ from testbed.reports.paper.answers import (
 )
 from testbed.reports.words import Unit, absence, names, number
 from testbed.results.analysis import Summary
-from testbed.results.order import grouped, rank
+from testbed.results.order import grouped
 
 
 class Column(NamedTuple):
@@ -48,7 +48,9 @@ COLUMNS = (
 def _results(answers: Answers, guest: str) -> list[str]:
     """Datapaths by family (down) and quantities (across), each with its ratio."""
     notes: dict[str, str] = {}
-    datapaths = sorted({r.cell.datapath for r in answers.rows if not r.cell.variant}, key=rank)
+    datapaths = sorted(
+        {r.cell.datapath for r in answers.rows if not r.cell.variant}, key=answers.results.rank
+    )
     lines = [
         r"\begin{tabular*}{\textwidth}{@{\extracolsep{\fill}}l*{6}{r@{\hspace{0.4em}}l}@{}}",
         r"\toprule",
