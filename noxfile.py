@@ -42,6 +42,14 @@ def become(session: nox.Session, tool: str, *args: str) -> None:
     os.execv(command[0], command)
 
 
+def check_c(session: nox.Session) -> None:
+    """Check the format of all C, and that the agent compiles without a warning."""
+    sources = [str(p) for d in ("agent", "bpf", "osv") for p in sorted((ROOT / d).rglob("*.[ch]"))]
+    run(session, "clang-format", "--dry-run", "--Werror", *sources)
+    strict = ("-std=gnu17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only")
+    session.run("cc", *strict, *map(str, sorted((ROOT / "agent").glob("*.c"))), external=True)
+
+
 def groups(session: nox.Session, *names: str) -> None:
     """Install what is missing of groups of packages.txt."""
     session.run(str(ROOT / "bootstrap"), *(f"--{name}" for name in names), "true")
@@ -114,8 +122,7 @@ def lint(session: nox.Session) -> None:
     run(session, "ruff", "format", "--check")
     run(session, "mypy")
     run(session, "lint-imports", "--no-cache")
-    sources = sorted(p for d in ("agent", "bpf", "osv") for p in (ROOT / d).rglob("*.[ch]"))
-    run(session, "clang-format", "--dry-run", "--Werror", *map(str, sources))
+    check_c(session)
     workflow = ROOT / ".github/workflows/ci.yml"
     run(session, "check-jsonschema", "--builtin-schema", "vendor.github-workflows", str(workflow))
     run(session, "zizmor", "--quiet", "--offline", str(workflow))

@@ -4,6 +4,7 @@
  * receiver, the same in a process, a network namespace, a Linux guest and an OSv unikernel.
  *
  *   main.c       control connections: orders in JSON, one a line (the protocol is in README.md)
+ *   order.c      reads the keys of an order, or refuses it
  *   server.c     the serving end            client.c     the dialing end, which is given a run
  *   stream.c     sending and receiving a stream, the same for either end
  *   net.c        sockets, time, the payload's pattern
@@ -213,7 +214,7 @@ const struct member *json_number(struct json *j, const char *key);
 const char *json_unused(const struct json *j);
 void json_quote(FILE *out, const char *text);
 
-/* --- main.c --- */
+/* --- order.c --- */
 
 #define MAX_SERVERS 64
 #define MAX_SOCKETS 4096
