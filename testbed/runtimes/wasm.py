@@ -1,7 +1,8 @@
 """A WASI 0.2 component, run by wasmtime in a process of its own in the pod's namespace.
 
-The image is a component, or a Python file that componentize-py makes one of; the traffic agent is
-such a file. Both are compiled to machine code once, and kept in the cache by content.
+The image is a component, or a Python program that componentize-py makes one of: a file or a
+package, which is a folder with `__main__.py`, as for `python -m`. The traffic agent is such a
+package. All of them are compiled to machine code once, and kept in the cache by content.
 """
 
 from __future__ import annotations
@@ -38,21 +39,28 @@ interface environment {
 }
 """
 # Runs twice: while the component is made, when the file system is still there to import from, and
-# as `run`. Globals are kept, since the destructor of a socket that is left open ends the component.
+# as `run`. So all that the program imports is imported now: modules of its package, and what any of
+# its files names. Globals are kept, since the destructor of a socket that is left open ends the
+# component.
 _MAIN = """\
 import ast, contextlib, encodings.idna, importlib, os, pathlib, sys, traceback
 from componentize_py_types import Err
 from wit_world.imports import environment
 
-tree = ast.parse(pathlib.Path(__file__).with_name("program.txt").read_text())
-for node in ast.walk(tree):
-    names = [node.module] if isinstance(node, ast.ImportFrom) else []
-    names += [a.name for a in node.names] if isinstance(node, ast.Import) else []
-    for name in names:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
-code = compile(tree, "program", "exec")
-scope = {"__name__": "__main__"}
+names = []
+for file in sorted(pathlib.Path(__file__).with_name("program").glob("*.py")):
+    tree = ast.parse(file.read_text())
+    if file.stem == "__main__":
+        code = compile(tree, "program", "exec")
+    else:
+        importlib.import_module(f"program.{file.stem}")
+    for node in ast.walk(tree):
+        names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+        names += [a.name for a in node.names] if isinstance(node, ast.Import) else []
+for name in names:
+    with contextlib.suppress(ImportError):
+        importlib.import_module(name)
+scope = {"__name__": "__main__", "__package__": "program"}
 
 
 class Run:
@@ -118,20 +126,24 @@ class Wasm:
     def _compile(self, program: Program) -> Path:
         """The machine code of an image, made if it is not in the cache."""
         source = Path(program.image)
+        is_python = source.suffix == ".py" or source.is_dir()
         try:
-            data = source.read_bytes()
+            files = _python_files(source) if is_python else {"": source.read_bytes()}
         except OSError as e:
-            raise Error(f"no component {source}: {e.strerror}",
-                        hint="a .wasm component or a .py file") from e  # fmt: skip
-        is_python = source.suffix == ".py"
+            raise Error(
+                f"no component {source}: {e.strerror}",
+                hint="a .wasm component, a .py file or a folder with __main__.py",
+            ) from e
         maker = f"{_MAIN} {metadata.version('componentize-py')}" if is_python else ""
-        key = hashlib.sha256(data + f"\0{maker}\0{self.version}".encode()).hexdigest()
-        compiled = cache.cache_folder() / "wasm" / f"{key}.cwasm"
+        digest = hashlib.sha256(f"{maker}\0{self.version}".encode())
+        for name, data in files.items():
+            digest.update(f"\0{name}\0{len(data)}\0".encode() + data)
+        compiled = cache.cache_folder() / "wasm" / f"{digest.hexdigest()}.cwasm"
         if compiled.exists():
             return compiled
         compiled.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=compiled.parent, prefix=".new-") as scratch:
-            component = _of_python(source, Path(scratch)) if is_python else source
+            component = _of_python(source, files, Path(scratch)) if is_python else source
             new = Path(scratch, "new")
             new.write_bytes(_machine_code(component))
             new.replace(compiled)
@@ -139,9 +151,9 @@ class Wasm:
 
 
 def _agent(workload: Workload) -> Program:
-    """The traffic agent's twin."""
+    """The traffic agent in Python."""
     port = str(workload.control_port)
-    return Program(str(paths.AGENT / "agent.py"), args=("--control-port", port))
+    return Program(str(paths.AGENT / "python"), args=("--control-port", port))
 
 
 def _machine_code(component: Path) -> bytes:
@@ -157,7 +169,15 @@ def _machine_code(component: Path) -> bytes:
         raise Error(f"{component} is no component for WASI 0.2: {reason}") from e
 
 
-def _of_python(source: Path, scratch: Path) -> Path:
+def _python_files(source: Path) -> dict[str, bytes]:
+    """The files of a Python program by their names in its package."""
+    if not source.is_dir():
+        return {"__main__.py": source.read_bytes()}
+    (source / "__main__.py").stat()
+    return {path.name: path.read_bytes() for path in sorted(source.glob("*.py"))}
+
+
+def _of_python(source: Path, files: dict[str, bytes], scratch: Path) -> Path:
     """A component of a Python program. What it imports from the standard library goes along."""
     tool = shutil.which("componentize-py", path=str(Path(sys.executable).parent))
     if tool is None:
@@ -167,7 +187,9 @@ def _of_python(source: Path, scratch: Path) -> Path:
     (wit / "world.wit").write_text(_WORLD)
     (wit / "deps/cli/wasi.wit").write_text(_WASI)
     (scratch / "main.py").write_text(_MAIN)
-    shutil.copy(source, scratch / "program.txt")
+    (scratch / "program").mkdir()
+    for name, data in files.items():
+        (scratch / "program" / name).write_bytes(data)
     done = subprocess.run(
         [tool, "-q", "-d", wit, "-w", "program", "componentize", "main", "-p", scratch,
          "-o", component],

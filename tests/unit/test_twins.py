@@ -1,4 +1,4 @@
-"""The traffic agent's twin for WebAssembly, run as plain Python, answers as the one in C does."""
+"""The traffic agent in Python, run without WebAssembly, answers as the one in C does."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from agent.python import sockets
 from testbed.agent import Agent, build
 from testbed.model.addresses import loopback
 from testbed.model.terms import Family
-from testbed.paths import AGENT
+from testbed.paths import ROOT
 from tests.children import ending
-
-TWIN = AGENT / "agent.py"
 
 Answers = list[dict[str, Any]]
 
@@ -27,11 +25,13 @@ Answers = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def agents() -> Iterator[list[Agent]]:
     """One of each."""
-    commands: list[list[Path | str]] = [[build()], [sys.executable, TWIN]]
+    commands: list[list[Path | str]] = [[build()], [sys.executable, "-m", "agent.python"]]
     with ExitStack() as stack:
         made = []
         for command in commands:
-            started = subprocess.Popen([*command, "--control-port", "0"], stdout=subprocess.PIPE)
+            started = subprocess.Popen(
+                [*command, "--control-port", "0"], stdout=subprocess.PIPE, cwd=ROOT
+            )
             process = stack.enter_context(ending(started))
             assert process.stdout is not None
             port = int(process.stdout.readline().split()[-1])
@@ -151,9 +151,4 @@ def test_both_refuse_with_the_same_words(agents: list[Agent], order: dict[str, A
 
 
 def test_errors_have_linux_numbers() -> None:
-    spec = spec_from_file_location("twin", TWIN)
-    assert spec
-    assert spec.loader
-    twin = module_from_spec(spec)
-    spec.loader.exec_module(twin)
-    assert {name: getattr(errno, name) for name in twin.LINUX} == twin.LINUX
+    assert {name: getattr(errno, name) for name in sockets.LINUX} == sockets.LINUX
