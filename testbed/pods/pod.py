@@ -1,21 +1,6 @@
 """A pod: links, datapath and workloads, put together and taken down.
 
-Links are made by convergence: `_build_links` makes what is not there, so that building a pod and
-mending one whose tap or bridge vanished are the same code. Nothing here watches; `supervisor` does.
-
-    layout `bridge`:   guest 1 ─ g1 ─┐  its links' namespace  ┊  pod's namespace
-                                     ├─ bridge ───────── pod ─┊─ guests, pod_link
-                       guest 2 ─ g2 ─┘                        ┊     natives at lo
-
-    layout `pod`:                           guest 1 ─ g1, pod_link
-                                            guest 2 ─ g2, pod_link
-
-    layout `routed`:                        the same, and guests without `lo`
-
-    layout `socket`:                        guest 1 ─ a program of the datapath
-
-The namespace of the links stands for the host's own. It is the pod's alone, because namespaces go
-at once (the kernel takes their links down later), while whoever removes a link waits for it.
+Links are made by `links`, and `reconciler` watches them; nothing here watches.
 """
 
 from __future__ import annotations
@@ -28,18 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from pyroute2 import IPRoute
-
 from testbed.agent import Agent
-from testbed.datapaths.interface import Attachment, Datapath, Layout, Port, Wiring
-from testbed.host import cgroups, facts, ledger, namespaces, netlink, process, sockets
+from testbed.datapaths.interface import Attachment, Datapath, Layout, Wiring
+from testbed.host import cgroups, facts, ledger, namespaces, process, sockets
 from testbed.host.ledger import Scope
 from testbed.model.addresses import (
-    LINK_PREFIX,
-    POD_MAC,
     Address,
     guest_link,
-    guest_mac,
     loopback,
     native_view,
     pod_address,
@@ -48,26 +28,14 @@ from testbed.model.addresses import (
 from testbed.model.errors import Error
 from testbed.model.manifest import HostPort, Manifest, Workload
 from testbed.model.terms import Family, Runtime, Transport
+from testbed.pods.links import Links, port_name
 from testbed.pods.network import gateway, node
 from testbed.pods.sandbox import Sandbox
 from testbed.runtimes import container
 from testbed.runtimes.interface import Placement, Prepared
-from testbed.runtimes.vm.guest import queues
-
-MTU = 1500
-"""Of every guest link (OSv's driver knows no other)."""
-
 
 CONNECT_LIMIT_S = 5.0
 """To an agent, that is to a workload that is ready."""
-
-BRIDGE, TO_POD, TO_GUESTS = "bridge", "pod", "guests"
-"""Links of layout `bridge`: the last is the pod's own, the others are in its links' namespace."""
-
-
-def port_name(n: int) -> str:
-    """The host's end of guest n's link."""
-    return f"g{n}"
 
 
 class Pod:
@@ -97,20 +65,18 @@ class Pod:
         self.lock = threading.RLock()
         """Held while links change: a netlink socket serves one thread at a time."""
         self.netns = f"tb-{owner.id}-{name}"
-        bridged = datapath.layout is Layout.BRIDGE
-        self.link_netns = f"{self.netns}-links" if bridged else self.netns
-        """The namespace that holds guests' ports, and the bridge."""
         self._runtimes = runtimes
         self._consoles, self._given = consoles, scratch
         self.sandbox = sandbox
-        self._ips: dict[str, IPRoute] = {}
-        """Sockets, by namespace."""
         self.addresses: dict[Family, Address] = {}
         """Its own on the node's network, if it is connected."""
         self.processes: dict[str, process.Running] = {}
         self.cut_off: set[str] = set()
         """Guests that run, if they do, with a link that is not there any more."""
         self._owner = owner.part()
+        self.links = Links(
+            self._owner, name, self.netns, manifest, datapath.layout, runtimes, sandbox
+        )
         try:
             with self.lock:
                 self._build()
@@ -122,35 +88,16 @@ class Pod:
         self._scratch = self._given or ledger.create_folder(self._owner, f"{self.netns}-scratch")
         if Runtime.CONTAINER in self._runtimes:
             container.own(self._owner, self._scratch, self.netns)
-        for netns in dict.fromkeys((self.netns, self.link_netns, *self._standins.values())):
-            if self.sandbox and netns == self.netns:
-                self._ips[netns] = self.sandbox.join(self._owner, netns, self._own_links())
-            else:
-                self._ips[netns] = namespaces.create(self._owner, netns)
-        if self.datapath.layout is Layout.BRIDGE:
-            # Ports of bridges need no addresses, and have nothing to say to IPv6 routers.
-            namespaces.set_sysctls(self.link_netns, {"net/ipv6/conf/default/disable_ipv6": 1})
+        self.links.make_namespaces()
         root = cgroups.create(self._owner, self.netns)
         self.cgroup, self.guest_cgroup = root / "natives", root / "guests"
         for group in (self.cgroup, self.guest_cgroup):
             group.mkdir(exist_ok=True)
         if self.sandbox and self.sandbox.cgroup:
             self.cgroup = self.sandbox.cgroup
-        if self.datapath.layout is Layout.SOCKET:
-            if self._standins:
-                raise Error(
-                    f"{self.datapath.name} carries frames of virtual machines only",
-                    hint="choose guests other than stand-ins",
-                )
-            self._sockets = ledger.create_folder(self._owner, f"{self.netns}-sockets")
         if self._owner.goes_on:
-            missing = self.missing_links()
-            self.cut_off = {
-                g.name
-                for n, g in self.manifest.guests.items()
-                if port_name(n) in missing and n not in self._standins
-            }
-        self._build_links()
+            self.cut_off = self._guests_of(self.links.missing())
+        self.links.build()
         began = time.monotonic()
         self.attachment: Attachment = self.datapath.attach(self.wiring(), self._owner)
         self.attached_s = time.monotonic() - began
@@ -173,163 +120,31 @@ class Pod:
                 tracked=self.attachment.tracked,
             )
 
-    # --- links ------------------------------------------------------------------------------
-
-    @property
-    def ip(self) -> IPRoute:
-        """A socket in the pod's namespace."""
-        return self._ips[self.netns]
-
-    @property
-    def link_ip(self) -> IPRoute:
-        """A socket in the links' namespace."""
-        return self._ips[self.link_netns]
-
-    @property
-    def _standins(self) -> dict[int, str]:
-        """Their namespaces."""
-        return {
-            n: f"{self.netns}-g{n}"
-            for n, guest in self.manifest.guests.items()
-            if not self._runtimes[guest.runtime].uses_tap
-        }
-
-    def _socket(self, n: int) -> Path | None:
-        """In the place of a port, where there are no links."""
-        return self._sockets / f"{n}" if self.datapath.layout is Layout.SOCKET else None
-
-    def _link_names(self) -> set[str]:
-        """Links whose loss breaks the pod."""
-        if self.datapath.layout is Layout.SOCKET:
-            return set()
-        names = {port_name(n) for n in self.manifest.guests}
-        bridged = self.datapath.layout is Layout.BRIDGE
-        return names | {BRIDGE, TO_POD} if bridged else names
-
-    def _own_links(self) -> set[str]:
-        """Links in the pod's own namespace."""
-        bridged = self.datapath.layout is Layout.BRIDGE
-        return {TO_GUESTS} if bridged else self._link_names()
-
-    def _build_links(self) -> None:
-        """Make every link that is not there."""
-        if self.datapath.layout is Layout.SOCKET:
-            return
-        ip = self.link_ip
-        there = netlink.links(self.link_netns)
-        bridge = None
-        if self.datapath.layout is Layout.BRIDGE:
-            bridge = there.get(BRIDGE) or netlink.create_link(
-                ip, BRIDGE, kind="bridge", br_stp_state=0, br_mcast_snooping=0, state="up"
-            )
-            uplink = there.get(TO_POD) or self._create_uplink()
-            ip.link("set", index=uplink, master=bridge)
-        neighbors_at = netlink.links(self.netns)[TO_GUESTS] if bridge else 0
-        for n in self.manifest.guests:
-            port = there.get(port_name(n)) or self._create_port(n)
-            ip.link("set", index=port, state="up", **({"master": bridge} if bridge else {}))
-            for family in Family:
-                netlink.add_neighbor(
-                    self.ip, neighbors_at or port, guest_link(family, n), guest_mac(n)
-                )
-                if not bridge:
-                    netlink.add_route(self.ip, port, guest_link(family, n))
-
-    def _create_uplink(self) -> int:
-        peer = {"ifname": TO_GUESTS, "net_ns_fd": self.netns, "address": POD_MAC}
-        uplink = netlink.create_link(self.link_ip, TO_POD, kind="veth", state="up", peer=peer)
-        guests = netlink.links(self.netns)[TO_GUESTS]
-        self._prepare_link(TO_GUESTS)
-        for family in Family:
-            netlink.add_address(self.ip, guests, pod_link(family), LINK_PREFIX[family])
-        self.ip.link("set", index=guests, state="up")
-        return uplink
-
-    def _create_port(self, n: int) -> int:
-        """The host's end of guest n's link. In the pod every port has the pod's address."""
-        ip, name = self.link_ip, port_name(n)
-        if netns := self._standins.get(n):
-            guest_ip = self._ips[netns]
-            peer = {"ifname": "eth0", "net_ns_fd": netns, "address": guest_mac(n)}
-            port = netlink.create_link(ip, name, kind="veth", peer=peer)
-            eth0 = netlink.links(netns)["eth0"]
-            for family in Family:
-                netlink.add_address(guest_ip, eth0, guest_link(family, n), LINK_PREFIX[family])
-            guest_ip.link("set", index=eth0, state="up")
-            for family in Family:
-                netlink.add_default_route(guest_ip, eth0, pod_link(family))
-            if self.datapath.layout is Layout.ROUTED:
-                self._take_loopback(netns)
-        else:
-            flags = {"multi_queue": int(self._queues(n) > 1)}
-            port = netlink.create_link(ip, name, kind="tuntap", mode="tap", ifr=flags)
-        if self.datapath.layout is not Layout.BRIDGE:
-            self._prepare_link(name)
-            ip.link("set", index=port, state="up")
-            for family in Family:
-                netlink.add_address(ip, port, pod_link(family), pod_link(family).max_prefixlen)
-        return port
-
-    def _queues(self, n: int) -> int:
-        """Pairs of queues of guest n's link. A tap for several is another kind of tap to Linux."""
-        if self.datapath.layout is Layout.SOCKET:
-            return 1
-        guest = self.manifest.guests[n]
-        return queues(self._runtimes[guest.runtime], guest)
-
-    def _prepare_link(self, ifname: str) -> None:
-        if self.sandbox:
-            self.sandbox.prepare_link(self.netns, ifname)
-
-    def _take_loopback(self, netns: str) -> None:
-        """Of a stand-in. That `lo` is down is not enough: routes to its own addresses stay."""
-        ip = self._ips[netns]
-        ip.flush_addr(index=1)
-        ip.link("set", index=1, state="down")
-        namespaces.set_sysctls(netns, {"net/ipv4/conf/eth0/route_localnet": 1})
-
     def wiring(self) -> Wiring:
         """The links as they are now, for the datapath."""
-        there = netlink.links(self.link_netns)
-        bridged = self.datapath.layout is Layout.BRIDGE
-        return Wiring(
-            pod=self.name,
-            netns=self.netns,
-            link_netns=self.link_netns,
-            layout=self.datapath.layout,
-            uplink_ifindex=netlink.links(self.netns)[TO_GUESTS] if bridged else 0,
-            uplink_peer_ifindex=there[TO_POD] if bridged else 0,
-            ports=tuple(
-                Port(
-                    n,
-                    port_name(n),
-                    there.get(port_name(n), 0),
-                    self._runtimes[guest.runtime].families,
-                    self._socket(n),
-                    guest.control_port,
-                )
-                for n, guest in self.manifest.guests.items()
-            ),
-            owners=self.manifest.owners,
-            cgroup=self.cgroup,
-            native_ports=frozenset(p for w in self.manifest.natives for p in w.ports),
-        )
+        return self.links.wiring(self.cgroup)
 
     def missing_links(self) -> set[str]:
         """Links that somebody took away."""
         with self.lock:
-            return self._link_names() - netlink.links(self.link_netns).keys()
+            return self.links.missing()
 
     def mend(self) -> None:
         """Make vanished links again, attach the datapath, restart guests that lost their tap."""
-        missing = self.missing_links()
         with self.lock:
-            self._build_links()
+            lost = self._guests_of(self.links.missing())
+            self.links.build()
             self.attachment.rewire(self.wiring())
-        for n, guest in self.manifest.guests.items():
-            if port_name(n) in missing and n not in self._standins and guest.name in self.processes:
-                self.restart_workload(guest.name)
+        for name in lost & self.processes.keys():
+            self.restart_workload(name)
         self.attach_deferred()
+
+    def _guests_of(self, missing: set[str]) -> set[str]:
+        """Virtual machines whose taps are missing: they have to be started again."""
+        taps = {
+            n: guest for n, guest in self.manifest.guests.items() if n not in self.links.standins
+        }
+        return {guest.name for n, guest in taps.items() if port_name(n) in missing}
 
     # --- workloads --------------------------------------------------------------------------
 
@@ -379,7 +194,7 @@ class Pod:
         if not n:
             netns, cgroup = self.netns, self.cgroup
         else:
-            netns = self._standins.get(n, self.link_netns)
+            netns = self.links.standins.get(n, self.links.link_netns)
             cgroup = self.guest_cgroup
         cgroup = cgroup / workload.name
         cgroup.mkdir(exist_ok=True)
@@ -391,9 +206,9 @@ class Pod:
             cgroup,
             self.console(workload.name),
             self._scratch,
-            self._socket(n) if runtime.uses_tap else None,
+            self.links.socket(n) if runtime.uses_tap else None,
             not n or self.datapath.layout is not Layout.ROUTED,
-            self._queues(n) if n else 1,
+            self.links.queues(n) if n else 1,
         )
 
     def stop_workload(self, name: str) -> None:
@@ -513,8 +328,7 @@ class Pod:
         self._undo()
 
     def _undo(self) -> None:
-        for ip in self._ips.values():
-            ip.close()
+        self.links.close()
         self._owner.undo()
 
     def __enter__(self) -> Self:

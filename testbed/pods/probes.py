@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import http.client
+import socket
+import subprocess
 import time
 
-from testbed.model.manifest import Probe
+from testbed.host import namespaces
+from testbed.host.sockets import served_ports
+from testbed.model.errors import Error
+from testbed.model.manifest import Probe, Workload
+from testbed.model.terms import Family, Transport
+from testbed.pods.pod import Pod
+from testbed.runtimes.interface import Prepared
 
 EAGER_PERIOD_S = 0.02
 """Between questions to a workload that was not ready yet; later the probe's own period counts."""
@@ -34,3 +44,64 @@ class Question:
             self.verdict = False
         waiting = self.eager and not self.verdict
         self.due = time.monotonic() + (EAGER_PERIOD_S if waiting else self.probe.period_s)
+
+
+class Prober:
+    """Asks one workload."""
+
+    def __init__(self, pod: Pod, workload: Workload, runtime: Prepared) -> None:
+        self._pod, self._workload, self._runtime = pod, workload, runtime
+
+    def ask(self, probe: Probe, ready: bool) -> bool:
+        """The answer to a probe."""
+        try:
+            if probe.command:
+                command = [*self._runtime.enter(self._pod.place(self._workload)), *probe.command]
+                done = subprocess.run(
+                    command,
+                    timeout=probe.timeout_s,
+                    check=False,
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                )
+                return done.returncode == 0
+            with self._connection(probe.port, probe.timeout_s, ready) as connection:
+                if not probe.path:
+                    return True
+                asking = http.client.HTTPConnection("localhost", timeout=probe.timeout_s)
+                asking.sock = connection
+                asking.request("GET", probe.path)
+                return 200 <= asking.getresponse().status < 400
+        except (Error, OSError, subprocess.TimeoutExpired, http.client.HTTPException):
+            return False
+
+    def _connection(self, port: int, timeout_s: float, ready: bool) -> socket.socket:
+        """To the workload itself, in whichever family it listens. Raises `OSError`."""
+        pod, name = self._pod, self._workload.name
+        limit_s = timeout_s if ready else min(timeout_s, EAGER_CONNECT_S)
+        refused = OSError()
+        for family in Family:
+            to = (str(pod.address(name, family)), port)
+            try:
+                dial = functools.partial(socket.create_connection, to, limit_s)
+                connection = namespaces.inside(pod.netns, dial)
+            except OSError as e:
+                refused = e
+            else:
+                connection.settimeout(timeout_s)
+                return connection
+        raise refused
+
+    def listens(self, ready: bool) -> bool:
+        """Whether it serves all its ports: a virtual machine's by connecting (UDP goes unasked),
+        others' by the kernel's tables, so that nobody is disturbed."""
+        if not self._runtime.uses_tap:
+            place = self._pod.place(self._workload)
+            return set(self._workload.ports) <= namespaces.inside(place.netns, served_ports)
+        try:
+            for transport, port in self._workload.ports:
+                if transport is Transport.TCP:
+                    self._connection(port, 1, ready).close()
+        except OSError:
+            return False
+        return True

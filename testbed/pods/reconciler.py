@@ -37,7 +37,7 @@ class Reconciler:
         self._pod = pod
         self._wake, self._sleeper = os.pipe()
         self._links = namespaces.inside(
-            pod.link_netns,
+            pod.links.link_netns,
             lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE),
         )
         self._links.bind((0, RTMGRP_LINK))

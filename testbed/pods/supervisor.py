@@ -37,6 +37,7 @@ from testbed.pods.network import dns_relay
 from testbed.pods.pod import Pod
 from testbed.pods.reconciler import Reconciler
 from testbed.pods.sandbox import Sandbox
+from testbed.pods.server import Server
 from testbed.pods.workloads import Workloads
 from testbed.runtimes.interface import Options, Prepared
 
@@ -197,10 +198,10 @@ def supervise(order: Order, built: Callable[[], None]) -> None:
                     pod,
                     _connected(spec, pod),
                     Reconciler(pod),
-                    Workloads(spec, pod, prepared, scratch, before) as kept,
+                    Workloads(spec, pod, prepared, scratch, before) as workloads,
                 ):
                     built()
-                    asker = kept.serve(server, ending)
+                    asker = Server(workloads).serve(server, ending)
         answer: dict[str, Any] = {}
     except Error as e:
         if asker is None:

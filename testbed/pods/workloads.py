@@ -6,35 +6,25 @@ all is, is told at the pod's socket, and stays written down for whoever takes ov
 
 from __future__ import annotations
 
-import functools
-import http.client
-import json
 import os
 import select
-import socket
-import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pyroute2 import IPRoute
-
-from testbed import bpf
-from testbed.host import cgroups, namespaces, process
-from testbed.host.sockets import served_ports
+from testbed.host import cgroups, process
 from testbed.model.addresses import guest_link, loopback
 from testbed.model.errors import Error
 from testbed.model.manifest import Probe, Restart, Spec, Workload
-from testbed.model.terms import Family, Runtime, Transport
+from testbed.model.terms import Family, Runtime
 from testbed.pods import control
 from testbed.pods.pod import Pod
-from testbed.pods.probes import EAGER_CONNECT_S, Question
+from testbed.pods.probes import Prober, Question
 from testbed.runtimes.interface import Prepared
 
 FIRST_DELAY_S, LAST_DELAY_S = 0.5, 60.0
@@ -60,7 +50,6 @@ class Workloads:
         self.began = datetime.now(UTC).isoformat(timespec="seconds")
         self.events: deque[str] = deque(maxlen=EVENTS)
         self.stopping = threading.Event()
-        self._tracing = threading.Lock()
         self.stop, self._stopper = os.pipe()
         """Readable (at its end) when everybody is to stop."""
         were = {w["name"]: w for w in left["workloads"]} if left else {}
@@ -92,6 +81,12 @@ class Workloads:
             except OSError as e:  # /run is full: a keeper to come will know what was before
                 self.events.append(f"{now} cannot be written down: {e}")
 
+    def run_beside(self, target: Callable[[], None], name: str) -> None:
+        """Run something in a thread that ends when `stop` is readable; it is waited for."""
+        thread = threading.Thread(target=target, name=name)
+        self._threads.append(thread)
+        thread.start()
+
     def _start(self) -> None:
         for watched in self.init:
             watched.run()
@@ -105,53 +100,6 @@ class Workloads:
         for thread in self._threads[1:]:
             thread.start()
         self.pod.attach_deferred()
-
-    # --- answers ----------------------------------------------------------------------------
-
-    def serve(self, server: socket.socket, ending: int) -> socket.socket | None:
-        """Answer questions until `ending` is readable, or somebody asks for the end and waits."""
-        while True:
-            if ending in select.select([server.fileno(), ending], [], [])[0]:
-                return None
-            asker, _ = server.accept()
-            try:
-                asker.settimeout(control.PATIENCE_S)
-                line = asker.makefile("rb").readline()
-                if not control.trusted(asker) or not line:
-                    asker.close()
-                    continue
-                question = json.loads(line)["ask"]
-                if question == "down":
-                    return asker
-                if question == "trace":
-                    thread = threading.Thread(target=self._trace, args=(asker,), name="trace")
-                    self._threads.append(thread)
-                    thread.start()
-                    continue
-                answers = {"describe": self.describe, "traffic": self.traffic}
-                answer = answers.get(question, self.status)()
-                asker.sendall(json.dumps(answer).encode() + b"\n")
-            except (OSError, ValueError, KeyError):
-                pass  # the asker is gone, or no client of ours
-            asker.close()
-
-    def _trace(self, asker: socket.socket) -> None:
-        """Have the traced programs at work for as long as the asker listens."""
-        with asker, suppress(OSError):  # gone
-            if not self._tracing.acquire(blocking=False):
-                answer: dict[str, Any] = {"error": f"{self.spec.name} is being traced already"}
-                asker.sendall(json.dumps(answer).encode() + b"\n")
-                return
-            try:
-                with self.pod.attachment.trace(self.pod.lock) as answer:
-                    answer["guests"] = {n: w.name for n, w in self.spec.manifest.guests.items()}
-                    asker.sendall(json.dumps(answer).encode() + b"\n")
-                    select.select([asker.fileno(), self.stop], [], [])
-            except Error as e:
-                answer = {"error": e.message, "hint": e.hint}
-                asker.sendall(json.dumps(answer).encode() + b"\n")
-            finally:
-                self._tracing.release()
 
     def status(self) -> dict[str, Any]:
         """The pod as plain data."""
@@ -170,48 +118,13 @@ class Workloads:
             "workloads": [w.status() for w in (*self.init, *self.watched)],
         }
 
-    def traffic(self) -> dict[str, Any]:
-        """What the datapath carried between each two, of whom one is a guest, and counted."""
-        ends: dict[int | None, str] = {None: "natives"}
-        ends |= {n: w.name for n, w in self.spec.manifest.guests.items()}
-        with self.pod.lock:
-            attachment = self.pod.attachment
-            counters = attachment.counters()
-            traffic = [
-                {
-                    "client": ends[client],
-                    "server": ends[server],
-                    **vars(attachment.carried(client, server)),
-                }
-                for client in ends
-                for server in ends
-                if client or server
-            ]
-        return {
-            "traffic": traffic,
-            "counters": {reason: vars(count) for reason, count in counters.items()},
-        }
-
-    def describe(self) -> dict[str, Any]:
-        """Status, wiring, traffic, counters and events."""
-        with self.pod.lock:
-            ips = {self.pod.netns: self.pod.ip, self.pod.link_netns: self.pod.link_ip}
-            links = [link for netns, ip in ips.items() for link in _links(netns, ip)]
-        return {
-            **self.status(),
-            "links": links,
-            **self.traffic(),
-            "cgroup": str(self.pod.cgroup),
-            "events": list(self.events),
-        }
-
 
 class Watched:
     """One workload, started as often as the pod's restart policy says."""
 
     def __init__(
         self,
-        kept: Workloads,
+        workloads: Workloads,
         workload: Workload,
         was: Mapping[str, Any] | None,
         *,
@@ -219,7 +132,7 @@ class Watched:
     ) -> None:
         """`was` is its status under another keeper."""
         assert workload.program is not None
-        self.kept, self.workload, self.program = kept, workload, workload.program
+        self.workloads, self.workload, self.program = workloads, workload, workload.program
         self.is_init = is_init
         self.state: str = was["state"] if was else "waiting"
         """Then `running`; `restarting`; in the end `completed` or `failed`."""
@@ -231,17 +144,18 @@ class Watched:
         self._pid: int | None = was["pid"] if was else None
         self._started: int = was["started"] if was else 0
         """When that process did."""
-        self.runtime = kept.prepared[workload.runtime]
+        self.runtime = workloads.prepared[workload.runtime]
+        self._prober = Prober(workloads.pod, workload, self.runtime)
 
     def run(self) -> None:
         """Until it has ended for good, or everybody stops."""
         if self.state in ("completed", "failed"):
             return
         delay_s = FIRST_DELAY_S
-        policy = self.kept.spec.restart
+        policy = self.workloads.spec.restart
         if self.is_init and policy is Restart.ALWAYS:
             policy = Restart.ON_FAILURE
-        while not self.kept.stopping.is_set():
+        while not self.workloads.stopping.is_set():
             began = time.monotonic()
             code = self._run_once()
             if code is None:
@@ -254,7 +168,7 @@ class Watched:
                 return
             if time.monotonic() - began > LAST_DELAY_S:
                 delay_s = FIRST_DELAY_S
-            if self.kept.stopping.wait(delay_s):
+            if self.workloads.stopping.wait(delay_s):
                 return
             self.restarts += 1
             delay_s = min(2 * delay_s, LAST_DELAY_S)
@@ -265,7 +179,10 @@ class Watched:
         return self.ready or self.state in ("completed", "failed")
 
     def status(self) -> dict[str, Any]:
-        n, place = self.kept.pod.number_of(self.workload.name), self.kept.pod.place(self.workload)
+        n, place = (
+            self.workloads.pod.number_of(self.workload.name),
+            self.workloads.pod.place(self.workload),
+        )
         try:
             enter = self.runtime.enter(place)
         except Error as e:
@@ -284,16 +201,16 @@ class Watched:
             "addresses": [str(guest_link(f, n) if n else loopback(f)) for f in Family],
             "ports": [f"{port}/{transport}" for transport, port in self.workload.ports],
             **({"queues": place.queues} if self.runtime.uses_tap else {}),
-            "log": str(self.kept.pod.console(self.workload.name)),
+            "log": str(self.workloads.pod.console(self.workload.name)),
             **({"enter": enter} if enter else {"closed": str(refusal)}),
         }
 
     def _say(self, what: str) -> None:
-        self.kept.say(f"{self.workload.name}: {what}")
+        self.workloads.say(f"{self.workload.name}: {what}")
 
     def _run_once(self) -> int | None:
         """Start it and watch it to its end: its status, or None if everybody stops."""
-        pod, name = self.kept.pod, self.workload.name
+        pod, name = self.workloads.pod, self.workload.name
         try:
             left = self._left()
             running = left or self._start()
@@ -317,7 +234,7 @@ class Watched:
                 return running.wait()
             # Whoever mends links ended it, and starts it again.
             while (new := pod.processes.get(name)) is None:
-                if self.kept.stopping.wait(0.01):
+                if self.workloads.stopping.wait(0.01):
                     return None
             running, self.ready = new, False
             self._runs(running, "was started again on a new link")
@@ -328,7 +245,7 @@ class Watched:
         self._say(f"{how}, pid {running.pid}")
 
     def _start(self) -> process.Running:
-        return self.runtime.start(self.kept.pod.place(self.workload))
+        return self.runtime.start(self.workloads.pod.place(self.workload))
 
     def _left(self) -> process.Running | None:
         """The process that another keeper started, if one did: its end is seen, its status is not.
@@ -339,7 +256,7 @@ class Watched:
         was, self._was = self._was, None
         if not was:
             return None
-        pod, name = self.kept.pod, self.workload.name
+        pod, name = self.workloads.pod, self.workload.name
         if was["state"] == "running":
             left = process.Orphan(was["pid"], was["started"])
             if name not in pod.cut_off:
@@ -362,96 +279,27 @@ class Watched:
             while True:
                 due = [q.due for q in (readiness, liveness) if q and q.due is not None]
                 wait_s = max(0.0, min(due) - time.monotonic()) if due else None
-                ended, _, _ = select.select([fd, self.kept.stop], [], [], wait_s)
+                ended, _, _ = select.select([fd, self.workloads.stop], [], [], wait_s)
                 if ended:
-                    return self.kept.stop not in ended
+                    return self.workloads.stop not in ended
                 if readiness.is_due():
                     # Without a probe it is asked once whether it serves the ports it owns.
                     given = self.program.readiness
-                    readiness.answered(self._asked(given) if given else self._listens())
+                    readiness.answered(
+                        self._prober.ask(given, self.ready)
+                        if given
+                        else self._prober.listens(self.ready)
+                    )
                     if readiness.verdict is not None and readiness.verdict != self.ready:
                         self.ready = readiness.verdict
                         self._say("ready" if self.ready else "not ready any more")
                     if self.ready and not given:
                         readiness.due = None
                 if liveness and liveness.is_due():
-                    liveness.answered(self._asked(liveness.probe))
+                    liveness.answered(self._prober.ask(liveness.probe, self.ready))
                     if liveness.verdict is False:
                         self._say("not alive, is ended")
                         liveness.due = None
                         process.end(running)
         finally:
             os.close(fd)
-
-    def _asked(self, probe: Probe) -> bool:
-        """The answer to a probe."""
-        try:
-            if probe.command:
-                command = [*self.runtime.enter(self.kept.pod.place(self.workload)), *probe.command]
-                done = subprocess.run(
-                    command,
-                    timeout=probe.timeout_s,
-                    check=False,
-                    stdin=subprocess.DEVNULL,
-                    capture_output=True,
-                )
-                return done.returncode == 0
-            with self._connection(probe.port, probe.timeout_s) as connection:
-                if not probe.path:
-                    return True
-                asking = http.client.HTTPConnection("localhost", timeout=probe.timeout_s)
-                asking.sock = connection
-                asking.request("GET", probe.path)
-                return 200 <= asking.getresponse().status < 400
-        except (Error, OSError, subprocess.TimeoutExpired, http.client.HTTPException):
-            return False
-
-    def _connection(self, port: int, timeout_s: float) -> socket.socket:
-        """To the workload itself, in whichever family it listens. Raises `OSError`."""
-        pod, name = self.kept.pod, self.workload.name
-        limit_s = timeout_s if self.ready else min(timeout_s, EAGER_CONNECT_S)
-        refused = OSError()
-        for family in Family:
-            to = (str(pod.address(name, family)), port)
-            try:
-                dial = functools.partial(socket.create_connection, to, limit_s)
-                connection = namespaces.inside(pod.netns, dial)
-            except OSError as e:
-                refused = e
-            else:
-                connection.settimeout(timeout_s)
-                return connection
-        raise refused
-
-    def _listens(self) -> bool:
-        """Whether it serves all its ports: a virtual machine's by connecting (UDP goes unasked),
-        others' by the kernel's tables, so that nobody is disturbed."""
-        if not self.runtime.uses_tap:
-            place = self.kept.pod.place(self.workload)
-            return set(self.workload.ports) <= namespaces.inside(place.netns, served_ports)
-        try:
-            for transport, port in self.workload.ports:
-                if transport is Transport.TCP:
-                    self._connection(port, 1).close()
-        except OSError:
-            return False
-        return True
-
-
-def _links(netns: str, ip: IPRoute) -> list[dict[str, Any]]:
-    """Links of a namespace with their addresses, and the programs at their tc hooks."""
-    addresses: dict[int, list[str]] = {}
-    for a in ip.get_addr():
-        shown = f"{a.get('address')}/{a['prefixlen']}"
-        addresses.setdefault(a["index"], []).append(shown)
-    return [
-        {
-            "netns": netns,
-            "name": link.get("ifname"),
-            "mac": link.get("address"),
-            "up": link["state"] == "up",
-            "addresses": addresses.get(link["index"], []),
-            "programs": bpf.running_tc(netns, ip, link["index"]),
-        }
-        for link in ip.get_links()
-    ]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from testbed.model.errors import Error
 from testbed.reports import html
+from testbed.reports.figures import draw
 from testbed.results import store
 from testbed.results.results import Results
 from testbed.results.store import Store
@@ -36,9 +37,11 @@ def keep(campaign: Store, folder: Path) -> Store:
         file.write(gzip.compress(campaign.raw(), mtime=0))  # no time: the same bytes each time
     made = store.open(folder)
     made.derive()
-    html.write(Results(made), folder / "report.html")
+    results = Results(made)
+    html.write(results, folder / "report.html")
     for picture in (folder / "figures").glob("*.png"):  # the report holds them
         picture.unlink()
+    draw.draw(results, kinds=("pdf",))
     return made
 
 

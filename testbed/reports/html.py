@@ -55,10 +55,9 @@ class Entry(NamedTuple):
 
 
 def write(results: Results, file: Path) -> None:
-    """Draw the campaign's figures and write the page to `file`."""
-    drawn = draw.draw(results)
-    against = sorted((results.path / "figures").glob("against-*.png"))
-    pictures = [path for path in drawn if path.suffix == ".png"] + against
+    """Draw the campaign's figures, as PNG, and write the page to `file`."""
+    drawn = draw.draw(results, kinds=("png",))
+    pictures = drawn + sorted((results.path / "figures").glob("against-*.png"))
     try:
         file.write_text(_page(results, pictures), encoding="utf-8")
     except OSError as e:

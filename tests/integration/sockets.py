@@ -121,7 +121,7 @@ class Bench:
     def a_guest_hears_of_anothers_death(self, pair: Pair, dead: int, family: Family) -> None:
         """Of two guests, whichever dialed: the kernel of one is gone, and says nothing."""
         with self.connected(pair, family) as ends:
-            self.pod.link_ip.link("del", ifname=f"g{dead}")
+            self.pod.links.link_ip.link("del", ifname=f"g{dead}")
             self.pod.attachment.guest_ended(dead)
             with pytest.raises(ConnectionResetError):
                 ends[1 - pair.index(dead)].recv(1)

@@ -133,7 +133,7 @@ def test_a_stream_arrives_whole(bench: Bench, pair: Pair, family: Family) -> Non
 @FAMILIES
 def test_a_link_that_was_lost_is_made_again(bench: Bench, family: Family) -> None:
     pod = bench.pod
-    pod.link_ip.link("del", ifname="g1")
+    pod.links.link_ip.link("del", ifname="g1")
     assert pod.missing_links() == {"g1"}
     pod.mend()
     for pair in (Pair(0, 1), Pair(1, 0), Pair(2, 1)):
@@ -153,7 +153,7 @@ def test_no_guest_reaches_loopback_but_by_the_alias(bench: Bench) -> None:
         IPv6(src=link6, dst="::1"),
         IPv6(src="::1", dst=localhost(1, Family.IPV6)),
     ]
-    port_mac = bench.pod.link_ip.get_links(ifname="g1")[0].get("address")
+    port_mac = bench.pod.links.link_ip.get_links(ifname="g1")[0].get("address")
     frames = [
         bytes(Ether(src=guest_mac(1), dst=mac) / p / UDP(sport=40000, dport=PORTS[0]) / b"forged")
         for p in forged
@@ -247,13 +247,13 @@ def test_tied_links_carry_all_there_is(tied: Bench, pair: Pair, family: Family) 
     before = tied.pod.attachment.carried(*ends)
     exchange(tied, pair, family)
     assert (tied.pod.attachment.carried(*ends) - before).bytes > len(DATA)
-    assert "g1" not in in_pod(tied.pod.link_netns, "bridge", "link")
+    assert "g1" not in in_pod(tied.pod.links.link_netns, "bridge", "link")
 
 
 @pytest.mark.parametrize("lost", ["g1", "pod"])
 def test_links_that_were_lost_are_tied_again(tied: Bench, lost: str) -> None:
     pod = tied.pod
-    pod.link_ip.link("del", ifname=lost)
+    pod.links.link_ip.link("del", ifname=lost)
     pod.mend()
     exchange(tied, Pair(0, 1), Family.IPV4)
 

@@ -38,7 +38,7 @@ def links(pod: Pod) -> dict[str, str]:
 
 
 def remove(pod: Pod, ifname: str) -> None:
-    with namespaces.open_socket(pod.link_netns) as ip:  # the supervisor has the pod's own
+    with namespaces.open_socket(pod.links.link_netns) as ip:  # the supervisor has the pod's own
         ip.link("del", ifname=ifname)
 
 

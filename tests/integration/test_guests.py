@@ -232,7 +232,7 @@ def test_a_machine_whose_tap_vanishes_gets_another_one_and_works(guests: Guests)
     pod = guests.pod
     pod.revive()
     before = pod.processes["guest1"].pid
-    pod.link_ip.link("del", ifname="g1")
+    pod.links.link_ip.link("del", ifname="g1")
     wait_until(
         lambda: "guest1" in pod.processes and pod.processes["guest1"].pid != before, "another guest"
     )

@@ -88,7 +88,7 @@ def test_packets_of_a_guest_with_two_cpus_go_through_two_queues(
         wait_until(is_used, "packets in all of them", 30)
         # The tap that comes in the place of one that went is of the same kind.
         pid = pod.processes["guest1"].pid
-        pod.link_ip.link("del", ifname="g1")
+        pod.links.link_ip.link("del", ifname="g1")
         wait_until(
             lambda: "guest1" in pod.processes and pod.processes["guest1"].pid != pid, "another"
         )

@@ -9,7 +9,7 @@ from testbed.host import netlink
 from testbed.model.cells import Cell, Metric, Pair
 from testbed.model.terms import Family, Runtime, Transport
 from testbed.model.trials import Status, Trial
-from testbed.pods.pod import port_name
+from testbed.pods.links import port_name
 from testbed.runtimes.interface import Prepared
 
 from .conftest import Build
@@ -29,9 +29,9 @@ def test_the_rate_that_is_found_is_what_the_link_can_carry(
     pair, guest = Pair.NATIVE_GUEST, prepared[Runtime.STANDIN]
     pod = build(f"slow-{family}", roles.manifest([pair], Runtime.STANDIN), "direct")
     pod.start()
-    port = netlink.links(pod.link_netns)[port_name(1)]
+    port = netlink.links(pod.links.link_netns)[port_name(1)]
     # A token bucket (tc-tbf); rates are in bytes per second.
-    pod.link_ip.tc("add", "tbf", port, rate=int(LINK_BPS / 8), burst=20_000, limit=50_000)
+    pod.links.link_ip.tc("add", "tbf", port, rate=int(LINK_BPS / 8), burst=20_000, limit=50_000)
     cell = Cell("direct", pair, family, Transport.UDP, Metric.THROUGHPUT, SIZE)
     for _ in range(3):
         found = trial.run(cell, [pod], guest, warmup_s=0.1, duration_s=0.6)

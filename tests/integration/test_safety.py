@@ -191,7 +191,7 @@ def test_nothing_from_outside_reaches_localhost(
     ]
     before, heard = bench.counted("outside"), [segments_heard(bench, n) for n in PORTS]
     with nothing_arrives(bench, family, transport):
-        send_frames(bench.pod.link_netns, "bridge", *frames)
+        send_frames(bench.pod.links.link_netns, "bridge", *frames)
     assert bench.counted("outside") - before == len(frames)
     assert [segments_heard(bench, n) for n in PORTS] == heard
 
@@ -212,12 +212,12 @@ def test_a_socket_bound_to_loopback_hears_nothing_from_outside(
         for to in (loopback, pod)
     ]
     with bench.serve(0, family, Transport.UDP, str(loopback)) as server:
-        send_frames(bench.pod.link_netns, "bridge", *frames)
+        send_frames(bench.pod.links.link_netns, "bridge", *frames)
         server.setblocking(False)
         with pytest.raises(BlockingIOError):
             server.recv(100)
     with bench.serve(0, family, Transport.UDP) as server:
-        send_frames(bench.pod.link_netns, "bridge", *frames)
+        send_frames(bench.pod.links.link_netns, "bridge", *frames)
         assert server.recvfrom(100)[1][0] == STRANGER[family]
         server.setblocking(False)
         with pytest.raises(BlockingIOError):
@@ -232,7 +232,7 @@ def test_no_link_but_lo_takes_loopback_addresses(bench: Bench) -> None:
     pod = namespaces.inside(bench.pod.netns, conf)
     assert pod.pop("lo") == "1"
     assert set(pod.values()) == {"0"}
-    for netns in (bench.pod.link_netns, bench.netns(1)):
+    for netns in (bench.pod.links.link_netns, bench.netns(1)):
         assert set(namespaces.inside(netns, conf).values()) == {"0"}
 
 

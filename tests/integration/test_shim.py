@@ -179,7 +179,7 @@ def for_outsiders(pod: Pod) -> None:
     wiring = pod.wiring()
     for address in OUTSIDER.values():
         link = wiring.uplink_ifindex or wiring.ports[0].ifindex
-        netlink.add_address(pod.ip, link, address, address.max_prefixlen)
+        netlink.add_address(pod.links.ip, link, address, address.max_prefixlen)
 
 
 class Guest:

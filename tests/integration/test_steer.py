@@ -662,7 +662,7 @@ def test_a_guest_pings_localhost(members: Members) -> None:
 def test_a_port_that_vanished_is_made_again(natives: Bench, family: Family) -> None:
     pod = natives.pod
     before = pod.attachment.carried(None, 1)
-    pod.link_ip.link("del", ifname="g1")
+    pod.links.link_ip.link("del", ifname="g1")
     pod.mend()
     for pair in (Pair(0, 1), Pair(1, 0), Pair(1, 2), Pair(2, 1)):
         with natives.connected(pair, family) as (client, server):
@@ -678,7 +678,7 @@ def test_natives_hear_of_a_guests_death(natives: Bench, pair: Pair, family: Fami
     pod = natives.pod
     with natives.connected(pair, family) as ends:
         native = ends[pair.index(0)]
-        pod.link_ip.link("del", ifname="g1")
+        pod.links.link_ip.link("del", ifname="g1")
         pod.end_peers("guest1")
         with pytest.raises(ConnectionAbortedError):
             native.recv(1)
@@ -711,7 +711,7 @@ def test_when_it_has_settled_each_packet_meets_a_program_once(build: Build, fami
     pod.attach_deferred()
     for _ in range(2):
         port = pod.wiring().ports[0]
-        at_port = bpf.running_tc(pod.netns, pod.link_ip, port.ifindex)
+        at_port = bpf.running_tc(pod.netns, pod.links.link_ip, port.ifindex)
         assert at_port == ["ingress:port_ingress", "egress:port_egress"] * 2
         for client, server in ((None, 1), (1, None), (1, 2)):
             before = pod.attachment.carried(client, server)
@@ -722,7 +722,7 @@ def test_when_it_has_settled_each_packet_meets_a_program_once(build: Build, fami
                     near.recv(100)
             carried = pod.attachment.carried(client, server) - before
             assert 11 <= carried.packets <= 13  # with what the kernels say of who is neighbor
-        pod.link_ip.link("del", ifname="g1")
+        pod.links.link_ip.link("del", ifname="g1")
         pod.mend()
 
 

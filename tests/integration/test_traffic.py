@@ -97,7 +97,7 @@ def test_large_segments_arrive_whole_with_and_without_checksum_offload(
     links = [
         (bench.pod.netns, "guests"),
         *((bench.netns(n), "eth0") for n in (1, 2)),
-        *((bench.pod.link_netns, port) for port in ("pod", "g1", "g2")),
+        *((bench.pod.links.link_netns, port) for port in ("pod", "g1", "g2")),
     ]
     for netns, ifname in links:
         set_checksum_offload(netns, ifname, offload)

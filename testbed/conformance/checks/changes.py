@@ -95,7 +95,7 @@ def link_replaced_under_load(bed: Bed) -> None:
     native, guest = (far, near) if bed.client.is_guest else (near, far)
     native.ask_send(1 << 30, timeout_s=0.5)
     guest.poll("read")
-    pod.link_ip.link("del", index=port.ifindex)
+    pod.links.link_ip.link("del", index=port.ifindex)
     native.answer()
     _until(lambda: not pod.missing_links(), "the link was not made again")
     works_again(bed)

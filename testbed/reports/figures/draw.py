@@ -6,7 +6,7 @@ numbers are `testbed.results.analysis`'s; nothing is computed here but how they 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,10 +34,15 @@ from testbed.results.order import grouped
 from testbed.results.results import Results
 
 
-def draw(results: Results, folder: Path | None = None, bare: bool = False) -> list[Path]:
-    """Draw all figures of a campaign into its `figures/`, as PNG and PDF; say which they are.
+def draw(
+    results: Results,
+    folder: Path | None = None,
+    kinds: Collection[str] = ("png", "pdf"),
+    bare: bool = False,
+) -> list[Path]:
+    """Draw all figures of a campaign into its `figures/`, or another `folder`; say which they are.
 
-    Or into another `folder`; or `bare`, as PDF without title and footer, for the paper.
+    `kinds` are those of files; `bare` is without title and footer, for the paper.
     One figure per metric, transport and parameters: `throughput-tcp.png`, and with the parameters
     in the name where there are several; likewise what it cost the host: `cpu-throughput-tcp.png`.
     Where one parameter takes three values or more, it has a figure of its own,
@@ -52,7 +57,11 @@ def draw(results: Results, folder: Path | None = None, bare: bool = False) -> li
     traffic = [row for row in rows if not (row.cell.metric.of_building or _is_crowd(row.cell))]
     spent = [cost for cost in results.costs if not cost.cell.variant]
     keep = partial(
-        save, folder=folder or results.path / "figures", digest=results.digest, bare=bare
+        save,
+        folder=folder or results.path / "figures",
+        digest=results.digest,
+        bare=bare,
+        kinds=kinds,
     )
     with mpl.rc_context(RC):
         for (metric, transport, guest), kind in grouped(traffic, kind_of).items():

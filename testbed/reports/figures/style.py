@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -80,18 +80,26 @@ class Drawing(NamedTuple):
     functional: bool
 
 
-def save(drawing: Drawing, folder: Path, name: str, digest: str, bare: bool = False) -> list[Path]:
-    """As PNG and PDF, which say the digest of the data that they were drawn from.
+def save(
+    drawing: Drawing,
+    folder: Path,
+    name: str,
+    digest: str,
+    kinds: Collection[str] = ("png", "pdf"),
+    bare: bool = False,
+) -> list[Path]:
+    """Save as files of some `kinds`, which say the digest of the data that they were drawn from.
 
-    Without dates and versions, so that the same trials give the same bytes. `bare`: as PDF, without
-    title and footer, for a page that says these itself.
+    Without dates and versions, so that the same trials give the same bytes. `bare`: without title
+    and footer, for a page that says these itself.
     """
-    png, pdf = folder / f"{name}.png", folder / f"{name}.pdf"
+    files = {kind: folder / f"{name}.{kind}" for kind in kinds}
     _surround(drawing, bare)
     try:
         folder.mkdir(exist_ok=True)
-        drawing.panels.savefig(pdf, metadata={"CreationDate": None, "Keywords": digest})
-        if not bare:
+        if pdf := files.get("pdf"):
+            drawing.panels.savefig(pdf, metadata={"CreationDate": None, "Keywords": digest})
+        if png := files.get("png"):
             drawn = io.BytesIO()
             drawing.panels.savefig(drawn, format="png")
             said = PngInfo()
@@ -100,7 +108,7 @@ def save(drawing: Drawing, folder: Path, name: str, digest: str, bare: bool = Fa
             palette.save(png, optimize=True, pnginfo=said)  # a third of the bytes
     except OSError as e:
         raise Error(f"{e.filename or folder}: {e.strerror}", "figures go into the campaign") from e
-    return [pdf] if bare else [png, pdf]
+    return list(files.values())
 
 
 def _surround(drawing: Drawing, bare: bool) -> None:

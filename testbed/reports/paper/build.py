@@ -87,7 +87,7 @@ def generate(
     made.mkdir()
     for name, content in written.items():
         (made / f"{name}.tex").write_text("\n".join([f"% {digest}", *content]) + "\n")
-    drawn = draw.draw(campaign, made, bare=True)
+    drawn = draw.draw(campaign, made, kinds=("pdf",), bare=True)
     own = f"-{campaign.campaign.guest}"
     for name in tables_and_figures:  # whose guests the text names, also if the campaign need not
         if (unnamed := made / f"{name.replace(own, '')}.pdf") in drawn:

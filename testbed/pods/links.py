@@ -1,0 +1,235 @@
+"""The links of a pod: namespaces, guests' ports, the bridge between them.
+
+Links are made by convergence: `Links.build` makes what is not there, so that building a pod and
+mending one whose tap or bridge vanished are the same code. Nothing here watches; `supervisor` does.
+
+    layout `bridge`:   guest 1 ─ g1 ─┐  its links' namespace  ┊  pod's namespace
+                                     ├─ bridge ───────── pod ─┊─ guests, pod_link
+                       guest 2 ─ g2 ─┘                        ┊     natives at lo
+
+    layout `pod`:                           guest 1 ─ g1, pod_link
+                                            guest 2 ─ g2, pod_link
+
+    layout `routed`:                        the same, and guests without `lo`
+
+    layout `socket`:                        guest 1 ─ a program of the datapath
+
+The namespace of the links stands for the host's own. It is the pod's alone, because namespaces go
+at once (the kernel takes their links down later), while whoever removes a link waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pyroute2 import IPRoute
+
+from testbed.datapaths.interface import Layout, Port, Wiring
+from testbed.host import ledger, namespaces, netlink
+from testbed.host.ledger import Scope
+from testbed.model.addresses import LINK_PREFIX, POD_MAC, guest_link, guest_mac, pod_link
+from testbed.model.errors import Error
+from testbed.model.manifest import Manifest
+from testbed.model.terms import Family, Runtime
+from testbed.pods.sandbox import Sandbox
+from testbed.runtimes.interface import Prepared
+from testbed.runtimes.vm.guest import queues as runtime_queues
+
+MTU = 1500
+"""Of every guest link (OSv's driver knows no other)."""
+
+BRIDGE, TO_POD, TO_GUESTS = "bridge", "pod", "guests"
+"""Links of layout `bridge`: the last is the pod's own, the others are in its links' namespace."""
+
+
+def port_name(n: int) -> str:
+    """The host's end of guest n's link."""
+    return f"g{n}"
+
+
+class Links:
+    """The links of one pod. Nothing is made before `make_namespaces`."""
+
+    def __init__(
+        self,
+        owner: Scope,
+        pod: str,
+        netns: str,
+        manifest: Manifest,
+        layout: Layout,
+        runtimes: Mapping[Runtime, Prepared],
+        sandbox: Sandbox | None,
+    ) -> None:
+        """`sandbox`: the namespace that guests are to join; without, one of the pod's own."""
+        self.netns, self.layout = netns, layout
+        self.link_netns = f"{netns}-links" if layout is Layout.BRIDGE else netns
+        """The namespace that holds guests' ports, and the bridge."""
+        self.standins = {
+            n: f"{netns}-g{n}"
+            for n, guest in manifest.guests.items()
+            if not runtimes[guest.runtime].uses_tap
+        }
+        """Namespaces of stand-ins, by their guests' numbers."""
+        self._owner, self._pod, self._manifest = owner, pod, manifest
+        self._runtimes, self._sandbox = runtimes, sandbox
+        self._ips: dict[str, IPRoute] = {}
+        """Sockets, by namespace."""
+
+    def make_namespaces(self) -> None:
+        """Make or join the namespaces. Raises `Error` if these guests cannot have such links."""
+        if self.layout is Layout.SOCKET:
+            if self.standins:
+                raise Error(
+                    "this datapath carries frames of virtual machines only",
+                    hint="choose guests other than stand-ins",
+                )
+            self._sockets = ledger.create_folder(self._owner, f"{self.netns}-sockets")
+        for netns in dict.fromkeys((self.netns, self.link_netns, *self.standins.values())):
+            if self._sandbox and netns == self.netns:
+                self._ips[netns] = self._sandbox.join(self._owner, netns, self._own())
+            else:
+                self._ips[netns] = namespaces.create(self._owner, netns)
+        if self.layout is Layout.BRIDGE:
+            # Ports of bridges need no addresses, and have nothing to say to IPv6 routers.
+            namespaces.set_sysctls(self.link_netns, {"net/ipv6/conf/default/disable_ipv6": 1})
+
+    def close(self) -> None:
+        """Let go of the namespaces."""
+        for ip in self._ips.values():
+            ip.close()
+
+    @property
+    def ip(self) -> IPRoute:
+        """A socket in the pod's namespace."""
+        return self._ips[self.netns]
+
+    @property
+    def link_ip(self) -> IPRoute:
+        """A socket in the links' namespace."""
+        return self._ips[self.link_netns]
+
+    def socket(self, n: int) -> Path | None:
+        """In the place of a port, where there are no links."""
+        return self._sockets / f"{n}" if self.layout is Layout.SOCKET else None
+
+    def _names(self) -> set[str]:
+        """Links whose loss breaks the pod."""
+        if self.layout is Layout.SOCKET:
+            return set()
+        names = {port_name(n) for n in self._manifest.guests}
+        bridged = self.layout is Layout.BRIDGE
+        return names | {BRIDGE, TO_POD} if bridged else names
+
+    def _own(self) -> set[str]:
+        """Links in the pod's own namespace."""
+        bridged = self.layout is Layout.BRIDGE
+        return {TO_GUESTS} if bridged else self._names()
+
+    def build(self) -> None:
+        """Make every link that is not there."""
+        if self.layout is Layout.SOCKET:
+            return
+        ip = self.link_ip
+        there = netlink.links(self.link_netns)
+        bridge = None
+        if self.layout is Layout.BRIDGE:
+            bridge = there.get(BRIDGE) or netlink.create_link(
+                ip, BRIDGE, kind="bridge", br_stp_state=0, br_mcast_snooping=0, state="up"
+            )
+            uplink = there.get(TO_POD) or self._create_uplink()
+            ip.link("set", index=uplink, master=bridge)
+        neighbors_at = netlink.links(self.netns)[TO_GUESTS] if bridge else 0
+        for n in self._manifest.guests:
+            port = there.get(port_name(n)) or self._create_port(n)
+            ip.link("set", index=port, state="up", **({"master": bridge} if bridge else {}))
+            for family in Family:
+                netlink.add_neighbor(
+                    self.ip, neighbors_at or port, guest_link(family, n), guest_mac(n)
+                )
+                if not bridge:
+                    netlink.add_route(self.ip, port, guest_link(family, n))
+
+    def _create_uplink(self) -> int:
+        peer = {"ifname": TO_GUESTS, "net_ns_fd": self.netns, "address": POD_MAC}
+        uplink = netlink.create_link(self.link_ip, TO_POD, kind="veth", state="up", peer=peer)
+        guests = netlink.links(self.netns)[TO_GUESTS]
+        self._prepare_link(TO_GUESTS)
+        for family in Family:
+            netlink.add_address(self.ip, guests, pod_link(family), LINK_PREFIX[family])
+        self.ip.link("set", index=guests, state="up")
+        return uplink
+
+    def _create_port(self, n: int) -> int:
+        """The host's end of guest n's link. In the pod every port has the pod's address."""
+        ip, name = self.link_ip, port_name(n)
+        if netns := self.standins.get(n):
+            guest_ip = self._ips[netns]
+            peer = {"ifname": "eth0", "net_ns_fd": netns, "address": guest_mac(n)}
+            port = netlink.create_link(ip, name, kind="veth", peer=peer)
+            eth0 = netlink.links(netns)["eth0"]
+            for family in Family:
+                netlink.add_address(guest_ip, eth0, guest_link(family, n), LINK_PREFIX[family])
+            guest_ip.link("set", index=eth0, state="up")
+            for family in Family:
+                netlink.add_default_route(guest_ip, eth0, pod_link(family))
+            if self.layout is Layout.ROUTED:
+                self._take_loopback(netns)
+        else:
+            flags = {"multi_queue": int(self.queues(n) > 1)}
+            port = netlink.create_link(ip, name, kind="tuntap", mode="tap", ifr=flags)
+        if self.layout is not Layout.BRIDGE:
+            self._prepare_link(name)
+            ip.link("set", index=port, state="up")
+            for family in Family:
+                netlink.add_address(ip, port, pod_link(family), pod_link(family).max_prefixlen)
+        return port
+
+    def queues(self, n: int) -> int:
+        """Pairs of queues of guest n's link. A tap for several is another kind of tap to Linux."""
+        if self.layout is Layout.SOCKET:
+            return 1
+        guest = self._manifest.guests[n]
+        return runtime_queues(self._runtimes[guest.runtime], guest)
+
+    def _prepare_link(self, ifname: str) -> None:
+        if self._sandbox:
+            self._sandbox.prepare_link(self.netns, ifname)
+
+    def _take_loopback(self, netns: str) -> None:
+        """Of a stand-in. That `lo` is down is not enough: routes to its own addresses stay."""
+        ip = self._ips[netns]
+        ip.flush_addr(index=1)
+        ip.link("set", index=1, state="down")
+        namespaces.set_sysctls(netns, {"net/ipv4/conf/eth0/route_localnet": 1})
+
+    def wiring(self, cgroup: Path) -> Wiring:
+        """The links as they are now; `cgroup` is that of the pod's natives."""
+        there = netlink.links(self.link_netns)
+        bridged = self.layout is Layout.BRIDGE
+        return Wiring(
+            pod=self._pod,
+            netns=self.netns,
+            link_netns=self.link_netns,
+            layout=self.layout,
+            uplink_ifindex=netlink.links(self.netns)[TO_GUESTS] if bridged else 0,
+            uplink_peer_ifindex=there[TO_POD] if bridged else 0,
+            ports=tuple(
+                Port(
+                    n,
+                    port_name(n),
+                    there.get(port_name(n), 0),
+                    self._runtimes[guest.runtime].families,
+                    self.socket(n),
+                    guest.control_port,
+                )
+                for n, guest in self._manifest.guests.items()
+            ),
+            owners=self._manifest.owners,
+            cgroup=cgroup,
+            native_ports=frozenset(p for w in self._manifest.natives for p in w.ports),
+        )
+
+    def missing(self) -> set[str]:
+        """Links that somebody took away."""
+        return self._names() - netlink.links(self.link_netns).keys()
