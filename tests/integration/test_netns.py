@@ -12,10 +12,10 @@ pytestmark = pytest.mark.root
 SCRIPT = """
 import subprocess
 from testbed.host.ledger import Owner
-from testbed.host.netlink import NETNS, create_netns
+from testbed.host.namespaces import NETNS, create
 
 with Owner() as owner:
-    create_netns(owner, "ours").close()
+    create(owner, "ours").close()
     subprocess.run(["ip", "netns", "add", "theirs"], check=True)
 assert [p.name for p in NETNS.iterdir()] == ["theirs"]
 """
