@@ -67,6 +67,29 @@ def spawn(
             sink.close()  # type: ignore[union-attr]
 
 
+def run(
+    command: Sequence[str | Path],
+    failure: str,
+    hint: str | None = None,
+    *,
+    cwd: Path | None = None,
+) -> str:
+    """What a command prints, in the C locale.
+
+    Raises `Error` where it fails: `failure`, the last line of its complaints, and `hint`, by
+    default the command itself.
+    """
+    words = [str(word) for word in command]
+    env = {**os.environ, "LC_ALL": "C"}
+    done = subprocess.run(
+        words, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise Error(f"{failure}: {why}", hint=hint or shlex.join(words))
+    return done.stdout
+
+
 _WRAPPERS = {"sh", "dash", "bash", "busybox", "nsenter", "taskset", "unshare"}
 
 

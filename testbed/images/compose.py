@@ -13,7 +13,6 @@ import hashlib
 import lzma
 import re
 import shutil
-import tempfile
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -335,13 +334,13 @@ def _store(tree: Tree, kind: str, command: tuple[str, ...]) -> Image:
     data = cpio.pack(tree) if kind == "cpio" else rofs.pack(tree)
     sha256 = hashlib.sha256(data).hexdigest()
     path = cache.cache_folder() / "images" / f"{sha256}.{kind}"
-    if not path.exists() or path.stat().st_size != len(data):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".new-", delete=False) as file:
-            file.write(data)
-        new = Path(file.name)
+
+    def write(new: Path) -> None:
+        new.write_bytes(data)
         new.chmod(0o444)
-        new.replace(path)
+
+    damaged = path.exists() and path.stat().st_size != len(data)
+    cache.made(path, write, anew=damaged)
     return Image(path, sha256, len(data), tuple(sorted(tree)), command)
 
 

@@ -19,19 +19,17 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import tempfile
 import tomllib
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from testbed import paths
-from testbed.host import architecture, cache
+from testbed.host import architecture, cache, process
 from testbed.images import elf
 from testbed.model.errors import Error
 from testbed.model.terms import Family
@@ -188,11 +186,15 @@ def download_osv(
             f"{url} has SHA-256 {sha256}, not {entry['sha256']}",
             hint="do not trust it; if OSv published anew, correct osv/kernels.toml",
         )
-    with _new_folder(_cached(flavor).parent) as folder:
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
         (folder / "kernel.elf").write_bytes(data)
         (folder / "kernel.json").write_text(json.dumps({"source": url, "sha256": sha256}))
         if (came := read_osv(folder / "kernel.elf", url).flavor) != flavor:
             raise Error(f"{url} is flavor {came}, not {flavor}", hint="correct osv/kernels.toml")
+
+    cache.made(_cached(flavor).parent, make, anew=True)
     return read_osv(_cached(flavor), url)
 
 
@@ -286,51 +288,26 @@ def _download_linux(folder: Path) -> None:
             hint=f"unpack a {wanted} package below {folder}/NAME",
         )
     # The package is a name for the newest: it depends on the one with the files.
-    depends = _run("apt-cache", "depends", "--important", wanted)
+    depends = _apt("apt-cache", "depends", "--important", wanted)
     if (package := re.search(r"Depends: (linux-image-\S+)", depends)) is None:
         raise Error(f"apt knows no {wanted}", hint="apt-get update")
-    with _new_folder(folder / package[1]) as unpacked:
-        quick = (
-            "-o",
-            f"Acquire::http::Timeout={_TIMEOUT_S}",
-            "-o",
-            "Acquire::Retries=0",
-            "-o",
-            "APT::Sandbox::User=root",
-        )
-        _run("apt-get", *quick, "--quiet", "download", package[1], cwd=unpacked)
+    options = (f"Acquire::http::Timeout={_TIMEOUT_S}", "Acquire::Retries=0")
+    quick = [word for option in (*options, "APT::Sandbox::User=root") for word in ("-o", option)]
+
+    def make(unpacked: Path) -> None:
+        unpacked.mkdir()
+        _apt("apt-get", *quick, "--quiet", "download", package[1], cwd=unpacked)
         (deb,) = unpacked.glob("*.deb")
-        _run("dpkg-deb", "--extract", str(deb), str(unpacked))
+        _apt("dpkg-deb", "--extract", str(deb), str(unpacked))
         deb.unlink()
 
+    cache.made(folder / package[1], make, anew=True)
 
-def _run(*command: str, cwd: Path | None = None) -> str:
-    done = subprocess.run(
-        command,
-        cwd=cwd,
-        env={**os.environ, "LC_ALL": "C"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        why = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise Error(f"{' '.join(command)}: {why}", hint="apt-get update, and check the network")
-    return done.stdout
+
+def _apt(*command: str, cwd: Path | None = None) -> str:
+    hint = "apt-get update, and check the network"
+    return process.run(command, " ".join(command), hint, cwd=cwd)
 
 
 def _version(vmlinuz: Path) -> tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r"\d+", vmlinuz.name))
-
-
-@contextlib.contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its name only when it is complete."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as scratch:
-        new = Path(scratch) / "new"
-        new.mkdir()
-        yield new
-        if folder.exists():
-            folder.rename(Path(scratch) / "old")
-        new.rename(folder)

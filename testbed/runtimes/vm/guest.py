@@ -1,18 +1,25 @@
-"""A workload as a virtual machine: its CPUs, memory, queues and image."""
+"""Runtimes of virtual machines: what `osv` and `linux` share."""
 
 from __future__ import annotations
 
+import subprocess
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from testbed import paths
+from testbed.host import process
 from testbed.images import compose, rootfs
+from testbed.images.compose import Definition, Image
+from testbed.images.kernels import LinuxKernel, OsvKernel
+from testbed.model.addresses import guest_mac
 from testbed.model.errors import Error
 from testbed.model.manifest import Workload
-from testbed.runtimes.interface import (
-    Prepared,
-    command_line,
-)
+from testbed.model.terms import Family, Runtime
+from testbed.runtimes.interface import Description, Options, Placement, Prepared, command_line
+from testbed.runtimes.vm import accelerator, qemu
+from testbed.runtimes.vm.qemu import Vm
 
 
 def vcpus(workload: Workload) -> int:
@@ -34,7 +41,7 @@ def queues(runtime: Prepared, workload: Workload) -> int:
     return vcpus(workload) if runtime.multiqueue else 1
 
 
-def definition(workload: Workload) -> compose.Definition:
+def definition(workload: Workload) -> Definition:
     """What a guest's program is composed of: a definition of osv/ by name or path, or host:PROGRAM.
 
     Raises `Error` if there is none, or the program asks for what guests are not told.
@@ -50,17 +57,96 @@ def definition(workload: Workload) -> compose.Definition:
         found = rootfs.programs(program.image)
         if len(found) != 1:
             raise Error(f"guest {workload.name!r} has {len(found)} programs", hint="give it one")
-        return compose.Definition(program=found[0])
+        return Definition(program=found[0])
     named = program.image.endswith(".toml")
     return compose.load(Path(program.image) if named else paths.OSV / f"{program.image}.toml")
-
-
-def as_told(workload: Workload, image: compose.Image) -> compose.Image:
-    """The image of a guest's program, with the command line that the program says instead."""
-    return replace(image, command=command_line(workload, image.command))
 
 
 def memory_mib(workload: Workload) -> int:
     """Memory of a guest: its limit, or enough for thousands of connections."""
     limit = workload.program.memory_bytes if workload.program else None
     return (limit or 256 << 20) >> 20
+
+
+class VirtualMachines(ABC):
+    """A kernel and images on QEMU: the agent's, and one for each program."""
+
+    uses_tap = True
+    families: frozenset[Family]
+    multiqueue: bool
+    ready_limit_s: float
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        kernel: OsvKernel | LinuxKernel,
+        options: Options,
+        version: str,
+        offloads: str = "",
+    ) -> None:
+        """`version` and `offloads` are words for the description of the runtime."""
+        self._options = options
+        self._composed: dict[Definition, Image] = {}
+        self.image = self._compose(compose.load(compose.AGENT), hosts_patch=options.hosts_patch)
+        self.accelerator = accelerator.accelerator(kernel.path).name
+        self.vhost = self.accelerator == "kvm" and accelerator.vhost_net()
+        self.description = Description(
+            runtime,
+            kernel=version,
+            accelerator=self.accelerator,
+            vhost=self.vhost,
+            digests={"kernel": kernel.sha256, "image": self.image.sha256},
+            offloads=offloads,
+        )
+
+    def compose(self, workload: Workload) -> None:
+        self._image(workload)
+
+    def start(self, place: Placement) -> subprocess.Popen[bytes]:
+        """Boot guest n of the pod, with the agent or the workload's program."""
+        workload = place.workload
+        vm = Vm(
+            self.accelerator,
+            place.tap,
+            guest_mac(place.n),
+            qemu.link_addresses(place.n),
+            place.console,
+            vhost=self.vhost,
+            memory_mib=memory_mib(workload),
+            socket=place.socket,
+            loopback=place.loopback,
+            vcpus=vcpus(workload),
+            queues=place.queues,
+        )
+        image, arguments = self.image, ["--control-port", str(workload.control_port)]
+        if workload.program:
+            image, arguments = self._image(workload), []
+        elif not place.loopback:
+            image = self._compose(compose.load(compose.AGENT), hosts_patch=False)
+        return process.spawn(
+            self._command(vm, image, arguments),
+            cgroup=place.cgroup,
+            netns=place.netns,
+            cpus=workload.cpus,
+            output=place.console,
+        )
+
+    def _image(self, workload: Workload) -> Image:
+        """That of the workload's program, with the command line that the program says instead."""
+        wanted = definition(workload)
+        if wanted not in self._composed:
+            self._composed[wanted] = self._compose(
+                wanted, hosts_patch=self._options.hosts_patch, etc=self._options.etc
+            )
+        image = self._composed[wanted]
+        return replace(image, command=command_line(workload, image.command))
+
+    @abstractmethod
+    def _compose(
+        self, definition: Definition, *, hosts_patch: bool, etc: Mapping[str, bytes] = {}
+    ) -> Image:
+        """Compose an image for this kernel."""
+
+    @abstractmethod
+    def _command(self, vm: Vm, image: Image, arguments: Sequence[str]) -> list[str]:
+        """QEMU's argv. `arguments` follow the image's own."""
