@@ -16,6 +16,11 @@ import nox
 ROOT = Path(__file__).parent
 BIN = ROOT / ".venv/bin"
 INTERRUPT_GRACE_S = 60
+SCHEMAS = {
+    "github-workflows": ".github/workflows/ci.yml",
+    "citation-file-format": "CITATION.cff",
+}
+"""Files that check-jsonschema has a schema of."""
 
 nox.needs_version = ">=2024.3"
 nox.options.default_venv_backend = "none"
@@ -117,12 +122,12 @@ def history(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style, types, that imports go down only, and CI's workflows."""
+    """Check style, types, that imports go down only, CI's workflows and the citation."""
     run(session, "ruff", "check")
     run(session, "ruff", "format", "--check")
     run(session, "mypy")
     run(session, "lint-imports", "--no-cache")
     check_c(session)
-    workflow = ROOT / ".github/workflows/ci.yml"
-    run(session, "check-jsonschema", "--builtin-schema", "vendor.github-workflows", str(workflow))
-    run(session, "zizmor", "--quiet", "--offline", str(workflow))
+    for schema, file in SCHEMAS.items():
+        run(session, "check-jsonschema", "--builtin-schema", f"vendor.{schema}", str(ROOT / file))
+    run(session, "zizmor", "--quiet", "--offline", str(ROOT / SCHEMAS["github-workflows"]))

@@ -18,7 +18,10 @@ from testbed.host.namespaces import NETNS
 from testbed.pods import control
 
 ROOT = Path(__file__).parents[2]
-TEXTS = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+TEXTS = [
+    *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+]
 BLOCK = re.compile(r"^```console( run)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = [text for text in TEXTS if "```console run" in text.read_text()]
 PROMPT = "# "
@@ -45,11 +48,19 @@ def commands(block: str) -> Iterator[tuple[str, list[str]]]:
     yield command, printed
 
 
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.fixture
 def clone(tmp_path: Path) -> Iterator[Path]:
     """A folder in which commands of the pages work."""
     for name in ("examples", "experiments", "osv"):
         (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/reference").symlink_to(ROOT / "results/reference")
     bootstrap = tmp_path / "bootstrap"
     bootstrap.write_text(f'#!/bin/sh\nexec {ROOT}/bootstrap "$@"\n')
     bootstrap.chmod(0o755)
@@ -99,7 +110,10 @@ def test_commands_that_are_not_run_are_such(text: Path) -> None:
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: text.stem)
 def test_what_a_page_points_to_is_there(text: Path) -> None:
     body = text.read_text()
-    for target in re.findall(r"\]\(([^)#:]+)\)", body):
-        assert (text.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", body):
+        path = text.parent / target if target else text
+        assert path.exists(), target
+        if anchor:
+            assert anchor in anchors(path), f"{target}#{anchor}"
     for path in PATH.findall(body):
         assert (ROOT / path).exists(), path

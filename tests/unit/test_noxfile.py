@@ -43,10 +43,17 @@ def test_a_session_is_a_few_lines_and_only_runs_tools(name: str) -> None:
     assert not any(call.startswith("session.install") for call in calls)
 
 
-@pytest.mark.parametrize("text", ["README.md", ".ci/run", ".github/workflows/ci.yml"])
+@pytest.mark.parametrize(
+    "text", ["README.md", "CONTRIBUTING.md", ".ci/run", ".github/workflows/ci.yml"]
+)
 def test_texts_name_only_sessions_that_exist(text: str) -> None:
-    named = re.findall(r"nox (?:-\w+ )*-s (\w+)", (ROOT / text).read_text())
-    assert set(named) <= set(SESSIONS)
+    named = re.findall(r"nox (?:-\w+ )*-s ((?:\w+ ?)+)", (ROOT / text).read_text())
+    assert {session for line in named for session in line.split()} <= set(SESSIONS)
+
+
+def test_contributors_are_told_of_all_sessions() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text().partition("\n## Sessions\n")[2]
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == set(SESSIONS)
 
 
 def test_ci_runs_what_the_readme_says() -> None:
