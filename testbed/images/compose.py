@@ -13,7 +13,6 @@ import hashlib
 import lzma
 import re
 import shutil
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -21,14 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from elftools.elf.elffile import ELFFile
+from pydantic import Field
 
-from testbed import agent, paths
+from testbed import agent, paths, schema
 from testbed.host import cache
 from testbed.images import cpio, elf, kernels, rofs, rootfs, shim
 from testbed.images.rofs import Directory, Node, Symlink, Tree
 from testbed.model.addresses import Address, alias
 from testbed.model.errors import Error
 from testbed.model.terms import Family
+from testbed.schema import Table
 
 AGENT = paths.OSV / "agent.toml"
 """Definition of the guests of the testbed's own cells."""
@@ -89,10 +90,6 @@ poweroff -f
 """
 
 
-_KEYS: dict[str, Any] = {"program": "", "package": "", "arguments": [], "files": {}, "shim": True}
-"""Of a definition, with their defaults."""
-
-
 @dataclass(frozen=True)
 class Definition:
     """What a guest runs."""
@@ -123,23 +120,21 @@ class Image:
     """What to run when it is booted."""
 
 
+class _File(Table):
+    """A definition's file."""
+
+    program: str = Field(min_length=1, description='program = "PATH"')
+    package: str = Field("", description="the name of a Debian package")
+    arguments: list[str] = Field([], description="a list of words")
+    files: dict[str, str] = Field({}, description="a table: path in the guest = path here")
+    shim: bool = Field(True, description="true or false")
+
+
 def load(path: Path) -> Definition:
     """Read a definition. Raises `Error` if it is none, or names files that do not exist."""
-    try:
-        data = tomllib.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise Error(f"cannot read image definition {path}: {e}") from e
-    if unknown := data.keys() - _KEYS.keys():
-        raise Error(
-            f"{path}: unknown {', '.join(sorted(unknown))}", hint=f"known are {', '.join(_KEYS)}"
-        )
-    program, package, arguments, files, shim = (data.get(key, _KEYS[key]) for key in _KEYS)
-    if not isinstance(program, str) or not program:
-        raise Error(f"{path} names no program", hint='add program = "PATH"')
-    if not isinstance(arguments, list) or not isinstance(files, dict):
-        raise Error(f"{path}: arguments must be a list, files a table")
-    if not isinstance(shim, bool):
-        raise Error(f"{path}: shim must be true or false")
+    what = "image definition"
+    given = schema.read(_File, schema.toml(path, what), f"{what} {path}")
+    program, package = given.program, given.package
     beside = path.parent
     if package and not (beside / program).exists():
         raise Error(
@@ -148,9 +143,9 @@ def load(path: Path) -> Definition:
         )
     return Definition(
         program=agent.build() if program == "agent" else beside / program,
-        arguments=tuple(str(argument) for argument in arguments),
-        files={inside: beside / outside for inside, outside in files.items()},
-        shim=shim,
+        arguments=tuple(given.arguments),
+        files={inside: beside / outside for inside, outside in given.files.items()},
+        shim=given.shim,
     )
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import re
 import socket
-import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
+
+from testbed import schema
 from testbed.model.errors import Error
 from testbed.model.terms import Family
+from testbed.schema import Table
+
+_TEXT = r"^[^\x00-\x1f\x7f]+$"
+"""Something printable."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +57,32 @@ class Host:
         return found
 
 
-_HOST_KEYS = (
-    "name",
-    "address",
-    "port",
-    "user",
-    "key",
-    "sudo",
-    "labels",
-    "cpus",
-    "directory",
-    "link",
-)
+class _Inventory(Table):
+    """An inventory's file."""
+
+    known_hosts: str | None = Field(None, min_length=1, description="a path")
+    hosts: list[dict[str, Any]]
+
+
+class _Host(Table):
+    """A `[[hosts]]` table."""
+
+    name: str = schema.word(dots=True)
+    address: str = Field(pattern=_TEXT, description="a name or an IP address")
+    port: int = Field(22, ge=1, le=65535, description="a port")
+    user: str = Field("root", pattern=_TEXT, description="a user's name")
+    key: str | None = Field(None, min_length=1, description="a path")
+    sudo: bool = Field(False, description="true or false")
+    labels: list[Annotated[str, schema.word(dots=True)]] = Field([], description="a list of words")
+    cpus: list[Annotated[int, Field(ge=0, le=1 << 16)]] = Field(
+        [], description="a list of numbers of CPUs"
+    )
+    directory: str = Field(
+        "/var/lib/testbed", pattern=rf"^/{_TEXT[1:]}", description="an absolute path"
+    )
+    link: list[Annotated[str, Field(pattern=_TEXT)]] = Field(
+        [], description="a list of names or IP addresses"
+    )
 
 
 def load(path: Path) -> tuple[Host, ...]:
@@ -71,24 +90,35 @@ def load(path: Path) -> tuple[Host, ...]:
 
     Raises `Error` that names file, key and what was expected there.
     """
-    try:
-        data = tomllib.loads(path.read_text())
-    except OSError as e:
-        raise Error(f"inventory {path}: {e.strerror}", "see experiments/hosts.example.toml") from e
-    except ValueError as e:
-        raise Error(f"inventory {path}: not TOML: {e}") from e
-    _only(data, ("known_hosts", "hosts"), str(path))
-    tables = data.get("hosts")
-    if not (isinstance(tables, list) and tables and all(isinstance(t, dict) for t in tables)):
-        raise _wrong(str(path), "hosts", tables, "one or more [[hosts]] tables")
-    known = _file(data, "known_hosts", path, str(path)) or Path("~/.ssh/known_hosts").expanduser()
+    where = f"inventory {path}"
+    data = schema.toml(path, "inventory", "see experiments/hosts.example.toml")
+    tables = schema.tables(data, "hosts", where) if data.keys() <= {"known_hosts", "hosts"} else []
+    given = schema.read(_Inventory, data, where)
+    known = _file(given.known_hosts, "known_hosts", path, where)
+    known = known or Path("~/.ssh/known_hosts").expanduser()
     hosts = tuple(
-        _host(table, known, path, f"{path}: [[hosts]] {n}") for n, table in enumerate(tables, 1)
+        _host(table, known, path, f"{where}: [[hosts]] {n}") for n, table in enumerate(tables, 1)
     )
     names = [host.name for host in hosts]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise Error(f"inventory {path}: two hosts are called {', '.join(sorted(twice))}")
+        raise Error(f"{where}: two hosts are called {', '.join(sorted(twice))}")
     return hosts
+
+
+def _host(table: Mapping[str, Any], known_hosts: Path, path: Path, where: str) -> Host:
+    given = schema.read(_Host, table, where)
+    lists = {name: tuple(getattr(given, name)) for name in ("labels", "cpus", "link")}
+    key = _file(given.key, "key", path, where)
+    return Host(**{**dict(given), **lists, "known_hosts": known_hosts, "key": key})
+
+
+def _file(name: str | None, key: str, beside: Path, where: str) -> Path | None:
+    if name is None:
+        return None
+    file = beside.parent / Path(name).expanduser()
+    if not file.is_file():
+        raise Error(f"{where}: {key}: no file {file}")
+    return file
 
 
 def choose(hosts: Sequence[Host], wanted: Sequence[str]) -> tuple[Host, ...]:
@@ -103,74 +133,3 @@ def choose(hosts: Sequence[Host], wanted: Sequence[str]) -> tuple[Host, ...]:
                 f"hosts are {', '.join(host.name for host in hosts)}",
             )
     return tuple(h for h in hosts if not wanted or {h.name, *h.labels} & set(wanted))
-
-
-def _host(table: Mapping[str, Any], known_hosts: Path, path: Path, where: str) -> Host:
-    _only(table, _HOST_KEYS, where)
-
-    def get(key: str, default: Any, expected: str, good: Callable[[Any], object]) -> Any:
-        value = table.get(key, default)
-        if not good(value):
-            raise _wrong(where, key, value, expected)
-        return value
-
-    def word(value: object) -> object:
-        return isinstance(value, str) and re.fullmatch(r"[a-z0-9][a-z0-9._-]*", value)
-
-    def text(value: object) -> bool:
-        return isinstance(value, str) and bool(value) and value.isprintable()
-
-    def number(value: object, low: int, high: int) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-    def several(value: object, good: Callable[[Any], object]) -> bool:
-        return isinstance(value, list | tuple) and all(good(v) for v in value)
-
-    return Host(
-        name=get("name", None, "a word of lower-case letters, digits, ., - and _", word),
-        address=get("address", None, "a name or an IP address", text),
-        known_hosts=known_hosts,
-        port=get("port", 22, "a port", lambda v: number(v, 1, 65535)),
-        user=get("user", "root", "a user's name", text),
-        key=_file(table, "key", path, where),
-        sudo=get("sudo", False, "true or false", lambda v: isinstance(v, bool)),
-        labels=tuple(get("labels", (), "a list of words", lambda v: several(v, word))),
-        cpus=tuple(
-            get(
-                "cpus",
-                (),
-                "a list of numbers of CPUs",
-                lambda v: several(v, lambda n: number(n, 0, 1 << 16)),
-            )
-        ),
-        directory=get(
-            "directory",
-            "/var/lib/testbed",
-            "an absolute path",
-            lambda v: text(v) and v.startswith("/"),
-        ),
-        link=tuple(get("link", (), "a list of names or IP addresses", lambda v: several(v, text))),
-    )
-
-
-def _file(table: Mapping[str, Any], key: str, beside: Path, where: str) -> Path | None:
-    value = table.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, str) or not value:
-        raise _wrong(where, key, value, "a path")
-    file = beside.parent / Path(value).expanduser()
-    if not file.is_file():
-        raise Error(f"inventory {where}: {key}: no file {file}")
-    return file
-
-
-def _wrong(where: str, key: str, value: object, expected: str) -> Error:
-    found = "nothing" if value is None else repr(value)
-    return Error(f"inventory {where}: {key}: expected {expected}, found {found}")
-
-
-def _only(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    for key in table:
-        if key not in known:
-            raise Error(f"inventory {where}: {key}: no such key", f"keys are {', '.join(known)}")

@@ -223,11 +223,11 @@ def test_definition_brings_arguments_and_files(program: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("program = ", "cannot read image definition"),
-        ("", "names no program"),
-        ("program = 'main'\nimage = 1", "unknown image"),
-        ("program = 'main'\narguments = 'x'", "arguments must be a list"),
-        ("program = 'main'\nshim = 1", "shim must be true or false"),
+        ("program = ", "not TOML"),
+        ("", 'program: expected program = "PATH", found nothing'),
+        ("program = 'main'\nimage = 1", "image: no such key"),
+        ("program = 'main'\narguments = 'x'", "arguments: expected a list of words"),
+        ("program = 'main'\nshim = 1", "shim: expected true or false"),
         ("program = '/usr/bin/no'\npackage = 'nono'", "no /usr/bin/no.*apt-get install nono"),
         ("program = 'nothing'", "nothing: No such file"),
         ("program = 'own.toml'", "not an ELF file"),
