@@ -48,11 +48,13 @@ def become(session: nox.Session, tool: str, *args: str) -> None:
 
 
 def check_c(session: nox.Session) -> None:
-    """Check the format of all C, and that the agent compiles without a warning."""
-    sources = [str(p) for d in ("agent", "bpf", "osv") for p in sorted((ROOT / d).rglob("*.[ch]"))]
+    """Check the format of all C, and that agent and eBPF programs compile without a warning."""
+    folders = ("agent", "bpf", "osv", "tests")
+    sources = [str(p) for d in folders for p in sorted((ROOT / d).rglob("*.[ch]"))]
     run(session, "clang-format", "--dry-run", "--Werror", *sources)
     strict = ("-std=gnu17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only")
     session.run("cc", *strict, *map(str, sorted((ROOT / "agent").glob("*.c"))), external=True)
+    run(session, "python", "-m", "tests.bpf.syntax")
 
 
 def groups(session: nox.Session, *names: str) -> None:

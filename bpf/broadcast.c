@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
  *
- * The datapath `broadcast`: every local packet is copied to every workload of the pod, and whoever is
- * not meant drops it. The one public system that carries `localhost` between runtimes works so. There
- * guests' own stacks have to bear with copies that they do not want, and answer them with resets; here
- * each copy meets a program at the workload's door, which alone knows whether it is wanted.
+ * The datapath `broadcast`: copies every local packet to every workload of the pod, and each
+ * workload that is not its owner drops it. The one public system that carries `localhost` between
+ * runtimes works so. There the guests' own stacks receive the copies that are not for them, and
+ * answer with resets; here a program at each guest's port drops them.
  *
  *   pod's namespace
  *
@@ -15,14 +15,11 @@
  *   from a native:   lo_egress > lo_ingress, and a copy > port_egress of every guest
  *   from a guest:    port_ingress > lo (if wanted), and a copy > port_egress of every guest
  *
- * Addresses are translated at the door, as `capture` does it.
+ * Addresses are translated at the guest's port, as in `capture`.
  */
 
-/* clang-format off */
-#define BPF_LICENSE Dual BSD/GPL
-/* clang-format on */
-
-/* Why a packet was counted: a row of `counters`. Same order as REASONS in broadcast.py. */
+/* Why a packet was counted: a row of `counters`. Python reads the names and their order from here.
+ */
 enum reason {
 	REASON_TOO_BIG,	  /* dropped: a datagram from a native, larger than the guests' link */
 	REASON_SPOOFED,	  /* dropped: a guest claims what is not its own */
@@ -37,144 +34,157 @@ enum reason {
 	REASONS,
 };
 
+#include <uapi/linux/bpf.h>
+#include <uapi/linux/if_ether.h>
+#include <uapi/linux/pkt_cls.h>
+
+#include "addresses.h"
+#include "common.h"
+#include "maps.h"
+#include "packet.h"
 #include "pod.h"
 
-#define MAX_COPIES 64 /* as in broadcast.py */
+#define MAX_COPIES 64 /* as in broadcast.py; the verifier follows each */
 
-BPF_ARRAY(sizes, u32, SLOTS); /* guests in the pod, numbered from 1 */
+BPF_ARRAY(pod_guests, u32, SLOTS); /* slot: number of guests in the pod, which have n from 1 */
 
-/* One to every guest, as the packet stands. */
+/* Sends a copy of the packet to every guest. */
 static __always_inline void copy_to_guests(struct __sk_buff *skb, u8 slot)
 {
-	u32 key = slot, *size = sizes.lookup(&key);
+	u32 key = slot, *total = pod_guests.lookup(&key);
 	u32 n, ifindex, copies = 0;
 
-	if (!size)
+	if (!total)
 		return;
 	for (n = 1; n <= MAX_COPIES; n++) {
-		if (n > *size)
+		if (n > *total)
 			break;
-		ifindex = port_of(slot, n);
+		ifindex = guest_ifindex(slot, n);
 		if (!ifindex)
 			continue;
 		bpf_clone_redirect(skb, ifindex, 0);
 		copies++;
 	}
-	tally_times(skb, slot, REASON_COPIED, copies);
+	count_reason_times(skb, slot, REASON_COPIED, copies);
 }
 
-/* What natives send to natives, or to guests: nobody knows. */
-int lo_egress(struct __sk_buff *skb)
+/* `lo` egress: copies what natives send, whoever it is for, to all guests. */
+static __always_inline int lo_egress(struct __sk_buff *skb)
 {
-	struct here here = where(skb);
+	struct port port = port_of(skb);
 
-	if (skb->protocol == bpf_htons(ETH_P_IP) || skb->protocol == bpf_htons(ETH_P_IPV6))
-		copy_to_guests(skb, here.slot);
+	if (is_ip(skb))
+		copy_to_guests(skb, port.slot);
 	return TC_ACT_OK;
 }
 
-/* The natives' own copy: a socket of theirs would answer what is meant for a guest, with a reset. */
-int lo_ingress(struct __sk_buff *skb)
+/* `lo` ingress: drops the natives' copy of a packet for a guest, which the kernel would answer with
+ * a reset.
+ */
+static __always_inline int lo_ingress(struct __sk_buff *skb)
 {
-	struct here here = where(skb);
+	struct port port = port_of(skb);
 	struct packet p = {};
 
-	if (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6))
+	if (!is_ip(skb))
 		return TC_ACT_OK;
-	parse(skb, &p, here.slot, LO);
-	if (p.fault != FINE)
+	parse(skb, &p, port.slot, HOOK_LO);
+	if (p.fault != FAULT_NONE)
 		return TC_ACT_OK;
 	if (p.destination.kind == NATIVE_VIEW
-		    ? !port_of(here.slot, p.destination.n)
-		    : is_icmp(p.protocol) || serving(here.slot, p.protocol, p.destination_port) < 0)
+		    ? !guest_ifindex(port.slot, p.destination.n)
+		    : is_icmp(p.protocol) ||
+			      owner_if_up(port.slot, p.protocol, p.destination_port) < 0)
 		return TC_ACT_OK;
-	return drop(skb, here.slot, REASON_UNWANTED);
+	return drop(skb, port.slot, REASON_UNWANTED);
 }
 
-/* A native's packet is for guest n if it owns the port, or is known to natives by that address. */
-static __always_inline int native_to_guest(struct __sk_buff *skb, struct here here,
+/* A native's packet is for guest n if n owns the port, or if it goes to n's view. */
+static __always_inline int native_to_guest(struct __sk_buff *skb, struct port port,
 					   struct packet *p)
 {
-	struct address source = as(NATIVE_SOURCE, 0);
+	struct address source = address_of(NATIVE_SOURCE, 0);
 
 	if (p->destination.kind == NATIVE_VIEW) {
-		if (p->destination.n != here.n)
-			return drop(skb, here.slot, REASON_UNWANTED);
-		source = as(ALIAS, 0);
+		if (p->destination.n != port.n)
+			return drop(skb, port.slot, REASON_UNWANTED);
+		source = address_of(ALIAS, 0);
 	} else if (is_icmp(p->protocol) ||
-		   owner(here.slot, p->protocol, p->destination_port) != here.n) {
-		return drop(skb, here.slot, REASON_UNWANTED);
+		   owner_of(port.slot, p->protocol, p->destination_port) != port.n) {
+		return drop(skb, port.slot, REASON_UNWANTED);
 	} else if (p->source.kind != LOOPBACK || p->destination.kind != LOOPBACK) {
-		struct odd_key flow = {here.slot, here.n,	  p->protocol,
-				       p->v6,	  p->source_port, p->destination_port};
+		struct nonstandard_flow flow = {port.slot, port.n,	   p->protocol,
+						p->v6,	   p->source_port, p->destination_port};
 
-		source = as(NATIVE_SOURCE_ODD, 0);
-		tally(skb, here.slot, REASON_ODD_SOURCE);
-		if (!p->error)
-			odd.update(&flow, (struct odd_addresses *)p->from);
+		source = address_of(NATIVE_SOURCE_ODD, 0);
+		count_reason(skb, port.slot, REASON_ODD_SOURCE);
+		if (!p->is_icmp_error)
+			nonstandard_flows.update(&flow, (struct flow_addresses *)p->addresses);
 	}
 	if (skb->len - ETH_HLEN > LINK_MTU && !skb->gso_size)
-		return drop(skb, here.slot, REASON_TOO_BIG);
+		return drop(skb, port.slot, REASON_TOO_BIG);
 	if (p->syn)
 		clamp_mss(skb, p);
-	if (rewrite(skb, p, source, as(LINK, here.n), here.n))
-		return drop(skb, here.slot, REASON_TRUNCATED);
+	if (rewrite(skb, p, source, address_of(LINK, port.n), port.n))
+		return drop(skb, port.slot, REASON_TRUNCATED);
 	if (source.kind == ALIAS)
-		carry(skb, here.slot, here.n, 0);
+		count_flow(skb, port.slot, port.n, 0);
 	else
-		carry(skb, here.slot, 0, here.n);
+		count_flow(skb, port.slot, 0, port.n);
 	return TC_ACT_OK;
 }
 
-static __always_inline int guest_to_guest(struct __sk_buff *skb, struct here here, struct packet *p)
+static __always_inline int guest_to_guest(struct __sk_buff *skb, struct port port, struct packet *p)
 {
-	struct address source = as(GUEST_VIEW, p->source.n);
-	u8 client = p->source.n, server = here.n;
+	struct address source = address_of(GUEST_VIEW, p->source.n);
+	u8 client = p->source.n, server = port.n;
 
-	if (p->destination.kind == GUEST_VIEW && p->destination.n == here.n) {
-		source = as(ALIAS, 0);
-		client = here.n;
+	if (p->destination.kind == GUEST_VIEW && p->destination.n == port.n) {
+		source = address_of(ALIAS, 0);
+		client = port.n;
 		server = p->source.n;
 	} else if (p->destination.kind != ALIAS || is_icmp(p->protocol) ||
-		   owner(here.slot, p->protocol, p->destination_port) != here.n) {
-		return drop(skb, here.slot, REASON_UNWANTED);
+		   owner_of(port.slot, p->protocol, p->destination_port) != port.n) {
+		return drop(skb, port.slot, REASON_UNWANTED);
 	}
-	if (rewrite(skb, p, source, as(LINK, here.n), here.n))
-		return drop(skb, here.slot, REASON_TRUNCATED);
-	carry(skb, here.slot, client, server);
+	if (rewrite(skb, p, source, address_of(LINK, port.n), port.n))
+		return drop(skb, port.slot, REASON_TRUNCATED);
+	count_flow(skb, port.slot, client, server);
 	return TC_ACT_OK;
 }
 
-/* To guest n: what the pod's stack itself sends it has the guest's address, all else is a copy. */
-int port_egress(struct __sk_buff *skb)
+/* Egress of guest n's port: what the pod's own stack sends has the guest's address; the rest are
+ * copies.
+ */
+static __always_inline int port_egress(struct __sk_buff *skb)
 {
-	struct here here = where(skb);
+	struct port port = port_of(skb);
 	struct packet p = {};
 
-	if (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6))
+	if (!is_ip(skb))
 		return TC_ACT_OK;
-	parse(skb, &p, here.slot, UPLINK);
+	parse(skb, &p, port.slot, HOOK_UPLINK);
 	switch (p.destination.kind) {
 	case LINK:
 	case LINK_LOCAL:
 	case MULTICAST:
 		return TC_ACT_OK;
 	}
-	if (p.fault != FINE)
-		return drop_fault(skb, here.slot, p.fault);
-	return p.source.kind == LINK ? guest_to_guest(skb, here, &p)
-				     : native_to_guest(skb, here, &p);
+	if (p.fault != FAULT_NONE)
+		return drop_fault(skb, port.slot, p.fault);
+	return p.source.kind == LINK ? guest_to_guest(skb, port, &p)
+				     : native_to_guest(skb, port, &p);
 }
 
-/* From guest n to `localhost`, or its answer to somebody who dialed it there. */
-int port_ingress(struct __sk_buff *skb)
+/* Ingress of guest n's port: it dials `localhost`, or answers somebody who dialed it there. */
+static __always_inline int port_ingress(struct __sk_buff *skb)
 {
-	struct here here = where(skb);
+	struct port port = port_of(skb);
 	struct packet p = {};
 	int verdict;
 
-	wake(skb, here);
-	verdict = admit(skb, here, &p);
+	mark_guest_up(skb, port);
+	verdict = admit(skb, port, &p);
 	if (verdict != ADMITTED)
 		return verdict;
 	switch (p.destination.kind) {
@@ -183,21 +193,26 @@ int port_ingress(struct __sk_buff *skb)
 	case NATIVE_SOURCE:
 	case NATIVE_SOURCE_ODD:
 	case GUEST_VIEW:
-		if (owner(here.slot, p.protocol, p.source_port) == here.n)
+		if (owner_of(port.slot, p.protocol, p.source_port) == port.n)
 			break;
-		/* fall through */
+		return drop(skb, port.slot, REASON_SPOOFED);
 	default:
-		return drop(skb, here.slot, REASON_SPOOFED);
+		return drop(skb, port.slot, REASON_SPOOFED);
 	}
-	/* What the verifier knows, it would go through again for each copy. */
+	/* Otherwise the verifier follows each copy once for each combination of these. */
 	forget_headers(skb, &p);
 	p.destination.kind = forget(skb, p.destination.kind);
 	p.v6 = forget(skb, p.v6);
-	copy_to_guests(skb, here.slot);
-	tally(skb, here.slot, REASON_COPIED);
+	copy_to_guests(skb, port.slot);
+	count_reason(skb, port.slot, REASON_COPIED);
 	if (p.destination.kind == GUEST_VIEW ||
 	    (p.destination.kind == ALIAS && !is_icmp(p.protocol) &&
-	     serving(here.slot, p.protocol, p.destination_port) >= 0))
-		return drop(skb, here.slot, REASON_UNWANTED);
-	return enter_lo(skb, here.slot, &p);
+	     owner_if_up(port.slot, p.protocol, p.destination_port) >= 0))
+		return drop(skb, port.slot, REASON_UNWANTED);
+	return enter_lo(skb, port.slot, &p);
 }
+
+TC_PROGRAM(lo_egress)
+TC_PROGRAM(lo_ingress)
+TC_PROGRAM(port_egress)
+TC_PROGRAM(port_ingress)

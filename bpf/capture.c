@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
  *
- * The datapath `capture`: packets for `localhost` are moved out of the pod's `lo` to the guest that
- * owns the port, and from a guest's port to whoever owns it.
+ * The datapath `capture`: moves packets for `localhost` from the pod's `lo` to the guest that owns
+ * the port, and from a guest's port to the owner of the port that it dialed.
  *
  *   pod's namespace          :            node's namespace
  *                            :               bridge
@@ -10,26 +10,16 @@
  *                 ingress    :   bridge_egress  |     bridge_egress
  *                            :                  +--------- g2 ------ guest 2
  *
- *   native to guest:   lo_egress > eth0 > router > g1       back: port_ingress > uplink_ingress > lo
- *   guest to native:   port_ingress > uplink_ingress > lo   back: lo_egress > eth0 > router > g1
- *   guest to guest:    port_ingress > g2                    back: port_ingress > g1
+ *   native to guest:   lo_egress > eth0 > router > g1      back: port_ingress > uplink_ingress > lo
+ *   guest to native:   port_ingress > uplink_ingress > lo  back: lo_egress > eth0 > router > g1
+ *   guest to guest:    port_ingress > g2                   back: port_ingress > g1
  *
- * What takes part in a flow is told by addresses and port owners alone; nothing depends on state but
- * fragments, and native flows that are not from 127.0.0.1 to 127.0.0.1.
- *
- * The programs are loaded once for all pods. A tc filter's class says where a program stands
- * (cls_bpf puts it, 16 bits, into tc_classid): the pod's slot in the high byte, the guest's number
- * in the low. Slot 0, guest 0 is what BPF_PROG_TEST_RUN gets.
+ * The addresses of a packet and the owners of its ports tell who its ends are. Only fragments need
+ * state, and native flows that are not from 127.0.0.1 to 127.0.0.1.
  */
 
-/* clang-format off */
-#define BPF_LICENSE Dual BSD/GPL
-/* clang-format on */
-
-/* On what our programs redirect; bridged frames have none, as crossing namespaces clears it. */
-#define MARK 0x77000001
-
-/* Why a packet was counted: a row of `counters`. Same order as REASONS in capture.py. */
+/* Why a packet was counted: a row of `counters`. Python reads the names and their order from here.
+ */
 enum reason {
 	REASON_TOO_BIG,	  /* dropped: a datagram from a native, larger than the guests' link */
 	REASON_SPOOFED,	  /* dropped: a guest claims what is not its own */
@@ -43,23 +33,28 @@ enum reason {
 	REASONS,
 };
 
+#include <uapi/linux/bpf.h>
+#include <uapi/linux/if_ether.h>
+#include <uapi/linux/pkt_cls.h>
+
+#include "addresses.h"
+#include "common.h"
+#include "maps.h"
+#include "neighbor.h"
+#include "packet.h"
 #include "pod.h"
 
+/* ifindex of either end of the pod's veth */
 struct pod {
 	u32 uplink;	 /* in the pod's namespace; 0: no such pod */
-	u32 uplink_peer; /* in the node's */
+	u32 uplink_peer; /* in the node's namespace */
 };
 
-BPF_ARRAY(pods, struct pod, SLOTS);
+BPF_ARRAY(pods, struct pod, SLOTS); /* slot */
 
-static __always_inline int redirect_marked(struct __sk_buff *skb, u8 slot, u8 n)
-{
-	skb->mark = MARK;
-	return redirect_to_guest(skb, slot, n);
-}
-
-/* Straight to the other end's tc ingress in the pod's namespace, without passing bridge_egress. */
-static __always_inline int redirect_to_pod(struct __sk_buff *skb, u8 slot)
+/* To tc ingress of the veth's end in the pod's namespace. The packet does not pass bridge_egress.
+ */
+static __always_inline int redirect_to_pod(u8 slot)
 {
 	u32 key = slot;
 	struct pod *pod = pods.lookup(&key);
@@ -69,14 +64,14 @@ static __always_inline int redirect_to_pod(struct __sk_buff *skb, u8 slot)
 	return bpf_redirect_peer(pod->uplink_peer, 0);
 }
 
-/* Out of `lo`, towards the node's namespace. */
-int lo_egress(struct __sk_buff *skb)
+/* `lo` egress: packets for guests leave by the pod's veth. */
+static __always_inline int lo_egress(struct __sk_buff *skb)
 {
-	struct here here = where(skb);
-	u32 key = here.slot;
+	struct port port = port_of(skb);
+	u32 key = port.slot;
 	struct pod *pod;
 	u8 to = 0;
-	int verdict = leave_lo(skb, here, &to);
+	int verdict = leave_lo(skb, port, &to);
 
 	if (verdict != TO_GUEST)
 		return verdict;
@@ -86,14 +81,16 @@ int lo_egress(struct __sk_buff *skb)
 	return bpf_redirect(pod->uplink, 0);
 }
 
-/* What comes from the pod: translated packets to their guests, all else to the bridge. */
-int router(struct __sk_buff *skb)
+/* Ingress of the veth's end in the node's namespace: sends translated packets to their guests. The
+ * bridge takes all others.
+ */
+static __always_inline int router(struct __sk_buff *skb)
 {
-	struct here here = where(skb);
+	struct port port = port_of(skb);
 	struct address destination;
 	struct packet p = {};
 
-	if (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6))
+	if (!is_ip(skb))
 		return TC_ACT_OK;
 	if (parse_ip(skb, &p))
 		return TC_ACT_OK;
@@ -104,78 +101,87 @@ int router(struct __sk_buff *skb)
 	case GUEST_VIEW:
 		destination = destination_of(&p);
 		if (destination.kind == LINK)
-			return redirect_marked(skb, here.slot, destination.n);
+			return redirect_marked(skb, port.slot, destination.n);
 	}
 	return TC_ACT_OK;
 }
 
-/* From the bridge to a guest or to the pod. Our own packets have the mark, or do not come by here;
- * others may not pretend to be such.
+/* Egress of the bridge's ports, to a guest or to the pod: drops what has a reserved address.
+ * Packets that the programs redirect have the mark, or do not pass here.
  */
-int bridge_egress(struct __sk_buff *skb)
+static __always_inline int bridge_egress(struct __sk_buff *skb)
 {
-	struct here here = where(skb);
+	struct port port = port_of(skb);
 	struct neighbor says = {};
 	struct packet p = {};
 
-	if (skb->mark == MARK)
+	if (skb->mark == MARK_REDIRECTED)
 		return TC_ACT_OK;
 	if (skb->protocol == bpf_htons(ETH_P_ARP)) {
 		struct arp arp;
 
 		if (parse_arp(skb, &arp, &says) || is_reserved(says.claimed))
-			return drop(skb, here.slot, REASON_OUTSIDE);
+			return drop(skb, port.slot, REASON_OUTSIDE);
 		return TC_ACT_OK;
 	}
-	if (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6))
-		return drop(skb, here.slot, REASON_OUTSIDE);
+	if (!is_ip(skb))
+		return drop(skb, port.slot, REASON_OUTSIDE);
 	if (!parse_ip(skb, &p)) {
-		if (!p.later)
+		if (!p.is_later_fragment)
 			p.fault = parse_l4(skb, &p);
 		classify_addresses(&p);
 	}
 	if (is_reserved(p.source) || is_reserved(p.destination))
-		return drop(skb, here.slot, REASON_OUTSIDE);
-	if (!p.later && is_nd(&p) && (parse_nd(skb, &p, &says) || is_reserved(says.claimed)))
-		return drop(skb, here.slot, REASON_OUTSIDE);
+		return drop(skb, port.slot, REASON_OUTSIDE);
+	if (!p.is_later_fragment && is_nd(&p) &&
+	    (parse_nd(skb, &p, &says) || is_reserved(says.claimed)))
+		return drop(skb, port.slot, REASON_OUTSIDE);
 	return TC_ACT_OK;
 }
 
-/* From guest n: to a guest at once, to natives by way of the pod; all else is the bridge's. */
-int port_ingress(struct __sk_buff *skb)
+/* Ingress of guest n's port: redirects packets to guests, or into the pod if they are for natives.
+ * The bridge takes those that are not for `localhost`.
+ */
+static __always_inline int port_ingress(struct __sk_buff *skb)
 {
-	struct here here = where(skb);
+	struct port port = port_of(skb);
 	struct packet p = {};
 	u8 to = 0;
 	int verdict;
 
-	wake(skb, here);
-	verdict = leave_port(skb, here, &p, &to);
+	mark_guest_up(skb, port);
+	verdict = leave_port(skb, port, &p, &to);
 	switch (verdict) {
 	case TO_GUEST:
-		return redirect_marked(skb, here.slot, to);
+		return redirect_marked(skb, port.slot, to);
 	case TO_NATIVE:
-		return redirect_to_pod(skb, here.slot);
+		return redirect_to_pod(port.slot);
 	case TC_ACT_REDIRECT:
-		skb->mark = MARK;
+		skb->mark = MARK_REDIRECTED;
 	}
 	return verdict;
 }
 
-/* Into the pod: what port_ingress redirected goes to `lo`. Nobody else can send it: bridge_egress
- * stands before.
+/* Ingress of the veth's end in the pod's namespace: redirects into `lo` what port_ingress
+ * redirected. Others cannot send such packets, as bridge_egress drops them.
  */
-int uplink_ingress(struct __sk_buff *skb)
+static __always_inline int uplink_ingress(struct __sk_buff *skb)
 {
-	struct here here = where(skb);
+	struct port port = port_of(skb);
 	struct packet p = {};
 
-	if (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6))
+	if (!is_ip(skb))
 		return TC_ACT_OK;
-	parse(skb, &p, here.slot, UPLINK);
+	parse(skb, &p, port.slot, HOOK_UPLINK);
 	if (p.source.kind != LINK || !is_reserved(p.destination))
 		return TC_ACT_OK;
-	if (p.fault != FINE)
-		return drop_fault(skb, here.slot, p.fault);
-	return enter_lo(skb, here.slot, &p);
+	if (p.fault != FAULT_NONE)
+		return drop_fault(skb, port.slot, p.fault);
+	return enter_lo(skb, port.slot, &p);
 }
+
+TC_PROGRAM(lo_egress)
+TC_PROGRAM(router)
+TC_PROGRAM(bridge_egress)
+TC_PROGRAM(port_ingress)
+TC_PROGRAM(uplink_ingress)

@@ -1,323 +1,168 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
  *
- * What datapaths of a pod share that carry packets between `lo` and guests' ports: their maps, what
- * leaves `lo`, what a guest may send and to whom it goes, and how a packet comes into `lo`.
+ * What the tc datapaths share: which packets leave `lo` for a guest, what a guest may send and to
+ * whom it goes, and how a packet enters `lo`.
  *
- * The file that includes this names what it counts first (`enum reason`, at least the reasons used
- * here, REASONS at the end), and decides how a packet gets from one place to another.
+ * The file that includes this defines `enum reason` first (maps.h). How a packet gets from one link
+ * to another is its business.
  */
+
+#ifndef TESTBED_POD_H
+#define TESTBED_POD_H
 
 #include <uapi/linux/bpf.h>
-#include <uapi/linux/icmp.h>
 #include <uapi/linux/if_ether.h>
 #include <uapi/linux/in.h>
-#include <uapi/linux/ip.h>
-#include <uapi/linux/ipv6.h>
 #include <uapi/linux/pkt_cls.h>
-#include <uapi/linux/tcp.h>
-#include <uapi/linux/udp.h>
 
-#include "packet.h"
+#include "addresses.h"
+#include "common.h"
+#include "maps.h"
 #include "neighbor.h"
+#include "packet.h"
 
-#define SLOTS	   256
 #define LO_IFINDEX 1
 
-/* What may be decided besides TC_ACT_OK, TC_ACT_SHOT, and TC_ACT_REDIRECT. */
-#define TO_GUEST   1000 /* addressed to a guest: redirect it to its port */
-#define TO_NATIVE  1001 /* as the guest sent it: bring it into `lo` */
-#define ADMITTED   1002 /* from a guest, to be decided upon */
-
-struct count {
-	u64 packets, bytes;
+/* Verdicts of the functions below, besides TC_ACT_OK, TC_ACT_SHOT and TC_ACT_REDIRECT. */
+enum verdict {
+	TO_GUEST = 1000, /* rewritten for a guest: redirect it to the guest's port */
+	TO_NATIVE,	 /* as the guest sent it: bring it into `lo` */
+	ADMITTED,	 /* a guest may send it: decide where it goes */
 };
 
-#define FEW 64
-
-/* What one pod's guests 0 to 63 carried between them and natives: n << 1, and | 1 if n serves. */
-struct few {
-	struct count of[FEW * 2];
-};
-
-/* Two workloads, 0 for native. */
-struct flow {
-	u8 slot, client, server, padding;
-};
-
-struct odd_key {
-	u8 slot, n, protocol, v6;
-	u16 native_port, guest_port;
-};
-
-struct odd_addresses {
-	__be32 words[8]; /* as in struct packet, from the native to the guest */
-};
-
-/* A TCP connection between guests. */
-struct conversation {
-	u8 slot, client, server, v6;
-	u16 client_port, server_port;
-};
-
-BPF_ARRAY(guests, u32, SLOTS * 256); /* slot << 8 | n: ifindex of the port; 0: the guest is down */
-BPF_HASH(owners, u32, u32, 16384);   /* slot << 24 | protocol << 16 | port: n; not here: native */
-#define IPV4_ONLY 0x100		     /* in the value: that guest knows no IPv6 */
-BPF_PERCPU_ARRAY(counters, struct count, SLOTS *REASONS);
-/* Counts are looked up in a hash table only for what is between guests, and for guests beyond the
- * first: that takes as long as a half of what most packets meet in `steer`.
+/* skb->mark of what the programs redirect. Other packets do not have it: crossing namespaces clears
+ * it.
  */
-BPF_PERCPU_ARRAY(carried_few, struct few, SLOTS);
-BPF_TABLE("percpu_hash", struct flow, struct count, carried, 16384);
-/* Two such flows with the same ports, but different addresses, would be mistaken for each other. */
-BPF_TABLE("lru_hash", struct odd_key, struct odd_addresses, odd, 16384);
-/* Those whose other end may be waiting: for userspace, which tells it when a guest ends. */
-BPF_TABLE("lru_hash", struct conversation, u8, conversations, 16384);
-
-struct here {
-	u8 slot, n;
-};
-
-static __always_inline struct here where(struct __sk_buff *skb)
-{
-	u32 classid = skb->tc_classid;
-	struct here here = {.slot = classid >> 8, .n = classid};
-
-	return here;
-}
-
-static __always_inline void add(struct __sk_buff *skb, struct count *count, u64 times)
-{
-	if (count) {
-		count->packets += times;
-		count->bytes += times * (skb->len - ETH_HLEN);
-	}
-}
-
-#ifdef TRACED
-BPF_PERCPU_ARRAY(noted, u32, 1); /* what the packet under way was counted as last, plus one */
-
-static __always_inline void note(u32 reason)
-{
-	u32 zero = 0, *last = noted.lookup(&zero);
-
-	if (last)
-		*last = reason;
-}
-#endif
-
-static __always_inline void tally_times(struct __sk_buff *skb, u8 slot, u32 reason, u64 times)
-{
-	u32 key = slot * REASONS + reason;
-
-#ifdef TRACED
-	note(reason + 1);
-#endif
-	add(skb, counters.lookup(&key), times);
-}
-
-static __always_inline void tally(struct __sk_buff *skb, u8 slot, u32 reason)
-{
-	tally_times(skb, slot, reason, 1);
-}
-
-static __always_inline int drop(struct __sk_buff *skb, u8 slot, u32 reason)
-{
-	tally(skb, slot, reason);
-	return TC_ACT_SHOT;
-}
-
-static __always_inline int drop_fault(struct __sk_buff *skb, u8 slot, u8 fault)
-{
-	return drop(skb, slot, REASON_TRUNCATED + fault - TRUNCATED);
-}
-
-/* Entries of `carried` are made with the pod, for its workloads. */
-static __always_inline void carry(struct __sk_buff *skb, u8 slot, u8 client, u8 server)
-{
-	struct flow flow = {.slot = slot, .client = client, .server = server};
-	u32 key = slot, n = client | server;
-	u64 at = n << 1 | !client;
-	struct few *few;
-
-	if ((client && server) || n >= FEW) {
-		add(skb, carried.lookup(&flow), 1);
-		return;
-	}
-	few = carried_few.lookup(&key);
-	hide(at);
-	if (few)
-		add(skb, &few->of[at & (FEW * 2 - 1)], 1);
-}
-
-/* Number and nature of the guest that owns a port, or -1 for a native. */
-static __always_inline int ownership(u8 slot, u8 protocol, u16 port)
-{
-	u32 key = slot << 24 | protocol << 16 | port;
-	u32 *n = owners.lookup(&key);
-
-	return n ? *n : -1;
-}
-
-/* The guest that owns a port, or -1 for a native. */
-static __always_inline int owner(u8 slot, u8 protocol, u16 port)
-{
-	int n = ownership(slot, protocol, port);
-
-	return n < 0 ? n : (u8)n;
-}
-
-static __always_inline u32 port_of(u8 slot, u8 n)
-{
-	u32 key = slot << 8 | n, *ifindex = guests.lookup(&key);
-
-	return ifindex ? *ifindex : 0;
-}
-
-/* Who sends is up. That a guest ended is for others to say: they clear its row. */
-static __always_inline void wake(struct __sk_buff *skb, struct here here)
-{
-	u32 key = here.slot << 8 | here.n, *ifindex = guests.lookup(&key);
-
-	if (ifindex && !*ifindex)
-		*ifindex = skb->ifindex;
-}
-
-/* The guest that serves a port, or -1: a native, or nobody as the owner is down. What is for nobody
- * is the natives', too: on `lo` no socket listens, and the kernel refuses at once.
- */
-static __always_inline int serving(u8 slot, u8 protocol, u16 port)
-{
-	int n = owner(slot, protocol, port);
-
-	return n < 0 || port_of(slot, n) ? n : -1;
-}
-
-static __always_inline struct address as(u8 kind, u8 n)
-{
-	struct address address = {kind, n};
-
-	return address;
-}
+#define MARK_REDIRECTED 0x77000001
 
 static __always_inline int redirect_to_guest(struct __sk_buff *skb, u8 slot, u8 n)
 {
-	u32 ifindex = port_of(slot, n);
+	u32 ifindex = guest_ifindex(slot, n);
 
 	if (!ifindex)
 		return drop(skb, slot, REASON_NO_GUEST);
 	return bpf_redirect(ifindex, 0);
 }
 
-/* Out of `lo`, before any socket: replies to guests, and what is for a port that a guest owns,
- * whatever address of the pod was dialed. All else is the kernel's own loopback. Returns TO_GUEST
- * with the guest's number, or a verdict.
+static __always_inline int redirect_marked(struct __sk_buff *skb, u8 slot, u8 n)
+{
+	skb->mark = MARK_REDIRECTED;
+	return redirect_to_guest(skb, slot, n);
+}
+
+/* At `lo` egress, before any socket: takes replies to guests, and packets to a port that a guest
+ * owns, whatever address of the pod was dialed. The kernel's own loopback keeps all others. Returns
+ * TO_GUEST and the guest in `to`, or a TC_ACT_.
  */
-static __always_inline int leave_lo(struct __sk_buff *skb, struct here here, u8 *to)
+static __always_inline int leave_lo(struct __sk_buff *skb, struct port port, u8 *to)
 {
 	struct address source;
 	struct packet p = {};
 	int n;
 
-	if (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6))
+	if (!is_ip(skb))
 		return TC_ACT_OK;
-	parse(skb, &p, here.slot, LO);
-	if (p.fault != FINE || p.destination.kind == MULTICAST)
+	parse(skb, &p, port.slot, HOOK_LO);
+	if (p.fault != FAULT_NONE || p.destination.kind == MULTICAST)
 		return TC_ACT_OK;
-	if (p.destination.kind == NATIVE_VIEW && port_of(here.slot, p.destination.n)) {
+	if (p.destination.kind == NATIVE_VIEW && guest_ifindex(port.slot, p.destination.n)) {
 		n = p.destination.n;
-		/* What a guest that is down would have got is refused in its name. */
-		source = p.source.kind == NATIVE_VIEW ? as(GUEST_VIEW, p.source.n) : as(ALIAS, 0);
+		/* To a guest that is down: refused in that guest's name. */
+		source = p.source.kind == NATIVE_VIEW ? address_of(GUEST_VIEW, p.source.n)
+						      : address_of(ALIAS, 0);
 	} else {
 		if (is_icmp(p.protocol))
 			return TC_ACT_OK;
-		n = ownership(here.slot, p.protocol, p.destination_port);
+		n = lookup_owner(port.slot, p.protocol, p.destination_port);
 		if (n < 0)
 			return TC_ACT_OK;
-		if ((p.v6 && n & IPV4_ONLY) || !port_of(here.slot, n)) {
-			/* Sent on, it would be lost in silence. On `lo` no socket listens: refused. */
-			tally(skb, here.slot, REASON_NO_GUEST);
+		if ((p.v6 && n & IPV4_ONLY) || !guest_ifindex(port.slot, n)) {
+			/* On `lo` no socket listens, so the kernel refuses it at once. */
+			count_reason(skb, port.slot, REASON_NO_GUEST);
 			return TC_ACT_OK;
 		}
 		n = (u8)n;
-		source = as(NATIVE_SOURCE, 0);
+		source = address_of(NATIVE_SOURCE, 0);
 		if (p.source.kind != LOOPBACK || p.destination.kind != LOOPBACK) {
-			struct odd_key flow = {
-				here.slot, n, p.protocol, p.v6, p.source_port, p.destination_port};
+			struct nonstandard_flow flow = {
+				port.slot, n, p.protocol, p.v6, p.source_port, p.destination_port};
 
-			source = as(NATIVE_SOURCE_ODD, 0);
-			tally(skb, here.slot, REASON_ODD_SOURCE);
-			if (!p.error)
-				odd.update(&flow, (struct odd_addresses *)p.from);
+			source = address_of(NATIVE_SOURCE_ODD, 0);
+			count_reason(skb, port.slot, REASON_ODD_SOURCE);
+			if (!p.is_icmp_error)
+				nonstandard_flows.update(&flow,
+							 (struct flow_addresses *)p.addresses);
 		}
 	}
 
-	/* Redirected, it would be dropped in silence. */
+	/* The kernel drops a redirected packet that is too big without any message. */
 	if (skb->len - ETH_HLEN > LINK_MTU && !skb->gso_size)
-		return drop(skb, here.slot, REASON_TOO_BIG);
+		return drop(skb, port.slot, REASON_TOO_BIG);
 	if (p.syn)
 		clamp_mss(skb, &p);
-	if (rewrite(skb, &p, source, as(LINK, n), n))
-		return drop(skb, here.slot, REASON_TRUNCATED);
+	if (rewrite(skb, &p, source, address_of(LINK, n), n))
+		return drop(skb, port.slot, REASON_TRUNCATED);
 	if (source.kind == ALIAS)
-		carry(skb, here.slot, n, 0);
+		count_flow(skb, port.slot, n, 0);
 	else
-		carry(skb, here.slot, source.n, n);
+		count_flow(skb, port.slot, source.n, n);
 	*to = n;
 	return TO_GUEST;
 }
 
-/* A guest claims only its own addresses, and only for its own MAC. */
+/* Whether guest n may use an address as its own. */
 static __always_inline bool may_claim(struct address claimed, u8 n)
 {
 	return (claimed.kind == LINK && claimed.n == n) || claimed.kind == LINK_LOCAL ||
 	       claimed.kind == UNSPECIFIED;
 }
 
-/* Addresses of which every guest believes that the alias's MAC has them. */
+/* Addresses that guests resolve to the alias's MAC. */
 static __always_inline bool is_answered(struct address asked)
 {
 	return asked.kind == ALIAS || asked.kind == NATIVE_SOURCE ||
 	       asked.kind == NATIVE_SOURCE_ODD || asked.kind == GUEST_VIEW;
 }
 
-static __always_inline int port_arp(struct __sk_buff *skb, struct here here)
+static __always_inline int port_arp(struct __sk_buff *skb, struct port port)
 {
 	struct neighbor says = {};
 	struct arp arp;
 
 	if (parse_arp(skb, &arp, &says))
-		return drop(skb, here.slot, REASON_UNHANDLED);
-	if (!says.own_mac || !may_claim(says.claimed, here.n))
-		return drop(skb, here.slot, REASON_SPOOFED);
+		return drop(skb, port.slot, REASON_UNHANDLED);
+	if (!says.own_mac || !may_claim(says.claimed, port.n))
+		return drop(skb, port.slot, REASON_SPOOFED);
 	if (!is_answered(says.asked))
 		return TC_ACT_OK;
-	tally(skb, here.slot, REASON_ANSWERED);
-	if (answer_arp(skb, &arp, here.n))
-		return drop(skb, here.slot, REASON_TRUNCATED);
+	count_reason(skb, port.slot, REASON_ANSWERED);
+	if (answer_arp(skb, &arp, port.n))
+		return drop(skb, port.slot, REASON_TRUNCATED);
 	return bpf_redirect(skb->ifindex, 0);
 }
 
-static __always_inline int port_nd(struct __sk_buff *skb, struct here here, struct packet *p)
+static __always_inline int port_nd(struct __sk_buff *skb, struct port port, struct packet *p)
 {
 	struct neighbor says = {};
 
-	if (p->type == ND_ROUTER_ADVERTISEMENT || p->type == ND_REDIRECT)
-		return drop(skb, here.slot, REASON_SPOOFED);
+	if (p->icmp_type == ND_ROUTER_ADVERTISEMENT || p->icmp_type == ND_REDIRECT)
+		return drop(skb, port.slot, REASON_SPOOFED);
 	if (parse_nd(skb, p, &says))
-		return drop(skb, here.slot, REASON_TRUNCATED);
-	if (!may_claim(p->source, here.n) || !may_claim(says.claimed, here.n))
-		return drop(skb, here.slot, REASON_SPOOFED);
+		return drop(skb, port.slot, REASON_TRUNCATED);
+	if (!may_claim(p->source, port.n) || !may_claim(says.claimed, port.n))
+		return drop(skb, port.slot, REASON_SPOOFED);
 	if (!is_answered(says.asked))
 		return TC_ACT_OK;
-	tally(skb, here.slot, REASON_ANSWERED);
-	if (answer_solicitation(skb, p, here.n))
-		return drop(skb, here.slot, REASON_TRUNCATED);
+	count_reason(skb, port.slot, REASON_ANSWERED);
+	if (answer_solicitation(skb, p, port.n))
+		return drop(skb, port.slot, REASON_TRUNCATED);
 	return bpf_redirect(skb->ifindex, 0);
 }
 
-/* The same value, of which the verifier knows nothing any more: it does not follow what is in skb->cb.
- * Whatever comes after, it would go through once for each combination of what it knows. In assembler,
- * as the offset has to stay in the instruction.
+/* Returns the same value, but the verifier knows nothing about it any more, as it does not track
+ * what is in skb->cb. Otherwise it would follow the code after this once for each combination of
+ * what it knows. Inline assembly keeps the offset in the instruction, as access to the context
+ * needs it.
  */
 static __always_inline u8 forget(struct __sk_buff *skb, u64 value)
 {
@@ -337,141 +182,128 @@ static __always_inline struct address forget_address(struct __sk_buff *skb, stru
 
 static __always_inline void forget_headers(struct __sk_buff *skb, struct packet *p)
 {
-	p->fragment = forget(skb, p->fragment);
-	p->later = forget(skb, p->later);
-	p->error = forget(skb, p->error);
+	p->is_fragment = forget(skb, p->is_fragment);
+	p->is_later_fragment = forget(skb, p->is_later_fragment);
+	p->is_icmp_error = forget(skb, p->is_icmp_error);
 	p->fault = forget(skb, p->fault);
 	p->protocol = forget(skb, p->protocol);
-	p->carried = forget(skb, p->carried);
+	p->l4_protocol = forget(skb, p->l4_protocol);
 	p->l4 = forget(skb, p->l4);
 }
 
-/* What a guest sends, parsed so that the verifier need not remember how. */
-static __always_inline void parse_guests(struct __sk_buff *skb, struct packet *p, u8 slot)
+/* Parses what a guest sends. Afterwards the verifier knows nothing about the result. */
+static __always_inline void parse_guest_packet(struct __sk_buff *skb, struct packet *p, u8 slot)
 {
-	if (parse_headers(skb, p, slot, PORT))
+	if (parse_headers(skb, p, slot, HOOK_PORT))
 		return;
 	forget_headers(skb, p);
 	p->source = forget_address(skb, source_of(p));
 	p->destination = forget_address(skb, destination_of(p));
 }
 
-/* What guest n may send at all. Returns ADMITTED with the packet parsed if its destination is an
- * address that only we use, or a verdict: TC_ACT_OK for whatever is not addressed to us,
- * TC_ACT_REDIRECT for answers to guest n.
+/* Checks whether guest n may send the packet. Returns ADMITTED, with the packet parsed, if its
+ * destination is a reserved address; TC_ACT_OK if it is another; TC_ACT_REDIRECT if the packet is
+ * now an answer to guest n; else it drops it.
  */
-static __always_inline int admit(struct __sk_buff *skb, struct here here, struct packet *p)
+static __always_inline int admit(struct __sk_buff *skb, struct port port, struct packet *p)
 {
-	u8 mac[6] = {0x02, 0x77, 0, 0, 1, here.n};
+	u8 mac[ETH_ALEN] = GUEST_MAC(port.n);
 	struct ethhdr eth;
 
 	if (read(skb, 0, &eth, sizeof(eth)) || !same_mac(eth.h_source, mac))
-		return drop(skb, here.slot, REASON_SPOOFED);
+		return drop(skb, port.slot, REASON_SPOOFED);
 	if (skb->vlan_present)
-		return drop(skb, here.slot, REASON_UNHANDLED);
+		return drop(skb, port.slot, REASON_UNHANDLED);
 	if (skb->protocol == bpf_htons(ETH_P_ARP))
-		return port_arp(skb, here);
-	if (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6))
-		return drop(skb, here.slot, REASON_UNHANDLED);
+		return port_arp(skb, port);
+	if (!is_ip(skb))
+		return drop(skb, port.slot, REASON_UNHANDLED);
 
-	parse_guests(skb, p, here.slot);
-	if (!p->fragment && is_nd(p))
-		return port_nd(skb, here, p);
-	if (p->source.kind != LINK || p->source.n != here.n) {
-		/* Reports of multicast listeners: the link may want them, the pod cannot be hurt. */
-		if (p->v6 && p->destination.kind == MULTICAST && p->carried == 0 &&
-		    may_claim(p->source, here.n))
+	parse_guest_packet(skb, p, port.slot);
+	if (!p->is_fragment && is_nd(p))
+		return port_nd(skb, port, p);
+	if (p->source.kind != LINK || p->source.n != port.n) {
+		/* Multicast listener reports: switches may need them, and they cannot harm the pod.
+		 */
+		if (p->v6 && p->destination.kind == MULTICAST &&
+		    p->l4_protocol == IPPROTO_HOPOPTS && may_claim(p->source, port.n))
 			return TC_ACT_OK;
-		return drop(skb, here.slot,
-			    p->fault == TRUNCATED && p->source.kind == OTHER ? REASON_TRUNCATED
-									     : REASON_SPOOFED);
+		return drop(skb, port.slot,
+			    p->fault == FAULT_TRUNCATED && p->source.kind == OTHER
+				    ? REASON_TRUNCATED
+				    : REASON_SPOOFED);
 	}
 	if (!is_reserved(p->destination))
 		return TC_ACT_OK;
-	return p->fault == FINE ? ADMITTED : drop_fault(skb, here.slot, p->fault);
+	return p->fault == FAULT_NONE ? ADMITTED : drop_fault(skb, port.slot, p->fault);
 }
 
-/* From the client's SYN to a RST, or the server's FIN. */
-static __always_inline void follow(const struct packet *p, u8 slot, u8 client, u8 server,
-				   bool answers)
-{
-	struct conversation it = {slot, client, server, p->v6};
-	u8 lasts = 1;
-
-	it.client_port = answers ? p->destination_port : p->source_port;
-	it.server_port = answers ? p->source_port : p->destination_port;
-	if (p->rst || (p->fin && answers))
-		conversations.delete(&it);
-	else if (p->syn && !answers)
-		conversations.update(&it, &lasts);
-}
-
-/* From guest n. Towards the alias it dials `localhost`; towards a native source or a guest's view
- * it answers, from a port that it owns. Returns TO_GUEST with the other guest's number, TO_NATIVE, or
- * a verdict.
+/* At a guest's port: decides where a packet of the guest goes. To the alias, the guest dials
+ * `localhost`; to a native source or a guest's view, it answers from a port that it owns. Returns
+ * TO_GUEST and the other guest in `to`, TO_NATIVE, or a TC_ACT_.
  */
-static __always_inline int leave_port(struct __sk_buff *skb, struct here here, struct packet *p,
+static __always_inline int leave_port(struct __sk_buff *skb, struct port port, struct packet *p,
 				      u8 *to)
 {
 	struct address source;
-	int verdict = admit(skb, here, p), n;
+	int verdict = admit(skb, port, p), n;
 
 	if (verdict != ADMITTED)
 		return verdict;
 	switch (p->destination.kind) {
 	case ALIAS:
 		n = is_icmp(p->protocol) ? -1
-					 : serving(here.slot, p->protocol, p->destination_port);
+					 : owner_if_up(port.slot, p->protocol, p->destination_port);
 		if (n < 0)
 			return TO_NATIVE;
-		source = as(GUEST_VIEW, here.n);
-		carry(skb, here.slot, here.n, n);
-		follow(p, here.slot, here.n, n, false);
+		source = address_of(GUEST_VIEW, port.n);
+		count_flow(skb, port.slot, port.n, n);
+		track_connection(p, port.slot, port.n, n, false);
 		break;
 	case NATIVE_SOURCE:
 	case NATIVE_SOURCE_ODD:
-		if (owner(here.slot, p->protocol, p->source_port) != here.n)
-			return drop(skb, here.slot, REASON_SPOOFED);
+		if (owner_of(port.slot, p->protocol, p->source_port) != port.n)
+			return drop(skb, port.slot, REASON_SPOOFED);
 		return TO_NATIVE;
 	case GUEST_VIEW:
 		n = p->destination.n;
-		if (owner(here.slot, p->protocol, p->source_port) != here.n)
-			return drop(skb, here.slot, REASON_SPOOFED);
-		if (p->carried == IPPROTO_TCP && !p->syn && !port_of(here.slot, n)) {
-			tally(skb, here.slot, REASON_NO_GUEST);
+		if (owner_of(port.slot, p->protocol, p->source_port) != port.n)
+			return drop(skb, port.slot, REASON_SPOOFED);
+		if (p->l4_protocol == IPPROTO_TCP && !p->syn && !guest_ifindex(port.slot, n)) {
+			count_reason(skb, port.slot, REASON_NO_GUEST);
 			return TO_NATIVE;
 		}
-		source = as(ALIAS, 0);
-		carry(skb, here.slot, n, here.n);
-		follow(p, here.slot, n, here.n, true);
+		source = address_of(ALIAS, 0);
+		count_flow(skb, port.slot, n, port.n);
+		track_connection(p, port.slot, n, port.n, true);
 		break;
 	default:
-		return drop(skb, here.slot, REASON_SPOOFED);
+		return drop(skb, port.slot, REASON_SPOOFED);
 	}
-	if (rewrite(skb, p, source, as(LINK, n), n))
-		return drop(skb, here.slot, REASON_TRUNCATED);
+	if (rewrite(skb, p, source, address_of(LINK, n), n))
+		return drop(skb, port.slot, REASON_TRUNCATED);
 	*to = n;
 	return TO_GUEST;
 }
 
-/* Into `lo`, as if it had come from there: what guest n sent to a native. */
+/* Redirects what guest n sent to a native into `lo`, translated to addresses of `lo`. */
 static __always_inline int enter_lo(struct __sk_buff *skb, u8 slot, struct packet *p)
 {
-	struct odd_addresses *addresses;
-	struct odd_key flow = {};
+	struct flow_addresses *addresses;
+	struct nonstandard_flow flow = {};
 	u8 n = p->source.n;
 	__be32 to[8] = {};
 
 	switch (p->destination.kind) {
 	case ALIAS:
-		if (rewrite(skb, p, as(NATIVE_VIEW, n), as(LOOPBACK, 0), TO_LO))
+		if (rewrite(skb, p, address_of(NATIVE_VIEW, n), address_of(LOOPBACK, 0), TO_LO))
 			return drop(skb, slot, REASON_TRUNCATED);
-		carry(skb, slot, n, 0);
+		count_flow(skb, slot, n, 0);
 		break;
 	case NATIVE_SOURCE:
-		if (rewrite(skb, p, as(LOOPBACK, 0), as(LOOPBACK, 0), TO_LO))
+		if (rewrite(skb, p, address_of(LOOPBACK, 0), address_of(LOOPBACK, 0), TO_LO))
 			return drop(skb, slot, REASON_TRUNCATED);
-		carry(skb, slot, 0, n);
+		count_flow(skb, slot, 0, n);
 		break;
 	case NATIVE_SOURCE_ODD:
 		flow.slot = slot;
@@ -480,16 +312,17 @@ static __always_inline int enter_lo(struct __sk_buff *skb, u8 slot, struct packe
 		flow.v6 = p->v6;
 		flow.native_port = p->destination_port;
 		flow.guest_port = p->source_port;
-		addresses = odd.lookup(&flow);
+		addresses = nonstandard_flows.lookup(&flow);
 		if (!addresses)
 			return drop(skb, slot, REASON_FRAGMENT_ORPHAN);
 		reverse(p, addresses->words, to);
 		if (rewrite_words(skb, p, to, TO_LO))
 			return drop(skb, slot, REASON_TRUNCATED);
-		carry(skb, slot, 0, n);
+		count_flow(skb, slot, 0, n);
 		break;
-	case GUEST_VIEW: /* of a guest that is down: nobody is there, and the kernel refuses */
-		if (rewrite(skb, p, as(NATIVE_VIEW, n), as(NATIVE_VIEW, p->destination.n), TO_LO))
+	case GUEST_VIEW: /* of a guest that is down: no socket has this address, so it is refused */
+		if (rewrite(skb, p, address_of(NATIVE_VIEW, n),
+			    address_of(NATIVE_VIEW, p->destination.n), TO_LO))
 			return drop(skb, slot, REASON_TRUNCATED);
 		break;
 	default:
@@ -497,3 +330,9 @@ static __always_inline int enter_lo(struct __sk_buff *skb, u8 slot, struct packe
 	}
 	return bpf_redirect(LO_IFINDEX, BPF_F_INGRESS);
 }
+
+#ifdef TRACED
+#include "trace.h"
+#endif
+
+#endif

@@ -1,24 +1,24 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
  *
- * What `testbed doctor` loads and attaches: the youngest of the kernel's features that the
- * datapaths need. No traffic ever meets these programs.
+ * Programs that `testbed doctor` loads and attaches, to find out whether the kernel has the newest
+ * of the features that the datapaths need. They never see traffic.
  */
+
 #include <uapi/linux/bpf.h>
-#include <uapi/linux/pkt_cls.h>
 
-/* The kernel takes this spelling alone for GPL compatible. */
-/* clang-format off */
-#define BPF_LICENSE Dual BSD/GPL
-/* clang-format on */
+#include "common.h"
 
-/* Across a veth in one step: Linux 5.10. */
-int redirect_peer(struct __sk_buff *skb)
+/* bpf_redirect_peer crosses a veth in one step: Linux 5.10. */
+static __always_inline int redirect_peer(struct __sk_buff *skb)
 {
 	return bpf_redirect_peer(skb->ifindex, 0);
 }
 
-/* Which peer a socket shows: Linux 5.8. */
-int getpeername4(struct bpf_sock_addr *ctx)
+/* The attach type BPF_CGROUP_INET4_GETPEERNAME: Linux 5.8. */
+static __always_inline int getpeername4(struct bpf_sock_addr *ctx __attribute__((unused)))
 {
-	return 1;
+	return SYS_PROCEED;
 }
+
+TC_PROGRAM(redirect_peer)
+SOCK_ADDR_PROGRAM(getpeername4)

@@ -3,7 +3,7 @@
 `bytecode` compiles, `programs` has what the kernel holds, `hooks` attaches, `syscall` is bpf(2).
 """
 
-from testbed.bpf.bytecode import compile, entries, headers, source
+from testbed.bpf.bytecode import compile, headers, reasons, source
 from testbed.bpf.hooks import (
     EGRESS,
     INGRESS,
@@ -27,11 +27,11 @@ __all__ = [
     "attach_tc",
     "attach_tcx",
     "compile",
-    "entries",
     "has_tcx",
     "headers",
     "load",
     "load_traced",
+    "reasons",
     "replace_tc",
     "run",
     "running_tc",

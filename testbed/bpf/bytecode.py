@@ -9,6 +9,7 @@ What refers to a map says so by the map's place in the list of them.
 from __future__ import annotations
 
 import base64
+import ctypes
 import hashlib
 import json
 import os
@@ -28,14 +29,16 @@ from testbed.host import architecture
 from testbed.host.cache import cache_folder
 from testbed.model.errors import Error
 
-TYPES = {"skb": 3, "address": 18, "option": 25}
-"""enum bpf_prog_type: SCHED_CLS, CGROUP_SOCK_ADDR, CGROUP_SOCKOPT."""
+PROGRAM_TYPES = {"sched_cls": 3, "cgroup_sock_addr": 18, "cgroup_sockopt": 25}
+"""enum bpf_prog_type, by the names that `bpf/common.h` declares entry points with."""
+SCHED_CLS = PROGRAM_TYPES["sched_cls"]
+"""The type of tc programs."""
 ATTACH_TYPES = {
     "bind4": 8, "bind6": 9, "connect4": 10, "connect6": 11, "sendmsg4": 14, "sendmsg6": 15,
     "recvmsg4": 19, "recvmsg6": 20, "getpeername4": 29, "getpeername6": 30,
     "getsockname4": 31, "getsockname6": 32, "setsockopt": 22,
 }  # fmt: skip
-"""enum bpf_attach_type of cgroup programs, which are named after where they attach."""
+"""enum bpf_attach_type of cgroup programs, which have the name of their attach type."""
 
 LD_IMM64, PSEUDO_MAP_FD = 0x18, 1
 """Opcode of an instruction of two that loads 64 bits; what its source register says of a map."""
@@ -86,7 +89,7 @@ class Bytecode:
         if btf:
             os.close(btf)
         for program in self.programs:
-            if shared and program.kind != TYPES["skb"]:
+            if shared and program.kind != SCHED_CLS:
                 continue
             code = _renamed(program.code, fds)
             fd = syscall.load_program(program.name, program.kind, program.attach_type, code)
@@ -130,41 +133,17 @@ def load_entry(name: str, classid: int, calls: int, number: int) -> int:
             (0x95, 0, 0, 0),  # exit
         )
     )
-    return syscall.load_program(name, TYPES["skb"], 0, code)
+    return syscall.load_program(name, SCHED_CLS, 0, code)
 
 
 TRACED = "-traced"
-"""What the name of a set's traced variant ends with (`bpf/trace.h`)."""
-
-_ENTRY = re.compile(r"^int (\w+)\(struct __sk_buff \*skb\)$", re.MULTILINE)
-_TRACED_ENTRY = """
-int {name}(struct __sk_buff *skb)
-{{
-	u64 time_ns = bpf_ktime_get_ns();
-	int verdict;
-
-	note(0);
-	tell(skb, time_ns, {number}, 0, false);
-	verdict = plain_{name}(skb);
-	tell(skb, time_ns, {number}, verdict, true);
-	return verdict;
-}}
-"""
+"""Suffix of the name of a set's traced variant (`bpf/trace.h`)."""
 
 
 def source(name: str) -> str:
-    """The text of `bpf/NAME.c` with our headers in it: bcc knows maps in the main file only.
-
-    That of a traced variant has its tc programs wrapped.
-    """
+    """The text of `bpf/NAME.c` with our headers in it: bcc knows maps in the main file only."""
     if name.endswith(TRACED):
-        plain = source(name.removesuffix(TRACED))
-        wrapped = (
-            _TRACED_ENTRY.format(name=entry, number=number)
-            for number, entry in enumerate(_ENTRY.findall(plain))
-        )
-        inner = _ENTRY.sub(r"static __always_inline int plain_\1(struct __sk_buff *skb)", plain)
-        return "\n".join(("#define TRACED", inner, (paths.BPF / "trace.h").read_text(), *wrapped))
+        return f"#define TRACED\n{source(name.removesuffix(TRACED))}"
     seen: set[str] = set()
 
     def text(file: str) -> str:
@@ -177,9 +156,10 @@ def source(name: str) -> str:
     return text(f"{name}.c")
 
 
-def entries(name: str) -> list[str]:
-    """The tc programs of a set, in the order of their numbers in events."""
-    return _ENTRY.findall(source(name))
+def reasons(name: str) -> tuple[str, ...]:
+    """What a set counts, in the order of `enum reason` in `bpf/NAME.c`, without the prefix."""
+    found = re.findall(r"^\tREASON_(\w+),", (paths.BPF / f"{name}.c").read_text(), re.MULTILINE)
+    return tuple(reason.lower() for reason in found)
 
 
 @dataclass(frozen=True)
@@ -281,25 +261,28 @@ def _file(name: str) -> Path:
 def _compile_here(name: str, file: Path, cflags: list[str]) -> None:
     """In a process of its own. Nothing is verified yet."""
     from bcc import BPF
+    from bcc.libbcc import lib
 
-    text = source(name)
-    module = BPF(text=text, cflags=["-w", *cflags])
+    compiled = BPF(text=source(name), cflags=["-Wall", "-Wextra", *cflags])
+    module = ctypes.c_void_p(compiled.module)
+    lib.bpf_num_tables.restype, lib.bpf_table_name.restype = ctypes.c_size_t, ctypes.c_char_p
+    tables = [ctypes.c_size_t(i) for i in range(lib.bpf_num_tables(module))]
+    map_names = {lib.bpf_table_fd_id(module, i): lib.bpf_table_name(module, i) for i in tables}
     fds: list[int] = []
     programs = []
-    for function in re.findall(r"^int (\w+)\(struct \w+ \*\w+\)$", text, re.MULTILINE):
-        kind = TYPES["skb"]
-        if function in ATTACH_TYPES:
-            kind = TYPES["option" if function == "setsockopt" else "address"]
-        code = _numbered(module.dump_func(function), fds)
-        programs.append({"name": function, "kind": kind, "code": base64.b64encode(code).decode(),
-                         "attach_type": ATTACH_TYPES.get(function, 0)})  # fmt: skip
+    for i in range(lib.bpf_num_functions(module)):
+        function = lib.bpf_function_name(module, i)
+        kind, _, program = function.decode().partition("__")
+        code = _numbered(compiled.dump_func(function), fds)
+        programs.append({"name": program, "kind": PROGRAM_TYPES[kind],
+                         "attach_type": 0 if kind == "sched_cls" else ATTACH_TYPES[program],
+                         "code": base64.b64encode(code).decode()})  # fmt: skip
     btf, maps = b"", []
     for fd in fds:
         kind, _, *shape = struct.unpack_from("=IIIIII", syscall.info(fd, 128))
-        map_name = struct.unpack_from("=24x16s", syscall.info(fd, 128))[0].rstrip(b"\0").decode()
         its_btf, *types = syscall.btf_of(fd)
         btf = its_btf or btf
-        maps.append({"name": map_name, "shape": [kind, *shape], "types": types})
+        maps.append({"name": map_names[fd].decode(), "shape": [kind, *shape], "types": types})
     stored = {"maps": maps, "programs": programs, "btf": base64.b64encode(btf).decode()}
     file.write_text(json.dumps(stored))
 

@@ -20,8 +20,7 @@ from testbed.model.cells import Pair
 from testbed.model.errors import Error
 from testbed.model.looks import Look
 
-REASONS = ("too_big", "spoofed", "truncated", "unhandled", "fragment_orphan", "no_guest",
-           "odd_source", "answered", "copied", "unwanted")  # fmt: skip
+REASONS = bpf.reasons("broadcast")
 """What counters say, in the order of `enum reason`."""
 
 MAX_COPIES = 64
@@ -48,21 +47,21 @@ class _Attachment(EbpfAttachment):
 
     def _attach_lo(self) -> None:
         pins, slot = self._programs.pins, self._programs.slot
-        self._scope.defer(forget_size, pins=str(pins), slot=slot)
-        _sizes(self._programs)[slot,] = (len(self._wiring.ports),)
+        self._scope.defer(clear_pod_guests, pins=str(pins), slot=slot)
+        _pod_guests(self._programs)[slot,] = (len(self._wiring.ports),)
         super()._attach_lo()
         self._attach(LO_IFINDEX, INGRESS, "lo_ingress")
 
 
-def _sizes(programs: ProgramSet) -> bpf.Map:
-    return programs.map("sizes", "=I", "=I")
+def _pod_guests(programs: ProgramSet) -> bpf.Map:
+    return programs.map("pod_guests", "=I", "=I")
 
 
-def forget_size(pins: str, slot: int) -> None:
+def clear_pod_guests(pins: str, slot: int) -> None:
     """Clear a pod's row; programs that are gone are no error."""
     if Path(pins, "users").exists():
         programs = ProgramSet(Path(pins), slot)
-        _sizes(programs)[slot,] = (0,)
+        _pod_guests(programs)[slot,] = (0,)
         programs.close()
 
 

@@ -17,8 +17,7 @@ from testbed.host.ledger import Scope
 from testbed.model.cells import Pair
 from testbed.model.looks import Look
 
-REASONS = ("too_big", "spoofed", "outside", "truncated", "unhandled", "fragment_orphan", "no_guest",
-           "odd_source", "answered")  # fmt: skip
+REASONS = bpf.reasons("capture")
 """What counters say, in the order of `enum reason`."""
 
 

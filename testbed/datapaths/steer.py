@@ -28,8 +28,7 @@ from testbed.model.cells import Pair
 from testbed.model.looks import Look
 from testbed.model.terms import Family
 
-REASONS = ("too_big", "spoofed", "truncated", "unhandled", "fragment_orphan", "no_guest",
-           "odd_source", "answered", "steered", "assigned", "fallback")  # fmt: skip
+REASONS = bpf.reasons("steer")
 """What counters say, in the order of `enum reason`."""
 
 ALIASES = tuple(str(addresses.alias(family)) for family in Family)

@@ -4,38 +4,42 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-from testbed import bpf, paths
-from testbed.datapaths.capture import REASONS
+from testbed import paths
 from testbed.datapaths.ebpf.loopback_side import LINK_MTU
 from testbed.model import addresses
 from testbed.model.addresses import Address
 from testbed.model.terms import Family
 
-PRELUDE = r"""
+from . import syntax
+
+PROGRAM = r"""
 #include <arpa/inet.h>
-#include <stdbool.h>
-#include <stdint.h>
 #include <stdio.h>
-typedef uint8_t u8;
-typedef uint32_t u32;
-typedef uint32_t __be32;
-#define __always_inline inline __attribute__((always_inline))
-#define bpf_ntohl ntohl
-#define bpf_htonl htonl
-"""
-MAIN = r"""
-/* For each line `family address`: its kind, its number, and the address made from them again. */
+#include <stdlib.h>
+#include "addresses.h"
+
+/* For each line `ipv4 ADDRESS` or `ipv6 ADDRESS`: its kind, its number, and the address rendered
+ * from them. For each line `mac N`: the MAC of guest N, or of the alias for 0.
+ */
 int main(void)
 {
-	char family[8], text[64];
-	while (scanf("%7s %63s", family, text) == 2) {
+	char what[8], text[64];
+	while (scanf("%7s %63s", what, text) == 2) {
 		__be32 a[4] = {0}, b[4] = {0};
 		struct address is;
-		if (family[3] == '4') {
+		if (what[0] == 'm') {
+			int n = atoi(text);
+			u8 guest[6] = GUEST_MAC(n), alias[6] = ALIAS_MAC, *mac = n ? guest : alias;
+			for (int i = 0; i < 6; i++)
+				printf("%02x%c", mac[i], i < 5 ? ':' : '\n');
+			continue;
+		}
+		if (what[3] == '4') {
 			inet_pton(AF_INET, text, a);
 			is = classify4(a[0]);
 			b[0] = render4(is);
@@ -53,25 +57,32 @@ int main(void)
 
 
 @pytest.fixture(scope="module")
-def classified(tmp_path_factory: pytest.TempPathFactory) -> dict[Address, tuple[str, int, str]]:
-    """Every address of the plan, as the C code sees it: kind, number, made again."""
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`PROGRAM`, compiled."""
     folder = tmp_path_factory.mktemp("addresses")
-    header = (paths.BPF / "addresses.h").read_text()
-    (folder / "plan.c").write_text(PRELUDE + header + MAIN)
-    subprocess.run(["cc", "-o", folder / "plan", folder / "plan.c"], check=True)
-    enum = re.search(r"enum kind \{(.*?)\};", header, re.DOTALL)
+    (folder / "plan.c").write_text(PROGRAM)
+    with syntax.flags() as given:
+        command = ["cc", *given, "-o", str(folder / "plan"), str(folder / "plan.c")]
+        subprocess.run(command, check=True)
+    return folder / "plan"
+
+
+def answers(program: Path, lines: Iterable[str]) -> list[str]:
+    done = subprocess.run([program], input="".join(f"{line}\n" for line in lines), check=True,
+                          capture_output=True, text=True)  # fmt: skip
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def classified(program: Path) -> dict[Address, tuple[str, int, str]]:
+    """Every address of the plan, as the C code sees it: kind, number, rendered again."""
+    enum = re.search(r"enum kind \{(.*?)\};", (paths.BPF / "addresses.h").read_text(), re.DOTALL)
     assert enum
     kinds = re.findall(r"^\t(\w+),", enum[1], re.MULTILINE)
-
     asked = [address for address, *_ in plan()]
-    lines = "".join(f"ipv{a.version} {a}\n" for a in asked)
-    done = subprocess.run(
-        [folder / "plan"], input=lines, capture_output=True, text=True, check=True
-    )
-    answers = (line.split() for line in done.stdout.splitlines())
+    told = (line.split() for line in answers(program, (f"ipv{a.version} {a}" for a in asked)))
     return {
-        a: (kinds[int(kind)], int(n), text)
-        for a, (kind, n, text) in zip(asked, answers, strict=True)
+        a: (kinds[int(kind)], int(n), text) for a, (kind, n, text) in zip(asked, told, strict=True)
     }
 
 
@@ -100,14 +111,10 @@ def test_every_address_has_its_kind_and_number(
     assert not wrong
 
 
+def test_every_guest_and_the_alias_has_its_mac(program: Path) -> None:
+    macs = [addresses.ALIAS_MAC, *map(addresses.guest_mac, range(1, addresses.MAX_GUESTS + 1))]
+    assert answers(program, (f"mac {n}" for n in range(len(macs)))) == macs
+
+
 def test_the_links_mtu_is_the_one_of_the_plan() -> None:
-    assert re.search(rf"#define LINK_MTU +{LINK_MTU}\n", bpf.source("capture"))
-
-
-def test_reasons_are_counted_under_their_names() -> None:
-    enum = re.search(
-        r"enum reason \{(.*?)\};", (Path(paths.BPF) / "capture.c").read_text(), re.DOTALL
-    )
-    assert enum
-    names = re.findall(r"REASON_(\w+),", enum[1])
-    assert tuple(name.lower() for name in names) == REASONS
+    assert re.search(rf"#define LINK_MTU\s+{LINK_MTU}\n", (paths.BPF / "addresses.h").read_text())

@@ -20,7 +20,7 @@ from scapy.packet import Packet, Raw
 
 from testbed.bpf import ProgramSet
 from testbed.datapaths.capture import REASONS
-from testbed.datapaths.ebpf.challenge_ack import Conversation
+from testbed.datapaths.ebpf.challenge_ack import GuestConnection
 from testbed.datapaths.ebpf.loopback_side import Rows
 from testbed.model.addresses import POD_MAC, Address, guest_mac
 from testbed.model.terms import Family
@@ -136,7 +136,7 @@ class TestTranslation:
         assert programs.passes("router", to_guest(ip(a.pod_link, a.link) / L4[l4](1, 2), US))
 
 
-class TestConversations:
+class TestGuestConnections:
     """What `capture` remembers of TCP between guests; guest 3 is the client of guest 0 (us), or its
     server."""
 
@@ -152,32 +152,32 @@ class TestConversations:
         for flag in ("S", flags):
             dialed = segment(EPHEMERAL, ANOTHERS_PORT, flag)
             programs.redirects("port_ingress", from_guest(ip(a.link, a.alias) / dialed))
-        expected = [Conversation(US, EPHEMERAL, a.alias, ANOTHERS_PORT)] if waits else []
-        assert rows.take_conversations(ANOTHER) == expected
-        assert rows.take_conversations(ANOTHER) == []
+        expected = [GuestConnection(US, EPHEMERAL, a.alias, ANOTHERS_PORT)] if waits else []
+        assert rows.take_connections(ANOTHER) == expected
+        assert rows.take_connections(ANOTHER) == []
 
     def test_a_server_waits_for_its_client(self, programs: Programs, rows: Rows, a: Plan) -> None:
         dialed = segment(EPHEMERAL, ANOTHERS_PORT, "S")
         programs.redirects("port_ingress", from_guest(ip(a.link, a.alias) / dialed))
-        expected = [Conversation(ANOTHER, ANOTHERS_PORT, a.view, EPHEMERAL)]
-        assert rows.take_conversations(US) == expected
+        expected = [GuestConnection(ANOTHER, ANOTHERS_PORT, a.view, EPHEMERAL)]
+        assert rows.take_connections(US) == expected
 
     @pytest.mark.parametrize(("flags", "waits"), [("SA", True), ("FA", False), ("R", False)])
     def test_until_the_server_ends_it(
         self, programs: Programs, rows: Rows, a: Plan, flags: str, waits: bool
     ) -> None:
-        mine = rows.programs.map("conversations", "=BBBBHH", "=B")
+        mine = rows.programs.map("guest_connections", "=BBBBHH", "=B")
         key = (0, ANOTHER, US, int(a.family is Family.IPV6), EPHEMERAL, OWN_PORT)
         mine[key] = (1,)
         answer = segment(OWN_PORT, EPHEMERAL, flags)
         programs.redirects("port_ingress", from_guest(ip(a.link, a.others_view) / answer))
-        expected = [Conversation(ANOTHER, EPHEMERAL, a.alias, OWN_PORT)] if waits else []
-        assert rows.take_conversations(US) == expected
+        expected = [GuestConnection(ANOTHER, EPHEMERAL, a.alias, OWN_PORT)] if waits else []
+        assert rows.take_connections(US) == expected
 
     def test_who_dialed_itself_is_not_told(self, programs: Programs, rows: Rows, a: Plan) -> None:
         dialed = segment(EPHEMERAL, OWN_PORT, "S")
         programs.redirects("port_ingress", from_guest(ip(a.link, a.alias) / dialed))
-        assert rows.take_conversations(US) == []
+        assert rows.take_connections(US) == []
 
 
 def segment(sport: int, dport: int, flags: str) -> Packet:

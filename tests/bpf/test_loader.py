@@ -78,7 +78,7 @@ def test_what_was_compiled_once_is_loaded_from_the_cache(
 
 def test_what_the_kernel_refuses_is_told_in_its_own_words() -> None:
     with pytest.raises(OSError, match="R0 !read_ok"):
-        syscall.load_program("bad", bytecode.TYPES["skb"], 0, bytes([0x95, *bytes(7)]))
+        syscall.load_program("bad", bytecode.SCHED_CLS, 0, bytes([0x95, *bytes(7)]))
 
 
 def test_programs_outlive_a_part_but_not_the_whole() -> None:

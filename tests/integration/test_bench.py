@@ -66,7 +66,7 @@ def test_a_program_that_was_made_slower_is_found_and_an_unchanged_one_is_not(cop
     assert (status, WHAT in said, "1 within" in said) == (0, True, True), said
 
     program = copy / "bpf/steer.c"
-    start = "int port_egress(struct __sk_buff *skb)\n{\n\tstruct here here = where(skb);\n"
+    start = "int port_egress(struct __sk_buff *skb)\n{\n\tstruct port port = port_of(skb);\n"
     text = program.read_text()
     assert start in text
     program.write_text(text.replace(start, start + SLOWER))

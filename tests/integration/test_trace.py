@@ -110,7 +110,7 @@ def test_what_is_dropped_is_told_with_its_reason(pod: str) -> None:
 
 def test_ordinary_programs_have_nothing_of_it_and_are_back_afterwards(pod: str) -> None:
     datapath = pod.partition("-")[0]
-    assert not {"events", "noted"} & {m.name for m in bytecode.get(datapath).maps}
+    assert not {"events", "last_reason"} & {m.name for m in bytecode.get(datapath).maps}
     assert not list(bpf.PINS.glob(f"{datapath}-*/traced-*"))
     command = [*TESTBED, "trace", pod, "--count=1"]
     with ending(subprocess.Popen(command, stderr=subprocess.PIPE, text=True)) as run:

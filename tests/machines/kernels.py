@@ -378,7 +378,7 @@ from testbed.bpf import bytecode
 bytecode.get("probe")
 for name in {name for each in datapaths.names() for name in datapaths.get(each).programs}:
     bytecode.get(name)
-    if bytecode.entries(name):
+    if name in datapaths.names():
         bytecode.get(name + bytecode.TRACED)
 '
 """

@@ -7,14 +7,14 @@ from scapy.layers.inet import IP, TCP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
-from testbed.datapaths.ebpf.challenge_ack import Conversation, segment
+from testbed.datapaths.ebpf.challenge_ack import GuestConnection, segment
 from testbed.model.addresses import ALIAS_MAC, alias, guest_link, guest_mac
 from testbed.model.terms import Family
 
 
 @pytest.mark.parametrize("family", Family)
 def test_a_challenge_is_from_the_peer_and_right(family: Family) -> None:
-    frame = segment(Conversation(2, 40000, alias(family), 5001))
+    frame = segment(GuestConnection(2, 40000, alias(family), 5001))
     parsed = Ether(frame)
     ip, tcp = parsed[IP if family is Family.IPV4 else IPv6], parsed[TCP]
     assert (parsed.src, parsed.dst) == (ALIAS_MAC, guest_mac(2))

@@ -73,7 +73,7 @@ class EbpfAttachment:
 
     def guest_ended(self, n: int) -> None:
         self._rows.set_port(n, 0)
-        if waiting := self._rows.take_conversations(n):
+        if waiting := self._rows.take_connections(n):
             links = {port.n: port.ifname for port in self._wiring.ports}
             with namespaces.inside(self._wiring.link_netns, challenge_ack.open_socket) as opened:
                 challenge_ack.send(opened, [(c, links[c.n]) for c in waiting])
@@ -111,7 +111,7 @@ class EbpfAttachment:
         bpf.attach_tc(self._links, *place, self._at_work.program(name), name, classid)
 
     def _class_of(self, n: int) -> int:
-        """What programs are told of where they are (`where` in `bpf/pod.h`)."""
+        """What programs are told of where they are (`port_of` in `bpf/maps.h`)."""
         return self._programs.slot << 8 | n
 
     @contextmanager
@@ -124,7 +124,6 @@ class EbpfAttachment:
                 yield {
                     "pins": str(variant.pins),
                     "slot": variant.slot,
-                    "programs": bpf.entries(self.name),
                     "reasons": self.reasons,
                 }
             finally:

@@ -23,7 +23,7 @@ ETHERTYPES = {Family.IPV4: 0x0800, Family.IPV6: 0x86DD}
 
 
 @dataclass(frozen=True)
-class Conversation:
+class GuestConnection:
     """A TCP connection of guest n, as it sees it, with another guest."""
 
     n: int
@@ -39,14 +39,14 @@ def open_socket() -> socket.socket:
     return made
 
 
-def send(opened: socket.socket, to: Iterable[tuple[Conversation, str]]) -> None:
+def send(opened: socket.socket, to: Iterable[tuple[GuestConnection, str]]) -> None:
     """Challenge guests, each by the link of that name; one that is gone is no error."""
-    for conversation, ifname in to:
+    for connection, ifname in to:
         with suppress(OSError):
-            opened.sendto(segment(conversation), (ifname, 0))
+            opened.sendto(segment(connection), (ifname, 0))
 
 
-def segment(of: Conversation) -> bytes:
+def segment(of: GuestConnection) -> bytes:
     """A frame with a TCP segment that the guest cannot take: an octet at some random number."""
     family = Family(f"ipv{of.peer.version}")
     source, destination = of.peer.packed, guest_link(family, of.n).packed

@@ -1,7 +1,7 @@
 """What the datapaths made of eBPF have in common, besides `bpf/pod.h`: the pod's `lo`, and maps.
 
 Ports that guests own are held by sockets of ours, so that no native gets them. `lo` is told to take
-packets that were put on it. A pod's rows in the maps of `bpf/pod.h` are filled, read and cleared.
+packets that were put on it. A pod's rows in the maps of `bpf/maps.h` are filled, read and cleared.
 Which programs there are, and where they stand, is each datapath's own business.
 """
 
@@ -20,7 +20,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from testbed import bpf
 from testbed.bpf import ProgramSet
-from testbed.datapaths.ebpf.challenge_ack import Conversation
+from testbed.datapaths.ebpf.challenge_ack import GuestConnection
 from testbed.host import facts, namespaces
 from testbed.host.ledger import Scope
 from testbed.model import addresses
@@ -33,8 +33,8 @@ NO_IFINDEX = 0x7FFFFFFF
 SO_BINDTOIFINDEX = 62
 """Takes any number, since Linux 5.0; the device need not be there (socket(7) does not say so)."""
 RT_TABLE_LOCAL = 255
-FEW = 64
-"""What guests below this number carried from and to natives is in the map `carried_few`."""
+NATIVE_FLOW_GUESTS = 64
+"""Flows of guests below this number with natives are counted in the map `native_flow_counts`."""
 IPV4_ONLY = 0x100
 """In a value of `owners`: the guest has no IPv6."""
 PROTOCOLS = {Transport.TCP: socket.IPPROTO_TCP, Transport.UDP: socket.IPPROTO_UDP}
@@ -148,7 +148,7 @@ def _change_routes(command: str, netns: str, routes: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Rows:
-    """A pod's rows in the maps of `bpf/pod.h`. Counts are (packets, layer 3 bytes)."""
+    """A pod's rows in the maps of `bpf/maps.h`. Counts are (packets, layer 3 bytes)."""
 
     programs: ProgramSet
     reasons: tuple[str, ...]
@@ -164,7 +164,7 @@ class Rows:
             nature = 0 if Family.IPV6 in guests[n] else IPV4_ONLY
             _owners(self.programs)[tuple(key)] = (n | nature,)
         for flow in _flows(slot, guests):
-            _carried(self.programs).add(flow, (0, 0))
+            _flow_counts(self.programs).add(flow, (0, 0))
 
     def port(self, n: int) -> int:
         """The link of guest n; 0 while the guest is down."""
@@ -177,26 +177,26 @@ class Rows:
     def carried(self, client: int | None, server: int | None) -> tuple[int, ...]:
         """Between two workloads, both directions; None for native, of which one must be a guest."""
         c, s = client or 0, server or 0
-        if not (c and s) and c + s < FEW:
+        if not (c and s) and c + s < NATIVE_FLOW_GUESTS:
             row = 2 * ((c + s) << 1 | (not c))
-            return _carried_few(self.programs)[self.programs.slot,][row : row + 2]
+            return _native_flow_counts(self.programs)[self.programs.slot,][row : row + 2]
         try:
-            return _carried(self.programs)[self.programs.slot, c, s]
+            return _flow_counts(self.programs)[self.programs.slot, c, s]
         except KeyError:
             return (0, 0)
 
-    def take_conversations(self, n: int) -> list[Conversation]:
+    def take_connections(self, n: int) -> list[GuestConnection]:
         """Forget guest n's TCP connections with other guests; returns them as those see them."""
         taken = []
-        for client, server, v6, client_port, server_port in _take_conversations(self.programs, [n]):
+        for client, server, v6, client_port, server_port in _take_connections(self.programs, [n]):
             family = Family.IPV6 if v6 else Family.IPV4
             if client != n:
                 taken.append(
-                    Conversation(client, client_port, addresses.alias(family), server_port)
+                    GuestConnection(client, client_port, addresses.alias(family), server_port)
                 )
             elif server != n:
                 dialed_by = addresses.guest_view(family, n)
-                taken.append(Conversation(server, server_port, dialed_by, client_port))
+                taken.append(GuestConnection(server, server_port, dialed_by, client_port))
         return taken
 
     def counters(self) -> dict[str, tuple[int, ...]]:
@@ -215,14 +215,14 @@ def clear(pins: str, slot: int, owners: list[list[int]], guests: list[int], reas
             _guests(programs)[slot << 8 | n,] = (0,)
         for reason in range(reasons):
             _counters(programs)[slot * reasons + reason,] = (0, 0)
-        _carried_few(programs)[slot,] = (0,) * 4 * FEW
+        _native_flow_counts(programs)[slot,] = (0,) * 4 * NATIVE_FLOW_GUESTS
         for owned in owners:
             with suppress(KeyError):
                 del _owners(programs)[tuple(owned)]
         for flow in _flows(slot, guests):
             with suppress(KeyError):
-                del _carried(programs)[flow]
-        _take_conversations(programs, guests)
+                del _flow_counts(programs)[flow]
+        _take_connections(programs, guests)
     finally:
         programs.close()
 
@@ -235,33 +235,34 @@ def _owners(programs: ProgramSet) -> bpf.Map:
     return programs.map("owners", "=I", "=I")
 
 
-def _carried(programs: ProgramSet) -> bpf.Map:
-    return programs.map("carried", "=BBBx", "=QQ")
+def _flow_counts(programs: ProgramSet) -> bpf.Map:
+    return programs.map("flow_counts", "=BBBx", "=QQ")
 
 
-def _carried_few(programs: ProgramSet) -> bpf.Map:
-    return programs.map("carried_few", "=I", f"={4 * FEW}Q")
+def _native_flow_counts(programs: ProgramSet) -> bpf.Map:
+    return programs.map("native_flow_counts", "=I", f"={4 * NATIVE_FLOW_GUESTS}Q")
 
 
 def _counters(programs: ProgramSet) -> bpf.Map:
     return programs.map("counters", "=I", "=QQ")
 
 
-def _take_conversations(programs: ProgramSet, guests: list[int]) -> list[tuple[int, ...]]:
+def _take_connections(programs: ProgramSet, guests: list[int]) -> list[tuple[int, ...]]:
     """Delete those of some guests; programs that follow none have no such map."""
     taken = []
     with suppress(FileNotFoundError):
-        conversations = programs.map("conversations", "=BBBBHH", "=B")
-        for key in conversations:
+        connections = programs.map("guest_connections", "=BBBBHH", "=B")
+        for key in connections:
             slot, client, server, *_ = key
             if slot == programs.slot and (client in guests or server in guests):
                 taken.append(key[1:])
                 with suppress(KeyError):
-                    del conversations[key]
+                    del connections[key]
     return taken
 
 
 def _flows(slot: int, guests: Iterable[int]) -> list[tuple[int, int, int]]:
-    """Keys of `carried`: all pairs that are neither native to native nor in `carried_few`."""
+    """Keys of `flow_counts`: all pairs but natives alone, and those in `native_flow_counts`."""
     workloads = [0, *guests]
-    return [(slot, c, s) for c in workloads for s in workloads if (c and s) or c + s >= FEW]
+    pairs = ((client, server) for client in workloads for server in workloads)
+    return [(slot, c, s) for c, s in pairs if (c and s) or c + s >= NATIVE_FLOW_GUESTS]

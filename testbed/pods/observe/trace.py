@@ -20,7 +20,7 @@ from testbed.model.errors import Error
 from testbed.pods import control
 from testbed.pods.observe import pcapng
 
-_EVENT = struct.Struct("=QIIiHBBBB6x")
+_EVENT = struct.Struct("=QIIiHBB16s8x")
 WAIT_MS = 200
 VERDICTS = {-1: "passed", 0: "passed", 2: "dropped", 7: "redirected"}
 """enum TC_ACT, as far as our programs use it."""
@@ -116,15 +116,16 @@ class Trace:
     @property
     def missed(self) -> int:
         """Moments of packets that the ring buffer had no room for."""
-        return self.programs.map("missed", "=I", "=Q")[0,][0]
+        return self.programs.map("lost_events", "=I", "=Q")[0,][0]
 
     def events(self) -> Iterator[Event]:
         """As they come, until the caller has enough. Raises `Error` if the pod goes down."""
-        came: dict[tuple[int, int, int], Seen] = {}
+        came: dict[tuple[int, str, int], Seen] = {}
         found: list[Event] = []
 
         def take(record: bytes) -> None:
-            time_ns, length, kept, verdict, reason, program, n, goes, _ = _EVENT.unpack_from(record)
+            time_ns, length, kept, verdict, reason, n, goes, name = _EVENT.unpack_from(record)
+            program = name.rstrip(b"\0").decode()
             seen = parse(record[_EVENT.size : _EVENT.size + kept], length)
             key = time_ns, program, n
             if not goes:
@@ -141,11 +142,11 @@ class Trace:
                     raise Error("the pod went down")
 
     def _event(
-        self, time_ns: int, program: int, n: int, verdict: int, reason: int, came: Seen, went: Seen
+        self, time_ns: int, program: str, n: int, verdict: int, reason: int, came: Seen, went: Seen
     ) -> Event:
         return Event(
             time_ns + time.time_ns() - time.monotonic_ns(),
-            self.facts["programs"][program],
+            program,
             self.facts["guests"].get(str(n), ""),
             VERDICTS.get(verdict, str(verdict)),
             self.facts["reasons"][reason - 1] if reason else "",

@@ -1,0 +1,43 @@
+/* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
+ *
+ * What every set of programs includes: the licence, the declaration of entry points, return values.
+ *
+ * bcc compiles a set as one text (testbed/bpf/bytecode.py). It predefines u8 to u64, bool,
+ * offsetof, byte order, the kernel's helpers (bpf_*) and the macros that define maps.
+ */
+
+#ifndef TESTBED_COMMON_H
+#define TESTBED_COMMON_H
+
+#include <uapi/linux/bpf.h>
+
+/* The kernel takes only this spelling as GPL compatible. */
+/* clang-format off */
+#define BPF_LICENSE Dual BSD/GPL
+/* clang-format on */
+
+/* Entry points. PROGRAM makes a function body an entry point; bytecode.py finds it among the
+ * functions of the object file and takes the program type from its name, TYPE__NAME. A cgroup
+ * program has the name of its attach type. With TRACED, trace.h declares tc programs in another
+ * way.
+ */
+#define PROGRAM(type, context, name)                                                               \
+	int type##__##name(struct context *ctx)                                                    \
+	{                                                                                          \
+		return name(ctx);                                                                  \
+	}
+
+#ifndef TRACED
+#define TC_PROGRAM(name) PROGRAM(sched_cls, __sk_buff, name)
+#endif
+#define SOCK_ADDR_PROGRAM(name) PROGRAM(cgroup_sock_addr, bpf_sock_addr, name)
+#define SOCKOPT_PROGRAM(name)	PROGRAM(cgroup_sockopt, bpf_sockopt, name)
+
+#define SYS_PROCEED		1 /* a cgroup program lets the system call go on */
+
+/* Hides from the compiler what it knows about a value. It then keeps a bound that it could prove,
+ * but the verifier cannot, in the code.
+ */
+#define barrier_var(value)	asm volatile("" : "+r"(value))
+
+#endif

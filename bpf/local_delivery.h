@@ -1,0 +1,254 @@
+/* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
+ *
+ * Delivers a guest's packets to sockets of natives without passing `lo` and without rewriting.
+ * Connected sockets receive them from the namespace's own stack, listeners and UDP sockets by
+ * bpf_sk_assign.
+ */
+
+#ifndef TESTBED_LOCAL_DELIVERY_H
+#define TESTBED_LOCAL_DELIVERY_H
+
+#include <uapi/linux/bpf.h>
+#include <uapi/linux/if_ether.h>
+#include <uapi/linux/if_packet.h>
+#include <uapi/linux/in.h>
+#include <uapi/linux/ip.h>
+#include <uapi/linux/ipv6.h>
+#include <uapi/linux/pkt_cls.h>
+#include <uapi/linux/tcp.h>
+
+#include "addresses.h"
+#include "common.h"
+#include "maps.h"
+#include "neighbor.h"
+#include "packet.h"
+#include "pod.h"
+#include "sockets.h"
+
+/* Makes the tuple of a packet's flow between these addresses. Returns its size. */
+static __always_inline u32 tuple(const struct packet *p, const __be32 *addresses,
+				 struct bpf_sock_tuple *tuple)
+{
+	if (p->v6) {
+		__builtin_memcpy(tuple->ipv6.saddr, addresses, 32);
+		tuple->ipv6.sport = bpf_htons(p->source_port);
+		tuple->ipv6.dport = bpf_htons(p->destination_port);
+		return sizeof(tuple->ipv6);
+	}
+	tuple->ipv4.saddr = addresses[0];
+	tuple->ipv4.daddr = addresses[1];
+	tuple->ipv4.sport = bpf_htons(p->source_port);
+	tuple->ipv4.dport = bpf_htons(p->destination_port);
+	return sizeof(tuple->ipv4);
+}
+
+/* Makes the tuple that a guest's flow to the alias has on `lo`. Returns its size. */
+static __always_inline u32 tuple_on_lo(const struct packet *p, struct bpf_sock_tuple *on_lo)
+{
+	__be32 from[8] = {};
+
+	if (p->v6) {
+		render6(address_of(NATIVE_VIEW, p->source.n), from);
+		render6(address_of(LOOPBACK, 0), from + 4);
+	} else {
+		from[0] = render4(address_of(NATIVE_VIEW, p->source.n));
+		from[1] = render4(address_of(LOOPBACK, 0));
+	}
+	return tuple(p, from, on_lo);
+}
+
+/* State of the TCP connection with these addresses; 0 if there is none. */
+static __always_inline u32 tcp_state(struct __sk_buff *skb, struct bpf_sock_tuple *tuple, u32 size)
+{
+	struct bpf_sock *sk = bpf_skc_lookup_tcp(skb, tuple, size, BPF_F_CURRENT_NETNS, 0);
+	u32 state;
+
+	if (!sk)
+		return 0;
+	state = sk->state;
+	bpf_sk_release(sk);
+	return state == BPF_TCP_LISTEN ? 0 : state;
+}
+
+/* Guests' TCP connections with the alias that the namespace's own stack has, each at an index made
+ * from its hash. Packets of such a connection need no look-up of the socket, which takes as long as
+ * everything else. The next SYN removes the entry, as the same addresses may be on `lo` after it.
+ */
+#define ESTABLISHED_BITS 12
+#define GOLDEN_RATIO_64	 0x9E3779B97F4A7C15 /* of multiplicative hashing */
+
+BPF_ARRAY(established, u64, 1 << ESTABLISHED_BITS);
+
+struct established_entry {
+	u64 connection;
+	u64 *stored; /* at the index of the connection */
+};
+
+static __always_inline struct established_entry find_established(struct port port, u8 v6,
+								 u16 client, u16 server)
+{
+	u64 connection = (u64)client << 48 | (u64)server << 32 | v6 << 16 | port.slot << 8 | port.n;
+	u32 key = connection * GOLDEN_RATIO_64 >> (64 - ESTABLISHED_BITS);
+	struct established_entry entry = {connection, established.lookup(&key)};
+
+	return entry;
+}
+
+static __always_inline void forget_established(struct port port, const struct packet *p)
+{
+	struct established_entry entry =
+		find_established(port, p->v6, p->source_port, p->destination_port);
+
+	if (entry.stored && *entry.stored == entry.connection)
+		*entry.stored = 0;
+}
+
+/* Assigns a guest's packet to the socket that `lo` would find for it. Returns nonzero for a socket
+ * that is not of the pod's cgroup or needs `lo`, and for a connection, which is then one on `lo`.
+ */
+static __always_inline int assign(struct __sk_buff *skb, const struct packet *p)
+{
+	struct bpf_sock_tuple on_lo = {};
+	struct bpf_sock *sk;
+	bool is_server = true;
+	int failed = -1;
+	u32 size;
+
+	size = tuple_on_lo(p, &on_lo);
+	if (p->l4_protocol == IPPROTO_TCP) {
+		sk = bpf_skc_lookup_tcp(skb, &on_lo, size, BPF_F_CURRENT_NETNS, 0);
+		if (!sk)
+			return -1;
+		is_server = sk->state == BPF_TCP_LISTEN;
+	} else {
+		sk = bpf_sk_lookup_udp(skb, &on_lo, size, BPF_F_CURRENT_NETNS, 0);
+		if (!sk)
+			return -1;
+	}
+	if (is_server) {
+		struct socket_state *state = sockets.sk_storage_get(sk, 0, 0);
+
+		if (state && !state->reads_pktinfo)
+			failed = bpf_sk_assign(skb, sk, 0);
+	}
+	bpf_sk_release(sk);
+	return failed;
+}
+
+/* Passes a packet to the namespace's own stack, also if the frame was for the alias's MAC. */
+static __always_inline int pass_to_stack(struct __sk_buff *skb, u8 slot, u8 client, u8 server)
+{
+	count_flow(skb, slot, client, server);
+	if (skb->pkt_type)
+		bpf_skb_change_type(skb, PACKET_HOST);
+	return TC_ACT_OK;
+}
+
+/* Whether a packet that meets a connection in TIME_WAIT belongs to a new connection, on `lo`. The
+ * client reuses its port with a SYN for the listener, but the kernel would not find the listener at
+ * the alias. So the SYN goes by `lo`, and with it the rest of that connection. (If the SYN were
+ * assigned to the listener, the packets after it would still meet TIME_WAIT.)
+ */
+static __always_inline bool is_reuse_on_lo(struct __sk_buff *skb, const struct packet *p)
+{
+	struct bpf_sock_tuple on_lo = {};
+	u32 size = tuple_on_lo(p, &on_lo);
+
+	return p->syn || tcp_state(skb, &on_lo, size);
+}
+
+/* Delivers a guest's packet to a native, past `lo` if possible. */
+static __always_inline int to_native(struct __sk_buff *skb, struct port port, struct packet *p)
+{
+	struct bpf_sock_tuple real = {};
+	u32 size, state = 0;
+
+	if (p->destination.kind != ALIAS)
+		return enter_lo(skb, port.slot, p);
+	if (!p->is_fragment) {
+		if (is_icmp(p->protocol)) /* echo */
+			return pass_to_stack(skb, port.slot, port.n, 0);
+		if (p->protocol == IPPROTO_TCP) {
+			size = tuple(p, p->addresses, &real);
+			if (p->syn)
+				forget_established(port, p);
+			state = tcp_state(skb, &real, size);
+			if (state && !(state == BPF_TCP_TIME_WAIT && is_reuse_on_lo(skb, p)))
+				return pass_to_stack(skb, port.slot, port.n, 0);
+		}
+		if (!state && !p->is_icmp_error && !assign(skb, p)) {
+			count_reason(skb, port.slot, REASON_ASSIGNED);
+			return pass_to_stack(skb, port.slot, port.n, 0);
+		}
+	}
+	count_reason(skb, port.slot, REASON_FALLBACK);
+	return enter_lo(skb, port.slot, p);
+}
+
+/* Fast path: packets of established connections that bypass `lo`, from guest n's own address to the
+ * pod's own, or to the alias. Returns NOT_ON_FAST_PATH for all others, which the rest of the
+ * program handles.
+ */
+#define NOT_ON_FAST_PATH     -1
+#define IPV4_WITHOUT_OPTIONS 0x45 /* version 4, header of 5 words */
+
+static __always_inline int fast_path(struct __sk_buff *skb, struct port port)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	u8 mac[ETH_ALEN] = GUEST_MAC(port.n);
+	struct bpf_sock_tuple *real;
+	struct ethhdr *eth = data;
+	struct established_entry entry;
+	u8 protocol, kind;
+	struct tcphdr *tcp;
+	u32 size, state;
+
+	if (skb->protocol == bpf_htons(ETH_P_IP)) {
+		struct iphdr *ip = data + ETH_HLEN;
+
+		size = sizeof(real->ipv4);
+		real = (void *)&ip->saddr; /* without options the ports follow */
+		if ((void *)real + sizeof(real->ipv4) > end || *(u8 *)ip != IPV4_WITHOUT_OPTIONS ||
+		    ip->frag_off & bpf_htons(IP_MORE_FRAGMENTS | IP_FRAGMENT_OFFSET) ||
+		    ip->saddr != render4(address_of(LINK, port.n)))
+			return NOT_ON_FAST_PATH;
+		tcp = (void *)(ip + 1);
+		protocol = ip->protocol;
+		kind = classify4(ip->daddr).kind;
+	} else if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
+		struct ipv6hdr *ip = data + ETH_HLEN;
+		__be32 own[4], *from = (void *)&ip->saddr;
+
+		size = sizeof(real->ipv6);
+		real = (void *)&ip->saddr;
+		render6(address_of(LINK, port.n), own);
+		if ((void *)real + sizeof(real->ipv6) > end || from[0] != own[0] ||
+		    from[1] != own[1] || from[2] != own[2] || from[3] != own[3])
+			return NOT_ON_FAST_PATH;
+		tcp = (void *)(ip + 1);
+		protocol = ip->nexthdr;
+		kind = classify6(from + 4).kind;
+	} else {
+		return NOT_ON_FAST_PATH;
+	}
+	if (!same_mac(eth->h_source, mac) || skb->vlan_present)
+		return NOT_ON_FAST_PATH;
+	if (kind == POD_LINK && (protocol == IPPROTO_TCP || protocol == IPPROTO_UDP))
+		return pass_to_stack(skb, port.slot, 0, port.n);
+	if (kind != ALIAS || protocol != IPPROTO_TCP)
+		return NOT_ON_FAST_PATH;
+	if ((void *)(tcp + 1) > end || tcp->syn)
+		return NOT_ON_FAST_PATH;
+	entry = find_established(port, size == sizeof(real->ipv6), bpf_ntohs(tcp->source),
+				 bpf_ntohs(tcp->dest));
+	if (!entry.stored || *entry.stored != entry.connection) {
+		state = tcp_state(skb, real, size);
+		if (!state || state == BPF_TCP_TIME_WAIT)
+			return NOT_ON_FAST_PATH;
+		if (entry.stored && state == BPF_TCP_ESTABLISHED)
+			*entry.stored = entry.connection;
+	}
+	return pass_to_stack(skb, port.slot, port.n, 0);
+}
+
+#endif
