@@ -46,6 +46,7 @@ struct address {
 #define GUEST_VIEW_NET4	  0xa9fe4f00 /* 169.254.79.0/24 */
 #define NATIVE_VIEW_NET4  0x7f4d0000 /* 127.77.0.0/24 */
 
+#define LOOPBACK_HOST6	  1	     /* last word of ::1 */
 #define POD_NET6	  0xfd770000 /* first word of all our IPv6 addresses */
 #define NATIVE_VIEW_NET6  0x0127     /* second word of fd77:0:0:127::/64 */
 #define GUEST_LINK_HOST6  0x00780000 /* last word of fd77::78:n */
@@ -178,7 +179,7 @@ static __always_inline struct address classify6(const __be32 *a)
 			}
 		}
 	} else if (!(a[0] | a[1] | a[2])) {
-		if (last == 1)
+		if (last == LOOPBACK_HOST6)
 			is.kind = LOOPBACK;
 		else if (!last)
 			is.kind = UNSPECIFIED;
@@ -200,7 +201,7 @@ static __always_inline void render6(struct address is, __be32 *a)
 	switch (is.kind) {
 	case LOOPBACK:
 		a[0] = 0;
-		last = 1;
+		last = LOOPBACK_HOST6;
 		break;
 	case LINK:
 		last |= GUEST_LINK_HOST6;
@@ -223,8 +224,7 @@ static __always_inline bool is_v4_mapped(const __be32 *a)
 	return !a[0] && !a[1] && a[2] == bpf_htonl(V4_MAPPED6);
 }
 
-/* Addresses that only the programs use: no packet outside `lo` may have them but a translated one.
- */
+/* Addresses that outside `lo` only packets may have that the programs translated. */
 static __always_inline bool is_reserved(struct address is)
 {
 	switch (is.kind) {

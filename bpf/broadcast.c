@@ -18,7 +18,8 @@
  * Addresses are translated at the guest's port, as in `capture`.
  */
 
-/* Why a packet was counted: a row of `counters`. Python reads the names and their order from here.
+/* Why a packet was counted: a row of `counters`. Python reads names and order from here; pod.h
+ * needs them.
  */
 enum reason {
 	REASON_TOO_BIG,	  /* dropped: a datagram from a native, larger than the guests' link */
@@ -113,13 +114,9 @@ static __always_inline int native_to_guest(struct __sk_buff *skb, struct port po
 		   owner_of(port.slot, p->protocol, p->destination_port) != port.n) {
 		return drop(skb, port.slot, REASON_UNWANTED);
 	} else if (p->source.kind != LOOPBACK || p->destination.kind != LOOPBACK) {
-		struct nonstandard_flow flow = {port.slot, port.n,	   p->protocol,
-						p->v6,	   p->source_port, p->destination_port};
-
 		source = address_of(NATIVE_SOURCE_ODD, 0);
 		count_reason(skb, port.slot, REASON_ODD_SOURCE);
-		if (!p->is_icmp_error)
-			nonstandard_flows.update(&flow, (struct flow_addresses *)p->addresses);
+		store_nonstandard_flow(p, port.slot, port.n);
 	}
 	if (skb->len - ETH_HLEN > LINK_MTU && !skb->gso_size)
 		return drop(skb, port.slot, REASON_TOO_BIG);

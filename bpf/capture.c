@@ -18,7 +18,8 @@
  * state, and native flows that are not from 127.0.0.1 to 127.0.0.1.
  */
 
-/* Why a packet was counted: a row of `counters`. Python reads the names and their order from here.
+/* Why a packet was counted: a row of `counters`. Python reads names and order from here; pod.h
+ * needs them.
  */
 enum reason {
 	REASON_TOO_BIG,	  /* dropped: a datagram from a native, larger than the guests' link */
@@ -52,8 +53,7 @@ struct pod {
 
 BPF_ARRAY(pods, struct pod, SLOTS); /* slot */
 
-/* To tc ingress of the veth's end in the pod's namespace. The packet does not pass bridge_egress.
- */
+/* To tc ingress of the veth's end in the pod's namespace, past bridge_egress. */
 static __always_inline int redirect_to_pod(u8 slot)
 {
 	u32 key = slot;
@@ -156,7 +156,7 @@ static __always_inline int port_ingress(struct __sk_buff *skb)
 		return redirect_marked(skb, port.slot, to);
 	case TO_NATIVE:
 		return redirect_to_pod(port.slot);
-	case TC_ACT_REDIRECT:
+	case TC_ACT_REDIRECT: /* an answer to ARP or neighbor discovery */
 		skb->mark = MARK_REDIRECTED;
 	}
 	return verdict;

@@ -16,10 +16,12 @@
 #define BPF_LICENSE Dual BSD/GPL
 /* clang-format on */
 
-/* Entry points. PROGRAM makes a function body an entry point; bytecode.py finds it among the
- * functions of the object file and takes the program type from its name, TYPE__NAME. A cgroup
- * program has the name of its attach type. With TRACED, trace.h declares tc programs in another
- * way.
+/* Entry points, declared at the end of a file. PROGRAM makes one that calls a function. Its own
+ * name is TYPE__NAME (sched_cls__lo_egress): bytecode.py asks bcc for the names of a set's
+ * functions, and takes type and name of the program from them. A cgroup program has the name of its
+ * attach type.
+ *
+ * With TRACED, trace.h declares tc programs in its own way.
  */
 #define PROGRAM(type, context, name)                                                               \
 	int type##__##name(struct context *ctx)                                                    \

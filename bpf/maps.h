@@ -209,6 +209,16 @@ struct flow_addresses {
 /* Two flows with the same ports but different addresses would be taken for one. */
 BPF_TABLE("lru_hash", struct nonstandard_flow, struct flow_addresses, nonstandard_flows, 16384);
 
+/* Stores the addresses of a native's packet to guest n. An ICMP error has others than its flow. */
+static __always_inline void store_nonstandard_flow(struct packet *p, u8 slot, u8 n)
+{
+	struct nonstandard_flow flow = {
+		slot, n, p->protocol, p->v6, p->source_port, p->destination_port};
+
+	if (!p->is_icmp_error)
+		nonstandard_flows.update(&flow, (struct flow_addresses *)p->addresses);
+}
+
 /* A TCP connection between guests whose other end may wait for an answer. User space reads them
  * when a guest ends, to tell the other end.
  */

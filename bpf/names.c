@@ -27,7 +27,7 @@ static __always_inline int getpeername6(struct bpf_sock_addr *ctx)
 	if (classify6(peer).kind == NATIVE_VIEW) {
 		ctx->user_ip6[0] = 0;
 		ctx->user_ip6[1] = 0;
-		ctx->user_ip6[3] = bpf_htonl(1);
+		ctx->user_ip6[3] = bpf_htonl(LOOPBACK_HOST6);
 	} else if (is_v4_mapped(peer) && classify4(peer[3]).kind == NATIVE_VIEW) {
 		ctx->user_ip6[3] = render4(address_of(LOOPBACK, 0));
 	}

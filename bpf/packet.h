@@ -2,10 +2,10 @@
  *
  * Parses a packet of either family into `struct packet`, and rewrites its addresses.
  *
- * Reads may reach beyond the linear part of the skb: bpf_skb_load_bytes copies what is not there.
- * Writes use helpers instead of packet pointers. For a program that writes through a packet pointer
- * the kernel makes every skb private first (it copies the headers of each TCP segment on `lo`),
- * even those that the program does not change.
+ * Reads use packet pointers, or bpf_skb_load_bytes for what is not in the linear part. Writes use
+ * helpers instead of packet pointers. For a program that writes through a packet pointer the kernel
+ * makes every skb private first (it copies the headers of each TCP segment on `lo`), even those
+ * that the program does not change.
  *
  * Checksums are updated incrementally. So they stay correct both when they are complete and when
  * they are left to the device (CHECKSUM_PARTIAL: the field holds the sum of the pseudo-header;
@@ -82,7 +82,9 @@ struct ports {
 /* Ports of a datagram's first fragment: later fragments have none of their own. */
 BPF_TABLE("lru_hash", struct fragments_key, struct ports, fragments, 4096);
 
-/* A macro, because clang makes longer code for the verifier of an inline function. */
+/* Whether skb is IPv4 or IPv6. With an inline function in place of this macro, clang orders the
+ * code so that the verifier has more to do.
+ */
 #define is_ip(skb)                                                                                 \
 	((skb)->protocol == bpf_htons(ETH_P_IP) || (skb)->protocol == bpf_htons(ETH_P_IPV6))
 
@@ -91,8 +93,7 @@ static __always_inline bool is_icmp(u8 protocol)
 	return protocol == IPPROTO_ICMP || protocol == IPPROTO_ICMPV6;
 }
 
-/* Copies bytes of the packet, whether they are in its linear part or not. Nonzero: it is too short.
- */
+/* Copies bytes of the packet, linear or not. Returns nonzero if it is too short. */
 static __always_inline int read(struct __sk_buff *skb, u32 offset, void *to, u32 size)
 {
 	void *from = (void *)(long)skb->data + offset;
@@ -209,7 +210,7 @@ static __always_inline int parse_ip(struct __sk_buff *skb, struct packet *p)
 		p->v6 = true;
 		if (read(skb, ETH_HLEN, &ip, sizeof(ip)) || ip.version != 6)
 			return -1;
-		__builtin_memcpy(p->ip_head, &ip, 8);
+		__builtin_memcpy(p->ip_head, &ip, offsetof(struct ipv6hdr, saddr));
 		__builtin_memcpy(p->addresses, &ip.saddr, sizeof(p->addresses));
 		p->l4 = ETH_HLEN + sizeof(ip);
 		p->l4_protocol = ip.nexthdr;
@@ -403,19 +404,19 @@ static __always_inline int rewrite_words(struct __sk_buff *skb, struct packet *p
 	render_macs(n, head.macs);
 	if (p->v6) {
 		head.protocol = bpf_htons(ETH_P_IPV6);
-		__builtin_memcpy(head.ip, p->ip_head, 8);
+		__builtin_memcpy(head.ip, p->ip_head, offsetof(struct ipv6hdr, saddr));
 		diff = csum_diff(p->addresses, to, 8);
 		__builtin_memcpy(head.ip + 2, to, 32);
-		if (bpf_skb_store_bytes(skb, 0, head.macs, ETH_HLEN + 40, 0))
+		if (bpf_skb_store_bytes(skb, 0, head.macs, ETH_HLEN + sizeof(struct ipv6hdr), 0))
 			return -1;
 	} else {
 		head.protocol = bpf_htons(ETH_P_IP);
-		__builtin_memcpy(head.ip, p->ip_head, 12);
+		__builtin_memcpy(head.ip, p->ip_head, offsetof(struct iphdr, saddr));
 		diff = csum_diff(p->addresses, to, 2);
 		csum_replace((void *)(head.ip + 2) + 2, diff);
 		head.ip[3] = to[0];
 		head.ip[4] = to[1];
-		if (bpf_skb_store_bytes(skb, 0, head.macs, ETH_HLEN + 20, 0))
+		if (bpf_skb_store_bytes(skb, 0, head.macs, ETH_HLEN + sizeof(struct iphdr), 0))
 			return -1;
 	}
 	if (p->is_later_fragment)

@@ -30,8 +30,7 @@ enum verdict {
 	ADMITTED,	 /* a guest may send it: decide where it goes */
 };
 
-/* skb->mark of what the programs redirect. Other packets do not have it: crossing namespaces clears
- * it.
+/* skb->mark of what the programs redirect. Crossing namespaces clears it, so others do not have it.
  */
 #define MARK_REDIRECTED 0x77000001
 
@@ -84,14 +83,9 @@ static __always_inline int leave_lo(struct __sk_buff *skb, struct port port, u8 
 		n = (u8)n;
 		source = address_of(NATIVE_SOURCE, 0);
 		if (p.source.kind != LOOPBACK || p.destination.kind != LOOPBACK) {
-			struct nonstandard_flow flow = {
-				port.slot, n, p.protocol, p.v6, p.source_port, p.destination_port};
-
 			source = address_of(NATIVE_SOURCE_ODD, 0);
 			count_reason(skb, port.slot, REASON_ODD_SOURCE);
-			if (!p.is_icmp_error)
-				nonstandard_flows.update(&flow,
-							 (struct flow_addresses *)p.addresses);
+			store_nonstandard_flow(&p, port.slot, n);
 		}
 	}
 
@@ -223,7 +217,7 @@ static __always_inline int admit(struct __sk_buff *skb, struct port port, struct
 	if (!p->is_fragment && is_nd(p))
 		return port_nd(skb, port, p);
 	if (p->source.kind != LINK || p->source.n != port.n) {
-		/* Multicast listener reports: switches may need them, and they cannot harm the pod.
+		/* Multicast listener reports: they cannot harm the pod, and the link may need them
 		 */
 		if (p->v6 && p->destination.kind == MULTICAST &&
 		    p->l4_protocol == IPPROTO_HOPOPTS && may_claim(p->source, port.n))

@@ -25,7 +25,8 @@
  * port_ingress finds no socket, for a fragment for instance, the packet goes by `lo`.
  */
 
-/* Why a packet was counted: a row of `counters`. Python reads the names and their order from here.
+/* Why a packet was counted: a row of `counters`. Python reads names and order from here; pod.h
+ * needs them.
  */
 enum reason {
 	REASON_TOO_BIG,	  /* dropped: a datagram from a native, larger than the guests' link */
@@ -139,8 +140,7 @@ static __always_inline int setsockopt(struct bpf_sockopt *ctx)
 {
 	struct socket_state new = {}, *socket;
 
-	/* The kernel takes the program's own value, not the copy in ctx, which is at most a page.
-	 */
+	/* The kernel takes the value as given. The copy in ctx is of a page at most. */
 	ctx->optlen = 0;
 	if (!ctx->sk)
 		return SYS_PROCEED;

@@ -46,7 +46,7 @@ class ProgramSet:
     def make_calls(self, owner: Scope, size: int) -> None:
         """Pin a map of so many tc programs of this user's, for `entry` to go on with."""
         owner.defer(remove_calls, pin=str(self._calls))
-        remove_calls(str(self._calls))  # of a keeper that was killed
+        remove_calls(str(self._calls))  # of a supervisor that was killed
         fd = syscall.create_map("calls", (PROG_ARRAY, 4, 4, size, 0), (0, 0, 0))
         syscall.pin(fd, self._calls)
         os.close(fd)
@@ -118,15 +118,15 @@ def load(name: str, owner: Scope) -> ProgramSet:
         if slot is None:
             raise Error(f"all {MAX_SLOTS} slots of the programs {name!r} are taken",
                         hint="take down a pod, or run 'testbed clean'")  # fmt: skip
-        keeper, user = users / f"0-{owner.id}", users / f"{slot}-{owner.id}"
-        if not keeper.exists():
-            owner.whole.defer(remove_user, pins=str(pins), user=keeper.name)
+        holder, user = users / f"0-{owner.id}", users / f"{slot}-{owner.id}"
+        if not holder.exists():
+            owner.whole.defer(remove_user, pins=str(pins), user=holder.name)
         owner.defer(remove_user, pins=str(pins), user=user.name)
         if not users.exists():
             _remove(pins)
             _load(name, pins)
             users.mkdir()
-        keeper.mkdir(exist_ok=True)
+        holder.mkdir(exist_ok=True)
         user.mkdir(exist_ok=True)
     return ProgramSet(pins, slot)
 
@@ -142,7 +142,7 @@ def load_traced(programs: ProgramSet, owner: Scope) -> ProgramSet:
     compiled = bytecode.get(name)
     pins = programs.pins / f"traced-{programs.slot}"
     owner.defer(remove_traced, pins=str(pins))
-    _remove(pins)  # of a keeper that was killed meanwhile
+    _remove(pins)  # of a supervisor that was killed meanwhile
     pins.mkdir()
     _verify(compiled, name, pins, programs.pins)
     return ProgramSet(pins, programs.slot)
