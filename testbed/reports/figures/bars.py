@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -11,13 +11,13 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import blended_transform_factory
 
 from testbed.model.cells import Metric, Pair
-from testbed.model.terms import Family, Transport
+from testbed.model.terms import Family
 from testbed.model.trials import Status
+from testbed.reports.figures.select import kind_of, traffic
 from testbed.reports.figures.style import (
     SMALL_PT,
     WIDTH_IN,
     Drawing,
-    Ratio,
     absences,
     circumstances,
     functional,
@@ -31,8 +31,11 @@ from testbed.results.order import present
 from testbed.results.results import Results
 
 
-def kind_of(row: Ratio | Breakdown) -> tuple[Metric, Transport, str]:
-    return row.cell.metric, row.cell.transport, row.cell.guest
+def figures(results: Results) -> Iterator[tuple[str, Drawing]]:
+    """`throughput-tcp`, `connections-tcp`, and with the parameters where there are several."""
+    for name, rows in traffic(results):
+        if rows[0].cell.metric is not Metric.LATENCY:
+            yield name, bars_figure(rows, results)
 
 
 def bars_figure(rows: Sequence[Summary], results: Results) -> Drawing:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from testbed.model.cells import Pair
+from testbed.model.cells import Metric, Pair
 from testbed.model.looks import Look
 from testbed.model.terms import Family
 from testbed.model.trials import Status
+from testbed.reports.figures.select import traffic
 from testbed.reports.figures.style import (
     WIDTH_IN,
     Drawing,
@@ -30,6 +31,13 @@ from testbed.results.analysis import Summary
 from testbed.results.order import present
 from testbed.results.results import Histogram, Results
 from testbed.results.statistics import distribution
+
+
+def figures(results: Results) -> Iterator[tuple[str, Drawing]]:
+    """`latency-tcp`, and with the parameters where there are several."""
+    for name, rows in traffic(results):
+        if rows[0].cell.metric is Metric.LATENCY:
+            yield name, curves_figure(rows, results)
 
 
 def curves_figure(rows: Sequence[Summary], results: Results) -> Drawing:

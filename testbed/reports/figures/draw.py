@@ -7,18 +7,12 @@ numbers are `testbed.results.analysis`'s; nothing is computed here but how they 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
-from functools import partial
+from importlib import import_module, metadata
 from pathlib import Path
 
 import matplotlib as mpl
 
-from testbed.model.cells import Cell, Metric, Pair
-from testbed.model.terms import Family, Transport
-from testbed.reports.figures.bars import bars_figure, kind_of
-from testbed.reports.figures.curves import curves_figure
-from testbed.reports.figures.forest import forest, ratios
-from testbed.reports.figures.stacks import built_figure, spent_figure
+from testbed.reports.figures.forest import forest
 from testbed.reports.figures.style import (
     RC,
     Drawing,
@@ -28,10 +22,12 @@ from testbed.reports.figures.style import (
     point_key,
     save,
 )
-from testbed.reports.figures.sweeps import AXES, along, scaling, sweep
-from testbed.results.analysis import Summary
-from testbed.results.order import grouped
 from testbed.results.results import Results
+
+KINDS = ("bars", "curves", "stacks", "sweeps", "forest")
+"""Modules here whose `figures(results)` gives figures by their names."""
+ORDER = ("throughput", "latency", "connections", "scaling", "startup", "memory", "ratios")
+"""First words of names, in the order in which figures are shown; others come after these."""
 
 
 def draw(
@@ -42,84 +38,24 @@ def draw(
 ) -> list[Path]:
     """Draw all figures of a campaign into its `figures/`, or another `folder`; say which they are.
 
-    `kinds` are those of files; `bare` is without title and footer, for the paper.
-    One figure per metric, transport and parameters: `throughput-tcp.png`, and with the parameters
-    in the name where there are several; likewise what it cost the host: `cpu-throughput-tcp.png`.
-    Where one parameter takes three values or more, it has a figure of its own,
-    `throughput-tcp-by-size.png`, and the others are of those parameters alone that most cells have.
-    What depends on how many guests and pods there are: `scaling-tcp.png`. How long starts took and
-    what memory pods have, of which parts: `startup-tcp.png`. Other ratios to reference datapaths,
-    controls too: `ratios-tcp.png`. Guests that cells name have figures of their own, with the name.
+    `kinds` are those of files; `bare` is without title and footer, for the paper. Another
+    distribution adds figures by an entry point of group `testbed.figures` that names a function
+    like those of `KINDS`. Guests that cells name have figures of their own, with the name.
     """
-    every, files = results.summaries, []
-    rows = [row for row in every if not row.cell.variant]
-    crowds = [row for row in rows if _is_crowd(row.cell)]
-    traffic = [row for row in rows if not (row.cell.metric.of_building or _is_crowd(row.cell))]
-    spent = [cost for cost in results.costs if not cost.cell.variant]
-    keep = partial(
-        save,
-        folder=folder or results.path / "figures",
-        digest=results.digest,
-        bare=bare,
-        kinds=kinds,
-    )
+    makers = [import_module(f"testbed.reports.figures.{name}").figures for name in KINDS]
+    makers += [entry.load() for entry in metadata.entry_points(group="testbed.figures")]
+    where = folder or results.path / "figures"
+    files = []
     with mpl.rc_context(RC):
-        for (metric, transport, guest), kind in grouped(traffic, kind_of).items():
-            whose = f"-{guest}" if guest else ""
-            swept = [(axis, found) for axis in AXES if (found := along(kind, axis))]
-            of_params = grouped(kind, lambda r: replace(r.cell, guest="").params)
-            if swept:
-                params = max(of_params, key=lambda params: _weight(of_params[params]))
-                of_params = {params: of_params[params]}
-            for params, group in of_params.items():
-                name = f"{metric}-{transport}{whose}"
-                name += f"-{params}" if len(of_params) > 1 else ""
-                cells = {row.cell for row in group}
-                alike = [cost for cost in spent if cost.cell in cells]
-                if metric is Metric.LATENCY:
-                    files += keep(curves_figure(group, results), name=name)
-                else:
-                    files += keep(bars_figure(group, results), name=name)
-                if alike:
-                    files += keep(spent_figure(alike, results), name=f"cpu-{name}")
-            for axis, found in swept:
-                name = f"{metric}-{transport}{whose}-by-{axis.name}"
-                files += keep(sweep(found, axis, results), name=name)
-        for (pair, family, transport, guest), group in grouped(rows, _place).items():
-            if drawing := scaling(group, results):
-                whose = f"-{guest}" if guest else ""
-                name = f"scaling-{transport}{whose}"
-                others = {_place(row) for row in crowds if _place(row)[2:] == (transport, guest)}
-                name += f"-{pair}-{family}" if len(others) > 1 else ""
-                files += keep(drawing, name=name)
-        built = [part for part in results.breakdowns if not _is_crowd(part.cell)]
-        for (metric, transport), parts in grouped(built, lambda p: kind_of(p)[:2]).items():
-            files += keep(built_figure(parts, results), name=f"{metric}-{transport}")
-        divided = [
-            row
-            for row in every
-            if row.reference != row.cell.datapath
-            and not (row.cell.metric.of_building or _is_crowd(row.cell))
-        ]
-        for (transport, guest), group in grouped(divided, lambda r: kind_of(r)[1:]).items():
-            if any(row.ratio.blocks for row in group):
-                whose = f"-{guest}" if guest else ""
-                files += keep(ratios(group, results), name=f"ratios-{transport}{whose}")
+        drawings = [found for make in makers for found in make(results)]
+        for name, drawing in sorted(drawings, key=lambda found: _order(found[0])):
+            files += save(drawing, where, name, results.digest, kinds, bare)
     return files
 
 
-def _is_crowd(cell: Cell) -> bool:
-    return cell.guests > 1 or cell.pods > 1
-
-
-def _weight(rows: Sequence[Summary]) -> tuple[int, int]:
-    """Most cells first; of as many, large messages for throughput, and small ones for times."""
-    size = rows[0].cell.size_bytes
-    return len(rows), size if rows[0].cell.metric is Metric.THROUGHPUT else -size
-
-
-def _place(row: Ratio) -> tuple[Pair, Family, Transport, str]:
-    return row.cell.pair, row.cell.family, row.cell.transport, row.cell.guest
+def _order(name: str) -> int:
+    word = name.removeprefix("cpu-").partition("-")[0]
+    return ORDER.index(word) if word in ORDER else len(ORDER)
 
 
 def draw_comparison(

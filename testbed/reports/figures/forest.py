@@ -7,7 +7,7 @@ the caller's affair.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple
 
 from matplotlib.axes import Axes
@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from testbed.model.looks import Look
+from testbed.reports.figures.select import is_crowd, kind_of, of_guest
 from testbed.reports.figures.style import (
     SMALL_PT,
     WIDTH_IN,
@@ -28,8 +29,22 @@ from testbed.reports.figures.style import (
 )
 from testbed.reports.words import COLUMNS, names, size_of
 from testbed.results.analysis import Summary
+from testbed.results.order import grouped
 from testbed.results.results import Results
 from testbed.results.statistics import Estimate
+
+
+def figures(results: Results) -> Iterator[tuple[str, Drawing]]:
+    """`ratios-tcp`: all to reference datapaths, controls too."""
+    divided = [
+        row
+        for row in results.summaries
+        if row.reference != row.cell.datapath
+        and not (row.cell.metric.of_building or is_crowd(row.cell))
+    ]
+    for (transport, guest), rows in grouped(divided, lambda r: kind_of(r)[1:]).items():
+        if any(row.ratio.blocks for row in rows):
+            yield f"ratios-{transport}{of_guest(guest)}", ratios(rows, results)
 
 
 def ratios(rows: Sequence[Summary], results: Results) -> Drawing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from matplotlib.patheffects import withStroke
 from testbed.model.cells import Metric
 from testbed.model.terms import Family, Runtime
 from testbed.reports.figures.bars import slots_of
+from testbed.reports.figures.select import is_crowd, kind_of, traffic
 from testbed.reports.figures.style import (
     SMALL_PT,
     WIDTH_IN,
@@ -58,6 +59,18 @@ OWNERS = {
     "processes": Part("#cccccc", "", "processes"),
     "kernel": Part("#555555", "////", "kernel"),
 }
+
+
+def figures(results: Results) -> Iterator[tuple[str, Drawing]]:
+    """`cpu-throughput-tcp`: what traffic cost the host. `startup-tcp`, `memory-tcp`: the parts."""
+    spent = [cost for cost in results.costs if not cost.cell.variant]
+    for name, rows in traffic(results):
+        cells = {row.cell for row in rows}
+        if alike := [cost for cost in spent if cost.cell in cells]:
+            yield f"cpu-{name}", spent_figure(alike, results)
+    built = [part for part in results.breakdowns if not is_crowd(part.cell)]
+    for (metric, transport), parts in grouped(built, lambda p: kind_of(p)[:2]).items():
+        yield f"{metric}-{transport}", built_figure(parts, results)
 
 
 def spent_figure(rows: Sequence[Breakdown], results: Results) -> Drawing:

@@ -6,16 +6,17 @@ Lines by datapath, as in all figures; what is along which axis is found out from
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from testbed.model.cells import Cell, Pair
+from testbed.model.cells import Pair
 from testbed.model.looks import Look
+from testbed.model.terms import Family, Transport
+from testbed.reports.figures.select import Axis, along, is_crowd, of_guest, swept
 from testbed.reports.figures.style import (
     WIDTH_IN,
     Drawing,
@@ -32,20 +33,6 @@ from testbed.results.analysis import TAIL, Summary
 from testbed.results.order import grouped, present
 from testbed.results.results import Results
 
-
-class Axis(NamedTuple):
-    """A parameter that cells may differ in."""
-
-    name: str
-    field: str
-    label: str
-
-
-AXES = (
-    Axis("size", "size_bytes", "message size, bytes"),
-    Axis("streams", "streams", "streams"),
-    Axis("rate", "rate_per_s", "requests per second"),
-)
 SCALES = (
     Axis("guests", "guests", "guests in a pod, all at work"),
     Axis("pods", "pods", "pods on the host, all at work"),
@@ -53,16 +40,21 @@ SCALES = (
 """Of how much there is at once: these have a figure together, `scaling`."""
 
 
-def along(rows: Sequence[Summary], axis: Axis) -> list[Summary]:
-    """Those rows that differ along an axis alone, where it has three values or more."""
+def figures(results: Results) -> Iterator[tuple[str, Drawing]]:
+    """`throughput-tcp-by-size` and the like; what depends on how many there are: `scaling-tcp`."""
+    for name, axis, rows in swept(results):
+        yield name, sweep(rows, axis, results)
+    rows = [row for row in results.summaries if not row.cell.variant]
+    crowds = [row for row in rows if is_crowd(row.cell)]
+    for (pair, family, transport, guest), group in grouped(rows, _place).items():
+        if drawing := scaling(group, results):
+            others = {_place(row) for row in crowds if _place(row)[2:] == (transport, guest)}
+            suffix = f"-{pair}-{family}" if len(others) > 1 else ""
+            yield f"scaling-{transport}{of_guest(guest)}{suffix}", drawing
 
-    def others(row: Summary) -> Cell:
-        changes: Any = {axis.field: 0}
-        return replace(row.cell, **changes)
 
-    rows = [row for row in rows if getattr(row.cell, axis.field)]  # no rate is none, not the least
-    sets = grouped(rows, lambda r: (others(r), r.quantity))
-    return [row for found in sets.values() if len(found) > 2 for row in found]
+def _place(row: Summary) -> tuple[Pair, Family, Transport, str]:
+    return row.cell.pair, row.cell.family, row.cell.transport, row.cell.guest
 
 
 def sweep(rows: Sequence[Summary], axis: Axis, results: Results) -> Drawing:
