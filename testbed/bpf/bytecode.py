@@ -18,7 +18,6 @@ import re
 import struct
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from pathlib import Path
 from testbed import paths
 from testbed.bpf import syscall
 from testbed.host import architecture
-from testbed.host.cache import cache_folder
+from testbed.host.cache import cache_folder, made
 from testbed.model.errors import Error
 
 PROGRAM_TYPES = {"sched_cls": 3, "cgroup_sock_addr": 18, "cgroup_sockopt": 25}
@@ -34,10 +33,20 @@ PROGRAM_TYPES = {"sched_cls": 3, "cgroup_sock_addr": 18, "cgroup_sockopt": 25}
 SCHED_CLS = PROGRAM_TYPES["sched_cls"]
 """The type of tc programs."""
 ATTACH_TYPES = {
-    "bind4": 8, "bind6": 9, "connect4": 10, "connect6": 11, "sendmsg4": 14, "sendmsg6": 15,
-    "recvmsg4": 19, "recvmsg6": 20, "getpeername4": 29, "getpeername6": 30,
-    "getsockname4": 31, "getsockname6": 32, "setsockopt": 22,
-}  # fmt: skip
+    "bind4": 8,
+    "bind6": 9,
+    "connect4": 10,
+    "connect6": 11,
+    "sendmsg4": 14,
+    "sendmsg6": 15,
+    "recvmsg4": 19,
+    "recvmsg6": 20,
+    "getpeername4": 29,
+    "getpeername6": 30,
+    "getsockname4": 31,
+    "getsockname6": 32,
+    "setsockopt": 22,
+}
 """enum bpf_attach_type of cgroup programs, which have the name of their attach type."""
 
 LD_IMM64, PSEUDO_MAP_FD = 0x18, 1
@@ -186,9 +195,10 @@ def headers() -> Headers:
         return Headers(running, True, {}, ())
     here = architecture.native()
     found = [
-        p for p in Path("/usr/src").glob(f"linux-headers-*-{here.debian}")
+        p
+        for p in Path("/usr/src").glob(f"linux-headers-*-{here.debian}")
         if _common(p).is_dir() and (p / "include/generated").is_dir()
-    ]  # fmt: skip
+    ]
     if not found:
         raise Error(
             f"no kernel headers for eBPF programs (running kernel: {running})",
@@ -196,8 +206,12 @@ def headers() -> Headers:
         )
     newest = max(found, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
     arch = f"arch/{here.kernel}"
-    included = ("include", f"{arch}/include/generated", "include/generated/uapi",
-                f"{arch}/include/generated/uapi")  # fmt: skip
+    included = (
+        "include",
+        f"{arch}/include/generated",
+        "include/generated/uapi",
+        f"{arch}/include/generated/uapi",
+    )
     return Headers(
         release=newest.name.removeprefix("linux-headers-"),
         exact=False,
@@ -239,19 +253,24 @@ def get(name: str) -> Bytecode:
 
 def compile(name: str) -> None:
     """Put a set into the cache, whatever is there. Raises `Error` where that does not go."""
-    found, file = headers(), _file(name)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".new-") as scratch:
-        new = Path(scratch, "set")
+    found = headers()
+
+    def make(new: Path) -> None:
         done = subprocess.run(
             [sys.executable, "-m", __name__, name, new, *found.cflags],
-            env=dict(os.environ, **found.environment), cwd=paths.BPF.parent,
-            stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        )  # fmt: skip
+            env=dict(os.environ, **found.environment),
+            cwd=paths.BPF.parent,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
-            raise Error(f"bpf/{name}.c does not compile: {done.stderr.strip()[-2000:]}",
-                        hint="see what 'testbed doctor' says of eBPF")  # fmt: skip
-        new.replace(file)
+            raise Error(
+                f"bpf/{name}.c does not compile: {done.stderr.strip()[-2000:]}",
+                hint="see what 'testbed doctor' says of eBPF",
+            )
+
+    made(_file(name), make, anew=True)
 
 
 def _file(name: str) -> Path:
@@ -274,9 +293,14 @@ def _compile_here(name: str, file: Path, cflags: list[str]) -> None:
         function = lib.bpf_function_name(module, i)
         kind, _, program = function.decode().partition("__")
         code = _numbered(compiled.dump_func(function), fds)
-        programs.append({"name": program, "kind": PROGRAM_TYPES[kind],
-                         "attach_type": 0 if kind == "sched_cls" else ATTACH_TYPES[program],
-                         "code": base64.b64encode(code).decode()})  # fmt: skip
+        programs.append(
+            {
+                "name": program,
+                "kind": PROGRAM_TYPES[kind],
+                "attach_type": 0 if kind == "sched_cls" else ATTACH_TYPES[program],
+                "code": base64.b64encode(code).decode(),
+            }
+        )
     btf, maps = b"", []
     for fd in fds:
         kind, _, *shape = struct.unpack_from("=IIIIII", syscall.info(fd, 128))

@@ -50,18 +50,29 @@ def attach_tc(
 
 def replace_tc(netns: str, ifindex: int, hook: int, program: int, name: str, classid: int) -> None:
     """Put a program into the place of the one that `attach_tc` attached: no packet is missed."""
-    kind, options = _attribute(TCA_KIND, b"bpf\0"), b"".join((
-        _attribute(TCA_BPF_FD, struct.pack("=I", program)),
-        _attribute(TCA_BPF_NAME, name.encode() + b"\0"),
-        _attribute(TCA_BPF_CLASSID, struct.pack("=I", classid)),
-        _attribute(TCA_BPF_FLAGS, struct.pack("=I", 1)),  # TCA_BPF_FLAG_ACT_DIRECT
-    ))  # fmt: skip
+    kind, options = (
+        _attribute(TCA_KIND, b"bpf\0"),
+        b"".join(
+            (
+                _attribute(TCA_BPF_FD, struct.pack("=I", program)),
+                _attribute(TCA_BPF_NAME, name.encode() + b"\0"),
+                _attribute(TCA_BPF_CLASSID, struct.pack("=I", classid)),
+                _attribute(TCA_BPF_FLAGS, struct.pack("=I", 1)),  # TCA_BPF_FLAG_ACT_DIRECT
+            )
+        ),
+    )
 
     def attach() -> None:
         with suppress(FileExistsError):  # the other hook has it already
             _tc(RTM_NEWQDISC, ifindex, _attribute(TCA_KIND, b"clsact\0"), parent=CLSACT)
-        _tc(RTM_NEWTFILTER, ifindex, kind + _attribute(TCA_OPTIONS, options),
-            parent=AT_CLSACT[hook], handle=1, info=1 << 16 | socket.htons(ETH_P_ALL))  # fmt: skip
+        _tc(
+            RTM_NEWTFILTER,
+            ifindex,
+            kind + _attribute(TCA_OPTIONS, options),
+            parent=AT_CLSACT[hook],
+            handle=1,
+            info=1 << 16 | socket.htons(ETH_P_ALL),
+        )
 
     namespaces.inside(netns, attach)
 
@@ -106,19 +117,22 @@ def running_tc(netns: str, ip: IPRoute, ifindex: int) -> list[str]:
 
     return [
         *(namespaces.inside(netns, lambda: list(by_tcx())) if has_tcx() else ()),
-        *(f"{at}:{options.get_attr('TCA_BPF_NAME')}"
-          for at, hook in hooks.items()
-          for filter in ip.get_filters(index=ifindex, parent=AT_CLSACT[hook])
-          if (options := filter.get("options"))),
-    ]  # fmt: skip
+        *(
+            f"{at}:{options.get_attr('TCA_BPF_NAME')}"
+            for at, hook in hooks.items()
+            for filter in ip.get_filters(index=ifindex, parent=AT_CLSACT[hook])
+            if (options := filter.get("options"))
+        ),
+    ]
 
 
 @contextmanager
 def _running(ifindex: int, hook: int) -> Iterator[dict[str, int]]:
     """File descriptors of what a link of this thread's namespace runs by itself, by name."""
     ids = (ctypes.c_uint32 * 64)()  # BPF_MPROG_MAX
-    answer = syscall.bpf(syscall.QUERY, "=IIIxxxxQI", ifindex, hook, 0, syscall.address(ids),
-                         len(ids))  # fmt: skip
+    answer = syscall.bpf(
+        syscall.QUERY, "=IIIxxxxQI", ifindex, hook, 0, syscall.address(ids), len(ids)
+    )
     with ExitStack() as opened:
         programs = {}
         for id in ids[: struct.unpack_from("=4x24xI", answer)[0]]:
@@ -173,8 +187,10 @@ def attach_cgroup(owner: Scope, cgroup: Path, name: str, program: int) -> None:
     id = struct.unpack_from("=4xI", syscall.info(program, 128))[0]
     runs = id in _running_in(cgroup, name)
     if runs and not owner.goes_on:
-        raise Error(f"{cgroup}, or one above it, is the cgroup of another pod with this datapath",
-                    hint="give the pod's own")  # fmt: skip
+        raise Error(
+            f"{cgroup}, or one above it, is the cgroup of another pod with this datapath",
+            hint="give the pod's own",
+        )
     owner.defer(detach_cgroup, cgroup=str(cgroup), name=name, id=id)
     if not runs:
         _change_cgroup(syscall.ATTACH, cgroup, name, program)
@@ -198,8 +214,9 @@ def _running_in(cgroup: Path, name: str) -> list[int]:
     """Ids of the programs at a hook that run for a cgroup, also those attached above it."""
     ids = (ctypes.c_uint32 * 64)()  # BPF_CGROUP_MAX_PROGS
     with _directory(cgroup) as fd:
-        answer = syscall.bpf(syscall.QUERY, "=IIIxxxxQI", fd, ATTACH_TYPES[name], 1,
-                             syscall.address(ids), len(ids))  # fmt: skip
+        answer = syscall.bpf(
+            syscall.QUERY, "=IIIxxxxQI", fd, ATTACH_TYPES[name], 1, syscall.address(ids), len(ids)
+        )
     return ids[: struct.unpack_from("=4x24xI", answer)[0]]
 
 

@@ -112,12 +112,17 @@ def load(name: str, owner: Scope) -> ProgramSet:
     with _lock():
         _mount_bpffs()
         taken = {_slot(p.name) for p in users.glob("*")}
-        left = {_slot(entry.arguments["user"]) for entry in owner.left(remove_user)
-                if entry.arguments["pins"] == str(pins)} - {0}  # fmt: skip
+        left = {
+            _slot(entry.arguments["user"])
+            for entry in owner.left(remove_user)
+            if entry.arguments["pins"] == str(pins)
+        } - {0}
         slot = min(left or set(range(1, MAX_SLOTS + 1)) - taken, default=None)
         if slot is None:
-            raise Error(f"all {MAX_SLOTS} slots of the programs {name!r} are taken",
-                        hint="take down a pod, or run 'testbed clean'")  # fmt: skip
+            raise Error(
+                f"all {MAX_SLOTS} slots of the programs {name!r} are taken",
+                hint="take down a pod, or run 'testbed clean'",
+            )
         holder, user = users / f"0-{owner.id}", users / f"{slot}-{owner.id}"
         if not holder.exists():
             owner.whole.defer(remove_user, pins=str(pins), user=holder.name)
@@ -210,8 +215,9 @@ def _mount_bpffs() -> None:
     if struct.unpack_from("=q", buffer)[0] != BPF_FS_MAGIC and syscall.libc.mount(
         b"bpf", str(BPFFS).encode(), b"bpf", 0, b"mode=0700"
     ):
-        raise Error(f"cannot mount bpffs on {BPFFS}: {os.strerror(ctypes.get_errno())}",
-                    hint="run as root")  # fmt: skip
+        raise Error(
+            f"cannot mount bpffs on {BPFFS}: {os.strerror(ctypes.get_errno())}", hint="run as root"
+        )
     PINS.mkdir(exist_ok=True)
 
 
@@ -229,5 +235,7 @@ def _verify(compiled: Bytecode, name: str, pins: Path, shared: Path | None = Non
         compiled.load(pins, shared)
     except OSError as e:
         _remove(pins)
-        raise Error(f"bpf/{name}.c does not load: {e.strerror}",
-                    hint="see what 'testbed doctor' says of eBPF") from e  # fmt: skip
+        raise Error(
+            f"bpf/{name}.c does not load: {e.strerror}",
+            hint="see what 'testbed doctor' says of eBPF",
+        ) from e

@@ -18,8 +18,19 @@ from testbed.host import architecture
 libc = ctypes.CDLL(None, use_errno=True)
 
 CREATE, LOOKUP, UPDATE, DELETE, NEXT_KEY, LOAD, PIN, GET, ATTACH, DETACH, TEST_RUN, FD_BY_ID = (
-    0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 13,
-)  # fmt: skip
+    0,
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    9,
+    10,
+    13,
+)
 INFO, QUERY, BTF_LOAD, BTF_BY_ID = 15, 16, 18, 19
 """enum bpf_cmd."""
 
@@ -119,8 +130,13 @@ class Map:
         previous, following = None, ctypes.create_string_buffer(self.key.size)
         while True:
             try:
-                call(NEXT_KEY, "=IxxxxQQ", self.fd, address(previous) if previous else 0,
-                      address(following))  # fmt: skip
+                call(
+                    NEXT_KEY,
+                    "=IxxxxQQ",
+                    self.fd,
+                    address(previous) if previous else 0,
+                    address(following),
+                )
             except OSError as e:
                 if e.errno == errno.ENOENT:
                     return iter(keys)
@@ -140,8 +156,18 @@ def run(program: int, frame: bytes, repeat: int = 1) -> tuple[int, bytes, int]:
     """
     data = ctypes.create_string_buffer(frame, len(frame))
     out = ctypes.create_string_buffer(len(frame) + 256)
-    attributes = bpf(TEST_RUN, "=IIIIQQII", program, 0, len(frame), len(out), address(data),
-                      address(out), repeat, 0)  # fmt: skip
+    attributes = bpf(
+        TEST_RUN,
+        "=IIIIQQII",
+        program,
+        0,
+        len(frame),
+        len(out),
+        address(data),
+        address(out),
+        repeat,
+        0,
+    )
     _, _, verdict, _, size, _, _, _, duration_ns = struct.unpack_from("=iIIIIQQII", attributes)
     return verdict, out.raw[:size], duration_ns
 
@@ -194,8 +220,20 @@ def _load(
 ) -> int:
     instructions, licence = ctypes.create_string_buffer(code, len(code)), _text("GPL")
     said = (level, len(log), address(log)) if log else (0, 0, 0)
-    return call(LOAD, "=IIQQIIQII16sII", kind, len(code) // 8, address(instructions),
-                address(licence), *said, 0, 0, name.encode()[:15], 0, attach_type)  # fmt: skip
+    return call(
+        LOAD,
+        "=IIQQIIQII16sII",
+        kind,
+        len(code) // 8,
+        address(instructions),
+        address(licence),
+        *said,
+        0,
+        0,
+        name.encode()[:15],
+        0,
+        attach_type,
+    )
 
 
 def program_name(fd: int) -> str:

@@ -41,8 +41,11 @@ class Broadcast(Datapath):
 class _Attachment(EbpfAttachment):
     def __init__(self, wiring: Wiring, owner: Scope) -> None:
         if len(wiring.ports) > MAX_COPIES:
-            raise Error(f"pod {wiring.pod} has {len(wiring.ports)} guests, and `broadcast` makes "
-                        f"at most {MAX_COPIES} copies", hint="choose another datapath")  # fmt: skip
+            raise Error(
+                f"pod {wiring.pod} has {len(wiring.ports)} guests, and `broadcast` makes "
+                f"at most {MAX_COPIES} copies",
+                hint="choose another datapath",
+            )
         super().__init__("broadcast", REASONS, wiring, owner)
 
     def _attach_lo(self) -> None:

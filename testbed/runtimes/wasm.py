@@ -105,22 +105,36 @@ class Wasm:
     def compose(self, workload: Workload) -> None:
         refuse_limits(workload)
         if workload.program and (workload.program.command or workload.program.working_dir):
-            raise Error(f"{workload.name!r}: a component has neither command nor workingDir",
-                        hint="give it args")  # fmt: skip
+            raise Error(
+                f"{workload.name!r}: a component has neither command nor workingDir",
+                hint="give it args",
+            )
         self._compile(workload.program or _agent(workload))
 
     def start(self, place: Placement) -> subprocess.Popen[bytes]:
         program = place.workload.program or _agent(place.workload)
         return process.spawn(
-            [sys.executable, "-P", "-m", "testbed.runtimes.wasi",
-             self._compile(program), *program.args],
-            cgroup=place.cgroup, netns=place.netns, cpus=place.workload.cpus, binds=place.etc,
-            output=place.console, env={"PATH": rootfs.PATH, **dict(program.env)},
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "testbed.runtimes.wasi",
+                self._compile(program),
+                *program.args,
+            ],
+            cgroup=place.cgroup,
+            netns=place.netns,
+            cpus=place.workload.cpus,
+            binds=place.etc,
+            output=place.console,
+            env={"PATH": rootfs.PATH, **dict(program.env)},
+        )
 
     def enter(self, place: Placement) -> list[str]:
-        raise Error(f"{place.workload.name!r} is a component: it runs nothing but itself",
-                    hint="see what it prints: testbed logs")  # fmt: skip
+        raise Error(
+            f"{place.workload.name!r} is a component: it runs nothing but itself",
+            hint="see what it prints: testbed logs",
+        )
 
     def _compile(self, program: Program) -> Path:
         """The machine code of an image, made if it is not in the cache."""
@@ -187,10 +201,25 @@ def _of_python(source: Path, files: dict[str, bytes], scratch: Path) -> Path:
     for name, data in files.items():
         (scratch / "program" / name).write_bytes(data)
     done = subprocess.run(
-        [tool, "-q", "-d", wit, "-w", "program", "componentize", "main", "-p", scratch,
-         "-o", component],
-        capture_output=True, text=True, check=False, cwd=scratch,
-    )  # fmt: skip
+        [
+            tool,
+            "-q",
+            "-d",
+            wit,
+            "-w",
+            "program",
+            "componentize",
+            "main",
+            "-p",
+            scratch,
+            "-o",
+            component,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=scratch,
+    )
     if done.returncode:
         raise Error(f"{source} cannot be made a component: {done.stderr.strip()[-300:]}")
     return component

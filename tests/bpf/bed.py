@@ -41,12 +41,16 @@ class Bed:
         self._bridge = netlink.create_link(self._ip[self.links], "br", kind="bridge", state="up")
         uplink = self._link("u", self.pod, addresses.POD_MAC, addresses.pod_link)
         self.wiring = Wiring(
-            pod=name, netns=self.pod, link_netns=self.links, layout=Layout.BRIDGE,
+            pod=name,
+            netns=self.pod,
+            link_netns=self.links,
+            layout=Layout.BRIDGE,
             uplink_ifindex=netlink.links(self.pod)["eth0"],
             uplink_peer_ifindex=uplink,
             ports=tuple(self.link_guest(n) for n in self.guests),
-            owners=OWNERS, cgroup=self.cgroup,
-        )  # fmt: skip
+            owners=OWNERS,
+            cgroup=self.cgroup,
+        )
 
     def link_guest(self, n: int) -> Port:
         port = self._link(f"g{n}", self.guests[n], guest_mac(n), lambda f: guest_link(f, n))

@@ -29,8 +29,15 @@ def flags() -> Iterator[list[str]]:
     """What makes a C compiler accept the text of `bpf/`: the system's UAPI headers are in uapi/."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "uapi").symlink_to("/usr/include")
-        yield ["-std=gnu11", "-isystem", folder, "-I", str(paths.BPF),
-               "-include", str(Path(__file__).with_name("bcc.h"))]  # fmt: skip
+        yield [
+            "-std=gnu11",
+            "-isystem",
+            folder,
+            "-I",
+            str(paths.BPF),
+            "-include",
+            str(Path(__file__).with_name("bcc.h")),
+        ]
 
 
 def texts() -> Iterator[tuple[str, str]]:

@@ -68,8 +68,13 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answers(program: Path, lines: Iterable[str]) -> list[str]:
-    done = subprocess.run([program], input="".join(f"{line}\n" for line in lines), check=True,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [program],
+        input="".join(f"{line}\n" for line in lines),
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     return done.stdout.splitlines()
 
 
@@ -88,10 +93,13 @@ def classified(program: Path) -> dict[Address, tuple[str, int, str]]:
 
 def plan() -> list[tuple[Address, str, int]]:
     """(address, kind, n) of the whole plan."""
-    singles = {"LOOPBACK": addresses.loopback, "ALIAS": addresses.alias,
-               "POD_LINK": addresses.pod_link,
-               "NATIVE_SOURCE": addresses.native_source,
-               "NATIVE_SOURCE_ODD": addresses.native_source_odd}  # fmt: skip
+    singles = {
+        "LOOPBACK": addresses.loopback,
+        "ALIAS": addresses.alias,
+        "POD_LINK": addresses.pod_link,
+        "NATIVE_SOURCE": addresses.native_source,
+        "NATIVE_SOURCE_ODD": addresses.native_source_odd,
+    }
     numbered = {
         "LINK": addresses.guest_link,
         "GUEST_VIEW": addresses.guest_view,
@@ -99,9 +107,13 @@ def plan() -> list[tuple[Address, str, int]]:
     }
     return [
         *((address(f), kind, 0) for f in Family for kind, address in singles.items()),
-        *((address(f, n), kind, n) for f in Family for kind, address in numbered.items()
-          for n in range(addresses.MAX_GUESTS + 1)),
-    ]  # fmt: skip
+        *(
+            (address(f, n), kind, n)
+            for f in Family
+            for kind, address in numbered.items()
+            for n in range(addresses.MAX_GUESTS + 1)
+        ),
+    ]
 
 
 def test_every_address_has_its_kind_and_number(

@@ -132,9 +132,11 @@ def test_it_goes_where_the_address_plan_says_or_nowhere(
     a = Plan(family)
     src = data.draw(st.sampled_from([a.link] * 8 + [a.others_link, a.alias, a.loopback, a.view]))
     dst = data.draw(
-        st.sampled_from([a.alias, a.view, a.others_view, a.native_source] * 2
-                        + [a.pod_link, a.others_link, a.loopback, a.native_view])
-    )  # fmt: skip
+        st.sampled_from(
+            [a.alias, a.view, a.others_view, a.native_source] * 2
+            + [a.pod_link, a.others_link, a.loopback, a.native_view]
+        )
+    )
     sport, dport, body = bodies(data, a)
     fields, tail = data.draw(headers(family)), data.draw(tails)
 

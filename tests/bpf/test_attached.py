@@ -189,14 +189,25 @@ print(peer[0], client.getpeername()[0], client.getsockname()[0])
 
 @pytest.mark.parametrize(
     ("listens", "family", "shown"),
-    [("127.0.0.1", Family.IPV4, "127.0.0.1"), ("::1", Family.IPV6, "::1"),
-     ("::", Family.IPV4, "::ffff:127.0.0.1"), ("::", Family.IPV6, "::1")],
-)  # fmt: skip
+    [
+        ("127.0.0.1", Family.IPV4, "127.0.0.1"),
+        ("::1", Family.IPV6, "::1"),
+        ("::", Family.IPV4, "::ffff:127.0.0.1"),
+        ("::", Family.IPV6, "::1"),
+    ],
+)
 def test_natives_see_tcp_clients_of_guests_as_localhost(
     pod: Pod, listens: str, family: Family, shown: str
 ) -> None:
-    command = ["nsenter", f"--net={namespaces.NETNS / pod.bed.pod}", "python3", "-c", SHOW_PEER,
-               str(pod.bed.cgroup / "cgroup.procs"), listens]  # fmt: skip
+    command = [
+        "nsenter",
+        f"--net={namespaces.NETNS / pod.bed.pod}",
+        "python3",
+        "-c",
+        SHOW_PEER,
+        str(pod.bed.cgroup / "cgroup.procs"),
+        listens,
+    ]
     with ending(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)) as server:
         assert server.stdout
         assert server.stdout.readline() == "ready\n"

@@ -21,7 +21,7 @@ from scapy.packet import Packet, Raw
 from testbed.bpf import ProgramSet
 from testbed.datapaths.capture import REASONS
 from testbed.datapaths.ebpf.challenge_ack import GuestConnection
-from testbed.datapaths.ebpf.loopback_side import Rows
+from testbed.datapaths.ebpf.rows import Rows
 from testbed.model.addresses import POD_MAC, Address, guest_mac
 from testbed.model.terms import Family
 
@@ -390,8 +390,16 @@ class TestFragments:
 class TestSpoofing:
     def test_guest_sends_only_from_its_own_address(self, programs: Programs, a: Plan) -> None:
         outside = ip_address("192.0.2.1" if a.family is Family.IPV4 else "2001:db8::1")
-        for source in (a.others_link, a.alias, a.native_source, a.pod_link, a.loopback, a.view,
-                       a.native_view, outside):  # fmt: skip
+        for source in (
+            a.others_link,
+            a.alias,
+            a.native_source,
+            a.pod_link,
+            a.loopback,
+            a.view,
+            a.native_view,
+            outside,
+        ):
             for there in (a.alias, a.pod_link, a.others_link):
                 sent = from_guest(ip(source, there) / tcp(1, NATIVE_PORT))
                 assert programs.drops("port_ingress", sent, "spoofed")
@@ -412,8 +420,14 @@ class TestSpoofing:
                 assert programs.drops("port_ingress", sent, "spoofed")
 
     def test_nothing_bridged_may_look_like_ours(self, programs: Programs, a: Plan) -> None:
-        for ours in (a.alias, a.native_source, a.native_source_odd, a.view, a.native_view,
-                     a.loopback):  # fmt: skip
+        for ours in (
+            a.alias,
+            a.native_source,
+            a.native_source_odd,
+            a.view,
+            a.native_view,
+            a.loopback,
+        ):
             for sent in (ip(ours, a.link), ip(a.pod_link, ours)):
                 bridged = frame(sent / tcp(1, 2), src=POD_MAC, dst=guest_mac(US))
                 assert programs.drops("bridge_egress", bridged, "outside")

@@ -36,8 +36,12 @@ with Owner() as owner:
 
 
 def user() -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", USE_AND_WAIT], stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE, text=True)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-c", USE_AND_WAIT],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def users() -> set[str]:

@@ -33,9 +33,13 @@ LINK_LOCAL = "fe80::77:ff:fe00:100"
 
 def answered(family: Family) -> list[Address]:
     """Addresses that nobody has, and that guests must find."""
-    return [addresses.alias(family), addresses.native_source(family),
-            addresses.native_source_odd(family), addresses.guest_view(family, US),
-            addresses.guest_view(family, ANOTHER)]  # fmt: skip
+    return [
+        addresses.alias(family),
+        addresses.native_source(family),
+        addresses.native_source_odd(family),
+        addresses.guest_view(family, US),
+        addresses.guest_view(family, ANOTHER),
+    ]
 
 
 def others(family: Family) -> list[Address]:

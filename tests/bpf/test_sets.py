@@ -26,8 +26,14 @@ def test_bccs_compiler_has_no_warning(name: str, tmp_path: Path) -> None:
     """About our own text. The kernel's headers are not ours."""
     found = bpf.headers()
     command = [sys.executable, "-m", bytecode.__name__, name, str(tmp_path / "set"), *found.cflags]
-    done = subprocess.run(command, env=os.environ | found.environment, cwd=paths.ROOT,
-                          capture_output=True, text=True, check=True)  # fmt: skip
+    done = subprocess.run(
+        command,
+        env=os.environ | found.environment,
+        cwd=paths.ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert not re.findall(r"^/virtual/main\.c:.*", done.stderr, re.MULTILINE)
 
 

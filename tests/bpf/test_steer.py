@@ -14,7 +14,7 @@ from scapy.packet import Packet
 
 from testbed.bpf import ProgramSet
 from testbed.datapaths import steer
-from testbed.datapaths.ebpf import loopback_side
+from testbed.datapaths.ebpf.rows import Rows
 from testbed.model.addresses import guest_mac
 from testbed.model.terms import Family
 
@@ -44,8 +44,8 @@ def programs(loaded_steer: ProgramSet) -> Programs:
 
 
 @pytest.fixture
-def rows(loaded_steer: ProgramSet) -> loopback_side.Rows:
-    return loopback_side.Rows(loaded_steer, steer.REASONS)
+def rows(loaded_steer: ProgramSet) -> Rows:
+    return Rows(loaded_steer, steer.REASONS)
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ class TestTranslation:
 
 class TestGuestThatIsDown:
     @pytest.fixture(autouse=True)
-    def _down(self, rows: loopback_side.Rows) -> Iterator[None]:
+    def _down(self, rows: Rows) -> Iterator[None]:
         rows.set_port(ANOTHER, 0)
         yield
         rows.set_port(ANOTHER, 1)
@@ -119,7 +119,7 @@ class TestGuestThatIsDown:
 
 class TestNothingRewritten:
     def test_answers_to_the_pods_own_address_pass_and_are_counted(
-        self, programs: Programs, rows: loopback_side.Rows, a: Plan
+        self, programs: Programs, rows: Rows, a: Plan
     ) -> None:
         packets, octets = rows.carried(None, US)
         sent = from_guest(ip(a.link, a.pod_link) / tcp(OWN_PORT, EPHEMERAL))
@@ -128,7 +128,7 @@ class TestNothingRewritten:
 
     @pytest.mark.parametrize("source", ["pod_link", "alias"])
     def test_what_the_pods_own_stack_sends_is_counted(
-        self, programs: Programs, rows: loopback_side.Rows, a: Plan, source: str
+        self, programs: Programs, rows: Rows, a: Plan, source: str
     ) -> None:
         ends = (None, US) if source == "pod_link" else (US, None)
         packets, octets = rows.carried(*ends)

@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from testbed import bpf
 from testbed.bpf import ProgramSet
 from testbed.datapaths.capture import REASONS
-from testbed.datapaths.ebpf import loopback_side
+from testbed.datapaths.ebpf.rows import Rows, clear
 from testbed.host import ledger
 from testbed.host.ledger import Owner
 from testbed.model.terms import Family, Transport
@@ -32,9 +32,8 @@ def in_slot_0(datapath: str, reasons: tuple[str, ...]) -> Iterator[ProgramSet]:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of these programs, as of others, one test run has slot 0
         with closing(ProgramSet(bpf.load(datapath, owner).pins, slot=0)) as programs:
             # A run that was killed may have left rows.
-            loopback_side.clear(str(programs.pins), slot=0, owners=[], guests=[US, ANOTHER],
-                            reasons=len(reasons))  # fmt: skip
-            rows = loopback_side.Rows(programs, reasons)
+            clear(str(programs.pins), slot=0, owners=[], guests=[US, ANOTHER], reasons=len(reasons))
+            rows = Rows(programs, reasons)
             rows.fill(owner, owners, {US: set(Family), ANOTHER: set(Family)})
             for n in (US, ANOTHER):
                 rows.set_port(n, ifindex=1)

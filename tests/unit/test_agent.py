@@ -53,9 +53,15 @@ def ask(control_port: int, *lines: bytes) -> list[dict[str, object]]:
 
 
 RUN = {
-    "op": "run", "transport": "tcp", "family": "ipv4", "host": "127.0.0.1", "port": 1,
-    "mode": "rr", "size_bytes": 64, "duration_s": 0.1,
-}  # fmt: skip
+    "op": "run",
+    "transport": "tcp",
+    "family": "ipv4",
+    "host": "127.0.0.1",
+    "port": 1,
+    "mode": "rr",
+    "size_bytes": 64,
+    "duration_s": 0.1,
+}
 
 
 @pytest.mark.parametrize(
@@ -248,9 +254,16 @@ def test_a_flipped_bit_in_a_warm_up_is_found(agent: Agent, direction: str) -> No
     server = agent.serve(Transport.TCP, Family.IPV4)
     port = tcp_relay(server.port, flip_last_bit, direction == "down")
     result = agent.run(
-        Transport.TCP, Family.IPV4, "127.0.0.1", port, "stream", 65536,
-        direction=direction, duration_s=0.05, warmup_s=0.1,  # type: ignore[arg-type]
-    )  # fmt: skip
+        Transport.TCP,
+        Family.IPV4,
+        "127.0.0.1",
+        port,
+        "stream",
+        65536,
+        direction=direction,  # type: ignore[arg-type]
+        duration_s=0.05,
+        warmup_s=0.1,
+    )
     assert result.corrupt > 0
 
 
@@ -259,9 +272,15 @@ def test_bytes_out_of_place_are_found(agent: Agent) -> None:
     server = agent.serve(Transport.TCP, Family.IPV4)
     port = tcp_relay(server.port, swap, True)
     result = agent.run(
-        Transport.TCP, Family.IPV4, "127.0.0.1", port, "stream", 1448,
-        direction="down", bytes=1_000_000,
-    )  # fmt: skip
+        Transport.TCP,
+        Family.IPV4,
+        "127.0.0.1",
+        port,
+        "stream",
+        1448,
+        direction="down",
+        bytes=1_000_000,
+    )
     assert result.bytes == 1_000_000
     assert result.corrupt > 0
 

@@ -50,10 +50,12 @@ class Session:
     def order(self, op: str, **keys: Any) -> dict[str, Any]:
         self.agent.ask(op=op, **keys)
         answer = self.agent.answer()
-        self.answers.append({
-            key: self._order_of(value) if key.endswith("port") and value else value
-            for key, value in answer.items()
-        })  # fmt: skip
+        self.answers.append(
+            {
+                key: self._order_of(value) if key.endswith("port") and value else value
+                for key, value in answer.items()
+            }
+        )
         return answer
 
     def _order_of(self, port: int) -> str:

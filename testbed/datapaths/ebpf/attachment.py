@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from testbed import bpf
-from testbed.datapaths.ebpf import challenge_ack, loopback_side
+from testbed.datapaths.ebpf import challenge_ack, loopback_side, rows
 from testbed.datapaths.interface import Count, Wiring
 from testbed.datapaths.link_counters import LinkCounters
 from testbed.host import namespaces
@@ -29,9 +29,13 @@ class EbpfAttachment:
     tracked = False
 
     def __init__(
-        self, name: str, reasons: tuple[str, ...], wiring: Wiring, owner: Scope,
+        self,
+        name: str,
+        reasons: tuple[str, ...],
+        wiring: Wiring,
+        owner: Scope,
         local: Sequence[str] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`reasons` in the order of the programs' `enum reason`; `local`: see `prepare_lo`."""
         self.name, self.reasons = name, reasons
         self._wiring = wiring
@@ -43,7 +47,7 @@ class EbpfAttachment:
         try:
             self._held = loopback_side.hold_ports(wiring.pod, wiring.netns, wiring.owners)
             self._programs = self._at_work = bpf.load(name, self._scope)
-            self._rows = loopback_side.Rows(self._programs, reasons)
+            self._rows = rows.Rows(self._programs, reasons)
             self._rows.fill(self._scope, wiring.owners, {p.n: p.families for p in wiring.ports})
             for port in wiring.ports:
                 self._rows.set_port(port.n, port.ifindex)
