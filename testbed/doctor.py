@@ -24,8 +24,9 @@ from testbed import bpf, datapaths
 from testbed.host import cache, cgroups, facts, namespaces, netlink
 from testbed.host.ledger import Owner
 from testbed.images import kernels
-from testbed.model.cells import Cell, Metric, Pair
+from testbed.model.cells import Cell, Pair
 from testbed.model.errors import Error
+from testbed.model.metrics import Metric
 from testbed.model.terms import Family, Transport
 from testbed.runtimes.vm import accelerator
 

@@ -19,8 +19,9 @@ from pydantic import Field
 
 from testbed import paths, schema
 from testbed.model.addresses import MAX_GUESTS
-from testbed.model.cells import AGAIN, SLOW, Cell, Metric, Pair
+from testbed.model.cells import AGAIN, SLOW, Cell, Pair
 from testbed.model.errors import Error
+from testbed.model.metrics import Metric
 from testbed.model.terms import Family, Runtime, Transport
 from testbed.schema import Table
 

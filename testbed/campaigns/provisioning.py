@@ -14,7 +14,8 @@ from datetime import UTC, datetime
 
 from testbed.campaigns import trial
 from testbed.host import cgroups, facts, process
-from testbed.model.cells import Cell, Metric, Pair
+from testbed.model.cells import Cell, Pair
+from testbed.model.metrics import Metric
 from testbed.model.terms import Family
 from testbed.model.trials import Status, Trial
 from testbed.pods.pod import Pod

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from testbed.datapaths.interface import Datapath, Layout
 from testbed.host import facts
 from testbed.model.addresses import CONTROL_PORT
-from testbed.model.cells import Cell, Metric, Pair
+from testbed.model.cells import Cell, Pair
 from testbed.model.manifest import Manifest, Workload
+from testbed.model.metrics import Metric
 from testbed.model.terms import Runtime, Transport
 from testbed.runtimes.interface import Prepared
 

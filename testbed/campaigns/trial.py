@@ -17,24 +17,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from testbed.agent import Agent, Mode, Result, Server
+from testbed.agent import Agent, Result, Server
 from testbed.campaigns import rate_search
 from testbed.campaigns.roles import ends, port
 from testbed.datapaths.interface import Count
 from testbed.host import facts
 from testbed.model.addresses import guest_link, pod_link
-from testbed.model.cells import SLOW, SLOW_US, UDP_LOSS, Cell, Metric
+from testbed.model.cells import SLOW, SLOW_US, UDP_LOSS, Cell
 from testbed.model.errors import Error
+from testbed.model.metrics import Metric
 from testbed.model.terms import Transport
-from testbed.model.trials import Status, Trial, percentile
+from testbed.model.trials import Status, Trial
 from testbed.pods.pod import Pod
 from testbed.runtimes.interface import Prepared
 
-MODES: dict[Metric, Mode] = {
-    Metric.THROUGHPUT: "stream",
-    Metric.LATENCY: "rr",
-    Metric.CONNECTIONS: "crr",
-}
 FEW = 16
 """So many flows get their share of the CPUs often enough; with more, trials are longer."""
 STOLEN_SHARE = 0.02
@@ -61,7 +57,7 @@ class Flow:
 
     def run(self, cell: Cell, **options: Any) -> Result:
         """Traffic as the cell says, or one request where it is about building."""
-        mode = MODES.get(cell.metric, "rr")
+        mode = cell.metric.measure.mode
         return self.agent.run(
             cell.transport,
             cell.family,
@@ -234,7 +230,7 @@ def _measure(
         trial,
         status=Status.FAILED if fault else Status.OK,
         reason=fault,
-        value=None if fault else _value(cell.metric, whole),
+        value=None if fault else cell.metric.measure.value(whole),
         duration_s=whole.duration_s,
         payload_bytes=whole.bytes,
         transactions=whole.transactions,
@@ -298,14 +294,6 @@ def _fault(result: Result, carried: Count, payload_bytes: int) -> str | None:
             f"the datapath carried {carried.bytes} bytes of {payload_bytes}: traffic went elsewhere"
         )
     return None
-
-
-def _value(metric: Metric, result: Result) -> float:
-    if metric is Metric.THROUGHPUT:
-        return result.bytes * 8 / result.duration_s
-    if metric is Metric.CONNECTIONS:
-        return result.transactions / result.duration_s
-    return percentile(result.histogram_us, 50)
 
 
 def _dialed(cell: Cell, pod: Pod, client: str, server: str, guest: Prepared) -> str:

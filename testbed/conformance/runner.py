@@ -18,8 +18,9 @@ from testbed.conformance.check import EVERY, Case, Check, Failure, Result, Statu
 from testbed.conformance.stage import ForeignStage, OwnStage, Stage
 from testbed.datapaths.interface import Datapath
 from testbed.host.ledger import Owner
-from testbed.model.cells import Cell, Metric, Pair
+from testbed.model.cells import Cell, Pair
 from testbed.model.errors import Error
+from testbed.model.metrics import Metric
 from testbed.model.terms import Family, Runtime
 from testbed.runtimes import interface
 

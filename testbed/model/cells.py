@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from testbed.model.errors import Error
+from testbed.model.metrics import Metric
 from testbed.model.terms import Family, Transport
 
 
@@ -40,38 +41,6 @@ class Pair(StrEnum):
         client, server = self.value.split("-")
         names = {"native": "process", "guest": guest, "self": "itself"}
         return f"{names.get(client, client)}→{names.get(server, server)}"
-
-
-class Metric(StrEnum):
-    """What a trial measures; the unit of its value is `unit`."""
-
-    THROUGHPUT = "throughput"
-    """TCP: of a stream. UDP: at the highest rate with hardly any loss (`campaigns.rate_search`)."""
-    LATENCY = "latency"
-    CONNECTIONS = "connections"
-    STARTUP = "startup"
-    """From nothing to the first request answered at `localhost`, for all guests of all pods."""
-    MEMORY = "memory"
-    """What a pod takes then."""
-
-    @property
-    def unit(self) -> str:
-        return {
-            "throughput": "bps",
-            "latency": "us",
-            "connections": "per_s",
-            "startup": "ms",
-            "memory": "bytes",
-        }[self.value]
-
-    @property
-    def higher_is_better(self) -> bool:
-        return self in (Metric.THROUGHPUT, Metric.CONNECTIONS)
-
-    @property
-    def of_building(self) -> bool:
-        """Whether it is pods being built that is measured, and not those that stand."""
-        return self in (Metric.STARTUP, Metric.MEMORY)
 
 
 UDP_LOSS = 0.001

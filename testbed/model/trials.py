@@ -21,8 +21,9 @@ class Status(StrEnum):
 class Trial:
     """One measured run of a cell in a block: a line of `trials.jsonl`.
 
-    `value` is in `metric.unit`: bits per second of goodput at the receiver, microseconds of median
-    round-trip time, connections per second, milliseconds until the first answer, bytes per pod.
+    `value` is in the unit of the metric (`metrics.Measure`): bits per second of goodput at the
+    receiver, microseconds of median round-trip time, connections per second, milliseconds until the
+    first answer, bytes per pod.
     """
 
     cell: str

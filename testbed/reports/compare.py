@@ -23,9 +23,7 @@ from rich.text import Text
 
 from testbed.model.cells import Cell
 from testbed.reports.words import (
-    COLUMNS,
     FUNCTIONAL,
-    UNITS,
     blocks_of,
     guest_of,
     interval,
@@ -33,8 +31,12 @@ from testbed.reports.words import (
     plain,
     size_of,
     superscript,
+    unit_of,
 )
-from testbed.results.analysis import QUANTITIES, block_values
+from testbed.reports.words import (
+    columns as all_columns,
+)
+from testbed.results.analysis import block_values, quantities
 from testbed.results.order import grouped
 from testbed.results.results import Results
 from testbed.results.statistics import Difference, Estimate, difference, discoveries
@@ -162,13 +164,13 @@ def table(rows: Sequence[Comparison], before: Results, after: Results, band: flo
         return superscript(notes.setdefault(reason, len(notes) + 1)) if reason else ""
 
     sized = len({size_of(row.cell) for row in rows}) > len({row.cell.metric for row in rows})
-    titles = {(metric, quantity): title for metric, quantity, title in COLUMNS}
+    titles = {(metric, quantity): title for metric, quantity, title in all_columns()}
     places = grouped(rows, lambda r: (r.cell.label(guest), r.cell.transport, r.cell.family))
     for (pair, transport, family), place in places.items():
         label = f"{pair}\n{names(family, transport)}"
         shown.add_row(Text(label, style="bold"))
         for row in place:
-            unit, quantity = UNITS[row.cell.metric], titles[row.cell.metric, row.quantity]
+            unit, quantity = unit_of(row.cell.metric), titles[row.cell.metric, row.quantity]
             shown.add_row(
                 row.cell.datapath,
                 f"{quantity}, {unit.name}" + (f", {size_of(row.cell)}" if sized else ""),
@@ -205,7 +207,7 @@ def _values(results: Results) -> dict[tuple[Cell, str], dict[int, float]]:
     return {
         (cell, quantity): block_values(tables[cell.id], quantity) if cell.id in tables else {}
         for cell in map(Cell.parse, results.campaign.cells)
-        for quantity in QUANTITIES[cell.metric]
+        for quantity in quantities(cell.metric)
     }
 
 
@@ -228,7 +230,7 @@ def _verdict(cell: Cell, change: Difference, different: bool, equivalent: bool) 
         return Change.EQUIVALENT
     if not different:
         return Change.UNCLEAR
-    better = (change.ratio.mean > 1) is cell.metric.higher_is_better
+    better = (change.ratio.mean > 1) is cell.metric.measure.higher_is_better
     return Change.FASTER if better else Change.SLOWER
 
 

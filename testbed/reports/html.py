@@ -19,14 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from testbed import plan
-from testbed.model.cells import Metric
 from testbed.model.errors import Error
+from testbed.model.metrics import Metric
 from testbed.model.trials import Status
 from testbed.reports import claims
 from testbed.reports.figures import draw
 from testbed.reports.words import (
-    COLUMNS,
-    UNITS,
     blocks_of,
     controls_of,
     guest_of,
@@ -34,7 +32,11 @@ from testbed.reports.words import (
     names,
     number,
     size_of,
+    unit_of,
     warning_of,
+)
+from testbed.reports.words import (
+    columns as all_columns,
 )
 from testbed.results.analysis import CPU, Summary
 from testbed.results.order import grouped
@@ -174,7 +176,7 @@ def _entry(entry: Entry) -> str:
 
 
 def _results(rows: Sequence[Summary], guest: str) -> str:
-    titles = {(metric, quantity): title for metric, quantity, title in COLUMNS}
+    titles = {(metric, quantity): title for metric, quantity, title in all_columns()}
     heads = (
         "pair",
         "family",
@@ -197,7 +199,7 @@ def _results(rows: Sequence[Summary], guest: str) -> str:
 
 
 def _result(row: Summary, guest: str, titles: Mapping[Any, str]) -> list[Entry]:
-    cell, unit = row.cell, UNITS[row.cell.metric]
+    cell, unit = row.cell, unit_of(row.cell.metric)
     note = " ".join(filter(None, (row.reason, row.no_ratio)))
     own = row.reference == cell.datapath
     conclusive = not own and (row.ratio.low > 1 or row.ratio.high < 1)

@@ -18,11 +18,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from testbed.model.cells import Metric
+from testbed.model.metrics import TAIL, Metric
 from testbed.model.trials import Status
 from testbed.reports.words import (
-    COLUMNS,
-    UNITS,
     blocks_of,
     controls_of,
     guest_of,
@@ -32,9 +30,13 @@ from testbed.reports.words import (
     plain,
     size_of,
     superscript,
+    unit_of,
     warning_of,
 )
-from testbed.results.analysis import TAIL, Summary
+from testbed.reports.words import (
+    columns as all_columns,
+)
+from testbed.results.analysis import Summary
 from testbed.results.order import grouped
 from testbed.results.results import Results
 from testbed.results.store import Campaign
@@ -60,7 +62,9 @@ def data(results: Results) -> dict[str, Any]:
 def table(results: Results, width: int) -> Group:
     """The table for a terminal of `width` columns: intervals in brackets from 116, else as ±."""
     campaign, rows = results.campaign, results.summaries
-    columns = [c for c in COLUMNS if any((row.cell.metric, row.quantity) == c[:2] for row in rows)]
+    columns = [
+        c for c in all_columns() if any((row.cell.metric, row.quantity) == c[:2] for row in rows)
+    ]
     sizes = {
         metric: {size_of(r.cell) for r in rows if r.cell.metric is metric} for metric in Metric
     }
@@ -76,7 +80,7 @@ def table(results: Results, width: int) -> Group:
     shown.add_column("datapath", no_wrap=True)
     for metric, _, name in columns:
         size = next(iter(sizes[metric])) if len(sizes[metric]) == 1 else ""
-        shown.add_column(f"{name}\n{UNITS[metric].name}\n{size}", overflow="fold")
+        shown.add_column(f"{name}\n{unit_of(metric).name}\n{size}", overflow="fold")
     notes: dict[str, int] = {}
     places = grouped(
         rows, lambda r: (r.cell.label(campaign.guest), r.cell.transport, r.cell.family)
@@ -106,7 +110,7 @@ def _entry(row: Summary, wide: bool, sized: bool, notes: dict[str, int]) -> Text
     text = Text(f"{size_of(row.cell)}\n" if sized else "")
     if row.status is not Status.OK:
         return text.append(row.status + note(row.reason), style="yellow")
-    text.append(interval(row.estimate, UNITS[row.cell.metric].scale, wide) + note(row.reason))
+    text.append(interval(row.estimate, unit_of(row.cell.metric).scale, wide) + note(row.reason))
     if row.quantity == TAIL:
         return text
     if row.no_ratio:

@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from testbed.model.cells import SLOW_US, UDP_LOSS, Cell, Metric
+from testbed.model.cells import SLOW_US, UDP_LOSS, Cell
+from testbed.model.metrics import TAIL, Metric
 from testbed.model.terms import Transport
 from testbed.model.trials import Status
-from testbed.results.analysis import EXCEEDANCES, TAIL, Summary, controls
+from testbed.results.analysis import EXCEEDANCES, Summary, controls
 from testbed.results.statistics import Estimate
 from testbed.results.store import Campaign
 
@@ -23,13 +24,9 @@ class Unit(NamedTuple):
     name: str
 
 
-UNITS = {
-    Metric.THROUGHPUT: Unit(1e9, "Gbit/s"),
-    Metric.LATENCY: Unit(1, "µs"),
-    Metric.CONNECTIONS: Unit(1e3, "k/s"),
-    Metric.STARTUP: Unit(1, "ms"),
-    Metric.MEMORY: Unit(2**20, "MiB"),
-}
+def unit_of(metric: Metric) -> Unit:
+    """What a metric is shown in."""
+    return Unit(metric.measure.scale, metric.measure.shown_unit)
 
 
 def plain(value: Any) -> Any:
@@ -41,15 +38,10 @@ def plain(value: Any) -> Any:
 
 # --- table ----------------------------------------------------------------------------------
 
-COLUMNS = (
-    (Metric.THROUGHPUT, "value", "throughput"),
-    (Metric.LATENCY, "p50_us", "latency p50"),
-    (Metric.LATENCY, "p99_us", "latency p99"),
-    (Metric.LATENCY, TAIL, "latency p99.9"),
-    (Metric.CONNECTIONS, "value", "connections"),
-    (Metric.STARTUP, "value", "first answer"),
-    (Metric.MEMORY, "value", "memory"),
-)
+
+def columns() -> list[tuple[Metric, str, str]]:
+    """(metric, column of the tidy table, what people call it) of all that is shown, in order."""
+    return [(m, column, name) for m in Metric for column, name in m.measure.columns.items()]
 
 
 def interval(of: Estimate, scale: float, wide: bool) -> str:

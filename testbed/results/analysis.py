@@ -20,7 +20,8 @@ from math import inf, nan
 import pandas as pd
 from scipy.special import bdtr
 
-from testbed.model.cells import AGAIN, SLOW, Cell, Metric, Pair
+from testbed.model.cells import AGAIN, SLOW, Cell, Pair
+from testbed.model.metrics import TAIL, Metric
 from testbed.model.trials import Status, Trial, percentile
 from testbed.results.statistics import (
     CONFIDENCE,
@@ -29,16 +30,6 @@ from testbed.results.statistics import (
     estimate,
 )
 
-QUANTITIES = {
-    Metric.THROUGHPUT: ("value",),
-    Metric.LATENCY: ("p50_us", "p99_us"),
-    Metric.CONNECTIONS: ("value",),
-    Metric.STARTUP: ("value",),
-    Metric.MEMORY: ("value",),
-}
-"""Metric → columns of the tidy table that are summarised."""
-TAIL = "p999_us"
-"""What `tails` adds to latency: the 99.9th percentile of all blocks' samples together."""
 EXCEEDANCES = 100
 """So many samples must lie above a percentile of the tail, or it is an anecdote."""
 
@@ -60,7 +51,7 @@ class Summary:
 
     cell: Cell
     quantity: str
-    """Column of the tidy table, one of `QUANTITIES`; or `TAIL`."""
+    """Column of the tidy table, one of `quantities`; or `TAIL`."""
     status: Status
     """`ok` if any block was."""
     reason: str | None
@@ -70,6 +61,11 @@ class Summary:
     ratio: Estimate
     no_ratio: str | None
     """Why there is no ratio."""
+
+
+def quantities(metric: Metric) -> list[str]:
+    """Columns of the tidy table that are summarised over blocks."""
+    return [column for column in metric.measure.columns if column != TAIL]
 
 
 def summarise(trials: pd.DataFrame, references: Mapping[str, str]) -> list[Summary]:
@@ -82,7 +78,7 @@ def summarise(trials: pd.DataFrame, references: Mapping[str, str]) -> list[Summa
     for cell, table in tables.items():
         divisor = reference(cell.datapath, cell.pair, references)
         other = tables.get(replace(cell, datapath=divisor)) if divisor else None
-        for quantity in QUANTITIES[cell.metric]:
+        for quantity in quantities(cell.metric):
             values = block_values(table, quantity)
             ratio, no_ratio = _ratio(values, divisor, other, quantity)
             summaries.append(

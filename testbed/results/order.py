@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, TypeVar
 
-from testbed.model.cells import Cell, Metric, Pair
+from testbed.model.cells import Cell, Pair
+from testbed.model.metrics import Metric
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)

@@ -1,13 +1,14 @@
-"""What runs a workload: one file each, all with the interface below, never importing each other.
+"""What runs a workload: one file each, never importing each other.
 
-A runtime is prepared once (images composed, kernels found), then starts any number of workloads. To
-add one: a module here with `prepare`, and its name in `model.Runtime`.
+A runtime is prepared once (images composed, kernels found), then starts any number of workloads.
+Each is a module here with `prepare`, or that of an entry point of group `testbed.runtimes`
+(`model.terms.Runtime`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import cast
 
 from testbed.model.terms import Runtime
@@ -16,8 +17,12 @@ from testbed.runtimes.interface import Absent, Options, Prepared
 
 def prepare(runtime: Runtime, options: Options) -> Prepared:
     """Make a runtime ready. Raises `Error` with what to type if something is missing."""
-    module = import_module(f"{__name__}.{runtime}")
-    return cast(Callable[[Options], Prepared], module.prepare)(options)
+    if others := metadata.entry_points(group=__name__, name=str(runtime)):
+        [entry] = others
+        prepare = entry.load()
+    else:
+        prepare = import_module(f"{__name__}.{runtime}").prepare
+    return cast(Callable[[Options], Prepared], prepare)(options)
 
 
 def choose(name: str, options: Options) -> tuple[Prepared, str]:

@@ -17,8 +17,9 @@ from testbed.campaigns import roles, trial
 from testbed.doctor import State
 from testbed.host.ledger import Owner
 from testbed.images import kernels
-from testbed.model.cells import Cell, Metric, Pair
+from testbed.model.cells import Cell, Pair
 from testbed.model.manifest import Manifest
+from testbed.model.metrics import Metric
 from testbed.model.terms import Family, Runtime, Transport
 from testbed.model.trials import Status
 from testbed.pods.pod import Pod

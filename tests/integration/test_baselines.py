@@ -26,10 +26,11 @@ from testbed.host import cgroups, namespaces
 from testbed.host.ledger import Owner
 from testbed.model import addresses
 from testbed.model.addresses import guest_link, guest_mac
-from testbed.model.cells import Cell, Metric
+from testbed.model.cells import Cell
 from testbed.model.cells import Pair as Roles
 from testbed.model.errors import Error
 from testbed.model.manifest import Manifest
+from testbed.model.metrics import Metric
 from testbed.model.terms import Family, Runtime, Transport
 from testbed.runtimes.interface import Options
 

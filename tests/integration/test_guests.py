@@ -21,7 +21,8 @@ from testbed.campaigns import protocol, roles, trial, worker
 from testbed.host.facts import slowness
 from testbed.host.ledger import Owner
 from testbed.images import kernels
-from testbed.model.cells import Cell, Metric, Pair
+from testbed.model.cells import Cell, Pair
+from testbed.model.metrics import Metric
 from testbed.model.terms import Family, Runtime, Transport
 from testbed.model.trials import Status
 from testbed.pods.pod import Pod

@@ -11,9 +11,10 @@ import pytest
 from testbed import agent, runtimes
 from testbed.campaigns import roles, trial
 from testbed.model.addresses import CONTROL_PORT
-from testbed.model.cells import Cell, Metric, Pair
+from testbed.model.cells import Cell, Pair
 from testbed.model.errors import Error
 from testbed.model.manifest import Manifest, Program
+from testbed.model.metrics import Metric
 from testbed.model.terms import Family, Runtime, Transport
 from testbed.model.trials import Status
 from testbed.pods.pod import Pod

@@ -6,7 +6,8 @@ import pytest
 
 from testbed.campaigns import rate_search, roles, trial
 from testbed.host import netlink
-from testbed.model.cells import Cell, Metric, Pair
+from testbed.model.cells import Cell, Pair
+from testbed.model.metrics import Metric
 from testbed.model.terms import Family, Runtime, Transport
 from testbed.model.trials import Status, Trial
 from testbed.pods.links import port_name

@@ -9,7 +9,8 @@ import pytest
 
 from testbed.campaigns import worker
 from testbed.campaigns.protocol import Job
-from testbed.model.cells import Cell, Metric, Pair
+from testbed.model.cells import Cell, Pair
+from testbed.model.metrics import Metric
 from testbed.model.terms import Family, Runtime, Transport
 from testbed.model.trials import Status, Trial
 

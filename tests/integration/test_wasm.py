@@ -16,9 +16,10 @@ from testbed.campaigns.roles import unsupported
 from testbed.datapaths import get
 from testbed.host import ledger, namespaces
 from testbed.host.ledger import Owner
-from testbed.model.cells import Cell, Metric, Pair
+from testbed.model.cells import Cell, Pair
 from testbed.model.errors import Error
 from testbed.model.manifest import Manifest, Program, Workload
+from testbed.model.metrics import Metric
 from testbed.model.terms import Family, Runtime, Transport
 from testbed.model.trials import Status
 from testbed.pods.pod import Pod

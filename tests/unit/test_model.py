@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from testbed.model import addresses
-from testbed.model.cells import Cell, Metric, Pair
+from testbed.model.cells import Cell, Pair
 from testbed.model.errors import Error
+from testbed.model.metrics import Metric
 from testbed.model.terms import Family, Transport
 from testbed.model.trials import Status, Trial
 

@@ -13,8 +13,9 @@ import pytest
 from rich.console import Console
 
 from testbed import datapaths, plan
-from testbed.model.cells import Cell, Metric, Pair
+from testbed.model.cells import Cell, Pair
 from testbed.model.errors import Error
+from testbed.model.metrics import Metric
 from testbed.model.terms import Family
 from testbed.model.trials import Status, Trial
 from testbed.reports import table, words

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import blended_transform_factory
 
-from testbed.model.cells import Metric, Pair
+from testbed.model.cells import Pair
+from testbed.model.metrics import Metric
 from testbed.model.terms import Family
 from testbed.model.trials import Status
 from testbed.reports.figures.select import kind_of, traffic
@@ -25,7 +26,7 @@ from testbed.reports.figures.style import (
     patch_key,
     title_of,
 )
-from testbed.reports.words import UDP_RATE, UDP_RATE_MEANS, UNITS, absence, names, number
+from testbed.reports.words import UDP_RATE, UDP_RATE_MEANS, absence, names, number
 from testbed.results.analysis import Breakdown, Summary
 from testbed.results.order import present
 from testbed.results.results import Results
@@ -102,7 +103,7 @@ def _bar_panel(
     guest: str,
     upright: bool,
 ) -> None:
-    scale = UNITS[rows[0].cell.metric].scale
+    scale = unit_of(rows[0].cell.metric).scale
     means = [row.estimate.mean / scale for row in rows if row.status is Status.OK]
     most = 1.5 * max(means, default=1)  # so far up whiskers are drawn, and end with an arrow
     tops = [row.estimate.high / scale for row in rows if row.status is Status.OK]

@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from testbed.model.cells import Metric, Pair
+from testbed.model.cells import Pair
 from testbed.model.looks import Look
+from testbed.model.metrics import Metric
 from testbed.model.terms import Family
 from testbed.model.trials import Status
 from testbed.reports.figures.select import traffic

@@ -27,7 +27,8 @@ from testbed.reports.figures.style import (
     keys_of,
     point_key,
 )
-from testbed.reports.words import COLUMNS, names, size_of
+from testbed.reports.words import columns as all_columns
+from testbed.reports.words import names, size_of
 from testbed.results.analysis import Summary
 from testbed.results.order import grouped
 from testbed.results.results import Results
@@ -70,7 +71,7 @@ def ratios(rows: Sequence[Summary], results: Results) -> Drawing:
 
 def forest(rows: Sequence[Ratio], results: Results, band: float = 0.0) -> Figure:
     """Ratios with intervals: a line per pair, family and datapath, a panel per quantity."""
-    columns = [c for c in COLUMNS if any((r.cell.metric, r.quantity) == c[:2] for r in rows)]
+    columns = [c for c in all_columns() if any((r.cell.metric, r.quantity) == c[:2] for r in rows)]
     sized = len({size_of(row.cell) for row in rows}) > len({row.cell.metric for row in rows})
 
     def line_of(row: Ratio) -> tuple[str, str]:
@@ -88,7 +89,7 @@ def forest(rows: Sequence[Ratio], results: Results, band: float = 0.0) -> Figure
     gap = "   " if len(columns) < 4 else "\n"
     low, high = _span([row.ratio for row in rows], band)
     for axes, (metric, quantity, name) in zip(panels, columns, strict=True):
-        better = "→ better" if metric.higher_is_better else "better ←"
+        better = "→ better" if metric.measure.higher_is_better else "better ←"
         axes.set_title(f"{name}{gap}{better}", loc="left")
         axes.axvspan(1 / (1 + band), 1 + band, color="#dddddd", lw=0)
         axes.axvline(1, color="black", lw=0.6)

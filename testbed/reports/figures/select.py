@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from testbed.model.cells import Cell, Metric
+from testbed.model.cells import Cell
+from testbed.model.metrics import Metric
 from testbed.model.terms import Transport
 from testbed.reports.figures.style import Ratio
 from testbed.results.analysis import Breakdown, Summary

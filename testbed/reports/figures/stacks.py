@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
-from testbed.model.cells import Metric
+from testbed.model.metrics import Metric
 from testbed.model.terms import Family, Runtime
 from testbed.reports.figures.bars import slots_of
 from testbed.reports.figures.select import is_crowd, kind_of, traffic
@@ -24,7 +24,7 @@ from testbed.reports.figures.style import (
     functional,
     title_of,
 )
-from testbed.reports.words import UNITS, names
+from testbed.reports.words import names, unit_of
 from testbed.results.analysis import Breakdown
 from testbed.results.order import grouped, present
 from testbed.results.results import Results
@@ -104,7 +104,7 @@ def spent_figure(rows: Sequence[Breakdown], results: Results) -> Drawing:
 
 def built_figure(rows: Sequence[Breakdown], results: Results) -> Drawing:
     """What building pods takes as bars of its parts, by pair and datapath, apart with machines."""
-    metric, unit = rows[0].cell.metric, UNITS[rows[0].cell.metric]
+    metric, unit = rows[0].cell.metric, unit_of(rows[0].cell.metric)
     starts = metric is Metric.STARTUP
     parts = STEPS if starts else OWNERS
     title = (
@@ -192,7 +192,7 @@ def _stacks(
             row,
             place,
             parts,
-            UNITS[row.cell.metric].scale if row.cell.metric.of_building else 1,
+            unit_of(row.cell.metric).scale if row.cell.metric.of_building else 1,
         )
 
 

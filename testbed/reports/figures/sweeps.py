@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from testbed.model.cells import Pair
 from testbed.model.looks import Look
+from testbed.model.metrics import TAIL
 from testbed.model.terms import Family, Transport
 from testbed.reports.figures.select import Axis, along, is_crowd, of_guest, swept
 from testbed.reports.figures.style import (
@@ -28,8 +29,9 @@ from testbed.reports.figures.style import (
     line_of,
     mark_of,
 )
-from testbed.reports.words import COLUMNS, UNITS, names
-from testbed.results.analysis import TAIL, Summary
+from testbed.reports.words import columns as all_columns
+from testbed.reports.words import names, unit_of
+from testbed.results.analysis import Summary
 from testbed.results.order import grouped, present
 from testbed.results.results import Results
 
@@ -70,7 +72,7 @@ def sweep(rows: Sequence[Summary], axis: Axis, results: Results) -> Drawing:
     if axis.field == "rate_per_s":
         how += " Each request is timed from when it was due."
     panels = figure.subplots(len(downs), len(pairs), sharex=True, sharey="row", squeeze=False)
-    unit = UNITS[cell.metric]
+    unit = unit_of(cell.metric)
     for across, (family, quantity) in zip(panels, downs, strict=True):
         label = {"p50_us": "median, ", "p99_us": "p99, ", TAIL: "p99.9, "}.get(quantity, "")
         across[0].set_ylabel(f"{names(family)}\n{label}{unit.name}")
@@ -127,12 +129,12 @@ def scaling(rows: Sequence[Summary], results: Results) -> Drawing | None:
         return None
     shown = [row for _, found in downs for row in found]
     quantities = {(row.cell.metric, row.quantity) for row in shown if row.quantity != TAIL}
-    acrosses = [column for column in COLUMNS if column[:2] in quantities]
+    acrosses = [column for column in all_columns() if column[:2] in quantities]
     figure = Figure(figsize=(WIDTH_IN, 0.2 + 1.35 * len(downs)))
     panels = figure.subplots(len(downs), len(acrosses), squeeze=False)
     for line, (axis, found) in zip(panels, downs, strict=True):
         for axes, (metric, quantity, title) in zip(line, acrosses, strict=True):
-            unit = UNITS[metric]
+            unit = unit_of(metric)
             here = [r for r in found if (r.cell.metric, r.quantity) == (metric, quantity)]
             axes.set_xscale("log")
             axes.set_yscale("log")

@@ -17,7 +17,7 @@ from testbed.model.errors import Error
 from testbed.model.trials import Status
 from testbed.plan import CPU_QUANTITY
 from testbed.reports import claims
-from testbed.reports.words import UNITS, Unit, number
+from testbed.reports.words import Unit, number, unit_of
 from testbed.results.analysis import Summary, block_values, controls, cost_values
 from testbed.results.results import Results
 from testbed.results.statistics import CONFIDENCE, Estimate, estimate
@@ -115,7 +115,7 @@ class Answers:
 
 
 def latex_unit(row: Summary) -> Unit:
-    return COST if row.quantity == CPU_QUANTITY else UNITS[row.cell.metric]
+    return COST if row.quantity == CPU_QUANTITY else unit_of(row.cell.metric)
 
 
 COST = Unit(1, "CPU s")
