@@ -26,7 +26,7 @@ from testbed.reports.figures.style import (
     patch_key,
     title_of,
 )
-from testbed.reports.words import UDP_RATE, UDP_RATE_MEANS, absence, names, number
+from testbed.reports.words import UDP_RATE, UDP_RATE_MEANS, absence, names, number, unit_of
 from testbed.results.analysis import Breakdown, Summary
 from testbed.results.order import present
 from testbed.results.results import Results
@@ -71,9 +71,10 @@ def bars_figure(rows: Sequence[Summary], results: Results) -> Drawing:
         if n % len(parts) == 0:
             axes.set_title(names(family), loc="left", fontweight="bold")
         _bar_panel(axes, part, results, family, slots[n % len(parts)], guest, upright=not narrow)
+    metric = rows[0].cell.metric
     named = {Metric.THROUGHPUT: "goodput, Gbit/s", Metric.CONNECTIONS: "connections, 10³/s"}
     for line in panels:
-        line[0].set_ylabel(named[rows[0].cell.metric])
+        line[0].set_ylabel(named.get(metric, f"{metric}, {unit_of(metric).name}"))
     return Drawing(
         figure,
         title_of(rows[0].cell),
