@@ -186,7 +186,7 @@ def attach_cgroup(owner: Scope, cgroup: Path, name: str, program: int) -> None:
     """
     id = struct.unpack_from("=4xI", syscall.info(program, 128))[0]
     runs = id in _running_in(cgroup, name)
-    if runs and not owner.goes_on:
+    if runs and not owner.continues:
         raise Error(
             f"{cgroup}, or one above it, is the cgroup of another pod with this datapath",
             hint="give the pod's own",

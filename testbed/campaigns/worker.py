@@ -64,7 +64,7 @@ def work(job: Job) -> Iterator[Event]:
         for number, ids in job.blocks:
             yield from bench.block(number, [Cell.parse(id) for id in ids])
             if bench.failed and job.keep:
-                owner.keep()
+                owner.leave_standing()
                 yield {"event": "kept", "pods": [pod.netns for pod in bench.failed]}
                 return
 

@@ -1,1 +1,1 @@
-"""This machine: namespaces, links, cgroups, processes, nftables, and a ledger of what was made."""
+"""Access to this machine: namespaces, links, cgroups, processes, nftables, ledger of resources."""

@@ -1,6 +1,6 @@
-"""What differs between processor architectures, in one table: all else is the same on each.
+"""Table of the supported processor architectures (x86-64, AArch64), and how they differ.
 
-Guests run on the processor of their host, so one entry serves for host and guest.
+Guests run on the processor of their host, so host and guest share one entry.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from testbed.model.errors import Error
 
 @dataclass(frozen=True)
 class Architecture:
-    """A processor architecture, by the names that others have for it."""
+    """Names of a processor architecture in uname, Debian, Linux and QEMU, and its QEMU options."""
 
     name: str
     """`uname -m`: what the kernel, ELF readers and Python call it."""
     debian: str
-    """In names of Debian's packages."""
+    """Architecture in the names of Debian's packages."""
     kernel: str
-    """Its folder under `arch/` in the sources of Linux."""
+    """Folder under `arch/` in the sources of Linux."""
     qemu: str
-    """QEMU's program."""
+    """The system emulator's program."""
     qemu_package: str
     machine: str
     """QEMU's machine type with its options."""
@@ -40,8 +40,8 @@ X86_64 = Architecture(
     kernel="x86",
     qemu="qemu-system-x86_64",
     qemu_package="qemu-system-x86",
-    # It has the clocks that kernels calibrate by (microvm has none under TCG: Linux hangs there now
-    # and then, OSv always) and starts fast with its unused devices left out.
+    # q35 has the clocks that kernels calibrate by. (microvm has none under TCG: Linux hangs there
+    # now and then, OSv always.) Without its unused devices it starts fast.
     machine="q35,sata=off,smbus=off,usb=off,vmport=off",
     emulated_cpu="qemu64",
     console="ttyS0",
@@ -53,9 +53,9 @@ AARCH64 = Architecture(
     kernel="arm64",
     qemu="qemu-system-aarch64",
     qemu_package="qemu-system-arm",
-    machine="virt,gic-version=max",  # the default is GICv2, which KVM on many servers has not
-    # QEMU's default is a 32-bit CPU. Emulated pointer signatures of the architecture's own kind
-    # take half of all time.
+    machine="virt,gic-version=max",  # the default is GICv2, which KVM on many servers lacks
+    # QEMU's default is a 32-bit CPU. Emulating pointer authentication with the architecture's own
+    # algorithm would take half of the time, so QEMU's own is used.
     emulated_cpu="max,pauth-impdef=on",
     console="ttyAMA0",
     sys_bpf=280,
@@ -63,7 +63,7 @@ AARCH64 = Architecture(
 
 
 def native() -> Architecture:
-    """This machine's. Raises `Error` if it is neither of them."""
+    """The architecture of this machine. Raises `Error` if it is not in the table."""
     known = {each.name: each for each in (X86_64, AARCH64)}
     name = platform.machine()
     if name not in known:

@@ -1,4 +1,4 @@
-"""The cache folder: what is made once and found again."""
+"""The cache folder: files and folders that are made once and then reused."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def cache_folder() -> Path:
 
 
 def made(path: Path, make: Callable[[Path], object], *, anew: bool = False) -> Path:
-    """The file or folder at `path`, made if it is not there, all or nothing.
+    """Return `path` after making the file or folder there, if it is missing.
 
-    `make` gets another path to make it at, whose folder is for scratch files, too. `anew` makes it
-    in any case.
+    `make` gets a temporary path, which is renamed to `path` when it is complete. It may put scratch
+    files beside it. `anew` makes it even if it exists.
     """
     if path.exists() and not anew:
         return path
@@ -30,6 +30,6 @@ def made(path: Path, make: Callable[[Path], object], *, anew: bool = False) -> P
         try:
             new.replace(path)
         except OSError:
-            if not path.is_dir():  # else somebody made it meanwhile
+            if not path.is_dir():  # else another process made it meanwhile
                 raise
     return path

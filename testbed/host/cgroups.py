@@ -1,4 +1,4 @@
-"""Cgroups: made, emptied, removed; memory of what runs in one."""
+"""Creates, empties and removes cgroups (cgroup v2), and reads the memory use of one."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from testbed.model.errors import Error
 
 @functools.cache
 def mount_point() -> Path:
-    """Where cgroup2 is mounted: /sys/fs/cgroup, or /sys/fs/cgroup/unified in hybrid setups."""
+    """Mount point of cgroup2: /sys/fs/cgroup, or /sys/fs/cgroup/unified in hybrid setups."""
     for line in Path("/proc/mounts").read_text().splitlines():
-        _, where, kind, options, *_ = line.split()
+        _, directory, kind, options, *_ = line.split()
         if kind == "cgroup2" and "rw" in options.split(","):
-            return Path(where)
+            return Path(directory)
     raise Error("no writable cgroup2 is mounted", hint="mount -t cgroup2 none /sys/fs/cgroup")
 
 
 def create(owner: Scope, name: str) -> Path:
-    """Make a cgroup below the mount. When it is taken back, the processes in it are killed."""
+    """Make a cgroup below the mount point. Undoing it kills the processes in it."""
     path = mount_point() / name
     owner.defer(remove_cgroup, path=str(path))
     path.mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ def create(owner: Scope, name: str) -> Path:
 
 
 def remove_cgroup(path: str) -> None:
-    """Kill what runs in the cgroup and below, then remove it."""
+    """Kill the processes in a cgroup and below, then remove it. A missing cgroup is no error."""
     if not Path(path).exists():
         return
     empty(Path(path))
@@ -43,10 +43,11 @@ def remove_cgroup(path: str) -> None:
 
 
 def empty(group: Path) -> None:
-    """Kill every process in the cgroup and below; returns when the last one is gone.
+    """Kill every process in the cgroup and below. Returns when no process is left.
 
-    By pid and not by `cgroup.kill`, which kernels before 5.14 lack. New children of a dying process
-    are met in the next round. One that is listed no more may still be there for a moment.
+    Kills by pid, since kernels before 5.14 lack `cgroup.kill`. New children of a dying process are
+    killed in the next round. A process that is no longer listed may still exist for a moment.
+    Raises `Error` if processes are left after 10 s.
     """
     deadline = time.monotonic() + 10
     while "populated 1" in (group / "cgroup.events").read_text():
@@ -65,9 +66,10 @@ def empty(group: Path) -> None:
 
 
 def resident_bytes(group: Path) -> int:
-    """Memory of the processes in a cgroup and below, what they share with others by their share.
+    """Memory of the processes in a cgroup and below: the sum of proportional set sizes (PSS).
 
-    The proportional set size (PSS) of /proc/PID/smaps_rollup (proc(5)).
+    Of pages that several processes share, each is charged its share. Source:
+    /proc/PID/smaps_rollup (proc(5)).
     """
     total = 0
     for pid in (p for procs in group.rglob("cgroup.procs") for p in procs.read_text().split()):

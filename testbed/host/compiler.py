@@ -1,6 +1,6 @@
-"""Compiles the testbed's C programs for guests and hosts, once per content.
+"""Compiles C programs of the testbed with `cc`, once per content.
 
-What is compiled is told by its users, `agent` and `shim`; eBPF is compiled by `bpf`.
+Users are `testbed.agent` and `testbed.images.shim`. `testbed.bpf` compiles eBPF programs itself.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from testbed.model.errors import Error
 
 
 def build(title: str, name: str, sources: Path, flags: Sequence[str]) -> Path:
-    """Compile all C files of a folder into one file; its path.
+    """Compile all C files of a folder into one output file, and return its path.
 
-    Kept as `<folder>/<hash>/<name>` in the cache, by the hash of sources and flags. `title` says in
-    errors what it is. Raises `Error` if there is no compiler or it fails.
+    The output is `<folder>/<hash>/<name>` in the cache, with the hash of sources and flags. Errors
+    call it `title`. Raises `Error` if there is no compiler or it fails.
     """
     files = sorted(sources.glob("*.[ch]"))
     if not files:

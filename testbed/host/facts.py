@@ -1,6 +1,7 @@
-"""What this machine is, and what it was busy with: read from /proc and /sys, nothing changed.
+"""Facts about this machine: kernel, CPUs, versions, CPU time, memory, load.
 
-How slow it is, its user says (`slowness`).
+All are read from /proc, /sys and the programs themselves; nothing is changed. Only the factor for
+slow machines is set by the user (`slowness`).
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from testbed.model.terms import Family
 
 
 def slowness() -> float:
-    """Factor for every time that a boot, an answer or a test may take: `TESTBED_SLOWNESS`, or 1.
+    """Factor of all time limits (boots, answers, tests): the variable `TESTBED_SLOWNESS`, or 1.
 
-    For machines far slower than usual, such as emulated ones. Raises `Error` if it is no number
-    above 0.
+    It is for machines that are much slower than usual, such as emulated ones. Raises `Error` if it
+    is no number above 0.
     """
     text = os.environ.get("TESTBED_SLOWNESS") or "1"
     try:
@@ -31,21 +32,21 @@ def slowness() -> float:
         factor = 0.0
     if not 0 < factor < math.inf:
         raise Error(
-            f"TESTBED_SLOWNESS is {text!r}, which is no factor",
+            f"TESTBED_SLOWNESS is {text!r}, which is not a number above 0",
             hint="export TESTBED_SLOWNESS=8: every limit is 8 times as long",
         )
     return factor
 
 
 def families() -> frozenset[Family]:
-    """IP versions that this kernel has: IPv6 can be compiled out, or off by `ipv6.disable=1`."""
+    """IP versions of this kernel. IPv6 can be compiled out, or disabled by `ipv6.disable=1`."""
     has_ipv6 = Path("/proc/sys/net/ipv6").exists()
     return frozenset(Family) if has_ipv6 else frozenset({Family.IPV4})
 
 
 def facts() -> dict[str, str]:
-    """What a result has to say about the machine: kernel, cpu, governor, host, and by what TCP's
-    congestion is controlled.
+    """Facts that every result states: kernel, CPU, frequency governor, host name, TCP congestion
+    control.
     """
     cpuinfo = Path("/proc/cpuinfo").read_text()
     models = [
@@ -64,12 +65,12 @@ def facts() -> dict[str, str]:
 
 
 def congestion_control() -> str:
-    """Of TCP, where nobody chooses another; a new network namespace has it from the first one."""
+    """Default algorithm of TCP's congestion control. A new network namespace inherits it."""
     return Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
 
 
 def versions() -> dict[str, str]:
-    """Versions of what takes part in a measurement."""
+    """Versions of the software that takes part in a measurement, by name."""
     found = {"python": platform.python_version()}
     for name in ("testbed", "pyroute2", "pandas", "scipy", "matplotlib", "wasmtime"):
         found[name] = metadata.version(name)
@@ -86,7 +87,10 @@ def versions() -> dict[str, str]:
 
 
 def _packages(*names: str) -> dict[str, str]:
-    """Versions of Debian packages, where they are installed: passt does not know its own."""
+    """Versions of the Debian packages that are installed, by name.
+
+    The packages are asked, since passt does not print its own version.
+    """
     command = ["dpkg-query", "--show", "--showformat", "${Package} ${Version}\n", *names]
     try:
         out = subprocess.run(command, capture_output=True, text=True, check=False).stdout
@@ -97,19 +101,21 @@ def _packages(*names: str) -> dict[str, str]:
 
 
 def cpus() -> list[int]:
-    """CPUs that this process may use."""
+    """Numbers of the CPUs that this process may use."""
     return sorted(os.sched_getaffinity(0))
 
 
 def busy(guests: Sequence[Path] = ()) -> dict[str, float]:
-    """CPU seconds since boot, all CPUs, by what they were spent on; together they are `cpu_s`.
+    """CPU seconds since boot, summed over all CPUs, by use.
 
-    `softirq_s`, `system_s` (hard interrupts too), `user_s` without `guest_s`: user time of what
-    runs in the cgroups `guests`, that is of virtual machines, whose processors are threads of user
-    space (under KVM the kernel counts what a guest runs as user time of its thread as well). And
-    `steal_s`, which is not in `cpu_s`: taken by a hypervisor below.
+    `cpu_s`: total, of the following four. `softirq_s`. `system_s`: with hard interrupts. `guest_s`:
+    user time of the cgroups `guests`, which hold virtual machines. Their virtual CPUs are threads
+    in user space; the kernel counts what a guest runs under KVM as their user time, too. `user_s`:
+    the rest of user time.
 
-    From /proc/stat (proc(5)) and cpu.stat (cgroup v2).
+    `steal_s`, which is not in `cpu_s`: time that a hypervisor below this machine took.
+
+    Source: /proc/stat (proc(5)) and cpu.stat (cgroup v2).
     """
     tick = os.sysconf("SC_CLK_TCK")
     user, nice, system, _, _, irq, softirq, steal, *_ = (
@@ -130,9 +136,9 @@ def busy(guests: Sequence[Path] = ()) -> dict[str, float]:
 
 
 def kernel_bytes() -> int:
-    """Memory that the kernel has for itself: what it cannot reclaim, page tables, per-CPU data.
+    """Memory that the kernel uses for itself: unreclaimable slab, page tables, per-CPU, vmalloc.
 
-    From /proc/meminfo (proc(5)). `VmallocUsed` has stacks and eBPF's maps in it.
+    Source: /proc/meminfo (proc(5)). `VmallocUsed` includes kernel stacks and eBPF maps.
     """
     names = ("SUnreclaim", "PageTables", "Percpu", "VmallocUsed")
     lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
@@ -141,7 +147,7 @@ def kernel_bytes() -> int:
 
 
 def frequency_mhz() -> float | None:
-    """Mean of what CPUs run at now, as far as the kernel tells (cpufreq); None if it does not."""
+    """Mean current frequency of the CPUs (cpufreq), or None if the kernel does not report it."""
     files = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq")
     found = [int(file.read_text()) / 1e3 for file in files]
     return sum(found) / len(found) if found else None

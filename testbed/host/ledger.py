@@ -1,11 +1,13 @@
-"""What this host was given, and how to take it back: written down before each thing is made.
+"""Ledger of the resources made on this host (namespaces, cgroups, pins), for their clean-up.
 
-A ledger is one file per owner (a process that builds: a campaign's worker, a test run) under
-`/run/testbed`, which lives exactly as long as the kernel objects that it lists. An entry is a call
-to make later: a module-level function of this package and its arguments as JSON. Undoing is
-idempotent and goes backwards; whatever was never made is no error. `clean` does it for owners that
-died: a living one holds a lock on its file. Another process may also go on in a dead owner's place
-(`Owner(left)`): what that one has written down already is not written down again.
+Each owner (a process that builds: a pod's supervisor, a campaign's worker, a test run) has one
+file. An entry is written before its resource is made. It is a call to make later: a module-level
+function of this package, and its arguments as JSON. Entries are undone from the last to the first.
+Undoing is idempotent: a resource that was never made is no error.
+
+The files are under `/run/testbed`, which is emptied at boot, as the kernel objects are. A living
+owner holds a lock on its file, so `clean` undoes the ledgers of dead owners only. A process may
+also take a dead owner's place (`Owner(left)`): then entries that exist are not written again.
 """
 
 from __future__ import annotations
@@ -27,21 +29,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from testbed.host import ledger
 from testbed.model.errors import Error
 
 ROOT = Path("/run/testbed")
-PATIENCE_S = 1
+LOCK_TIMEOUT_S = 1
 
 
-def _die_of_signals() -> None:
+def _restore_default_signals() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # pyroute2 forks to enter namespaces, and ends the child by SIGTERM. With handlers that raise, the
 # child would unwind its copy of the stack, and take down what its parent owns.
-os.register_at_fork(after_in_child=_die_of_signals)
+os.register_at_fork(after_in_child=_restore_default_signals)
 
 
 class Undoable(Protocol):
@@ -49,14 +50,14 @@ class Undoable(Protocol):
 
 
 class _Ledger:
-    """The file. Its open lock says that the owner lives."""
+    """The file of a ledger, locked for as long as its owner lives."""
 
     def __init__(self, path: Path, file: TextIOWrapper) -> None:
         self.path, self._file = path, file
         self._numbers = 0
         self._lock = threading.Lock()
         self.left: list[Deferred] = []
-        """What a dead owner left, in the order of making."""
+        """Entries that a dead owner left, in the order in which they were made."""
 
     def record(self, call: str, arguments: dict[str, Any]) -> Deferred:
         with self._lock:
@@ -77,9 +78,10 @@ class _Ledger:
         self._file.close()
 
     def read(self) -> None:
-        """Find what a dead owner left."""
+        """Read the entries that a dead owner left into `left`."""
         text = self._file.read()
-        whole = text.rfind("\n") + 1  # killed in mid-line: that thing was not made yet
+        # An owner killed in mid-line had not made the resource of that line yet.
+        whole = text.rfind("\n") + 1
         self._file.truncate(whole)
         self._file.seek(whole)
         left: dict[int, Deferred] = {}
@@ -98,7 +100,7 @@ class _Ledger:
 
 @dataclass(frozen=True)
 class Deferred:
-    """One entry of a ledger."""
+    """One entry of a ledger: a call that undoes what was made."""
 
     ledger: _Ledger
     number: int
@@ -106,7 +108,7 @@ class Deferred:
     arguments: dict[str, Any]
 
     def undo(self) -> None:
-        """Take the thing back now, and strike the entry."""
+        """Make the call now, and strike the entry."""
         module, _, name = self.call.partition(":")
         getattr(importlib.import_module(module), name)(**self.arguments)
         self.ledger.strike(self)
@@ -121,21 +123,21 @@ def _call(undo: Callable[..., None]) -> str:
 
 
 class Scope:
-    """Things of one owner that are taken down together, as a context manager."""
+    """Resources of one owner that are taken down together, as a context manager."""
 
     def __init__(self, ledger: _Ledger, whole: Scope | None = None) -> None:
         self._ledger = ledger
         self._entries: list[Undoable] = []
         self.whole = whole or self
-        """What this is a part of, for things that its parts share."""
+        """The outermost scope that this is a part of, for resources that its parts share."""
 
     @property
     def id(self) -> str:
-        """The owner's mark, for the names of what is made."""
+        """The owner's identifier (hexadecimal), for the names of its resources."""
         return self._ledger.path.stem
 
     def defer(self, undo: Callable[..., None], **arguments: Any) -> Deferred:
-        """Write down how to undo what is about to be made. Call it before making it."""
+        """Write down how to undo a resource. Call it before the resource is made."""
         for entry in self.left(undo):
             if entry.arguments == json.loads(json.dumps(arguments)):
                 return entry
@@ -144,28 +146,28 @@ class Scope:
         return entry
 
     @property
-    def goes_on(self) -> bool:
-        """In a dead owner's place, with what that one made."""
+    def continues(self) -> bool:
+        """Whether this took a dead owner's place, and with it the resources of that owner."""
         return bool(self._ledger.left)
 
     def left(self, undo: Callable[..., None]) -> list[Deferred]:
-        """Entries with this call that a dead owner left, in whose place this one goes on."""
+        """Entries with this call that the dead owner left whose place this one took."""
         return [entry for entry in self._ledger.left if entry.call == _call(undo)]
 
     def part(self) -> Scope:
-        """A part that can be taken down by itself, and goes with the whole at the latest."""
+        """A part that can be taken down by itself. The whole takes down the parts that are left."""
         part = Scope(self._ledger, self.whole)
         self._entries.append(part)
         return part
 
     def undo(self) -> None:
-        """Undo everything, latest first.
+        """Undo everything, the latest first.
 
-        Goes on past what fails; that stays in the ledger, and `Error` names it.
+        Goes on after a failure. The failed entry stays in the ledger, and `Error` names it.
         """
         failures = []
         while self._entries:
-            entry = self._entries[-1]  # goes from the list when it is undone: we may be interrupted
+            entry = self._entries[-1]  # removed when it is undone, since we may be interrupted
             try:
                 entry.undo()
             except Exception as e:
@@ -184,59 +186,61 @@ class Scope:
 
 
 class Owner(Scope):
-    """Everything that this process made. Leaving it takes all of it down.
+    """All resources of this process, in a ledger of their own. Leaving the context undoes all.
 
-    `left` is the ledger of a dead owner to go on with. Raises `Error` if that one lives.
+    `left` is the ledger of a dead owner, whose place this one takes. Raises `Error` if that owner
+    lives.
     """
 
     def __init__(self, left: Path | None = None) -> None:
         if left:
             dead = _dead(left)
             if dead is None:
-                raise Error(f"somebody else is at what {left} lists")
+                raise Error(f"another process owns what {left} lists")
             super().__init__(dead)
             self._entries += dead.left
         else:
             ROOT.mkdir(mode=0o700, exist_ok=True)
             path = ROOT / f"{secrets.token_hex(3)}.ledger"
-            # It gets its name when it is locked: `clean` takes unlocked ones. (open(2), O_TMPFILE;
-            # a directory has to be given, or Python calls link(2), which links the symlink.)
+            # The file is locked before it gets a name, since `clean` takes unlocked ones (open(2),
+            # O_TMPFILE). Without a directory Python would call link(2), which links the symlink.
             file = os.fdopen(os.open(ROOT, os.O_TMPFILE | os.O_RDWR, 0o600), "w+")
             fcntl.flock(file, fcntl.LOCK_EX)
             os.link(f"/proc/self/fd/{file.fileno()}", path, src_dir_fd=file.fileno())
             super().__init__(_Ledger(path, file))
-        self._kept = False
+        self._leaves_standing = False
 
     def undo(self) -> None:
         super().undo()
-        if not self._kept:
+        if not self._leaves_standing:
             self._ledger.remove()
 
-    def keep(self) -> None:
-        """Leave everything standing when this process ends; `clean` will take it down."""
+    def leave_standing(self) -> None:
+        """Undo nothing when this process ends. `clean` can do so later."""
         self._entries.clear()
-        self._kept = True
+        self._leaves_standing = True
 
 
 def is_dead(path: Path) -> bool:
-    """Whether the owner of a ledger died, and left what it made."""
-    file = _seen(path)
+    """Whether the owner of a ledger died and left resources."""
+    file = _open_of_dead(path)
     if file:
         file.close()
     return file is not None
 
 
 def clean(only: Path | None = None) -> Iterator[str]:
-    """Take down what dead owners left, and only that; or one of them, by its ledger.
+    """Undo the ledgers of all dead owners, or the one ledger `only`.
 
-    Yields a word on each thing removed. Goes on past what fails; that stays, and `Error` names it.
+    Yields the text of each entry that was undone. Goes on after a failure: the failed entry stays
+    in its ledger, and `Error` names it.
     """
     failures: list[str] = []
     for path in [only] if only else sorted(ROOT.glob("*.ledger")):
         ledger = _dead(path)
         if not ledger:
             if only:
-                raise Error(f"somebody else is at what {only} lists")
+                raise Error(f"another process owns what {only} lists")
             continue
         before = len(failures)
         for entry in reversed(ledger.left):
@@ -258,17 +262,17 @@ def clean(only: Path | None = None) -> Iterator[str]:
 
 
 def _dead(path: Path) -> _Ledger | None:
-    """The ledger of a dead owner; None if it is alive, or somebody else is at it."""
-    file = _seen(path)
+    """The ledger of a dead owner, locked; None if the owner lives or another process has it."""
+    file = _open_of_dead(path)
     if file is None:
         return None
-    deadline = time.monotonic() + PATIENCE_S
-    while not _lock(file, fcntl.LOCK_EX):  # who only looks (`is_dead`) is gone soon
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
+    while not _lock(file, fcntl.LOCK_EX):  # `is_dead` in other processes holds it for a moment
         if time.monotonic() > deadline:
             break
         time.sleep(0.005)
     else:
-        if os.fstat(file.fileno()).st_nlink:  # else somebody was faster
+        if os.fstat(file.fileno()).st_nlink:  # else another process has removed it meanwhile
             ledger = _Ledger(path, file)
             ledger.read()
             return ledger
@@ -276,8 +280,8 @@ def _dead(path: Path) -> _Ledger | None:
     return None
 
 
-def _seen(path: Path) -> TextIOWrapper | None:
-    """The file of a dead owner, to look at: others may do so as well."""
+def _open_of_dead(path: Path) -> TextIOWrapper | None:
+    """Open the file of a dead owner with a shared lock; None if the owner lives."""
     with suppress(FileNotFoundError):
         file = path.open("r+")
         if _lock(file, fcntl.LOCK_SH):
@@ -295,14 +299,14 @@ def _lock(file: TextIOWrapper, kind: int) -> bool:
 
 
 def create_folder(owner: Scope, name: str) -> Path:
-    """Make a folder beside the ledgers, for what programs are told and tell in files."""
-    path = ledger.ROOT / name
+    """Make a folder beside the ledgers, for configuration and log files of programs."""
+    path = ROOT / name
     owner.defer(remove_folder, path=str(path))
     path.mkdir(mode=0o700, exist_ok=True)
     return path
 
 
 def remove_folder(path: str) -> None:
-    """Remove a folder with all that is in it. One that is gone is no error."""
+    """Remove a folder and its contents. A missing folder is no error."""
     if Path(path).exists():
         shutil.rmtree(path)

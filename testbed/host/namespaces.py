@@ -1,4 +1,4 @@
-"""Network namespaces: made, entered, removed, and their sysctls."""
+"""Creates, enters and removes network namespaces, and reads and writes their sysctls."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from testbed.model.errors import Error
 from testbed.model.terms import Family
 
 NETNS = Path("/run/netns")
-
+"""Folder of named namespaces, as `ip netns` has it."""
 
 CLONE_NEWNET = 0x40000000
 MS_BIND, MS_REC, MS_SHARED = 0x1000, 0x4000, 0x100000
@@ -35,18 +35,20 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def create(owner: Scope, name: str) -> IPRoute:
-    """`make_netns`, for one owner."""
+    """Make a namespace (`make`), written down in the owner's ledger."""
     owner.defer(remove_netns, name=name)
     return make(name)
 
 
 def make(name: str) -> IPRoute:
-    """Make a namespace with `lo` up and addresses usable at once; returns a socket in it.
+    """Make a namespace with `lo` up, and return a netlink socket in it.
 
-    What a host may have opened on `all` (net.core.devconf_inherit_init_net) is closed again.
+    Addresses in it are usable at once (no duplicate address detection). Options that a host may
+    have set for all links, and that a new namespace may inherit
+    (net.core.devconf_inherit_init_net), are switched off.
     """
     if not is_namespace(NETNS / name):
-        _in_thread(lambda: _unshare(_place(name)))
+        _in_thread(lambda: _unshare(_mount_file(name)))
     ip = open_socket(name)
     ip.link("set", index=1, state="up")
     off = {
@@ -66,15 +68,15 @@ def make(name: str) -> IPRoute:
 
 
 def hold(owner: Scope, name: str, path: Path) -> IPRoute:
-    """Know somebody else's namespace by a name of ours; returns a socket in it."""
+    """Give a foreign namespace a name of ours by a bind mount, and return a socket in it."""
     owner.defer(remove_netns, name=name)
     if not is_namespace(NETNS / name):
-        _mount(path, _place(name))
+        _mount(path, _mount_file(name))
     return open_socket(name)
 
 
 def is_namespace(path: Path) -> bool:
-    """Whether a path is of a network namespace (ioctl_ns(2))."""
+    """Whether a file is a network namespace (ioctl_ns(2))."""
     try:
         with path.open() as file:
             return bool(fcntl.ioctl(file, NS_GET_NSTYPE) == CLONE_NEWNET)
@@ -83,8 +85,8 @@ def is_namespace(path: Path) -> bool:
 
 
 def open_socket(netns: str) -> IPRoute:
-    """An rtnetlink socket in a namespace, for any thread, one at a time."""
-    ip = IPRoute.__new__(IPRoute)  # with another `asyncore`, as there is no argument for it
+    """Open an rtnetlink socket in a namespace. Any thread may use it, one at a time."""
+    ip = IPRoute.__new__(IPRoute)  # to set another `asyncore`: the constructor takes none
     ip.asyncore = _Inside(netns)
     ip.asyncore.status["event_loop"] = "new"
     ip.asyncore.local.keep_event_loop = True
@@ -92,7 +94,10 @@ def open_socket(netns: str) -> IPRoute:
 
 
 class _Inside(AsyncIPRoute):  # type: ignore[misc]
-    """Opens its sockets, one per thread, by a thread inside; pyroute2's way, a fork, takes 8 ms."""
+    """Opens its sockets (one per thread) in a thread inside a namespace.
+
+    pyroute2 would fork a process for each, which takes 8 ms.
+    """
 
     def __init__(self, netns: str) -> None:
         super().__init__()
@@ -100,7 +105,7 @@ class _Inside(AsyncIPRoute):  # type: ignore[misc]
         self.request_proxy = SimpleNamespace(handle=self._handle)
 
     def _handle(self, message: Any) -> bytes:
-        """What is not done by netlink: taps."""
+        """Handle the requests that netlink cannot: creation of taps."""
         if message.get(("linkinfo", "kind")) != "tuntap":
             return b""
         return inside(self._netns, lambda: bytes(IPRouteProxy().handle(message)))
@@ -111,13 +116,13 @@ class _Inside(AsyncIPRoute):  # type: ignore[misc]
 
 
 def remove_netns(name: str) -> None:
-    """Remove a namespace's name. With its last one it goes, and its links a moment later."""
+    """Remove a namespace's name. Without a name or process it ends, its links a moment later."""
     if (NETNS / name).exists():
         pyroute2.netns.remove(name)
 
 
 def inside(netns: str, call: Callable[[], T]) -> T:
-    """Run a short call in a thread inside the namespace; sockets that it opens stay there."""
+    """Run a short call in a thread inside the namespace. Sockets that it opens belong to it."""
 
     def run() -> T:
         with (NETNS / netns).open() as file:
@@ -129,9 +134,10 @@ def inside(netns: str, call: Callable[[], T]) -> T:
 
 @functools.cache
 def _share_folder() -> None:
-    """Make `/run/netns` a mount of its own, as `ip netns` does when it is not.
+    """Make `/run/netns` a shared mount, as `ip netns` does, unless it is one.
 
-    Who comes second mounts it over what is mounted in it already, which then nobody can unmount.
+    A lock lets one process do so: a second mount would cover the namespaces that are mounted in the
+    folder by then, and nobody could unmount them.
     """
     NETNS.mkdir(exist_ok=True)
     folder = os.open(NETNS, os.O_RDONLY)
@@ -145,15 +151,15 @@ def _share_folder() -> None:
         os.close(folder)
 
 
-def _place(name: str) -> Path:
-    """A file to mount a namespace at."""
+def _mount_file(name: str) -> Path:
+    """Make the empty file at which a namespace will be mounted."""
     _share_folder()
     (NETNS / name).touch(mode=0o444)
     return NETNS / name
 
 
 def _unshare(at: Path) -> None:
-    """Move this thread to a new namespace and mount it at a path: `ip netns add` without a fork."""
+    """Move this thread to a new namespace and mount that at a path: `ip netns add` without fork."""
     _checked(_libc.unshare(CLONE_NEWNET), "make a network namespace")
     _mount(Path("/proc/thread-self/ns/net"), at)
 
@@ -170,13 +176,13 @@ def _checked(result: int, what: str) -> None:
 
 
 def _in_thread(call: Callable[[], T]) -> T:
-    """The call in a thread of its own: which namespace a thread is in ends with it."""
+    """Run a call in a thread of its own, so that this thread stays in its namespace."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         return pool.submit(call).result()
 
 
 def set_sysctls(netns: str, values: Mapping[str, int | str]) -> None:
-    """Write sysctls (`net/…`, with slashes) of a namespace; not IPv6's, where there is none."""
+    """Write sysctls (`net/…`, with slashes) of a namespace. Skips IPv6's on a kernel without it."""
     has_ipv6 = Family.IPV6 in facts.families()
 
     def write() -> None:

@@ -1,8 +1,8 @@
-"""Namespaces, links and addresses, by netlink (pyroute2), and calls made from inside a namespace.
+"""Creates links, addresses, routes and neighbor entries by rtnetlink (pyroute2).
 
-Every function that makes something has the owner's ledger told first. All links are made inside
-namespaces of our own, so that neither a firewall of this host nor its network manager meets them.
-Nothing here knows what a pod is.
+Links are made inside namespaces of our own, where neither this host's firewall nor its network
+manager sees them. They end with their namespace, so they need no entry in a ledger, unless they
+have to go earlier (`remove_link`). This module knows nothing of pods.
 """
 
 from __future__ import annotations
@@ -15,10 +15,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from testbed.host import facts
-from testbed.host.namespaces import (
-    inside,
-    open_socket,
-)
+from testbed.host.namespaces import inside, open_socket
 from testbed.model.addresses import Address
 from testbed.model.terms import Family
 
@@ -32,28 +29,27 @@ def links(netns: str) -> dict[str, int]:
 
 
 def create_link(ip: IPRoute, ifname: str, **spec: Any) -> int:
-    """Make a link and return its index. It goes with its namespace."""
+    """Make a link and return its index. The link ends with its namespace."""
     ip.link("add", ifname=ifname, **spec)
     return int(ip.link_lookup(ifname=ifname)[0])
 
 
 def remove_link(netns: str, ifname: str) -> None:
-    """Remove a link, where it does not go with its namespace. One that is gone is no error."""
-
+    """Remove a link before its namespace ends. A missing link is no error."""
     try:
         with open_socket(netns) as ip:
             ip.link("del", index=links(netns)[ifname])
     except (FileNotFoundError, KeyError):
         pass
-    except NetlinkError as e:  # whatever was its other end went
+    except NetlinkError as e:  # it went with its other end meanwhile
         if e.code != errno.ENODEV:
             raise
 
 
 def add_address(ip: IPRoute, ifindex: int, address: Address, prefix_length: int) -> None:
-    """Give a link an address, usable at once. One that it has already is no error.
+    """Give a link an address that is usable at once. An address that it has already is no error.
 
-    This and what follows leave out IPv6 where the kernel has none.
+    This and the following functions do nothing for IPv6 on a kernel without it.
     """
     if _family(address) not in facts.families():
         return
@@ -67,7 +63,7 @@ def add_address(ip: IPRoute, ifindex: int, address: Address, prefix_length: int)
 
 
 def add_route(ip: IPRoute, ifindex: int, address: Address) -> None:
-    """Route one address to a link that it is on."""
+    """Add a route to one address that is directly reachable at a link."""
     if _family(address) not in facts.families():
         return
     ip.route(
@@ -79,7 +75,7 @@ def add_route(ip: IPRoute, ifindex: int, address: Address) -> None:
 
 
 def add_default_route(ip: IPRoute, ifindex: int, gateway: Address) -> None:
-    """Route all else to a gateway that is on the link."""
+    """Add a default route by a gateway that is directly reachable at a link."""
     if _family(gateway) not in facts.families():
         return
     ip.route(
@@ -91,7 +87,10 @@ def add_default_route(ip: IPRoute, ifindex: int, gateway: Address) -> None:
 
 
 def add_neighbor(ip: IPRoute, ifindex: int, address: Address, mac: str) -> None:
-    """A permanent neighbor entry: a booting guest misses requests, repeated a second later."""
+    """Add a permanent neighbor entry (ARP, NDP).
+
+    A booting guest misses requests, and they are repeated only after a second.
+    """
     if _family(address) not in facts.families():
         return
     ip.neigh(
@@ -109,6 +108,6 @@ def _family(address: Address) -> Family:
 
 
 def traffic(ip: IPRoute, ifindex: int) -> tuple[int, int]:
-    """(packets, bytes) that a link has carried, both directions (rtnl_link_stats64)."""
+    """Packets and bytes that a link has carried in both directions (rtnl_link_stats64)."""
     stats = ip.get_links(ifindex)[0].get("stats64")
     return (stats["rx_packets"] + stats["tx_packets"], stats["rx_bytes"] + stats["tx_bytes"])

@@ -1,4 +1,4 @@
-"""Rules of nftables (nft(8)), for a namespace. What they are for is their callers' business."""
+"""Loads nftables rules (nft(8)) into a namespace. Callers write the rules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MISSING = "no nft; apt-get install nftables"
 
 @functools.cache
 def unsupported() -> str | None:
-    """Why no rules can be had here, or None."""
+    """Why nftables cannot be used on this machine, or None."""
     if shutil.which("nft") is None:
         return MISSING
     asked = subprocess.run(["nft", "list", "tables"], capture_output=True, check=False)
@@ -23,7 +23,7 @@ def unsupported() -> str | None:
 
 
 def load(netns: str, text: str) -> None:
-    """One transaction, in nft's language. Raises `Error` with what nft says."""
+    """Load rules in nft's language as one transaction. Raises `Error` with nft's message."""
     done = subprocess.run(
         ["nsenter", f"--net={namespaces.NETNS / netns}", "nft", "-f", "-"],
         input=text,
@@ -38,7 +38,10 @@ def load(netns: str, text: str) -> None:
         )
 
 
-def elements(what: str, kind: str, listed: Iterable[str]) -> str:
-    """A named set or map (`what`) of a table. (nft knows none that is written as empty.)"""
+def elements(name: str, kind: str, listed: Iterable[str]) -> str:
+    """Definition of a set or map of a table; `name` begins with `set` or `map`.
+
+    Without elements the list is left out, since nft rejects an empty one.
+    """
     words = ", ".join(listed)
-    return f"{what} {{ type {kind}; " + (f"elements = {{ {words} }}; }}\n" if words else "}\n")
+    return f"{name} {{ type {kind}; " + (f"elements = {{ {words} }}; }}\n" if words else "}\n")

@@ -1,7 +1,7 @@
-"""Child processes in namespaces and cgroups, and their end.
+"""Starts and ends processes in network namespaces and cgroups.
 
-Processes are taken back by their cgroup, which is in the ledger before the first of them starts: a
-pid could be written down only after the fact, and would miss grandchildren.
+The ledger lists the cgroup of a process, not its pid: the cgroup is known before the process
+starts, and has its descendants in it, too.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ def spawn(
 ) -> subprocess.Popen[bytes]:
     """Start a program in a cgroup and a network namespace, on some CPUs.
 
-    `binds` maps files of the host to paths that they stand at for this program alone. `output`
-    receives what it prints. `env` is its environment; None: this process's. `pass_fds` stay open in
-    it. The command is a shell line that can be pasted (`shlex.join(p.args)`). It joins its cgroup
-    before it becomes the program, so that sockets belong to it from the start.
+    `binds` maps files of the host to paths at which only this program sees them. `output` receives
+    what it prints. `env` is its environment; None: this process's. `pass_fds` stay open in it.
+    Raises `Error` if there is no such program.
+
+    The command is a shell line that can be pasted (`shlex.join(p.args)`). The shell joins the
+    cgroup before it executes the program, so all sockets of the program belong to the cgroup.
     """
     line = f"echo $$ > {shlex.quote(str(cgroup / 'cgroup.procs'))} && exec"
     enter = ["nsenter", f"--net=/run/netns/{netns}"] if netns else []
@@ -74,9 +76,9 @@ def run(
     *,
     cwd: Path | None = None,
 ) -> str:
-    """What a command prints, in the C locale.
+    """Run a command in the C locale, and return what it prints.
 
-    Raises `Error` where it fails: `failure`, the last line of its complaints, and `hint`, by
+    Raises `Error` if it fails: `failure` with the last line of standard error, and `hint`, by
     default the command itself.
     """
     words = [str(word) for word in command]
@@ -94,7 +96,7 @@ _WRAPPERS = {"sh", "dash", "bash", "busybox", "nsenter", "taskset", "unshare"}
 
 
 def launched(process: Running) -> bool:
-    """Whether what `spawn` started has become the program, or has ended."""
+    """Whether a process of `spawn` executes its program by now, or has ended."""
     try:
         return Path(f"/proc/{process.pid}/exe").readlink().name not in _WRAPPERS
     except OSError:
@@ -102,7 +104,7 @@ def launched(process: Running) -> bool:
 
 
 class Running(Protocol):
-    """A process that was started: a child (`subprocess.Popen`), or an `Orphan`."""
+    """A started process: a child (`subprocess.Popen`), or an `Orphan`."""
 
     @property
     def pid(self) -> int: ...
@@ -113,19 +115,19 @@ class Running(Protocol):
 
 
 class Orphan:
-    """A process whose parent died: whoever takes over its end, does so without being its parent.
+    """A process whose parent died, held by a pidfd. It is not a child of this process.
 
-    Raises `ProcessLookupError` if the process of that pid is gone, or is another than the one that
-    `started` then (`started_at`).
+    Raises `ProcessLookupError` if there is no process with that pid, or if it did not start at
+    `started` (`started_at`), and so is another one.
     """
 
     UNKNOWN = 137
-    """Its exit status, which only a parent is told (Kubernetes' ContainerStatusUnknown)."""
+    """Exit status: only a parent is told the real one (Kubernetes' ContainerStatusUnknown)."""
 
     def __init__(self, pid: int, started: int) -> None:
         self.pid, self._fd = pid, os.pidfd_open(pid)
         weakref.finalize(self, os.close, self._fd)
-        if started_at(pid) != started:  # asked when the descriptor holds it
+        if started_at(pid) != started:  # read after the pidfd was opened, so the pid is not reused
             raise ProcessLookupError(pid)
 
     def poll(self) -> int | None:
@@ -148,9 +150,9 @@ class Orphan:
 
 
 def started_at(pid: int) -> int:
-    """When a process started, in clock ticks since boot: with its pid, it is no other's.
+    """Start time of a process in clock ticks since boot (proc_pid_stat(5)).
 
-    0 for one that is gone or a zombie (proc_pid_stat(5)).
+    Pid and start time together identify a process. 0 if it is gone or a zombie.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -160,11 +162,11 @@ def started_at(pid: int) -> int:
 
 
 GRACE_S = 1.0
-"""Between asking a process to end and insisting."""
+"""Time between SIGTERM and SIGKILL."""
 
 
 def end(process: Running, grace_s: float = GRACE_S) -> None:
-    """Ask a process to end (SIGTERM), insist after `grace_s`, and collect it."""
+    """End a process with SIGTERM, after `grace_s` with SIGKILL, and wait for its end."""
     process.terminate()
     try:
         process.wait(grace_s)

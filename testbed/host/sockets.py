@@ -1,4 +1,4 @@
-"""Sockets of a namespace: which ports are served, and connections that are ended."""
+"""Lists the served ports of a namespace, and ends TCP connections in it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from testbed.model.terms import Transport
 
 
 def kill_connections(netns: str, expression: str) -> None:
-    """End TCP connections that match an `ss` filter, as resets do (SOCK_DESTROY)."""
+    """Reset the TCP connections that match an `ss` filter (SOCK_DESTROY)."""
     command = ["nsenter", f"--net=/run/netns/{netns}", "ss", "--tcp", "--kill", expression]
     subprocess.run(command, check=True, capture_output=True)
 
 
 def served_ports() -> set[tuple[Transport, int]]:
-    """What is listened to (TCP) or bound (UDP) in this thread's namespace (proc_net_tcp)."""
+    """Ports with a listening TCP socket or a bound, unconnected UDP socket.
+
+    Those of this thread's network namespace. Source: /proc/net/tcp and its kin (proc_net_tcp(5)).
+    """
     served = set()
     for transport, state in ((Transport.TCP, "0A"), (Transport.UDP, "07")):
         for suffix in ("", "6"):

@@ -95,7 +95,7 @@ class Pod:
             group.mkdir(exist_ok=True)
         if self.sandbox and self.sandbox.cgroup:
             self.cgroup = self.sandbox.cgroup
-        if self._owner.goes_on:
+        if self._owner.continues:
             self.cut_off = self._guests_of(self.links.missing())
         self.links.build()
         began = time.monotonic()

@@ -81,7 +81,7 @@ class Sandbox:
         `links` are what will be made in it. Raises `Error` if something there is in their way.
         """
         ip = namespaces.hold(owner, name, self.netns)
-        if not owner.goes_on and (obstacle := next(self._obstacles(ip, name, links), None)):
+        if not owner.continues and (obstacle := next(self._obstacles(ip, name, links), None)):
             ip.close()
             raise Error(f"{self.netns}: {obstacle[0]}", hint=obstacle[1])
         for ifname in links:

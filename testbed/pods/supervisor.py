@@ -191,7 +191,7 @@ def supervise(order: Order, built: Callable[[], None]) -> None:
                     )
                 except BaseException:
                     if left:
-                        owner.keep()
+                        owner.leave_standing()
                     raise
                 before = left.status if left else None
                 with (
