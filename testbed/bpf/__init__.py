@@ -1,6 +1,7 @@
-"""eBPF programs: compiled once per host and content, loaded once, run where datapaths say.
+"""Compiles, loads and attaches eBPF programs.
 
-`bytecode` compiles, `programs` has what the kernel holds, `hooks` attaches, `syscall` is bpf(2).
+`bytecode` compiles them and caches the result, `programs` loads and pins them, `hooks` attaches
+them to links and cgroups, `ring` reads ring buffers, `syscall` is bpf(2).
 """
 
 from testbed.bpf.bytecode import compile, headers, reasons, source

@@ -1,9 +1,10 @@
-"""Programs of `bpf/` as bytecode: compiled once per content and compiler, and kept in the cache.
+"""Compiles eBPF programs of `bpf/` with bcc to bytecode, once per content and compiler.
 
-A set is one C file in `bpf/` with its headers. bcc compiles it, in a process of its own (LLVM is
-large, and bcc changes the working directory), which takes seconds; from the cache the kernel has
-it in a tenth. Any kernel of the same architecture may: the programs touch only UAPI structures.
-What refers to a map says so by the map's place in the list of them.
+A set of programs is one C file in `bpf/` with its headers. Compiling takes seconds, and is done in
+a process of its own, since LLVM is large and bcc changes the working directory. The bytecode is
+cached, from where the kernel loads it in a tenth of a second. Any kernel of the same architecture
+can, since the programs use UAPI structures only. In cached bytecode, an instruction refers to a map
+by its index in the set's list of maps.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from testbed.host.cache import cache_folder, made
 from testbed.model.errors import Error
 
 PROGRAM_TYPES = {"sched_cls": 3, "cgroup_sock_addr": 18, "cgroup_sockopt": 25}
-"""enum bpf_prog_type, by the names that `bpf/common.h` declares entry points with."""
+"""enum bpf_prog_type, by the name with which `bpf/common.h` declares an entry point."""
 SCHED_CLS = PROGRAM_TYPES["sched_cls"]
 """The type of tc programs."""
 ATTACH_TYPES = {
@@ -47,20 +48,21 @@ ATTACH_TYPES = {
     "getsockname6": 32,
     "setsockopt": 22,
 }
-"""enum bpf_attach_type of cgroup programs, which have the name of their attach type."""
+"""enum bpf_attach_type of cgroup programs, which are named after their attach type."""
 
 LD_IMM64, PSEUDO_MAP_FD = 0x18, 1
-"""Opcode of an instruction of two that loads 64 bits; what its source register says of a map."""
+"""BPF_LD | BPF_IMM | BPF_DW, the opcode of a 64-bit load, which takes two instructions. Its source
+register is BPF_PSEUDO_MAP_FD if it loads a map."""
 
 
 @dataclass(frozen=True)
 class MapShape:
-    """How to make a map (`syscall.create_map`)."""
+    """Definition of a map: the arguments of `syscall.create_map`."""
 
     name: str
     shape: tuple[int, int, int, int, int]
     types: tuple[int, int]
-    """Of key and value in the set's type information; zeros for none."""
+    """BTF type ids of key and value; zeros for none."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,12 @@ class Program:
     kind: int
     attach_type: int
     code: bytes
-    """Instructions that name maps by their place in the set's list."""
+    """Instructions, which refer to maps by their index in the set's list."""
 
 
 @dataclass(frozen=True)
 class Bytecode:
-    """A set of programs, and the maps that they use."""
+    """The compiled programs of a set, and the definitions of their maps."""
 
     maps: tuple[MapShape, ...]
     programs: tuple[Program, ...]
@@ -82,15 +84,15 @@ class Bytecode:
     """Type information (BTF) of the maps."""
 
     def load(self, pins: Path, shared: Path | None = None) -> None:
-        """Have the kernel verify programs and pin them, and their maps.
+        """Load the programs and maps into the kernel, and pin them in the folder `pins`.
 
-        Maps that are in `shared` are not made, and programs that are not for tc then left out.
-        Raises OSError with what the verifier says.
+        With `shared`, maps that are pinned there are used instead of new ones, and only the tc
+        programs are loaded. Raises OSError with the verifier's message.
         """
         btf, fds = syscall.load_btf(self.btf) if self.btf else 0, []
         for shape in self.maps:
-            if shared and (there := shared / f"map_{shape.name}").exists():
-                fds.append(syscall.open_pin(there))
+            if shared and (shared_map := shared / f"map_{shape.name}").exists():
+                fds.append(syscall.open_pin(shared_map))
             else:
                 typed = (btf, *shape.types) if any(shape.types) else (0, 0, 0)
                 fds.append(syscall.create_map(shape.name, shape.shape, typed))
@@ -100,7 +102,7 @@ class Bytecode:
         for program in self.programs:
             if shared and program.kind != SCHED_CLS:
                 continue
-            code = _renamed(program.code, fds)
+            code = _with_descriptors(program.code, fds)
             fd = syscall.load_program(program.name, program.kind, program.attach_type, code)
             syscall.pin(fd, pins / f"program_{program.name}")
             os.close(fd)
@@ -108,14 +110,16 @@ class Bytecode:
             os.close(fd)
 
     def processed(self, pins: Path) -> dict[str, int]:
-        """How many instructions the kernel's verifier goes through for each program, by name.
+        """Number of instructions that the kernel's verifier processes, by program.
 
-        `pins` is where the set has been loaded, for its maps.
+        `pins` is the folder where the set is loaded, for its maps.
         """
         fds = [syscall.open_pin(pins / f"map_{shape.name}") for shape in self.maps]
         try:
             return {
-                p.name: syscall.processed(p.name, p.kind, p.attach_type, _renamed(p.code, fds))
+                p.name: syscall.processed(
+                    p.name, p.kind, p.attach_type, _with_descriptors(p.code, fds)
+                )
                 for p in self.programs
             }
         finally:
@@ -124,10 +128,11 @@ class Bytecode:
 
 
 def load_entry(name: str, classid: int, calls: int, number: int) -> int:
-    """File descriptor of a program that gives packets a class and goes on with one of `calls`.
+    """Load a tc program that sets a packet's class and tail-calls entry `number` of `calls`.
 
-    For links that run programs by themselves, where no filter gives the class. Being of eight
-    instructions it is loaded at once. With nothing to go on with it leaves packets to the filters.
+    Links need it that run programs by tcx, where no filter sets the class. It has eight
+    instructions, so it loads fast. If the entry is empty, it leaves the packet to the filters.
+    Returns a file descriptor.
     """
     code = b"".join(
         struct.pack("=BBhi", *instruction)
@@ -146,11 +151,11 @@ def load_entry(name: str, classid: int, calls: int, number: int) -> int:
 
 
 TRACED = "-traced"
-"""Suffix of the name of a set's traced variant (`bpf/trace.h`)."""
+"""Suffix of the name of a set's traced variant (`bpf/trace.h`), which writes events."""
 
 
 def source(name: str) -> str:
-    """The text of `bpf/NAME.c` with our headers in it: bcc knows maps in the main file only."""
+    """Text of `bpf/NAME.c` with our headers inserted: bcc finds maps only in the main file."""
     if name.endswith(TRACED):
         return f"#define TRACED\n{source(name.removesuffix(TRACED))}"
     seen: set[str] = set()
@@ -166,46 +171,49 @@ def source(name: str) -> str:
 
 
 def reasons(name: str) -> tuple[str, ...]:
-    """What a set counts, in the order of `enum reason` in `bpf/NAME.c`, without the prefix."""
+    """Names of the reasons that a set counts packets under.
+
+    They are those of `enum reason` in `bpf/NAME.c`, in its order, lower case, without the prefix.
+    """
     found = re.findall(r"^\tREASON_(\w+),", (paths.BPF / f"{name}.c").read_text(), re.MULTILINE)
     return tuple(reason.lower() for reason in found)
 
 
 @dataclass(frozen=True)
 class Headers:
-    """Kernel headers that bcc compiles with."""
+    """Kernel headers that bcc compiles with, and how to make it use them."""
 
     release: str
     exact: bool
-    """Those of the running kernel."""
+    """Whether they are those of the running kernel."""
     environment: Mapping[str, str]
     cflags: tuple[str, ...]
 
 
 def headers() -> Headers:
-    """The running kernel's headers, or else the newest of Debian's that are installed.
+    """The running kernel's headers, or else the newest installed ones of Debian.
 
-    Programs of the network touch only UAPI structures, so headers of another version serve.
-    Raises `Error` if there are none.
+    The programs use UAPI structures only, so headers of another version will do. Raises `Error` if
+    there are none.
     """
     running = platform.release()
     if (Path("/lib/modules") / running / "build/include/linux/kconfig.h").exists() or (
         Path("/lib/modules") / running / "source/include/linux/kconfig.h"
     ).exists():
         return Headers(running, True, {}, ())
-    here = architecture.native()
+    native = architecture.native()
     found = [
         p
-        for p in Path("/usr/src").glob(f"linux-headers-*-{here.debian}")
+        for p in Path("/usr/src").glob(f"linux-headers-*-{native.debian}")
         if _common(p).is_dir() and (p / "include/generated").is_dir()
     ]
     if not found:
         raise Error(
             f"no kernel headers for eBPF programs (running kernel: {running})",
-            hint=f"apt-get install linux-headers-{here.debian}",
+            hint=f"apt-get install linux-headers-{native.debian}",
         )
     newest = max(found, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
-    arch = f"arch/{here.kernel}"
+    arch = f"arch/{native.kernel}"
     included = (
         "include",
         f"{arch}/include/generated",
@@ -221,25 +229,25 @@ def headers() -> Headers:
 
 
 def _common(headers: Path) -> Path:
-    """Debian keeps what all flavors of a version share in a folder of its own."""
+    """Folder of the headers that all flavors of a Debian kernel version share."""
     return headers.with_name(headers.name.rpartition("-")[0] + "-common")
 
 
 def digest(name: str) -> str:
-    """What programs are found again by: their text, the architecture, and the compiler."""
-    what = f"{platform.machine()} {_compiler()}\n{source(name)}"
-    return hashlib.sha256(what.encode()).hexdigest()[:16]
+    """Key of a set in the cache: a hash of its text, the architecture and the compiler."""
+    text = f"{platform.machine()} {_compiler()}\n{source(name)}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _compiler() -> str:
-    """Which bcc is installed, without importing it: names and sizes of its library's files."""
+    """Names and sizes of bcc's library files: they tell its version without importing it."""
     folders = ("lib", "lib64", "lib/*-linux-gnu")
     found = (path for folder in folders for path in Path("/usr").glob(f"{folder}/libbcc.so.*"))
     return " ".join(f"{path.name} {path.stat().st_size}" for path in sorted(found))
 
 
 def get(name: str) -> Bytecode:
-    """A set from the cache, or else compiled. Raises `Error` where that does not go."""
+    """Read a set from the cache, or compile it first. Raises `Error` if that fails."""
     file = _file(name)
     if not file.exists():
         compile(name)
@@ -252,7 +260,7 @@ def get(name: str) -> Bytecode:
 
 
 def compile(name: str) -> None:
-    """Put a set into the cache, whatever is there. Raises `Error` where that does not go."""
+    """Compile a set into the cache, even if it is there. Raises `Error` if that fails."""
     found = headers()
 
     def make(new: Path) -> None:
@@ -267,7 +275,7 @@ def compile(name: str) -> None:
         if done.returncode:
             raise Error(
                 f"bpf/{name}.c does not compile: {done.stderr.strip()[-2000:]}",
-                hint="see what 'testbed doctor' says of eBPF",
+                hint="see what 'testbed doctor' says about eBPF",
             )
 
     made(_file(name), make, anew=True)
@@ -278,7 +286,7 @@ def _file(name: str) -> Path:
 
 
 def _compile_here(name: str, file: Path, cflags: list[str]) -> None:
-    """In a process of its own. Nothing is verified yet."""
+    """Compile a set with bcc in this process, and write it to `file`. Loads no program."""
     from bcc import BPF
     from bcc.libbcc import lib
 
@@ -292,7 +300,7 @@ def _compile_here(name: str, file: Path, cflags: list[str]) -> None:
     for i in range(lib.bpf_num_functions(module)):
         function = lib.bpf_function_name(module, i)
         kind, _, program = function.decode().partition("__")
-        code = _numbered(compiled.dump_func(function), fds)
+        code = _with_indices(compiled.dump_func(function), fds)
         programs.append(
             {
                 "name": program,
@@ -312,7 +320,7 @@ def _compile_here(name: str, file: Path, cflags: list[str]) -> None:
 
 
 def _map_references(code: bytes) -> Iterator[int]:
-    """Where in the code a map is named: offsets of 32 bits."""
+    """Offsets in the code of the 32 bits that refer to a map."""
     skip = False
     for at in range(0, len(code), 8):
         if skip:
@@ -323,8 +331,8 @@ def _map_references(code: bytes) -> Iterator[int]:
                 yield at + 4
 
 
-def _numbered(code: bytes, fds: list[int]) -> bytes:
-    """The code with maps' descriptors replaced by their places in `fds`; new ones are added."""
+def _with_indices(code: bytes, fds: list[int]) -> bytes:
+    """Replace file descriptors of maps by their indices in `fds`, to which new ones are added."""
     changed = bytearray(code)
     for at in _map_references(code):
         (fd,) = struct.unpack_from("=i", code, at)
@@ -334,8 +342,8 @@ def _numbered(code: bytes, fds: list[int]) -> bytes:
     return bytes(changed)
 
 
-def _renamed(code: bytes, fds: Sequence[int]) -> bytes:
-    """The inverse of `_numbered`."""
+def _with_descriptors(code: bytes, fds: Sequence[int]) -> bytes:
+    """Replace indices of maps by their file descriptors in `fds`: inverse of `_with_indices`."""
     changed = bytearray(code)
     for at in _map_references(code):
         (n,) = struct.unpack_from("=i", code, at)

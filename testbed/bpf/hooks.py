@@ -1,9 +1,9 @@
-"""Where programs run: at the tc hooks of links, and in cgroups.
+"""Attaches eBPF programs to links (tc filters, tcx) and to cgroups.
 
-A link comes to a program by a filter of its qdisc clsact. Since Linux 6.6 it can also run one by
-itself (tcx), ahead of any filter: that takes 40 ns in place of 120, which is more than what our
-programs take for packets that they leave alone. But whoever attaches or detaches one waits for a
-grace period of RCU, some 10 ms, while nobody else can change links.
+A link runs a tc program by a filter of its qdisc clsact. Since Linux 6.6 it can also run one
+directly (tcx), ahead of all filters. That takes 40 ns instead of 120 ns per packet. The difference
+is more than what our programs take for packets that they leave alone. But attaching and detaching
+by tcx waits for an RCU grace period, some 10 ms, during which nobody else can change links.
 """
 
 from __future__ import annotations
@@ -39,17 +39,18 @@ BPF_F_REPLACE = 4
 def attach_tc(
     owner: Scope, netns: str, ifindex: int, hook: int, program: int, name: str, classid: int
 ) -> None:
-    """Run a tc program on a link's packets (`hook`: INGRESS or EGRESS), with a class to read.
+    """Attach a tc program to a link at a hook (INGRESS or EGRESS) by a filter that sets a class.
 
-    One that is there already is replaced at once. Only the 16 bits of the class's minor number
-    reach it. rtnetlink by hand: pyroute2 needs five times as long for it, and a pod has a dozen.
+    A program that is attached already is replaced atomically. The program reads the minor number
+    of the class, 16 bits. rtnetlink is spoken by hand, since pyroute2 takes five times as long, and
+    a pod has a dozen programs.
     """
     owner.defer(detach_tc, netns=netns, ifindex=ifindex)
     replace_tc(netns, ifindex, hook, program, name, classid)
 
 
 def replace_tc(netns: str, ifindex: int, hook: int, program: int, name: str, classid: int) -> None:
-    """Put a program into the place of the one that `attach_tc` attached: no packet is missed."""
+    """Replace the program that `attach_tc` attached. No packet passes without a program."""
     kind, options = (
         _attribute(TCA_KIND, b"bpf\0"),
         b"".join(
@@ -79,7 +80,7 @@ def replace_tc(netns: str, ifindex: int, hook: int, program: int, name: str, cla
 
 @cache
 def has_tcx() -> bool:
-    """Whether links can run programs by themselves."""
+    """Whether this kernel has tcx, by which links run programs directly (Linux 6.6)."""
     try:
         with _running(1, INGRESS):
             return True
@@ -88,9 +89,9 @@ def has_tcx() -> bool:
 
 
 def attach_tcx(netns: str, ifindex: int, hook: int, entry: int) -> None:
-    """Have a link run a program by itself, in place of one of that name, until the link goes.
+    """Attach a program to a link by tcx, until the link is removed.
 
-    One that is gone already is no error.
+    It replaces an attached program of the same name. A missing link is no error.
     """
 
     def attach() -> None:
@@ -107,7 +108,10 @@ def attach_tcx(netns: str, ifindex: int, hook: int, entry: int) -> None:
 
 
 def running_tc(netns: str, ip: IPRoute, ifindex: int) -> list[str]:
-    """The tc programs of a link as HOOK:NAME, whoever attached them; `ip` is in its namespace."""
+    """All tc programs of a link, by tcx and by filters, as HOOK:NAME.
+
+    `ip` is a socket in the link's namespace.
+    """
     hooks = {"ingress": INGRESS, "egress": EGRESS}
 
     def by_tcx() -> Iterator[str]:
@@ -128,7 +132,7 @@ def running_tc(netns: str, ip: IPRoute, ifindex: int) -> list[str]:
 
 @contextmanager
 def _running(ifindex: int, hook: int) -> Iterator[dict[str, int]]:
-    """File descriptors of what a link of this thread's namespace runs by itself, by name."""
+    """File descriptors of the tcx programs of a link in this thread's namespace, by name."""
     ids = (ctypes.c_uint32 * 64)()  # BPF_MPROG_MAX
     answer = syscall.bpf(
         syscall.QUERY, "=IIIxxxxQI", ifindex, hook, 0, syscall.address(ids), len(ids)
@@ -143,7 +147,7 @@ def _running(ifindex: int, hook: int) -> Iterator[dict[str, int]]:
 
 
 def detach_tc(netns: str, ifindex: int) -> None:
-    """Take all our programs off a link. A link or namespace that is gone is no error."""
+    """Remove the filters of `attach_tc` from a link. A missing link or namespace is no error."""
 
     def detach() -> None:
         _tc(RTM_DELQDISC, ifindex, _attribute(TCA_KIND, b"clsact\0"), parent=CLSACT)
@@ -168,7 +172,7 @@ def _tc(
     handle: int = 0xFFFF0000,
     info: int = 0,
 ) -> None:
-    """One request about a qdisc or filter (struct tcmsg) and the kernel's answer, as OSError."""
+    """Send a request about a qdisc or filter (struct tcmsg). Raises OSError if it is refused."""
     # NLM_F_REQUEST and _ACK; _CREATE and _EXCL, or _CREATE alone, which also replaces.
     flags = 5 | {RTM_NEWQDISC: 0x600, RTM_NEWTFILTER: 0x400}.get(message, 0)
     body = struct.pack("=BxxxiIII", socket.AF_UNSPEC, ifindex, handle, parent, info) + attributes
@@ -180,9 +184,10 @@ def _tc(
 
 
 def attach_cgroup(owner: Scope, cgroup: Path, name: str, program: int) -> None:
-    """Run a cgroup program, named after its hook, for the processes of a cgroup2 directory.
+    """Attach a cgroup program, named after its hook, to a cgroup2 directory.
 
-    Raises `Error` if it does so for somebody else: whoever was first to detach it, would for both.
+    Raises `Error` if another pod has attached it there or above: the first of both to detach it
+    would detach it for both.
     """
     id = struct.unpack_from("=4xI", syscall.info(program, 128))[0]
     runs = id in _running_in(cgroup, name)
@@ -197,7 +202,7 @@ def attach_cgroup(owner: Scope, cgroup: Path, name: str, program: int) -> None:
 
 
 def detach_cgroup(cgroup: str, name: str, id: int) -> None:
-    """Take a program, known by its id, off a cgroup. That either is gone is no error."""
+    """Detach a program, given by its id, from a cgroup. It is no error if either is gone."""
     try:
         program = syscall.call(syscall.FD_BY_ID, "=I", id)
     except FileNotFoundError:
@@ -205,13 +210,13 @@ def detach_cgroup(cgroup: str, name: str, id: int) -> None:
     try:
         _change_cgroup(syscall.DETACH, Path(cgroup), name, program)
     except FileNotFoundError:
-        pass  # the cgroup, or it was not attached
+        pass  # the cgroup is gone, or the program was not attached
     finally:
         os.close(program)
 
 
 def _running_in(cgroup: Path, name: str) -> list[int]:
-    """Ids of the programs at a hook that run for a cgroup, also those attached above it."""
+    """Ids of the programs at a hook that run for a cgroup, with those attached above it."""
     ids = (ctypes.c_uint32 * 64)()  # BPF_CGROUP_MAX_PROGS
     with _directory(cgroup) as fd:
         answer = syscall.bpf(

@@ -1,8 +1,8 @@
-"""Sets of programs in the kernel: loaded by their first user, pinned, found again in a millisecond.
+"""Loads sets of eBPF programs and pins them, so that all pods of a host share them.
 
-Pins are under `/sys/fs/bpf/testbed`. Every user gets a slot, a number for its rows in the maps.
-When the last user has gone, so have the pins. What programs mean, and what is in a map, is their
-datapath's business.
+The first user of a set loads it and pins it under `/sys/fs/bpf/testbed`. Later users open the pins,
+which takes a millisecond. Each user gets a slot, the number of its rows in the maps. The last user
+removes the pins. The meaning of programs and maps is known to their datapath alone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PROG_ARRAY = 3
 
 @dataclass(frozen=True)
 class ProgramSet:
-    """Loaded programs and their maps, with one user's slot. `close` closes the descriptors."""
+    """A loaded set of programs and maps, with one user's slot. `close` closes the descriptors."""
 
     pins: Path
     slot: int
@@ -44,22 +44,22 @@ class ProgramSet:
         return self._open(f"program_{name}")
 
     def make_calls(self, owner: Scope, size: int) -> None:
-        """Pin a map of so many tc programs of this user's, for `entry` to go on with."""
+        """Pin a program array of `size` tc programs for this user's slot (see `entry`)."""
         owner.defer(remove_calls, pin=str(self._calls))
-        remove_calls(str(self._calls))  # of a supervisor that was killed
+        remove_calls(str(self._calls))  # that of a supervisor process that was killed
         fd = syscall.create_map("calls", (PROG_ARRAY, 4, 4, size, 0), (0, 0, 0))
         syscall.pin(fd, self._calls)
         os.close(fd)
 
     def set_calls(self, programs: ProgramSet, names: Iterable[str]) -> None:
-        """Have entries go on with these programs from now on, if there are entries."""
+        """Put programs into the program array of the slot, if there is one (`make_calls`)."""
         with suppress(FileNotFoundError), _opened_calls(self._calls) as calls:
             for number, name in enumerate(names):
                 calls[number,] = (programs.program(name),)
 
     @contextmanager
     def entry(self, name: str, classid: int, number: int) -> Iterator[int]:
-        """File descriptor of a program that goes on with a number of `make_calls`' map."""
+        """File descriptor of a program that tail-calls entry `number` of the program array."""
         with _opened_calls(self._calls) as calls:
             fd = bytecode.load_entry(name, classid, calls.fd, number)
         try:
@@ -72,7 +72,7 @@ class ProgramSet:
         return self.pins / f"calls-{self.slot}"
 
     def map(self, name: str, key: str, value: str) -> syscall.Map:
-        """A map by name; key and value are layouts of the module struct."""
+        """A map by name; `key` and `value` are layouts of the module struct."""
         fd = self._open(f"map_{name}")
         kind, _, key_size, value_size = struct.unpack_from("=IIII", syscall.info(fd, 128))
         layouts = struct.Struct(key), struct.Struct(value)
@@ -81,7 +81,7 @@ class ProgramSet:
         return syscall.Map(fd, *layouts, cpus=_possible_cpus() if per_cpu else 0)
 
     def close(self) -> None:
-        """Close the file descriptors; pins and attached programs stay."""
+        """Close the file descriptors. Pins and attached programs stay."""
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()
@@ -102,13 +102,14 @@ def _possible_cpus() -> int:
 
 
 def load(name: str, owner: Scope) -> ProgramSet:
-    """Programs of `bpf/NAME.c`, compiled if nobody has yet, with a slot of this user's own.
+    """Load the programs of `bpf/NAME.c`, unless they are loaded, and take a slot.
 
-    They stay for as long as the whole that `owner` is a part of: pods that follow each other share
-    them, too. Raises `Error` where the kernel or its headers do not allow it, or no slot is free.
+    The slot is given back with `owner`. The programs stay until the outermost scope of `owner` is
+    undone, so pods that follow each other share them. Raises `Error` if the kernel or its headers
+    do not allow it, or no slot is free.
     """
     pins = PINS / f"{name}-{bytecode.digest(name)}"
-    users = pins / "users"  # made last: without it, whoever loaded was killed
+    users = pins / "users"  # made last: if it is missing, the loading process was killed
     with _lock():
         _mount_bpffs()
         taken = {_slot(p.name) for p in users.glob("*")}
@@ -137,17 +138,23 @@ def load(name: str, owner: Scope) -> ProgramSet:
 
 
 def _slot(user: str) -> int:
-    """`SLOT-OWNER`; slot 0 holds the programs while none of the owner's pods does."""
+    """Slot of a user, whose name is SLOT-OWNER.
+
+    Slot 0 has no rows. It holds the programs while none of the owner's pods does.
+    """
     return int(user.partition("-")[0])
 
 
 def load_traced(programs: ProgramSet, owner: Scope) -> ProgramSet:
-    """The traced variant of the tc programs of a set: its slot and maps, and `events` besides."""
+    """Load the traced variant of a set's tc programs, with the same slot and maps.
+
+    Only the maps of `bpf/trace.h`, such as `events`, are its own.
+    """
     name = programs.pins.name.rpartition("-")[0] + bytecode.TRACED
     compiled = bytecode.get(name)
     pins = programs.pins / f"traced-{programs.slot}"
     owner.defer(remove_traced, pins=str(pins))
-    _remove(pins)  # of a supervisor that was killed meanwhile
+    _remove(pins)  # those of a supervisor process that was killed meanwhile
     pins.mkdir()
     _verify(compiled, name, pins, programs.pins)
     return ProgramSet(pins, programs.slot)
@@ -163,7 +170,7 @@ def _opened_calls(pin: Path) -> Iterator[syscall.Map]:
 
 
 def remove_calls(pin: str) -> None:
-    """Empty a map of `make_calls`: entries, wherever they are, do nothing then."""
+    """Empty and unpin a program array of `make_calls`. Programs of `entry` do nothing then."""
     with suppress(FileNotFoundError), _opened_calls(Path(pin)) as calls:
         for key in calls:
             with suppress(KeyError):
@@ -172,12 +179,12 @@ def remove_calls(pin: str) -> None:
 
 
 def remove_traced(pins: str) -> None:
-    """Remove the pins of a traced variant. That they are gone is no error."""
+    """Remove the pins of a traced variant. Missing pins are no error."""
     _remove(Path(pins))
 
 
 def remove_user(pins: str, user: str) -> None:
-    """Give a slot back; with the last one the pins go, too."""
+    """Give a slot back. The last user removes the pins."""
     with _lock():
         users = Path(pins, "users")
         if (users / user).exists():
@@ -200,7 +207,7 @@ def _remove(pins: Path) -> None:
 
 @contextmanager
 def _lock() -> Iterator[None]:
-    """One process at a time makes or removes pins on this host."""
+    """Lock for the pins of this host: one process at a time makes or removes them."""
     ledger.ROOT.mkdir(mode=0o700, exist_ok=True)
     with (ledger.ROOT / "bpf.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -208,7 +215,7 @@ def _lock() -> Iterator[None]:
 
 
 def _mount_bpffs() -> None:
-    """As systemd does at boot, where nobody did."""
+    """Mount bpffs and make the folder of pins, unless systemd has mounted it at boot."""
     buffer = ctypes.create_string_buffer(256)
     if syscall.libc.statfs(str(BPFFS).encode(), buffer):
         raise Error(f"{BPFFS} is missing: the kernel has no eBPF", hint="use Linux 5.10 or later")
@@ -228,7 +235,8 @@ def _load(name: str, pins: Path) -> None:
 
 
 def _verify(compiled: Bytecode, name: str, pins: Path, shared: Path | None = None) -> None:
-    with suppress(ValueError):  # may not; kernels before 5.11 alone count maps as locked memory
+    # Kernels before 5.11 count maps as locked memory. Others need no limit, so it may fail.
+    with suppress(ValueError):
         unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
         resource.setrlimit(resource.RLIMIT_MEMLOCK, unlimited)
     try:
@@ -237,5 +245,5 @@ def _verify(compiled: Bytecode, name: str, pins: Path, shared: Path | None = Non
         _remove(pins)
         raise Error(
             f"bpf/{name}.c does not load: {e.strerror}",
-            hint="see what 'testbed doctor' says of eBPF",
+            hint="see what 'testbed doctor' says about eBPF",
         ) from e

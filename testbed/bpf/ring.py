@@ -1,4 +1,4 @@
-"""Ring buffers that programs write events to (BPF_MAP_TYPE_RINGBUF), read by libbcc."""
+"""Reads the ring buffers (BPF_MAP_TYPE_RINGBUF) of eBPF programs with libbcc."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from testbed.model.errors import Error
 
 @contextmanager
 def reading(fd: int, take: Callable[[bytes], None]) -> Iterator[Callable[[int], None]]:
-    """Yields a function that gives `take` what has come, or waits for so many ms until it does."""
+    """Open a ring buffer, and yield a function that polls it.
+
+    The function passes all new records to `take`. It waits for the given number of milliseconds if
+    there are none.
+    """
     try:
         from bcc.libbcc import _RINGBUF_CB_TYPE, lib
     except ImportError as e:
-        raise Error("no bcc, to read what programs tell", hint="./bootstrap") from e
+        raise Error("no bcc, to read events of programs", hint="./bootstrap") from e
 
     def call(_: Any, data: int, size: int) -> int:
         take(ctypes.string_at(data, size))

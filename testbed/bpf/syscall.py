@@ -1,4 +1,4 @@
-"""bpf(2), the system call: maps and programs as the kernel knows them, by file descriptor."""
+"""The system call bpf(2): creates, reads, loads and pins maps and programs by file descriptor."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ INFO, QUERY, BTF_LOAD, BTF_BY_ID = 15, 16, 18, 19
 
 
 def bpf(command: int, layout: str, *values: int | bytes) -> bytes:
-    """bpf(2) with `union bpf_attr` by struct layout: the result, then the attributes afterwards."""
+    """Call bpf(2) with a `union bpf_attr` of the given struct layout and values.
+
+    Returns the result as 4 bytes, then the attributes as the kernel left them. Raises OSError.
+    """
     attributes = ctypes.create_string_buffer(struct.pack(layout, *values), 128)
     result = libc.syscall(architecture.native().sys_bpf, command, attributes, len(attributes))
     if result < 0:
@@ -46,10 +49,12 @@ def bpf(command: int, layout: str, *values: int | bytes) -> bytes:
 
 
 def call(command: int, layout: str, *values: int | bytes) -> int:
+    """Call bpf(2) like `bpf`, and return the result alone."""
     return int(struct.unpack_from("=i", bpf(command, layout, *values))[0])
 
 
 def address(buffer: Any) -> int:
+    """Address of a ctypes buffer."""
     return ctypes.addressof(buffer)
 
 
@@ -58,9 +63,9 @@ def _text(path: object) -> Any:
 
 
 LOG_BYTES = 1 << 24
-"""Of the verifier's. Before Linux 6.4 a program whose log does not fit is refused for that."""
+"""Size of the verifier's log. Before Linux 6.4 a program is refused if its log does not fit."""
 LOG_ALL, LOG_STATISTICS = 1, 4
-"""What is in it: BPF_LOG_LEVEL1, BPF_LOG_STATS."""
+"""Contents of the log: BPF_LOG_LEVEL1, BPF_LOG_STATS."""
 
 
 def pin(fd: int, path: Path) -> None:
@@ -77,7 +82,11 @@ def open_pin(path: Path) -> int:
 
 @dataclass(frozen=True)
 class Map:
-    """A map; keys and values are struct layouts. Values of per-CPU maps are read as their sum."""
+    """A map in the kernel, used like a dictionary of tuples, which have struct layouts.
+
+    Of a per-CPU map, reading gives the sum of all CPUs' values; writing sets one and clears the
+    others.
+    """
 
     fd: int
     key: struct.Struct
@@ -89,7 +98,7 @@ class Map:
         self._update(key, value, 0)
 
     def add(self, key: tuple[int, ...], value: tuple[int, ...]) -> None:
-        """Set a value where there is none."""
+        """Set the value of a key that has none."""
         with suppress(FileExistsError):
             self._update(key, value, 1)  # BPF_NOEXIST
 
@@ -101,7 +110,7 @@ class Map:
         call(UPDATE, "=IxxxxQQQ", self.fd, address(k), address(v), flags)
 
     def __getitem__(self, key: tuple[int, ...]) -> tuple[int, ...]:
-        """The value; KeyError if there is none."""
+        """The value of a key. Raises KeyError if there is none."""
         k = ctypes.create_string_buffer(self.key.pack(*key))
         v = ctypes.create_string_buffer(self._stride * (self.cpus or 1))
         try:
@@ -125,7 +134,7 @@ class Map:
             raise
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
-        """All keys, as of the start."""
+        """Iterate over a copy of the keys, made at the start."""
         keys: list[tuple[int, ...]] = []
         previous, following = None, ctypes.create_string_buffer(self.key.size)
         while True:
@@ -150,9 +159,9 @@ class Map:
 
 
 def run(program: int, frame: bytes, repeat: int = 1) -> tuple[int, bytes, int]:
-    """Run a tc program on an Ethernet frame, outside of any link (BPF_PROG_TEST_RUN).
+    """Run a tc program on an Ethernet frame without a link (BPF_PROG_TEST_RUN).
 
-    Returns its verdict, the frame afterwards, and nanoseconds per run.
+    Returns its verdict, the frame afterwards, and the time in nanoseconds per run.
     """
     data = ctypes.create_string_buffer(frame, len(frame))
     out = ctypes.create_string_buffer(len(frame) + 256)
@@ -173,18 +182,18 @@ def run(program: int, frame: bytes, repeat: int = 1) -> tuple[int, bytes, int]:
 
 
 def create_map(name: str, shape: tuple[int, int, int, int, int], btf: tuple[int, int, int]) -> int:
-    """File descriptor of a new map (BPF_MAP_CREATE).
+    """Create a map (BPF_MAP_CREATE), and return its file descriptor.
 
-    `shape`: type, key size, value size, entries, flags. `btf`: descriptor of its type information,
-    in it the key's and the value's type; zeros for none.
+    `shape`: type, key size, value size, entries, flags. `btf`: file descriptor of its type
+    information, type id of the key, type id of the value; zeros for none.
     """
     return call(CREATE, "=IIIIIII16sIIII", *shape, 0, 0, name.encode()[:15], 0, *btf)
 
 
 def load_program(name: str, kind: int, attach_type: int, code: bytes) -> int:
-    """File descriptor of a program that the kernel has verified (BPF_PROG_LOAD).
+    """Load a program, which the kernel verifies (BPF_PROG_LOAD), and return its file descriptor.
 
-    Raises OSError with the verifier's reason and the instruction that it is about.
+    Raises OSError with the verifier's reason and the instruction that it rejects.
     """
     try:
         return _load(name, kind, attach_type, code)
@@ -197,9 +206,9 @@ def load_program(name: str, kind: int, attach_type: int, code: bytes) -> int:
 
 
 def _reason(log: str) -> str:
-    """What the verifier says after the last instruction that it looked at, and that instruction.
+    """The verifier's reason and the rejected instruction, from its log.
 
-    The reason itself is a line; Linux 7.3 has suggestions after it.
+    The reason follows the last instruction of the log. It is one line; Linux 7.3 adds suggestions.
     """
     lines = [line.strip() for line in log.splitlines() if not line.startswith("processed ")]
     at = max((i for i, line in enumerate(lines) if re.match(r"\d+: \(", line)), default=0)
@@ -207,7 +216,7 @@ def _reason(log: str) -> str:
 
 
 def processed(name: str, kind: int, attach_type: int, code: bytes) -> int:
-    """How many instructions the verifier goes through; it refuses more than a million."""
+    """Number of instructions that the verifier processes. It rejects more than a million."""
     log = ctypes.create_string_buffer(LOG_BYTES)
     os.close(_load(name, kind, attach_type, code, LOG_STATISTICS, log))
     found = re.search(rb"processed (\d+) insns", log.value)
@@ -219,7 +228,7 @@ def _load(
     name: str, kind: int, attach_type: int, code: bytes, level: int = 0, log: Any = None
 ) -> int:
     instructions, licence = ctypes.create_string_buffer(code, len(code)), _text("GPL")
-    said = (level, len(log), address(log)) if log else (0, 0, 0)
+    log_arguments = (level, len(log), address(log)) if log else (0, 0, 0)
     return call(
         LOAD,
         "=IIQQIIQII16sII",
@@ -227,7 +236,7 @@ def _load(
         len(code) // 8,
         address(instructions),
         address(licence),
-        *said,
+        *log_arguments,
         0,
         0,
         name.encode()[:15],
@@ -237,33 +246,36 @@ def _load(
 
 
 def program_name(fd: int) -> str:
-    """The first 15 characters of a program's name, which are what the kernel keeps."""
+    """A program's name as the kernel stores it: the first 15 characters."""
     name: bytes = struct.unpack_from("=64x16s", info(fd, 128))[0]  # struct bpf_prog_info
     return name.rstrip(b"\0").decode()
 
 
 def load_btf(data: bytes) -> int:
-    """File descriptor of type information (BPF_BTF_LOAD)."""
+    """Load type information (BPF_BTF_LOAD), and return its file descriptor."""
     buffer = ctypes.create_string_buffer(data, len(data))
     return call(BTF_LOAD, "=QQII", address(buffer), 0, len(data), 0)
 
 
 def btf_of(map_fd: int) -> tuple[bytes, int, int]:
-    """Type information of a map, in it the key's and the value's type; empty if it has none."""
+    """Type information of a map: BTF, type id of the key, type id of the value.
+
+    Empty and zeros if the map has none.
+    """
     id, key, value = struct.unpack_from("=III", info(map_fd, 128), 64)  # struct bpf_map_info
     if not id:
         return b"", 0, 0
     fd = call(BTF_BY_ID, "=I", id)
     size = struct.unpack_from("=8xI", info(fd, 16))[0]  # struct bpf_btf_info
     data = ctypes.create_string_buffer(size)
-    about = ctypes.create_string_buffer(struct.pack("=QII", address(data), size, 0), 16)
-    call(INFO, "=IIQ", fd, len(about), address(about))
+    request = ctypes.create_string_buffer(struct.pack("=QII", address(data), size, 0), 16)
+    call(INFO, "=IIQ", fd, len(request), address(request))
     os.close(fd)
     return data.raw, key, value
 
 
 def info(fd: int, size: int) -> bytes:
-    """What the kernel says about a map, program or type information (BPF_OBJ_GET_INFO_BY_FD)."""
+    """Information on a map, program or BTF (BPF_OBJ_GET_INFO_BY_FD): the first `size` bytes."""
     buffer = ctypes.create_string_buffer(size)
     call(INFO, "=IIQ", fd, size, address(buffer))
     return buffer.raw
