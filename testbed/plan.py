@@ -1,9 +1,10 @@
-"""Plans: which cells an experiment has, how often, and for how long each is measured.
+"""Experiment plans: which cells are measured, how often, and for how long each.
 
-A plan is a TOML file under `experiments/`: `name`, `blocks`, `warmup_s`, `duration_s` and tables
-`[[cells]]`, whose lists are multiplied with one another. This module reads and checks the file and
-multiplies it out, always in the same order; it does not know which datapaths exist, what they can
-carry, nor how to run anything. The random order within a block is the campaign's affair.
+A plan is a TOML file in `experiments/`: `name`, `blocks`, `warmup_s`, `duration_s` and tables
+`[[cells]]`. The lists of a `[[cells]]` table are multiplied with one another. This module reads and
+checks the file and multiplies it out, always in the same order. It does not know which datapaths
+exist, what they support, or how to run anything. `campaigns.schedule` makes the random order within
+a block.
 """
 
 from __future__ import annotations
@@ -26,49 +27,49 @@ from testbed.model.terms import Family, Runtime, Transport
 from testbed.schema import Table
 
 MAX_PODS = 200
-"""Datapaths made of eBPF have 255 slots for pods on a host, and other cells need some."""
+"""Largest number of pods of a cell: eBPF datapaths have 255 slots for pods on a host, and other
+cells need some of them."""
 MAX_UDP_BYTES = 65507
 """Largest UDP payload in an IPv4 packet: 65535 - 20 (RFC 791) - 8 (RFC 768)."""
-
-
 CPU_QUANTITY = "cpu"
 QUANTITIES = ("value", "p50_us", "p99_us", CPU_QUANTITY)
-"""What a claim may be about: columns of the tidy table, and what the host spends on the traffic."""
+"""Quantities that a claim can be about: columns of the tidy table, and the host's CPU time."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What a plan claims of a ratio: see `testbed.reports.claims`."""
+    """A claim of a plan about a ratio of two cells; `testbed.reports.claims` judges it."""
 
     text: str
     cells: str
-    """Glob of the ids of those that are divided."""
+    """Glob of the ids of the cells that are divided."""
     quantity: str = "value"
     to: Mapping[str, Any] = field(default_factory=dict)
-    """What the divisor has otherwise, by fields of `Cell`; empty: the reference datapath."""
+    """Fields of `Cell` in which the divisor differs. Empty: divide by the reference datapath."""
     at_least: float | None = None
     at_most: float | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan multiplied out. `warmup_s` precedes each trial of `duration_s`."""
+    """A plan, multiplied out into cells. `warmup_s` precedes each trial of `duration_s`."""
 
     name: str
     blocks: int
-    """How many at least."""
+    """Number of blocks; the minimum if there is a `target_width`."""
     warmup_s: float
     duration_s: float
     cells: tuple[Cell, ...]
     target_width: float | None = None
-    """Blocks are added until no ratio's interval reaches further from its mean than this share."""
+    """Blocks are added until no interval of a ratio reaches further from its mean than this share
+    of the mean."""
     limit_s: float = 0.0
-    """No block is begun that would likely end later than this after the start."""
+    """No block is started that would probably end later than this, counted from the start."""
     claims: tuple[Claim, ...] = ()
-    """About those cells that are among `cells`."""
+    """Claims about cells; those that are not in `cells` are ignored."""
 
     def select(self, globs: Sequence[str]) -> Plan:
-        """The same plan with only those cells whose id matches one of `globs` (`*` spans slashes).
+        """The plan with only those cells whose id matches one of `globs` (`*` also matches `/`).
 
         Raises `Error` for a glob that matches no cell.
         """
@@ -83,7 +84,7 @@ class Plan:
 
 
 class _Plan(Table):
-    """A plan's file."""
+    """Schema of a plan file."""
 
     name: str = schema.word()
     blocks: int = schema.integer(1)
@@ -96,7 +97,7 @@ class _Plan(Table):
 
 
 class _Claim(Table):
-    """A `[[claims]]` table."""
+    """Schema of a `[[claims]]` table."""
 
     text: str = Field(min_length=1, description="what is claimed, in words")
     cells: str = Field(description="a glob of ids that some cell of the plan has")
@@ -111,7 +112,7 @@ class _Claim(Table):
 
 
 class _Cell(Table):
-    """One of the cells of a `[[cells]]` table."""
+    """Schema of one cell of a `[[cells]]` table."""
 
     datapath: str = Field(
         pattern=rf"^[a-z0-9][a-z0-9_-]*(~({AGAIN}|{SLOW}))?$",
@@ -137,9 +138,9 @@ class _Cell(Table):
 
 
 def load(name: str) -> Plan:
-    """The plan of that name in `experiments/`, or in the TOML file at that path.
+    """Read a plan, by its name in `experiments/` or by the path of a TOML file.
 
-    Raises `Error` that names file, key and what was expected there.
+    Raises an `Error` that names the file, the key and what was expected.
     """
     path = Path(name) if name.endswith(".toml") else paths.EXPERIMENTS / f"{name}.toml"
     known = ", ".join(sorted(p.stem for p in paths.EXPERIMENTS.glob("*.toml")))
@@ -147,7 +148,7 @@ def load(name: str) -> Plan:
 
 
 def parse(text: str, where: str) -> Plan:
-    """The plan that stands in `text`; `where` is what errors call it."""
+    """Parse the TOML text of a plan. Errors call the plan `where`."""
     return _plan(schema.parse(text, f"plan {where}"), f"plan {where}")
 
 
@@ -170,7 +171,7 @@ def _plan(table: Mapping[str, Any], where: str) -> Plan:
 
 
 def _claim(table: Mapping[str, Any], cells: Sequence[Cell], where: str) -> Claim:
-    """A `[[claims]]` table; its cells and their divisors have to be in the plan."""
+    """Parse a `[[claims]]` table. Its cells and their divisors must be in the plan."""
     claim = Claim(**dict(schema.read(_Claim, table, where)))
     about = [cell for cell in cells if fnmatchcase(cell.id, claim.cells)]
     if not about:
@@ -188,7 +189,7 @@ def _claim(table: Mapping[str, Any], cells: Sequence[Cell], where: str) -> Claim
 
 
 def _multiply(group: Mapping[str, Any], where: str) -> Iterable[Cell]:
-    """The product of a `[[cells]]` table's lists; a single value is a list of one."""
+    """Cartesian product of the lists of a `[[cells]]` table; a single value is a list of one."""
     lists = {key: value if isinstance(value, list) else [value] for key, value in group.items()}
     for key, values in lists.items():
         if not values:

@@ -1,4 +1,4 @@
-"""Files that people write, read into models: what a value must be, and one line where it is not."""
+"""Reads TOML files that users write into pydantic models; errors are one line with the key."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ M = TypeVar("M", bound="Table")
 
 
 class Table(BaseModel):
-    """A table of a TOML file. A field's `description` says in errors what it must be."""
+    """Base of models of a TOML table. Errors quote a field's `description` as what is expected."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 def word(dots: bool = False) -> Any:
-    """A field that is a name."""
+    """A field that holds a name; `dots` are allowed in it if asked for."""
     more = "." if dots else ""
     return Field(
         pattern=rf"^[a-z0-9][a-z0-9{more}_-]*$",
@@ -31,25 +31,25 @@ def word(dots: bool = False) -> Any:
 
 
 def integer(least: int, most: int | None = None, default: Any = ...) -> Any:
-    """A field that is an integer in a range."""
+    """A field that holds an integer in a range."""
     limit = f" and at most {most}" if most else ""
     words = f"an integer of at least {least}{limit}"
     return Field(default, ge=least, le=most, description=words)
 
 
 def seconds(least: float, most: float = 3600, default: Any = ...) -> Any:
-    """A field that is a time in a range."""
+    """A field that holds a time in seconds in a range."""
     words = f"seconds from {least:g} to {most:g}"
     return Field(default, ge=least, le=most, allow_inf_nan=False, description=words)
 
 
 def one_of(kind: type[StrEnum]) -> Any:
-    """A field that is a member of `kind`, by its value."""
+    """A field that holds the value of a member of `kind`."""
     return Field(strict=False, description=f"one of {', '.join(kind)}")
 
 
 def toml(path: Path, what: str, hint: str | None = None) -> dict[str, Any]:
-    """The tables of a TOML file. Raises `Error` that says `what` it is."""
+    """Read a TOML file. Errors call the file `what` it is."""
     try:
         return parse(path.read_text(), f"{what} {path}")
     except OSError as e:
@@ -59,7 +59,7 @@ def toml(path: Path, what: str, hint: str | None = None) -> dict[str, Any]:
 
 
 def parse(text: str, where: str) -> dict[str, Any]:
-    """The tables of TOML text; `where` is what errors call it."""
+    """Parse TOML text. Errors call the text `where`."""
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as e:
@@ -67,7 +67,7 @@ def parse(text: str, where: str) -> dict[str, Any]:
 
 
 def read(model: type[M], table: Mapping[str, Any], where: str) -> M:
-    """A table as a model. Raises `Error` with the first key at fault and what was expected."""
+    """Validate a table as a model. Raises `Error` with a wrong key and what was expected."""
     try:
         return model.model_validate(table)
     except ValidationError as e:
@@ -79,7 +79,7 @@ def read(model: type[M], table: Mapping[str, Any], where: str) -> M:
 
 
 def tables(data: Mapping[str, Any], key: str, where: str) -> list[dict[str, Any]]:
-    """The `[[key]]` tables. Raises `Error` if there are none."""
+    """The `[[key]]` tables of a file. Raises `Error` if there are none."""
     found = data.get(key)
     if isinstance(found, list) and found and all(isinstance(table, dict) for table in found):
         return found
@@ -87,6 +87,6 @@ def tables(data: Mapping[str, Any], key: str, where: str) -> list[dict[str, Any]
 
 
 def wrong(where: str, key: str, value: object, expected: str) -> Error:
-    """The error of a value that is not what it must be; None: it is missing."""
+    """The error for a value that is not as `expected`; a value of None is missing."""
     found = "nothing" if value is None else repr(value)
     return Error(f"{where}: {key}: expected {expected}, found {found}")

@@ -256,7 +256,7 @@ def _record_host(store: Store, share: Share, ready: Event) -> None:
     """
     campaign, guest = store.campaign, ready["guest"]
     if share.name:
-        store.keep_host(share.name, {k: ready[k] for k in ("machine", "versions", "guest")})
+        store.write_host(share.name, {k: ready[k] for k in ("machine", "versions", "guest")})
     ours = (campaign.guest, campaign.guest_kernel, campaign.accelerator)
     found = (guest["runtime"], guest["kernel"], guest["accelerator"] or "none")
     if found != ours:

@@ -1,1 +1,1 @@
-"""Frozen data that every layer knows: errors, terms, addresses, cells, trials, manifests."""
+"""Frozen data types that all layers use: errors, terms, addresses, cells, trials, manifests."""

@@ -1,8 +1,8 @@
-"""The address plan of pods, guests and nodes: addresses, MACs and the agent's port.
+"""The address plan of pods, guests and nodes: IP addresses, MAC addresses and the agent's port.
 
-One plan for every pod: pods never share a link, so the same addresses may stand in each. Guests are
-numbered from 1; everything about guest n is arithmetic in n. The same plan stands in
-`bpf/addresses.h`, and a test holds the two together.
+All pods have the same plan: pods never share a link, so each can use the same addresses. Guests are
+numbered from 1, and the addresses of guest n are computed from n. `bpf/addresses.h` has the same
+plan, and a test compares the two.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ Address = IPv4Address | IPv6Address
 MAX_GUESTS = 250
 
 LINK_PREFIX = {Family.IPV4: 20, Family.IPV6: 64}
-"""Prefix length of the guest link, 169.254.64.0/20 and fd77::/64. It holds alias, native source,
-links and guest views, so that a guest needs no route; it does not hold 169.254.169.254."""
+"""Prefix length of the guest link, 169.254.64.0/20 and fd77::/64. The prefix covers alias, native
+source, link addresses and guest views, so that a guest needs no route. It does not cover
+169.254.169.254."""
 
 _ALIAS = {Family.IPV4: "169.254.77.1", Family.IPV6: "fd77::1"}
 _NATIVE_SOURCE = {Family.IPV4: "169.254.77.2", Family.IPV6: "fd77::2"}
@@ -30,34 +31,35 @@ _NATIVE_VIEW = {Family.IPV4: "127.77.0.0", Family.IPV6: "fd77:0:0:127::"}
 _LOOPBACK = {Family.IPV4: "127.0.0.1", Family.IPV6: "::1"}
 
 NATIVE_VIEW_NET6 = "fd77:0:0:127::/64"
-"""Routed to `lo` in the pod's namespace (127.77.0.0 is there by nature)."""
+"""IPv6 prefix that the pod's namespace routes to `lo` (all of 127.0.0.0/8 is local anyway)."""
 
 
 def loopback(family: Family) -> Address:
-    """127.0.0.1 or ::1."""
+    """The loopback address: 127.0.0.1 or ::1."""
     return ip_address(_LOOPBACK[family])
 
 
 def alias(family: Family) -> Address:
-    """What `localhost` resolves to in a guest."""
+    """The alias: the address that `localhost` resolves to in a guest."""
     return ip_address(_ALIAS[family])
 
 
 def native_source(family: Family) -> Address:
-    """Source address of native clients as a guest sees them; never the alias."""
+    """Source address of native clients as a guest sees them. It is never the alias."""
     return ip_address(_NATIVE_SOURCE[family])
 
 
 def native_source_odd(family: Family) -> Address:
-    """The same, of flows that are not from 127.0.0.1 to 127.0.0.1 (::1), but on `lo` all the same.
+    """Nonstandard native source: source of native clients that use other addresses of `lo`.
 
-    Which, is kept per flow for the way back; the ordinary flow needs no memory.
+    Ordinary flows go from 127.0.0.1 to 127.0.0.1 (::1 to ::1) and need no state. The addresses of
+    other flows are kept in a map, for their replies.
     """
     return ip_address(_NATIVE_SOURCE_ODD[family])
 
 
 def pod_link(family: Family) -> Address:
-    """The pod's own address on the guest link (control connections, `direct`, `bridge`)."""
+    """The pod's own address on the guest link, for control connections, `direct` and `bridge`."""
     return ip_address(_POD_LINK[family])
 
 
@@ -67,28 +69,31 @@ def guest_link(family: Family, n: int) -> Address:
 
 
 def guest_view(family: Family, n: int) -> Address:
-    """Guest n as guests (itself too) see it when it dials `localhost`."""
+    """Source address of guest n, as guests see it (itself included), when it dials `localhost`."""
     return ip_address(_GUEST_VIEW[family]) + n
 
 
 def native_view(family: Family, n: int) -> Address:
-    """Guest n as native servers see it when it dials `localhost`."""
+    """Source address of guest n, as native servers see it, when it dials `localhost`."""
     return ip_address(_NATIVE_VIEW[family]) + n
 
 
 MAX_PODS = 65000
-"""With addresses of one node."""
+"""Largest number of pods that have addresses on one node."""
 
 _NODE = {Family.IPV4: "10.77.0.1", Family.IPV6: "fd77:1::1"}
 
 
 def node_address(family: Family) -> Address:
-    """The node's own on its network, 10.77.0.0/16 and fd77:1::/112. It routes for its pods."""
+    """The node's own address on its pod network, 10.77.0.0/16 and fd77:1::/112.
+
+    The node is the router of its pods.
+    """
     return ip_address(_NODE[family])
 
 
 def pod_address(family: Family, n: int) -> Address:
-    """What the n-th pod of the node (from 1) has there: the pod's IP."""
+    """The pod IP of the n-th pod of the node, counted from 1."""
     return node_address(family) + n
 
 
@@ -96,22 +101,25 @@ _BETWEEN_HOSTS = {Family.IPV4: "10.78.0.0", Family.IPV6: "fd77:2::"}
 
 
 def address_between_hosts(family: Family, n: int) -> Address:
-    """Of a pod that another host's pod dials: of the k-th two of hosts, client's and server's are
-    number 2k and 2k + 1.
+    """Address of a pod in cells between two hosts.
+
+    In the k-th pair of hosts, the client's pod has number 2k and the server's pod 2k + 1.
     """
     return ip_address(_BETWEEN_HOSTS[family]) + n
 
 
 ALIAS_MAC = "02:77:00:00:00:01"
-"""Answered for alias, native source and guest views; source MAC of translated frames."""
+"""MAC address that alias, native source and guest views resolve to (ARP, neighbour discovery).
+
+It is also the source of translated frames."""
 POD_MAC = "02:77:00:00:00:03"
-"""The pod's own interface on the guest link."""
+"""MAC address of the pod's own interface on the guest link."""
 
 
 def guest_mac(n: int) -> str:
-    """MAC of guest n's interface."""
+    """MAC address of guest n's interface."""
     return f"02:77:00:00:01:{n:02x}"
 
 
 CONTROL_PORT = 4700
-"""TCP port on which a traffic agent takes its orders, at the workload's own address."""
+"""TCP port of a traffic agent's control connection, at the workload's own address."""

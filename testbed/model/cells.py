@@ -1,4 +1,4 @@
-"""Cell: one point of an experiment, and the words of its fields. Frozen data."""
+"""Cell: one point of an experiment, and the values that its fields can have. Frozen data."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from testbed.model.terms import Family, Transport
 
 
 class Pair(StrEnum):
-    """Client role and server role of a cell. `guest-self` is a guest that dials itself.
+    """Client role and server role of a cell. In `guest-self` a guest dials itself.
 
-    `native` is a plain process; containers and WASM components are native to the pod as well.
+    `native` means a plain process. Containers and WASM components run in the pod's namespace too.
     """
 
     NATIVE_NATIVE = "native-native"
@@ -28,7 +28,7 @@ class Pair(StrEnum):
 
     @property
     def shape(self) -> Pair:
-        """The same with all that is native called so: the datapath sees no difference."""
+        """The pair with `native` for `wasm` and `container`: datapaths treat them alike."""
         return Pair(re.sub("wasm|container", "native", self.value))
 
     @property
@@ -37,20 +37,19 @@ class Pair(StrEnum):
         return {"native-native": 0, "guest-guest": 2}.get(self.shape.value, 1)
 
     def label(self, guest: str) -> str:
-        """The pair as people read it, for one guest runtime: `process→osv`."""
+        """The pair as tables and figures show it, for one guest runtime: `process→osv`."""
         client, server = self.value.split("-")
         names = {"native": "process", "guest": guest, "self": "itself"}
         return f"{names.get(client, client)}→{names.get(server, server)}"
 
 
 UDP_LOSS = 0.001
-"""Share of datagrams that may be lost at the rate that is called UDP's throughput."""
-
+"""Largest share of datagrams lost at the rate that counts as the throughput of UDP."""
 
 AGAIN, SLOW = "again", "slow"
-"""Variants of a datapath, for controls: the same in another pod, and with servers that are slow."""
+"""Variants of a datapath, for controls: the same datapath in another pod, or with slow servers."""
 SLOW_US = 50.0
-"""What a slow server waits before each response: the known effect of the positive control."""
+"""Delay of a slow server before each response: the known effect of the positive control."""
 
 
 @dataclass(frozen=True, order=True)
@@ -58,7 +57,7 @@ class Cell:
     """One point of an experiment."""
 
     datapath: str
-    """A datapath's name, or with a variant: `capture~again`."""
+    """Name of the datapath, with a variant if it is a control: `capture~again`."""
     pair: Pair
     family: Family
     transport: Transport
@@ -67,25 +66,25 @@ class Cell:
     """Message size: bytes per write (throughput), per request and response (latency)."""
     streams: int = 1
     rate_per_s: int = 0
-    """Of latency: requests per second of all streams together, each timed from when it was due; 0:
-    each request when the last is answered."""
+    """Latency under load: requests per second of all streams together, each timed from when it was
+    due (open loop). 0: closed loop, each request is sent when the last one is answered."""
     guest: str = ""
-    """Runtime of the guests; empty: the campaign's."""
+    """Runtime of the guests. Empty: the campaign's runtime."""
     guests: int = 1
-    """Guests per pod, all of them at work at once: rates are their sum, times are of all."""
+    """Guests per pod that run at the same time: rates are summed, times are of all guests."""
     pods: int = 1
-    """Pods likewise."""
+    """Pods that run at the same time, with the same rule."""
 
     @property
     def params(self) -> str:
-        """Size, streams and rate, then what is not as usual: `64x1`, `64x4@5000,guests=16`."""
+        """Size, streams and rate, then what differs from the default: `64x4@5000,guests=16`."""
         rate = f"@{self.rate_per_s}" if self.rate_per_s else ""
         more = {"guest": self.guest, "guests": self.guests, "pods": self.pods}
         rest = (f",{name}={value}" for name, value in more.items() if value not in ("", 1))
         return f"{self.size_bytes}x{self.streams}{rate}{''.join(rest)}"
 
     def label(self, guest: str) -> str:
-        """The pair as people read it, with the campaign's guest where it is not the cell's own."""
+        """The pair as tables show it. `guest` is the campaign's, for cells that name none."""
         return self.pair.label(self.guest or guest)
 
     @property
@@ -96,12 +95,12 @@ class Cell:
 
     @property
     def variant(self) -> str:
-        """`again`, `slow`, or empty."""
+        """Variant of the datapath: `again`, `slow`, or empty."""
         return self.datapath.partition("~")[2]
 
     @classmethod
     def parse(cls, id: str) -> Cell:
-        """The cell of an `id`. Raises `Error` if it is none."""
+        """The cell with this `id`. Raises `Error` if the text is not an id."""
         try:
             datapath, pair, family, transport, metric, params = id.split("/")
             traffic, *rest = params.split(",")

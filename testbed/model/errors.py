@@ -1,12 +1,12 @@
-"""A fault that a user can act on, and nothing else: what every layer raises."""
+"""The exception that every layer raises for a fault that a user can act on."""
 
 from __future__ import annotations
 
 
 class Error(Exception):
-    """A fault that a user can act on: what is wrong and where, then what to type.
+    """A fault that a user can act on: `message` says what is wrong and where, `hint` what to type.
 
-    Raised by every layer, printed by the command line as one line (traceback with `--debug`).
+    Every layer raises it. The command line prints it as one line (traceback with `--debug`).
     """
 
     def __init__(self, message: str, hint: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Look: how a datapath appears in figures and tables. Frozen data."""
+"""Look: order, colour, hatch, line and marker of a datapath in figures and tables. Frozen data."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Look:
-    """A datapath's place and style, the same in every figure."""
+    """Order and style of a datapath, the same in every figure."""
 
     rank: int
-    """Rows and bars are in this order, then by name."""
+    """Rows and bars are sorted by rank, then by name."""
     color: str
-    """Of lines and bars, as `#RRGGBB`."""
+    """Colour of lines and bars, as `#RRGGBB`."""
     hatch: str = ""
-    """Of bars (matplotlib), for black and white."""
+    """Hatch of bars (matplotlib), so that they differ in black and white."""
     line: str | tuple[float, ...] = "-"
-    """Of lines: matplotlib's `-`, `--`, `-.`, or lengths of dash, gap, … in points."""
+    """Line style: matplotlib's `-`, `--`, `-.`, or lengths of dash, gap, … in points."""
     marker: str = "o"
-    """Of points (matplotlib)."""
+    """Marker of points (matplotlib)."""

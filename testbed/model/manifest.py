@@ -1,6 +1,6 @@
-"""What a pod is to hold: its workloads, their runtimes and ports.
+"""Pod manifest: the workloads of a pod, their runtimes and ports.
 
-What cannot be is refused here, before anything is built.
+A manifest that contradicts itself is refused here, before anything is built.
 """
 
 from __future__ import annotations
@@ -15,38 +15,39 @@ from testbed.model.terms import Runtime, Transport
 
 @dataclass(frozen=True)
 class Probe:
-    """A question to a workload: does it work? One of a port, a port and a path, a command."""
+    """Kubernetes probe of a workload: a TCP port, an HTTP path at a port, or a command."""
 
     port: int = 0
-    """Answers if it accepts a TCP connection."""
+    """The probe succeeds if this port accepts a TCP connection."""
     path: str = ""
-    """Answers if an HTTP GET gives a status from 200 to 399."""
+    """The probe succeeds if an HTTP GET of this path gives a status from 200 to 399."""
     command: tuple[str, ...] = ()
-    """Answers if it ends with status 0, run inside the workload."""
+    """The probe succeeds if this command, run inside the workload, ends with status 0."""
     delay_s: float = 0
-    """After the start, before the first question."""
+    """Time from the start of the workload to the first probe."""
     period_s: float = 10
     timeout_s: float = 1
     failures: int = 3
-    """In a row, for `no`."""
+    """Consecutive failures after which the workload counts as failed."""
     successes: int = 1
-    """In a row, for `yes`."""
+    """Consecutive successes after which the workload counts as working."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """What a workload runs. What an image is, is its runtime's business."""
+    """The program of a workload. The runtime decides what `image` means."""
 
     image: str
     command: tuple[str, ...] = ()
-    """Instead of the image's program."""
+    """Replaces the image's program."""
     args: tuple[str, ...] = ()
-    """Instead of the image's arguments."""
+    """Replaces the image's arguments."""
     env: tuple[tuple[str, str], ...] = ()
     working_dir: str = ""
     memory_bytes: int | None = None
-    """Limit, as the next one."""
+    """Limit of memory. None: no limit."""
     cpus: float | None = None
+    """Limit of CPU time, in CPUs. None: no limit."""
     readiness: Probe | None = None
     liveness: Probe | None = None
 
@@ -59,18 +60,18 @@ class Workload:
     runtime: Runtime
     ports: tuple[tuple[Transport, int], ...] = ()
     cpus: tuple[int, ...] = ()
-    """CPUs that it is pinned to; empty: all."""
+    """CPUs that it is pinned to. Empty: all CPUs."""
     control_port: int = CONTROL_PORT
-    """TCP port at which it answers once it is up."""
+    """TCP port of its traffic agent, which answers once the workload is up."""
     program: Program | None = None
-    """None: the traffic agent."""
+    """What it runs. None: the traffic agent."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The workloads of one pod. Guests are numbered from 1 in their order.
+    """The workloads of one pod. Guests are numbered from 1, in the order of the workloads.
 
-    Raises `Error` if two workloads share a name or claim one port, or a port is none.
+    Raises `Error` if two workloads have one name or claim one port, or if a port is out of range.
     """
 
     workloads: tuple[Workload, ...]
@@ -99,13 +100,13 @@ class Manifest:
 
     @property
     def guests(self) -> dict[int, Workload]:
-        """Guests by number."""
+        """Guests by their number."""
         guests = (w for w in self.workloads if w.runtime.is_guest)
         return dict(enumerate(guests, start=1))
 
     @property
     def natives(self) -> tuple[Workload, ...]:
-        """Workloads in the pod's own namespace."""
+        """Workloads that run in the pod's own namespace."""
         return tuple(w for w in self.workloads if not w.runtime.is_guest)
 
     @property
@@ -115,7 +116,7 @@ class Manifest:
 
 
 class Restart(StrEnum):
-    """Which ended workloads are started again."""
+    """Kubernetes `restartPolicy`: which ended workloads are started again."""
 
     ALWAYS = "Always"
     ON_FAILURE = "OnFailure"
@@ -124,7 +125,7 @@ class Restart(StrEnum):
 
 @dataclass(frozen=True)
 class HostPort:
-    """A port of the node that leads to one of the pod."""
+    """Kubernetes `hostPort`: a port of the node that is forwarded to a port of the pod."""
 
     transport: Transport
     host_port: int
@@ -133,17 +134,17 @@ class HostPort:
 
 @dataclass(frozen=True)
 class Spec:
-    """A pod as somebody wrote it: the workloads, and what it has beside them."""
+    """A pod as its Kubernetes manifest describes it: workloads, init workloads, names, ports."""
 
     name: str
     manifest: Manifest
     init: tuple[Workload, ...] = ()
-    """Run to their end one after the other, before the workloads start."""
+    """Init containers: they run one after the other, to their end, before the workloads start."""
     restart: Restart = Restart.ALWAYS
     hostname: str = ""
     host_aliases: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    """(address, names) of further lines in hosts files."""
+    """(address, names) of additional lines in hosts files."""
     resolv_conf: str = ""
     host_ports: tuple[HostPort, ...] = ()
     warnings: tuple[str, ...] = ()
-    """What was asked for and is not done."""
+    """What the manifest asks for and the testbed does not do, as text for the user."""

@@ -1,4 +1,4 @@
-"""Metrics: what trials measure, and for each how it is measured, stored and shown."""
+"""Metrics of trials, and how each is measured, stored and shown."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from testbed.model.terms import Open
 from testbed.model.trials import percentile
 
 TAIL = "p999_us"
-"""The 99.9th percentile of all blocks' samples together."""
+"""Name of the quantity that is the 99.9th percentile of the samples of all blocks together."""
 
 
 class Sample(Protocol):
-    """What the traffic agents counted in a trial."""
+    """What the traffic agents counted in one trial."""
 
     @property
     def bytes(self) -> int: ...
@@ -31,40 +31,44 @@ class Measure:
     """How a metric is measured, stored and shown."""
 
     unit: str
-    """Of stored values."""
+    """Unit of stored values."""
     shown_unit: str
+    """Unit in tables and figures."""
     scale: float
-    """What stored values are divided by, to be in `shown_unit`."""
+    """Divisor that converts a stored value to `shown_unit`."""
     columns: Mapping[str, str]
-    """Column of the tidy table (`results.store.frame`), or `TAIL` → what people call it."""
+    """Column of the tidy table (`results.store.frame`), or `TAIL` → its heading in tables."""
     higher_is_better: bool = False
     mode: Literal["stream", "rr", "crr"] = "rr"
-    """The traffic agent's."""
+    """Mode of the traffic agent: stream, request/response, or connect/request/close."""
     value: Callable[[Sample], float] = field(default=lambda s: percentile(s.histogram_us, 50))
-    """The value of a trial, in `unit`. Of no use where pods being built are measured."""
+    """Computes the value of a trial, in `unit`. Not used if `of_building`."""
     of_building: bool = False
-    """It is pods being built that is measured, and not those that stand."""
+    """Whether the building of pods is measured, and not the traffic of pods that are built."""
 
 
 class Metric(Open):
-    """What a trial measures; `measure` says how.
+    """Name of what a trial measures; `measure` says how.
 
-    Another distribution adds one by an entry point of group `testbed.metrics`: its name, and where
-    its `Measure` is.
+    Another Python distribution adds a metric by an entry point of group `testbed.metrics`: the name
+    of the metric, and the object reference of its `Measure`.
     """
 
     THROUGHPUT = "throughput"
-    """TCP: of a stream. UDP: at the highest rate with hardly any loss (`campaigns.rate_search`)."""
+    """TCP: goodput of a stream. UDP: the highest rate with at most 0.1 % loss
+    (`campaigns.rate_search`)."""
     LATENCY = "latency"
+    """Round-trip time of a request and its response."""
     CONNECTIONS = "connections"
+    """Connections per second: connect, one request and response, close."""
     STARTUP = "startup"
-    """From nothing to the first request answered at `localhost`, for all guests of all pods."""
+    """Time until every guest of every pod has answered a first request at `localhost`."""
     MEMORY = "memory"
-    """What a pod takes then."""
+    """Memory of a pod after that first answer."""
 
     @property
     def measure(self) -> Measure:
-        """How it is measured: of `MEASURES`, or of another distribution."""
+        """How the metric is measured, from `MEASURES` or from another distribution."""
         if self not in MEASURES:
             from importlib import metadata
 
@@ -74,7 +78,7 @@ class Metric(Open):
 
     @property
     def of_building(self) -> bool:
-        """Whether it is pods being built that is measured, and not those that stand."""
+        """Whether the building of pods is measured, and not the traffic of pods that are built."""
         return self.measure.of_building
 
 
@@ -106,4 +110,4 @@ MEASURES = {
     Metric.STARTUP: Measure("ms", "ms", 1, {"value": "first answer"}, of_building=True),
     Metric.MEMORY: Measure("bytes", "MiB", 2**20, {"value": "memory"}, of_building=True),
 }
-"""In the order of columns."""
+"""The metrics of the testbed itself, in the order of table columns."""

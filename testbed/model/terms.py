@@ -1,4 +1,4 @@
-"""The field's words as types: IP version, transport, runtime."""
+"""Enumerations that all layers use: IP version, transport, runtime."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ class Family(StrEnum):
 
 
 class Transport(StrEnum):
-    """Layer 4 protocol."""
+    """Transport protocol."""
 
     TCP = "tcp"
     UDP = "udp"
 
 
 class Open(StrEnum):
-    """A set of names that other distributions add to, by entry points.
+    """An enumeration that other Python distributions extend by entry points.
 
-    They are looked for when an unknown value is asked for; such a member then is one like others.
+    The lookup of an unknown value searches the entry points of group `testbed.<class name>s`. A
+    value that is found there becomes an ordinary member.
     """
 
     @classmethod
     def _missing_(cls, value: object) -> Self | None:
-        from importlib import metadata  # takes long, and is hardly ever needed
+        from importlib import metadata  # slow to import, and seldom needed
 
         group = f"testbed.{cls.__name__.lower()}s"
         if not isinstance(value, str) or not metadata.entry_points(group=group, name=value):
@@ -41,10 +42,10 @@ class Open(StrEnum):
 
 
 class Runtime(Open):
-    """What runs a workload. Guests have a network stack of their own.
+    """Name of what runs a workload: plain process, container, WASM, or a kind of guest.
 
-    Another distribution adds one, for guests, by an entry point of group `testbed.runtimes`: its
-    name, and where its `prepare` is (see `testbed.runtimes`).
+    Another Python distribution adds a runtime of guests by an entry point of group
+    `testbed.runtimes`: the name, and the object reference of its `prepare`.
     """
 
     PROCESS = "process"
@@ -56,4 +57,5 @@ class Runtime(Open):
 
     @property
     def is_guest(self) -> bool:
+        """Whether the workload has a network stack of its own."""
         return self not in (Runtime.PROCESS, Runtime.CONTAINER, Runtime.WASM)

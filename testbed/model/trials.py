@@ -1,4 +1,4 @@
-"""Trial: one measured run of a cell, as stored. Frozen data, without input or output."""
+"""Trial: one measured run of a cell, as it is stored. Frozen data; nothing is read or written."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Trial:
     cell: str
     block: int
     order: int
-    """Position in the block's random order."""
+    """Position in the random order of the block."""
     status: Status
     reason: str | None = None
     """Why it failed or is unsupported."""
@@ -41,28 +41,28 @@ class Trial:
     histogram_us: tuple[tuple[float, int], ...] = ()
     """Round-trip times (or connect/request/close times): (upper bound of bucket in µs, count)."""
     searched: tuple[tuple[float, float, float], ...] = ()
-    """Of a search for a rate all attempts: bits per second sent and arrived, share of datagrams
-    lost. The last is the trial."""
+    """All attempts of a rate search: bits per second sent, bits per second received, share of
+    datagrams lost. The last attempt is the trial itself."""
     parts: dict[str, float] = field(default_factory=dict)
-    """What the value is the sum of: of a start the steps, of memory whose it is."""
+    """Terms that `value` is the sum of: steps of a start, or owners of memory."""
     dialed: str | None = None
     """The name or address that the client was told to dial."""
     carried: dict[str, int] = field(default_factory=dict)
-    """What the datapath under test counted during the trial: packets, bytes."""
+    """Packets and bytes that the datapath under test counted during the trial."""
     counters: dict[str, int] = field(default_factory=dict)
-    """Packets per reason of the datapath's programs during the trial (only those that moved)."""
+    """Reason → packets that the datapath's programs counted during the trial, without zeros."""
     machine: dict[str, float] = field(default_factory=dict)
-    """Of the host during the trial: cpu_s and what it is made of, steal_s (`machine.busy`), load1,
-    elapsed_s, of it active_s with traffic, frequency_mhz where it is known."""
+    """The host during the trial: cpu_s and its parts, steal_s (`host.facts.busy`), load1,
+    elapsed_s, active_s (the part of it with traffic), and frequency_mhz where it is known."""
     disturbed: str | None = None
-    """What came in between, if anything did: the trial was run once more, and both are kept."""
+    """What else on the machine spoiled the trial. It was run once more, and both are stored."""
     started: str = ""
-    """UTC, ISO 8601."""
+    """Time of the start: UTC, ISO 8601."""
     host: str = ""
-    """The host's name in the inventory; empty: the machine that the campaign was started on."""
+    """Name of the host in the inventory. Empty: the machine that the campaign was started on."""
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data for one line of `trials.jsonl`, defaults left out."""
+        """The trial as plain data for a line of `trials.jsonl`, without fields at their default."""
         default = Trial(cell="", block=-1, order=-1, status=Status.OK)
         always = ("cell", "block", "order", "status")
         return {k: v for k, v in vars(self).items() if k in always or v != getattr(default, k)}
@@ -77,11 +77,11 @@ class Trial:
 
 
 def percentile(histogram: Sequence[tuple[float, int]], percent: float) -> float:
-    """Value at a percentile, from (upper bound of bucket, count): nearest rank.
+    """Percentile of a histogram of (upper bound of bucket, count), by nearest rank.
 
-    The upper bound of the bucket that holds the ⌈percent · n / 100⌉-th smallest sample, so it is
-    never below the sample itself and above it by no more than the bucket is wide (as HdrHistogram
-    does). NaN for an empty histogram.
+    The result is the upper bound of the bucket that holds the ⌈percent · n / 100⌉-th smallest
+    sample. So it is never below that sample, and above it by at most the width of the bucket (as in
+    HdrHistogram). NaN for an empty histogram.
     """
     samples = sum(count for _, count in histogram)
     rank = max(1, ceil(percent * samples / 100))

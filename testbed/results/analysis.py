@@ -1,14 +1,15 @@
-"""From trials to numbers that stand in a paper: means over blocks, ratios, intervals.
+"""Analysis of a campaign's trials: means over blocks, ratios to the reference datapath, intervals.
 
-A block is the unit of replication: within it pods and guests are built afresh, so one value per
-block is all that counts, however many packets stand behind it. Everything here is a function of the
-tidy table (`testbed.results.store.frame`) or of plain numbers; nothing is read, measured or drawn.
+A block is the unit of replication: pods and guests are built anew for each block. So a cell has one
+value per block, however many packets that value comes from. Everything here is a function of the
+tidy table (`testbed.results.store.frame`) or of plain numbers. Nothing is read, measured or drawn.
 
-Times and rates are positive and spread by factors, hence logarithms: means are geometric, intervals
-are Student's t on the logarithms of block values (95 %). A ratio is taken within each block, where
-both cells saw the same machine, and its interval is that of the logarithms of block ratios. Between
-campaigns nothing is shared, so there the two sets of blocks are independent samples. Of many blocks
-some are hit by what else the machine does: a claim about them rests on ranks (`pseudomedian`).
+Times and rates are positive and vary by factors, so statistics are taken on logarithms: means are
+geometric, and intervals are 95 % t-intervals on the logarithms of block values. A ratio is taken
+within each block, where both cells ran on the same machine at about the same time; its interval is
+that of the logarithms of block ratios. Two campaigns share no blocks, so their blocks are
+independent samples. In a campaign of many blocks, other load on the machine disturbs a few: claims
+are judged by ranks (`pseudomedian`).
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from testbed.results.statistics import (
 )
 
 EXCEEDANCES = 100
-"""So many samples must lie above a percentile of the tail, or it is an anecdote."""
+"""Smallest number of samples above a percentile for that percentile to be reported."""
 
 
 def reference(datapath: str, pair: Pair, references: Mapping[str, str]) -> str | None:
-    """The datapath that a cell is divided by, if it has one.
+    """The datapath that a cell is divided by, or None.
 
-    Native to native is the kernel's own loopback in every datapath, so that is what it is held to;
-    but a variant, to what it is a variant of.
+    Native-native traffic uses the kernel's own loopback under every datapath, so it is divided by
+    `loopback`. A variant is divided by the datapath that it is a variant of.
     """
     if pair.shape is Pair.NATIVE_NATIVE and "~" not in datapath:
         return "loopback"
@@ -47,15 +48,15 @@ def reference(datapath: str, pair: Pair, references: Mapping[str, str]) -> str |
 
 @dataclass(frozen=True)
 class Summary:
-    """One quantity of one cell over all blocks, and against its reference datapath."""
+    """One quantity of one cell over all blocks, and its ratio to the reference datapath."""
 
     cell: Cell
     quantity: str
     """Column of the tidy table, one of `quantities`; or `TAIL`."""
     status: Status
-    """`ok` if any block was."""
+    """`ok` if any block is ok."""
     reason: str | None
-    """Of the blocks that were not ok, with how many they are if others were."""
+    """Why blocks are not ok, with their number if other blocks are."""
     estimate: Estimate
     reference: str | None
     ratio: Estimate
@@ -97,10 +98,10 @@ def summarise(trials: pd.DataFrame, references: Mapping[str, str]) -> list[Summa
 
 
 def tails(trials: Iterable[Trial]) -> list[Summary]:
-    """Of each latency cell that has the samples for it, the 99.9th percentile.
+    """The 99.9th percentile of each latency cell that has enough samples.
 
-    A block alone has too few, so those of all blocks are one sample: no interval, and no ratio. A
-    cell of fewer than 1,000 · `EXCEEDANCES` samples has none, and is left out.
+    One block has too few samples, so all blocks are pooled into one sample: there is no interval
+    and no ratio. A cell with fewer than 1,000 · `EXCEEDANCES` samples is left out.
     """
     found = []
     kept = [t for t in trials if t.status is Status.OK and t.histogram_us]
@@ -116,10 +117,10 @@ def tails(trials: Iterable[Trial]) -> list[Summary]:
 
 
 def widest(summaries: Iterable[Summary]) -> float:
-    """How far, of all ratios, an interval reaches from its mean at most, as a share of the mean.
+    """Largest distance of an interval's upper end from its mean, as a share of the mean.
 
-    Of rates and median times; the tail (p99) is not waited for. Infinite if an interval is missing
-    where there is a ratio.
+    Taken over the ratios of rates and median times, without p99, whose intervals are much wider.
+    Infinite if a ratio has no interval.
     """
     widths = [
         row.ratio.high / row.ratio.mean - 1
@@ -131,29 +132,31 @@ def widest(summaries: Iterable[Summary]) -> float:
 
 @dataclass(frozen=True)
 class Controls:
-    """Whether a campaign finds what is there, and nothing where there is nothing."""
+    """Outcome of a campaign's controls: A/A comparisons, and servers with a known delay."""
 
     same: int
-    """Ratios of a datapath to itself (A/A)."""
+    """Number of A/A ratios: a datapath to itself, in another pod."""
     differing: int
-    """Of these, how many have an interval that excludes 1."""
+    """Number of A/A ratios whose interval excludes 1."""
     bound: int
-    """More than so many would be by chance once in a hundred campaigns."""
+    """Largest `differing` that is plausible by chance: exceeded in at most 1 % of campaigns."""
     slow: int
-    """Median times with servers whose delay is known."""
+    """Number of median times with servers that have a known delay."""
     found: int
-    """Of these, how many have a ratio whose interval lies above 1."""
+    """Number of those whose ratio has an interval above 1."""
 
     @property
     def passed(self) -> bool:
+        """Whether no more A/A ratios differ than by chance, and every known delay is found."""
         return self.differing <= self.bound and self.found == self.slow
 
 
 def controls(summaries: Iterable[Summary]) -> Controls | None:
-    """How the controls came out; None if the campaign has none, or too few blocks to tell.
+    """Outcome of the controls; None if the campaign has none, or has only one block.
 
-    The bound is the 99th percentile of the binomial distribution with the share of intervals that
-    miss the truth, 1 in 20; that two percentiles of one trial go together is left out of account.
+    `bound` is the 99th percentile of the binomial distribution with probability 0.05, the share of
+    95 % intervals that miss the true value. The correlation of two percentiles of one trial is
+    neglected.
     """
     known = [row for row in summaries if row.ratio.blocks > 1]
     same = [row for row in known if row.cell.variant == AGAIN]
@@ -167,27 +170,27 @@ def controls(summaries: Iterable[Summary]) -> Controls | None:
 
 
 CPU = ("softirq", "system", "user", "guest")
-"""What a host's CPU time is spent on (`testbed.host.facts.busy`)."""
+"""Kinds of host CPU time (`testbed.host.facts.busy`)."""
 
 
 @dataclass(frozen=True)
 class Breakdown:
-    """A cell's value over all blocks, and what it is the sum of."""
+    """A cell's value over all blocks, and the parts that it is the sum of."""
 
     cell: Cell
     total: Estimate
     shares: Mapping[str, float]
-    """What of the total is each part; together 1."""
+    """Part → its share of the total. The shares sum to 1."""
 
 
 def costs(trials: pd.DataFrame) -> list[Breakdown]:
-    """What traffic costs the host, for every cell whose trials say so, as they first appear.
+    """Host CPU time per unit of traffic, for every cell that has it, in order of appearance.
 
-    Host CPU seconds per gigabyte of payload (throughput) or million transactions (others), by what
-    they are spent on (`CPU`).
+    The unit is CPU seconds per gigabyte of payload (throughput) or per million transactions (other
+    metrics), with the share of each kind (`CPU`).
 
-    All that the host did while there was traffic is counted, on all CPUs: CPU seconds per second
-    by the rate that was measured. An idle host's own business is in it; on a quiet one, little.
+    All CPU time of the host during traffic is counted, on all CPUs: CPU seconds per second, divided
+    by the measured rate. It includes what the host does anyway, which is little on a quiet host.
     """
     found = []
     for id, table in trials[trials.status == "ok"].groupby("cell", sort=False):
@@ -199,7 +202,7 @@ def costs(trials: pd.DataFrame) -> list[Breakdown]:
 
 
 def breakdowns(trials: pd.DataFrame) -> list[Breakdown]:
-    """Of every cell whose trials have parts: starts in their steps, memory by whose it is."""
+    """Parts of startup (steps) and memory (owners), for every cell that measures these."""
     found = []
     for id, table in trials[trials.status == "ok"].groupby("cell", sort=False):
         cell = Cell.parse(str(id))
@@ -211,7 +214,7 @@ def breakdowns(trials: pd.DataFrame) -> list[Breakdown]:
 
 
 def cost_values(table: pd.DataFrame) -> dict[int, float]:
-    """Block → what traffic cost in one cell's trials that are ok and say so (`costs`)."""
+    """Block → host CPU time per unit of traffic (`costs`), of one cell's trials that are ok."""
     metric = Metric(str(table.metric.iloc[0]))
     if "machine.softirq_s" not in table or metric.of_building:
         return {}
@@ -224,7 +227,7 @@ def cost_values(table: pd.DataFrame) -> dict[int, float]:
 
 
 def block_values(table: pd.DataFrame, quantity: str) -> dict[int, float]:
-    """Block → value of one cell's trials that are ok and have a positive, finite one."""
+    """Block → value, of one cell's trials that are ok and whose value is positive and finite."""
     rows = table[(table.status == "ok") & (table[quantity] > 0) & (table[quantity] < inf)]
     return {
         int(block): float(value) for block, value in zip(rows.block, rows[quantity], strict=True)
@@ -234,7 +237,7 @@ def block_values(table: pd.DataFrame, quantity: str) -> dict[int, float]:
 def _ratio(
     values: Mapping[int, float], divisor: str | None, other: pd.DataFrame | None, quantity: str
 ) -> tuple[Estimate, str | None]:
-    """Ratio to the reference over the blocks that have both, or why there is none."""
+    """Ratio to the reference over the blocks that have both values, or why there is no ratio."""
     if divisor is None:
         return NOTHING, "no reference datapath"
     if other is None:
@@ -255,7 +258,7 @@ def _status(table: pd.DataFrame, values: Mapping[int, float]) -> Status:
 
 
 def _reason(table: pd.DataFrame, values: Mapping[int, float]) -> str | None:
-    """Why blocks have no value: the commonest reason, led by how many blocks if some have one."""
+    """The most frequent reason why blocks have no value, with a count if other blocks have one."""
     without = table[~table.block.isin(list(values))]
     if without.empty:
         return None

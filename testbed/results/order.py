@@ -1,4 +1,4 @@
-"""Order of rows: pairs, transports and families as people read them, datapaths side by side."""
+"""Order of rows in tables and figures, and grouping of rows."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ K = TypeVar("K", bound=Hashable)
 def reading_order(
     cell: Cell, quantity: str, rank: Callable[[str], tuple[int, str]]
 ) -> tuple[Any, ...]:
-    """Pairs, transports, families; in them datapaths side by side, small messages first.
+    """Sort key of a row: pair, guest, transport, family, then datapath, metric and parameters.
 
-    `rank` sorts datapaths.
+    `rank` is the sort key of a datapath.
     """
     return (
         list(Pair).index(cell.pair),
@@ -36,13 +36,13 @@ def reading_order(
 
 
 def present(kinds: Iterable[T], found: Iterable[T]) -> list[T]:
-    """Those of `kinds` that were found, in the order of `kinds`."""
+    """The members of `kinds` that are in `found`, in the order of `kinds`."""
     known = set(found)
     return [kind for kind in kinds if kind in known]
 
 
 def grouped(rows: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
-    """Rows by `key`, in order of first appearance."""
+    """Rows grouped by `key`, in order of first appearance."""
     groups: dict[K, list[T]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)

@@ -1,12 +1,12 @@
-"""Results: a stored campaign, read once, and what its trials come to.
+"""Results of a stored campaign: its trials, tables, summaries and looks, each computed once.
 
-Each part is made when it is first asked for, and kept. Tables, claims, figures and pages are made
-of this; nothing goes back into the store.
+Tables, claims, figures and HTML pages are made from this. Nothing is written to the store.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,15 +32,20 @@ PALETTE = (
     Look(5, "#CC79A7", hatch="||||", line=(3, 1, 1, 1), marker=">"),
     Look(6, "#F0E442", hatch="o", line=(5, 1), marker="X"),
     Look(7, "#999999"),
+    Look(8, "#882255", hatch="xxxx", line=(3, 1, 1, 1, 1, 1), marker="<"),
+    Look(9, "#555555", line=(1, 3), marker="*"),
+    Look(10, "#000000", line=(8, 2), marker="h"),
+    Look(11, "#AAAA00", hatch="**", line=(6, 1, 1, 1), marker="p"),
 )
-"""Okabe and Ito's colours, in turn for datapaths of which the campaign does not say how they look
-(those before 2026-11-29)."""
+"""Looks of datapaths in campaigns that store none (before 2026-11-29), in order of appearance.
+
+The first colours are the palette of Okabe and Ito; the others are greys, wine and olive."""
 UNKNOWN = Look(1000, "#CCCCCC", hatch="OO", line=(2, 2), marker="d")
-"""Of a datapath that the campaign has not."""
+"""Look of a datapath that is not in the campaign."""
 
 
 class Results:
-    """A campaign and its trials."""
+    """A stored campaign and everything that is computed from its trials."""
 
     def __init__(self, stored: Store) -> None:
         self.store = stored
@@ -55,17 +60,17 @@ class Results:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of all that is not derived."""
+        """SHA-256 of the campaign's files that are not derived (`Store.digest`)."""
         return self.store.digest()
 
     @cached_property
     def log(self) -> list[Trial]:
-        """Every trial that was run, in that order."""
+        """Every trial, in the order in which they were run."""
         return self.store.log()
 
     @cached_property
     def trials(self) -> list[Trial]:
-        """Those that count: one for each cell and block (`store.counted`)."""
+        """The trials that count: one for each cell and block (`store.counted`)."""
         return store.counted(self.log)
 
     @cached_property
@@ -75,7 +80,7 @@ class Results:
 
     @cached_property
     def tables(self) -> dict[str, pd.DataFrame]:
-        """Id of a cell → its rows of `table`."""
+        """Cell id → its rows of `table`."""
         return {str(id): rows for id, rows in self.table.groupby("cell")} if self.trials else {}
 
     @cached_property
@@ -89,7 +94,7 @@ class Results:
 
     @cached_property
     def summaries(self) -> list[Summary]:
-        """All cells in reading order, those that were not run yet as failed."""
+        """Summaries of all cells in reading order; cells that were not run yet count as failed."""
         missing = set(self.campaign.cells) - {trial.cell for trial in self.trials}
         trials = [
             *self.trials,
@@ -101,32 +106,30 @@ class Results:
 
     @cached_property
     def costs(self) -> list[Breakdown]:
-        """What traffic cost the host (`analysis.costs`)."""
+        """Host CPU time per unit of traffic (`analysis.costs`)."""
         return analysis.costs(self.table)
 
     @cached_property
     def breakdowns(self) -> list[Breakdown]:
-        """What starts and memory are made of (`analysis.breakdowns`)."""
+        """Parts of startup and memory (`analysis.breakdowns`)."""
         return analysis.breakdowns(self.table)
 
-    # --- datapaths --------------------------------------------------------------------------
-
     def look(self, datapath: str) -> Look:
-        """How a datapath looks, whichever variant."""
+        """The look of a datapath, the same for all its variants."""
         return self._looks.get(datapath.partition("~")[0], UNKNOWN)
 
     def rank(self, datapath: str) -> tuple[int, str]:
-        """What sorts datapaths: a variant comes after what it is a variant of."""
+        """Sort key of datapaths: a variant comes after the datapath that it is a variant of."""
         return self.look(datapath).rank, datapath
 
     def reading_order(self, cell: Cell, quantity: str) -> tuple[Any, ...]:
-        """What sorts cells and quantities (`order.reading_order`)."""
+        """Sort key of cells and quantities (`order.reading_order`)."""
         return reading_order(cell, quantity, self.rank)
 
     @cached_property
     def _looks(self) -> Mapping[str, Look]:
         names = dict.fromkeys(Cell.parse(id).datapath.partition("~")[0] for id in self._cells)
-        looks = {name: PALETTE[n % len(PALETTE)] for n, name in enumerate(names)}
+        looks = {n: replace(PALETTE[k % len(PALETTE)], rank=k) for k, n in enumerate(names)}
         return looks | {name: Look(**look) for name, look in self.campaign.looks.items()}
 
     @property
@@ -135,5 +138,5 @@ class Results:
 
 
 def read(path: Path) -> Results:
-    """The campaign at `path`. Raises `Error` if there is none, or none we can read."""
+    """Read the campaign at `path`. Raises `Error` if there is none, or it cannot be read."""
     return Results(store.open(path))

@@ -1,4 +1,4 @@
-"""Statistics of blocks: means with intervals, differences of two samples, distributions."""
+"""Statistics of block values: means with intervals, differences of two samples, distributions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over blocks and its 95 % interval (NaN where so few blocks say nothing)."""
+    """A mean over blocks and its 95 % interval (NaN where there are too few blocks for one)."""
 
     mean: float
     low: float
@@ -48,7 +48,7 @@ def estimate(values: Iterable[float]) -> Estimate:
 
 
 def pseudomedian(values: Iterable[float]) -> Estimate:
-    """What positive block values are typically, and its interval by signed ranks.
+    """Pseudomedian (Hodges and Lehmann) of positive block values, and its signed-rank interval.
 
     On logarithms: the median of the means of all pairs (Hodges and Lehmann, Ann. Math. Stat. 34(2),
     1963), between those of these means at which Wilcoxon's signed-rank test (Biometrics Bulletin
@@ -67,8 +67,10 @@ def pseudomedian(values: Iterable[float]) -> Estimate:
 
 
 def _signed_rank(n: int) -> int:
-    """How many sums of signed ranks of n values, from 0, are together as rare as an interval's end
-    is to be; each subset of the ranks 1 to n is as likely as any other."""
+    """Number of signed-rank sums, from 0 up, whose total probability is at most 2.5 %.
+
+    Under the null hypothesis every subset of the ranks 1 to n is equally likely.
+    """
     likely = np.zeros(n * (n + 1) // 2 + 1)
     likely[0] = 1
     for rank in range(1, n + 1):
@@ -79,14 +81,15 @@ def _signed_rank(n: int) -> int:
 
 @dataclass(frozen=True)
 class Difference:
-    """How one set of block values differs from another that is independent of it."""
+    """Difference of two independent sets of block values."""
 
     ratio: Estimate
-    """Of geometric means, later by earlier; `blocks` is that of the smaller set."""
+    """Ratio of geometric means, later by earlier; `blocks` is that of the smaller set."""
     p_different: float
-    """How likely so large a difference is, where there is none."""
+    """p-value of the test for a difference: of so large a difference where there is none."""
     p_equivalent: float
-    """How likely so small a difference is, where it is as large as the band at least."""
+    """p-value of the test for equivalence: of so small a difference where the true one is as large
+    as the band, or larger."""
 
 
 def difference(before: Iterable[float], after: Iterable[float], band: float) -> Difference:
@@ -103,7 +106,7 @@ def difference(before: Iterable[float], after: Iterable[float], band: float) -> 
         mean = exp(fmean(b) - fmean(a)) if blocks else nan
         return Difference(Estimate(mean, nan, nan, blocks), nan, nan)
     change, of_a, of_b = fmean(b) - fmean(a), variance(a) / len(a), variance(b) / len(b)
-    # Values without any spread are none that were measured; 1e-12 keeps the division sane.
+    # Only made-up values have no spread at all; 1e-12 avoids a division by zero.
     error = max(sqrt(of_a + of_b), 1e-12)
     spread = of_a**2 / (len(a) - 1) + of_b**2 / (len(b) - 1)
     freedom = (of_a + of_b) ** 2 / spread if spread else len(a) + len(b) - 2
@@ -117,9 +120,9 @@ def difference(before: Iterable[float], after: Iterable[float], band: float) -> 
 
 
 def discoveries(p_values: Sequence[float], rate: float = 1 - CONFIDENCE) -> list[bool]:
-    """Which of many hypotheses to reject, so that of those at most `rate` are rejected wrongly.
+    """Which of many null hypotheses to reject, at a false-discovery rate of at most `rate`.
 
-    The false-discovery rate, controlled by Benjamini and Hochberg's step-up procedure (J. R. Stat.
+    Benjamini and Hochberg's step-up procedure controls the false-discovery rate (J. R. Stat.
     Soc. B 57, 1995); it holds for positively dependent tests too, such as two percentiles of one
     trial (Benjamini and Yekutieli, Ann. Stat. 29, 2001). NaN is never rejected and not counted.
     """

@@ -1,18 +1,18 @@
-"""A campaign's directory: what was planned and where, every trial that was run, tables of them.
+"""Store of a campaign: reads and writes the campaign's directory.
 
     campaign.json    the plan and the circumstances (`Campaign`), written once
-    trials.jsonl     one line a trial, appended and on the disk before `append` returns
+    trials.jsonl     one line per trial, appended and on the disk before `append` returns
     consoles/        serial consoles of guests
-    hosts/           of campaigns on other hosts, what each of these is: machine, versions, guests
+    hosts/           one file per host of a campaign on other hosts: machine, versions, guests
     trials.parquet, trials.csv, histogram.parquet    derived: rewritten from trials.jsonl at will
     figures/         derived as well (`testbed.reports.figures.draw`)
-    conformance.json what `testbed conformance --json` printed, if somebody put it there
+    conformance.json output of `testbed conformance --json`, if somebody put it there
 
-A campaign that is kept for reference has trials.jsonl.gz in the place of trials.jsonl: the same,
-but smaller, and closed to further trials.
+An archived campaign has trials.jsonl.gz in place of trials.jsonl: the same data, but compressed,
+and no trials can be appended.
 
-Whoever appends holds a lock on trials.jsonl that the kernel drops when the process ends, however it
-ends; reading takes no lock. Nothing is measured here and nothing summarised.
+The process that appends holds a lock on trials.jsonl. The kernel drops the lock when the process
+ends, however it ends. Reading takes no lock. Nothing is measured or summarised here.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Campaign:
-    """A plan's blocks on a host: everything that figures and tables say besides the trials."""
+    """Description of a campaign, in campaign.json: plan, machine, guests, versions."""
 
     name: str
-    """The plan's name."""
+    """Name of the plan."""
     plan: Mapping[str, Any]
-    """The plan as given."""
+    """The plan's other values: times, target width, claims."""
     cells: tuple[str, ...]
     """Ids of the cells to run in each block."""
     blocks: int
     seed: int
     references: Mapping[str, str]
-    """Datapath → the datapath that its results are divided by; its own name means itself."""
+    """Datapath → the datapath that its results are divided by. A reference names itself."""
     guest: str
     """Runtime of the guests."""
     guest_kernel: str
@@ -67,29 +67,29 @@ class Campaign:
     governor: str
     host: str
     revision: str
-    """Git revision of this project, with `-dirty` if it was."""
+    """Git revision of this project, with `-dirty` if there were uncommitted changes."""
     congestion_control: str = "unknown"
-    """Of TCP on the host."""
+    """TCP congestion control of the host."""
     offloads: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     images: Mapping[str, str] = field(default_factory=dict)
     """Image → digest."""
     environment: Mapping[str, Any] = field(default_factory=dict)
-    """Whatever else may explain a number."""
+    """Other conditions that may explain a number."""
     started: str = ""
-    """UTC, ISO 8601."""
+    """Time of the start: UTC, ISO 8601."""
     guests: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """Runtime that cells name for their guests → its `kernel` and `accelerator`."""
+    """Runtime of guests that cells name themselves → its `kernel` and `accelerator`."""
     looks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Datapath → how it looks, the fields of `model.looks.Look`."""
+    """Datapath → its look: the fields of `model.looks.Look`."""
 
     @property
     def functional(self) -> bool:
-        """Whether guests were emulated: their cells show function and make no claim of speed."""
+        """Whether guests were emulated: then results prove function, and say nothing of speed."""
         return self.accelerator == "tcg"
 
     def is_functional(self, cell: Cell) -> bool:
-        """The same of one cell's guests, which may be others."""
+        """Whether the guests of a cell were emulated; a cell may name other guests."""
         named = self.guests.get(cell.guest, {}).get("accelerator", "none")
         return cell.pair.guests > 0 and (named == "tcg" if cell.guest else self.functional)
 
@@ -103,7 +103,7 @@ class Store:
         self._log = log
 
     def append(self, trial: Trial) -> None:
-        """Add a trial; it is on the disk when this returns, or the file is as it was before."""
+        """Append a trial. It is on disk when this returns; on an error the file is as before."""
         if self._log is None:
             raise ValueError(f"{self.path} is open for reading only")
         line = json.dumps(trial.as_json(), ensure_ascii=False, allow_nan=False) + "\n"
@@ -111,7 +111,7 @@ class Store:
         with _explained(self._log_path, resume=self.path):
             end = os.fstat(log).st_size
             try:
-                while rest:  # A disk that fills up takes a part before it refuses.
+                while rest:  # A disk that fills up accepts a part of the data before it refuses.
                     rest = rest[os.write(log, rest) :]
                 os.fsync(log)
             except OSError:
@@ -119,11 +119,11 @@ class Store:
                 raise
 
     def trials(self) -> list[Trial]:
-        """The trials that count (`counted`). Raises `Error` with a line that is no trial."""
+        """The trials that count (`counted`). Raises `Error` for a line that is not a trial."""
         return counted(self.log())
 
     def log(self) -> list[Trial]:
-        """Every trial that was run, in that order. A torn last line is left out."""
+        """Every trial, in the order in which they were run. An incomplete last line is left out."""
         lines = self.raw().split(b"\n")[:-1]
         trials = []
         for number, line in enumerate(lines, 1):
@@ -139,7 +139,7 @@ class Store:
         return trials
 
     def raw(self) -> bytes:
-        """trials.jsonl as it was written."""
+        """Content of trials.jsonl, decompressed if the campaign is archived."""
         kept = self.path / "trials.jsonl.gz"
         if not kept.exists():
             with _explained(self._log_path):
@@ -151,29 +151,29 @@ class Store:
                 raise Error(f"{kept}: {e}", "fetch or copy it again") from e
 
     def digest(self) -> str:
-        """SHA-256 of all that is not derived; whatever is derived can say of what."""
+        """SHA-256 of the files that are not derived. Derived files name it as their source."""
         parts = [(self.path / "campaign.json").read_bytes(), self.raw()]
         conformance = self.path / "conformance.json"
         parts += [conformance.read_bytes()] if conformance.exists() else []
         return "sha256:" + hashlib.sha256(b"\n".join(parts)).hexdigest()
 
     def done(self) -> set[tuple[str, int]]:
-        """(cell id, block) of what need not be run again; failed trials are worth another try."""
+        """(cell id, block) of trials that need not be run again. Failed trials are run again."""
         return {(t.cell, t.block) for t in self.trials() if t.status is not Status.FAILED}
 
     def console(self, name: str) -> Path:
-        """Where a guest's serial console goes."""
+        """File of a guest's serial console."""
         return self.path / "consoles" / f"{name}.log"
 
-    def keep_host(self, name: str, facts: Mapping[str, Any]) -> None:
-        """Keep what a host that takes part is."""
+    def write_host(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Write facts of a host of the campaign to hosts/."""
         with _explained(self.path / "hosts"):
             (self.path / "hosts").mkdir(exist_ok=True)
         with _replacing(self.path / "hosts" / f"{name}.json") as beside:
             beside.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
 
     def derive(self) -> list[Path]:
-        """Write the tables anew from trials.jsonl, and say which files they are."""
+        """Rewrite the tables from trials.jsonl; returns their files."""
         trials = self.trials()
         table, histogram = frame(trials), histograms(trials)
         written = []
@@ -188,7 +188,7 @@ class Store:
         return written
 
     def close(self) -> None:
-        """Let go of the lock, where there is one."""
+        """Release the lock, if this store has one."""
         if self._log is not None:
             self._log.close()
             self._log = None
@@ -207,12 +207,12 @@ class Store:
 
 
 def directory(plan: str, now: datetime | None = None) -> Path:
-    """Where a campaign goes unless told otherwise: `results/<UTC time>-<plan>`."""
+    """Default directory of a campaign: `results/<UTC time>-<plan>`."""
     return Path("results") / f"{(now or datetime.now(UTC)).astimezone(UTC):%Y%m%dT%H%M%SZ}-{plan}"
 
 
 def create(path: Path, campaign: Campaign) -> Store:
-    """A new campaign at `path`, open for appending. Raises `Error` if one is there already."""
+    """Create a campaign at `path`, open for appending. Raises `Error` if there is one already."""
     with _explained(path):
         (path / "consoles").mkdir(parents=True, exist_ok=True)
     log = _lock(path)
@@ -229,7 +229,7 @@ def create(path: Path, campaign: Campaign) -> Store:
 
 
 def resume(path: Path) -> Store:
-    """The campaign at `path`, open for appending. A last line torn by a kill is cut off."""
+    """Open the campaign at `path` for appending. An incomplete last line is cut off."""
     campaign = open(path).campaign
     if (path / "trials.jsonl.gz").exists():
         raise Error(f"{path}: kept for reference, so it is finished", "start another")
@@ -241,7 +241,7 @@ def resume(path: Path) -> Store:
 
 
 def open(path: Path) -> Store:
-    """The campaign at `path`, for reading. Raises `Error` if there is none, or none we can read."""
+    """Open the campaign at `path` for reading. Raises `Error` if it is missing or unreadable."""
     file = path / "campaign.json"
     if not file.exists():
         raise Error(f"{path}: no campaign there (no campaign.json)", "campaigns are in results/")
@@ -258,9 +258,10 @@ def open(path: Path) -> Store:
 
 
 def counted(log: Iterable[Trial]) -> list[Trial]:
-    """One trial for each cell and block that was run, in the order of blocks.
+    """The trials that count: one for each cell and block, in the order of blocks.
 
-    Of several the last that is ok and undisturbed counts, else the last that is ok, else the last.
+    If there are several, the last one that is ok and undisturbed counts, else the last one that is
+    ok, else the last one.
     """
     kept: dict[tuple[str, int], Trial] = {}
     for trial in log:
@@ -271,11 +272,11 @@ def counted(log: Iterable[Trial]) -> list[Trial]:
 
 
 def frame(trials: Sequence[Trial]) -> pd.DataFrame:
-    """Tidy table: one row a trial.
+    """Tidy table of trials: one row per trial.
 
     Columns: the cell's fields; block, order, status, reason; value in the metric's unit; p50_us and
-    p99_us of the trial's histogram (NaN without one); loss, where a rate was searched; what else
-    the trial says. Dictionaries become columns such as `carried.packets`.
+    p99_us of the trial's histogram (NaN without one); loss, for trials with a rate search; the
+    other fields of the trial. Dictionaries become columns such as `carried.packets`.
     """
     rows = []
     for trial in trials:
@@ -322,7 +323,10 @@ _COLUMNS = (
 
 
 def histograms(trials: Sequence[Trial]) -> pd.DataFrame:
-    """Long table: cell, block, upper_us, count; one row per bucket of each trial that is ok."""
+    """Long table of histograms, one row per bucket of each trial that is ok.
+
+    Columns: cell, block, upper_us, count.
+    """
     rows = [
         (trial.cell, trial.block, upper_us, count)
         for trial in trials
@@ -337,7 +341,7 @@ def _worth(trial: Trial) -> int:
 
 
 def _lock(path: Path) -> BinaryIO:
-    """trials.jsonl, open for appending and locked as long as it is open (flock(2))."""
+    """Open trials.jsonl for appending and lock it (flock(2)) as long as it is open."""
     with _explained(path):
         log = (path / "trials.jsonl").open("ab", buffering=0)
     try:
@@ -350,7 +354,7 @@ def _lock(path: Path) -> BinaryIO:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which takes the place of `path` when all went well."""
+    """A temporary path beside `path`, which replaces `path` if the block raises nothing."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with _explained(path):
@@ -364,7 +368,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _explained(path: Path, resume: Path | None = None) -> Iterator[None]:
-    """Turns an OSError into one line about `path`."""
+    """Turns an OSError into an `Error` about `path`."""
     try:
         yield
     except OSError as e:
