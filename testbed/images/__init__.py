@@ -1,1 +1,1 @@
-"""Guests' images, composed from prebuilt kernels, programs of this machine and hosts files."""
+"""Composes images of guests and root file systems of containers, and finds guests' kernels."""

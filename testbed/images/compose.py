@@ -1,10 +1,11 @@
-"""Composes what guests boot: a ROFS disk for OSv, an initramfs for Linux. Nothing is compiled.
+"""Composes images of guests: a ROFS disk for OSv, an initramfs for Linux.
 
-A definition (`osv/*.toml`) names a program, its arguments and extra files; the libraries that it
-needs, the hosts patch (`osv/hosts`, which makes `localhost` of a guest the pod's), for OSv the shim
-(`shim`, which does it for 127.0.0.1 and ::1) and what the system itself needs are added. Same
-input, same bytes: images are named by their SHA-256 in the cache, and nothing in them has a time.
-How a guest is started is told by `runtimes`.
+A definition (`osv/*.toml`) names a program, its arguments and extra files. Added are: the libraries
+that the program needs; the hosts patch (`osv/hosts`), by which the guest's `localhost` is the
+pod's; for OSv the shim (`shim`), which does the same for 127.0.0.1 and ::1; and the files that the
+system itself needs. Images are deterministic: the same input gives the same bytes, without any
+time. The cache has them by their SHA-256. Kernels are not compiled, and guests are started by
+`testbed.runtimes`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from testbed.model.terms import Family
 from testbed.schema import Table
 
 AGENT = paths.OSV / "agent.toml"
-"""Definition of the guests of the testbed's own cells."""
+"""Definition of guests that run the traffic agent."""
 
 OSV_PROVIDES = frozenset(
     {
@@ -49,8 +50,8 @@ OSV_PROVIDES = frozenset(
         "ld-linux-x86-64.so.2",
     }
 )
-"""Sonames whose symbols are in OSv's kernel (`core/elf.cc`), libgcc_s.so.1 by its symbols alone.
-The last is x86-64's (`kernels.OSV_MACHINE`)."""
+"""Sonames of libraries that OSv's kernel contains (its `core/elf.cc`; of libgcc_s.so.1 it has only
+the symbols). The last is that of x86-64 (`kernels.OSV_MACHINE`)."""
 
 LINUX_MODULES = ("virtio_pci", "virtio_net")
 
@@ -62,8 +63,8 @@ none /sys sysfs defaults 0 0
 none /tmp ramfs defaults 0 0
 """
 
-# The kernel hands on what it does not know: NAME=VALUE as environment, what follows "--" as
-# arguments. The program is no PID 1, so that its end is not the kernel's panic.
+# The kernel passes on command-line words that it does not know: NAME=VALUE as environment, what
+# follows "--" as arguments. The program is not PID 1, so that its end does not panic the kernel.
 _LINUX_INIT = b"""\
 #!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc
@@ -92,14 +93,14 @@ poweroff -f
 
 @dataclass(frozen=True)
 class Definition:
-    """What a guest runs."""
+    """Definition of an image: the program that a guest runs, its arguments and files."""
 
     program: Path
     arguments: tuple[str, ...] = ()
     files: dict[str, Path] = field(default_factory=dict, hash=False)
-    """Path in the guest → file here."""
+    """Path in the guest → file of this machine."""
     shim: bool = True
-    """On OSv, 127.0.0.1 and ::1 are the pod's, whatever the hosts file says."""
+    """Whether an OSv guest gets the shim, by which 127.0.0.1 and ::1 are the pod's."""
 
     @property
     def command(self) -> tuple[str, ...]:
@@ -117,11 +118,11 @@ class Image:
     files: tuple[str, ...]
     """Paths in the guest."""
     command: tuple[str, ...]
-    """What to run when it is booted."""
+    """Command line of the program in the guest."""
 
 
 class _File(Table):
-    """A definition's file."""
+    """Schema of a definition's file."""
 
     program: str = Field(min_length=1, description='program = "PATH"')
     package: str = Field("", description="the name of a Debian package")
@@ -131,9 +132,9 @@ class _File(Table):
 
 
 def load(path: Path) -> Definition:
-    """Read a definition. Raises `Error` if it is none, or names files that do not exist."""
-    what = "image definition"
-    given = schema.read(_File, schema.toml(path, what), f"{what} {path}")
+    """Read a definition. Raises `Error` if it is invalid, or its program does not exist."""
+    title = "image definition"
+    given = schema.read(_File, schema.toml(path, title), f"{title} {path}")
     program, package = given.program, given.package
     beside = path.parent
     if package and not (beside / program).exists():
@@ -150,12 +151,12 @@ def load(path: Path) -> Definition:
 
 
 def hosts_file(*, patched: bool = True) -> Path:
-    """/etc/hosts of guests: with the patch, or as systems have it, `localhost` being themselves."""
+    """/etc/hosts of guests: with the patch, or the usual one, in which `localhost` is the guest."""
     return paths.OSV / ("hosts" if patched else "hosts.stock")
 
 
 def check_alias(addresses: Iterable[Address]) -> None:
-    """Raises `Error` if a guest or pod is given the address that `localhost` resolves to."""
+    """Raises `Error` if an address of a guest or pod is the alias, which its `localhost` is."""
     for address in addresses:
         if address in (alias(family) for family in Family):
             raise Error(
@@ -167,11 +168,11 @@ def check_alias(addresses: Iterable[Address]) -> None:
 def compose_osv(
     definition: Definition, *, hosts_patch: bool = True, etc: Mapping[str, bytes] = {}
 ) -> Image:
-    """A disk for OSv: MBR and ROFS with the program, libraries, shim, hosts and mount points.
+    """Compose a disk for OSv: MBR and ROFS with program, libraries, shim, hosts, mount points.
 
-    `etc` are files that a pod gives to all its guests, by path; they go before those of images.
+    `etc` are files that a pod gives to all its guests, by path. They override files of the image.
 
-    Raises `Error` if the program cannot run on OSv or something is missing.
+    Raises `Error` if the program cannot run on OSv or a file is missing.
     """
     tree = {**osv_tree(definition, hosts_patch=hosts_patch), **etc}
     return _store(tree, "img", definition.command)
@@ -184,18 +185,18 @@ def compose_linux(
     hosts_patch: bool = True,
     etc: Mapping[str, bytes] = {},
 ) -> Image:
-    """An initramfs for a Linux kernel: busybox, program with *all* libraries, hosts, modules.
+    """Compose an initramfs for Linux: busybox, program with *all* libraries, hosts, modules.
 
-    `etc` as for OSv.
+    `etc`: see `compose_osv`.
 
-    Raises `Error` if the program cannot run there or something is missing.
+    Raises `Error` if the program cannot run there or a file is missing.
     """
     tree = {**linux_tree(definition, kernel, hosts_patch=hosts_patch), **etc}
     return _store(tree, "cpio", definition.command)
 
 
 def osv_tree(definition: Definition, *, hosts_patch: bool = True) -> Tree:
-    """What `compose_osv` packs. OSv looks for libraries in / and /usr/lib alone."""
+    """Files of an OSv image. Libraries go to /usr/lib, since OSv searches only / and /usr/lib."""
     program = elf.read_program(definition.program)
     tree = _program_tree(definition, elf.closure(program, OSV_PROVIDES), hosts_patch)
     if definition.shim:
@@ -210,17 +211,14 @@ def osv_tree(definition: Definition, *, hosts_patch: bool = True) -> Tree:
 def linux_tree(
     definition: Definition, kernel: kernels.LinuxKernel, *, hosts_patch: bool = True
 ) -> Tree:
-    """What `compose_linux` packs."""
+    """Files of a Linux guest's initramfs."""
     program = elf.read_program(definition.program)
     if program.interpreter is None:
         raise Error(f"{program.path} names no interpreter")
-    interpreter = Path(program.interpreter)  # libc needs it as a library, but it is there first
+    interpreter = Path(program.interpreter)  # libc needs it as a library, too: added once, below
     libraries = elf.closure(program, {interpreter.name})
     tree = _program_tree(definition, libraries, hosts_patch)
-    busybox = shutil.which("busybox")
-    if busybox is None or elf.read(Path(busybox)).interpreter:
-        raise Error("no static busybox", hint="apt-get install busybox-static")
-    tree["/bin/busybox"] = _contents(Path(busybox))
+    tree["/bin/busybox"] = _contents(rootfs.busybox())
     tree[str(interpreter)] = _contents(interpreter)
     for name, text in rootfs.FILES.items():
         tree.setdefault(f"/{name}", text.encode())
@@ -235,14 +233,14 @@ def linux_tree(
 
 
 def build(definition: Path, output: Path, *, hosts_patch: bool = True) -> Image:
-    """Compose an OSv image and put a copy at `output`."""
+    """Compose an OSv image, and copy it to `output`."""
     image = compose_osv(load(definition), hosts_patch=hosts_patch)
     shutil.copyfile(image.path, output)
     return image
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """What is in an image, as plain data. Raises `Error` if it is damaged, or no image of ours."""
+    """Contents of an image as plain data. Raises `Error` if it is damaged, or no image of ours."""
     data = _contents(path)
     is_cpio = data.startswith(cpio.MAGIC)
     tree = cpio.unpack(data) if is_cpio else rofs.unpack(data)
@@ -257,7 +255,7 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def localhost(hosts: str) -> list[str]:
-    """Addresses that a hosts file gives to `localhost`, in its order."""
+    """Addresses of `localhost` in a hosts file, in its order."""
     lines = (line.partition("#")[0].split() for line in hosts.splitlines())
     return [address for address, *names in filter(None, lines) if "localhost" in names]
 
@@ -294,10 +292,11 @@ def _contents(path: Path) -> bytes:
 
 
 def _modules(kernel: kernels.LinuxKernel, wanted: Iterable[str]) -> dict[str, bytes]:
-    """Name → ELF of modules and those they depend on, in the order of loading.
+    """Name → ELF file of kernel modules and their dependencies, in the order of loading.
 
-    The package has no modules.dep (depmod makes it where a kernel is installed), but every module
-    names its own dependencies. What is not a file is built into the kernel.
+    The package has no modules.dep, which depmod makes when a kernel is installed. But every module
+    names its dependencies in its section `.modinfo`. A module without a file is built into the
+    kernel.
     """
     files = {
         path.name.partition(".")[0].replace("-", "_"): path
@@ -325,7 +324,7 @@ def _modules(kernel: kernels.LinuxKernel, wanted: Iterable[str]) -> dict[str, by
 
 
 def _store(tree: Tree, kind: str, command: tuple[str, ...]) -> Image:
-    """Put the packed tree into the cache under its digest, all or nothing."""
+    """Pack the tree, and store it in the cache under its SHA-256, atomically."""
     data = cpio.pack(tree) if kind == "cpio" else rofs.pack(tree)
     sha256 = hashlib.sha256(data).hexdigest()
     path = cache.cache_folder() / "images" / f"{sha256}.{kind}"
@@ -337,6 +336,3 @@ def _store(tree: Tree, kind: str, command: tuple[str, ...]) -> Image:
     damaged = path.exists() and path.stat().st_size != len(data)
     cache.made(path, write, anew=damaged)
     return Image(path, sha256, len(data), tuple(sorted(tree)), command)
-
-
-# --- cpio, "newc": what the Linux kernel unpacks (Documentation/driver-api/early-userspace) ----

@@ -1,4 +1,7 @@
-"""cpio archives (newc), as Linux unpacks for an initramfs."""
+"""Packs and unpacks cpio archives ("newc"), the format of an initramfs.
+
+Source: Linux, Documentation/driver-api/early-userspace/buffer-format.rst.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,9 @@ END = "TRAILER!!!"
 
 
 def pack(tree: Tree) -> bytes:
-    """An initramfs of the tree, all files executable, owned by root, from 1970.
+    """Pack an initramfs. All files are executable, owned by root and dated 1970.
 
-    A console is added: the kernel opens it for /init before anything is mounted.
+    /dev/console is added, since the kernel opens it for /init before anything is mounted.
     """
     archive = bytearray()
 
@@ -48,7 +51,7 @@ def pack(tree: Tree) -> bytes:
 
 
 def unpack(archive: bytes) -> dict[str, Node]:
-    """The tree of an initramfs, device files left out. Raises `Error` if it is damaged."""
+    """Unpack an initramfs, without device files. Raises `Error` if it is damaged."""
     tree: dict[str, Node] = {}
     offset = 0
     try:

@@ -1,9 +1,9 @@
-"""ELF files: what they are, and which shared libraries a program brings along.
+"""Reads ELF files: checks whether a guest can run a program, and finds its shared libraries.
 
-Answers whether a file can be a guest's program at all (ELF, of the wanted machine, a position
-independent executable), and finds the libraries that it needs as ld.so(8) would: RPATH, RUNPATH,
-the cache of ldconfig, the default folders. LD_LIBRARY_PATH is left out on purpose: an image must
-not depend on the shell that it was made in. Nothing is written here.
+A guest's program has to be a position-independent, dynamically linked executable for the wanted
+machine. Libraries are found as ld.so(8) does: RPATH, RUNPATH, the cache of ldconfig, the default
+folders. LD_LIBRARY_PATH is ignored, since an image must not depend on the shell in which it is
+composed. Nothing is written here.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ class Elf:
 
     path: Path
     machine: str
-    """As `uname -m` says it: x86_64, aarch64."""
+    """In the words of `uname -m`: x86_64, aarch64."""
     kind: str
-    """`ET_EXEC`, `ET_DYN` (position independent), `ET_REL`."""
+    """ELF type: ET_EXEC, ET_DYN (position independent), ET_REL (object file)."""
     interpreter: str | None
-    """Path of ld.so; only dynamically linked programs have one."""
+    """Path of ld.so; None unless it is a dynamically linked program."""
     needed: tuple[str, ...] = ()
     """Sonames in the order of the file."""
     rpath: tuple[str, ...] = ()
-    """Valid for libraries of libraries too; ignored where there is a RUNPATH."""
+    """Applies to libraries of libraries, too. Ignored if there is a RUNPATH."""
     runpath: tuple[str, ...] = ()
     is_go: bool = False
-    """Made by Go's compiler, by the note that it leaves."""
+    """Whether Go's compiler made it, which leaves a note in the file."""
 
 
 def read(path: Path, machine: str | None = None) -> Elf:
-    """The ELF file at `path`. Raises `Error` if it is none, or not for `machine`: this one."""
+    """Read an ELF file. Raises `Error` if it is none, or not for `machine` (default: this one)."""
     elf = _parse(path)
     machine = machine or architecture.native().name
     if elf.machine != machine:
@@ -65,10 +65,11 @@ def read(path: Path, machine: str | None = None) -> Elf:
 
 
 def read_program(path: Path, machine: str | None = None) -> Elf:
-    """A program that a guest can run: dynamically linked and position independent.
+    """Read a program that a guest can run: dynamically linked and position independent.
 
-    OSv loads programs into its own address space, so that one that is linked to a fixed address
-    overlaps the kernel, and it takes system calls as calls of its own libc.
+    OSv loads programs into its own address space, where one that is linked to a fixed address
+    would overlap the kernel. Programs reach OSv by calls of its libc, so a static one cannot run.
+    Raises `Error` for other files.
     """
     elf = read(path, machine)
     if elf.kind not in ("ET_EXEC", "ET_DYN"):
@@ -84,10 +85,10 @@ def read_program(path: Path, machine: str | None = None) -> Elf:
 
 
 def closure(program: Elf, provided: Iterable[str] = ()) -> dict[str, Path]:
-    """Soname → file of every library that `program` needs, and that these need in turn.
+    """Soname → file of all libraries that `program` needs, directly or indirectly.
 
-    `provided` are sonames that the target has itself: not looked for, nor followed. Raises `Error`
-    for a library that is missing or exists only for another machine.
+    `provided` are sonames that the target itself has; they and their dependencies are left out.
+    Raises `Error` for a library that is missing or exists only for another machine.
     """
     found: dict[str, Path] = {}
     done = set(provided)
@@ -149,7 +150,7 @@ def _find(soname: str, user: Elf, rpath: tuple[str, ...]) -> Elf:
     others = []
     for path in _candidates(soname, user, rpath):
         if path.is_file():
-            # ld.so as well passes over files of another machine.
+            # ld.so skips files of another machine, too.
             library = _parse(path)
             if library.machine == user.machine:
                 return library

@@ -1,12 +1,13 @@
-"""Finds the kernels that guests boot: OSv's, and Debian's cloud kernel for Linux guests.
+"""Finds kernels of guests: OSv's, and Debian's cloud kernel for Linux guests.
 
-An OSv kernel is looked for where the user says, in an OSv tree, in the cache, and last among the
-kernels that OSv's project publishes; `osv/kernels.toml` says what each flavor can do and vouches
-for files by SHA-256; they are for x86-64 alone (`OSV_MACHINE`). The Linux kernel is Debian's
-package for this machine, unpacked into the cache and never installed: installing would change which
-kernel this host boots.
+An OSv kernel comes from where the user says, from an OSv tree, from the cache, or from those that
+OSv's project publishes, in this order. `osv/kernels.toml` says what each flavor can do, and which
+files are known, by SHA-256. OSv kernels are for x86-64 alone (`OSV_MACHINE`).
 
-Nothing is compiled here, and nothing booted.
+The Linux kernel is Debian's package for this machine. It is unpacked into the cache but never
+installed, since that would change the kernel which this host boots.
+
+Nothing is compiled or booted here.
 """
 
 from __future__ import annotations
@@ -35,13 +36,14 @@ from testbed.model.errors import Error
 from testbed.model.terms import Family
 
 FLAVORS = ("ipv6", "master")
-"""In order of preference: the default shows both families."""
+"""Branches of OSv whose kernels are published, in order of preference: `ipv6` has both families."""
 
 OSV_MACHINE = "x86_64"
-"""Whose OSv kernels, disks and consoles are known here; OSv itself is there for aarch64 too."""
+"""Architecture of the OSv kernels, disks and consoles that are supported. OSv itself also runs on
+aarch64."""
 
 Progress = Callable[[int, int | None], None]
-"""Called with bytes so far and, where known, bytes in all."""
+"""Called during a download with the bytes so far and, if known, the bytes in total."""
 
 _TIMEOUT_S = 5
 
@@ -52,23 +54,23 @@ class OsvKernel:
 
     path: Path
     flavor: str
-    """`ipv6` or `master`, by what is in the file."""
+    """`ipv6` or `master`, judged by the file's contents."""
     version: str
-    """As the kernel says it: `v0.57.0-398-g0e34e4dc`."""
+    """As the kernel prints it: `v0.57.0-398-g0e34e4dc`."""
     sha256: str
     listed: bool
-    """`osv/kernels.toml` has this digest."""
+    """Whether `osv/kernels.toml` has its digest."""
     families: frozenset[Family]
     virtio_net: tuple[str, ...]
-    """Properties that its network device must have."""
+    """Properties that QEMU's network device must have for it."""
     multiqueue: bool
-    """Its driver serves several pairs of queues."""
+    """Whether its driver serves several pairs of queues."""
     source: str
-    """Where it was found, in words."""
+    """Text that says where it was found."""
 
     @property
     def commit(self) -> str | None:
-        """OSv's git commit, abbreviated; None for a kernel built at a release tag."""
+        """Abbreviated git commit of OSv; None for a kernel built at a release tag."""
         return self.version.rpartition("-g")[2] if "-g" in self.version else None
 
 
@@ -80,13 +82,14 @@ class LinuxKernel:
     modules: Path
     """Folder `lib/modules/RELEASE` of the package."""
     release: str
-    """As `uname -r` says it."""
+    """As `uname -r` prints it."""
     sha256: str
     source: str
+    """Text that says where it is from."""
 
 
 class Unreachable(Error):
-    """A kernel is not to be had: no network, or it is not published any more."""
+    """A kernel cannot be downloaded: no network, or it is no longer published."""
 
 
 # --- OSv ------------------------------------------------------------------------------------
@@ -99,12 +102,14 @@ def find_osv(
     download: bool = True,
     progress: Progress | None = None,
 ) -> OsvKernel | None:
-    """The OSv kernel to use, or None if there is none and it cannot be downloaded, or this machine
-    could not run it (`check_osv` says so).
+    """Find the OSv kernel to use. Downloads it if there is none.
 
-    Order: `explicit` (a kernel, or an OSv tree), TESTBED_OSV_KERNEL (likewise), TESTBED_OSV_TREE,
-    the cache, the published kernels. `flavor` chooses among the last two; without it the first of
-    `FLAVORS` that is there. Raises `Error` for a file that is named but is no OSv kernel.
+    Places, in order: `explicit` (a kernel, or an OSv tree), TESTBED_OSV_KERNEL (likewise),
+    TESTBED_OSV_TREE, the cache, the published kernels. For the last two, `flavor` chooses the
+    kernel; by default it is the first of `FLAVORS` that is there.
+
+    Returns None if there is no kernel and it cannot be downloaded, or this machine cannot run it
+    (`check_osv`). Raises `Error` if a file that the user names is no OSv kernel.
     """
     if explicit is not None:
         return read_osv(_in_tree(explicit), f"{explicit} (--osv-kernel)")
@@ -126,24 +131,24 @@ def find_osv(
 
 def check_osv() -> None:
     """Raises `Error` if this machine cannot run OSv guests."""
-    if (here := architecture.native().name) != OSV_MACHINE:
+    if (machine := architecture.native().name) != OSV_MACHINE:
         raise Error(
-            f"OSv guests need an {OSV_MACHINE} machine, this one is {here}: guests run on "
+            f"OSv guests need an {OSV_MACHINE} machine, this one is {machine}: guests run on "
             "their host's kind of processor, and no other OSv kernel is known here",
             hint="use Linux guests: --guest linux",
         )
 
 
 def read_osv(path: Path, source: str) -> OsvKernel:
-    """The OSv kernel in a file. Raises `Error` if it is none, or for another machine than this."""
+    """Read an OSv kernel. Raises `Error` if the file is none, or this machine cannot run it."""
     elf.read(path, OSV_MACHINE)
     check_osv()
     data = path.read_bytes()
-    # The kernel greets with "OSv v0.57.0-398-g0e34e4dc": OSv's `git describe`.
+    # The kernel's banner is "OSv v0.57.0-398-g0e34e4dc", by OSv's `git describe`.
     version = re.search(rb"OSv (v\d[\w.-]*)", data)
     if version is None:
         raise Error(f"{path} is no OSv kernel", hint="give loader-stripped.elf of an OSv build")
-    # A log message of the ICMPv6 code: there with and without symbols (both kernels looked at).
+    # A log message of the ICMPv6 code. Stripped kernels have it, too (seen in both).
     flavor = "ipv6" if b"ICMP6 checksum error" in data else "master"
     sha256 = hashlib.sha256(data).hexdigest()
     flavors = _listing()["flavor"]
@@ -166,10 +171,10 @@ def download_osv(
     listing: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> OsvKernel:
-    """Fetch a published kernel into the cache, through HTTP(S)_PROXY if set.
+    """Download a published kernel into the cache, through HTTP(S)_PROXY if set.
 
     `listing` is the content of a kernels.toml, by default ours. Raises `Unreachable` without a
-    network, `Error` if what came is not what the listing says, or would not run on this machine.
+    network, `Error` if the file is not the listed one, or this machine cannot run it.
     """
     check_osv()
     listing = listing or _listing()
@@ -191,8 +196,8 @@ def download_osv(
         folder.mkdir()
         (folder / "kernel.elf").write_bytes(data)
         (folder / "kernel.json").write_text(json.dumps({"source": url, "sha256": sha256}))
-        if (came := read_osv(folder / "kernel.elf", url).flavor) != flavor:
-            raise Error(f"{url} is flavor {came}, not {flavor}", hint="correct osv/kernels.toml")
+        if (found := read_osv(folder / "kernel.elf", url).flavor) != flavor:
+            raise Error(f"{url} is flavor {found}, not {flavor}", hint="correct osv/kernels.toml")
 
     cache.made(_cached(flavor).parent, make, anew=True)
     return read_osv(_cached(flavor), url)
@@ -203,7 +208,7 @@ def _listing() -> dict[str, Any]:
 
 
 def _in_tree(path: Path) -> Path:
-    """The kernel itself, where `path` is an OSv tree."""
+    """The kernel file of an OSv tree. A path that is no folder is returned as it is."""
     if not path.is_dir():
         return path
     for name in ("loader-stripped.elf", "loader.elf"):
@@ -229,7 +234,7 @@ def _origin(kernel: Path) -> str:
 def _get(url: str, progress: Progress | None) -> bytes:
     parts: list[bytes] = []
     try:
-        # An opener of its own reads the proxy's variables now; urlopen did at its first use.
+        # A new opener reads the proxy variables now. urlopen reads them only at its first use.
         with urllib.request.build_opener().open(url, timeout=_TIMEOUT_S) as response:
             length = response.headers.get("Content-Length")
             total = int(length) if length else None
@@ -241,7 +246,7 @@ def _get(url: str, progress: Progress | None) -> bytes:
         why = getattr(e, "reason", e)
         if isinstance(e, urllib.error.HTTPError):
             why = f"{e.code} {e.reason}"
-            e.close()  # it is the response as well
+            e.close()  # the error is the response, too
         raise Unreachable(
             f"cannot download {url}: {why}",
             hint="set HTTPS_PROXY, or give a kernel with --osv-kernel",
@@ -256,7 +261,7 @@ def _get(url: str, progress: Progress | None) -> bytes:
 
 
 def linux_kernel(*, download: bool = True) -> LinuxKernel:
-    """Debian's cloud kernel, from the cache or else by apt (which checks its signature).
+    """Find Debian's cloud kernel in the cache, or download it by apt, which checks its signature.
 
     Raises `Error` if it is not in the cache and cannot be downloaded.
     """
@@ -287,7 +292,7 @@ def _download_linux(folder: Path) -> None:
             "no Linux kernel for guests, and no apt to get Debian's",
             hint=f"unpack a {wanted} package below {folder}/NAME",
         )
-    # The package is a name for the newest: it depends on the one with the files.
+    # This is a metapackage: it depends on the newest package that has files.
     depends = _apt("apt-cache", "depends", "--important", wanted)
     if (package := re.search(r"Depends: (linux-image-\S+)", depends)) is None:
         raise Error(f"apt knows no {wanted}", hint="apt-get update")

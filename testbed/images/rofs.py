@@ -1,11 +1,12 @@
-"""OSv's read-only file system: a tree in memory to the bytes of a disk, and back.
+"""Packs and unpacks disks with OSv's read-only file system (ROFS), in memory.
 
-The disk is an MBR whose second slot describes the ROFS (OSv counts slots from 0 and mounts
-`/dev/vblk0.1`), then the ROFS itself: super block, file data, directory entries, symlinks, inodes.
-Everything is little endian in blocks of 512 bytes. The layout is that of OSv's `fs/rofs/rofs.hh`.
+The disk begins with an MBR, whose second slot is the ROFS partition (OSv counts slots from 0 and
+mounts `/dev/vblk0.1`). The ROFS has a super block, file data, directory entries, symlinks and
+inodes, in blocks of 512 bytes, little endian. Source: OSv's `fs/rofs/rofs.hh`. It stores no times,
+permissions or owners.
 
-Both functions are pure, and `pack` is deterministic: entries are sorted, nothing has a time.
-Permissions and owners do not exist in ROFS. Which files belong into an image is not decided here.
+Both functions are pure, and `pack` is deterministic: entries are sorted. `compose` decides which
+files an image has.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Symlink:
 
 @dataclass(frozen=True)
 class Directory:
-    """A directory; needed only for an empty one, such as a mount point."""
+    """An empty directory, such as a mount point. Others follow from the paths in them."""
 
 
 Node = bytes | Symlink | Directory
@@ -52,26 +53,26 @@ _Nested = dict[str, "bytes | Symlink | _Nested"]
 
 
 def nested(tree: Tree) -> _Nested:
-    """The tree as dictionaries within dictionaries, names sorted.
+    """Convert a tree to nested dictionaries, with names sorted.
 
     Raises `Error` for a path that is not absolute and plain, or that runs through a file.
     """
     root: _Nested = {}
     for path, node in sorted(tree.items()):
         *parents, name = _parts(path)
-        here = root
+        directory = root
         for parent in parents:
-            below = here.setdefault(parent, {})
-            if not isinstance(below, dict):
+            child = directory.setdefault(parent, {})
+            if not isinstance(child, dict):
                 raise Error(f"{path}: {parent} is not a directory")
-            here = below
+            directory = child
         if isinstance(node, Directory):
-            if not isinstance(here.setdefault(name, {}), dict):
+            if not isinstance(directory.setdefault(name, {}), dict):
                 raise Error(f"{path} is there already, and no directory")
-        elif name in here:
+        elif name in directory:
             raise Error(f"{path} is there already")
         else:
-            here[name] = node
+            directory[name] = node
     return root
 
 
@@ -86,14 +87,14 @@ def _parts(path: str) -> list[str]:
 
 
 def pack(tree: Tree) -> bytes:
-    """A disk that holds the tree. Raises `Error` for a tree that cannot be one."""
+    """Pack a tree into the bytes of a disk. Raises `Error` for a tree that is not valid."""
     entries: list[bytes] = []
     symlinks: list[bytes] = []
     inodes: list[tuple[int, int, int]] = []
     data: list[bytes] = []
     next_block = 1
 
-    # Breadth first: a directory's entries stand side by side, and the root is inode 1.
+    # Breadth first, so that a directory's entries are contiguous, and the root is inode 1.
     queue: deque[bytes | Symlink | _Nested] = deque([nested(tree)])
     while queue:
         node = queue.popleft()
@@ -136,9 +137,9 @@ def pack(tree: Tree) -> bytes:
 
 
 def unpack(disk: bytes) -> dict[str, Node]:
-    """The tree of a disk, directories named only where they are empty.
+    """Unpack the tree of a disk. Only empty directories have entries of their own.
 
-    Raises `Error` saying what is wrong with a disk that OSv could not read.
+    Raises `Error` with the reason if OSv could not read the disk.
     """
     fs = _partition(disk)
     if len(fs) < BLOCK:

@@ -1,4 +1,4 @@
-"""Root file systems of containers, from what people have: a folder, a tar, an OCI image, programs.
+"""Root file systems of containers, from a folder, a tar, an OCI image, or programs of this host.
 
     /some/root                a folder
     /some/root.tar[.gz…]      a tar of one
@@ -7,8 +7,8 @@
     host:PROGRAM[,PROGRAM…]   static busybox, and programs of this host with the libraries they need
     agent                     the same with the traffic agent
 
-What is unpacked or put together stands in the cache under the digest of what it came from. Nobody
-writes there: containers get a layer of their own above it.
+Root file systems that are unpacked or put together are cached under the digest of their source.
+Nobody writes there: each container has an overlay of its own above it.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ FILES = {
     "etc/group": "root:x:0:\nnogroup:x:65534:\n",
     "etc/nsswitch.conf": "hosts: files dns\n",
 }
-"""What libc reads, of a root file system that is put together here."""
+"""Files that libc reads, for root file systems that are put together here."""
 
 _HOST_FOLDERS = ("dev", "proc", "root", "run", "sys", "tmp", "var/log", "var/run", "var/tmp")
 
 
 @dataclass(frozen=True)
 class Root:
-    """A root file system, and what an image says about running it."""
+    """A root file system, and its image's defaults for a process in it."""
 
     path: Path
     entrypoint: tuple[str, ...] = ()
@@ -57,13 +57,16 @@ class Root:
 
 
 def unpack(image: str) -> Root:
-    """The root file system of an image, made if it is not in the cache. Raises `Error`."""
+    """Return the root file system of an image, made if it is not in the cache.
+
+    Raises `Error` if there is no such image or it cannot be unpacked.
+    """
     kind, colon, rest = image.partition(":")
     if is_of_host(image):
         return _of_host(programs(image))
     if colon and kind in ("oci", "oci-archive"):
-        place, _, tag = rest.rpartition(":") if ":" in rest else (rest, "", "latest")
-        layout = Path(place) if kind == "oci" else _of_tar(Path(place))
+        location, _, tag = rest.rpartition(":") if ":" in rest else (rest, "", "latest")
+        layout = Path(location) if kind == "oci" else _of_tar(Path(location))
         return _of_layout(layout, tag, image)
     path = Path(image)
     if path.is_dir():
@@ -78,12 +81,12 @@ def unpack(image: str) -> Root:
 
 
 def is_of_host(image: str) -> bool:
-    """Whether an image is made of programs of this host."""
+    """Whether an image is put together from programs of this host."""
     return image == AGENT or image.startswith(HOST)
 
 
 def programs(image: str) -> tuple[Path, ...]:
-    """The programs of this host that such an image names; `host:` names none but busybox."""
+    """Programs of this host in such an image, without busybox. `host:` alone has none."""
     if image == AGENT:
         return (agent.build(),)
     found = []
@@ -99,7 +102,7 @@ def programs(image: str) -> tuple[Path, ...]:
 
 
 def busybox() -> Path:
-    """The static one. Raises `Error` if there is none."""
+    """Path of a static busybox. Raises `Error` if there is none."""
     path = shutil.which("busybox")
     if path is None or elf.read(Path(path)).interpreter:
         raise Error("no static busybox", hint="apt-get install busybox-static")
@@ -147,16 +150,20 @@ def _of_tar(path: Path) -> Path:
         raise Error(f"no file {path}")
 
     def fill(folder: Path) -> None:
-        how = ("--extract", "--numeric-owner", "--xattrs")
+        options = ("--extract", "--numeric-owner", "--xattrs")
         process.run(
-            ["tar", *how, "--file", path, "-C", folder], f"{path} is no tar that can be unpacked"
+            ["tar", *options, "--file", path, "-C", folder],
+            f"{path} is no tar that can be unpacked",
         )
 
     return _cached([_digest(path)], fill)
 
 
 def _of_layout(layout: Path, tag: str, image: str) -> Root:
-    """umoci unpacks the layers; entry point and arguments are told apart by the image alone."""
+    """Unpack an OCI image layout with umoci.
+
+    Entry point and arguments come from the image: umoci's config.json has them in one list.
+    """
     try:
         manifests = json.loads((layout / "index.json").read_bytes())["manifests"]
         name = "org.opencontainers.image.ref.name"
@@ -199,7 +206,7 @@ def _blob(layout: Path, digest: str) -> Any:
 
 
 def _cached(key: Iterable[str], fill: Callable[[Path], None]) -> Path:
-    """The folder of a key, filled if it is not there, all or nothing."""
+    """Return the cached folder of a key. If it is missing, `fill` fills it, atomically."""
     digest = hashlib.sha256("\n".join(key).encode()).hexdigest()
 
     def make(new: Path) -> None:

