@@ -1,1 +1,1 @@
-"""Campaigns: a plan's trials, run in random order by workers on this or other machines."""
+"""Campaigns: workers run the trials of a plan in random order, on this machine or on others."""

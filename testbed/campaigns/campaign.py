@@ -1,9 +1,9 @@
-"""From a plan to a campaign directory: workers run the blocks, each trial is stored as it comes.
+"""Runs a campaign: starts workers for the blocks of a plan, and stores each trial as it arrives.
 
-A campaign that was interrupted, however, is resumed: what is stored is not run again. Nothing is
-measured in this process and nothing is built by it. A worker runs here, or one on each of several
-hosts: blocks are dealt out to them whole, as ratios are taken within a block. A host that fails
-fails the cells of its own blocks.
+This process measures nothing and builds nothing. One worker runs on this machine, or one on each of
+several hosts. A block is always run by one worker, because ratios are taken within a block. If a
+host fails, the cells of its blocks fail. An interrupted campaign is resumed: trials that are stored
+are not run again.
 """
 
 from __future__ import annotations
@@ -32,31 +32,26 @@ from testbed.results.store import Campaign, Store, frame
 
 @dataclass(frozen=True)
 class Choice:
-    """What a user may choose about a campaign besides its plan."""
+    """Options of `testbed run` beside the plan."""
 
     guest: str = "best"
     osv_kernel: Path | None = None
     keep: bool = False
+    """Stop at the first pod that fails, and leave it standing."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a campaign is."""
+    """Progress of a campaign."""
 
     text: str
     done: int
     total: int
     left_s: float | None
-    """Seconds to go; None while nobody can tell."""
+    """Estimate of the remaining time in seconds; None before the first trial."""
 
 
 Report = Callable[[Progress], None]
-
-
-# --- where workers run ----------------------------------------------------------------------
-
-
-# --- campaigns ------------------------------------------------------------------------------
 
 
 def start(
@@ -67,9 +62,9 @@ def start(
     report: Report,
     places: Sequence[Place] = HERE,
 ) -> Store:
-    """Run a plan into a new campaign directory. Returns it complete, and still open.
+    """Run a plan into a new campaign directory. Returns its store, which is still open.
 
-    Raises `Error` if the directory has a campaign already, or nothing can be run anywhere.
+    Raises `Error` if the directory has a campaign already, or if no worker can run.
     """
     if (path / "campaign.json").exists():
         raise Error(f"{path}: there is a campaign already", f"continue it: --resume {path}")
@@ -80,15 +75,8 @@ def start(
         )
     for name in {cell.datapath for cell in plan.cells}:
         datapaths.get(name)
-    job = Job(
-        (),
-        plan.warmup_s,
-        plan.duration_s,
-        choice.guest,
-        str(path.absolute()),
-        str(choice.osv_kernel.absolute()) if choice.osv_kernel else None,
-        keep=choice.keep,
-    )
+    kernel = str(choice.osv_kernel.absolute()) if choice.osv_kernel else None
+    job = _job(plan, path, choice.guest, kernel, choice.keep)
     shares = _deal(job, order_blocks(plan, seed, range(plan.blocks), set()), places, {})
     began = time.monotonic()
 
@@ -99,9 +87,10 @@ def start(
 
 
 def resume(path: Path, keep: bool, report: Report, places: Sequence[Place] = HERE) -> Store:
-    """Run what a campaign still lacks. Failed trials are run again.
+    """Run the trials that a campaign still lacks, and its failed trials again.
 
-    A block goes on where it was begun; blocks of hosts that are not among `places` fail.
+    A block that was begun continues on the same host. If that host is not among `places`, the rest
+    of the block fails.
     """
     stored = store.open(path)
     campaign = stored.campaign
@@ -115,15 +104,7 @@ def resume(path: Path, keep: bool, report: Report, places: Sequence[Place] = HER
         **{**campaign.plan, "claims": tuple(Claim(**c) for c in campaign.plan.get("claims", ()))},
         cells=tuple(map(Cell.parse, campaign.cells)),
     )
-    job = Job(
-        (),
-        plan.warmup_s,
-        plan.duration_s,
-        campaign.guest,
-        str(path.absolute()),
-        campaign.environment["osv_kernel"],
-        keep=keep,
-    )
+    job = _job(plan, path, campaign.guest, campaign.environment["osv_kernel"], keep)
     begun = {t.block: t.host for t in stored.trials() if t.status is not Status.FAILED}
     numbers = range(max([plan.blocks - 1, *(t.block for t in stored.trials())]) + 1)
     blocks = order_blocks(plan, campaign.seed, numbers, stored.done())
@@ -131,12 +112,18 @@ def resume(path: Path, keep: bool, report: Report, places: Sequence[Place] = HER
     if not blocks and (plan.target_width is None or _width(stored) <= plan.target_width):
         return stored
     with ExitStack() as stack:
-        appended = stack.enter_context(store.resume(path))  # before anybody touches its files
+        appended = stack.enter_context(store.resume(path))  # takes the lock before workers start
         if blocks:
             _run(_deal(job, blocks, places, begun), lambda _: appended, report)
         finished = _refine(appended, plan, job, places, report, began)
         stack.pop_all()
         return finished
+
+
+def _job(plan: Plan, path: Path, guest: str, osv_kernel: str | None, keep: bool) -> Job:
+    """The job of a campaign's workers, without blocks."""
+    directory = str(path.absolute())
+    return Job((), plan.warmup_s, plan.duration_s, guest, directory, osv_kernel, keep=keep)
 
 
 def _refine(
@@ -147,9 +134,10 @@ def _refine(
     report: Report,
     began: float,
 ) -> Store:
-    """Add blocks, one at each place, until intervals are as narrow as the plan asks.
+    """Add blocks, one at each place, until all intervals are as narrow as the plan asks.
 
-    Or until its time is up, counted from `began`; or a pod that failed is to be left standing.
+    Stops earlier at the plan's time limit, counted from `began`, or if a trial failed and failed
+    pods are to be left standing.
     """
     rounds = math.ceil(plan.blocks / len(places))
     while plan.target_width is not None and _width(finished) > plan.target_width:
@@ -168,12 +156,13 @@ def _refine(
     return finished
 
 
-def _width(of: Store) -> float:
-    return widest(summarise(frame(of.trials()), of.campaign.references))
+def _width(stored: Store) -> float:
+    """Width of the widest interval (`analysis.widest`)."""
+    return widest(summarise(frame(stored.trials()), stored.campaign.references))
 
 
 def _deal(job: Job, blocks: Blocks, places: Sequence[Place], begun: dict[int, str]) -> list[Share]:
-    """Blocks that were begun go to their hosts, the others round in turn."""
+    """Distribute blocks to places: begun blocks to their hosts, the others round-robin."""
     dealt: dict[str, list[tuple[int, tuple[str, ...]]]] = {place.name: [] for place in places}
     new = 0
     for block in blocks:
@@ -191,9 +180,9 @@ def _deal(job: Job, blocks: Blocks, places: Sequence[Place], begun: dict[int, st
 
 
 def _run(shares: list[Share], open_store: Callable[[Event], Store], report: Report) -> Store:
-    """Have workers run their shares, all at once; store their trials.
+    """Run all shares in parallel, each by a worker, and store their trials.
 
-    If some of them fail, so do the cells that they still had. Raises the `Error` if all do.
+    The cells that a failed worker had not finished fail. Raises `Error` if all workers fail.
     """
     campaign: Store | None = None
     left = {
@@ -250,9 +239,9 @@ def _all_failed(shares: list[Share]) -> Error:
 
 
 def _record_host(store: Store, share: Share, ready: Event) -> None:
-    """Keep what a host says of itself; its share fails if its guests are not the campaign's.
+    """Store what a host reports about itself; fail its share if it has other guests.
 
-    What is averaged over blocks must be the same kind of guest.
+    Values of different kinds of guests must not be averaged over blocks.
     """
     campaign, guest = store.campaign, ready["guest"]
     if share.name:
@@ -269,7 +258,7 @@ def _record_host(store: Store, share: Share, ready: Event) -> None:
 
 
 def _describe(plan: Plan, seed: int, job: Job, ready: Event, places: Sequence[Place]) -> Campaign:
-    """The campaign. Of several hosts it says what the first that was ready is."""
+    """Description of the campaign for campaign.json, from the first host that is ready."""
     guest, facts = ready["guest"], ready["machine"]
     names = [place.name for place in places if place.name]
     return Campaign(
@@ -290,8 +279,8 @@ def _describe(plan: Plan, seed: int, job: Job, ready: Event, places: Sequence[Pl
         guest_kernel=guest["kernel"],
         accelerator=guest["accelerator"] or "none",
         guests={
-            name: {"kernel": of["kernel"], "accelerator": of["accelerator"] or "none"}
-            for name, of in ready["guests"].items()
+            name: {"kernel": named["kernel"], "accelerator": named["accelerator"] or "none"}
+            for name, named in ready["guests"].items()
         },
         kernel=facts["kernel"],
         cpu=facts["cpu"],
@@ -314,7 +303,7 @@ def _describe(plan: Plan, seed: int, job: Job, ready: Event, places: Sequence[Pl
 
 
 def revision() -> str:
-    """Git revision of this project, with `-dirty` if it was changed; `unknown` outside a clone."""
+    """Git revision of this clone, with `-dirty` for uncommitted changes; `unknown` without git."""
     done = subprocess.run(
         ["git", "-C", str(paths.ROOT), "describe", "--always", "--dirty", "--abbrev=12"],
         capture_output=True,

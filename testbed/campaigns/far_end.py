@@ -1,10 +1,10 @@
-"""The servers' end of cells between two hosts: their pod, on the host that measures nothing.
+"""Far end of cells between two hosts: runs the servers' pod on the second host.
 
     python -m testbed.campaigns.far_end
 
-Its `Side` comes as one line of JSON on standard input. When the pod is ready, a line of JSON leaves
-by standard output: what it lacks, or its error. The pod stands until nobody listens any more, as
-a worker works.
+It reads its `Side` as one line of JSON from standard input. When the pod is ready, it writes one
+line of JSON to standard output: what this side does not support, or an error. It measures nothing.
+The pod stands until standard input ends or falls silent, as for a worker.
 """
 
 from __future__ import annotations

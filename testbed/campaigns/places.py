@@ -1,4 +1,4 @@
-"""Where workers run: each is started, attended by a thread, and ended."""
+"""Places: starts the workers of a campaign, reads their events in threads, and ends them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from testbed.model.errors import Error
 
 
 class Worker(Protocol):
-    """A worker that has its job: `subprocess.Popen`, or one on another host."""
+    """A worker process that has its job: a `subprocess.Popen`, or a process on another host."""
 
     @property
     def stdin(self) -> IO[str] | None: ...
@@ -28,17 +28,17 @@ class Worker(Protocol):
 
 
 class Place(Protocol):
-    """Where a worker runs."""
+    """A machine that a worker can be started on."""
 
     name: str
-    """Stands in its trials; empty for this machine."""
+    """Name of the host in its trials; empty for this machine."""
 
     def start(self, job: Job, log: BinaryIO, say: Callable[[str], None]) -> Worker:
-        """Start a worker, which complains to `log`. Raises `Error` if that cannot be done there."""
+        """Start a worker whose standard error goes to `log`. Raises `Error` if it cannot start."""
 
 
 class Here:
-    """This machine."""
+    """This machine as a place."""
 
     name = ""
 
@@ -51,7 +51,7 @@ class Here:
             text=True,
         )
         assert worker.stdin is not None
-        with suppress(BrokenPipeError):  # its status will tell
+        with suppress(BrokenPipeError):  # the worker has ended, and its exit status says why
             worker.stdin.write(json.dumps(asdict(job)) + "\n")
             worker.stdin.flush()
         return worker
@@ -62,19 +62,25 @@ HERE = (Here(),)
 
 @dataclass
 class Share:
-    """The blocks that one place runs, and how that ended."""
+    """The blocks that one place runs, and the state of its worker."""
 
     name: str
     place: Place | None
-    """None: a host on which blocks were begun, and which is not to be had now."""
+    """None: a host on which blocks were begun, and which is not among the hosts of this run."""
     job: Job
     stop: threading.Event = field(default_factory=threading.Event)
+    """Set to end the worker."""
     working: bool = False
+    """Whether the worker was started."""
     error: Error | None = None
+    """Why the worker failed."""
 
 
 def events_of(shares: list[Share]) -> Generator[tuple[Share, Event], None, None]:
-    """What the workers say, as they say it. When this returns, or is left, the workers are gone."""
+    """Start the workers and yield their events as they arrive, each with its share.
+
+    When the generator ends or is closed, the workers have ended.
+    """
     inbox: SimpleQueue[tuple[Share, Event | BaseException]] = SimpleQueue()
 
     def attend(share: Share) -> None:
@@ -106,7 +112,7 @@ def events_of(shares: list[Share]) -> Generator[tuple[Share, Event], None, None]
         for share in shares:
             share.stop.set()
         for share, thread in zip(shares, threads, strict=True):
-            if share.working:  # one that still prepares has nothing to take down
+            if share.working:  # a worker that was not started has nothing to take down
                 _join(thread)
 
 
@@ -115,16 +121,16 @@ def _step(text: str) -> Event:
 
 
 def _join(thread: threading.Thread) -> None:
-    """Workers take everything down before they end, also if somebody is in a hurry."""
+    """Wait for a worker to take its pods down, also if the user presses Ctrl-C again."""
     while thread.is_alive():
         with suppress(KeyboardInterrupt):
             thread.join()
 
 
 def _attend(share: Share, say: Callable[[str], None]) -> Iterator[Event]:
-    """Start a share's worker and pass on what it says. When this returns the worker is gone.
+    """Start the worker of a share and yield its events. At the end the worker has ended.
 
-    What it complains of stays in `worker.log` of the campaign, or `worker-HOST.log`.
+    Its standard error goes to `worker.log` in the campaign's directory, or `worker-HOST.log`.
     """
     if share.place is None:
         raise Error(
@@ -165,7 +171,7 @@ def _attend(share: Share, say: Callable[[str], None]) -> Iterator[Event]:
 
 
 def _beat(orders: IO[str], stop: threading.Event) -> None:
-    """Tell a worker that somebody wants its results, until nobody does."""
+    """Send a heartbeat (an empty line) to a worker every `BEAT_S` until `stop` is set."""
     with suppress(OSError):
         while not stop.wait(BEAT_S):
             orders.write("\n")

@@ -1,6 +1,7 @@
-"""What a campaign and its workers say to each other: a job goes in, events come out, lines of JSON.
+"""Protocol between a campaign and its workers: a job in, events out, each as one line of JSON.
 
-A worker hears a heartbeat on its standard input, and ends when it falls silent.
+The campaign also sends a heartbeat on the worker's standard input. The worker ends when the
+heartbeat stops.
 """
 
 from __future__ import annotations
@@ -16,27 +17,29 @@ from typing import Any
 from testbed.datapaths.between_hosts import Side
 
 BEAT_S = 5
+"""Period of the heartbeat."""
 SILENCE_S = 20
+"""Time without a heartbeat after which a worker ends."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is asked to do."""
+    """The blocks that a worker runs, and how."""
 
     blocks: tuple[tuple[int, tuple[str, ...]], ...]
-    """(number of the block, ids of its cells in the order to run them)."""
+    """(number of the block, ids of its cells in the order in which they run)."""
     warmup_s: float
     duration_s: float
     guest: str
     """A runtime, or `best`."""
     directory: str
-    """The campaign's, on this host: what workloads print goes to `consoles` in it."""
+    """The campaign's directory on the worker's host; output of workloads goes to `consoles/`."""
     osv_kernel: str | None = None
     hosts_patch: bool = True
     keep: bool = False
-    """Leave a pod that failed standing."""
+    """Stop at the first pod that fails, and leave it standing."""
     side: Side | None = None
-    """The client's end of cells between this host and another, if it is given one."""
+    """The clients' end of cells between this host and another. None: no such cells."""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Job:
@@ -50,17 +53,20 @@ Event = dict[str, Any]
 
 
 def ignore_signals() -> None:
-    """A second signal would interrupt the taking down that the first led to.
+    """Make SIGINT and SIGTERM do nothing, so that a second signal does not interrupt cleaning up.
 
-    It gets a handler that does nothing: ignored, one that has come already is an OSError in Python.
+    The handler is an empty function and not SIG_IGN: with SIG_IGN, a signal that is already pending
+    makes Python raise an OSError.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
 
 
 def end_when_nobody_listens() -> None:
-    """Raise `KeyboardInterrupt` in the main thread at a signal, at the end of standard input, or
-    after `SILENCE_S` without a line there.
+    """Raise `KeyboardInterrupt` in the main thread when the results are no longer wanted.
+
+    That is: at SIGINT or SIGTERM, at the end of standard input, or after `SILENCE_S` without a line
+    on it.
     """
 
     def listen() -> None:

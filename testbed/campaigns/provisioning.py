@@ -1,8 +1,8 @@
-"""Pods that are built together to be measured: which cells share them, and what building took.
+"""Builds the pods that cells are measured in, and measures the building (startup, memory).
 
-Ordinary cells of a datapath share one pod that has what all their pairs need, and stands as long as
-the block. Cells of several guests or pods, and those that are about building itself, have pods of
-exactly what they say, for themselves. What is measured in pods that stand is `trial`'s affair.
+Ordinary cells of a datapath share one pod. It has the workloads of all their pairs, and stands for
+the whole block. Cells with several guests or pods, and cells that measure building, have pods of
+their own. `campaigns.trial` measures traffic in the pods that are built here.
 """
 
 from __future__ import annotations
@@ -23,33 +23,35 @@ from testbed.runtimes.interface import Prepared
 
 POLL_S = 0.001
 SETTLE_S, SETTLE_LIMIT_S, SETTLED_BYTES = 0.1, 3.0, 64 << 10
-"""Memory that shrinks by less in that time has settled."""
+"""Memory has settled when it shrinks by less than `SETTLED_BYTES` in `SETTLE_S`."""
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """What cells have in common that are measured in the same pods."""
+    """The pods that a group of cells shares: key of the group, and description of the pods."""
 
     datapath: str
     guest: str
     guests: int
     pods: int
     pair: Pair | None
-    """None: whichever, of pods that stand from the beginning of a block to its end."""
+    """None: any pair, in a pod that stands from the beginning of the block to its end."""
 
     @classmethod
     def of(cls, cell: Cell) -> Deployment:
+        """The deployment that a cell is measured in."""
         stands = cell.guests == cell.pods == 1 and not cell.metric.of_building
         pair = None if stands else cell.pair
         return cls(cell.datapath, cell.guest, cell.guests, cell.pods, pair)
 
     @property
     def stands(self) -> bool:
+        """Whether the pods stand for the whole block."""
         return self.pair is None
 
     @property
     def name(self) -> str:
-        """Of its pods, unique in a block."""
+        """Name of its pods, unique in a block."""
         parts = [self.datapath, self.guest]
         parts += [f"{self.pair}-{self.guests}x{self.pods}"] if self.pair else []
         return "-".join(part for part in parts if part)
@@ -57,16 +59,17 @@ class Deployment:
 
 @dataclass
 class Built:
-    """The pods of a deployment, and what building them took."""
+    """The pods of a deployment, with the time and memory that building them took."""
 
     pods: list[Pod] = field(default_factory=list)
     started: str = ""
+    """Time at which building began: UTC, ISO 8601."""
     took_ms: dict[str, float] = field(default_factory=dict)
-    """Of each step in turn, of all pods together."""
+    """Step → its duration, for all pods together, in the order of steps."""
     answered_ms: dict[Cell, float] = field(default_factory=dict)
-    """Of cells about building: how long all of their first requests took after that."""
+    """Cell that measures building → duration of its first requests after the last step."""
     memory_bytes: dict[str, float] = field(default_factory=dict)
-    """Of processes and of the kernel, per pod, at last."""
+    """Memory per pod after the first requests: `processes` and `kernel`."""
 
     def build(
         self,
@@ -75,10 +78,11 @@ class Built:
         image: Callable[[], object],
         pods: Iterable[Pod],
     ) -> None:
-        """Build pods, from their `image` on if cells are about building, until all are ready.
+        """Build the pods until all are ready, and measure each step.
 
-        `pods` makes them one by one. Raises `Error`, as they do; those that there are by then are
-        in `self.pods`, which is not closed here.
+        Iterating over `pods` builds their links one by one. If any of the `cells` measures
+        building, `image` is called first, to prepare images anew. Raises the `Error` of a pod that
+        fails. The caller closes the pods in `self.pods`, also after an error.
         """
         cells = [cell for cell in cells if cell.metric.of_building]
         self.started = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -119,7 +123,7 @@ class Built:
         }
 
     def measured(self, cell: Cell) -> Trial:
-        """The trial of a cell about building."""
+        """The trial of a cell that measures building."""
         parts = self.memory_bytes
         if cell.metric is Metric.STARTUP:
             parts = self.took_ms | {"answer": self.answered_ms[cell]}
@@ -129,7 +133,7 @@ class Built:
 
 
 def _settled_kernel_bytes() -> int:
-    """The kernel's memory once it has let go of what pods that are gone had: it takes its time."""
+    """The kernel's memory once it has settled: memory of removed pods is freed with a delay."""
     least, deadline = facts.kernel_bytes(), time.monotonic() + SETTLE_LIMIT_S
     while time.monotonic() < deadline:
         time.sleep(SETTLE_S)

@@ -1,8 +1,12 @@
-"""TODO."""
+"""Roles: the workloads (`native1`, `guest1`, …) that pairs need, as manifests of pods.
+
+A role's name decides its runtime, ports and CPU. `unsupported` says why a cell cannot be run.
+Nothing is built here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from testbed.datapaths.interface import Datapath, Layout
 from testbed.host import facts
@@ -15,7 +19,7 @@ from testbed.runtimes.interface import Prepared
 
 
 def unsupported(datapath: Datapath, cell: Cell, guest: Prepared) -> str | None:
-    """Why a cell cannot be had with this guest, or None."""
+    """Why a cell cannot be run with this datapath and guest on this machine, or None."""
     if cell.pair.shape not in datapath.pairs:
         return f"{datapath.name} does not carry {cell.pair.label('guest')}"
     if cell.family not in facts.families():
@@ -42,58 +46,76 @@ ROLES = {
     Pair.GUEST_WASM: ("guest1", "wasm1"),
     Pair.WASM_CONTAINER: ("wasm1", "container1"),
 }
-"""Client and server of each pair, by name."""
+"""Pair → names of its client and its server."""
 
 NATIVES = {"native": Runtime.PROCESS, "wasm": Runtime.WASM, "container": Runtime.CONTAINER}
-"""What runs a native workload, by the kind in its name."""
+"""Kind of a native workload (in its name) → its runtime."""
 PORTS = {"native": 8000, "wasm": 8004, "container": 8006, "guest": 8010}
-"""Workload number n of its kind serves at the n-th port above."""
+"""Kind of a workload → base of its ports: workload number n of a kind serves at base + n."""
 
 
 def ends(pair: Pair, guests: int = 1) -> list[tuple[str, str]]:
-    """Client and server, by name, of all that are at work at once in a pod with so many guests."""
+    """Names of client and server of each flow of a pair, in a pod with this number of guests."""
     client, server = ROLES[pair]
     names = [f"guest{n}" for n in range(1, guests + 1)]
     return [(client.replace("guest1", name), server.replace("guest1", name)) for name in names]
 
 
 def port(name: str) -> int:
-    """That a workload serves, TCP and UDP."""
+    """The port that a workload serves, for TCP and for UDP."""
     kind, number = _split(name)
     return PORTS[kind] + number
 
 
 def natives(pairs: Iterable[Pair]) -> set[Runtime]:
-    """What runs the native workloads that the pairs need."""
+    """Runtimes of the native workloads that the pairs need."""
     kinds = {_split(name)[0] for pair in pairs for name in ROLES[pair]}
     return {NATIVES[kind] for kind in kinds & NATIVES.keys()}
 
 
 def runtime(name: str, guest: Runtime) -> Runtime:
-    """What runs the workload of that name."""
+    """Runtime of a workload, by its name."""
     return NATIVES.get(_split(name)[0], guest)
 
 
 def manifest(pairs: Iterable[Pair], guest: Runtime, guests: int = 1) -> Manifest:
-    """A pod with what the pairs need: the ends of each on different CPUs, where there are two."""
+    """Manifest of a pod for these pairs. Client and server of a pair are on different CPUs, if
+    there are two.
+    """
     names = {name for pair in pairs for both in ends(pair, guests) for name in both}
+    return manifest_of(
+        sorted(names, key=port),
+        guest,
+        ports=lambda name: [port(name)],
+        cpus=lambda name: (_cpu(name, alone=guests > 1),),
+    )
+
+
+def manifest_of(
+    names: Sequence[str],
+    guest: Runtime,
+    ports: Callable[[str], Iterable[int]],
+    cpus: Callable[[str], tuple[int, ...]] = lambda _: (),
+) -> Manifest:
+    """Manifest of named workloads. Each owns its `ports`, for TCP and UDP, and has its `cpus`."""
     return Manifest(
         tuple(
             Workload(
                 name,
                 runtime(name, guest),
-                tuple((transport, port(name)) for transport in Transport),
-                cpus=(_cpu(name, alone=guests > 1),),
+                tuple((transport, port) for transport in Transport for port in ports(name)),
+                cpus=cpus(name),
                 control_port=CONTROL_PORT + i,
             )
-            for i, name in enumerate(sorted(names, key=port))
+            for i, name in enumerate(names)
         )
     )
 
 
 def _cpu(name: str, alone: bool) -> int:
-    """Natives from the first CPU on, containers after them; guests from the last back, which leave
-    the first `alone`.
+    """CPU of a workload: natives count from the first CPU up, guests from the last CPU down.
+
+    Containers come one CPU after natives. With `alone`, no guest is on the first CPU.
     """
     cpus, (kind, number) = facts.cpus(), _split(name)
     if kind == "guest" and alone and len(cpus) > 1:
@@ -103,6 +125,6 @@ def _cpu(name: str, alone: bool) -> int:
 
 
 def _split(name: str) -> tuple[str, int]:
-    """Kind and number of a workload."""
+    """Kind and number of a workload, from its name."""
     kind = name.rstrip("0123456789")
     return kind, int(name[len(kind) :])

@@ -1,4 +1,4 @@
-"""The order of a campaign's cells: random within a block, those to be divided side by side."""
+"""Order of a campaign's cells: random within a block, with compared cells next to each other."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from testbed.model.cells import Cell
 from testbed.plan import Plan
 
 Blocks = tuple[tuple[int, tuple[str, ...]], ...]
-"""(number of the block, ids of its cells in the order to run them)."""
+"""(number of the block, ids of its cells in the order in which they run)."""
 
 
 def order_blocks(plan: Plan, seed: int, numbers: range, done: set[tuple[str, int]]) -> Blocks:
-    """These blocks' cells in their random order, without those that are done.
+    """The cells of the blocks with these numbers, in random order, without those that are done.
 
-    Those that differ in their datapath alone follow each other: they are to be divided, and a
-    machine changes within a block, too.
+    The order depends on `seed` and block alone. Cells that differ only in their datapath follow
+    each other: they are divided by one another, and a machine can change even within a block.
     """
     blocks = []
     for number in numbers:

@@ -1,8 +1,8 @@
-"""One cell measured in standing pods, and the proof that its packets took the datapath.
+"""Measures one cell in standing pods, and proves by counters that its packets took the datapath.
 
-Of several guests or pods all are at work at once, each dialled by a client of its own: rates are
-summed up, and times are of all of them together. The throughput of UDP is searched for by short
-attempts (`testbed.campaigns.rate_search`), and measured at the rate that was found.
+With several guests or pods, all run at the same time, each with a client of its own: rates are
+summed, and round-trip times are pooled. The throughput of UDP is found by short attempts at
+different rates (`testbed.campaigns.rate_search`), and then measured at the rate that was found.
 """
 
 from __future__ import annotations
@@ -32,31 +32,33 @@ from testbed.pods.pod import Pod
 from testbed.runtimes.interface import Prepared
 
 FEW = 16
-"""So many flows get their share of the CPUs often enough; with more, trials are longer."""
+"""Number of flows up to which a trial has its usual length. With more flows each gets the CPU less
+often, so trials last longer."""
 STOLEN_SHARE = 0.02
-"""A trial is disturbed if a hypervisor below took more of the CPUs' time."""
+"""Share of the CPUs' time taken by a hypervisor (steal) above which a trial is disturbed."""
 CLOCK_SLACK_S = 1.0
-"""How much later than by the receiver's clock a trial may end by the host's: set-up, score, end."""
+"""Extra time that a trial may take by the host's clock, over the receiver's: set-up and end."""
 SHORT = 0.25
-"""What an attempt in a search for a rate lasts, by what a trial does."""
+"""Duration of an attempt in a rate search, as a share of a trial's duration."""
 LONG_ATTEMPTS = 6
-"""So often the rate that was found may fail to hold for a whole trial, and is lowered, by more each
-time."""
+"""Number of whole trials after a rate search. After each one that loses too much, the rate
+is lowered, by more each time."""
 
 
 @dataclass(frozen=True)
 class Flow:
-    """A client of a pod that is to dial a server."""
+    """Traffic between one client and one server of a pod."""
 
     pod: Pod
     client: str
     server: str
     agent: Agent
-    """The client's."""
+    """The client's traffic agent."""
     dialed: str
+    """Name or address that the client dials."""
 
     def run(self, cell: Cell, **options: Any) -> Result:
-        """Traffic as the cell says, or one request where it is about building."""
+        """Send the cell's traffic; `options` are those of `Agent.run`."""
         mode = cell.metric.measure.mode
         return self.agent.run(
             cell.transport,
@@ -69,14 +71,14 @@ class Flow:
         )
 
     def carried(self) -> Count:
-        """By the datapath between the two, so far."""
+        """Packets and bytes that the datapath has carried between the two so far."""
         client, server = (self.pod.number_of(name) for name in (self.client, self.server))
         return self.pod.attachment.carried(client, server)
 
 
 @contextmanager
 def flows(cell: Cell, pods: Sequence[Pod], guest: Prepared) -> Iterator[list[Flow]]:
-    """All flows of a cell, their servers serving."""
+    """Start the servers of a cell; yields its flows. The servers stop at the end."""
     with ExitStack() as stack:
         found = []
         for pod in pods:
@@ -98,12 +100,12 @@ def flows(cell: Cell, pods: Sequence[Pod], guest: Prepared) -> Iterator[list[Flo
 
 
 def _stop(serving: Agent, served: Server) -> None:
-    with suppress(Error):  # the agent has ended
-        serving.stop(served)  # now: without, soon
+    with suppress(Error):  # the agent has ended, and its server with it
+        serving.stop(served)
 
 
 def at_once(flows: Sequence[Flow], cell: Cell, **options: Any) -> list[Result]:
-    """Run all flows of a cell together. Raises the `Error` of the first that has one."""
+    """Run all flows of a cell at the same time. Raises the `Error` of the first that fails."""
     with ThreadPoolExecutor(len(flows)) as threads:
         return list(threads.map(lambda flow: flow.run(cell, **options), flows))
 
@@ -111,7 +113,7 @@ def at_once(flows: Sequence[Flow], cell: Cell, **options: Any) -> list[Result]:
 def run(
     cell: Cell, pods: Sequence[Pod], guest: Prepared, warmup_s: float, duration_s: float
 ) -> Trial:
-    """Measure a cell. A fault of any kind is the trial's result, not an exception."""
+    """Measure a cell. Errors are stored in the trial and not raised."""
     started = datetime.now(UTC).isoformat(timespec="milliseconds")
     trial = Trial(cell.id, 0, 0, Status.FAILED, started=started)
     try:
@@ -119,132 +121,118 @@ def run(
             pod.revive()
         with flows(cell, pods, guest) as found:
             trial = replace(trial, dialed=found[0].dialed)
-            machines = [pod.guest_cgroup for pod in pods if guest.description.accelerator]
+            cgroups = [pod.guest_cgroup for pod in pods if guest.description.accelerator]
+            measurement = _Measurement(trial, cell, found, warmup_s, duration_s, cgroups)
             if cell.metric is Metric.THROUGHPUT and cell.transport is Transport.UDP:
-                return _search(trial, cell, found, warmup_s, duration_s, machines)
-            return _measure(trial, cell, found, warmup_s, duration_s, machines)
+                return measurement.search()
+            return measurement.measure()
     except (Error, OSError) as e:
         return replace(trial, reason=str(e))
 
 
-def _search(
-    trial: Trial,
-    cell: Cell,
-    flows: Sequence[Flow],
-    warmup_s: float,
-    duration_s: float,
-    machines: Sequence[Path],
-) -> Trial:
-    """The trial at the highest rate that stays within the bound on loss for all of its duration."""
-    searched: list[rate_search.Attempt] = []
+@dataclass(frozen=True)
+class _Measurement:
+    """A cell whose servers are running, and how it is to be measured."""
 
-    def keep(payload_bytes: int, lost: int, took_s: float, least_s: float) -> rate_search.Attempt:
-        # A receiver that was held up empties its buffer faster than that was filled.
-        took_s = max(took_s, least_s)
-        sent_bytes = payload_bytes + lost * cell.size_bytes
-        sent_bps, arrived_bps = sent_bytes * 8 / took_s, payload_bytes * 8 / took_s
-        searched.append(rate_search.Attempt(sent_bps, arrived_bps, 1 - payload_bytes / sent_bytes))
-        return searched[-1]
+    trial: Trial
+    """The trial so far."""
+    cell: Cell
+    flows: Sequence[Flow]
+    warmup_s: float
+    duration_s: float
+    cgroups: Sequence[Path]
+    """Cgroups of virtual machines, whose CPU time is that of guests."""
 
-    def attempt(rate_bps: float) -> rate_search.Attempt:
-        short_s = duration_s * SHORT
-        results = at_once(
-            flows,
-            cell,
-            streams=cell.streams,
-            duration_s=short_s,
-            warmup_s=warmup_s * SHORT,
-            rate_bps=rate_bps / len(flows),
+    def search(self) -> Trial:
+        """The trial at the highest UDP rate whose loss stays within the bound for a whole trial."""
+        searched: list[rate_search.Attempt] = []
+
+        def keep(
+            payload_bytes: int, lost: int, took_s: float, least_s: float
+        ) -> rate_search.Attempt:
+            # A receiver that was held up empties its buffer faster than the buffer was filled.
+            took_s = max(took_s, least_s)
+            sent_bytes = payload_bytes + lost * self.cell.size_bytes
+            sent_bps, arrived_bps = sent_bytes * 8 / took_s, payload_bytes * 8 / took_s
+            loss = 1 - payload_bytes / sent_bytes
+            searched.append(rate_search.Attempt(sent_bps, arrived_bps, loss))
+            return searched[-1]
+
+        def attempt(rate_bps: float) -> rate_search.Attempt:
+            short_s = self.duration_s * SHORT
+            whole = _together(self._send(self.warmup_s * SHORT, short_s, rate_bps))
+            return keep(whole.bytes, whole.lost, whole.duration_s, short_s)
+
+        rate_bps = rate_search.highest_rate(attempt)
+        for n in range(1, LONG_ATTEMPTS + 1):
+            trial = self.measure(rate_bps)
+            if trial.status is not Status.OK or not trial.duration_s:
+                return replace(trial, searched=tuple(searched))
+            last = keep(trial.payload_bytes, trial.errors, trial.duration_s, self.duration_s)
+            if last.passed:
+                return replace(trial, value=last.arrived_bps, searched=tuple(searched))
+            rate_bps = (rate_bps or last.offered_bps) / (1 + rate_search.RESOLUTION) ** n
+        return replace(
+            trial,
+            status=Status.FAILED,
+            value=None,
+            searched=tuple(searched),
+            reason=f"more than {UDP_LOSS:.1%} of datagrams are lost at what short attempts bore",
         )
+
+    def measure(self, rate_bps: float = 0.0) -> Trial:
+        """The trial, at a payload rate of all UDP flows together (0: full speed)."""
+        cell, flows = self.cell, self.flows
+        pods = {flow.pod.name: flow.pod for flow in flows}.values()
+        longer = max(1.0, len(flows) / FEW)
+        warmup_s, duration_s = self.warmup_s * longer, self.duration_s * longer
+        carried, counters = [flow.carried() for flow in flows], _counters(pods)
+        busy, began = facts.busy(self.cgroups), time.monotonic()
+        results = self._send(warmup_s, duration_s, rate_bps)
+        elapsed_s = time.monotonic() - began
+        spent = {key: value - busy[key] for key, value in facts.busy(self.cgroups).items()}
+        carried = [flow.carried() - before for flow, before in zip(flows, carried, strict=True)]
+        moved = _counters(pods) - counters
         whole = _together(results)
-        return keep(whole.bytes, whole.lost, whole.duration_s, short_s)
-
-    rate_bps = rate_search.highest_rate(attempt)
-    for n in range(1, LONG_ATTEMPTS + 1):
-        measured = _measure(trial, cell, flows, warmup_s, duration_s, machines, rate_bps)
-        if measured.status is not Status.OK or not measured.duration_s:
-            return replace(measured, searched=tuple(searched))
-        last = keep(measured.payload_bytes, measured.errors, measured.duration_s, duration_s)
-        if last.passed:
-            return replace(measured, value=last.arrived_bps, searched=tuple(searched))
-        rate_bps = (rate_bps or last.offered_bps) / (1 + rate_search.RESOLUTION) ** n
-    return replace(
-        measured,
-        status=Status.FAILED,
-        value=None,
-        searched=tuple(searched),
-        reason=f"more than {UDP_LOSS:.1%} of datagrams are lost at what short attempts bore",
-    )
-
-
-def _measure(
-    trial: Trial,
-    cell: Cell,
-    flows: Sequence[Flow],
-    warmup_s: float,
-    duration_s: float,
-    machines: Sequence[Path],
-    rate_bps: float = 0.0,
-) -> Trial:
-    pods = {flow.pod.name: flow.pod for flow in flows}.values()
-    longer = max(1.0, len(flows) / FEW)
-    warmup_s, duration_s = warmup_s * longer, duration_s * longer
-    carried, counters = [flow.carried() for flow in flows], _counters(pods)
-    busy, began = facts.busy(machines), time.monotonic()
-    results = at_once(
-        flows,
-        cell,
-        streams=cell.streams,
-        duration_s=duration_s,
-        warmup_s=warmup_s,
-        rate_per_s=cell.rate_per_s / len(flows),
-        rate_bps=rate_bps / len(flows),
-    )
-    elapsed_s = time.monotonic() - began
-    spent = {key: value - busy[key] for key, value in facts.busy(machines).items()}
-    carried = [flow.carried() - before for flow, before in zip(flows, carried, strict=True)]
-    moved = _counters(pods) - counters
-    ways = 1 if cell.metric is Metric.THROUGHPUT else 2
-    faults = (
-        _fault(result, count, result.bytes * ways)
-        for result, count in zip(results, carried, strict=True)
-    )
-    fault = next(filter(None, faults), None)
-    whole = _together(results)
-    if whole.transactions < 0.95 * cell.rate_per_s * duration_s:
-        fault = fault or (
-            f"{whole.transactions} requests in {duration_s:g} s: {cell.rate_per_s} per second are "
-            "too many"
+        active_s = warmup_s + whole.duration_s
+        spent |= {"load1": facts.load1(), "elapsed_s": elapsed_s, "active_s": active_s}
+        if frequency := facts.frequency_mhz():
+            spent["frequency_mhz"] = frequency
+        fault = _first_fault(cell, results, carried) or _overload(cell, whole, duration_s)
+        clock = None if fault else _clock(whole, elapsed_s - active_s)
+        fault = fault or clock
+        total = sum(carried, Count())
+        return replace(
+            self.trial,
+            status=Status.FAILED if fault else Status.OK,
+            reason=fault,
+            value=None if fault else cell.metric.measure.value(whole),
+            duration_s=whole.duration_s,
+            payload_bytes=whole.bytes,
+            transactions=whole.transactions,
+            errors=whole.errors + whole.lost,
+            histogram_us=whole.histogram_us,
+            carried={"packets": total.packets, "bytes": total.bytes},
+            counters=dict(moved),
+            machine=spent,
+            disturbed=clock or _stolen(spent),
         )
-    spent |= {
-        "load1": facts.load1(),
-        "elapsed_s": elapsed_s,
-        "active_s": warmup_s + whole.duration_s,
-    }
-    if frequency := facts.frequency_mhz():
-        spent["frequency_mhz"] = frequency
-    clock = None if fault else _clock(whole, elapsed_s - warmup_s - whole.duration_s)
-    fault = fault or clock
-    total = sum(carried, Count())
-    return replace(
-        trial,
-        status=Status.FAILED if fault else Status.OK,
-        reason=fault,
-        value=None if fault else cell.metric.measure.value(whole),
-        duration_s=whole.duration_s,
-        payload_bytes=whole.bytes,
-        transactions=whole.transactions,
-        errors=whole.errors + whole.lost,
-        histogram_us=whole.histogram_us,
-        carried={"packets": total.packets, "bytes": total.bytes},
-        counters=dict(moved),
-        machine=spent,
-        disturbed=clock or _stolen(spent),
-    )
+
+    def _send(self, warmup_s: float, duration_s: float, rate_bps: float) -> list[Result]:
+        """Send the cell's traffic on all flows. Rates are divided equally among them."""
+        return at_once(
+            self.flows,
+            self.cell,
+            streams=self.cell.streams,
+            duration_s=duration_s,
+            warmup_s=warmup_s,
+            rate_per_s=self.cell.rate_per_s / len(self.flows),
+            rate_bps=rate_bps / len(self.flows),
+        )
 
 
 def _counters(pods: Iterable[Pod]) -> Counter[str]:
-    """Packets per reason of all pods."""
+    """Packets per reason, summed over all pods."""
     total = Counter[str]()
     for pod in pods:
         total.update({why: count.packets for why, count in pod.attachment.counters().items()})
@@ -252,7 +240,7 @@ def _counters(pods: Iterable[Pod]) -> Counter[str]:
 
 
 def _together(results: Sequence[Result]) -> Result:
-    """Several runs at once as one: everything summed up, and the longest duration."""
+    """Combine simultaneous results: sums of all counts, and the longest duration."""
     if len(results) == 1:
         return results[0]
     histogram = Counter[float]()
@@ -268,7 +256,7 @@ def _together(results: Sequence[Result]) -> Result:
 
 
 def _clock(result: Result, late_s: float) -> str | None:
-    """How far the receiver's clock is from the host's, if that is too far."""
+    """A fault if the receiver's clock differs too much from the host's, else None."""
     slack_s = CLOCK_SLACK_S * facts.slowness()
     if -0.05 * result.duration_s < late_s < slack_s + 0.05 * result.duration_s:
         return None
@@ -276,13 +264,31 @@ def _clock(result: Result, late_s: float) -> str | None:
 
 
 def _stolen(spent: Mapping[str, float]) -> str | None:
-    """How much of the CPUs' time a hypervisor below gave to others, if that is too much."""
+    """A disturbance if a hypervisor took too much of the CPUs' time (steal), else None."""
     share = spent["steal_s"] / (spent["elapsed_s"] * len(facts.cpus()))
     return f"{share:.1%} of the CPUs' time was stolen" if share > STOLEN_SHARE else None
 
 
+def _first_fault(cell: Cell, results: Sequence[Result], carried: Sequence[Count]) -> str | None:
+    """The first fault of the flows of a cell, or None."""
+    ways = 1 if cell.metric is Metric.THROUGHPUT else 2
+    faults = (
+        _fault(result, count, result.bytes * ways)
+        for result, count in zip(results, carried, strict=True)
+    )
+    return next(filter(None, faults), None)
+
+
+def _overload(cell: Cell, result: Result, duration_s: float) -> str | None:
+    """A fault if fewer requests were answered than the cell's rate asks for, else None."""
+    if result.transactions >= 0.95 * cell.rate_per_s * duration_s:
+        return None
+    done = f"{result.transactions} requests in {duration_s:g} s"
+    return f"{done}: {cell.rate_per_s} per second are too many"
+
+
 def _fault(result: Result, carried: Count, payload_bytes: int) -> str | None:
-    """What makes a result not worth keeping, or None."""
+    """Why a result cannot be used, or None. `payload_bytes` must have gone through the datapath."""
     if not result.bytes or not result.duration_s:
         return "nothing arrived"
     if result.corrupt:
@@ -297,6 +303,7 @@ def _fault(result: Result, carried: Count, payload_bytes: int) -> str | None:
 
 
 def _dialed(cell: Cell, pod: Pod, client: str, server: str, guest: Prepared) -> str:
+    """Name or address that the client dials to reach the server."""
     if pod.datapath.localhost:
         return guest.dialed(cell.family) if pod.number_of(client) else "localhost"
     if server in pod.elsewhere:
@@ -306,5 +313,5 @@ def _dialed(cell: Cell, pod: Pod, client: str, server: str, guest: Prepared) -> 
 
 
 def _bind(pod: Pod, server: str) -> str:
-    """Natives serve at loopback, as programs that mean `localhost` do, where that is under test."""
+    """Address that a server binds: `localhost` for natives, if the datapath is for localhost."""
     return "localhost" if pod.datapath.localhost and not pod.number_of(server) else "any"

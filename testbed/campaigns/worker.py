@@ -1,12 +1,12 @@
-"""Runs blocks of trials on the host it is started on; the same program here and on a remote host.
+"""Worker: runs blocks of trials on the host that it is started on, this one or a remote one.
 
     python -m testbed.campaigns.worker
 
-The job comes as one line of JSON on standard input, events leave as lines of JSON on standard
-output: `ready` (what the guests are), `step` (what is being done), `trial` (a result), `kept`,
-`error`. Standard input stays open as long as somebody wants the results, and says so by a line
-every `BEAT_S`: at its end, or after `SILENCE_S` without one (the link to another host may have
-died unseen), the worker takes everything down and ends.
+It reads its job as one line of JSON from standard input, and writes events as lines of JSON to
+standard output: `ready` (what the guests are), `step` (what it does now), `trial` (a result),
+`kept` (pods that stay), `error`. The campaign writes a line to the worker's standard input every
+`BEAT_S`. At the end of standard input, or after `SILENCE_S` without a line (the link to this host
+may be dead), the worker takes everything down and ends.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from testbed.runtimes.vm.guest import queues
 
 
 def work(job: Job) -> Iterator[Event]:
-    """The events of a job, as they happen."""
+    """Run a job, and yield its events as they happen."""
     yield _step("preparing guests")
     kernel = Path(job.osv_kernel) if job.osv_kernel else None
     options = interface.Options(kernel, job.hosts_patch, say=lambda text: _say(_step(text)))
@@ -70,7 +70,8 @@ def work(job: Job) -> Iterator[Event]:
 
 
 Guests = dict[str, interface.Prepared | Error]
-"""By the name that cells give; the campaign's own has none. Or why there is none."""
+"""Name of guests in cells → the prepared runtime, or why it cannot run. The campaign's own guests
+have the empty name."""
 
 
 def _prepared(name: str, options: interface.Options) -> interface.Prepared | Error:
@@ -102,7 +103,7 @@ def _say(event: Event) -> None:
 
 
 class _Bench:
-    """Where blocks are run."""
+    """Runs the blocks of a job: builds their pods, runs their trials."""
 
     def __init__(self, job: Job, owner: Scope, guests: Guests, options: interface.Options) -> None:
         self.job, self.owner, self.guests, self.options = job, owner, guests, options
@@ -110,7 +111,7 @@ class _Bench:
         self.failed: list[Pod] = []
 
     def block(self, number: int, cells: Sequence[Cell]) -> Iterator[Event]:
-        """One pass over the cells, all pods new: those that stand together first."""
+        """Run one block, with new pods: first the cells in pods that stand, then the others."""
         order = {cell: at for at, cell in enumerate(cells)}
         shared: dict[Deployment, list[Cell]] = {}
         for cell in cells:
@@ -141,11 +142,11 @@ class _Bench:
         return unsupported(self._datapath(cell.datapath), cell, guest)
 
     def _datapath(self, name: str) -> Datapath:
-        """At this worker's end, if it goes between hosts."""
+        """The datapath, set up for this side if it goes between hosts."""
         return datapaths.get(name).between(self.job.side)
 
     def _natives(self, cells: Iterable[Cell]) -> dict[Runtime, interface.Prepared | Error]:
-        """What runs the cells' natives, prepared when first needed."""
+        """Runtimes of the cells' native workloads, prepared when they are first needed."""
         kinds = roles.natives(cell.pair for cell in cells)
         for kind in kinds - self.natives.keys():
             self.natives[kind] = _prepared(kind, self.options)
@@ -154,7 +155,10 @@ class _Bench:
     def _build(
         self, name: str, deployment: Deployment, cells: Sequence[Cell], stack: ExitStack
     ) -> Built | Error:
-        """The pods, ready, or why there are none: that fails their cells and not the campaign."""
+        """Build the pods of a deployment, or return why that failed.
+
+        An error fails the cells of the deployment, not the campaign.
+        """
         guest, datapath = self.guests[deployment.guest], self._datapath(deployment.datapath)
         assert not isinstance(guest, Error)
         runtime, pairs = guest.description.runtime, {cell.pair for cell in cells}
@@ -186,7 +190,7 @@ class _Bench:
         return built
 
     def _trials(self, cell: Cell, built: Built | Error) -> Iterator[Trial]:
-        """A cell's trial, and one more if that was disturbed."""
+        """Run a cell's trial, and run it once more if it was disturbed."""
         if isinstance(built, Error):
             yield Trial(cell.id, 0, 0, Status.FAILED, str(built))
             return
@@ -205,7 +209,7 @@ class _Bench:
         yield result
 
     def _close(self, built: Built) -> None:
-        """Pods that failed stay where that was asked for, until it is all over."""
+        """Take pods down, except failed ones that are to be left standing."""
         for pod in built.pods:
             if not (self.job.keep and pod in self.failed):
                 pod.close()

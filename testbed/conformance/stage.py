@@ -17,7 +17,7 @@ from typing import Protocol, Self, TypeVar
 
 from testbed import runtimes
 from testbed.agent import Agent
-from testbed.campaigns.roles import ROLES, natives, runtime
+from testbed.campaigns.roles import ROLES, manifest_of, natives
 from testbed.conformance.check import EVERY, Unsupported
 from testbed.conformance.sockets import TIMEOUT_S
 from testbed.datapaths.interface import Datapath
@@ -27,7 +27,7 @@ from testbed.model.addresses import CONTROL_PORT
 from testbed.model.cells import Pair
 from testbed.model.errors import Error
 from testbed.model.manifest import Manifest, Workload
-from testbed.model.terms import Runtime, Transport
+from testbed.model.terms import Runtime
 from testbed.pods.pod import Pod
 from testbed.pods.reconciler import Reconciler
 from testbed.runtimes import interface
@@ -55,18 +55,7 @@ def manifest(pairs: Collection[Pair], guest: Runtime) -> Manifest:
     names = {"native1", "native2", *(name for pair in pairs for name in ROLES[pair])}
     if any(pair.guests for pair in pairs):
         names |= {"guest1", "guest2"}
-    return Manifest(
-        tuple(
-            Workload(
-                name,
-                runtime(name, guest),
-                tuple((t, port) for t in Transport for port in PORTS[name]),
-                control_port=CONTROL_PORT + i,
-            )
-            for i, name in enumerate(PORTS)
-            if name in names
-        )
-    )
+    return manifest_of([name for name in PORTS if name in names], guest, PORTS.__getitem__)
 
 
 class Stage(Protocol):
