@@ -1,8 +1,7 @@
-"""The traffic agent's build and its control client.
+"""Compiles the traffic agent, and controls a running one over its control connection.
 
-`build` compiles `agent/` once per content; `Agent` gives orders to a running agent over its control
-connection (the protocol is described in `agent/README.md`) and hands results back as plain data.
-It does not start agents: that is what runtimes do, each in its own way.
+`build` compiles `agent/` once per content. `Agent` sends orders to a running agent, and returns
+results as plain data. The protocol is described in `agent/README.md`. Runtimes start agents.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from testbed.model.errors import Error
 from testbed.model.terms import Family, Transport
 
 CFLAGS = ("-std=gnu17", "-O2", "-fPIE", "-pie", "-pthread")
-"""gnu17: newer defaults bind strtol to a symbol of newer C libraries, which OSv has not."""
+"""gnu17: newer standards bind strtol to a symbol of newer C libraries, which OSv lacks."""
 
 SLACK_S = 30.0
-"""How much longer than its duration a run may take: the agent gives up 5 s after the last progress,
-in any of several phases (name, connection, streams, score)."""
+"""Time that a run may take beyond its duration. The agent gives up 5 s after the last progress, in
+each of several phases (name, connection, streams, score)."""
 BYTES_LIMIT_S = 600.0
-"""How long a run by bytes may take."""
+"""Time limit of a run by bytes."""
 
 Histogram = tuple[tuple[float, int], ...]
 Mode = Literal["stream", "rr", "crr"]
@@ -45,7 +44,7 @@ def build() -> Path:
 
 @dataclass(frozen=True)
 class Hello:
-    """What an agent says of itself and of the stack it runs on."""
+    """Version, families and clocks of an agent."""
 
     version: str
     families: frozenset[Family]
@@ -64,36 +63,36 @@ class Server:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to, without its warm-up, scored by the receiver on its own clock."""
+    """Result of a run without its warm-up, counted by the receiver, timed by its clock."""
 
     address: Address
-    """What the dialed name resolved to."""
+    """Address to which the dialed name resolved."""
     bytes: int
-    """Payload that arrived: of streams at the receiver, of transactions as responses."""
+    """Payload that arrived: of streams at the receiver, of transactions in responses."""
     duration_s: float
-    """Of several streams the longest."""
+    """Duration; of several streams the longest."""
     transactions: int
     """Responses, each to a request on an open (`rr`) or a fresh (`crr`) connection."""
     datagrams: int
     """Datagrams of UDP streams that arrived."""
     errors: int
-    """`crr`: transactions that failed (a first one that fails, fails the run)."""
+    """`crr`: transactions that failed. (If the first one fails, the run fails.)"""
     lost: int
     """UDP: datagrams that never arrived, or requests without a response for 250 ms."""
     reordered: int
     """UDP streams: datagrams after one with a higher number, or a second time."""
     corrupt: int
-    """Buffers, datagrams or responses whose payload was wrong, those of the warm-up too. All are
-    looked at in warm-up and in runs by bytes, else the beginning of every 16th."""
+    """Buffers, datagrams or responses with wrong payload, including the warm-up. The payload is
+    checked in full in warm-up and in runs by bytes, else at the beginning of every 16th."""
     histogram_us: Histogram
     """Times of transactions (`crr`: from connect to close) as (upper bound in µs, count)."""
 
 
 class Agent:
-    """A control connection to a running agent. Closing it stops the servers it ordered."""
+    """A control connection to a running agent. Closing it stops the servers started over it."""
 
     def __init__(self, connection: socket.socket) -> None:
-        """Takes over a connected socket, of whatever network namespace."""
+        """Take over a connected socket of any network namespace."""
         self._socket = connection
         self._lines = connection.makefile("rb")
 
@@ -108,7 +107,7 @@ class Agent:
             raise Error(f"no traffic agent at {address} port {port}: {e}") from e
 
     def hello(self, limit_s: float = SLACK_S) -> Hello:
-        """Version, families and clocks of the agent. Raises `Error` if it does not say in time."""
+        """Ask for version, families and clocks. Raises `Error` if there is no answer in time."""
         answer = self._order(limit_s, op="hello")
         families = frozenset(f for f in Family if answer[f.value])
         return Hello(answer["version"], families, answer["monotonic_ns"], answer["realtime_ns"])
@@ -124,8 +123,8 @@ class Agent:
     ) -> Server:
         """Serve every mode on a port (0: any free one) of `any`, `localhost` or an address.
 
-        `localhost` is the loopback address itself, 127.0.0.1 or ::1, not looked up. Responses to
-        requests leave `delay_us` later than they might.
+        `localhost` is the loopback address 127.0.0.1 or ::1, without a look-up. Responses to
+        requests are delayed by `delay_us`.
         """
         delay = {"delay_us": delay_us} if delay_us else {}
         answer = self._order(
@@ -134,7 +133,7 @@ class Agent:
         return Server(answer["server"], answer["port"])
 
     def stop(self, server: Server) -> None:
-        """Stop serving; when this returns, connections are closed and the port is free."""
+        """Stop serving. When this returns, connections are closed and the port is free."""
         self._order(op="stop", server=server.id)
 
     def run(
@@ -154,14 +153,15 @@ class Agent:
         rate_bps: float = 0.0,
         rate_per_s: float = 0.0,
     ) -> Result:
-        """Dial `host`, a name that the agent looks up afresh, and make traffic.
+        """Order a run: dial `host`, a name that the agent looks up anew, and generate traffic.
 
-        `size_bytes` is that of one write, datagram (its 16-byte header counted in), request and
+        `size_bytes`: size of a write, a datagram (with its header of 16 bytes), a request and a
         response. Give either `duration_s` or `bytes` (per stream, in whole datagrams; without
-        warm-up, as all of them are checked). `direction` is that of a `stream`, `rate_bps` the
-        payload rate of all UDP streams together (0: as fast as it goes), `rate_per_s` that of `rr`
-        requests, timed from when each was due (0: each when the last is answered). Raises `Error`
-        with what the agent says: `connect localhost:8080: Connection refused`.
+        warm-up, since all are checked). `direction`: of a `stream`. `rate_bps`: payload rate of all
+        UDP streams together (0: as fast as possible). `rate_per_s`: rate of `rr` requests, each
+        timed from when it was due (0: each is sent when the last one is answered).
+
+        Raises `Error` with the agent's message: `connect localhost:8080: Connection refused`.
         """
         order: dict[str, Any] = {
             "transport": transport,
@@ -191,7 +191,7 @@ class Agent:
         )
 
     def close(self) -> None:
-        """End the control connection, and with it the servers that were ordered over it."""
+        """Close the control connection. The agent stops the servers started over it."""
         self._lines.close()
         self._socket.close()
 
@@ -204,14 +204,14 @@ class Agent:
         self.close()
 
     def ask(self, **order: Any) -> None:
-        """Send an order (agent/README.md) without waiting; answers come in the order of asking."""
+        """Send an order (agent/README.md) without waiting. Answers come in the order of orders."""
         try:
             self._socket.sendall(json.dumps(order).encode() + b"\n")
         except OSError as e:
             raise Error(f"traffic agent: {order['op']}: {e}") from e
 
     def answer(self, limit_s: float = SLACK_S) -> dict[str, Any]:
-        """The next answer. Raises `Error` with what the agent says if an order was refused."""
+        """Wait for the next answer. Raises `Error` with the agent's message if it refused."""
         try:
             self._socket.settimeout(limit_s * facts.slowness())
             line = self._lines.readline()

@@ -1,8 +1,8 @@
-"""What runs a workload: one file each, never importing each other.
+"""Runtimes: what runs a workload. One module each; none imports another.
 
-A runtime is prepared once (images composed, kernels found), then starts any number of workloads.
-Each is a module here with `prepare`, or that of an entry point of group `testbed.runtimes`
-(`model.terms.Runtime`).
+A runtime is prepared once (kernels found, images composed), then starts any number of workloads. It
+is a module here with a function `prepare`, or such a function that an entry point of group
+`testbed.runtimes` names (`model.terms.Runtime`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from testbed.runtimes.interface import Absent, Options, Prepared
 
 
 def prepare(runtime: Runtime, options: Options) -> Prepared:
-    """Make a runtime ready. Raises `Error` with what to type if something is missing."""
+    """Prepare a runtime. Raises `Error`, whose hint is what to type, if something is missing."""
     if others := metadata.entry_points(group=__name__, name=str(runtime)):
         [entry] = others
         prepare = entry.load()
@@ -26,10 +26,11 @@ def prepare(runtime: Runtime, options: Options) -> Prepared:
 
 
 def choose(name: str, options: Options) -> tuple[Prepared, str]:
-    """The runtime of that name, or for `best` the first of OSv, Linux and stand-in that is there.
+    """Prepare the runtime `name`, or for `best` the first available of OSv, Linux and stand-in.
 
-    Second value: why it is not a better one, in a line; empty if it is the best or was asked for.
-    Raises `Error` if what was asked for cannot be had, a kernel named by the user too.
+    Returns it, and a line that says why none is better. The line is empty if it is the best, or was
+    asked for by name. Raises `Error` if what was asked for is not available, such as a kernel that
+    the user names.
     """
     if name != "best":
         return prepare(Runtime(name), options), ""
@@ -43,7 +44,7 @@ def choose(name: str, options: Options) -> tuple[Prepared, str]:
 
 
 def best(options: Options) -> Runtime:
-    """The best guest that is there, as `choose` has it; `options.say` is told which, in a line."""
+    """The best available runtime of guests (`choose`). `options.say` gets a line on it."""
     guest, why = choose("best", options)
     found = guest.description
     words = " ".join(filter(None, (found.runtime, found.kernel, found.accelerator)))

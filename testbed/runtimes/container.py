@@ -1,7 +1,7 @@
-"""An OCI container, run by runc in the pod's network namespace, without any daemon.
+"""Runtime `container`: an OCI container, run by runc in the pod's network namespace, no daemon.
 
-It has its own mount, PID, UTS and IPC namespaces, the capabilities that Docker gives, and a layer
-of its own above the image's files, new at every start.
+It has mount, PID, UTS and IPC namespaces of its own, Docker's default capabilities, and an overlay
+above the image's files, which is new at every start.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CAPABILITIES = [
         "AUDIT_WRITE",
     )
 ]
-"""Docker's default."""
+"""Docker's default capabilities."""
 
 FORBIDDEN = [
     "acct",
@@ -78,7 +78,7 @@ FORBIDDEN = [
     "userfaultfd",
     "vhangup",
 ]
-"""System calls that ask the kernel for what no workload needs; all others are allowed."""
+"""System calls that are refused with EPERM, since no workload needs them. Others are allowed."""
 
 MASKED = [
     "/proc/acpi",
@@ -96,13 +96,15 @@ CPU_PERIOD_US = 100_000
 
 
 def prepare(options: Options) -> Container:
-    """Raises `Error` without runc."""
+    """Find runc. Raises `Error` without it."""
     if shutil.which("runc") is None:
         raise Error("no runc, to run containers", hint="apt-get install runc")
     return Container()
 
 
 class Container:
+    """Prepared runtime of OCI containers."""
+
     families = frozenset(Family)
     uses_tap = multiqueue = False
     ready_limit_s = 10.0
@@ -118,9 +120,9 @@ class Container:
         self._root(workload)
 
     def start(self, place: Placement) -> subprocess.Popen[bytes]:
-        """Start it, after removing what is left of the one before.
+        """Start the container, after removing the rest of the one before.
 
-        The layer is mounted where runc alone sees it, and goes with it.
+        The overlay is mounted in a mount namespace of runc, and goes with it.
         """
         root, bundle, id = self._root(place.workload), _bundle(place), place.workload.name
         if (_state(place.scratch) / id).exists():
@@ -166,20 +168,20 @@ class Container:
 
 
 def _program(workload: Workload) -> Program:
-    """The workload's, or the traffic agent."""
+    """The workload's program, or the traffic agent."""
     port = str(workload.control_port)
     return workload.program or Program(rootfs.AGENT, args=("--control-port", port))
 
 
 def own(owner: Scope, scratch: Path, cgroup: str) -> None:
-    """Have the containers of a pod in the ledger, before the first one starts."""
+    """Write the containers of a pod down in the ledger, before the first one starts."""
     owner.defer(remove_containers, scratch=str(scratch), cgroup=cgroup)
 
 
 def remove_containers(scratch: str, cgroup: str) -> None:
-    """Remove a pod's containers, and their cgroups in hierarchies of version 1, if any.
+    """Remove a pod's containers, and their cgroups of version 1, if any.
 
-    Those of version 2 are the pod's own.
+    Their cgroups of version 2 are within the pod's, which is removed by itself.
     """
     for state in _state(Path(scratch)).glob("*"):
         _runc(Path(scratch), "delete", "--force", state.name)
@@ -207,7 +209,7 @@ def _runc(scratch: Path, *arguments: str) -> None:
 
 
 def _config(place: Placement, root: Root) -> dict[str, Any]:
-    """config.json of the OCI runtime specification, 1.0.2."""
+    """Contents of config.json (OCI runtime specification 1.0.2)."""
     program = _program(place.workload)
     arguments = program.args or (() if program.command else root.arguments)
     command = [*(program.command or root.entrypoint), *arguments]
@@ -285,7 +287,7 @@ def _mounts(place: Placement) -> list[dict[str, Any]]:
 
 
 def _resources(memory_bytes: int | None, cpus: float | None) -> dict[str, Any]:
-    """Limits; devices are denied but for those that every container has."""
+    """Limits of CPUs and memory. Devices are denied, except those that every container has."""
     resources: dict[str, Any] = {"devices": [{"allow": False, "access": "rwm"}]}
     if memory_bytes:
         resources["memory"] = {"limit": memory_bytes}

@@ -1,4 +1,4 @@
-"""What a runtime is told, and what it has to be: plain data and a protocol."""
+"""Interface of runtimes: the protocol `Prepared`, and the plain data that it takes and gives."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ from testbed.model.manifest import Workload
 from testbed.model.terms import Family, Runtime
 
 ETC = (Path("/etc/hosts"), Path("/etc/resolv.conf"))
-"""What a pod with a `Spec` gives to all its workloads, to natives and guests each their own."""
+"""Files that a pod with a `Spec` gives to all its workloads; natives and guests get different ones.
+"""
 
 
 class Absent(Error):
-    """A runtime is not there, and cannot be had."""
+    """A runtime is not available on this machine."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may choose about guests."""
+    """Options of guests that a user may choose."""
 
     osv_kernel: Path | None = None
     hosts_patch: bool = True
-    """False leaves the stock hosts file in guests: there `localhost` is the guest itself."""
+    """Whether guests get the patched hosts file. With the stock one, `localhost` is the guest."""
     etc: Mapping[str, bytes] = field(default_factory=dict)
-    """Files of guests by path, in the place of those of their images; of a pod with a `Spec`."""
+    """Files of guests by path, which replace those of images. Set for a pod with a `Spec`."""
     say: Callable[[str], None] = print
-    """Is told, in a line, how far something long is."""
+    """Called with a line of text about the progress of long steps."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one workload starts."""
+    """Where and how one workload starts."""
 
     workload: Workload
     n: int
@@ -44,24 +45,25 @@ class Placement:
     netns: str
     """Namespace to run in: the pod's, a stand-in's own, or the one that holds a guest's tap."""
     tap: str
-    """The guest's tap; empty where there is none."""
+    """The guest's tap; empty if it has none."""
     cgroup: Path
     console: Path
-    """File that gets what the workload (a guest: its serial console) prints."""
+    """File for the output of the workload (of a virtual machine: its serial console)."""
     scratch: Path
-    """Directory for sockets and the like, one per pod."""
+    """The pod's directory for sockets and other files."""
     socket: Path | None = None
-    """Unix socket in the place of the guest's tap."""
+    """Unix socket that takes the place of the guest's tap."""
     loopback: bool = True
-    """Whether the guest has one; without, its `localhost` is 127.0.0.1 all the same."""
+    """Whether the guest has a loopback interface. Without, its `localhost` is 127.0.0.1 still."""
     queues: int = 1
     """Pairs of queues of the guest's tap and network device."""
 
     @property
     def etc(self) -> dict[Path, str]:
-        """Files of the pod → paths that they stand at in its workloads, of whose `Spec` they are.
+        """Files of the pod → paths at which the workload sees them.
 
-        The pod's loopback is the alias to guests. An agent needs no more.
+        A workload with a program gets those of the pod's `Spec`. An agent gets a hosts file only,
+        in which `localhost` is the alias for guests, the loopback address for natives.
         """
         if not self.workload.program:
             return {compose.hosts_file(patched=self.n > 0): "/etc/hosts"}
@@ -71,67 +73,71 @@ class Placement:
 
 @dataclass(frozen=True)
 class Description:
-    """What a result has to say about a runtime."""
+    """Description of a runtime for results."""
 
     runtime: Runtime
     kernel: str = ""
-    """Kernel of a guest: flavor, commit or version, `unlisted` where it is not a published one."""
+    """Kernel of a guest: flavor, commit or version, "unlisted" if it is not a published one."""
     accelerator: str = ""
     digests: dict[str, str] = field(default_factory=dict)
     """SHA-256 of images, kernels and programs by name."""
     offloads: str = ""
     vhost: bool = False
-    """The host's kernel itself moves a guest's packets (vhost-net), not QEMU."""
+    """Whether the host's kernel moves a guest's packets (vhost-net), not QEMU."""
 
     @property
     def functional_only(self) -> bool:
-        """The guest is emulated: it proves function, not speed."""
+        """Whether the guest is emulated: then it proves function, not speed."""
         return self.accelerator == "tcg"
 
 
 class Prepared(Protocol):
-    """A runtime that is ready to start workloads."""
+    """A prepared runtime, which starts workloads."""
 
     families: frozenset[Family]
-    """What its network stack speaks."""
+    """IP versions of its network stack."""
     uses_tap: bool
     multiqueue: bool
-    """The driver of its network device serves several pairs of queues."""
+    """Whether the driver of its network device serves several pairs of queues."""
     ready_limit_s: float
-    """A workload that does not answer by then has failed."""
+    """Time in which a workload has to answer; else it has failed."""
     description: Description
 
     def dialed(self, family: Family) -> str:
-        """The name that a client in there dials for `localhost` in one family."""
+        """The name that a client in a workload dials for `localhost` in one family."""
 
     def compose(self, workload: Workload) -> None:
-        """Make the image of the workload's program, and keep it in the cache.
+        """Make the image of the workload's program, and store it in the cache.
 
-        Raises `Error` if there is no such image, or the program asks for what cannot be had.
+        Raises `Error` if there is no such image, or the runtime lacks what the program asks for.
         """
 
     def start(self, place: Placement) -> subprocess.Popen[bytes]:
-        """Start a workload's program or traffic agent; readiness is for the caller to observe."""
+        """Start a workload's program or traffic agent. The caller waits until it is ready."""
 
     def enter(self, place: Placement) -> list[str]:
-        """A command line; what is added to it runs inside the running workload.
+        """Prefix of a command line that runs a command inside the running workload.
 
-        Raises `Error` if nothing can.
+        Raises `Error` if the runtime cannot do so.
         """
 
 
 def refuse_limits(workload: Workload) -> None:
-    """Raises `Error` if the program has a limit of CPUs or memory that nobody would enforce."""
+    """Raises `Error` if the program has a limit of CPUs or memory: this runtime enforces none."""
     program = workload.program
     if program and (program.cpus or program.memory_bytes):
         raise Error(
-            f"{workload.name!r} has a limit that {workload.runtime} cannot keep",
+            f"{workload.name!r} has a limit that {workload.runtime} cannot enforce",
             hint="take out resources.limits, or run it as a container",
         )
 
 
-def command_line(workload: Workload, own: Sequence[str]) -> tuple[str, ...]:
-    """What a workload runs whose image's own command line is this."""
+def command_line(workload: Workload, image: Sequence[str]) -> tuple[str, ...]:
+    """Command line of a workload's program, from the manifest and the command line of its image.
+
+    `command` and `args` replace those of the image as in Kubernetes.
+    """
     program = workload.program
     assert program is not None
-    return (*(program.command or own[:1]), *(program.args or (() if program.command else own[1:])))
+    args = program.args or (() if program.command else image[1:])
+    return (*(program.command or image[:1]), *args)

@@ -1,4 +1,4 @@
-"""A virtual machine with a stock Linux kernel on QEMU, everything else in its initramfs."""
+"""Runtime `linux`: a virtual machine on QEMU with Debian's kernel and a composed initramfs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from testbed.runtimes.vm.qemu import Vm
 
 
 def prepare(options: Options) -> Linux:
-    """Gets the kernel and composes the initramfs. Raises `Absent` if there is no kernel."""
+    """Find the kernel and compose the initramfs. Raises `Absent` if there is no kernel."""
     try:
         kernel = kernels.linux_kernel()
     except Error as e:
@@ -26,12 +26,12 @@ def prepare(options: Options) -> Linux:
 
 
 class Linux(VirtualMachines):
-    """A Linux kernel, and its initramfs images."""
+    """A Linux kernel and its initramfs images."""
 
     families = frozenset(Family)
     multiqueue = True
     ready_limit_s = 30.0
-    """2.2 s where nothing else runs, emulated."""
+    """An emulated boot takes 2.2 s on an idle machine."""
 
     def __init__(self, kernel: LinuxKernel, options: Options) -> None:
         self.kernel = kernel
@@ -58,16 +58,16 @@ class Linux(VirtualMachines):
 def command(
     machine: Vm, kernel: LinuxKernel, image: Image, arguments: Sequence[str] = ()
 ) -> list[str]:
-    """QEMU's argv. `arguments` follow the image's own."""
+    """QEMU's command line (argv). `arguments` follow those of the image."""
     line = boot_line(machine, (*image.command, *arguments))
     return qemu.command(machine, kernel.path, line, extra=("-initrd", str(image.path)))
 
 
 def boot_line(machine: Vm, words: Sequence[str]) -> str:
-    """Linux's command line; a panic ends the machine.
+    """Linux's kernel command line. After a panic the machine ends.
 
-    What the kernel does not know, /init of the image gets as environment, and the words after `--`
-    as arguments. Raises `Error` for a word that the kernel's quotes cannot hold.
+    The image's /init gets options that the kernel does not know as environment, and the words after
+    `--` as arguments. Raises `Error` for a word that cannot be quoted.
     """
     return " ".join(
         (

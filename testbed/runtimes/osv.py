@@ -1,4 +1,4 @@
-"""An OSv unikernel on QEMU, booted from a composed image."""
+"""Runtime `osv`: an OSv unikernel on QEMU, booted from a composed image."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from testbed.runtimes.vm.qemu import Vm
 
 
 def prepare(options: Options) -> Osv:
-    """Finds the kernel, or downloads one, and composes the image. Raises `Absent` without one, and
-    where none would run.
+    """Find or download the kernel, and compose the image.
+
+    Raises `Absent` if there is no kernel, or this machine cannot run one.
     """
     try:
         kernels.check_osv()
@@ -36,10 +37,11 @@ def prepare(options: Options) -> Osv:
 
 
 class Osv(VirtualMachines):
-    """An OSv kernel, and its images."""
+    """An OSv kernel and its images."""
 
     ready_limit_s = 15.0
-    """0.3 s where nothing else runs, a second more for IPv6's duplicate address detection."""
+    """A boot takes 0.3 s on an idle machine, and a second more for IPv6's duplicate address
+    detection."""
 
     def __init__(self, kernel: OsvKernel, options: Options) -> None:
         self.kernel, self.families, self.multiqueue = kernel, kernel.families, kernel.multiqueue
@@ -52,7 +54,7 @@ class Osv(VirtualMachines):
         )
 
     def dialed(self, family: Family) -> str:
-        """OSv's resolver gives one address a name, whatever the family: IPv6 has its own name."""
+        """OSv's resolver has one address per name, whatever the family. IPv6 has another name."""
         return "localhost" if family is Family.IPV4 else "ip6-localhost"
 
     def enter(self, place: Placement) -> list[str]:
@@ -77,10 +79,10 @@ def command(
     arguments: Sequence[str] = (),
     ready: Path | None = None,
 ) -> list[str]:
-    """QEMU's argv. Addresses of a family that the kernel does not speak are left out.
+    """QEMU's command line (argv). Addresses of families that the kernel lacks are left out.
 
-    `arguments` follow the image's own. `ready` gets the byte `{` when the guest's network is set
-    up; of a program that listens OSv tells nothing.
+    `arguments` follow those of the image. The file `ready` gets the byte `{` when the guest's
+    network is set up. OSv does not report when a program listens.
     """
     disk = qemu.value(image.path)
     extra = [
@@ -97,10 +99,10 @@ def command(
 
 
 def boot_line(machine: Vm, families: frozenset[Family], words: Sequence[str]) -> str:
-    """OSv's command line: its own options, then the program's words, in quotes.
+    """OSv's kernel command line: its own options, then the program and arguments in quotes.
 
-    The mask of an IPv4 address is dotted, of an IPv6 address a length. Raises `Error` for a word
-    with `$`, which OSv takes for a variable even in quotes.
+    OSv wants the mask of an IPv4 address dotted, of an IPv6 address as a prefix length. Raises
+    `Error` for a word with `$`, after which OSv reads a variable even in quotes.
     """
     options = ["--rootfs=rofs", "--power-off-on-abort"]
     for address in machine.addresses:

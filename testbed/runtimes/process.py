@@ -1,4 +1,4 @@
-"""A plain program in the pod's namespace, where `localhost` is loopback in both families."""
+"""Runtime `process`: a plain program of this host in the pod's namespace."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from testbed.runtimes.program import PlainProgram
 
 
 def prepare(options: Options) -> PlainProgram:
-    """Compiles the agent. The pod has a hosts file of its own: this host's may lack a family."""
+    """Compile the agent. It gets the stock hosts file, since this host's may lack a family."""
     return PlainProgram(Runtime.PROCESS, compose.hosts_file(patched=False))

@@ -1,4 +1,4 @@
-"""A plain program in a namespace: what `process` and `standin` share."""
+"""A plain program in a network namespace: the common part of `process` and `standin`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from testbed.runtimes.interface import Description, Placement, refuse_limits
 
 
 def join(cgroup: Path, netns: str) -> list[str]:
-    """A command line; what is added to it runs in a cgroup and a network namespace."""
+    """Prefix of a command line that runs a command in a cgroup and a network namespace."""
     script = 'echo $$ > "$0" && exec "$@"'
     return [
         "sh",
@@ -30,9 +30,9 @@ def join(cgroup: Path, netns: str) -> list[str]:
 
 
 class PlainProgram:
-    """A plain program in a namespace: natives and stand-ins.
+    """Prepared runtime that starts a program of this host in a network namespace.
 
-    Its image is `host:PROGRAM`, as it stands on this host.
+    Images are `host:PROGRAM`, and run without a root file system of their own.
     """
 
     families = frozenset(Family)
@@ -77,7 +77,7 @@ class PlainProgram:
         )
 
     def _files(self, workload: Workload) -> dict[Path, str]:
-        """Files that the program needs besides, and the paths that they stand at."""
+        """Extra files that the program needs → paths at which it sees them."""
         return {}
 
     def _command(self, workload: Workload) -> list[str]:
@@ -88,8 +88,8 @@ class PlainProgram:
                 f"{workload.name!r} has the image {program.image!r}, but is no container",
                 hint=f"the runtime {workload.runtime} takes host:PROGRAM",
             )
-        own = [str(path) for path in rootfs.programs(program.image)][:1]
-        command = [*(program.command or own), *program.args]
+        image = [str(path) for path in rootfs.programs(program.image)][:1]
+        command = [*(program.command or image), *program.args]
         if not command or shutil.which(command[0]) is None:
             raise Error(
                 f"{workload.name!r}: this host has no program {' '.join(command[:1])!r}",

@@ -1,7 +1,8 @@
-"""A network namespace in the place of a guest: its own stack and hosts file, no hypervisor.
+"""Runtime `standin`: a network namespace in place of a guest, without a hypervisor.
 
-What is true of a guest's packets is true of its, at a speed that an emulated guest cannot show.
-Its programs are this host's, or a definition's of a guest's image: it can take any guest's place.
+It has a network stack and a hosts file of its own, so its packets are like a guest's, at a speed
+that an emulated guest does not reach. Its program is one of this host, or that of a guest's image
+definition, so it can take the place of any guest.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from testbed.runtimes.vm.guest import definition
 
 
 def prepare(options: Options) -> Standin:
-    """Compiles the agent, and patches the hosts file as for an image."""
+    """Compile the agent, and choose the hosts file as for an image."""
     return Standin(Runtime.STANDIN, compose.hosts_file(patched=options.hosts_patch))
 
 
 class Standin(PlainProgram):
-    """A program of this host, or a definition's with its files."""
+    """A program of this host, or of an image definition with its files."""
 
     def _command(self, workload: Workload) -> list[str]:
         if _is_of_host(workload):

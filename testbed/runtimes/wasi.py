@@ -1,8 +1,8 @@
-"""Runs one WASI component: python -m testbed.runtimes.wasi COMPILED [ARGUMENT…]
+"""Runs one compiled WASI component: python -m testbed.runtimes.wasi COMPILED [ARGUMENT…]
 
-A process of its own, which has this process's namespaces, environment, output and network. Its
-status is 0 if the component's `run` was well, else 1. Imports nothing but wasmtime: it is to start
-as fast as a program does.
+It is the process of a `wasm` workload. The component has the environment, output and network of
+this process. The exit status is 0 if the component's `run` succeeds, else 1. This module imports
+nothing but wasmtime, to start as fast as a plain program.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ RUN = "wasi:cli/run@0.2."
 
 
 def engine() -> Engine:
-    """The same for compiling and for running: what is compiled is bound to its settings."""
+    """The engine for compiling and for running: a compiled component needs the same settings."""
     return Engine(Config())
 
 
 def main(path: str, *arguments: str) -> int:
-    """Run a compiled component to its end."""
-    machine = engine()
-    component = Component.deserialize_file(machine, path)
+    """Run a compiled component to its end, and return the exit status."""
+    wasm_engine = engine()
+    component = Component.deserialize_file(wasm_engine, path)
     wasi = WasiConfig()
     wasi.inherit_stdout()
     wasi.inherit_stderr()
     wasi.argv = [path, *arguments]
     wasi.env = list(os.environ.items())
-    _ffi.wasi_config_inherit_network(wasi.ptr())  # no method of WasiConfig does
+    _ffi.wasi_config_inherit_network(wasi.ptr())  # WasiConfig has no method for it
     _ffi.wasi_config_allow_ip_name_lookup(wasi.ptr(), True)
-    store = Store(machine)
+    store = Store(wasm_engine)
     store.set_wasi(wasi)
-    linker = Linker(machine)
+    linker = Linker(wasm_engine)
     linker.add_wasip2()
     instance = linker.instantiate(store, component)
     for patch in range(10):  # 0.2.0 and its compatible successors

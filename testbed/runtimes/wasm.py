@@ -1,8 +1,9 @@
-"""A WASI 0.2 component, run by wasmtime in a process of its own in the pod's namespace.
+"""Runtime `wasm`: a WASI 0.2 component, run by wasmtime in the pod's namespace.
 
-The image is a component, or a Python program that componentize-py makes one of: a file or a
-package, which is a folder with `__main__.py`, as for `python -m`. The traffic agent is such a
-package. All of them are compiled to machine code once, and kept in the cache by content.
+Each component has a process of its own. An image is a component, or a Python program, from which
+componentize-py makes one: a file, or a package (a folder with __main__.py, as for `python -m`). The
+traffic agent is such a package. Components are compiled to machine code once, and cached by
+content.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ interface environment {
   get-arguments: func() -> list<string>;
 }
 """
-# Runs twice: while the component is made, when the file system is still there to import from, and
-# as `run`. So all that the program imports is imported now: modules of its package, and what any of
-# its files names. Globals are kept, since the destructor of a socket that is left open ends the
-# component.
+# This runs while the component is made, when there still is a file system to import from. So it
+# imports now what the program will import: the modules of its package, and all that its files name.
+# Later `run` executes the program. Its globals are never freed, since the destructor of a socket
+# that is left open would end the component.
 _MAIN = """\
 import ast, contextlib, encodings.idna, importlib, os, pathlib, sys, traceback
 from componentize_py_types import Err
@@ -83,7 +84,7 @@ class Run:
 
 
 def prepare(options: Options) -> Wasm:
-    """Raises `Error` without wasmtime."""
+    """Find wasmtime. Raises `Error` without it."""
     try:
         return Wasm(metadata.version("wasmtime"))
     except metadata.PackageNotFoundError as e:
@@ -91,6 +92,8 @@ def prepare(options: Options) -> Wasm:
 
 
 class Wasm:
+    """Prepared runtime of WASI components."""
+
     families = frozenset(Family)
     uses_tap = multiqueue = False
     ready_limit_s = 10.0
@@ -137,7 +140,7 @@ class Wasm:
         )
 
     def _compile(self, program: Program) -> Path:
-        """The machine code of an image, made if it is not in the cache."""
+        """Path of an image's machine code. It is compiled unless it is in the cache."""
         source = Path(program.image)
         is_python = source.suffix == ".py" or source.is_dir()
         try:
@@ -161,7 +164,7 @@ class Wasm:
 
 
 def _agent(workload: Workload) -> Program:
-    """The traffic agent in Python."""
+    """The traffic agent in Python, as a program."""
     port = str(workload.control_port)
     return Program(str(paths.AGENT / "python"), args=("--control-port", port))
 
@@ -180,7 +183,7 @@ def _machine_code(component: Path) -> bytes:
 
 
 def _python_files(source: Path) -> dict[str, bytes]:
-    """The files of a Python program by their names in its package."""
+    """Files of a Python program, by their names in its package."""
     if not source.is_dir():
         return {"__main__.py": source.read_bytes()}
     (source / "__main__.py").stat()
@@ -188,7 +191,7 @@ def _python_files(source: Path) -> dict[str, bytes]:
 
 
 def _of_python(source: Path, files: dict[str, bytes], scratch: Path) -> Path:
-    """A component of a Python program. What it imports from the standard library goes along."""
+    """Make a component of a Python program, with the modules that it imports."""
     tool = shutil.which("componentize-py", path=str(Path(sys.executable).parent))
     if tool is None:
         raise Error(f"no componentize-py, to make a component of {source}", hint="./bootstrap")

@@ -1,1 +1,1 @@
-"""Virtual machines: QEMU's command line, and which accelerator works here."""
+"""Virtual machines on QEMU: the common part of runtimes, command lines, choice of accelerator."""

@@ -1,11 +1,13 @@
-"""What QEMU can do on this host: its version, vhost-net, and which accelerator really works.
+"""Chooses QEMU's accelerator on this host (KVM or TCG) by booting a guest's kernel with it.
 
-/dev/kvm may open, answer its version and create virtual machines, and yet hang every real kernel
-(nested and paravirtual KVM that emulates but a part of the instructions; it runs firmware well), or
-be slower than QEMU's own emulation. So KVM counts only after the kernel of a guest has booted with
-it, and not later than without it. How long a boot takes differs by machine (0.3 s on real KVM, 10 s
-where the CPU that runs KVM is itself emulated), so a guest that is not through soon races with the
-same guest under TCG. No runtime itself: the command lines of guests stand with their runtimes.
+/dev/kvm may open, report its version and create virtual machines, and still be of no use. It may
+hang every real kernel: nested and paravirtual KVM may emulate only a part of the instructions, and
+run firmware without a fault. Or it may be slower than QEMU's own emulation. So KVM is used only if
+the guest's kernel has booted with it, and not later than with TCG. The time of a boot depends on
+the machine (0.3 s on real KVM, 10 s if the CPU that runs KVM is itself emulated). So after a head
+start the same guest is booted with TCG, too, and the first one to end wins.
+
+The version of QEMU and vhost-net are looked up here, too.
 """
 
 from __future__ import annotations
@@ -28,41 +30,41 @@ from testbed.host.facts import slowness
 from testbed.model.errors import Error
 
 HEAD_START_S = 5.0
-"""A kernel without a disk comes to its end in under a second with KVM, where KVM works."""
+"""Time before TCG starts, too. With working KVM, a kernel without a disk ends in under a second."""
 PROBE_LIMIT_S = 60.0
-"""For both. Both times are multiplied by `machine.slowness`, as those of all boots."""
+"""Time limit of the boot. Both times are multiplied by `facts.slowness`, as those of all boots."""
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """How guests are executed."""
+    """QEMU's accelerator for guests, and the reason for its choice."""
 
     name: str
-    """`kvm`, or `tcg` (emulated: proves function, not speed)."""
+    """kvm, or tcg (emulated: proves function, not speed)."""
     why: str
-    """In words: what booted, or why KVM cannot be used."""
+    """Text: what booted, or why KVM cannot be used."""
 
 
 def version() -> str:
-    """QEMU's version, `7.2.22`. Raises `Error` if there is none."""
-    here = architecture.native()
-    qemu = here.qemu
+    """QEMU's version, such as 7.2.22. Raises `Error` if QEMU is not installed."""
+    native = architecture.native()
+    qemu = native.qemu
     if shutil.which(qemu) is None:
-        install = f"apt-get install --no-install-recommends {here.qemu_package}"
+        install = f"apt-get install --no-install-recommends {native.qemu_package}"
         raise Error(f"no {qemu}", hint=install)
     out = subprocess.run([qemu, "--version"], capture_output=True, text=True, check=True).stdout
     return out.split("version ", 1)[1].split()[0]
 
 
 def vhost_net() -> bool:
-    """Whether the kernel itself can move packets between a tap and a guest under KVM."""
+    """Whether the kernel can move packets between a tap and a guest under KVM (vhost-net)."""
     return os.access("/dev/vhost-net", os.R_OK | os.W_OK)
 
 
 def accelerator(kernel: Path) -> Accelerator:
-    """KVM if this kernel (OSv's or Linux's) boots with it, else TCG.
+    """Choose KVM if this kernel (OSv's or Linux's) boots with it, else TCG.
 
-    Tried once per kernel, boot of the host and version of QEMU, then remembered in the cache.
+    The result is cached per kernel, boot of the host, and version of QEMU.
     """
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         absent = "cannot be opened" if Path("/dev/kvm").exists() else "is missing"
@@ -70,9 +72,9 @@ def accelerator(kernel: Path) -> Accelerator:
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     stat = kernel.stat()
     question = f"{boot_id} {version()} {kernel.absolute()} {stat.st_size} {stat.st_mtime_ns}"
-    memory = cache_folder() / "accelerator.json"
+    cached = cache_folder() / "accelerator.json"
     try:
-        answers: dict[str, dict[str, str]] = json.loads(memory.read_text())
+        answers: dict[str, dict[str, str]] = json.loads(cached.read_text())
     except (OSError, ValueError):
         answers = {}
     if question not in answers:
@@ -82,18 +84,18 @@ def accelerator(kernel: Path) -> Accelerator:
             answer = Accelerator("tcg", f"KVM is there, but {kernel.name} does not boot: {why}")
         answers = {q: a for q, a in answers.items() if q.startswith(boot_id)}
         answers[question] = asdict(answer)
-        made(memory, lambda new: new.write_text(json.dumps(answers, indent=1)), anew=True)
+        made(cached, lambda new: new.write_text(json.dumps(answers, indent=1)), anew=True)
     return Accelerator(**answers[question])
 
 
 def probe(kernel: Path, accelerator: str) -> list[str]:
-    """QEMU's argv for an OSv or Linux kernel that is given nothing to run.
+    """QEMU's command line (argv) for an OSv or Linux kernel without a program to run.
 
-    OSv powers off, Linux panics for want of a root file system and is not restarted.
+    OSv powers off. Linux panics without a root file system, and is not restarted.
     """
-    here = architecture.native()
+    native = architecture.native()
     return [
-        here.qemu,
+        native.qemu,
         "-nodefaults",
         "-no-user-config",
         "-display",
@@ -102,7 +104,7 @@ def probe(kernel: Path, accelerator: str) -> list[str]:
         "-accel",
         accelerator,
         "-machine",
-        here.machine,
+        native.machine,
         "-cpu",
         "max",
         "-m",
@@ -110,17 +112,17 @@ def probe(kernel: Path, accelerator: str) -> list[str]:
         "-serial",
         "stdio",
         "-kernel",
-        str(kernel),  # OSv wants its own option first
+        str(kernel),
         "-append",
-        f"--nomount console={here.console} quiet panic=-1",
+        f"--nomount console={native.console} quiet panic=-1",  # OSv wants its own option first
     ]
 
 
 def boot(command: Sequence[str], rival: Sequence[str] = ()) -> str | None:
-    """Boot what `probe` says: None if it comes to its end, or why not.
+    """Boot a guest with a command of `probe`. Returns None if it comes to its end, or why not.
 
-    The rival is started when the guest has not ended after `HEAD_START_S`. If it comes to its end
-    first, the guest has failed.
+    The command `rival` is started if the guest has not ended after `HEAD_START_S`. If the rival
+    comes to its end first, the guest has failed.
     """
     factor, began, passed_s = slowness(), time.monotonic(), 0.0
     with ExitStack() as stack:
@@ -140,13 +142,13 @@ def boot(command: Sequence[str], rival: Sequence[str] = ()) -> str | None:
 
 @dataclass(frozen=True)
 class _Guest:
-    """One that boots, and what it and QEMU print."""
+    """A booting guest, and the output of it and QEMU."""
 
     process: subprocess.Popen[bytes]
     output: IO[bytes]
 
     def fault(self) -> str | None:
-        """Of a guest that has ended: None if it came to its end."""
+        """Why the ended guest did not boot, or None if it did."""
         self.output.seek(0)
         text = self.output.read()
         if b"Powering off" in text or b"not syncing: VFS" in text:

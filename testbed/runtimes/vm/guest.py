@@ -1,4 +1,4 @@
-"""Runtimes of virtual machines: what `osv` and `linux` share."""
+"""Guests in virtual machines: the common part of the runtimes `osv` and `linux`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from testbed.runtimes.vm.qemu import Vm
 
 
 def vcpus(workload: Workload) -> int:
-    """CPUs of a guest: its limit, or as many as it is pinned to.
+    """Number of virtual CPUs of a guest: its limit, or as many as it is pinned to, or 1.
 
-    Raises `Error` for a limit that is no whole number: a virtual machine has whole CPUs only.
+    Raises `Error` for a limit that is not a whole number.
     """
     limit = workload.program.cpus if workload.program else None
     if limit and limit != int(limit):
@@ -37,14 +37,15 @@ def vcpus(workload: Workload) -> int:
 
 
 def queues(runtime: Prepared, workload: Workload) -> int:
-    """Pairs of queues of a guest's network device: one per vCPU, where its driver has several."""
+    """Pairs of queues of a guest's network device: one per vCPU if its driver is multiqueue."""
     return vcpus(workload) if runtime.multiqueue else 1
 
 
 def definition(workload: Workload) -> Definition:
-    """What a guest's program is composed of: a definition of osv/ by name or path, or host:PROGRAM.
+    """Image definition of a guest's program.
 
-    Raises `Error` if there is none, or the program asks for what guests are not told.
+    The manifest names a definition of osv/ or its path, or `host:PROGRAM`. Raises `Error` if there
+    is none, or the program asks for something that guests cannot be given.
     """
     program = workload.program
     assert program is not None
@@ -69,7 +70,7 @@ def memory_mib(workload: Workload) -> int:
 
 
 class VirtualMachines(ABC):
-    """A kernel and images on QEMU: the agent's, and one for each program."""
+    """Prepared runtime of a kernel on QEMU, with an image of the agent and one per program."""
 
     uses_tap = True
     families: frozenset[Family]
@@ -84,7 +85,7 @@ class VirtualMachines(ABC):
         version: str,
         offloads: str = "",
     ) -> None:
-        """`version` and `offloads` are words for the description of the runtime."""
+        """`version` and `offloads` are text for the description of the runtime."""
         self._options = options
         self._composed: dict[Definition, Image] = {}
         self.image = self._compose(compose.load(compose.AGENT), hosts_patch=options.hosts_patch)
@@ -103,7 +104,7 @@ class VirtualMachines(ABC):
         self._image(workload)
 
     def start(self, place: Placement) -> subprocess.Popen[bytes]:
-        """Boot guest n of the pod, with the agent or the workload's program."""
+        """Boot guest n of the pod with the agent or the workload's program."""
         workload = place.workload
         vm = Vm(
             self.accelerator,
@@ -132,7 +133,7 @@ class VirtualMachines(ABC):
         )
 
     def _image(self, workload: Workload) -> Image:
-        """That of the workload's program, with the command line that the program says instead."""
+        """Image of the workload's program, with the command line that the manifest gives."""
         wanted = definition(workload)
         if wanted not in self._composed:
             self._composed[wanted] = self._compose(
@@ -149,4 +150,4 @@ class VirtualMachines(ABC):
 
     @abstractmethod
     def _command(self, vm: Vm, image: Image, arguments: Sequence[str]) -> list[str]:
-        """QEMU's argv. `arguments` follow the image's own."""
+        """QEMU's command line (argv). `arguments` follow those of the image."""

@@ -1,7 +1,7 @@
-"""The virtual machine of a guest as a QEMU command line: the part that OSv and Linux share.
+"""QEMU's command line for the virtual machine of a guest, OSv or Linux.
 
-A bare machine of the host's architecture (`architecture`). Pure functions; starting it is left to
-`process`.
+It is a bare machine of the host's architecture (`testbed.host.architecture`). All functions are
+pure; `testbed.host.process` starts the machine.
 """
 
 from __future__ import annotations
@@ -19,66 +19,69 @@ from testbed.model.terms import Family
 
 @dataclass(frozen=True)
 class Vm:
-    """Where and as what a guest boots."""
+    """Properties of a guest's virtual machine."""
 
     accelerator: str
-    """`kvm` or `tcg`."""
+    """kvm or tcg."""
     tap: str
     """Name of a tap device that exists in QEMU's network namespace."""
     mac: str
     addresses: tuple[IPv4Interface | IPv6Interface, ...]
     """At most one of each family."""
     console: Path
-    """File that the serial console is appended to."""
+    """File to which the serial console is appended."""
     loopback: bool = True
-    """Whether it has one; without, 127.0.0.0/8 takes the default route. (Linux alone heeds it.)"""
+    """Whether it has a loopback interface. Without, 127.0.0.0/8 takes the default route. Linux
+    guests only; OSv always has one."""
     gateways: tuple[Address, ...] = tuple(map(pod_link, Family))
-    """Default routes, one of each family at most."""
+    """Default gateways, at most one of each family."""
     memory_mib: int = 256
     vhost: bool = False
-    """The host's kernel moves packets between tap and guest. (Under KVM alone.)"""
+    """Whether the host's kernel moves packets between tap and guest (vhost-net; KVM only)."""
     vcpus: int = 1
     queues: int = 1
-    """Pairs of queues of the network device; more than one need a tap with IFF_MULTI_QUEUE."""
+    """Pairs of queues of the network device. More than one needs a tap with IFF_MULTI_QUEUE."""
     socket: Path | None = None
-    """Unix socket in the place of the tap: frames go to the program that listens there."""
+    """Unix socket that takes the place of the tap: frames go to the program that listens there."""
     qmp: Path | None = None
-    """Unix socket for QMP: `system_powerdown` (OSv alone heeds it), `quit`. SIGTERM ends it too."""
+    """Unix socket for QMP, to order system_powerdown (which only OSv obeys) or quit. SIGTERM ends
+    the machine, too."""
 
 
 def link_addresses(n: int) -> tuple[IPv4Interface | IPv6Interface, ...]:
-    """Guest n's addresses on its link, with their prefixes."""
+    """Addresses of guest n on its link, with prefix lengths."""
     return tuple(ip_interface(f"{guest_link(f, n)}/{LINK_PREFIX[f]}") for f in Family)
 
 
 def command(
     vm: Vm, kernel: Path, append: str, *, nic: Sequence[str] = (), extra: Sequence[str] = ()
 ) -> list[str]:
-    """The argv. `append` is the kernel's command line, `nic` properties of the network device.
+    """QEMU's command line (argv).
 
-    Raises `Error` if an address is the alias.
+    `append` is the kernel's command line, `nic` are properties of the network device, `extra` more
+    options of QEMU. Raises `Error` if an address is the alias.
     """
     compose.check_alias(address.ip for address in vm.addresses)
     vhost = "on" if vm.vhost else "off"
     netdev = f"tap,id=net,ifname={vm.tap},script=no,downscript=no,vhost={vhost}"
     if vm.queues > 1:
         netdev += f",queues={vm.queues}"
-        # An interrupt for each queue, one for the control queue, one for changes of configuration.
+        # Interrupts: one for each queue, the control queue, and changes of the configuration.
         nic = (*nic, "mq=on", f"vectors={2 * vm.queues + 2}")
     if vm.socket:
         netdev = f"stream,id=net,server=off,addr.type=unix,addr.path={value(vm.socket)}"
-    here = architecture.native()
+    native = architecture.native()
     return [
-        here.qemu,
+        native.qemu,
         "-nodefaults",
         "-no-user-config",
         "-no-reboot",
         "-display",
         "none",
         "-machine",
-        f"{here.machine},accel={vm.accelerator}",
+        f"{native.machine},accel={vm.accelerator}",
         "-cpu",
-        "host" if vm.accelerator == "kvm" else here.emulated_cpu,
+        "host" if vm.accelerator == "kvm" else native.emulated_cpu,
         "-smp",
         str(vm.vcpus),
         "-m",
@@ -101,5 +104,5 @@ def command(
 
 
 def value(path: Path) -> str:
-    """A path as the value of a QEMU option, in which a comma is doubled."""
+    """A path as the value of a QEMU option, with commas doubled."""
     return str(path).replace(",", ",,")
