@@ -1,7 +1,8 @@
-"""What this machine can run, found out by doing it: links are made, programs loaded, guests booted.
+"""Doctor: checks what this machine can run, by trying it.
 
-`missing` is what the main job cannot do without, `degraded` what it does worse without, and the
-finding says how much. Nothing is installed, downloaded or left behind.
+It creates links, loads eBPF programs and boots guests. A thing is `missing` if no campaign can run
+without it, and `degraded` if campaigns are limited without it; the finding then says how. Nothing
+is installed or downloaded, and nothing is left behind.
 """
 
 from __future__ import annotations
@@ -31,15 +32,18 @@ from testbed.model.terms import Family, Transport
 from testbed.runtimes.vm import accelerator
 
 KERNEL_FLOOR = (5, 10)
-"""bpf_redirect_peer (`capture`) and getpeername hooks with it."""
+"""First Linux with bpf_redirect_peer (used by `capture`) and with getpeername hooks."""
 UNPACED = ("cubic", "reno")
-"""TCP's congestion controls that every Linux has."""
+"""TCP congestion controls that do not pace, and that every Linux has."""
 MEMORY_MIB = 1024
+"""Memory for two guests and the processes around them."""
 DISK_MIB = 1024
-"""Two guests with everything around them; images, kernels and a campaign."""
+"""Disk space for images, kernels and a campaign."""
 
 
 class State(StrEnum):
+    """Result of one check."""
+
     FINE = "fine"
     MISSING = "missing"
     DEGRADED = "degraded"
@@ -47,14 +51,14 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's."""
+    """What the doctor found about one thing; `str` gives one line."""
 
     name: str
     state: State
     detail: str
     """What was found."""
     hint: str = ""
-    """Missing: what to type. Degraded: what it costs, and what to type."""
+    """If missing: what to type. If degraded: what is limited, and what to type."""
 
     def __str__(self) -> str:
         text = f"{self.state:<9} {self.name:<13} {self.detail}"
@@ -62,7 +66,7 @@ class Finding:
 
 
 def probe() -> Iterator[Finding]:
-    """Everything, each finding as soon as it is found. The first boot with KVM may take seconds."""
+    """Run all checks; yields each finding at once. The first boot with KVM may take seconds."""
     yield from host()
     yield from guests()
     yield from others()
@@ -70,24 +74,25 @@ def probe() -> Iterator[Finding]:
 
 
 def ready(findings: Iterable[Finding]) -> bool:
-    """Whether the main job can run."""
+    """Whether campaigns can run: nothing is missing."""
     return all(finding.state is not State.MISSING for finding in findings)
 
 
 def preflight() -> None:
-    """Raises `Error` if the main job cannot run here."""
+    """Raises `Error` if no campaign can run on this machine."""
     for finding in list(host(anew=False)):
         if finding.state is State.MISSING:
             raise Error(f"{finding.name}: {finding.detail}", hint=finding.hint)
 
 
-# --- what pods are made of ------------------------------------------------------------------
+# --- what pods need -------------------------------------------------------------------------
 
 
 def host(*, anew: bool = True) -> Iterator[Finding]:
-    """Kernel, links, eBPF, cgroups, compiler: without one of them there is no pod.
+    """Checks of what every pod needs: kernel, links, eBPF, cgroups, C compiler.
 
-    The probe is compiled `anew`, as the cache would hide that it cannot be.
+    With `anew`, the probe program is compiled also if it is in the cache, because a cached program
+    would hide that the compiler does not work.
     """
     yield _kernel()
     if os.geteuid() != 0:
@@ -123,7 +128,7 @@ def _kernel() -> Finding:
 
 
 def _try(name: str, work: Callable[[], str]) -> Finding:
-    """Fine if it works, with what it returned in words; else missing."""
+    """The finding of one check: fine with the text that `work` returns, missing if it raises."""
     try:
         return Finding(name, State.FINE, work())
     except Error as e:
@@ -160,7 +165,7 @@ def _headers() -> str:
 
 
 def _programs(owner: Owner, name: str, anew: bool) -> str:
-    """Compile, load, attach to `lo` of a namespace and to a cgroup, as `capture` does."""
+    """Compile and load a probe, and attach it to `lo` of a namespace and to a cgroup."""
     cgroup = cgroups.create(owner, f"{name}-ebpf")
     if anew:
         bpf.compile("probe")
@@ -178,7 +183,7 @@ def _compiler() -> str:
 
 
 def _congestion() -> Finding:
-    """Pacing keeps a stream below what the path could carry, and that is what is measured then."""
+    """Finding about TCP congestion control: one that paces limits what a stream can reach."""
     found = facts.congestion_control()
     if found in UNPACED:
         return Finding("TCP", State.FINE, f"congestion control {found}")
@@ -186,16 +191,16 @@ def _congestion() -> Finding:
         "TCP",
         State.DEGRADED,
         f"congestion control {found}",
-        "if it paces, as bbr does, a stream in a pod reaches some 0.6 of what it would; "
+        "if it paces, as bbr does, a stream in a pod reaches about 0.6 of its throughput; "
         "sysctl net.ipv4.tcp_congestion_control=cubic",
     )
 
 
-# --- what guests run on ---------------------------------------------------------------------
+# --- what guests need -----------------------------------------------------------------------
 
 
 def guests() -> Iterator[Finding]:
-    """Without these, stand-ins take the place of guests."""
+    """Checks of what guests need: QEMU, kernels, KVM. Without these, stand-ins replace guests."""
     try:
         yield Finding("QEMU", State.FINE, accelerator.version())
     except Error as e:
@@ -273,19 +278,19 @@ def _vhost_net() -> Finding:
         "vhost-net",
         State.DEGRADED,
         "no /dev/vhost-net",
-        "packets of guests take the way through QEMU, which is slower; modprobe vhost_net",
+        "packets of guests go through QEMU, which is slower; modprobe vhost_net",
     )
 
 
-# --- what datapaths need besides ------------------------------------------------------------
+# --- what datapaths need in addition --------------------------------------------------------
 
 
 def others() -> Iterator[Finding]:
-    """Each datapath's eBPF programs as this kernel takes them, and programs of other people."""
+    """Checks of each datapath: whether its eBPF programs load, and other programs it needs."""
     whole = []
     for name in datapaths.names():
         if Pair.NATIVE_GUEST not in datapaths.get(name).pairs:
-            continue  # natives alone need nothing
+            continue  # a datapath of natives alone needs nothing
         cells = (
             Cell(name, Pair.NATIVE_GUEST, Family.IPV4, transport, Metric.LATENCY, 64)
             for transport in Transport
@@ -295,7 +300,7 @@ def others() -> Iterator[Finding]:
             yield Finding(name, State.MISSING, refused, "boot a kernel that docs/machines.md lists")
         elif lacks:
             parts = [reason.partition("; ") for reason in sorted(lacks)]
-            costs = "cells of it are unsupported"
+            costs = "its cells are unsupported"
             hint = "; ".join([costs, *filter(None, (remedy for *_, remedy in parts))])
             yield Finding(name, State.DEGRADED, ", ".join(what for what, *_ in parts), hint)
         else:
@@ -304,7 +309,7 @@ def others() -> Iterator[Finding]:
 
 
 def _refused(programs: Iterable[str]) -> str | None:
-    """Why one of these sets of programs cannot be loaded, or None. Without root nobody can."""
+    """Why one of these sets of programs cannot be loaded, or None. None without root, too."""
     if os.geteuid() != 0:
         return None
     with Owner() as owner:
@@ -316,11 +321,11 @@ def _refused(programs: Iterable[str]) -> str | None:
     return None
 
 
-# --- room -----------------------------------------------------------------------------------
+# --- free memory and disk -------------------------------------------------------------------
 
 
 def room() -> Iterator[Finding]:
-    """Memory and disk that are free."""
+    """Checks of free memory and free disk space."""
     memory = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
     assert memory is not None
     yield _enough("memory", int(memory[1]) >> 10, MEMORY_MIB, "guests may not start")

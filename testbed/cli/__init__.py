@@ -1,7 +1,8 @@
-"""The command line: arguments, printing, exit codes. Everything else is imported when it is needed.
+"""Command line `testbed`: arguments, printing, exit codes.
 
-Exit codes: 0 done; 1 it did not work (some cells failed, doctor found something missing); 2 usage;
-3 could not run at all; 130 interrupted.
+Each command imports what it needs when it runs, so that `--help` and completion are fast. Exit
+codes: 0 done; 1 some of it failed (a cell, a check of the doctor); 2 usage; 3 could not run at all;
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from testbed.model.errors import Error
 
 
 def parser() -> argparse.ArgumentParser:
-    """All commands and options."""
+    """The argument parser, with all commands and options."""
     top = argparse.ArgumentParser(
         prog="testbed",
         description="One localhost for the containers, unikernels and WASM workloads of a pod: "
@@ -28,8 +29,8 @@ def parser() -> argparse.ArgumentParser:
         module.add(commands)
     completion = commands.add_parser(
         "completion",
-        help="print what has a shell complete commands, options and names of pods",
-        epilog='For instance in .bashrc: eval "$(testbed completion bash)"',
+        help="print shell code that completes commands, options and names of pods",
+        epilog='For example in .bashrc: eval "$(testbed completion bash)"',
     )
     completion.set_defaults(call=_completion)
     completion.add_argument("shell", choices=("bash", "zsh"))
@@ -44,13 +45,13 @@ def _completion(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry of `testbed`; returns the exit code."""
-    known = parser()
-    if "_ARGCOMPLETE" in os.environ:  # a shell asks what might come next
+    """Entry point of the script `testbed`; returns the exit code."""
+    top = parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions
         import argcomplete
 
-        argcomplete.autocomplete(known)
-    arguments = known.parse_args(argv)
+        argcomplete.autocomplete(top)
+    arguments = top.parse_args(argv)
     try:
         return int(arguments.call(arguments))
     except Error as e:
@@ -61,6 +62,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("testbed: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has seen enough
+    except BrokenPipeError:  # the reader of standard output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -1,4 +1,4 @@
-"""`python -m testbed.cli`, where the script `testbed` is not installed: on other hosts."""
+"""Entry point `python -m testbed.cli`, for other hosts, where the script is not installed."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What several commands share: options, types of arguments, printing."""
+"""Options, types of arguments and progress display that several commands share."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def add_hosts(command: argparse.ArgumentParser, required: bool = False) -> None:
-    """Options that choose other hosts."""
+    """Add the options that choose other hosts."""
     command.add_argument(
         "--hosts",
         type=Path,
         metavar="FILE",
         required=required,
-        help="other hosts, by SSH (see experiments/hosts.example.toml)",
+        help="inventory of other hosts, reached by SSH (see experiments/hosts.example.toml)",
     )
     command.add_argument(
         "--on",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="only those with one of these names or labels",
+        help="only hosts with one of these names or labels",
     )
 
 
 def chosen(arguments: argparse.Namespace) -> Sequence[Host]:
-    """The hosts that are meant; none: this machine. Raises `Error` for --on without --hosts."""
+    """The chosen hosts; none means this machine. Raises `Error` for --on without --hosts."""
     if arguments.hosts is None:
         if arguments.on:
             raise Error("--on chooses among the hosts of an inventory", "add --hosts FILE")
@@ -49,13 +49,13 @@ def chosen(arguments: argparse.Namespace) -> Sequence[Host]:
 
 
 def add_guest(command: argparse.ArgumentParser) -> None:
-    """Options that choose what runs guests."""
+    """Add the options that choose the runtime of guests."""
     command.add_argument(
         "--guest",
         default="best",
         type=_guest,
         metavar="|".join(("best", *(r for r in Runtime if r.is_guest))),
-        help="what runs guests (default: the best that is there)",
+        help="runtime of guests (default: the best one that this machine can run)",
     )
     command.add_argument(
         "--osv-kernel",
@@ -77,7 +77,10 @@ def _guest(text: str) -> str:
 
 @contextmanager
 def progress() -> Iterator[Callable[[Progress], None]]:
-    """What runs now, how far it is and how long still: one line on a terminal, else many."""
+    """Display of progress on standard error: one changing line on a terminal, else many lines.
+
+    Yields the function that shows a `Progress`.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Display

@@ -1,4 +1,4 @@
-"""Command that checks what programs may rely on at `localhost`."""
+"""Command `conformance`: checks that a datapath's `localhost` behaves like `localhost`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 def add(commands: Commands) -> None:
-    """Of conformance."""
+    """Add the command `conformance`."""
     conformance = commands.add_parser(
         "conformance",
-        help="check what programs may rely on at localhost, through any datapath",
-        epilog="Exit status: 0 nothing failed, 1 some checks failed, 3 could not run.",
+        help="check that localhost behaves as programs expect, through any datapath",
+        epilog="Exit status: 0 no check failed, 1 some checks failed, 3 could not run.",
     )
     conformance.set_defaults(call=_conformance)
     conformance.add_argument(
@@ -37,7 +37,7 @@ def add(commands: Commands) -> None:
         type=Runtime,
         default=Runtime.PROCESS,
         choices=(Runtime.PROCESS, Runtime.WASM),
-        help="what natives are (default: process); with wasm checks run "
+        help="runtime of natives (default: process); with wasm, checks run "
         "through wasm→guest, guest→wasm and wasm→container",
     )
     conformance.add_argument("--family", nargs="+", type=Family, choices=tuple(Family))
@@ -50,21 +50,23 @@ def add(commands: Commands) -> None:
     conformance.add_argument("--list", action="store_true", help="list the checks, and run none")
     conformance.add_argument("--json", action="store_true", help="print the results as JSON")
     conformance.add_argument(
-        "--keep", action="store_true", help="put the results into results/reference/conformance"
+        "--keep", action="store_true", help="archive the results in results/reference/conformance"
     )
     conformance.add_argument(
         "--pages",
         action="store_true",
-        help="write docs/conformance.md and README's table from what is kept, and run nothing",
+        help="write docs/conformance.md and README's table from archived results; run nothing",
     )
     conformance.add_argument(
-        "--junit", type=Path, metavar="FILE", help="write the results as JUnit's XML, too"
+        "--junit", type=Path, metavar="FILE", help="also write the results as JUnit XML"
     )
     conformance.add_argument(
-        "--netns", type=Path, metavar="PATH", help="a pod that is there already: its namespace ..."
+        "--netns", type=Path, metavar="PATH", help="check an existing pod: its namespace ..."
     )
     conformance.add_argument(
-        "--control", metavar="ADDRESS[:PORT]", help="... and where its guest's agent takes orders"
+        "--control",
+        metavar="ADDRESS[:PORT]",
+        help="... and the control connection of the traffic agent in its guest",
     )
 
 
@@ -106,7 +108,7 @@ def _conformance(arguments: argparse.Namespace) -> int:
                 else:
                     report(campaign.Progress(event.text, event.done, event.total, None))
     except BaseException:
-        if results:  # what there is until then
+        if results:  # show what was checked before the error
             _show_conformance(results, arguments)
         raise
     for run in archive.runs_of(results) if arguments.keep else ():

@@ -1,4 +1,4 @@
-"""Commands about this machine and others: what they can run, and what is left on them."""
+"""Commands about this machine and other hosts: `doctor`, `hosts`, `clean`."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from testbed.model.errors import Error
 
 
 def add(commands: Commands) -> None:
-    """Of machines."""
+    """Add the commands about machines."""
     doctor = commands.add_parser(
-        "doctor", help="what this machine can run, and what to type where it can't"
+        "doctor", help="check what this machine can run, and say how to install what is missing"
     )
     doctor.set_defaults(call=_doctor)
     doctor.add_argument("--json", action="store_true")
     add_hosts(doctor)
 
-    hosts = commands.add_parser("hosts", help="who is there of an inventory's hosts")
+    hosts = commands.add_parser("hosts", help="show which hosts of an inventory can be reached")
     hosts.set_defaults(call=_hosts)
     hosts.add_argument("--json", action="store_true")
     add_hosts(hosts, required=True)
 
     clean = commands.add_parser(
-        "clean", help="take down what killed runs left behind, and nothing else"
+        "clean", help="remove what killed runs left behind, and nothing else"
     )
     clean.set_defaults(call=_clean)
 

@@ -1,4 +1,4 @@
-"""Commands about OSv images."""
+"""Command `image`: builds and inspects OSv images."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from testbed.cli.common import Commands
 
 
 def add(commands: Commands) -> None:
-    """Of images."""
-    image = commands.add_parser("image", help="compose OSv images, and look into them")
+    """Add the command `image`."""
+    image = commands.add_parser("image", help="compose and inspect OSv images")
     kinds = image.add_subparsers(dest="kind", required=True, metavar="build|inspect")
     build = kinds.add_parser("build", help="compose an image from a definition in osv/")
     build.set_defaults(call=_image_build)

@@ -1,4 +1,4 @@
-"""Commands of pods that somebody builds by hand."""
+"""Commands about pods from Kubernetes manifests: `up`, `down`, `ps`, `logs`, `exec`, `trace`, …"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def add(commands: Commands) -> None:
-    """Of pods by hand."""
+    """Add the commands about pods."""
     _add_building(commands)
     _add_asking(commands)
     _add_top(commands)
@@ -33,17 +33,19 @@ def add(commands: Commands) -> None:
 def _add_building(commands: Commands) -> None:
     up = commands.add_parser(
         "up",
-        help="build the pods of a Kubernetes manifest, and leave them standing",
-        epilog="Which runtime: annotation testbed/runtime.CONTAINER, or runtimeClassName. "
-        "A pod whose keeper was killed is taken over.",
+        help="build the pods of a Kubernetes manifest, and leave them running",
+        epilog="The runtime is chosen by annotation testbed/runtime.CONTAINER, or by "
+        "runtimeClassName. A pod whose supervisor (keeper) was killed gets a new one.",
     )
     attach = commands.add_parser(
         "attach",
-        help="have a manifest's guests join a pod that somebody else made",
-        epilog="Links, programs and guests come into the namespace; what is there is left alone, "
-        "and is all that is there after 'testbed detach POD'.",
+        help="add a manifest's guests to a pod that somebody else made",
+        epilog="Adds links, eBPF programs and guests to the namespace, and changes nothing else. "
+        "'testbed detach POD' removes them.",
     )
-    adopt = commands.add_parser("adopt", help="take over a pod whose keeper was killed, as it is")
+    adopt = commands.add_parser(
+        "adopt", help="start a new supervisor (keeper) for a pod whose supervisor was killed"
+    )
     up.set_defaults(call=_up)
     attach.set_defaults(call=_attach)
     adopt.set_defaults(call=_adopt)
@@ -52,13 +54,13 @@ def _add_building(commands: Commands) -> None:
         type=Path,
         required=True,
         metavar="PATH",
-        help="its namespace: /run/netns/NAME or /proc/PID/ns/net",
+        help="the pod's namespace: /run/netns/NAME or /proc/PID/ns/net",
     )
     attach.add_argument(
         "--cgroup",
         type=Path,
         metavar="PATH",
-        help="its processes' cgroup (v2), for steer's fast path; without, they go by lo",
+        help="cgroup (v2) of the pod's processes, for steer's fast path; without it they use lo",
     )
     _pod(adopt, metavar="POD")
     for command in (up, attach):
@@ -67,12 +69,15 @@ def _add_building(commands: Commands) -> None:
             "--datapath",
             default="steer",
             metavar="NAME",
-            help="what makes localhost work (default: %(default)s)",
+            help="datapath that makes localhost work (default: %(default)s)",
         )
-        command.add_argument("--osv-kernel", type=Path, metavar="PATH", help="as for run")
+        command.add_argument("--osv-kernel", type=Path, metavar="PATH", help="as for testbed run")
     for command in (up, attach, adopt):
         command.add_argument(
-            "--wait", type=float, metavar="S", help="for the pods to be ready (default: 60)"
+            "--wait",
+            type=float,
+            metavar="S",
+            help="how long to wait for the pods to be ready (default: 60)",
         )
 
 
@@ -82,17 +87,17 @@ def _add_asking(commands: Commands) -> None:
     ps.add_argument("--json", action="store_true")
 
     for name, call, text in (
-        ("describe", _describe, "a pod's wiring: links, addresses, programs, counters, events"),
-        ("logs", _logs, "what a pod's workloads printed; a guest's console"),
+        ("describe", _describe, "show a pod's links, addresses, programs, counters and events"),
+        ("logs", _logs, "print the output of a pod's workloads, or a guest's console"),
         ("exec", _exec, "run a command inside a workload (exec POD -- COMMAND)"),
         ("down", _down, "take pods down"),
-        ("detach", _down, "the same, of guests that were attached to somebody else's pod"),
+        ("detach", _down, "remove guests that were attached to somebody else's pod"),
     ):
         command = commands.add_parser(name, help=text)
         command.set_defaults(call=call)
         _pod(command, metavar="POD", nargs="+" if call is _down else None)
         if name in ("logs", "exec"):
-            command.add_argument("-c", "--container", metavar="NAME", help="which workload")
+            command.add_argument("-c", "--container", metavar="NAME", help="name of the workload")
         if name == "logs":
             command.add_argument("-f", "--follow", action="store_true")
         if name == "exec":
@@ -102,15 +107,15 @@ def _add_asking(commands: Commands) -> None:
 
 
 def _pod(command: argparse.ArgumentParser, **options: Any) -> None:
-    """An argument that names pods."""
+    """Add an argument that names pods, with completion."""
 
-    def standing(**_: object) -> list[str]:
+    def running(**_: object) -> list[str]:
         from testbed.pods import control
 
         return control.names()
 
     argument = command.add_argument("pod", **options)
-    argument.completer = standing  # type: ignore[attr-defined]
+    argument.completer = running  # type: ignore[attr-defined]
 
 
 def _up(arguments: argparse.Namespace) -> int:
@@ -288,9 +293,8 @@ def _describe(arguments: argparse.Namespace) -> int:
 def _add_trace(commands: Commands) -> None:
     trace = commands.add_parser(
         "trace",
-        help="each packet at each of the datapath's programs, and what became of it",
-        epilog="Ends with Ctrl-C. While it runs, the pod's programs are slower; before and after, "
-        "they are not.",
+        help="show each packet at each of the datapath's programs, and what became of it",
+        epilog="Ends with Ctrl-C. The pod's programs are slower while it runs, and only then.",
     )
     trace.set_defaults(call=_trace)
     _pod(trace, metavar="POD")
@@ -299,10 +303,10 @@ def _add_trace(commands: Commands) -> None:
         "--pcap",
         type=Path,
         metavar="FILE",
-        help="write them as pcapng, too: how they came, and how they went",
+        help="also write the packets as pcapng, before and after each program",
     )
-    trace.add_argument("--count", type=int, metavar="N", help="end after so many")
-    trace.add_argument("--json", action="store_true", help="a line of JSON for each")
+    trace.add_argument("--count", type=int, metavar="N", help="end after N packets")
+    trace.add_argument("--json", action="store_true", help="print a line of JSON for each packet")
 
 
 def _trace(arguments: argparse.Namespace) -> int:
@@ -323,25 +327,25 @@ def _trace(arguments: argparse.Namespace) -> int:
                 if capture:
                     trace.write(capture, event)
         if tracing.missed:
-            _say(f"{tracing.missed} were missed: too many at once")
+            _say(f"{tracing.missed} packets were missed: too many at once")
     return 0
 
 
 def _add_top(commands: Commands) -> None:
     top = commands.add_parser(
-        "top", help="packets and bits per second of each pair of workloads, and what is counted"
+        "top", help="show packets and bits per second of each pair of workloads, and counters"
     )
     top.set_defaults(call=_top)
-    _pod(top, metavar="POD", nargs="*", help="default: all")
+    _pod(top, metavar="POD", nargs="*", help="default: all pods")
     top.add_argument(
         "--interval",
         type=float,
         default=1.0,
         metavar="S",
-        help="between two looks (default: %(default)s)",
+        help="seconds between two readings (default: %(default)s)",
     )
     top.add_argument("--once", action="store_true", help="print one interval, and end")
-    top.add_argument("--json", action="store_true", help="the same, as JSON")
+    top.add_argument("--json", action="store_true", help="print one interval as JSON, and end")
 
 
 def _top(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Commands that read stored campaigns; none needs root."""
+"""Commands that read stored campaigns: `table`, `figures`, `report`, … None needs root."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def add(commands: Commands) -> None:
-    """Of stored campaigns."""
+    """Add the commands about stored campaigns."""
     _add_figures(commands)
     _add_table(commands)
     _add_report(commands)
@@ -81,8 +81,8 @@ def _report(arguments: argparse.Namespace) -> int:
 def _add_keep(commands: Commands) -> None:
     keep = commands.add_parser(
         "keep",
-        help="keep a stored campaign for reference: whole, and small enough for git",
-        epilog="'testbed compare results/reference/NAME DIR' holds a later one against it.",
+        help="archive a stored campaign as a reference, compressed for git",
+        epilog="'testbed compare results/reference/NAME DIR' compares a later one with it.",
     )
     keep.set_defaults(call=_keep)
     keep.add_argument("directory", type=Path, metavar="DIR")
@@ -104,8 +104,8 @@ def _keep(arguments: argparse.Namespace) -> int:
 def _add_claims(commands: Commands) -> None:
     claims = commands.add_parser(
         "claims",
-        help="say whether a stored campaign bears out what its plan claims",
-        epilog="Exit status: 0 all claims hold, 1 one does not, 3 nobody can tell.",
+        help="judge the claims of a stored campaign's plan by its results",
+        epilog="Exit status: 0 all claims hold, 1 some do not hold, 3 unclear.",
     )
     claims.set_defaults(call=_claims)
     claims.add_argument("directory", type=Path, metavar="DIR")
@@ -141,7 +141,7 @@ def _add_paper(commands: Commands) -> None:
         "--proof",
         type=Path,
         metavar="DIR",
-        help="of plan proof: what came of the claims (default: results/reference/proof)",
+        help="campaign of plan proof, which judges the claims (default: results/reference/proof)",
     )
 
 
@@ -158,12 +158,17 @@ def _paper(arguments: argparse.Namespace) -> int:
 def _add_compare(commands: Commands) -> None:
     compare = commands.add_parser(
         "compare",
-        help="hold a stored campaign against an earlier one (needs no root)",
-        epilog="Exit status: 0 none slower, 1 some slower, 3 could not compare.",
+        help="compare a stored campaign with an earlier one (needs no root)",
+        epilog="Exit status: 0 no cell is slower, 1 some are slower, 3 could not compare.",
     )
     compare.set_defaults(call=_compare)
     compare.add_argument("before", type=Path, metavar="A", help="directory of the earlier campaign")
-    compare.add_argument("after", type=Path, metavar="B", help="of the later; gets the figure")
+    compare.add_argument(
+        "after",
+        type=Path,
+        metavar="B",
+        help="directory of the later campaign; the figure is written there",
+    )
     compare.add_argument(
         "--band",
         type=_band,
@@ -200,7 +205,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def print_table(campaign: Results, as_json: bool) -> None:
-    """A campaign's table, and what came of its claims; or the table as JSON."""
+    """Print a campaign's table and its claims, or the table as JSON."""
     from testbed.reports import claims, table
 
     if as_json:

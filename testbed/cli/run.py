@@ -1,4 +1,4 @@
-"""Command that measures."""
+"""Command `run`: runs a plan as a campaign, and draws its figures."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ if TYPE_CHECKING:
 
 
 def add(commands: Commands) -> None:
-    """Of campaigns."""
+    """Add the command `run`."""
     run = commands.add_parser(
         "run",
         help="run a plan: build pods, measure, draw figures, take everything down",
-        epilog="An interrupted run goes on with --resume DIR.",
+        epilog="Continue an interrupted run with --resume DIR.",
     )
     run.set_defaults(call=_run)
     run.add_argument(
         "--plan",
         default="standard",
         metavar="NAME|FILE.toml",
-        help="a plan of experiments/ or a file (default: %(default)s)",
+        help="name of a plan in experiments/, or a file (default: %(default)s)",
     )
     run.add_argument(
         "--cells",
         action="append",
         metavar="GLOB",
-        help="only cells like 'capture/*/ipv6/*' (may be repeated)",
+        help="only cells that match, such as 'capture/*/ipv6/*' (may be repeated)",
     )
     common.add_guest(run)
-    run.add_argument("--blocks", type=_positive, metavar="N", help="instead of the plan's number")
+    run.add_argument(
+        "--blocks", type=_positive, metavar="N", help="number of blocks, instead of the plan's"
+    )
     run.add_argument(
         "--out", type=Path, metavar="DIR", help="campaign directory (default: results/TIME-PLAN)"
     )
+    run.add_argument("--resume", type=Path, metavar="DIR", help="continue an interrupted campaign")
     run.add_argument(
-        "--resume", type=Path, metavar="DIR", help="go on with an interrupted campaign"
-    )
-    run.add_argument(
-        "--seed", type=int, default=1, help="of the random order (default: %(default)s)"
+        "--seed", type=int, default=1, help="seed of the random order (default: %(default)s)"
     )
     run.add_argument(
         "--keep",
         action="store_true",
-        help="stop at the first pod that fails, and leave it standing",
+        help="stop at the first pod that fails, and leave it running",
     )
     run.add_argument("--json", action="store_true", help="print the table as JSON")
     common.add_hosts(run)

@@ -1,4 +1,4 @@
-"""Inventory: the hosts of a TOML file, chosen by name or label."""
+"""Inventory: reads the hosts of a TOML file, and chooses among them by name or label."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from testbed.model.terms import Family
 from testbed.schema import Table
 
 _TEXT = r"^[^\x00-\x1f\x7f]+$"
-"""Something printable."""
+"""Text without control characters."""
 
 
 @dataclass(frozen=True)
@@ -27,25 +27,25 @@ class Host:
     name: str
     address: str
     known_hosts: Path
-    """Where the host's key is on file; one file for the whole inventory."""
+    """The known_hosts file with the host's key; one file for the whole inventory."""
     port: int = 22
     user: str = "root"
     key: Path | None = None
-    """Private key; None: the agent's keys, and those in ~/.ssh."""
+    """Private key. None: the keys of the SSH agent, and those in ~/.ssh."""
     sudo: bool = False
-    """Become root there by `sudo -n`."""
+    """Whether to become root on the host by `sudo -n`."""
     labels: tuple[str, ...] = ()
     """Names of groups, for --on."""
     cpus: tuple[int, ...] = ()
-    """CPUs to use; none: all."""
+    """CPUs to use. Empty: all CPUs."""
     directory: str = "/var/lib/testbed"
-    """Where to work there."""
+    """Directory of the testbed on the host."""
     link: tuple[str, ...] = ()
-    """Its addresses on the link to other hosts, for cells between two; none: `address`."""
+    """Addresses on the link to other hosts, for cells between two hosts. Empty: `address`."""
 
     @property
     def on_link(self) -> dict[Family, str]:
-        """Where it is met on that link. Raises `Error` for a name that has no address."""
+        """Address on that link, by family. Raises `Error` for a name that has no address."""
         found: dict[Family, str] = {}
         for word in self.link or (self.address,):
             try:
@@ -58,14 +58,14 @@ class Host:
 
 
 class _Inventory(Table):
-    """An inventory's file."""
+    """Schema of an inventory file."""
 
     known_hosts: str | None = Field(None, min_length=1, description="a path")
     hosts: list[dict[str, Any]]
 
 
 class _Host(Table):
-    """A `[[hosts]]` table."""
+    """Schema of a `[[hosts]]` table."""
 
     name: str = schema.word(dots=True)
     address: str = Field(pattern=_TEXT, description="a name or an IP address")
@@ -86,9 +86,9 @@ class _Host(Table):
 
 
 def load(path: Path) -> tuple[Host, ...]:
-    """The hosts of an inventory; paths in it are relative to it.
+    """Read the hosts of an inventory. Paths in the file are relative to it.
 
-    Raises `Error` that names file, key and what was expected there.
+    Raises an `Error` that names the file, the key and what was expected.
     """
     where = f"inventory {path}"
     data = schema.toml(path, "inventory", "see experiments/hosts.example.toml")
@@ -122,9 +122,9 @@ def _file(name: str | None, key: str, beside: Path, where: str) -> Path | None:
 
 
 def choose(hosts: Sequence[Host], wanted: Sequence[str]) -> tuple[Host, ...]:
-    """The hosts that are wanted by name or label, in the inventory's order; all if none is named.
+    """The hosts with a wanted name or label, in the inventory's order; all hosts if none is wanted.
 
-    Raises `Error` for a word that is neither.
+    Raises `Error` for a word that is neither a name nor a label.
     """
     for word in wanted:
         if not any(word in (host.name, *host.labels) for host in hosts):

@@ -1,4 +1,4 @@
-"""What is carried to a host: this clone's files, named by their content."""
+"""Package: the files of this clone that are copied to other hosts, named by their hash."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ class Package:
 
     files: Mapping[str, Path]
     sha256: str
-    """Of names, modes and contents."""
+    """SHA-256 of names, modes and contents of the files."""
     environment: str
-    """SHA-256 of what `bootstrap` reads: hosts with the same need no new Python environment."""
+    """SHA-256 of the files that `bootstrap` reads. If it is the same, the Python environment on the
+    host is used again."""
 
     def archive(self) -> bytes:
         """All files as a compressed tar."""
@@ -36,7 +37,7 @@ class Package:
 
 @cache
 def package() -> Package:
-    """The files of this clone that git has or would take, but for texts, tests and results."""
+    """The files of this clone that git tracks or would add, without paper, tests and results."""
     command = [
         "git",
         "-C",
@@ -60,7 +61,7 @@ def package() -> Package:
     listed = {
         name: paths.ROOT / name for name in sorted(set(filter(None, done.stdout.split("\0"))))
     }
-    files = {name: path for name, path in listed.items() if path.is_file()}  # not deleted ones
+    files = {name: path for name, path in listed.items() if path.is_file()}  # no deleted files
     reads = [files[name] for name in ("bootstrap", "packages.txt", "pyproject.toml")]
     return Package(files, _digest(files), _digest({path.name: path for path in reads}))
 

@@ -1,19 +1,20 @@
-"""Hosts reached by SSH: an inventory names them, fabric reaches them, a worker is started on each.
+"""Remote places: starts a campaign's workers on hosts that are reached by SSH.
 
-What a host needs is carried there by content, and only once: this project's files, an OSv kernel
-that is found here. Its Python environment is made by `bootstrap`, once for each set of
-requirements; images are composed there, by the same code, of the host's own libraries. At every
-contact the host's doctor is asked, and what a killed run has left there is taken down (a pod that
-was kept, too).
+Each host gets what it needs: this project's files, and the OSv kernel that is found on this
+machine. Both are named by their hash and copied only once. `bootstrap` makes the Python
+environment, once for each set of requirements. Images are composed on the host, from the host's own
+libraries. At every contact the host's doctor runs, and what a killed run left behind is removed
+(also a pod that was left standing).
 
     DIRECTORY/packages/HASH        this project's files
-    DIRECTORY/environments/HASH    where `bootstrap` ran, by what it reads
+    DIRECTORY/environments/HASH    Python environments, named by the hash of what `bootstrap` reads
     DIRECTORY/kernels/HASH.elf     OSv kernels
     DIRECTORY/campaigns/HASH       consoles, until they are fetched
 
-A host is believed only by the key that is on file for it. What fails on one host is that host's
-error; nothing is ever run here in its place. Cells between two hosts take hosts by twos: the first
-of each has the worker, the second the servers' pod (`far`), and measures nothing itself.
+A host must show the key that known_hosts has for it. If a host fails, that is the host's error;
+nothing is run on this machine in its place. Cells between two hosts take the hosts in pairs: the
+worker runs on the first host of a pair. The second host is the far end, which runs the servers' pod
+and measures nothing.
 """
 
 from __future__ import annotations
@@ -40,33 +41,21 @@ from testbed.remote.site import Say, Site
 from testbed.remote.ssh import ChannelReader, ChannelWriter, Link
 
 END_LIMIT_S = 60
-"""How long a worker may take to take everything down."""
-
-
-# --- inventory ------------------------------------------------------------------------------
-
-
-# --- what is carried ------------------------------------------------------------------------
-
-
-# --- link -----------------------------------------------------------------------------------
-
-
-# --- a host at work -------------------------------------------------------------------------
+"""Time that a worker may need to take everything down."""
 
 
 class Place:
-    """Where a campaign's worker runs: a host."""
+    """A remote host that a campaign's worker can be started on."""
 
     def __init__(self, host: Host, far: Host | None = None, number: int = 0) -> None:
-        """`far`: the other host of cells between two, of which this is the `number`-th first."""
+        """`far` is the other host of cells between two hosts, `number` the number of the pair."""
         self.host, self.name = host, host.name
         self._far, self._number = far, number
 
     def start(self, job: Job, log: BinaryIO, say: Say) -> Worker:
-        """Bring the host up to date and start a worker there, with its job; it complains to `log`.
+        """Update the host's files and start a worker there, whose standard error goes to `log`.
 
-        Raises `Error` if the host cannot be reached or cannot run it.
+        Raises `Error` if the host cannot be reached or cannot run a worker.
         """
         say("connecting")
         link = Link(self.host)
@@ -95,9 +84,9 @@ class Place:
 
 
 def places(hosts: Sequence[Host], between: bool) -> list[Place]:
-    """Where workers run: on every host, or, for cells `between` two, on the first of each two.
+    """Places of workers: every host, or the first host of each pair for cells `between` two hosts.
 
-    Raises `Error` if one host is left alone.
+    Raises `Error` for an odd number of hosts, if they are needed in pairs.
     """
     if not between:
         return [Place(host) for host in hosts]
@@ -111,7 +100,7 @@ def places(hosts: Sequence[Host], between: bool) -> list[Place]:
 
 
 class _Far:
-    """The servers' pod on the other host, as long as it is wanted."""
+    """The far end (`campaigns.far_end`) on the second host of a pair, until it is closed."""
 
     def __init__(self, host: Host, side: Side, log: BinaryIO) -> None:
         self._link = Link(host)
@@ -133,7 +122,7 @@ class _Far:
             raise
 
     def close(self) -> None:
-        """Have it taken down, and wait for that."""
+        """Have the pod taken down, and wait for that."""
         with suppress(OSError):
             self.channel.shutdown_write()
         self.channel.status_event.wait(END_LIMIT_S)
@@ -141,17 +130,18 @@ class _Far:
 
 
 class Worker:
-    """A worker on a host, with what `campaign` uses of the Popen of a local one."""
+    """A worker process on a host, with the interface of `places.Worker`."""
 
     def __init__(self, site: Site, job: Job, log: BinaryIO, far: _Far | None = None) -> None:
-        """`far` ends with it."""
+        """`far` is closed when the worker has ended."""
         self._link, self._far = site.link, far
         self._consoles = Path(job.directory, "consoles")
-        # The same for every contact of a campaign: what a lost link left is fetched by the next.
+        # The same directory for every contact of a campaign: if the link is lost, the next contact
+        # fetches the consoles.
         campaign = hashlib.sha256(f"{platform.node()}:{job.directory}".encode()).hexdigest()
         self._directory = f"{site.host.directory}/campaigns/{campaign}"
         job = replace(job, directory=self._directory, osv_kernel=site.kernel(job))
-        # Its shell outlives it, to tell of a signal that ended it.
+        # The shell outlives the worker, so that its status says if a signal ended the worker.
         self._channel = site.link.start(f"({site.python('testbed.campaigns.worker')}); exit $?")
         channels = [self._channel, *([far.channel] if far else ())]
         self.stdin = io.TextIOWrapper(io.BufferedWriter(ChannelWriter(*channels)))
@@ -167,7 +157,7 @@ class Worker:
             log.flush()
 
     def wait(self) -> int:
-        """Its exit status, when it has ended; -1 if the link was lost. Consoles are fetched."""
+        """Wait for the worker, and fetch consoles. Its exit status; -1 if the link is lost."""
         try:
             self._channel.status_event.wait(END_LIMIT_S)
             status = self._channel.exit_status
@@ -192,12 +182,9 @@ class Worker:
 
 
 def _files(packed: bytes) -> Iterator[tuple[PurePosixPath, bytes]]:
-    """Plain files of a tar that stay below where they are unpacked."""
+    """Regular files of a tar archive, without those whose path leads out of the archive."""
     with tarfile.open(fileobj=io.BytesIO(packed), mode="r:gz") as tar:
         for member in tar:
             name, file = PurePosixPath(member.name), tar.extractfile(member)
             if member.isreg() and file and not name.is_absolute() and ".." not in name.parts:
                 yield name, file.read()
-
-
-# --- looking ---------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A host that has been reached: the testbed is carried there, and its doctor asked."""
+"""Site: a host with the testbed installed, on which its commands can be run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Say = Callable[[str], None]
 
 
 class Site:
-    """A host that has been reached, has what it needs, and had its doctor asked."""
+    """A host that is connected and has this project's files and a Python environment."""
 
     def __init__(self, link: Link, say: Say) -> None:
         self.link, self.host = link, link.host
@@ -39,11 +39,11 @@ class Site:
         link.run(f"{quote(self._environment)}/bootstrap >&2")
 
     def testbed(self, *arguments: str) -> str:
-        """The line of shell that is a command of the testbed there."""
+        """A shell line that runs a command of the testbed on the host."""
         return self.python("testbed.cli", *arguments)
 
     def python(self, module: str, *arguments: str) -> str:
-        """The line of shell that runs a module of the testbed there."""
+        """A shell line that runs a Python module of the testbed on the host."""
         at, pin = quote(self._package), ""
         if self.host.cpus:
             pin = f"taskset --cpu-list {','.join(map(str, self.host.cpus))} "
@@ -54,7 +54,7 @@ class Site:
         )
 
     def findings(self) -> list[dict[str, str]]:
-        """What the host's doctor finds: the fields of each `doctor.Finding`."""
+        """Run the host's doctor: the fields of each `doctor.Finding`."""
         output = self.link.run(f"({self.testbed('doctor', '--json')}) || test $? = 1")
         try:
             found: list[dict[str, str]] = json.loads(output)
@@ -63,17 +63,20 @@ class Site:
         return found
 
     def clean(self) -> None:
-        """Take down what killed runs have left there."""
+        """Remove what killed runs have left behind on the host."""
         self.link.run(self.testbed("clean"))
 
     def kernel(self, job: Job) -> str | None:
-        """Where the OSv kernel that is found here stands there; carried, if it does not yet."""
+        """Path on the host of the OSv kernel that is found here, copied if it is not there yet.
+
+        None: no OSv kernel is wanted, or none is found here.
+        """
         if job.guest not in ("osv", "best"):
             return None
         explicit = Path(job.osv_kernel) if job.osv_kernel else None
         found = kernels.find_osv(explicit, download=False)
         if found is None:
-            return None  # the host has one itself, or can download it, or says that it has none
+            return None  # the host may have one itself, or may download one
         there = f"{self._at}/kernels/{found.sha256}.elf"
         if not self.link.test(f"test -e {quote(there)}"):
             new = f"{quote(there)}.$$"
@@ -86,7 +89,7 @@ class Site:
 
 
 def _filling(folder: str, command: str) -> str:
-    """A line of shell that makes a folder, with its name only when `command` has filled it."""
+    """A shell script that fills a folder by `command` and then gives it its name, atomically."""
     above = quote(str(PurePosixPath(folder).parent))
     return f"""set -e; umask 077; mkdir -p {above}; new=$(mktemp -d {quote(folder)}.XXXXXX)
 trap 'rm -rf "$new"' EXIT

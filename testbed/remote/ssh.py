@@ -1,4 +1,4 @@
-"""A connection to a host by SSH (fabric, paramiko): commands as root, and their streams."""
+"""SSH connection to a host (fabric, paramiko): runs commands as root, with their streams."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from testbed.remote.inventory import Host
 
 CONNECT_LIMIT_S = 10
 LINK_LIMIT_S = 20
-"""How long what was sent may stay unacknowledged until the link is given up (TCP_USER_TIMEOUT)."""
+"""Time that sent data may stay unacknowledged until the connection is closed (TCP_USER_TIMEOUT)."""
 
 
 class RefuseUnknownKey:
-    """A host whose key is not on file is refused (paramiko's MissingHostKeyPolicy)."""
+    """Refuses a host whose key is not in known_hosts (paramiko's MissingHostKeyPolicy)."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
@@ -37,7 +37,7 @@ class RefuseUnknownKey:
 
 
 class Link:
-    """A connection to a host. Raises `Error` if it cannot be made, or a command there fails."""
+    """SSH connection to a host. Raises `Error` if it cannot be made, or if a command fails."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
@@ -52,7 +52,7 @@ class Link:
             if host.known_hosts.exists():
                 client.load_system_host_keys(str(host.known_hosts))
             self._connection.open()
-            # Workers speak in short lines; both ends must notice when the other is gone.
+            # Events are short lines, so no Nagle. Both ends must notice when the other is gone.
             wire = self._connection.transport.sock
             wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, LINK_LIMIT_S * 1000)
@@ -88,18 +88,18 @@ class Link:
         self.close()
 
     def close(self) -> None:
-        """Let go of the host. A worker there takes that as its order to end."""
+        """Close the connection. A worker on the host then ends."""
         self._connection.close()
 
     def run(self, line: str, data: bytes = b"") -> bytes:
-        """What a line of shell, run as root there, prints; `data` is its standard input."""
+        """Run a shell line as root on the host, with `data` as its input; returns its output."""
         with self.start(line) as channel:
             errors: list[bytes] = []
             listener = threading.Thread(
                 target=lambda: errors.extend(ChannelReader(channel.recv_stderr))
             )
             listener.start()
-            with suppress(OSError):  # it ended before it had read all: its status tells why
+            with suppress(OSError):  # it ended before it had read all data: its status says why
                 channel.sendall(data)
                 channel.shutdown_write()
             output = ChannelReader(channel.recv).readall()
@@ -109,11 +109,11 @@ class Link:
             return output
 
     def test(self, line: str) -> bool:
-        """Whether a line of shell succeeds there."""
+        """Whether a shell line succeeds on the host."""
         return self.run(f"{line} && echo yes || true") == b"yes\n"
 
     def start(self, line: str) -> paramiko.Channel:
-        """Start a line of shell as root there; its streams are the channel's."""
+        """Start a shell line as root on the host. Its streams are those of the channel."""
         command = f"sh -c {quote(line)}"
         if self.host.sudo:
             command = f"sudo -n -H {command}"
@@ -132,7 +132,7 @@ class Link:
 
 
 class ChannelReader(io.RawIOBase):
-    """A stream of a channel as Python's own: paramiko's complain when they are collected late."""
+    """A stream of a channel as a Python file. paramiko's own files raise when collected late."""
 
     def __init__(self, receive: Callable[[int], bytes]) -> None:
         self._receive = receive
@@ -147,7 +147,7 @@ class ChannelReader(io.RawIOBase):
 
 
 class ChannelWriter(io.RawIOBase):
-    """The standard input of channels, the same for all; closing it is its end."""
+    """Writes the same data to the standard input of several channels. Closing it ends the input."""
 
     def __init__(self, *channels: paramiko.Channel) -> None:
         self._channels = channels
@@ -163,6 +163,6 @@ class ChannelWriter(io.RawIOBase):
     def close(self) -> None:
         if not self.closed:
             for channel in self._channels:
-                with suppress(OSError):  # the link is gone, and the stream with it
+                with suppress(OSError):  # the connection is gone, and the stream with it
                     channel.shutdown_write()
         super().close()

@@ -1,4 +1,4 @@
-"""Looks at hosts: kernel, load, devices, doctor; nothing is measured."""
+"""Survey of hosts, in parallel: kernel, load and devices, or the doctor's findings."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from testbed.remote.ssh import Link
 
 @dataclass(frozen=True)
 class Seen:
-    """What a look at a host tells; nothing is carried there for it, and no guest booted."""
+    """Kernel, CPUs, load and devices of a host. Nothing is installed there to find them out."""
 
     kernel: str
     cpus: int
     load: tuple[float, float, float]
-    """Averages over 1, 5 and 15 minutes."""
+    """Load averages over 1, 5 and 15 minutes."""
     kvm: bool
-    """There is a /dev/kvm; whether guests boot with it is for the doctor to tell."""
+    """Whether there is a /dev/kvm. Only the doctor finds out whether guests boot with it."""
     vhost_net: bool
+    """Whether there is a /dev/vhost-net."""
 
     def __str__(self) -> str:
         load = " ".join(f"{average:.2f}" for average in self.load)
@@ -36,7 +37,7 @@ for device in kvm vhost-net; do test -e /dev/$device && echo yes || echo no; don
 
 
 def look(host: Host) -> Seen:
-    """A look at a host. Raises `Error` if it cannot be reached, or refuses."""
+    """Look at a host. Raises `Error` if it cannot be reached, or refuses the login."""
     with Link(host) as link:
         kernel, cpus, load, kvm, vhost_net = link.run(_LOOK).decode().splitlines()
     one, five, fifteen = map(float, load.split())
@@ -44,13 +45,13 @@ def look(host: Host) -> Seen:
 
 
 def examine(host: Host) -> list[dict[str, str]]:
-    """What the doctor finds on a host, which is brought up to date for it."""
+    """Run the doctor on a host, with this clone's files. Returns the fields of its findings."""
     with Link(host) as link:
         return Site(link, lambda _: None).findings()
 
 
 def each(hosts: Sequence[Host], ask: Callable[[Host], Any]) -> Iterator[tuple[Host, Any]]:
-    """Ask all hosts at once; (host, answer or `Error`), in their order."""
+    """Call `ask` for all hosts in parallel; yields (host, answer or `Error`) in their order."""
 
     def answer(host: Host) -> Any:
         try:
