@@ -35,7 +35,9 @@ def main() -> None:
         datapath = Routed(side)
         manifest = roles.manifest(datapath.pairs, Runtime.STANDIN)
         clients = {
-            client: datapath.far for pair in datapath.pairs for client, _ in roles.ends(pair)
+            client: datapath.server_addresses
+            for pair in datapath.pairs
+            for client, _ in roles.ends(pair)
         }
         with Owner() as owner:
             consoles = ledger.create_folder(owner, f"{owner.id}-consoles")

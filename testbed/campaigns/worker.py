@@ -172,8 +172,9 @@ class _Bench:
         built = Built()
         stack.callback(self._close, built)
         names = [f"{name}-{k}" for k in range(deployment.pods)] if deployment.pods > 1 else [name]
-        servers = {server for pair in pairs for _, server in roles.ends(pair) if datapath.far}
-        elsewhere = dict.fromkeys(servers, datapath.far)
+        addresses = datapath.server_addresses
+        servers = {server for pair in pairs for _, server in roles.ends(pair) if addresses}
+        elsewhere = dict.fromkeys(servers, addresses)
         pods = (
             Pod(self.owner, name, manifest, datapath, kinds, consoles, elsewhere=elsewhere)
             for name in names

@@ -1,9 +1,9 @@
-"""Ways of making `localhost` work in a pod: one file each, found by its name.
+"""Datapaths: ways of making `localhost` work in a pod. One module each, found by its name.
 
-A datapath is told the finished wiring as plain data and attaches itself; it never builds links. To
-add one: a module here whose `DATAPATH` is an `interface.Datapath`, and at most one file in `bpf/`.
-Another distribution adds one by an entry point of group `testbed.datapaths`: its name, and where
-its `DATAPATH` is.
+A datapath gets the finished links as plain data (`Wiring`), and attaches itself to them; it never
+makes links between pod and guests. To add one: a module here whose `DATAPATH` is an
+`interface.Datapath`, and at most one file in `bpf/`. Another distribution adds one by an entry
+point of group `testbed.datapaths`, which has its name and refers to its `DATAPATH`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from testbed.datapaths.interface import Datapath
 from testbed.model.errors import Error
 
 SHARED = {"interface", "link_counters", "between_hosts", "ebpf"}
-"""Modules here that are no datapath."""
+"""Modules here that are not datapaths."""
 
 
 def get(name: str) -> Datapath:
-    """The datapath of that name, whichever variant. Raises `Error` if there is none."""
+    """The datapath of a name, of which a variant (`~…`) is ignored. Raises `Error` without one."""
     name = name.partition("~")[0]
     if name in _own():
         found = import_module(f"{__name__}.{name}").DATAPATH
@@ -34,12 +34,12 @@ def get(name: str) -> Datapath:
 
 
 def names() -> list[str]:
-    """Of all datapaths, in the order of rows and bars."""
+    """Names of all datapaths, in the order of rows in tables and bars in figures."""
     return sorted(_known(), key=lambda name: get(name).look.rank)
 
 
 def reference(name: str) -> str:
-    """What a datapath's cells are divided by; those of a variant, by the datapath itself."""
+    """Name of the datapath whose cells are the divisor; of a variant it is the datapath itself."""
     base, variant, _ = name.partition("~")
     return base if variant else get(name).reference
 

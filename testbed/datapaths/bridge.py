@@ -1,7 +1,7 @@
-"""No `localhost`: the client dials the server's link address over a veth and a Linux bridge.
+"""Datapath `bridge`: the client dials the server's link address over a veth and a Linux bridge.
 
-The bridge is outside the pod, where container networks have it. What `capture`, which uses the same
-links, is divided by.
+There is no `localhost`. The bridge is outside the pod, as in container networks. It is the
+reference of `capture`, which uses the same links.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from testbed.model.looks import Look
 
 
 class Bridge(Datapath):
+    """The server's link address, over a veth and a Linux bridge."""
+
     name = "bridge"
     look = Look(30, "#E69F00", hatch="////", line="--", marker="^")
     layout = Layout.BRIDGE

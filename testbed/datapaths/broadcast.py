@@ -1,9 +1,10 @@
-"""eBPF copies every local packet to every workload; those that are not meant drop their copies.
+"""Datapath `broadcast`: eBPF copies each local packet to all workloads; all but one drop it.
 
-The idea of the one public system that carries `localhost` between runtimes, made as correct as it
-can be: not its code, which never translates ports or checksums of layer 4 and has no working IPv6.
-What the programs do is told in `bpf/broadcast.c`; here they are attached, to `lo` and to guests'
-ports. The price of the idea grows with the number of workloads, and natives pay it, too.
+It reimplements the idea of the one public system that carries `localhost` between runtimes, as
+correctly as possible. That system's code is not used: it translates neither ports nor checksums of
+layer 4, and its IPv6 does not work. The cost grows with the number of workloads, for natives, too.
+
+`bpf/broadcast.c` describes the programs. They are attached here, to `lo` and to guests' ports.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from testbed.model.errors import Error
 from testbed.model.looks import Look
 
 REASONS = bpf.reasons("broadcast")
-"""What counters say, in the order of `enum reason`."""
+"""Names of the counters, in the order of `enum reason`."""
 
 MAX_COPIES = 64
-"""Of one packet: what the kernel's verifier is willing to follow."""
+"""Most copies of one packet: the kernel's verifier rejects programs with more."""
 
 
 class Broadcast(Datapath):
+    """A copy of each local packet to each workload."""
+
     name = "broadcast"
     look = Look(110, "#000000", line=(8, 2), marker="h")
     reference = "direct"
@@ -61,7 +64,7 @@ def _pod_guests(programs: ProgramSet) -> bpf.Map:
 
 
 def clear_pod_guests(pins: str, slot: int) -> None:
-    """Clear a pod's row; programs that are gone are no error."""
+    """Clear a pod's row in the map `pod_guests`. It is no error if the programs are gone."""
     if Path(pins, "users").exists():
         programs = ProgramSet(Path(pins), slot)
         _pod_guests(programs)[slot,] = (0,)

@@ -1,8 +1,8 @@
-"""eBPF moves `localhost` packets from the pod's `lo` to the guest that owns the port, and back.
+"""Datapath `capture`: eBPF moves packets from the pod's `lo` to the guest that owns the port.
 
-What the programs do is told in `bpf/capture.c`; here they are attached: to `lo` and the veth in the
-pod's namespace, and to the bridge's ports in that of its links. The kernel's own loopback serves
-whatever no guest owns.
+Replies go back the same way. `bpf/capture.c` describes the programs. They are attached here: to
+`lo` and the veth in the pod's namespace, and to the ports of the bridge in the namespace of its
+links. Ports that no guest owns are left to the kernel's own loopback.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from testbed.model.cells import Pair
 from testbed.model.looks import Look
 
 REASONS = bpf.reasons("capture")
-"""What counters say, in the order of `enum reason`."""
+"""Names of the counters, in the order of `enum reason`."""
 
 
 class Capture(Datapath):
+    """eBPF on `lo`, the pod's veth, and a bridge."""
+
     name = "capture"
     look = Look(50, "#D55E00", hatch="\\\\\\\\", marker="D")
     layout = Layout.BRIDGE
@@ -58,7 +60,7 @@ def _pods(programs: ProgramSet) -> bpf.Map:
 
 
 def forget_pod(pins: str, slot: int) -> None:
-    """Clear a pod's row; programs that are gone are no error."""
+    """Clear a pod's row in the map `pods`. It is no error if the programs are gone."""
     if Path(pins, "users").exists():
         programs = ProgramSet(Path(pins), slot)
         _pods(programs)[slot,] = (0, 0)

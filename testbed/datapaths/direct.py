@@ -1,6 +1,6 @@
-"""No `localhost`: the client dials the server's link address over a tap in the pod's namespace.
+"""Datapath `direct`: the client dials the server's link address over a tap in the pod's namespace.
 
-What `steer`, which uses the same link, is divided by.
+There is no `localhost`. It is the reference of `steer`, which uses the same link.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from testbed.model.looks import Look
 
 
 class Direct(Datapath):
+    """The server's link address, over a tap."""
+
     name = "direct"
     look = Look(20, "#56B4E9", hatch="..", line=(1, 1), marker="s")
     reference = "direct"

@@ -1,11 +1,14 @@
-"""What a search finds first: nftables turns `localhost` into guests' addresses, and back.
+"""Datapath `dnat`: nftables translates `localhost` to guests' addresses (destination NAT).
 
-Destination NAT in the pod's namespace, with `route_localnet` on guests' ports so that translated
-packets may have loopback addresses there, as kube-proxy has it; conntrack remembers the way back.
-IPv6 has no such setting, but takes packets that were translated to ::1 where ::1 has a local route
-on that very link (else they count as Ip6InNoRoutes). What is opened is closed again: frames from a
-guest with addresses not its own, or for a loopback address, are dropped before translation. Names
-are not hidden, and natives can still bind a guest's port, where nobody at `localhost` reaches them.
+It is the solution that most people find first. Rules are in the pod's namespace, and conntrack
+translates the replies. As with kube-proxy, `route_localnet` on guests' ports lets translated
+packets have loopback addresses there. IPv6 has no such setting. But it accepts packets that were
+translated to ::1 if ::1 has a local route on the link that they come from (otherwise they are
+counted as Ip6InNoRoutes).
+
+What these settings would let in from guests is dropped before translation: packets with a source
+address that is not the guest's, or for a loopback address. Peers' names are not hidden. Natives can
+still bind a guest's port, but nobody at `localhost` reaches them there.
 """
 
 from __future__ import annotations
@@ -24,10 +27,12 @@ from testbed.model.terms import Family
 
 LOCAL_TABLE = 255
 LO_METRIC = 1024
-"""Of routes for ::1 on guests' links: natives go on using that of `lo`, which has 0."""
+"""Metric of routes for ::1 on guests' links. Natives use the route of `lo`, whose metric is 0."""
 
 
 class Dnat(Datapath):
+    """Destination NAT by nftables."""
+
     name = "dnat"
     look = Look(70, "#009E73", hatch="++++", line="-.", marker="P")
     reference = "direct"
@@ -54,7 +59,7 @@ class _Attachment(LinkCounters):
         self._open(wiring)
 
     def detach(self) -> None:
-        """The rest is settings of links and of a namespace that go with the pod."""
+        """Delete the rules. Settings of links and of the namespace go with the pod."""
         nft.load(self.wiring.netns, f"delete table inet {self.wiring.netns}")
 
     def _open(self, wiring: Wiring) -> None:
@@ -122,7 +127,7 @@ chain between_guests {{
 
 
 def rules(wiring: Wiring) -> str:
-    """The pod's table, named after its namespace, in nft's language."""
+    """Rules of the pod in nft's language: a table that is named after its namespace."""
     ports = wiring.ports
     owners = wiring.owners.items()
     return "\n".join(

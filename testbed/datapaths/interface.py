@@ -1,4 +1,4 @@
-"""What a datapath is told, and what it has to be: plain data and protocols."""
+"""Interface of datapaths: `Datapath`, `Attachment`, and the plain data that they take and give."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from testbed.model.terms import Family, Transport
 
 
 class Layout(StrEnum):
-    """Where the host's end of a guest's link lives."""
+    """Where the host's ends of guests' links are."""
 
     POD = "pod"
-    """In the pod's namespace: the pod routes between its guests."""
+    """In the pod's namespace. The pod routes between its guests."""
     BRIDGE = "bridge"
-    """In a namespace in the host's place, ports of the pod's bridge, as the pod's own veth is."""
+    """On a bridge, with the pod's veth, in a second namespace, which stands for the host's."""
     ROUTED = "routed"
-    """As `pod`, and guests have no loopback: 127.0.0.0/8 takes their default route, to the pod."""
+    """As `POD`, but guests have no loopback: their default route takes 127.0.0.0/8 to the pod."""
     SOCKET = "socket"
-    """Nowhere: a guest's frames go through a Unix socket, to a program that the datapath starts."""
+    """No link: a guest's frames go by a Unix socket to a program that the datapath starts."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Port:
     n: int
     ifname: str
     ifindex: int
-    """In the namespace that `Layout` says; 0 in layout `socket`."""
+    """Index in the namespace that `Layout` says; 0 in layout `socket`."""
     families: frozenset[Family] = frozenset(Family)
-    """What the guest's network stack speaks."""
+    """IP versions of the guest's network stack."""
     socket: Path | None = None
-    """In layout `socket`: where the guest's machine looks for the program that listens."""
+    """Unix socket to which the guest's QEMU connects, in layout `socket`."""
     control_port: int = CONTROL_PORT
-    """TCP port of the guest's that is reached at its own address."""
+    """TCP port of the guest that is reached at its own address."""
 
 
 @dataclass(frozen=True)
@@ -55,24 +55,24 @@ class Wiring:
     netns: str
     """Name of the pod's namespace (under /run/netns)."""
     link_netns: str
-    """Name of the namespace that holds ports and bridge; the pod's, but in layout `bridge`."""
+    """Name of the namespace with the ports: in layout `bridge` the bridge's, else the pod's."""
     layout: Layout
     uplink_ifindex: int
-    """The pod's veth in `netns`; 0 but in layout `bridge`."""
+    """The pod's veth in `netns`, in layout `bridge`; else 0."""
     uplink_peer_ifindex: int
-    """Its other end in `link_netns`, a port of the pod's bridge; 0 but in layout `bridge`."""
+    """Its other end in `link_netns`, a port of the pod's bridge, in layout `bridge`; else 0."""
     ports: tuple[Port, ...]
     owners: Mapping[tuple[Transport, int], int]
-    """(transport, port) → n of the guest that serves it; what is not here is native."""
+    """(transport, port) → n of the guest that serves it. All other ports are native."""
     cgroup: Path
-    """cgroup2 directory that native workloads of the pod join."""
+    """cgroup2 directory of the pod's native workloads."""
     native_ports: frozenset[tuple[Transport, int]] = frozenset()
-    """What native workloads serve, as far as the manifest says."""
+    """(transport, port) of native workloads, those that the manifest names."""
 
 
 @dataclass(frozen=True)
 class Count:
-    """Packets and layer 3 bytes. A GSO packet counts once, with all its bytes."""
+    """A number of packets, and their bytes of layer 3. A GSO packet is one packet."""
 
     packets: int = 0
     bytes: int = 0
@@ -85,36 +85,36 @@ class Count:
 
 
 class Attachment(Protocol):
-    """A datapath at work in one pod."""
+    """A datapath that is attached to one pod."""
 
-    tracked: bool
-    """It needs connections to `localhost` in the kernel's connection tracking."""
+    needs_conntrack: bool
+    """Whether connections to `localhost` have to be in the kernel's connection tracking."""
 
     def carried(self, client: int | None, server: int | None) -> Count:
-        """Traffic between client and server, both directions, since attaching.
+        """Traffic between client and server in both directions since attaching.
 
         Guests by number, None for natives.
         """
 
     def counters(self) -> dict[str, Count]:
-        """Everything the programs counted for this pod, by reason."""
+        """All that the programs counted for this pod, by reason."""
 
     def rewire(self, wiring: Wiring) -> None:
-        """Attach again after links were replaced; counters go on."""
+        """Attach again after links were replaced. Counters go on."""
 
     def attach_deferred(self) -> None:
-        """What takes long and may wait until workloads boot: it makes nothing but speed."""
+        """Attach slow parts that may wait until workloads boot. They only improve speed."""
 
     def guest_ended(self, n: int) -> None:
-        """Refuse what is for guest n, where the datapath can, until it sends something again.
+        """Refuse packets for guest n, where the datapath can, until the guest sends one again.
 
-        Guests that have a connection with it are refused as well.
+        Connections of other guests with it are reset, too.
         """
 
     def trace(self, lock: threading.RLock) -> AbstractContextManager[dict[str, Any]]:
-        """Trace packets: what `testbed trace` has to know. The lock is held while programs change.
+        """Trace packets while the context lasts. It yields the data that `testbed trace` needs.
 
-        Raises `Error` where there is nothing to trace.
+        The lock is held while programs change. Raises `Error` if the datapath has no programs.
         """
 
     def detach(self) -> None:
@@ -122,26 +122,26 @@ class Attachment(Protocol):
 
 
 class Datapath:
-    """A way of making `localhost` work, in a module of its own as `DATAPATH`."""
+    """A way of making `localhost` work. Its module has one instance, `DATAPATH`."""
 
     name: str
     look: Look
     reference: str
-    """The datapath whose cells these are divided by; its own name for a reference."""
+    """The datapath whose cells are the divisor of this one's; its own name for a reference."""
     pairs: frozenset[Pair]
     layout = Layout.POD
     localhost = True
-    """Clients dial `localhost`; else the server's link address."""
+    """Whether clients dial `localhost`; else they dial the server's link address."""
     programs: tuple[str, ...] = ()
-    """The sets of programs in `bpf/` that it loads."""
+    """Names of the sets of programs in `bpf/` that it loads."""
     in_kernel = True
-    """What it makes is all in the kernel and in the ledger: it works on when whoever attached it
-    died, and a namespace that is not its own is left as it was."""
-    far: Mapping[Family, Address] = {}
-    """Addresses of the servers' pod, where that is another host's."""
+    """Whether all that it makes is in the kernel and in the ledger. Then it works on after the
+    process that attached it died, and leaves a foreign namespace as it was."""
+    server_addresses: Mapping[Family, Address] = {}
+    """Addresses of the servers' pod, if that is on another host."""
 
     def between(self, side: Side | None) -> Datapath:
-        """The same at one end of a link between two hosts, if it goes there."""
+        """This datapath at one end of a link between two hosts, if it goes between hosts."""
         return self
 
     def unsupported(self, cell: Cell) -> str | None:
@@ -149,5 +149,5 @@ class Datapath:
         return None
 
     def attach(self, wiring: Wiring, owner: Scope) -> Attachment:
-        """Make it work. What is made is in the owner's ledger first."""
+        """Attach to a pod's links. All that is made is in the owner's ledger first."""
         raise NotImplementedError

@@ -1,4 +1,7 @@
-"""Both ends native: the kernel's own `lo`. The upper limit, and the control."""
+"""Datapath `loopback`: the kernel's own `lo` between native workloads.
+
+It is the upper limit of performance, and the control.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from testbed.model.looks import Look
 
 
 class Loopback(Datapath):
+    """The kernel's own loopback."""
+
     name = "loopback"
     look = Look(10, "#999999")
     reference = "loopback"

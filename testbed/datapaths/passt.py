@@ -1,13 +1,16 @@
-"""passt carries the guest's network, as KubeVirt has it: frames of QEMU become sockets of the pod.
+"""Datapath `passt`: passt translates the guest's frames to sockets of the pod, as in KubeVirt.
 
-A passt per boot of a guest, in the pod's namespace, as libvirt runs it: it starts when QEMU
-connects and ends with QEMU. (One that waits for QEMU accepts connections meanwhile, and Debian
-13's, of May 2025, crashes on the first.) What the guest sends to its gateway, which is the alias,
-goes to loopback, from a socket of passt's own; its ports are listened on in the pod, and what comes
-in from loopback comes from the gateway. So `localhost` works both ways, between guests too, at the
-price of a user-space TCP on the way: it accepts connections before the guest does, and Debian 12's,
-of March 2023, acknowledges the guest's SYN with the client's first data only, so that a server that
-speaks first waits in accept for ever. Virtual machines only; there is no tap.
+One passt runs in the pod's namespace per boot of a guest, as libvirt runs it: it starts when QEMU
+connects, and ends with QEMU. (A passt that waits for QEMU accepts connections meanwhile, and Debian
+13's, of May 2025, crashes on the first.)
+
+The guest's gateway is the alias. What the guest sends there, passt sends to loopback from a socket
+of its own. It listens on the guest's ports in the pod, and gives connections from loopback to the
+guest as from the gateway. So `localhost` works in both directions, and between guests.
+
+The price is a TCP in user space: passt accepts connections before the guest does. Debian 12's, of
+March 2023, completes a connection with the guest only with the client's first data, so a server
+that sends first waits in accept for ever. It is for virtual machines only, and there is no tap.
 """
 
 from __future__ import annotations
@@ -20,8 +23,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from testbed.datapaths.interface import Attachment, Count, Datapath, Layout, Port, Wiring
-from testbed.datapaths.link_counters import LinkCounters
-from testbed.host import cgroups, namespaces, netlink, process
+from testbed.datapaths.link_counters import ProcessAttachment
+from testbed.host import namespaces, netlink, process
 from testbed.host.ledger import Scope
 from testbed.model.addresses import ALIAS_MAC, LINK_PREFIX, alias, guest_link
 from testbed.model.cells import Cell, Pair
@@ -33,6 +36,8 @@ OPTIONS = {Transport.TCP: "-t", Transport.UDP: "-u"}
 
 
 class Passt(Datapath):
+    """A passt for each guest."""
+
     name = "passt"
     look = Look(90, "#CC79A7", hatch="||||", line=(3, 1, 1, 1), marker=">")
     layout = Layout.SOCKET
@@ -51,11 +56,9 @@ class Passt(Datapath):
         return _Attachment(wiring, owner)
 
 
-class _Attachment(LinkCounters):
+class _Attachment(ProcessAttachment):
     def __init__(self, wiring: Wiring, owner: Scope) -> None:
-        super().__init__(wiring)
-        self._scope = owner.part()
-        self._cgroup = cgroups.create(self._scope, f"{wiring.netns}/passt")
+        super().__init__(wiring, owner, "passt")
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._listening: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
@@ -64,7 +67,7 @@ class _Attachment(LinkCounters):
             self._listen(port)
 
     def carried(self, client: int | None, server: int | None) -> Count:
-        """Of `lo`, where passt's sockets meet those of natives and of each other."""
+        """Traffic of `lo`, over which passt's sockets reach those of natives and each other."""
         return super().carried(None, None)
 
     def detach(self) -> None:
@@ -77,12 +80,12 @@ class _Attachment(LinkCounters):
             listening.close()
         for running in self._running.values():
             process.end(running)
-        self._scope.undo()
+        super().detach()
 
     def _prepare(self) -> None:
-        """A link for passt to read a link-local address from, and guests' own addresses.
+        """Make a link from which passt reads a link-local address, and add guests' own addresses.
 
-        There, as at every address of the pod, passt listens for the guest.
+        passt listens for the guest at all addresses of the pod, so at the guest's own, too.
         """
         with namespaces.open_socket(self.wiring.netns) as ip:
             netlink.create_link(ip, "template", kind="bridge", state="up")
@@ -92,7 +95,7 @@ class _Attachment(LinkCounters):
                     netlink.add_address(ip, LO_IFINDEX, address, address.max_prefixlen)
 
     def _listen(self, port: Port) -> None:
-        """Have a passt started for every QEMU that connects."""
+        """Start a thread that starts a passt for each QEMU that connects."""
         listening = socket.socket(socket.AF_UNIX)
         self._listening.append(listening)
         listening.bind(str(port.socket))
@@ -128,7 +131,7 @@ class _Attachment(LinkCounters):
 
 
 def options(wiring: Wiring, port: Port) -> Iterator[str]:
-    """What passt is told about one guest."""
+    """Options of passt for one guest."""
     yield from ("--runas", "0", "--interface", "template")
     yield from ("--mac-addr", ALIAS_MAC, "--netmask", str(LINK_PREFIX[Family.IPV4]))
     for family in Family:

@@ -1,10 +1,12 @@
-"""Proxies copy `localhost` between sockets: HAProxy for TCP, nginx's stream module for UDP.
+"""Datapath `proxy`: proxies in user space, HAProxy for TCP and nginx's stream module for UDP.
 
-A listener per port and side: what a guest owns, at the pod's loopback; what anybody in the pod
-owns, at the alias, which is an address of the pod. Each goes on to the owner's own address in the
-same family. The proxies answer before the owner does, and it sees the proxy as its peer; a port
-that nobody serves is therefore not refused, but closed. Ports that the manifest does not name are
-not carried, and a native server cannot bind the wildcard address: the proxy has its port already.
+Ports that a guest owns have a listener at the pod's loopback. Ports that any workload owns have one
+at the alias, which is an address of the pod. Each forwards to the owner's own address in the same
+family.
+
+The proxy accepts a connection before the owner does, and is the owner's peer. So a port that nobody
+serves is not refused, but closed. Ports that the manifest does not name are not carried. A native
+server cannot bind the wildcard address, since the proxy has the port at the alias.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from testbed.datapaths.interface import Attachment, Datapath, Wiring
-from testbed.datapaths.link_counters import LinkCounters, add_aliases
-from testbed.host import cgroups, ledger, process
+from testbed.datapaths.link_counters import ProcessAttachment, add_aliases
+from testbed.host import ledger, process
 from testbed.host.ledger import Scope
 from testbed.model.addresses import Address, alias, guest_link, loopback
 from testbed.model.cells import Cell, Pair
@@ -25,14 +27,16 @@ from testbed.model.looks import Look
 from testbed.model.terms import Family, Transport
 
 STREAM_MODULE = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
-"""Where Debian keeps it."""
+"""Path of nginx's stream module in Debian."""
 IDLE_S = 3600
-"""After which a TCP connection without traffic is closed: proxies must have such a limit."""
+"""Time after which an idle TCP connection is closed. HAProxy needs such a limit."""
 UDP_SESSION_S = 60
-"""For which answers to a client's datagram are expected."""
+"""Time for which answers to a client's datagram are forwarded."""
 
 
 class Proxy(Datapath):
+    """HAProxy for TCP, nginx for UDP."""
+
     name = "proxy"
     look = Look(80, "#F0E442", hatch="o", line=(5, 1), marker="X")
     reference = "direct"
@@ -52,13 +56,11 @@ class Proxy(Datapath):
         return _Attachment(wiring, owner)
 
 
-class _Attachment(LinkCounters):
+class _Attachment(ProcessAttachment):
     def __init__(self, wiring: Wiring, owner: Scope) -> None:
-        super().__init__(wiring)
+        super().__init__(wiring, owner, "proxy")
         add_aliases(wiring)
-        self._scope = owner.part()
         folder = ledger.create_folder(self._scope, f"{wiring.netns}-proxy")
-        self._cgroup = cgroups.create(self._scope, f"{wiring.netns}/proxy")
         if shutil.which("haproxy"):
             config = folder / "haproxy.conf"
             config.write_text(haproxy_conf(wiring))
@@ -69,15 +71,15 @@ class _Attachment(LinkCounters):
             self._start(["nginx", "-e", folder / "nginx.log", "-c", config], folder)
 
     def rewire(self, wiring: Wiring) -> None:
-        """The proxies' sockets outlive the addresses that they are bound to."""
+        """Add the aliases again. The proxies' sockets outlive the addresses of their bind."""
         super().rewire(wiring)
         add_aliases(wiring)
 
-    def detach(self) -> None:
-        self._scope.undo()
-
     def _start(self, argv: list[str | Path], folder: Path) -> None:
-        """Both leave a daemon behind, and end well, when their listeners are there."""
+        """Start a proxy. It becomes a daemon, and its first process ends when listeners are ready.
+
+        Raises `Error` with its last message if that process fails.
+        """
         output = folder / f"{argv[0]}.out"
         starting = process.spawn(argv, cgroup=self._cgroup, netns=self.wiring.netns, output=output)
         if starting.wait():
@@ -86,11 +88,12 @@ class _Attachment(LinkCounters):
 
 
 class Route(NamedTuple):
-    """A listener, and where it leads."""
+    """A listener, and the server to which it forwards."""
 
     listen: str
-    """Address and port, as both programs write them."""
+    """Address and port, in the notation of both programs."""
     to: str
+    """Address and port of the server."""
 
 
 def routes(wiring: Wiring, transport: Transport) -> Iterator[Route]:
@@ -111,7 +114,7 @@ def _end(address: Address, port: int) -> str:
 
 
 def haproxy_conf(wiring: Wiring) -> str:
-    """HAProxy's configuration: a proxy per listener."""
+    """HAProxy's configuration: one proxy per listener."""
     lines = [
         "defaults",
         " mode tcp",
@@ -126,7 +129,10 @@ def haproxy_conf(wiring: Wiring) -> str:
 
 
 def nginx_conf(wiring: Wiring, folder: Path) -> str:
-    """nginx's configuration. One worker: datagrams of a client would else be several sessions."""
+    """nginx's configuration.
+
+    It has one worker: with more, the datagrams of one client could become several sessions.
+    """
     servers = (
         f"server {{ listen {route.listen} udp; proxy_pass {route.to}; }}\n"
         for route in routes(wiring, Transport.UDP)

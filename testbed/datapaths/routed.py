@@ -1,11 +1,12 @@
-"""Between two hosts: the client's pod is on one, the server's on the other, and both route plainly.
+"""Datapath `routed`: plain IP routing between a client's pod on one host and a server's on another.
 
     client's pod        a host               another host         server's pod
           eth0 ──┊── tb-r0 ── its link ══ its link ── tb-r1 ──┊── eth0
 
-What `localhost` saves: a service on another node, in a cluster's network without an overlay
-(flannel's backend host-gw). Each host gets one route, to the other's pod by the other's address on
-their link. Whether it forwards is its owner's to decide, as that is about all of its links.
+It shows what `localhost` saves against a service on another node, in a cluster network without an
+overlay (like flannel's backend host-gw). Each host gets one route: to the other's pod by the other
+host's address on their link. Forwarding has to be enabled by the host's owner, since it concerns
+all links of the host.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ UPLINK = "eth0"
 
 
 class Routed(Datapath):
+    """Plain IP routing between two hosts."""
+
     name = "routed"
     look = Look(120, "#AAAA00", hatch="**", line=(6, 1, 1, 1), marker="p")
     reference = "loopback"
@@ -39,9 +42,9 @@ class Routed(Datapath):
     pairs = frozenset({Pair.NATIVE_NATIVE})
 
     def __init__(self, side: Side | None = None) -> None:
-        """Which end, of what is nowhere without."""
+        """`side` is the end of the link; without one, all cells are unsupported."""
         self.side = side
-        self.far = side.other if side else {}
+        self.server_addresses = side.other if side else {}
 
     def between(self, side: Side | None) -> Datapath:
         return Routed(side)
@@ -71,28 +74,30 @@ class Routed(Datapath):
             hosts_mac, pods_mac = (
                 ip.get_links(at)[0].get("address") for ip, at in ((host, port), (pod, uplink))
             )
-            for family, there in self.side.other.items():
-                here = address_between_hosts(family, number)
-                netlink.add_address(pod, uplink, here, here.max_prefixlen)
-                netlink.add_route(pod, uplink, there)
-                netlink.add_neighbor(pod, uplink, there, hosts_mac)
-                netlink.add_route(host, port, here)
-                netlink.add_neighbor(host, port, here, pods_mac)
-                owner.defer(remove_route, address=str(there))
+            for family, other_pod in self.side.other.items():
+                own_pod = address_between_hosts(family, number)
+                netlink.add_address(pod, uplink, own_pod, own_pod.max_prefixlen)
+                netlink.add_route(pod, uplink, other_pod)
+                netlink.add_neighbor(pod, uplink, other_pod, hosts_mac)
+                netlink.add_route(host, port, own_pod)
+                netlink.add_neighbor(host, port, own_pod, pods_mac)
+                owner.defer(remove_route, address=str(other_pod))
                 host.route(
-                    "replace", dst=f"{there}/{there.max_prefixlen}", gateway=self.side.via[family]
+                    "replace",
+                    dst=f"{other_pod}/{other_pod.max_prefixlen}",
+                    gateway=self.side.via[family],
                 )
         return _Uplink(wiring)
 
 
 def remove_route(address: str) -> None:
-    """Remove this host's route to the other's pod. One that is gone is no error."""
+    """Remove this host's route to the other host's pod. A missing route is no error."""
     with IPRoute() as host, suppress(NetlinkError):
         host.route("del", dst=f"{address}/{ip_address(address).max_prefixlen}")
 
 
 class _Uplink(LinkCounters):
-    """What the pod's link to its host carried."""
+    """Attachment that counts the traffic of the pod's link to its host."""
 
     def carried(self, client: int | None, server: int | None) -> Count:
         with namespaces.open_socket(self.wiring.netns) as ip:

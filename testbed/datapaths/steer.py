@@ -1,11 +1,11 @@
-"""eBPF steers `localhost` between natives and guests whose links end in the pod's own namespace.
+"""Datapath `steer`: eBPF directs sockets and packets to guests with links in the pod's namespace.
 
-What the programs do is told in `bpf/steer.c`; here they are attached, to `lo` and to guests' ports.
-The kernel's own loopback serves whatever no guest owns.
+`bpf/steer.c` describes the programs. They are attached here: to `lo`, to guests' ports, and to the
+pod's cgroup. Ports that no guest owns are left to the kernel's own loopback.
 
-Past `lo` go sockets of the pod's cgroup. Programs at them know the pod's namespace by its cookie,
-which Linux tells since 5.14; before, and for processes from elsewhere, everything goes by `lo`, and
-names are shown as in `capture`.
+Sockets of the pod's cgroup bypass `lo`. Their programs recognize the pod's namespace by its cookie,
+which user space can read since Linux 5.14. Before, and for processes outside of the cgroup, all
+packets go by `lo`, and peers' names are shown as in `capture`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from testbed.model.looks import Look
 from testbed.model.terms import Family
 
 REASONS = bpf.reasons("steer")
-"""What counters say, in the order of `enum reason`."""
+"""Names of the counters, in the order of `enum reason`."""
 
 ALIASES = tuple(str(addresses.alias(family)) for family in Family)
 HOOKS = (
@@ -45,6 +45,8 @@ SO_NETNS_COOKIE = 71
 
 
 class Steer(Datapath):
+    """eBPF on `lo`, guests' taps and the pod's cgroup."""
+
     name = "steer"
     look = Look(60, "#0072B2", hatch="----", marker="v")
     reference = "direct"
@@ -64,7 +66,7 @@ class _Attachment(EbpfAttachment):
         self._steer_sockets()
 
     def attach_deferred(self) -> None:
-        """Have ports run their programs by themselves, ahead of the filters, where Linux can."""
+        """Attach the programs of guests' ports by tcx, too, if the kernel has it: it is faster."""
         if not bpf.has_tcx():
             return
         self._programs.make_calls(self._links, len(AT_PORTS))
@@ -79,7 +81,7 @@ class _Attachment(EbpfAttachment):
         self._programs.set_calls(programs, AT_PORTS)
 
     def _steer_sockets(self) -> None:
-        """Attach to the pod's cgroup, and say which namespace is the pod's."""
+        """Attach the cgroup programs, and put the pod's namespace into their map."""
         try:
             cookie = namespaces.inside(self._wiring.netns, _cookie)
         except OSError as e:
@@ -95,7 +97,7 @@ class _Attachment(EbpfAttachment):
 
 
 def _cookie() -> int:
-    """The network namespace's cookie."""
+    """Cookie of this thread's network namespace. Raises OSError before Linux 5.14."""
     with socket.socket() as any_socket:
         option = any_socket.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)
     return int.from_bytes(option, sys.byteorder)
@@ -106,7 +108,7 @@ def _namespaces(programs: ProgramSet) -> bpf.Map:
 
 
 def forget_namespace(pins: str, slot: int, cookie: int) -> None:
-    """Steer no more sockets of a namespace; programs that are gone are no error."""
+    """Remove a namespace from the map `namespaces`. It is no error if the programs are gone."""
     if Path(pins, "users").exists():
         programs = ProgramSet(Path(pins), slot)
         with suppress(KeyError):

@@ -1,12 +1,14 @@
-"""No `localhost`: guest and veth tied by tc redirect, as Kata Containers and urunc do. A reference.
+"""Datapath `tcredirect`: tc redirects packets between the pod's veth and the guest's tap.
 
     pod's namespace   ┊   its links' namespace
             guests ───┊─── pod  <── u32, mirred ──>  g1 ─── guest 1
 
-There the guest takes over the pod's end of the veth, and whoever talks to it is outside; nothing
-native is left in the pod. Here whoever talks to it are the pod's natives, at the other end: the
-way of the packets is the same, the names of the namespaces are swapped. So there can be one guest
-only, and both links leave the bridge: there is no other way for a packet.
+Kata Containers and urunc do so. There is no `localhost`: it is a reference.
+
+There, the guest takes over the pod's end of the veth. Its peers are outside, and no native is left
+in the pod. Here, its peers are the pod's natives, at the other end of the veth. The path of packets
+is the same, with the namespaces swapped. So a pod can have one guest only. Both links leave the
+bridge, so that packets have no other path.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ from testbed.model.errors import Error
 from testbed.model.looks import Look
 
 INGRESS = 0xFFFF0000
-"""Handle of the qdisc `ingress` (linux/pkt_sched.h), of whose filters it is the parent."""
+"""Handle of the qdisc ingress (linux/pkt_sched.h), the parent of its filters."""
 ETH_P_ALL = 3
 
 
 class TcRedirect(Datapath):
+    """tc redirect between the pod's veth and a guest's tap."""
+
     name = "tcredirect"
     look = Look(40, "#882255", hatch="xxxx", line=(3, 1, 1, 1, 1, 1), marker="<")
     layout = Layout.BRIDGE
@@ -38,21 +42,21 @@ class TcRedirect(Datapath):
 
 
 class _Attachment(LinkCounters):
-    """What it makes goes with the links."""
+    """Attachment by filters that go with the links."""
 
     def __init__(self, wiring: Wiring) -> None:
         super().__init__(wiring)
         if len(wiring.ports) != 1:
             raise Error(
-                f"pod {wiring.pod} has {len(wiring.ports)} guests, and one veth to tie to",
+                f"pod {wiring.pod} has {len(wiring.ports)} guests, but tcredirect is for one",
                 hint="give it one guest, or choose another datapath",
             )
-        self._tie()
+        self._redirect()
 
     def rewire(self, wiring: Wiring) -> None:
         self.detach()
         super().rewire(wiring)
-        self._tie()
+        self._redirect()
 
     def detach(self) -> None:
         with namespaces.open_socket(self.wiring.link_netns) as ip:
@@ -64,22 +68,22 @@ class _Attachment(LinkCounters):
     def _ends(self) -> tuple[int, int]:
         return self.wiring.uplink_peer_ifindex, self.wiring.ports[0].ifindex
 
-    def _tie(self) -> None:
-        one, other = self._ends
+    def _redirect(self) -> None:
+        veth, tap = self._ends
         with namespaces.open_socket(self.wiring.link_netns) as ip:
-            for here, there in ((one, other), (other, one)):
-                ip.link("set", index=here, master=0)
-                ip.tc("add", "ingress", here, INGRESS)
+            for ifindex, target in ((veth, tap), (tap, veth)):
+                ip.link("set", index=ifindex, master=0)
+                ip.tc("add", "ingress", ifindex, INGRESS)
                 redirect = {
                     "kind": "mirred",
                     "direction": "egress",
                     "action": "redirect",
-                    "ifindex": there,
+                    "ifindex": target,
                 }
                 ip.tc(
                     "add-filter",
                     "u32",
-                    here,
+                    ifindex,
                     parent=INGRESS,
                     protocol=ETH_P_ALL,
                     keys=["0x0/0x0+0"],

@@ -1,11 +1,13 @@
-"""The idea that was given up first: guests without loopback, and a TUN device that takes 127/8.
+"""Datapath `tun`: guests without loopback, and a TUN device that takes 127.0.0.0/8.
 
-In the guest 127.0.0.0/8 takes the default route. In the pod, rules route what guests send there,
-and what natives send to a guest's port there, to a TUN device. The process behind it (`main`,
-below) gives packets the addresses by which they reach their owner, and puts them back, without
-state; fragments and ICMP errors are lost. It is here to show what the idea breaks in guests
-(whatever needs `lo`; IPv6), and is Python: it says little about speed. OSv has its loopback in the
-kernel, and would have to be changed.
+It is the idea that was given up first. In the guest, 127.0.0.0/8 takes the default route. In the
+pod, policy routing sends to a TUN device what guests send to that network, and what natives send to
+a guest's port there. A process at the device (`main`, below) translates the addresses of packets,
+so that they reach the port's owner, and writes them back. It has no state. Fragments and ICMP
+errors are lost.
+
+It shows what the idea breaks in guests: all that needs `lo`, and IPv6. It is written in Python, so
+it says little about speed. OSv has its loopback in the kernel, and would have to be changed.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ import sys
 from collections.abc import Mapping
 
 from testbed.datapaths.interface import Attachment, Datapath, Layout, Wiring
-from testbed.datapaths.link_counters import LinkCounters
-from testbed.host import cgroups, namespaces, netlink, process
+from testbed.datapaths.link_counters import ProcessAttachment
+from testbed.host import namespaces, netlink, process
 from testbed.host.ledger import Scope
 from testbed.model.addresses import guest_link, guest_view, loopback, native_source
 from testbed.model.cells import Cell, Pair
@@ -28,7 +30,7 @@ from testbed.model.terms import Family, Transport
 
 DEVICE = "tun0"
 TABLE = 77
-"""Of routes to the device, looked up before those to the pod itself."""
+"""Routing table of the device, which is looked up before the table of local addresses."""
 LOCAL_TABLE, LOCAL_PREF = 255, 100
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 1, 0x1000
 NUMBERS = {Transport.TCP: socket.IPPROTO_TCP, Transport.UDP: socket.IPPROTO_UDP}
@@ -36,6 +38,8 @@ LOOPBACK_NET = "127.0.0.0/8"
 
 
 class Tun(Datapath):
+    """A TUN device that takes 127.0.0.0/8."""
+
     name = "tun"
     look = Look(100, "#555555", line=(1, 3), marker="*")
     layout = Layout.ROUTED
@@ -52,13 +56,11 @@ class Tun(Datapath):
         return _Attachment(wiring, owner)
 
 
-class _Attachment(LinkCounters):
+class _Attachment(ProcessAttachment):
     def __init__(self, wiring: Wiring, owner: Scope) -> None:
-        super().__init__(wiring)
-        self._scope = owner.part()
-        cgroup = cgroups.create(self._scope, f"{wiring.netns}/tun")
+        super().__init__(wiring, owner, "tun")
         self._route()
-        self._open()
+        self._set_sysctls()
         self._running = process.spawn(
             [
                 sys.executable,
@@ -67,21 +69,21 @@ class _Attachment(LinkCounters):
                 DEVICE,
                 *(f"{transport}/{port}/{n}" for (transport, port), n in wiring.owners.items()),
             ],
-            cgroup=cgroup,
+            cgroup=self._cgroup,
             netns=wiring.netns,
         )
 
     def rewire(self, wiring: Wiring) -> None:
         super().rewire(wiring)
-        self._open()
+        self._set_sysctls()
 
     def detach(self) -> None:
-        """Routes and settings go with the pod's namespace."""
+        """End the process. Routes and settings go with the pod's namespace."""
         process.end(self._running)
-        self._scope.undo()
+        super().detach()
 
     def _route(self) -> None:
-        """What takes the device; rules for it come before those for the pod's own addresses."""
+        """Make the device, and routes and rules to it, ahead of the rule for local addresses."""
         with namespaces.open_socket(self.wiring.netns) as ip:
             device = netlink.create_link(ip, DEVICE, kind="tuntap", mode="tun")
             ip.link("set", index=device, state="up")
@@ -105,8 +107,8 @@ class _Attachment(LinkCounters):
             ip.rule("add", priority=LOCAL_PREF, table=LOCAL_TABLE)
             ip.rule("del", priority=0, table=LOCAL_TABLE)
 
-    def _open(self) -> None:
-        """Loopback addresses may come and go by the device, and come from guests."""
+    def _set_sysctls(self) -> None:
+        """Allow packets with loopback addresses on the device, and from guests."""
         wiring = self.wiring
         namespaces.set_sysctls(
             wiring.netns,
@@ -124,7 +126,7 @@ class _Attachment(LinkCounters):
 
 
 class Translator:
-    """Gives packets the addresses by which they reach their owner."""
+    """Translates the addresses of packets, so that they reach the owner of their port."""
 
     def __init__(self, owners: Mapping[tuple[int, int], int]) -> None:
         """`owners`: (IP protocol, port) → guest."""
@@ -135,7 +137,7 @@ class Translator:
         self._view = guest_view(Family.IPV4, 0).packed
 
     def translate(self, packet: bytearray) -> bool:
-        """Change addresses and checksums in place; False for what is not to be sent on."""
+        """Change addresses and checksums in place. Returns False if the packet is to be dropped."""
         if packet[0] >> 4 != 4 or packet[9] not in (6, 17) or packet[6] & 0x3F or packet[7]:
             return False
         l4 = (packet[0] & 15) * 4
@@ -163,7 +165,7 @@ class Translator:
 
 
 def _correct(packet: bytearray, at: int, old: bytes, new: bytes) -> None:
-    """A checksum after a change (RFC 1624, equation 3)."""
+    """Update the checksum at offset `at` after a change from `old` to `new` (RFC 1624, eqn. 3)."""
     total = ~struct.unpack_from("!H", packet, at)[0] & 0xFFFF
     total += sum(struct.unpack("!4H", new)) + sum(~x & 0xFFFF for x in struct.unpack("!4H", old))
     while total >> 16:
@@ -172,7 +174,7 @@ def _correct(packet: bytearray, at: int, old: bytes, new: bytes) -> None:
 
 
 def main() -> None:
-    """Entry of `python -m testbed.datapaths.tun DEVICE TRANSPORT/PORT/GUEST…`."""
+    """Run the process: `python -m testbed.datapaths.tun DEVICE TRANSPORT/PORT/GUEST…`."""
     device, *owned = sys.argv[1:]
     words = (word.split("/") for word in owned)
     translator = Translator({(NUMBERS[Transport(t)], int(port)): int(n) for t, port, n in words})

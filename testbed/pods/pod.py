@@ -117,7 +117,7 @@ class Pod:
                 self.addresses,
                 self.manifest.owners,
                 {p.n: p.families for p in self.wiring().ports},
-                tracked=self.attachment.tracked,
+                needs_conntrack=self.attachment.needs_conntrack,
             )
 
     def wiring(self) -> Wiring:

@@ -14,8 +14,7 @@ from testbed.model.manifest import Workload
 from testbed.model.terms import Family, Runtime
 
 ETC = (Path("/etc/hosts"), Path("/etc/resolv.conf"))
-"""Files that a pod with a `Spec` gives to all its workloads; natives and guests get different ones.
-"""
+"""Files that a pod with a `Spec` gives to its workloads: one version to natives, one to guests."""
 
 
 class Absent(Error):

@@ -1,1 +1,1 @@
-"""What the datapaths made of eBPF share in user space."""
+"""User-space part that the eBPF datapaths share: attachment, maps, setup of `lo`."""

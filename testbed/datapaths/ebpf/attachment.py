@@ -1,4 +1,4 @@
-"""Attachment of datapaths made of eBPF (`bpf/pod.h`): what is the same for all of them."""
+"""Attachment of the eBPF datapaths: the part that is the same for all (`bpf/pod.h`)."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ AT_PORTS = {"port_ingress": bpf.INGRESS, "port_egress": bpf.EGRESS}
 
 
 class EbpfAttachment:
-    """The attachment of datapaths made of eBPF (`bpf/pod.h`): what is the same for all of them.
+    """Base of the attachments of eBPF datapaths.
 
-    Their own part is which programs stand where: `_attach_lo`, once, and `_attach_links`, again
-    whenever links were replaced.
+    Subclasses say which programs are attached where, by `_attach_lo`, which is called once, and
+    `_attach_links`, which is called again whenever links were replaced.
     """
 
-    tracked = False
+    needs_conntrack = False
 
     def __init__(
         self,
@@ -36,14 +36,14 @@ class EbpfAttachment:
         owner: Scope,
         local: Sequence[str] = (),
     ) -> None:
-        """`reasons` in the order of the programs' `enum reason`; `local`: see `prepare_lo`."""
+        """`reasons`: in the order of the programs' `enum reason`. `local`: see `prepare_lo`."""
         self.name, self.reasons = name, reasons
         self._wiring = wiring
         self._scope = owner.part()
         self._links = self._scope
         self._held: list[socket.socket] = []
         self._places: dict[tuple[str, int, int], tuple[str, int]] = {}
-        """(namespace, ifindex, hook) → name and class of the program there."""
+        """(namespace, ifindex, hook) → name and class of the attached program."""
         try:
             self._held = loopback_side.hold_ports(wiring.pod, wiring.netns, wiring.owners)
             self._programs = self._at_work = bpf.load(name, self._scope)
@@ -71,7 +71,8 @@ class EbpfAttachment:
         self._wiring = wiring
         self._links.undo()
         for port in wiring.ports:
-            if port.ifindex and self._rows.port(port.n):  # 0: vanished again; the guest is down
+            # The index is 0 if the link vanished again, the row if the guest is down.
+            if port.ifindex and self._rows.port(port.n):
                 self._rows.set_port(port.n, port.ifindex)
         self._attach_links()
 
@@ -100,7 +101,7 @@ class EbpfAttachment:
                 self._attach(port.ifindex, hook, name, port.n)
 
     def _show_names(self) -> None:
-        """Have natives of the pod's cgroup see guests' connections as from `localhost`."""
+        """Attach programs of `bpf/names.c`, which show guests to natives as peers at localhost."""
         names = bpf.load("names", self._scope)
         for hook in ("getpeername4", "getpeername6"):
             bpf.attach_cgroup(self._scope, self._wiring.cgroup, hook, names.program(hook))
@@ -109,18 +110,21 @@ class EbpfAttachment:
     def _attach(
         self, ifindex: int, hook: int, name: str, n: int = 0, netns: str | None = None
     ) -> None:
-        """To a link of the pod's namespace, or of another; `n` for a guest's port."""
+        """Attach a tc program to a link of the pod's namespace, or of `netns`.
+
+        `n` is the guest's number if the link is a guest's port.
+        """
         place, classid = (netns or self._wiring.netns, ifindex, hook), self._class_of(n)
         self._places[place] = name, classid
         bpf.attach_tc(self._links, *place, self._at_work.program(name), name, classid)
 
     def _class_of(self, n: int) -> int:
-        """What programs are told of where they are (`port_of` in `bpf/maps.h`)."""
+        """Class of a link, which tells programs its pod and guest (`port_of` in `bpf/maps.h`)."""
         return self._programs.slot << 8 | n
 
     @contextmanager
     def trace(self, lock: threading.RLock) -> Iterator[dict[str, Any]]:
-        """Have the traced variant of the programs at work."""
+        """Replace the programs by their traced variant while the context lasts."""
         with self._scope.part() as part:
             variant = bpf.load_traced(self._programs, part)
             try:

@@ -1,9 +1,10 @@
-"""Has a guest ask whether its TCP connection still stands: only the guest knows how far that is.
+"""Provokes challenge ACKs of guests, so that their TCP connections with a dead guest are reset.
 
-A machine that is killed says nothing to those that wait for it. Whoever would refuse them in its
-place has to know the sequence number that they expect. To a segment outside of its window a peer
-answers with an ACK that tells it (RFC 9293, 3.10.7.4; RFC 5961), and whatever is then at the other
-end, the pod's kernel or that of the next machine, answers that with the RST that fits.
+A virtual machine that is killed sends its peers neither FIN nor RST. To reset a connection in its
+place, one has to know the sequence number that the peer expects, and only the peer knows it. But a
+peer answers a segment outside of its window with an ACK that has the number (RFC 9293, 3.10.7.4;
+RFC 5961). That ACK is for a connection which the other end does not have, be it the pod's kernel or
+that of the guest's next machine. So the other end answers with a RST that the peer accepts.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ ETHERTYPES = {Family.IPV4: 0x0800, Family.IPV6: 0x86DD}
 
 @dataclass(frozen=True)
 class GuestConnection:
-    """A TCP connection of guest n, as it sees it, with another guest."""
+    """A TCP connection of guest n with another guest, with the addresses that guest n sees."""
 
     n: int
     port: int
@@ -33,21 +34,27 @@ class GuestConnection:
 
 
 def open_socket() -> socket.socket:
-    """For frames that go to a link of this namespace as they are, past its programs."""
-    made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
-    made.setsockopt(SOL_PACKET, PACKET_QDISC_BYPASS, 1)
-    return made
+    """Open a packet socket in this namespace that bypasses qdiscs, and so tc programs."""
+    packet_socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+    packet_socket.setsockopt(SOL_PACKET, PACKET_QDISC_BYPASS, 1)
+    return packet_socket
 
 
-def send(opened: socket.socket, to: Iterable[tuple[GuestConnection, str]]) -> None:
-    """Challenge guests, each by the link of that name; one that is gone is no error."""
+def send(packet_socket: socket.socket, to: Iterable[tuple[GuestConnection, str]]) -> None:
+    """Send guests a segment for each connection, by the link of that name.
+
+    A missing link is no error.
+    """
     for connection, ifname in to:
         with suppress(OSError):
-            opened.sendto(segment(connection), (ifname, 0))
+            packet_socket.sendto(segment(connection), (ifname, 0))
 
 
 def segment(of: GuestConnection) -> bytes:
-    """A frame with a TCP segment that the guest cannot take: an octet at some random number."""
+    """Make a frame with a TCP segment that the guest does not accept.
+
+    It has one byte of data at a random sequence number.
+    """
     family = Family(f"ipv{of.peer.version}")
     source, destination = of.peer.packed, guest_link(family, of.n).packed
     numbers = random.getrandbits(32), random.getrandbits(32)
@@ -64,7 +71,10 @@ def segment(of: GuestConnection) -> bytes:
 
 
 def _with_checksum(header: bytes, at: int, before: bytes = b"") -> bytes:
-    """With the Internet checksum (RFC 1071) of both, in two octets that are zero yet."""
+    """Return the header with its checksum (RFC 1071) at offset `at`, where it has zeros.
+
+    `before` is summed, too: the pseudo-header.
+    """
     octets = before + header + bytes(len(before + header) % 2)
     total = sum(struct.unpack(f"!{len(octets) // 2}H", octets))
     while total >> 16:

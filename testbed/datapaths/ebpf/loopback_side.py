@@ -1,8 +1,8 @@
-"""What the datapaths made of eBPF have in common, besides `bpf/pod.h`: the pod's `lo`, and maps.
+"""Prepares the pod's namespace for the eBPF datapaths: reserves guests' ports, and sets up `lo`.
 
-Ports that guests own are held by sockets of ours, so that no native gets them. `lo` is told to take
-packets that were put on it. A pod's rows in the maps of `bpf/maps.h` are filled, read and cleared.
-Which programs there are, and where they stand, is each datapath's own business.
+Sockets of ours are bound to the ports that guests own, so that no native can bind them. Sysctls and
+routes let `lo` accept the packets that programs put on it. Each datapath attaches its programs
+itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ LINK_MTU = 1500
 LO_IFINDEX = 1
 NO_IFINDEX = 0x7FFFFFFF
 SO_BINDTOIFINDEX = 62
-"""Takes any number, since Linux 5.0; the device need not be there (socket(7) does not say so)."""
+"""Socket option, since Linux 5.0. It takes any number: the device need not exist, though socket(7)
+does not say so."""
 RT_TABLE_LOCAL = 255
 
 Owners = Mapping[tuple[Transport, int], int]
@@ -36,11 +37,12 @@ Owners = Mapping[tuple[Transport, int], int]
 
 
 def hold_ports(pod: str, netns: str, owners: Owners) -> list[socket.socket]:
-    """Bind every port that a guest owns: natives get EADDRINUSE, and none of them as ephemeral.
+    """Bind a socket to each port that a guest owns, and return the sockets.
 
-    None of them takes a packet, so that the kernel refuses what is for a guest that is down: TCP's
-    do not listen, UDP's are bound to a device that there is not. Raises `Error` if a native process
-    has one of the ports.
+    Natives that bind such a port get EADDRINUSE, and none gets it as an ephemeral port. The sockets
+    accept no packets, so that the kernel refuses those for a guest that is down: TCP sockets do not
+    listen, UDP sockets are bound to a device that does not exist. Raises `Error` if a native
+    process has one of the ports.
     """
     held: list[socket.socket] = []
     has_ipv6 = Family.IPV6 in facts.families()
@@ -73,7 +75,7 @@ def hold_ports(pod: str, netns: str, owners: Owners) -> list[socket.socket]:
 
 
 def release_ports(held: list[socket.socket]) -> None:
-    """Let the ports go."""
+    """Close the sockets of `hold_ports`."""
     for each in held:
         each.close()
     held.clear()
@@ -87,12 +89,12 @@ _VIEWS = (f"{addresses.native_view(Family.IPV4, 0)}/24", addresses.NATIVE_VIEW_N
 
 
 def prepare_lo(owner: Scope, netns: str, owners: Owners, local: Sequence[str] = ()) -> None:
-    """Let `lo` take packets from loopback addresses that come to it from elsewhere.
+    """Let `lo` accept packets with loopback addresses that programs redirect to it.
 
-    Never on `all`: other links would take them from outside, too (CVE-2020-8558). The routes make
-    natives fragment what they send to guests for the guests' link; 127.77.0.0/24 is local by
-    nature, its twin has to be made so. So has `local`, what else the namespace is to take for its
-    own on whatever link.
+    The sysctls are never set on `all`: other links would then accept such packets from outside
+    (CVE-2020-8558). The MTU of the routes makes natives fragment packets to guests for the guests'
+    links. 127.77.0.0/24 is local anyway; its IPv6 counterpart becomes so by its route. `local` are
+    more addresses that the namespace is to accept as its own on all links.
     """
     routes = [*_VIEWS, *local]
     before = namespaces.sysctls(netns, *_LO, _RESERVED)
@@ -104,7 +106,7 @@ def prepare_lo(owner: Scope, netns: str, owners: Owners, local: Sequence[str] = 
 
 
 def unprepare_lo(netns: str, routes: list[str], before: dict[str, str]) -> None:
-    """Undo what was set on a namespace's `lo`; one that is gone is no error."""
+    """Undo `prepare_lo`. A missing namespace is no error."""
     if not (namespaces.NETNS / netns).exists():
         return
     namespaces.set_sysctls(netns, before | {_RESERVED: before[_RESERVED] or "\n"})
@@ -136,6 +138,3 @@ def _change_routes(command: str, netns: str, routes: Sequence[str]) -> None:
                         raise
 
     namespaces.inside(netns, change)
-
-
-# --- maps -----------------------------------------------------------------------------------

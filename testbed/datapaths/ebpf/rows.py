@@ -1,4 +1,4 @@
-"""A pod's rows in the maps of its programs: filled, read, cleared."""
+"""Fills, reads and clears a pod's rows in the maps of its programs (`bpf/maps.h`)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ from pathlib import Path
 from testbed import bpf
 from testbed.bpf import ProgramSet
 from testbed.datapaths.ebpf.challenge_ack import GuestConnection
-from testbed.datapaths.ebpf.loopback_side import (
-    Owners,
-)
+from testbed.datapaths.ebpf.loopback_side import Owners
 from testbed.host.ledger import Scope
 from testbed.model import addresses
 from testbed.model.terms import Family, Transport
 
 NATIVE_FLOW_GUESTS = 64
-"""Flows of guests below this number with natives are counted in the map `native_flow_counts`."""
+"""The map `native_flow_counts` counts flows with natives of guests below this number."""
 IPV4_ONLY = 0x100
-"""In a value of `owners`: the guest has no IPv6."""
+"""Flag in a value of the map `owners`: the guest has no IPv6."""
 PROTOCOLS = {Transport.TCP: socket.IPPROTO_TCP, Transport.UDP: socket.IPPROTO_UDP}
 
 
@@ -31,10 +29,10 @@ class Rows:
 
     programs: ProgramSet
     reasons: tuple[str, ...]
-    """What `counters` counts, in the order of the programs' `enum reason`."""
+    """Names of the counters, in the order of the programs' `enum reason`."""
 
     def fill(self, owner: Scope, owners: Owners, guests: Mapping[int, Collection[Family]]) -> None:
-        """Say who owns which port and which families each guest speaks, and make room to count."""
+        """Write the owners of ports and the families of guests, and add entries for flow counts."""
         slot = self.programs.slot
         keys = [[slot << 24 | PROTOCOLS[transport] << 16 | port] for transport, port in owners]
         owner.defer(
@@ -46,21 +44,24 @@ class Rows:
             reasons=len(self.reasons),
         )
         for key, n in zip(keys, owners.values(), strict=True):
-            nature = 0 if Family.IPV6 in guests[n] else IPV4_ONLY
-            _owners(self.programs)[tuple(key)] = (n | nature,)
+            flags = 0 if Family.IPV6 in guests[n] else IPV4_ONLY
+            _owners(self.programs)[tuple(key)] = (n | flags,)
         for flow in _flows(slot, guests):
             _flow_counts(self.programs).add(flow, (0, 0))
 
     def port(self, n: int) -> int:
-        """The link of guest n; 0 while the guest is down."""
+        """Index of guest n's link; 0 while the guest is down."""
         return int(_guests(self.programs)[self.programs.slot << 8 | n,][0])
 
     def set_port(self, n: int, ifindex: int) -> None:
-        """Say so; a guest that sends has its link back."""
+        """Set the index of guest n's link, 0: it is down. When it sends, programs set it again."""
         _guests(self.programs)[self.programs.slot << 8 | n,] = (ifindex,)
 
     def carried(self, client: int | None, server: int | None) -> tuple[int, ...]:
-        """Between two workloads, both directions; None for native, of which one must be a guest."""
+        """Traffic between two workloads in both directions, of which at least one is a guest.
+
+        Guests by number, None for natives.
+        """
         c, s = client or 0, server or 0
         if not (c and s) and c + s < NATIVE_FLOW_GUESTS:
             row = 2 * ((c + s) << 1 | (not c))
@@ -71,7 +72,7 @@ class Rows:
             return (0, 0)
 
     def take_connections(self, n: int) -> list[GuestConnection]:
-        """Forget guest n's TCP connections with other guests; returns them as those see them."""
+        """Remove and return guest n's TCP connections with other guests, as these see them."""
         taken = []
         for client, server, v6, client_port, server_port in _take_connections(self.programs, [n]):
             family = Family.IPV6 if v6 else Family.IPV4
@@ -85,13 +86,13 @@ class Rows:
         return taken
 
     def counters(self) -> dict[str, tuple[int, ...]]:
-        """Everything else that was counted, by reason."""
+        """Counters of the pod, by reason."""
         counters, first = _counters(self.programs), self.programs.slot * len(self.reasons)
         return {reason: counters[first + i,] for i, reason in enumerate(self.reasons)}
 
 
 def clear(pins: str, slot: int, owners: list[list[int]], guests: list[int], reasons: int) -> None:
-    """Clear a pod's rows; programs that are gone, and rows not made yet, are no error."""
+    """Clear a pod's rows. Missing programs and rows are no error."""
     if not Path(pins, "users").exists():
         return
     programs = ProgramSet(Path(pins), slot)
@@ -133,7 +134,10 @@ def _counters(programs: ProgramSet) -> bpf.Map:
 
 
 def _take_connections(programs: ProgramSet, guests: list[int]) -> list[tuple[int, ...]]:
-    """Delete those of some guests; programs that follow none have no such map."""
+    """Remove the connections of some guests from `guest_connections`, and return their keys.
+
+    The slot is left out. There are none if the programs have no such map.
+    """
     taken = []
     with suppress(FileNotFoundError):
         connections = programs.map("guest_connections", "=BBBBHH", "=B")
@@ -147,7 +151,7 @@ def _take_connections(programs: ProgramSet, guests: list[int]) -> list[tuple[int
 
 
 def _flows(slot: int, guests: Iterable[int]) -> list[tuple[int, int, int]]:
-    """Keys of `flow_counts`: all pairs but natives alone, and those in `native_flow_counts`."""
+    """Keys of `flow_counts`: all pairs, but not natives alone nor those in `native_flow_counts`."""
     workloads = [0, *guests]
     pairs = ((client, server) for client in workloads for server in workloads)
     return [(slot, c, s) for c, s in pairs if (c and s) or c + s >= NATIVE_FLOW_GUESTS]

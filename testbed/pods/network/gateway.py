@@ -35,13 +35,13 @@ def open(
     owners: Mapping[tuple[Transport, int], int],
     families: Mapping[int, Collection[Family]],
     *,
-    tracked: bool,
+    needs_conntrack: bool,
 ) -> None:
-    """Route between guests and a link of the namespace; it goes with the namespace.
+    """Route between guests and the uplink of the namespace. The rules go with the namespace.
 
-    `addresses` are the pod's own on that link; of guests n, `owners` says which port is whose, and
-    `families` what they speak. `tracked`: the datapath needs connections to `localhost` tracked.
-    Raises `Error` if the kernel has no such rules.
+    `addresses`: the pod's on the uplink. `owners`: (transport, port) → n of the guest that serves
+    it. `families`: n of a guest → its IP versions. `needs_conntrack`: see `Attachment`; else
+    connections to `localhost` are not tracked. Raises `Error` if the kernel lacks such rules.
     """
     text = [
         f"table inet {TABLE}",  # so that there is one to delete
@@ -52,7 +52,7 @@ def open(
         _of_family(uplink, family, address, owners, families)
         for family, address in addresses.items()
     ]
-    if not tracked:
+    if not needs_conntrack:
         text += [
             f"chain {hook}_untracked {{ type filter hook {hook} priority raw; "
             + "; ".join(
