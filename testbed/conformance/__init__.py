@@ -1,7 +1,8 @@
-"""What a program may rely on at `localhost`: one check per function, of any datapath.
+"""Conformance suite: checks that a datapath's `localhost` behaves as programs expect.
 
-A check is written once against a `bed.Bed`, with sockets that a workload's agent holds, and
-runs through every pair, family and transport that it is about and the datapath claims. On the
-kernel's own loopback each must pass: that is the control. `check` has the words of checks, `checks`
-the checks, `runner` runs them, `output` and `archive` show what came of it.
+Each check is one function. It uses a `bed.Bed`, with sockets that the traffic agents of workloads
+hold, and runs through every pair, family and transport that it applies to and that the datapath
+supports. The control is the kernel's own loopback, on which every check must pass. `check` defines
+the data types, `checks` contains the checks, `runner` runs them, `output` and `archive` show the
+results.
 """

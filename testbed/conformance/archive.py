@@ -1,9 +1,9 @@
-"""What came of the suite, kept for reference: one small file a run, and the pages made of them.
+"""Archive of conformance results: one JSON file per run, and the pages that are made from them.
 
-A run is a datapath with one kind of guest and of native. Of each check its file has the number of
-passes, and each case that did not pass, with the reason. `docs/conformance.md` is the matrix of
-checks by runs, and README.md has its sums, between two comments; both are written anew from the
-files alone.
+A run is a datapath with one kind of guest and one kind of native. For each check the file has the
+number of passes, and every case that did not pass, with the reason. `docs/conformance.md` is the
+matrix of checks by runs. README.md has its sums, between two comments. Both pages are written from
+the files alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ README = paths.ROOT / "README.md"
 BEGIN, END = "<!-- conformance: testbed conformance --pages -->", "<!-- end of conformance -->"
 
 GUESTS = (Runtime.STANDIN, Runtime.LINUX, Runtime.OSV)
-"""In the order of columns."""
+"""Guests, in the order of columns."""
 
 INTRODUCTION = """\
 # What a program may rely on at `localhost`
@@ -41,19 +41,19 @@ This page is written by `testbed conformance --pages` from `results/reference/co
 """
 
 Reasons = dict[str, list[str]]
-"""Why → the cases that it holds for."""
+"""Reason → the cases that ended with it."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one check."""
+    """Results of all cases of one check."""
 
     passed: int
     unsupported: Reasons
     failed: Reasons
 
     def count(self, status: Status) -> int:
-        """Cases that ended so."""
+        """Number of cases with this status."""
         if status is Status.PASS:
             return self.passed
         reasons = self.unsupported if status is Status.UNSUPPORTED else self.failed
@@ -62,25 +62,25 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Run:
-    """A datapath, what its guests were, and what came of each check."""
+    """Results of a datapath with one kind of guest and one kind of native."""
 
     datapath: str
     guest: str
     kernel: str
     """Flavor and version; empty for guests without a kernel of their own."""
     native: str
-    """`wasm` where natives were components, else `process`."""
+    """`wasm` if natives were WASI components, else `process`."""
     checks: dict[str, Outcome]
 
     @property
     def name(self) -> str:
-        """`steer-osv-ipv6`, `steer-wasm-standin`: of its file."""
+        """Name of its file, such as `steer-osv-ipv6` or `steer-wasm-standin`."""
         flavor = self.kernel.split()[:1] if self.guest == Runtime.OSV else []
         native = self.native if self.native != Runtime.PROCESS else ""
         return "-".join(filter(None, (self.datapath, native, self.guest, *flavor)))
 
     def total(self, status: Status) -> int:
-        """Cases of all checks that ended so."""
+        """Number of cases of all checks with this status."""
         return sum(outcome.count(status) for outcome in self.checks.values())
 
 
@@ -101,7 +101,7 @@ def runs_of(results: Iterable[Result]) -> list[Run]:
 
 
 def keep(run: Run, folder: Path = FOLDER) -> Path:
-    """Write the run's file, in the place of one before it."""
+    """Write the run's file, and replace an older one."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{run.name}.json"
     path.write_text(json.dumps(asdict(run), indent=1) + "\n")
@@ -109,7 +109,7 @@ def keep(run: Run, folder: Path = FOLDER) -> Path:
 
 
 def read(folder: Path = FOLDER) -> list[Run]:
-    """All kept runs, in the order of columns. Raises `Error` if there are none."""
+    """Read all archived runs, in the order of columns. Raises `Error` if there are none."""
     runs = []
     for path in folder.glob("*.json"):
         data = json.loads(path.read_text())
@@ -129,7 +129,7 @@ def _column(run: Run) -> tuple[int, str, int, str]:
 
 
 def write_pages() -> list[Path]:
-    """Write both pages from what is kept."""
+    """Write both pages from the archived runs; returns their files."""
     runs = read()
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(runs, checks.matching()))
@@ -138,7 +138,7 @@ def write_pages() -> list[Path]:
 
 
 def with_sums(text: str, runs: Sequence[Run]) -> str:
-    """The text with the sums between its two comments. Raises `Error` if it has not got them."""
+    """The text with the sums between its two comments. Raises `Error` if it lacks the comments."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise Error("README.md lacks the place for the sums", hint=f"put there {BEGIN} and {END}")
     before, _, rest = text.partition(BEGIN)
@@ -158,7 +158,7 @@ def _sums(runs: Sequence[Run]) -> list[str]:
 
 
 def page(runs: Sequence[Run], all_checks: Iterable[Check]) -> str:
-    """The matrix of checks by runs, and beneath it every reason."""
+    """The page: a matrix of checks by runs, and a list of all reasons below it."""
     notes = _Notes()
     rows = []
     for check in all_checks:
@@ -188,13 +188,13 @@ def page(runs: Sequence[Run], all_checks: Iterable[Check]) -> str:
 
 
 class _Notes:
-    """Reasons, numbered as they come."""
+    """Numbers reasons in the order in which they appear."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
 
     def number(self, reason: str) -> int:
-        """A reason's number; which guest or kernel it was said of makes no other reason."""
+        """Number of a reason. Reasons that differ only in the workload's number are the same."""
         return self.numbers.setdefault(_general(reason), len(self.numbers) + 1)
 
 

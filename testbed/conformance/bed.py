@@ -1,7 +1,6 @@
-"""What a check is run in: two workloads of a pod in their roles, and how to get at what is around.
+"""Test bed of one conformance case: its client, its server, their sockets and ports.
 
-A `Stage` is the pod: one that is built here, or one that somebody else made (a namespace, and a
-guest's agent in it), in which nothing can be replaced. A `Bed` is one case's view of it.
+The pod is a `stage.Stage`. A `Bed` is the view of one case on it.
 """
 
 from __future__ import annotations
@@ -22,9 +21,10 @@ from testbed.model.terms import Family, Transport
 
 
 class Bed:
-    """One case: `client` and `server` are its workloads, `port` is the server's to use.
+    """Client, server and port of one case.
 
-    `pair` is the pair's shape: to a check a component or a container is one more native.
+    `port` is a port that the server owns. `pair` is the shape of the case's pair, because checks
+    treat components and containers like other natives.
     """
 
     _ports: Mapping[str, Iterator[int]] = {
@@ -44,28 +44,28 @@ class Bed:
         self.port = self.next_port()
 
     def peer(self, name: str) -> Peer:
-        """One more control connection to a workload. Raises `Unsupported` if there is none."""
+        """Open another control connection to a workload. Raises `Unsupported` if it is missing."""
         try:
             peer = Peer(name, self.stage.agent(name))
         except OSError as e:
-            raise OSError(e.errno, f"the agent of {name} is not to be reached: {e}") from e
+            raise OSError(e.errno, f"the agent of {name} cannot be reached: {e}") from e
         self._opened.append(peer)
         return peer
 
     def next_port(self, name: str = "") -> int:
-        """Another port that the server, or the workload of that name, owns."""
+        """Another port that the server, or the named workload, owns."""
         return next(self._ports[name or self.server_name])
 
     @property
     def own_pod(self) -> OwnStage:
-        """The stage, if it is ours to change. Raises `Unsupported` else."""
+        """The stage, if the pod can be changed. Raises `Unsupported` for somebody else's pod."""
         if not isinstance(self.stage, OwnStage):
             raise Unsupported("would have to change a pod that is not ours")
         return self.stage
 
     @property
     def target(self) -> Address:
-        """What the client dials for `localhost`."""
+        """The address that the client dials for `localhost`."""
         return self.client.localhost(self.family)
 
     @property
@@ -73,7 +73,7 @@ class Bed:
         return loopback(self.family)
 
     def open(self, peer: Peer, family: Family | None = None) -> Sock:
-        """A socket of the case's transport."""
+        """A new socket of the case's transport."""
         return peer.socket(self.transport, family or self.family)
 
     def serve(
@@ -86,9 +86,10 @@ class Bed:
         backlog: int = 128,
         options: Mapping[str, int | str] = {},
     ) -> Sock:
-        """A socket that serves: bound, and listening if it is TCP's.
+        """A server's socket: bound, and listening if it is a TCP socket.
 
-        Bound where a program of its kind would that means `localhost`, on `port` of this bed.
+        The default address is the one that a program binds for `localhost` (`Peer.bind_address`),
+        the default port that of the bed.
         """
         peer = peer or self.server
         sock = self.open(peer, family)
@@ -98,20 +99,29 @@ class Bed:
             sock.set("IPV6_V6ONLY", 1)
         for option, value in options.items():
             sock.set(option, value)
-        sock.bind(at or peer.here(sock.family), port or self.port)
+        sock.bind(at or peer.bind_address(sock.family), port or self.port)
         if self.transport is Transport.TCP:
             sock.listen(backlog)
         return sock
 
+    def serve_by_agent(self, peer: Peer | None = None) -> None:
+        """Have the server's traffic agent, or that of another peer, serve on the bed's port."""
+        peer = peer or self.server
+        at = peer.bind_address(self.family)
+        peer.agent.serve(self.transport, self.family, self.port, at)
+
     def dial(self, port: int = 0, *, peer: Peer | None = None) -> Sock:
-        """A socket of the client, or of another, connected to `localhost`."""
+        """A socket of the client, or of another peer, connected to `localhost`."""
         peer = peer or self.client
         sock = self.open(peer)
         sock.connect(peer.localhost(self.family), port or self.port)
         return sock
 
     def connected(self) -> tuple[Sock, Sock]:
-        """A TCP connection on a port of its own, client's end first; nobody listens any more."""
+        """A new TCP connection on another port: client's socket, server's socket.
+
+        The listener is closed.
+        """
         port = self.next_port()
         listener = self.serve(port=port)
         near = self.dial(port)

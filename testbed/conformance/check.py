@@ -1,4 +1,4 @@
-"""What a check is: a function that says what it proves, and through which pairs it runs."""
+"""Data types of the conformance suite: check, case, result; and the decorator `check`."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ IPV4 = (Family.IPV4,)
 
 
 class Failure(Exception):
-    """What a check found is not what it must be."""
+    """A check found something that must not be."""
 
 
 class Unsupported(Exception):
-    """The check cannot be made here, through no fault of the datapath."""
+    """A check cannot be run here, for a reason that is no fault of the datapath."""
 
 
 class Status(StrEnum):
@@ -47,25 +47,26 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that must hold."""
+    """One property that must hold at `localhost`."""
 
     name: str
     proves: str
-    """In one line."""
+    """The property, in one line."""
     standard: str
-    """Which standard or kernel behavior it stands for."""
+    """The standard or kernel behavior that it comes from."""
     pairs: frozenset[Pair]
     families: tuple[Family, ...]
     transports: tuple[Transport, ...]
     disruptive: bool
-    """It breaks and mends the pod: runs after all others."""
+    """Whether it breaks and repairs the pod. Such checks run after all others."""
     body: Body
-    """A generator is resumed when the others are done: what lies idle meanwhile."""
+    """The function. If it is a generator, it is resumed when the other checks are done, so that its
+    connections are idle meanwhile."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A check through one pair, family and transport."""
+    """A check with one pair, family and transport."""
 
     check: Check
     pair: Pair
@@ -75,14 +76,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a case."""
+    """Result of one case."""
 
     check: str
     datapath: str
     guest: str
-    """What runs the guests: a runtime, `foreign` in another's pod, empty where there are none."""
+    """Runtime of the guests; `foreign` in somebody else's pod; empty without guests."""
     kernel: str
-    """Of the guests, where it is their own and known."""
+    """Kernel of the guests, if they have one of their own and it is known."""
     pair: Pair
     family: Family
     transport: Transport
@@ -102,7 +103,10 @@ def check(
     transports: tuple[Transport, ...] = TCP,
     disruptive: bool = False,
 ) -> Callable[[Body], Body]:
-    """Make a check of a function: named as it is, proving what its docstring's first line says."""
+    """Decorator that registers a function as a check.
+
+    The check has the function's name; the first line of the docstring says what it proves.
+    """
 
     def register(body: Body) -> Body:
         name = body.__name__.replace("_", "-")
@@ -116,14 +120,14 @@ def check(
 
 
 def expect(holds: bool, otherwise: str) -> None:
-    """Raise `Failure` with what was found instead."""
+    """Raise `Failure` with the text `otherwise`, unless the condition holds."""
     if not holds:
         raise Failure(otherwise)
 
 
 @contextmanager
 def fails_with(*codes: int) -> Iterator[None]:
-    """What is done in here must fail with one of these error numbers."""
+    """The body of the `with` statement must fail with one of these error numbers."""
     wanted = " or ".join(os.strerror(code) for code in codes)
     try:
         yield

@@ -1,6 +1,6 @@
-"""Frames that no honest stack would send: UDP and TCP SYNs from any source, ARP and ND claims.
+"""Forged Ethernet frames: UDP and TCP SYN with any source, false ARP replies and ND advertisements.
 
-Written out by hand, with right checksums, so that only what is forged can be the reason to drop it.
+Their checksums are correct, so that only the forged field can be the reason for a drop.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ ETH_P_IP, ETH_P_ARP, ETH_P_IPV6 = 0x0800, 0x0806, 0x86DD
 
 
 def send(netns: str, ifname: str, frames: Iterable[bytes]) -> None:
-    """Put frames on a link, as a packet socket does (packet(7)).
+    """Send frames on a link by a packet socket (packet(7)).
 
-    Programs on the way out may drop them at once, which the socket hears as ENOBUFS.
+    If an egress program drops a frame, the socket reports ENOBUFS, which is ignored.
     """
     out = namespaces.inside(netns, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
     with out:
@@ -39,7 +39,7 @@ def datagram(
     ports: tuple[int, int],
     payload: bytes = b"forged",
 ) -> bytes:
-    """A UDP datagram. `macs` and `ports` are source's and destination's."""
+    """A UDP datagram. `macs` and `ports` are (source, destination)."""
     body = struct.pack("!HHHH", *ports, 8 + len(payload), 0) + payload
     return _ip(macs, source, destination, socket.IPPROTO_UDP, body, checksum_at=6)
 
@@ -51,13 +51,13 @@ def syn(
     ports: tuple[int, int],
     number: int,
 ) -> bytes:
-    """The first segment of a connection."""
+    """A TCP SYN with the sequence number `number`."""
     body = struct.pack("!HHIIBBHHH", *ports, number, 0, 5 << 4, 2, 65535, 0, 0)
     return _ip(macs, source, destination, socket.IPPROTO_TCP, body, checksum_at=16)
 
 
 def claim(macs: tuple[str, str], claimed: Address, told: Address, told_from: Address) -> bytes:
-    """An ARP reply or neighbor advertisement: `claimed` is at the first MAC."""
+    """An ARP reply or neighbor advertisement which says that `claimed` is at the first MAC."""
     own, other = (_mac(m) for m in macs)
     if claimed.version == 4:
         body = struct.pack("!HHBBH", 1, ETH_P_IP, 6, 4, 2)
@@ -97,7 +97,7 @@ def _mac(text: str) -> bytes:
 
 
 def checksum(data: bytes) -> int:
-    """Of the Internet (RFC 1071)."""
+    """Internet checksum (RFC 1071)."""
     data += b"\0" * (len(data) % 2)
     total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:

@@ -1,7 +1,7 @@
-"""What datapaths and guests cannot do, and why: a check that fails there counts as unsupported.
+"""Known limits of datapaths, guests and WASI: cases that cannot pass, with the reason.
 
-Whatever is not here is a fault. A case that passes all the same is a pass. What is said of a guest
-was seen over `bridge`, too, where no program touches its packets.
+If such a case fails, it counts as unsupported; if it passes, it counts as passed. Any other failure
+is a fault. The limits of guests were also seen with `bridge`, where no program changes packets.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from testbed.model.terms import Family, Runtime
 
 @dataclass(frozen=True)
 class Impossible:
-    """Checks that cannot pass, in some pairs and families, and why."""
+    """Checks that cannot pass in some pairs and families, and the reason."""
 
     checks: frozenset[str]
     why: str
@@ -23,6 +23,7 @@ class Impossible:
     families: tuple[Family, ...] = tuple(Family)
 
     def holds(self, case: Case) -> bool:
+        """Whether the case is one of these."""
         return (
             case.check.name in self.checks
             and case.pair.shape in self.pairs

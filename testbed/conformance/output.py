@@ -1,4 +1,4 @@
-"""Results for people (a matrix) and for machines (JSON, JUnit's XML)."""
+"""Output of conformance results: a matrix for the terminal, JSON, JUnit XML."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from testbed.conformance.check import Check, Result, Status
 
 
 def columns(results: Iterable[Result]) -> list[tuple[str, str]]:
-    """(datapath, guest) in the order of their first results."""
+    """(datapath, guest) of the results, in order of appearance."""
     return list(dict.fromkeys((r.datapath, r.guest) for r in results))
 
 
 def matrix(results: Sequence[Result]) -> Table:
-    """Checks by datapaths: how many of a check's cases passed, failed, or could not be made."""
+    """Table of checks by datapaths: how many cases passed, failed, or are unsupported."""
     cells: dict[tuple[str, str, str], Counter[Status]] = {}
     for r in results:
         cells.setdefault((r.check, r.datapath, r.guest), Counter())[r.status] += 1
@@ -37,7 +37,7 @@ def matrix(results: Sequence[Result]) -> Table:
 
 
 def _cell(counts: Counter[Status]) -> str:
-    """`8 pass`, `FAIL 2, 6 pass`, `unsupported`, or nothing where the check does not apply."""
+    """`8 pass`, `2 FAIL, 6 pass`, `4 unsupported`; empty if the check does not apply."""
     said = []
     if counts[Status.FAIL]:
         said.append(f"[bold red]{counts[Status.FAIL]} FAIL[/]")
@@ -49,7 +49,7 @@ def _cell(counts: Counter[Status]) -> str:
 
 
 def reasons(results: Iterable[Result], status: Status) -> list[str]:
-    """One line per reason, with the cases that it is about."""
+    """One line per reason of this status, with the cases that have it."""
     by_reason: dict[tuple[str, str, str, str], list[str]] = {}
     for r in results:
         if r.status is status:
@@ -62,7 +62,7 @@ def reasons(results: Iterable[Result], status: Status) -> list[str]:
 
 
 def listing(chosen: Iterable[Check]) -> Table:
-    """Every check, what it proves, and what it stands for."""
+    """Table of checks: what each proves, and the standard that it comes from."""
     table = Table("check", "proves", "stands for")
     for check in chosen:
         table.add_row(check.name, check.proves, check.standard)
@@ -70,12 +70,12 @@ def listing(chosen: Iterable[Check]) -> Table:
 
 
 def as_json(results: Iterable[Result]) -> list[dict[str, Any]]:
-    """Plain data, one object a case."""
+    """Results as plain data, one object per case."""
     return [dict(vars(r)) for r in results]
 
 
 def junit(results: Sequence[Result]) -> bytes:
-    """JUnit's XML: a suite per datapath, a case per case."""
+    """Results as JUnit XML: one suite per datapath and guest, one test case per case."""
     top = ET.Element("testsuites")
     for datapath, guest in columns(results):
         own = [r for r in results if (r.datapath, r.guest) == (datapath, guest)]

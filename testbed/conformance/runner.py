@@ -1,4 +1,4 @@
-"""Runs checks: case by case through one pod per datapath, what breaks the pod last."""
+"""Runs conformance checks case by case, in one pod per datapath, disruptive checks last."""
 
 from __future__ import annotations
 
@@ -27,24 +27,25 @@ from testbed.runtimes import interface
 
 @dataclass(frozen=True)
 class Choice:
-    """What is to be checked."""
+    """Options of a conformance run: which datapaths, guests and checks."""
 
     datapaths: tuple[str, ...]
     guest: str = "best"
     families: tuple[Family, ...] = tuple(Family)
     globs: tuple[str, ...] = ("*",)
     native: Runtime = Runtime.PROCESS
-    """What the natives are: processes, or WASI components, whose pairs are others."""
+    """Runtime of the natives: processes, or WASI components, which have other pairs."""
     osv_kernel: Path | None = None
     hosts_patch: bool = True
     netns: Path | None = None
-    """A pod that is there already, with a guest whose agent is at `control`."""
+    """Namespace of an existing pod to check. None: build pods."""
     control: str = ""
+    """Address of the traffic agent of the guest in that pod."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is."""
+    """Progress of a run."""
 
     text: str
     done: int
@@ -52,7 +53,7 @@ class Progress:
 
 
 def run(choice: Choice) -> Iterator[Result | Progress]:
-    """The results, as they come, and before each what is being done."""
+    """Run the checks; yields progress before each case, and results as they arrive."""
     chosen = checks.matching(choice.globs)
     for name in choice.datapaths:
         datapath = None if choice.netns else datapaths.get(name)
@@ -83,7 +84,7 @@ def run(choice: Choice) -> Iterator[Result | Progress]:
             for case in chosen_cases:
                 if reason := unsupported(datapath, _cell(name, case), guest):
                     lacking[case] = reason
-            if len(lacking) == len(chosen_cases):  # and it may be that no such pod can be built
+            if len(lacking) == len(chosen_cases):  # such a pod may be impossible to build
                 for case, reason in lacking.items():
                     yield Result(
                         case.check.name,
@@ -104,7 +105,7 @@ def run(choice: Choice) -> Iterator[Result | Progress]:
 
 
 def carried(datapath: Datapath, native: Runtime) -> frozenset[Pair]:
-    """Pairs that the datapath carries: those of processes, or of another kind of native."""
+    """Pairs that the datapath supports, with processes or with another kind of native."""
     others = {pair for pair in Pair if native in pair.split("-")}
     wanted = EVERY if native is Runtime.PROCESS else others
     return frozenset(pair for pair in wanted if pair.shape in datapath.pairs)
@@ -113,7 +114,7 @@ def carried(datapath: Datapath, native: Runtime) -> frozenset[Pair]:
 def cases(
     chosen: Iterable[Check], pairs: Collection[Pair], families: tuple[Family, ...]
 ) -> list[Case]:
-    """Those of the checks, through these pairs; what breaks the pod last."""
+    """The cases of the checks with these pairs and families, disruptive checks last."""
     return [
         Case(check, pair, family, transport)
         for check in sorted(chosen, key=lambda c: c.disruptive)
@@ -132,7 +133,7 @@ def _cell(datapath: str, case: Case) -> Cell:
 def through(
     stage: Stage, cases: Sequence[Case], lacking: Mapping[Case, str] = MappingProxyType({})
 ) -> Iterator[Result | Progress]:
-    """Cases through one pod; of those in `lacking` only the reason why they are unsupported."""
+    """Run cases in one pod. Cases in `lacking` are not run: they are unsupported, with a reason."""
     runner = _Runner(stage, _families(stage), lacking)
     done = 0
 
@@ -148,12 +149,12 @@ def through(
         if result := runner.run(case):
             yield result
             done += 1
-    yield progress("what lay idle")
+    yield progress("resuming idle checks")
     yield from runner.resume()
 
 
 def _families(stage: Stage) -> dict[str, frozenset[Family]]:
-    """What each workload's stack speaks."""
+    """Workload → families that its network stack supports."""
     found = {}
     for name in {name for pair in stage.pairs for name in ROLES[pair]}:
         with stage.agent(name) as agent:
@@ -163,6 +164,8 @@ def _families(stage: Stage) -> dict[str, frozenset[Family]]:
 
 @dataclass
 class _Parked:
+    """A case whose check is suspended, so that its connections are idle."""
+
     case: Case
     bed: Bed
     rest: Iterator[None]
@@ -171,13 +174,15 @@ class _Parked:
 
 @dataclass
 class _Runner:
+    """Runs cases on one stage, and holds those that are suspended."""
+
     stage: Stage
     families: dict[str, frozenset[Family]]
     lacking: Mapping[Case, str]
     parked: list[_Parked] = field(default_factory=list)
 
     def run(self, case: Case) -> Result | None:
-        """The result, or None if the case lies idle until `resume`."""
+        """Run a case. The result; None if the check is suspended until `resume`."""
         if case in self.lacking:
             return self._result(case, Status.UNSUPPORTED, self.lacking[case], 0)
         for name in ROLES[case.pair]:
@@ -201,7 +206,7 @@ class _Runner:
         return self._result(case, Status.PASS, "", time.monotonic() - began)
 
     def resume(self) -> Iterator[Result]:
-        """The results of what lay idle."""
+        """Resume the suspended cases; yields their results."""
         parked, self.parked = self.parked, []
         for waiting in parked:
             began = time.monotonic() - waiting.duration_s
@@ -238,4 +243,4 @@ class _Runner:
 
 
 _OUTCOMES = (Failure, Unsupported, Error, OSError)
-"""What a case may end with; anything else is a fault of the suite."""
+"""Exceptions that a case may end with. Any other exception is a fault of the suite."""

@@ -1,7 +1,7 @@
-"""Sockets that a workload's agent holds, used from here as if they were ours.
+"""Remote sockets: sockets in a workload, called through the control connection of its agent.
 
-Calls raise `OSError` as sockets do, with what was called where. None blocks for longer than its
-time-out (`TimeoutError`). Which runtime the workload is in makes no difference.
+Calls raise `OSError` as local sockets do, and the message names the call and the workload. Each
+call has a time-out (`TimeoutError`). All runtimes have the same interface.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ CONTROL_SLACK_S = 30.0
 LACKS = (errno.ENOPROTOOPT, errno.EOPNOTSUPP)
 FLAGS = {"oob": "MSG_OOB", "peek": "MSG_PEEK"}
 LOCALHOST = ("localhost", "ip6-localhost")
-"""The second where a guest's resolver knows a name in one family only."""
+"""Names of loopback. The second is tried if the resolver knows the first in one family only."""
 
 Name = tuple[Address, int]
 
 
 @dataclass(frozen=True)
 class Received:
-    """What one receive came to."""
+    """Result of one receive call."""
 
     bytes: int
     text: builtins.bytes
-    """The first 32 bytes."""
+    """The first 32 bytes of the data."""
     intact: bool
-    """All of it is the pattern that was asked for."""
+    """Whether all data has the expected pattern."""
     ended: bool
-    """The other end will send no more."""
+    """Whether the end of the stream was reached."""
     sender: Name | None
-    """Of a datagram."""
+    """Sender of a datagram."""
 
 
 @dataclass(frozen=True)
 class Readiness:
-    """What poll(2) says."""
+    """Result of poll(2)."""
 
     readable: bool
     writable: bool
@@ -56,7 +56,7 @@ class Readiness:
 
 
 class Peer:
-    """One workload in one role. Its sockets are closed with it."""
+    """A control connection to a workload, which its sockets belong to. Closing it closes them."""
 
     def __init__(self, name: str, agent: Agent) -> None:
         self.name, self.agent = name, agent
@@ -64,7 +64,7 @@ class Peer:
         self.api = "WASI" if name.startswith("wasm") else f"the kernel of {name}"
 
     def socket(self, transport: Transport, family: Family) -> Sock:
-        """Raises `Unsupported` if the kernel over there lacks the family."""
+        """Open a socket. Raises `Unsupported` if the workload's kernel lacks the family."""
         try:
             answer = self.call("socket", transport=transport, family=family)
         except OSError as e:
@@ -74,14 +74,14 @@ class Peer:
         return Sock(self, answer["socket"], transport, family)
 
     def resolve(self, name: str, family: Family | None = None) -> list[Address]:
-        """getaddrinfo. Raises `Unsupported` if the name is not known in that family."""
+        """Call getaddrinfo(3). Raises `Unsupported` if the name has no address in that family."""
         answer = self.call("resolve", name=name, family=family or "any")
         if answer["failure"]:
             raise Unsupported(f"{self.name} cannot resolve {name}: {answer['failure']}")
         return [ip_address(a) for a in answer["addresses"].split()]
 
     def localhost(self, family: Family) -> Address:
-        """What a program in there dials for `localhost` in one family."""
+        """The address that a program in the workload dials for `localhost`, in one family."""
         for name in LOCALHOST:
             try:
                 found = self.resolve(name, family)
@@ -90,19 +90,22 @@ class Peer:
             return found[0]
         raise Unsupported(f"{self.name} has no name for localhost in {family}")
 
-    def here(self, family: Family) -> str:
-        """Where a server listens that means `localhost`: a guest's is reached by its link."""
+    def bind_address(self, family: Family) -> str:
+        """The address that a server for `localhost` binds: loopback, or in guests the wildcard.
+
+        A guest's server is reached through the guest's link.
+        """
         if self.is_guest:
             return "0.0.0.0" if family is Family.IPV4 else "::"
         return str(loopback(family))
 
     def call(self, op: str, limit_s: float = CONTROL_SLACK_S, **keys: Any) -> dict[str, Any]:
-        """One order, its error raised."""
+        """Send one order to the agent and wait for the answer. Raises its error as `OSError`."""
         self.agent.ask(op=op, **keys)
         return self.checked(op, keys, self.agent.answer(limit_s))
 
     def checked(self, op: str, keys: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
-        """An answer, its error raised."""
+        """The answer itself. Raises its error as `OSError`."""
         if code := answer["errno"]:
             detail = keys.get("address") or keys.get("option") or ""
             where = f"{detail}:{keys['port']}" if "port" in keys else detail
@@ -122,7 +125,7 @@ class Sock:
         self.peer, self.id, self.transport, self.family = peer, id, transport, family
 
     def set(self, option: str, value: int | str) -> None:
-        """setsockopt. Raises `Unsupported` if the kernel over there has no such option."""
+        """Call setsockopt(2). Raises `Unsupported` if the workload's kernel lacks the option."""
         keys: dict[str, Any] = {"text": value} if isinstance(value, str) else {"value": value}
         self._tried(option, "set", option=option, **keys)
 
@@ -139,7 +142,7 @@ class Sock:
         self._call("connect", timeout_s=timeout_s, address=str(address), port=port)
 
     def begin_connect(self, address: Address | str, port: int) -> None:
-        """Returns when the handshake is under way."""
+        """Start a non-blocking connect; returns when the handshake has started."""
         with suppress(BlockingIOError):  # EINPROGRESS
             self.connect(address, port, timeout_s=0)
 
@@ -158,7 +161,7 @@ class Sock:
 
     @property
     def peer_name(self) -> Name:
-        """Raises `OSError` if it has none."""
+        """The peer's address and port. Raises `OSError` if the socket is not connected."""
         answer = self._call("names")
         if not answer["peer_address"]:
             raise OSError(errno.ENOTCONN, f"{self.peer.name}: no peer name")
@@ -173,27 +176,27 @@ class Sock:
         flag: str = "",
         timeout_s: float = TIMEOUT_S,
     ) -> int:
-        """A text, or so many bytes of the pattern. Returns what the kernel took.
+        """Send a text, or a number of bytes of the pattern. Returns the number of bytes sent.
 
-        Raises `TimeoutError` if not all of it was taken in time.
+        Raises `TimeoutError` if the kernel does not take all of it in time.
         """
         keys = self._sending(what, phase, to, flag, timeout_s)
         return int(self._tried(FLAGS.get(flag, ""), "send", **keys)["bytes"])
 
     def ask_send(self, what: int, timeout_s: float) -> None:
-        """Begin a `send` whose end `answer` waits for."""
+        """Start a `send`; `answer` waits for its end."""
         self.peer.agent.ask(
             op="send", socket=self.id, **self._sending(what, 0, None, "", timeout_s)
         )
 
     def ask_receive(self, size: int, timeout_s: float, *, some: bool = False) -> None:
-        """Begin a `receive` whose end `answer` waits for."""
+        """Start a `receive`; `answer` waits for its end."""
         self.peer.agent.ask(
             op="receive", socket=self.id, size=size, timeout_s=timeout_s, some=int(some)
         )
 
     def answer(self) -> dict[str, Any]:
-        """The end of what was begun, as the agent tells it, error number and all."""
+        """Wait for the end of what was started: the agent's answer, with its error number."""
         return self.peer.agent.answer()
 
     def _sending(
@@ -216,7 +219,10 @@ class Sock:
         some: bool = False,
         timeout_s: float = TIMEOUT_S,
     ) -> Received:
-        """A datagram; of a stream `size` bytes or all to the end, or what comes first (`some`)."""
+        """Receive a datagram, or from a stream `size` bytes or all bytes up to the end.
+
+        With `some`, return the first bytes of a stream as soon as there are any.
+        """
         keys: dict[str, Any] = {"flag": flag} if flag else {}
         answer = self._tried(
             FLAGS.get(flag, ""),
@@ -237,7 +243,7 @@ class Sock:
         )
 
     def poll(self, wish: str, timeout_s: float = TIMEOUT_S) -> Readiness:
-        """Wait until it is ready to `read`, `write`, `urgent`, or has an `error` or hang-up."""
+        """Wait until the socket is ready to `read`, `write` or `urgent`, or has an `error`."""
         lacked = "POLLPRI" if wish == "urgent" else ""
         answer = self._tried(lacked, "poll", timeout_s=timeout_s, **{"for": wish})
         return Readiness(**{k: bool(answer[k]) for k in Readiness.__dataclass_fields__})
@@ -249,7 +255,7 @@ class Sock:
         self._call("close")
 
     def reset(self) -> None:
-        """Close by RST."""
+        """Close the connection by RST."""
         self.set("SO_LINGER", 0)
         self.close()
 
@@ -258,7 +264,7 @@ class Sock:
         return self.peer.call(op, limit_s, socket=self.id, **keys)
 
     def _tried(self, what: str, op: str, **keys: Any) -> dict[str, Any]:
-        """A call of `what` some have not got. Raises `Unsupported` then."""
+        """Call an operation that needs `what`. Raises `Unsupported` if the kernel lacks it."""
         try:
             return self._call(op, **keys)
         except OSError as e:
@@ -268,7 +274,7 @@ class Sock:
 
 
 def connect_many(client: Peer, family: Family, to: Name, count: int) -> list[Sock]:
-    """Connections begun in batches, all of them open. Raises the first error."""
+    """Open many connections at the same time, in batches. Raises the first error."""
     made: list[Sock] = []
     keys = {"transport": Transport.TCP, "family": family}
     for start in range(0, count, BATCH):
@@ -288,4 +294,4 @@ def connect_many(client: Peer, family: Family, to: Name, count: int) -> list[Soc
 
 
 BATCH = 100
-"""Orders under way at once; more would fill the control connection."""
+"""Number of unanswered orders; more would fill the control connection."""

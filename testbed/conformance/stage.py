@@ -1,7 +1,7 @@
-"""Stage: the pod that checks are run in.
+"""Stage: the pod that conformance checks run in.
 
-One that is built here, or one that somebody else made (a namespace, and a guest's agent in it), in
-which nothing can be replaced.
+`OwnStage` builds a pod. `ForeignStage` uses a pod that somebody else made, with a traffic agent in
+its guest; nothing in that pod can be restarted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
 from testbed import runtimes
@@ -47,11 +46,11 @@ PORTS = {
         ("container1", 8160),
     )
 }
-"""Both transports' ports that a workload owns; a pod that is not ours must have it so, too."""
+"""Workload → ports that it owns, for TCP and UDP. A foreign pod must have the same ports."""
 
 
 def manifest(pairs: Collection[Pair], guest: Runtime) -> Manifest:
-    """Two native processes, the ends of the pairs, and two guests if any pair has one."""
+    """Manifest with two native processes, the workloads of the pairs, and two guests if needed."""
     names = {"native1", "native2", *(name for pair in pairs for name in ROLES[pair])}
     if any(pair.guests for pair in pairs):
         names |= {"guest1", "guest2"}
@@ -59,30 +58,30 @@ def manifest(pairs: Collection[Pair], guest: Runtime) -> Manifest:
 
 
 class Stage(Protocol):
-    """A pod that checks are run in."""
+    """A pod that checks run in."""
 
     datapath: str
     guest: str
-    """What runs the guests; empty where there are none."""
+    """Runtime of the guests; empty without guests."""
     kernel: str
-    """The guests', where it is their own and known."""
+    """Kernel of the guests, if they have one of their own and it is known."""
     pairs: frozenset[Pair]
     netns: str
     emulated: bool
-    """Its guests are slow."""
+    """Whether guests are emulated (TCG), and so slow."""
 
     def revive(self) -> None:
-        """Start again what ended."""
+        """Restart workloads that have ended."""
 
     def agent(self, name: str) -> Agent:
-        """A control connection to a workload. Raises `Unsupported` if there is none."""
+        """Open a control connection to a workload. Raises `Unsupported` if it is not there."""
 
     def guest_netns(self, name: str) -> str:
-        """A stand-in's namespace. Raises `Unsupported` where guests have none."""
+        """Namespace of a stand-in. Raises `Unsupported` for other guests."""
 
 
 class OwnStage:
-    """A pod with what the pairs need, for one datapath."""
+    """A pod that is built here, for one datapath, with the workloads that the pairs need."""
 
     def __init__(
         self,
@@ -105,12 +104,15 @@ class OwnStage:
         self.build()
 
     def another(self, name: str) -> Pod:
-        """A second pod of the same kind, built but not started."""
+        """Another pod of the same kind, built but not started."""
         workloads = manifest(self.pairs, self.runtime)
         return Pod(self.owner, name, workloads, self._datapath, self._runtimes, self._consoles)
 
     def build(self) -> None:
-        """The pod, its workloads ready, watched over. If that fails, nothing stands."""
+        """Build the pod, wait for its workloads, and start its reconciler.
+
+        If that fails, everything is taken down.
+        """
         with ExitStack() as stack:
             self.pod = self.another(self.name)
             stack.callback(self.pod.close)
@@ -129,7 +131,7 @@ class OwnStage:
             raise Unsupported(f"the pod has no {name}")
         try:
             return self.pod.agent(name)
-        except OSError:  # it was lost in the case before: that one's fault, not the next one's
+        except OSError:  # the case before made the workload unusable, which is not this one's fault
             self.pod.restart_workload(name)
             self.pod.wait_ready(name)
             return self.pod.agent(name)
@@ -148,14 +150,12 @@ class OwnStage:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 class ForeignStage:
-    """Somebody else's pod: agents of our own as natives, one guest whose agent is there already."""
+    """Somebody else's pod: natives are agents that are started here, the guest's agent is there."""
 
     guest = "foreign"
     kernel = ""
@@ -199,14 +199,14 @@ class ForeignStage:
             ) from e
 
     def revive(self) -> None:
-        pass  # what is not ours is not ours to start
+        pass  # the pod's workloads belong to somebody else
 
     def guest_netns(self, name: str) -> str:
         raise Unsupported("needs a stand-in of our own")
 
 
 def _patiently(call: Callable[[], T]) -> T:
-    """Again until it is not refused: agents of ours take a moment to listen."""
+    """Call again until the connection is not refused: a new agent needs a moment to listen."""
     deadline = time.monotonic() + TIMEOUT_S
     while True:
         try:

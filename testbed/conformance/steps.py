@@ -1,4 +1,4 @@
-"""Steps that several checks take."""
+"""Steps that several checks share."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from testbed.conformance.check import (
 from testbed.conformance.sockets import Sock
 
 AT_ONCE_S = 0.5
-"""What a program takes for an answer at once. A lost SYN is sent again after a second."""
+"""Limit for an immediate answer. It is below 1 s, after which a lost SYN is sent again."""
 
 
 def exchange(near: Sock, far: Sock, size: int = 1000) -> None:
-    """Bytes go both ways, each in its place."""
+    """Send bytes both ways, and check each byte."""
     for a, b in ((near, far), (far, near)):
         a.send(size, phase=size)
         got = b.receive(size, phase=size)
@@ -26,7 +26,7 @@ def exchange(near: Sock, far: Sock, size: int = 1000) -> None:
 
 
 def refused_at_once(bed: Bed, port: int = 0) -> None:
-    """A connection is refused, and it does not take long."""
+    """Check that a connection is refused within `AT_ONCE_S`."""
     began = time.monotonic()
     with fails_with(errno.ECONNREFUSED):
         bed.dial(port)

@@ -30,7 +30,6 @@ from datetime import UTC, datetime
 from functools import partial
 from math import nan
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import pandas as pd
@@ -196,9 +195,7 @@ class Store:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property

@@ -1,6 +1,7 @@
-"""The checks, a file per subject.
+"""The conformance checks, one file per subject.
 
-Another distribution adds some by an entry point of group `testbed.checks` that names a module.
+Another Python distribution adds checks by an entry point of group `testbed.checks` that names a
+module.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from testbed.model.errors import Error
 
 
 def matching(globs: Iterable[str] = ("*",)) -> list[Check]:
-    """Those whose names match, by file. Raises `Error` if none matches one of `globs`."""
+    """Checks whose names match, sorted by file. Raises `Error` for a glob that matches none."""
     for module in iter_modules(__path__):
         import_module(f"{__name__}.{module.name}")
     for entry in metadata.entry_points(group="testbed.checks"):

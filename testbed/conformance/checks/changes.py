@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Self
 
 from testbed.conformance.bed import Bed
@@ -18,22 +17,22 @@ from testbed.model.errors import Error
 from testbed.model.terms import Transport
 
 END_S = 2.0
-"""How soon a program has to learn that its peer is gone."""
+"""Limit for a program to learn that its peer is gone."""
 AGAIN_S = 3.0
-"""After which a guest repeats a SYN that was lost with the server (RFC 2988; since RFC 6298, 1)."""
+"""Time after which a guest sends a lost SYN again (RFC 2988; 1 s since RFC 6298)."""
 BACK_S = 40.0
-"""How soon a workload is back; an emulated machine boots."""
+"""Limit for a workload to be back; an emulated machine has to boot."""
 
 RESTARTS = 100
 EACH = 5
-"""Connections that every client has to make between two restarts, while nothing changes."""
+"""Number of connections that every client must make between two restarts."""
 
 BETWEEN = frozenset({Pair.NATIVE_GUEST, Pair.GUEST_NATIVE})
 ANOTHER = BETWEEN | {Pair.NATIVE_NATIVE, Pair.GUEST_GUEST}
 
 
 def works_again(bed: Bed) -> None:
-    """A fresh view of the case, as soon as its workloads answer, makes connections."""
+    """Check that new connections work, as soon as the workloads answer again."""
     deadline = time.monotonic() + BACK_S
     while True:
         try:
@@ -64,11 +63,11 @@ def server_killed(bed: Bed) -> None:
     near.ask_receive(1, timeout_s=BACK_S)
     server = pod.processes[bed.server_name]
     if bed.server_name.startswith("container"):
-        server.terminate()  # runc hands that on, and would leave its container if killed
+        server.terminate()  # runc passes SIGTERM on; if killed, it would leave its container
     else:
         server.kill()
     server.wait()
-    if bed.client.is_guest and bed.server.is_guest:  # its next segment is answered by the next one
+    if bed.client.is_guest and bed.server.is_guest:  # only the next server answers its segments
         pod.revive()
         answer = near.answer() if bed.stage.guest == "standin" else None
     else:
@@ -112,14 +111,15 @@ def pod_rebuilt(bed: Bed) -> None:
 
 
 class Client:
-    """Makes one short connection after the other, in a thread of its own.
+    """A client that makes one short connection after the other, in a thread of its own.
 
-    `made` came to a good end, `refused` failed while the server was going, gone, or coming;
-    `wrong` says what else happened: a failure while it was there, or a connection that hung.
+    `made` counts connections that succeeded. `refused` counts failures while the server was down or
+    was being restarted. `wrong` lists other faults: a failure while the server was up, or a
+    connection that hung.
     """
 
     def __init__(self, bed: Bed, peer: Peer, epoch: list[int]) -> None:
-        """`epoch` is even while the server is there."""
+        """`epoch` holds a counter that is even while the server is up."""
         self.made = self.refused = 0
         self.wrong: list[str] = []
         self.bed, self._peer, self._epoch = bed, peer, epoch
@@ -158,9 +158,7 @@ class Client:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ending.set()
         self._thread.join()
 
@@ -173,8 +171,8 @@ class Client:
 def restarts_under_load(bed: Bed) -> None:
     """Of 100 restarts of a guest clients see refusals while it is down; none fails else, or hangs.
 
-    The clients are a native and the other guest. What they begin and end while the guest serves
-    has to succeed; what a restart overlaps may fail, and has to do so soon.
+    The clients are a native and the other guest. A connection that begins and ends while the server
+    is up must succeed. A connection that overlaps a restart may fail, but must fail soon.
     """
     pod = bed.own_pod.pod
     works_again(bed)
@@ -182,8 +180,7 @@ def restarts_under_load(bed: Bed) -> None:
     clients = [Client(bed, peer, epoch) for peer in (bed.client, bed.peer("guest2"))]
     with clients[0], clients[1]:
         for _ in range(amount(bed, RESTARTS)):
-            server = bed.peer(bed.server_name)
-            server.agent.serve(Transport.TCP, bed.family, bed.port, server.here(bed.family))
+            bed.serve_by_agent(bed.peer(bed.server_name))
             epoch[0] += 1
             all_go_on(clients, "made", EACH)
             epoch[0] += 1
@@ -194,7 +191,7 @@ def restarts_under_load(bed: Bed) -> None:
 
 
 def all_go_on(clients: list[Client], what: str, by: int) -> None:
-    """Wait until each client has so many more of what it counts. Raises `Failure`."""
+    """Wait until the counter `what` of each client has grown by `by`. Raises `Failure`."""
     goals = [getattr(client, what) + by for client in clients]
 
     def reached() -> bool:

@@ -26,17 +26,17 @@ from testbed.model.cells import Pair
 from testbed.model.terms import Family, Transport
 
 STALL_S = 0.040
-"""The shortest delayed acknowledgment of Linux (TCP_DELACK_MIN)."""
+"""Shortest delayed acknowledgment of Linux (TCP_DELACK_MIN)."""
 IDLE_S = 5.0
 PROBES = 9
-"""Linux's own number: a few of them drown while other checks flood the host."""
+"""Number of keep-alive probes, Linux's default: floods of other checks make a few get lost."""
 SIZE = 20_000
-"""Bytes that every stack takes before anybody reads them."""
+"""Number of bytes that every stack buffers before anybody reads them."""
 BACKLOG_S = 16.0
-"""SYNs that a full backlog dropped come again after 1, 3, 7, 15 s."""
+"""Limit for a full backlog: SYNs that it dropped are sent again after 1, 3, 7 and 15 s."""
 
 
-# --- making them ----------------------------------------------------------------------------
+# --- making connections ---------------------------------------------------------------------
 
 
 @check("RFC 9293, 3.5")
@@ -315,16 +315,16 @@ def simultaneous_open(bed: Bed) -> None:
     first, second = bed.open(bed.client), bed.open(bed.server)
     for sock in (first, second):
         sock.set("SO_REUSEADDR", 1)
-    first.set("SO_ATTACH_FILTER", 0)  # it stays deaf to the reset that its SYN meets at first
-    first.bind(bed.client.here(bed.family), ports[bed.client])
+    first.set("SO_ATTACH_FILTER", 0)  # drops the reset that answers its first SYN
+    first.bind(bed.client.bind_address(bed.family), ports[bed.client])
     first.begin_connect(bed.target, ports[bed.server])
-    second.bind(bed.server.here(bed.family), ports[bed.server])
+    second.bind(bed.server.bind_address(bed.family), ports[bed.server])
     second.connect(bed.server.localhost(bed.family), ports[bed.client])
     first.finish_connect()
     exchange(first, second)
 
 
-# --- using them -----------------------------------------------------------------------------
+# --- using connections ----------------------------------------------------------------------
 
 
 @check("RFC 9293, 3.6: half-closed connections")
@@ -507,7 +507,8 @@ def no_stalls(bed: Bed) -> None:
         far.send("done")
         near.receive(4)
         slow += time.monotonic() - began > STALL_S
-    often = 20 if bed.stage.emulated else 4  # a stall is in every exchange; a busy host in some
+    # A datapath that stalls does so in every exchange; a busy host is slow in some only.
+    often = 20 if bed.stage.emulated else 4
     expect(slow <= often, f"{slow} of 40 exchanges took more than {STALL_S * 1000:.0f} ms")
 
 
@@ -613,7 +614,7 @@ def server_restart(bed: Bed) -> None:
 def same_port_of_udp(bed: Bed) -> None:
     """One number is a TCP and a UDP port at once, each with its own server."""
     datagrams = bed.server.socket(Transport.UDP, bed.family)
-    datagrams.bind(bed.server.here(bed.family), bed.port)
+    datagrams.bind(bed.server.bind_address(bed.family), bed.port)
     refused_at_once(bed)
     listener = bed.serve()
     near = bed.dial()

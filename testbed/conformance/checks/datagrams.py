@@ -26,11 +26,12 @@ from testbed.model.cells import Pair
 from testbed.model.terms import Family, Transport
 
 LARGEST = {Family.IPV4: 65_507, Family.IPV6: 65_487}
-"""Payload of the largest IP packet less headers; what Linux takes over both (RFC 768, 8200)."""
+"""Largest UDP payload that Linux accepts, by family: an IP packet of 65,535 bytes less headers
+(RFC 768, RFC 8200)."""
 
 
 def echo(bed: Bed, size: int) -> None:
-    """A datagram of so many bytes goes there and back, by an unconnected server."""
+    """Send a datagram of `size` bytes to an unconnected server and back."""
     server, client = bed.serve(), bed.dial()
     for sock in (server, client):
         sock.set("SO_RCVBUF", 1 << 18)
@@ -317,7 +318,7 @@ def path_mtu(bed: Bed) -> None:
     server, client = bed.serve(), bed.dial()
     option = "IP_MTU_DISCOVER" if bed.family is Family.IPV4 else "IPV6_MTU_DISCOVER"
     client.set(option, 2)  # IP_PMTUDISC_DO
-    for _ in range(3):  # the first may have to learn it
+    for _ in range(3):  # the kernel may have to learn the path MTU from the first
         try:
             client.send(3000)
         except OSError as e:
@@ -365,4 +366,4 @@ def port_in_use(bed: Bed) -> None:
     bed.serve()
     second = bed.open(bed.server)
     with fails_with(errno.EADDRINUSE):
-        second.bind(bed.server.here(bed.family), bed.port)
+        second.bind(bed.server.bind_address(bed.family), bed.port)

@@ -35,14 +35,14 @@ from testbed.model.trials import percentile
 FROM_GUEST = frozenset({Pair.GUEST_NATIVE})
 PATIENCE_S = 0.15
 FLOOD_FACTOR = 10.0
-"""How much longer the median request of others may take while one guest floods."""
+"""Factor by which the median request of others may be slower while one guest floods."""
 STRANGER = {Family.IPV4: "192.0.2.9", Family.IPV6: "2001:db8::9"}
-"""Addresses for documentation (RFC 5737, RFC 3849): nobody's here."""
+"""Addresses for documentation (RFC 5737, RFC 3849), which no host of the test has."""
 
 
 @contextmanager
 def nothing_arrives(bed: Bed, server: Sock) -> Iterator[None]:
-    """What is sent in here does not reach the server, which an honest client reaches after."""
+    """Check that frames of the `with` statement do not arrive, and that an honest client works."""
     yield
     try:
         got = server.receive(timeout_s=PATIENCE_S)
@@ -55,7 +55,7 @@ def nothing_arrives(bed: Bed, server: Sock) -> Iterator[None]:
 
 
 def forge(bed: Bed, sources: list[Address], destinations: list[Address]) -> None:
-    """Guest 1 sends datagrams from addresses that are not its own."""
+    """Send datagrams from guest 1 with forged sources, and check that none arrives."""
     netns = bed.stage.guest_netns("guest1")
     server = bed.serve("0.0.0.0" if bed.family is Family.IPV4 else "::")
     with nothing_arrives(bed, server):
@@ -112,7 +112,7 @@ def loopback_by_the_link(bed: Bed) -> None:
 
 @contextmanager
 def uplink(bed: Bed) -> Iterator[tuple[str, str]]:
-    """Namespace and name of the outer end of the pod's uplink; where it has none, of a new one."""
+    """(namespace, name) of the outer end of the pod's uplink; a new uplink if the pod has none."""
     pod = bed.own_pod.pod
     wiring = pod.wiring()
     if wiring.layout is Layout.BRIDGE:
@@ -131,14 +131,14 @@ def uplink(bed: Bed) -> Iterator[tuple[str, str]]:
         with namespaces.create(scope, outside) as ip:
             peer = {"ifname": "outside", "net_ns_fd": pod.netns, "address": POD_MAC}
             netlink.create_link(ip, "eth0", kind="veth", state="up", peer=peer)
-        # The namespace's own end would take its time.
+        # The kernel removes the links of a deleted namespace only later.
         stack.callback(namespaces.inside, pod.netns, lambda: link("del"))
         namespaces.inside(pod.netns, lambda: link("set", state="up"))
         yield outside, "eth0"
 
 
 def from_outside(bed: Bed, destinations: list[Address]) -> None:
-    """Frames come to the pod by its uplink, from nobody of the pod."""
+    """Send frames from outside through the pod's uplink, and check that none arrives."""
     sources = [ip_address(STRANGER[bed.family]), guest_link(bed.family, 9)]
     sources += [alias(bed.family), native_source(bed.family), loopback(bed.family)]
     with uplink(bed) as (netns, name), nothing_arrives(bed, bed.serve(bed.loopback)):
@@ -216,7 +216,7 @@ def syn_flood(bed: Bed) -> None:
     """While one guest floods with SYNs, requests of another take 10 times as long at most."""
     netns = bed.stage.guest_netns("guest2")
     bed.serve(port=(flooded := bed.next_port()), backlog=16)
-    bed.server.agent.serve(Transport.TCP, bed.family, bed.port, bed.server.here(bed.family))
+    bed.serve_by_agent()
     macs, own = (guest_mac(2), ALIAS_MAC), guest_link(bed.family, 2)
     syns = [frames.syn(macs, own, alias(bed.family), (1024 + i, flooded), i) for i in range(5000)]
     stop = threading.Event()

@@ -144,7 +144,7 @@ def connections_do_not_disturb_each_other(bed: Bed) -> None:
     listener = bed.serve()
     nears = [bed.dial() for _ in range(2)]
     for i, near in enumerate(nears):
-        near.set("TCP_NODELAY", 1)  # OSv lets what comes next wait for its timer
+        near.set("TCP_NODELAY", 1)  # else OSv delays the next write until a timer ends
         near.send(f"{i}")
     fars = {far.receive(1).text: far for far, _ in (listener.accept() for _ in nears)}
     expect(fars.keys() == {b"0", b"1"}, f"the connections brought {list(fars)}")

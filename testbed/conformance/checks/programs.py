@@ -1,7 +1,7 @@
-"""Checks with programs that people run: unmodified, natively and in stand-ins.
+"""Checks with unmodified programs such as curl, nginx and PostgreSQL, natively and in stand-ins.
 
-A virtual machine has one program, the agent; there these checks are unsupported. Programs that this
-host lacks are named with what to type.
+A virtual machine runs only the traffic agent, so these checks are unsupported there. If this host
+lacks a program, the reason says how to install it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PACKAGES = {
     "redis-server": "redis-server",
     "wrk": "wrk",
 }
-"""Of Debian 12."""
+"""Program → package of Debian 12."""
 FOLDERS = os.pathsep.join(
     (
         os.defpath,
@@ -52,7 +52,7 @@ RUN_S = 30.0
 
 
 def find(name: str) -> str:
-    """Path of a program. Raises `Unsupported` with what to type."""
+    """Path of a program. Raises `Unsupported`, with the command that installs it."""
     found = shutil.which(name, path=FOLDERS)
     if found is None:
         raise Unsupported(f"no {name} on this host: apt install {PACKAGES[name]}")
@@ -60,7 +60,7 @@ def find(name: str) -> str:
 
 
 def spawn(bed: Bed, name: str, argv: Sequence[str], output: Path) -> subprocess.Popen[bytes]:
-    """Start a program where a workload is."""
+    """Start a program in a workload's namespace and cgroup."""
     stage = bed.own_pod
     pod = stage.pod
     if bed.case.pair is not bed.pair:
@@ -81,7 +81,10 @@ def spawn(bed: Bed, name: str, argv: Sequence[str], output: Path) -> subprocess.
 def serving(
     bed: Bed, argv: Sequence[str], folder: Path, port: int = 0, says: str = ""
 ) -> Iterator[None]:
-    """A server program in the server's place, ready (and having said so), ended after."""
+    """Run a server program in the server's place. It is ended at the end.
+
+    It is ready when its port is bound and its output contains `says`.
+    """
     output = folder / "server.log"
     running = spawn(bed, bed.server_name, argv, output)
     try:
@@ -96,7 +99,7 @@ def serving(
 
 
 def _is_bound(bed: Bed, port: int) -> bool:
-    """By /proc/net of the server's namespace: a probe's connection would be the server's first."""
+    """Whether the port is bound, by /proc/net. A test connection would disturb the server."""
     is_guest = bed.own_pod.pod.number_of(bed.server_name) is not None
     netns = bed.stage.guest_netns(bed.server_name) if is_guest else bed.stage.netns
     kinds = (f"{bed.transport}", f"{bed.transport}6")
@@ -111,7 +114,7 @@ def _is_bound(bed: Bed, port: int) -> bool:
 
 
 def run(bed: Bed, argv: Sequence[str], folder: Path) -> str:
-    """A client program in the client's place. Returns what it printed; fails if it failed."""
+    """Run a client program as the client. Returns its output; fails if its status is not 0."""
     output = folder / "client.log"
     output.write_bytes(b"")
     running = spawn(bed, bed.client_name, argv, output)
@@ -133,7 +136,7 @@ def _last(output: Path) -> str:
 
 @contextmanager
 def folder_of(user: str = "root") -> Iterator[Path]:
-    """A folder for one check, its user's own."""
+    """A temporary folder that belongs to `user`."""
     with tempfile.TemporaryDirectory(prefix="testbed-") as name:
         entry = pwd.getpwnam(user)
         os.chown(name, entry.pw_uid, entry.pw_gid)
@@ -141,7 +144,7 @@ def folder_of(user: str = "root") -> Iterator[Path]:
 
 
 def url(bed: Bed) -> str:
-    """curl and its like know `localhost` without asking: a guest dials what it resolves to."""
+    """URL of the server. It has an address, because curl maps the name `localhost` by itself."""
     target = f"[{bed.target}]" if bed.family is Family.IPV6 else f"{bed.target}"
     return f"http://{target}:{bed.port}/"
 
@@ -152,14 +155,14 @@ def http_server_and_curl(bed: Bed) -> None:
     python, curl = find("python3"), find("curl")
     with folder_of() as folder:
         (folder / "index.html").write_text("hello from the pod" * 1000)
-        here = bed.server.here(bed.family)
+        at = bed.server.bind_address(bed.family)
         serve = [
             python,
             "-m",
             "http.server",
             str(bed.port),
             "--bind",
-            here,
+            at,
             "--directory",
             str(folder),
         ]
@@ -172,8 +175,8 @@ def http_server_and_curl(bed: Bed) -> None:
 def nginx_and_wrk(bed: Bed) -> None:
     """nginx serves 20 connections of wrk for a second without one error."""
     nginx, wrk = find("nginx"), find("wrk")
-    here = bed.server.here(bed.family)
-    listen = f"[{here}]:{bed.port}" if bed.family is Family.IPV6 else f"{here}:{bed.port}"
+    at = bed.server.bind_address(bed.family)
+    listen = f"[{at}]:{bed.port}" if bed.family is Family.IPV6 else f"{at}:{bed.port}"
     with folder_of() as folder:
         temporary = "".join(
             f"{kind}_temp_path {folder}/{kind};"
@@ -206,7 +209,7 @@ def redis(bed: Bed) -> None:
 def _redis(bed: Bed, protected: str) -> None:
     server, benchmark = find("redis-server"), find("redis-benchmark")
     with folder_of() as folder:
-        argv = [server, "--port", str(bed.port), "--bind", bed.server.here(bed.family)]
+        argv = [server, "--port", str(bed.port), "--bind", bed.server.bind_address(bed.family)]
         argv += ["--save", "", "--appendonly", "no", "--dir", str(folder)]
         argv += ["--protected-mode", protected]
         with serving(bed, argv, folder):
@@ -260,7 +263,7 @@ def postgresql_as_installed(bed: Bed) -> None:
             "-c",
             "fsync=off",
             "-h",
-            bed.server.here(bed.family),
+            bed.server.bind_address(bed.family),
             "-k",
             str(folder),
         ]
@@ -275,9 +278,9 @@ def iperf3(bed: Bed) -> None:
     """iperf3 moves bytes both ways."""
     program = find("iperf3")
     with folder_of() as folder:
-        here = bed.server.here(bed.family)
+        at = bed.server.bind_address(bed.family)
         for way in ([], ["--reverse"]):
-            with serving(bed, [program, "-s", "-1", "-B", here, "-p", str(bed.port)], folder):
+            with serving(bed, [program, "-s", "-1", "-B", at, "-p", str(bed.port)], folder):
                 argv = [program, "-c", str(bed.target), "-p", str(bed.port), "-t", "1", "-J", *way]
                 out = json.loads(run(bed, argv, folder))
             received = out["end"]["sum_received"]["bytes"]

@@ -1,4 +1,4 @@
-"""Checks by volume: many connections, many bytes, not one of them lost."""
+"""Checks by volume: many connections and many bytes, of which none may be lost."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ SEQUENTIAL = 10_000
 CONCURRENT = 2_000
 BULK_BYTES = 1 << 30
 EMULATED_SHARE = 16
-"""Guests without KVM get a sixteenth of it, and the reason says so."""
+"""Divisor of these amounts for emulated guests."""
 
 
 def amount(bed: Bed, whole: int) -> int:
-    """How much of it is done here."""
+    """The amount for this stage: the whole, or a share of it for emulated guests."""
     return whole // EMULATED_SHARE if bed.stage.emulated and bed.pair.guests else whole
 
 
@@ -22,7 +22,7 @@ def amount(bed: Bed, whole: int) -> int:
 def sequential_connections(bed: Bed) -> None:
     """10,000 connections, one after the other, without one failure."""
     count = amount(bed, SEQUENTIAL)
-    bed.server.agent.serve(bed.transport, bed.family, bed.port, bed.server.here(bed.family))
+    bed.serve_by_agent()
     result = bed.client.agent.run(
         bed.transport, bed.family, str(bed.target), bed.port, "crr", 64, bytes=count * 64
     )
@@ -48,7 +48,7 @@ def concurrent_connections(bed: Bed) -> None:
 
 def _bulk(bed: Bed, direction: str) -> None:
     size = amount(bed, BULK_BYTES)
-    bed.server.agent.serve(bed.transport, bed.family, bed.port, bed.server.here(bed.family))
+    bed.serve_by_agent()
     result = bed.client.agent.run(
         bed.transport,
         bed.family,
@@ -78,7 +78,7 @@ def bulk_down(bed: Bed) -> None:
 @check("connections side by side share nothing but the link", transports=BOTH)
 def requests_side_by_side(bed: Bed) -> None:
     """Eight clients at once, each answered with its own bytes, none lost."""
-    bed.server.agent.serve(bed.transport, bed.family, bed.port, bed.server.here(bed.family))
+    bed.serve_by_agent()
     result = bed.client.agent.run(
         bed.transport,
         bed.family,
