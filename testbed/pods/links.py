@@ -87,7 +87,7 @@ class Links:
             self._sockets = ledger.create_folder(self._owner, f"{self.netns}-sockets")
         for netns in dict.fromkeys((self.netns, self.link_netns, *self.standins.values())):
             if self._sandbox and netns == self.netns:
-                self._ips[netns] = self._sandbox.join(self._owner, netns, self._own())
+                self._ips[netns] = self._sandbox.join(self._owner, netns, self.own_names())
             else:
                 self._ips[netns] = namespaces.create(self._owner, netns)
         if self.layout is Layout.BRIDGE:
@@ -121,7 +121,7 @@ class Links:
         bridged = self.layout is Layout.BRIDGE
         return names | {BRIDGE, TO_POD} if bridged else names
 
-    def _own(self) -> set[str]:
+    def own_names(self) -> set[str]:
         """Links in the pod's own namespace."""
         bridged = self.layout is Layout.BRIDGE
         return {TO_GUESTS} if bridged else self._names()

@@ -89,6 +89,8 @@ class Pod:
         if Runtime.CONTAINER in self._runtimes:
             container.own(self._owner, self._scratch, self.netns)
         self.links.make_namespaces()
+        if self.sandbox:
+            gateway.guard(self._owner, self.netns, self.links.own_names())
         root = cgroups.create(self._owner, self.netns)
         self.cgroup, self.guest_cgroup = root / "natives", root / "guests"
         for group in (self.cgroup, self.guest_cgroup):
@@ -109,6 +111,7 @@ class Pod:
         pod has one of the ports, or there is no nftables.
         """
         with self.lock:
+            gateway.guard(self._owner, self.netns, self.links.own_names())
             n = node.join(self._owner, self.name, self.netns, ports)
             self.addresses = {family: pod_address(family, n) for family in Family}
             gateway.open(

@@ -62,7 +62,13 @@ class Theirs:
     def state(self) -> list[str]:
         """All that attaching could change."""
         routes = (("ip", family, "route", "show", "table", "all") for family in ("-4", "-6"))
-        asked = (("ip", "addr"), *routes, ("tc", "qdisc"), ("ss", "-lntuH"))
+        asked = (
+            ("ip", "addr"),
+            *routes,
+            ("tc", "qdisc"),
+            ("ss", "-lntuH"),
+            ("nft", "list", "ruleset"),
+        )
         return [*(self.run(*words) for words in asked), *namespaces.inside(self.name, _settings)]
 
     def connect(self, family: Family) -> socket.socket:

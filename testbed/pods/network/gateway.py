@@ -13,10 +13,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from testbed.host import namespaces, netlink, nft
+from testbed.host.ledger import Scope
 from testbed.model.addresses import LINK_PREFIX, NATIVE_VIEW_NET6, Address, alias, guest_link
+from testbed.model.errors import Error
 from testbed.model.terms import Family, Transport
 
-TABLE = "testbed-gateway"
+TABLE, GUARD = "testbed-gateway", "testbed-guard"
 
 _IP = {Family.IPV4: "ip", Family.IPV6: "ip6"}
 _LINKS = {f: f"{alias(f)}/{LINK_PREFIX[f]}" for f in Family}
@@ -26,6 +28,41 @@ _INSIDE = {
 }
 """Addresses that only have a meaning within a pod."""
 _NEIGHBORS = {Family.IPV4: "", Family.IPV6: ", fe80::/10, ff00::/8"}
+
+
+def guard(owner: Scope, netns: str, links: Collection[str]) -> None:
+    """Drop what comes from outside and has an address of the pod's inside, before anything else.
+
+    `links` are guests' and the pod's own; all other interfaces of the namespace are outside, also
+    those that come later. Raises `Error` if there are no such rules here.
+    """
+    if why := nft.unsupported():
+        raise Error(f"guests of {netns} would be reached from outside: {why}")
+    owner.defer(unguard, netns=netns)
+    names = ", ".join(f'"{name}"' for name in ("lo", *sorted(links)))
+    drops = (
+        f"{_IP[family]} {end} {{ {_INSIDE[family]} }} drop"
+        for family in Family
+        for end in ("saddr", "daddr")
+    )
+    text = (
+        f"table inet {GUARD}",  # so that there is one to delete
+        f"delete table inet {GUARD}",
+        f"table inet {GUARD} {{",
+        "chain from_outside {",
+        "type filter hook prerouting priority raw - 10",
+        f"iifname {{ {names} }} accept",
+        *drops,
+        "}",
+        "}",
+    )
+    nft.load(netns, "\n".join(text))
+
+
+def unguard(netns: str) -> None:
+    """Take the rules of `guard` back. A namespace that is gone is no error."""
+    if (namespaces.NETNS / netns).exists():
+        nft.load(netns, f"table inet {GUARD}\ndelete table inet {GUARD}")
 
 
 def open(
@@ -99,7 +136,6 @@ def _of_family(
         + f"""
 chain from_outside{version} {{
     type filter hook prerouting priority raw
-    iifname "{uplink}" {ip} saddr {{ {_INSIDE[family]} }} drop
     iifname "{uplink}" {ip} daddr != {{ {pod}{_NEIGHBORS[family]} }} drop
 }}
 chain to_owner{version} {{

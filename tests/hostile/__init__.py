@@ -1,0 +1,1 @@
+"""Attempts to break in or to do harm: a file per adversary (docs/security.md)."""
