@@ -40,12 +40,13 @@ class _Attachment(EbpfAttachment):
         super().__init__("capture", REASONS, wiring, owner)
 
     def _attach_lo(self) -> None:
+        pins, slot = str(self._programs.pins), self._programs.slot
+        self._scope.defer(forget_pod, pins=pins, slot=slot)
         super()._attach_lo()
         self._show_names()
 
     def _attach_links(self) -> None:
         wiring, slot = self._wiring, self._programs.slot
-        self._links.defer(forget_pod, pins=str(self._programs.pins), slot=slot)
         _pods(self._programs)[slot,] = (wiring.uplink_ifindex, wiring.uplink_peer_ifindex)
         self._attach(wiring.uplink_peer_ifindex, EGRESS, "bridge_egress", netns=wiring.link_netns)
         for port in wiring.ports:

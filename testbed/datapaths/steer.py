@@ -59,6 +59,8 @@ class Steer(Datapath):
 
 class _Attachment(EbpfAttachment):
     def __init__(self, wiring: Wiring, owner: Scope) -> None:
+        self._calls = False
+        """Whether there is a map of programs that ports run by themselves."""
         super().__init__("steer", REASONS, wiring, owner, local=ALIASES)
 
     def _attach_lo(self) -> None:
@@ -69,8 +71,10 @@ class _Attachment(EbpfAttachment):
         """Attach the programs of guests' ports by tcx, too, if the kernel has it: it is faster."""
         if not bpf.has_tcx():
             return
-        self._programs.make_calls(self._links, len(AT_PORTS))
-        self._programs.set_calls(self._at_work, AT_PORTS)
+        if not self._calls:
+            self._programs.make_calls(self._scope, len(AT_PORTS))
+            self._programs.set_calls(self._at_work, AT_PORTS)
+            self._calls = True
         for port in self._wiring.ports:
             for number, (name, hook) in enumerate(AT_PORTS.items()):
                 with self._programs.entry(name, self._class_of(port.n), number) as entry:

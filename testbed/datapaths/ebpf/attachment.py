@@ -12,7 +12,7 @@ from testbed import bpf
 from testbed.datapaths.ebpf import challenge_ack, loopback_side, rows
 from testbed.datapaths.interface import Count, Wiring
 from testbed.datapaths.link_counters import LinkCounters
-from testbed.host import namespaces
+from testbed.host import namespaces, netlink
 from testbed.host.ledger import Scope
 
 AT_PORTS = {"port_ingress": bpf.INGRESS, "port_egress": bpf.EGRESS}
@@ -23,7 +23,8 @@ class EbpfAttachment:
     """Base of the attachments of eBPF datapaths.
 
     Subclasses say which programs are attached where, by `_attach_lo`, which is called once, and
-    `_attach_links`, which is called again whenever links were replaced.
+    `_attach_links`, which is called again whenever links were replaced: what is attached to other
+    links is not touched then.
     """
 
     needs_conntrack = False
@@ -40,7 +41,8 @@ class EbpfAttachment:
         self.name, self.reasons = name, reasons
         self._wiring = wiring
         self._scope = owner.part()
-        self._links = self._scope
+        self._links: dict[tuple[str, int], Scope] = {}
+        """(namespace, ifindex) → what is attached there."""
         self._held: list[socket.socket] = []
         self._places: dict[tuple[str, int, int], tuple[str, int]] = {}
         """(namespace, ifindex, hook) → name and class of the attached program."""
@@ -53,7 +55,6 @@ class EbpfAttachment:
                 self._rows.set_port(port.n, port.ifindex)
             loopback_side.prepare_lo(self._scope, wiring.netns, wiring.owners, local)
             self._attach_lo()
-            self._links = self._scope.part()
             self._attach_links()
         except BaseException:
             self.detach()
@@ -69,7 +70,10 @@ class EbpfAttachment:
 
     def rewire(self, wiring: Wiring) -> None:
         self._wiring = wiring
-        self._links.undo()
+        there = {netns: set(netlink.links(netns).values()) for netns, _ in self._links}
+        for link in [link for link in self._links if link[1] not in there[link[0]]]:
+            self._links.pop(link).undo()
+            self._places = {at: what for at, what in self._places.items() if at[:2] != link}
         for port in wiring.ports:
             # The index is 0 if the link vanished again, the row if the guest is down.
             if port.ifindex and self._rows.port(port.n):
@@ -110,13 +114,18 @@ class EbpfAttachment:
     def _attach(
         self, ifindex: int, hook: int, name: str, n: int = 0, netns: str | None = None
     ) -> None:
-        """Attach a tc program to a link of the pod's namespace, or of `netns`.
+        """Attach a tc program to a link of the pod's namespace, or of `netns`, unless it is there.
 
         `n` is the guest's number if the link is a guest's port.
         """
-        place, classid = (netns or self._wiring.netns, ifindex, hook), self._class_of(n)
+        link = netns or self._wiring.netns, ifindex
+        place, classid = (*link, hook), self._class_of(n)
+        if place in self._places:
+            return
+        if link not in self._links:
+            self._links[link] = self._scope.part()
+        bpf.attach_tc(self._links[link], *place, self._at_work.program(name), name, classid)
         self._places[place] = name, classid
-        bpf.attach_tc(self._links, *place, self._at_work.program(name), name, classid)
 
     def _class_of(self, n: int) -> int:
         """Class of a link, which tells programs its pod and guest (`port_of` in `bpf/maps.h`)."""
