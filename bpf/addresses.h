@@ -22,7 +22,8 @@ enum kind {
 	GUEST_VIEW,	   /* guest n, as guests see it */
 	NATIVE_VIEW,	   /* guest n, as native servers see it */
 	LOOPBACK_NET,	   /* the rest of 127.0.0.0/8 */
-	LINK_LOCAL,	   /* fe80::/10 */
+	LINK_LOCAL,	   /* guest n's in fe80::/64, from its MAC (RFC 4291, appendix A) */
+	LINK_LOCAL_OTHER,  /* the rest of fe80::/10 */
 	MULTICAST,	   /* and broadcast */
 	UNSPECIFIED,
 };
@@ -46,14 +47,16 @@ struct address {
 #define GUEST_VIEW_NET4	  0xa9fe4f00 /* 169.254.79.0/24 */
 #define NATIVE_VIEW_NET4  0x7f4d0000 /* 127.77.0.0/24 */
 
-#define LOOPBACK_HOST6	  1	     /* last word of ::1 */
-#define POD_NET6	  0xfd770000 /* first word of all our IPv6 addresses */
-#define NATIVE_VIEW_NET6  0x0127     /* second word of fd77:0:0:127::/64 */
-#define GUEST_LINK_HOST6  0x00780000 /* last word of fd77::78:n */
-#define GUEST_VIEW_HOST6  0x00790000 /* last word of fd77::79:n */
-#define V4_MAPPED6	  0x0000ffff /* third word of ::ffff:a.b.c.d */
-#define LINK_LOCAL_NET6	  0xfe80     /* fe80::/10 */
-#define MULTICAST_PREFIX6 0xff	     /* ff00::/8 */
+#define LOOPBACK_HOST6	  1	      /* last word of ::1 */
+#define POD_NET6	  0xfd770000  /* first word of all our IPv6 addresses */
+#define NATIVE_VIEW_NET6  0x0127      /* second word of fd77:0:0:127::/64 */
+#define GUEST_LINK_HOST6  0x00780000  /* last word of fd77::78:n */
+#define GUEST_VIEW_HOST6  0x00790000  /* last word of fd77::79:n */
+#define V4_MAPPED6	  0x0000ffff  /* third word of ::ffff:a.b.c.d */
+#define LINK_LOCAL_NET6	  0xfe80U     /* fe80::/10 */
+#define LINK_LOCAL_THIRD6 0x007700ff  /* third word of fe80::77:ff:fe00:1nn */
+#define LINK_LOCAL_HOST6  0xfe000100U /* last word of it */
+#define MULTICAST_PREFIX6 0xff	      /* ff00::/8 */
 
 /* Hosts of 169.254.77.0/24 and of fd77::/112. */
 enum single {
@@ -186,7 +189,12 @@ static __always_inline struct address classify6(const __be32 *a)
 	} else if (first >> 24 == MULTICAST_PREFIX6) {
 		is.kind = MULTICAST;
 	} else if (first >> 22 == LINK_LOCAL_NET6 >> 6) {
-		is.kind = LINK_LOCAL;
+		is.kind = LINK_LOCAL_OTHER;
+		if (a[0] == bpf_htonl(LINK_LOCAL_NET6 << 16) && !a[1] &&
+		    a[2] == bpf_htonl(LINK_LOCAL_THIRD6) && last >> 8 == LINK_LOCAL_HOST6 >> 8) {
+			is.kind = LINK_LOCAL;
+			is.n = last;
+		}
 	}
 	return is;
 }

@@ -164,6 +164,7 @@ static __always_inline int port_egress(struct __sk_buff *skb)
 	switch (p.destination.kind) {
 	case LINK:
 	case LINK_LOCAL:
+	case LINK_LOCAL_OTHER:
 	case MULTICAST:
 		return TC_ACT_OK;
 	}

@@ -131,7 +131,8 @@ static __always_inline int bridge_egress(struct __sk_buff *skb)
 			p.fault = parse_l4(skb, &p);
 		classify_addresses(&p);
 	}
-	if (is_reserved(p.source) || is_reserved(p.destination))
+	if (is_reserved(p.source) || is_reserved(p.destination) ||
+	    (p.v6 && is_extension(p.l4_protocol)))
 		return drop(skb, port.slot, REASON_OUTSIDE);
 	if (!p.is_later_fragment && is_nd(&p) &&
 	    (parse_nd(skb, &p, &says) || is_reserved(says.claimed)))

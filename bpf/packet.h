@@ -62,6 +62,7 @@ struct packet {
 	u8 icmp_type;
 	u8 l4; /* offset of the layer 4 header */
 	u8 v6, is_fragment, is_later_fragment, is_icmp_error;
+	u8 is_too_big; /* an ICMP error that tells a path MTU */
 	u8 syn, has_tcp_options;
 	u8 fin, rst;
 	u8 fault;
@@ -87,6 +88,13 @@ BPF_TABLE("lru_hash", struct fragments_key, struct ports, fragments, 4096);
  */
 #define is_ip(skb)                                                                                 \
 	((skb)->protocol == bpf_htons(ETH_P_IP) || (skb)->protocol == bpf_htons(ETH_P_IPV6))
+
+/* Whether an IPv6 header has another one behind it that parse_ip() does not look for. */
+static __always_inline bool is_extension(u8 next)
+{
+	return next == IPPROTO_HOPOPTS || next == IPPROTO_ROUTING || next == IPPROTO_FRAGMENT ||
+	       next == IPPROTO_AH || next == IPPROTO_DSTOPTS || next == IPPROTO_MH;
+}
 
 static __always_inline bool is_icmp(u8 protocol)
 {
@@ -181,6 +189,9 @@ static __always_inline int parse_l4(struct __sk_buff *skb, struct packet *p)
 			return FAULT_TRUNCATED;
 		p->icmp_type = icmp[0];
 		p->is_icmp_error = is_icmp_error(p->v6, p->icmp_type);
+		p->is_too_big =
+			p->v6 ? p->icmp_type == ICMPV6_PKT_TOOBIG
+			      : p->icmp_type == ICMP_DEST_UNREACH && icmp[1] == ICMP_FRAG_NEEDED;
 		return p->is_icmp_error ? parse_icmp_error(skb, p) : FAULT_NONE;
 	}
 	return FAULT_UNHANDLED;

@@ -107,7 +107,7 @@ static __always_inline int leave_lo(struct __sk_buff *skb, struct port port, u8 
 /* Whether guest n may use an address as its own. */
 static __always_inline bool may_claim(struct address claimed, u8 n)
 {
-	return (claimed.kind == LINK && claimed.n == n) || claimed.kind == LINK_LOCAL ||
+	return ((claimed.kind == LINK || claimed.kind == LINK_LOCAL) && claimed.n == n) ||
 	       claimed.kind == UNSPECIFIED;
 }
 
@@ -179,20 +179,31 @@ static __always_inline void forget_headers(struct __sk_buff *skb, struct packet 
 	p->is_fragment = forget(skb, p->is_fragment);
 	p->is_later_fragment = forget(skb, p->is_later_fragment);
 	p->is_icmp_error = forget(skb, p->is_icmp_error);
+	p->is_too_big = forget(skb, p->is_too_big);
 	p->fault = forget(skb, p->fault);
 	p->protocol = forget(skb, p->protocol);
 	p->l4_protocol = forget(skb, p->l4_protocol);
 	p->l4 = forget(skb, p->l4);
 }
 
-/* Parses what a guest sends. Afterwards the verifier knows nothing about the result. */
-static __always_inline void parse_guest_packet(struct __sk_buff *skb, struct packet *p, u8 slot)
+/* Parses what a guest sends. A fragment with an address that is not the guest's leaves no trace.
+ * Afterwards the verifier knows nothing about the result.
+ */
+static __always_inline void parse_guest_packet(struct __sk_buff *skb, struct packet *p,
+					       struct port port)
 {
-	if (parse_headers(skb, p, slot, HOOK_PORT))
+	if (parse_ip(skb, p))
 		return;
+	if (!p->is_later_fragment)
+		p->fault = parse_l4(skb, p);
 	forget_headers(skb, p);
 	p->source = forget_address(skb, source_of(p));
 	p->destination = forget_address(skb, destination_of(p));
+	if (p->is_fragment && p->source.kind == LINK && p->source.n == port.n) {
+		parse_fragment(p, port.slot, HOOK_PORT);
+		forget_headers(skb, p);
+		p->source = forget_address(skb, p->source);
+	}
 }
 
 /* Checks whether guest n may send the packet. Returns ADMITTED, with the packet parsed, if its
@@ -213,22 +224,27 @@ static __always_inline int admit(struct __sk_buff *skb, struct port port, struct
 	if (!is_ip(skb))
 		return drop(skb, port.slot, REASON_UNHANDLED);
 
-	parse_guest_packet(skb, p, port.slot);
-	if (!p->is_fragment && is_nd(p))
-		return port_nd(skb, port, p);
-	if (p->source.kind != LINK || p->source.n != port.n) {
-		/* Multicast listener reports: they cannot harm the pod, and the link may need them
-		 */
-		if (p->v6 && p->destination.kind == MULTICAST &&
-		    p->l4_protocol == IPPROTO_HOPOPTS && may_claim(p->source, port.n))
-			return TC_ACT_OK;
+	parse_guest_packet(skb, p, port);
+	/* Neighbor discovery may be behind an extension header or in a fragment (RFC 7113). */
+	if (p->v6 && is_extension(p->l4_protocol))
+		return drop(skb, port.slot, REASON_UNHANDLED);
+	if (is_nd(p) && !p->is_later_fragment)
+		return p->is_fragment ? drop(skb, port.slot, REASON_SPOOFED)
+				      : port_nd(skb, port, p);
+	if (p->source.kind != LINK || p->source.n != port.n)
 		return drop(skb, port.slot,
 			    p->fault == FAULT_TRUNCATED && p->source.kind == OTHER
 				    ? REASON_TRUNCATED
 				    : REASON_SPOOFED);
-	}
+	if (p->v6 && p->is_fragment && p->fault == FAULT_TRUNCATED) /* RFC 7112 */
+		return drop(skb, port.slot, REASON_TRUNCATED);
 	if (!is_reserved(p->destination))
 		return TC_ACT_OK;
+	/* The MTU of the link does not change. On `lo` the kernel would keep the told one for all
+	 * of loopback.
+	 */
+	if (p->is_too_big)
+		return drop(skb, port.slot, REASON_UNHANDLED);
 	return p->fault == FAULT_NONE ? ADMITTED : drop_fault(skb, port.slot, p->fault);
 }
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import pytest
-from scapy.layers.inet import IPOption_NOP, IPOption_RR
-from scapy.layers.inet6 import IPv6ExtHdrDestOpt, IPv6ExtHdrFragment, IPv6ExtHdrHopByHop
-from scapy.packet import Packet
+from scapy.layers.inet import ICMP, IPOption_NOP, IPOption_RR
+from scapy.layers.inet6 import (
+    ICMPv6PacketTooBig,
+    IPv6ExtHdrDestOpt,
+    IPv6ExtHdrFragment,
+    IPv6ExtHdrHopByHop,
+)
+from scapy.packet import Packet, Raw
 
 from testbed.model.addresses import Address
 from testbed.model.terms import Family
 
-from .frames import EPHEMERAL, Plan, frame, from_guest, ip, tcp, to_guest, udp
+from .frames import EPHEMERAL, Plan, frame, from_guest, ip, tcp, to_guest, udp, unreachable
 from .verdicts import OWN_PORT, US, Programs
 
 pytestmark = pytest.mark.root
@@ -41,3 +46,21 @@ def test_atomic_fragment_is_none(programs: Programs) -> None:
 
     after = programs.redirects("lo_egress", frame(sent(a.loopback, a.loopback)))
     assert after == to_guest(sent(a.native_source, a.link), US)
+
+
+@pytest.mark.parametrize("family", Family, ids=str)
+def test_a_guest_tells_loopback_no_path_mtu(programs: Programs, family: Family) -> None:
+    """The kernel would keep it for 127.0.0.1 or ::1, that is for all natives of the pod."""
+    a = Plan(family)
+    about = bytes(tcp(EPHEMERAL, OWN_PORT))
+    inner = bytes(unreachable(a.native_source, a.link, about).payload)
+    told = (
+        ICMP(type=3, code=4, nexthopmtu=600)
+        if family is Family.IPV4
+        else ICMPv6PacketTooBig(mtu=1280)
+    )
+    sent = from_guest(ip(a.link, a.native_source) / told / Raw(inner))
+    assert programs.drops("port_ingress", sent, "unhandled")
+    assert programs.passes("port_ingress", from_guest(ip(a.link, a.pod_link) / told / Raw(inner)))
+    refused = unreachable(a.native_source, a.link, about)
+    programs.redirects("port_ingress", from_guest(ip(a.link, a.native_source) / refused))

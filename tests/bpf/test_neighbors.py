@@ -14,9 +14,14 @@ from scapy.layers.inet6 import (
     ICMPv6NDOptDstLLAddr,
     ICMPv6NDOptSrcLLAddr,
     IPv6,
+    IPv6ExtHdrDestOpt,
+    IPv6ExtHdrFragment,
+    IPv6ExtHdrHopByHop,
+    IPv6ExtHdrRouting,
+    PadN,
 )
 from scapy.layers.l2 import ARP, Ether
-from scapy.packet import Packet
+from scapy.packet import Packet, Raw
 
 from testbed.model import addresses
 from testbed.model.addresses import ALIAS_MAC, POD_MAC, Address, guest_mac
@@ -28,7 +33,8 @@ pytestmark = pytest.mark.root
 
 OURS = guest_mac(US)
 BROADCAST = "ff:ff:ff:ff:ff:ff"
-LINK_LOCAL = "fe80::77:ff:fe00:100"
+LINK_LOCAL, LINK_LOCAL_OF_ANOTHER = (f"fe80::77:ff:fe00:1{n:02x}" for n in (US, ANOTHER))
+"""What Linux and OSv make of the MACs of guests (RFC 4291, appendix A)."""
 
 
 def answered(family: Family) -> list[Address]:
@@ -150,3 +156,48 @@ def test_bridged_advertisements_may_not_claim_our_addresses(programs: Programs) 
     for claimed in answered(Family.IPV6):
         sent = nd(ICMPv6ND_NA(tgt=str(claimed)), src=str(addresses.pod_link(Family.IPV6)))
         assert programs.drops("bridge_egress", sent, "outside")
+
+
+@pytest.mark.parametrize("op", ["solicits", "advertises", "probes"])
+def test_nobody_claims_the_link_local_address_of_another(programs: Programs, op: str) -> None:
+    of_another = LINK_LOCAL_OF_ANOTHER
+    message, source = {
+        "solicits": (solicitation(addresses.pod_link(Family.IPV6)), of_another),
+        "advertises": (ICMPv6ND_NA(tgt=of_another), LINK6),
+        "probes": (ICMPv6ND_NS(tgt=of_another), "::"),
+    }[op]
+    assert programs.drops("port_ingress", nd(message, src=source), "spoofed")
+    for strange in ("fe80::1", "fe80::1:77:ff:fe00:100", "fe80:1::77:ff:fe00:100"):
+        assert programs.drops("port_ingress", nd(ICMPv6ND_NA(tgt=strange), src=LINK6), "spoofed")
+
+
+HIDING = {
+    "hop-by-hop": IPv6ExtHdrHopByHop(options=[PadN(optdata=bytes(4))]),
+    "destination": IPv6ExtHdrDestOpt(options=[PadN(optdata=bytes(4))]),
+    "routing": IPv6ExtHdrRouting(),
+    "several": IPv6ExtHdrHopByHop() / IPv6ExtHdrDestOpt(),
+    "atomic-fragment": IPv6ExtHdrFragment(offset=0, m=0),
+    "first-fragment": IPv6ExtHdrFragment(offset=0, m=1),
+    "fragment-of-options": IPv6ExtHdrFragment(offset=0, m=0) / IPv6ExtHdrDestOpt(),
+}
+"""RFC 7113: what a guard that looks at the first header alone does not see behind."""
+
+
+@pytest.mark.parametrize("hiding", HIDING.values(), ids=HIDING)
+def test_no_header_hides_neighbor_discovery(programs: Programs, hiding: Packet) -> None:
+    of_alias = str(addresses.alias(Family.IPV6))
+    for message in (ICMPv6ND_RA(), ICMPv6ND_Redirect(), ICMPv6ND_NA(tgt=of_alias)):
+        for source in (LINK6, LINK_LOCAL):
+            frame = nd(hiding.copy() / message, src=source, dst="ff02::1")
+            assert any(
+                programs.drops("port_ingress", frame, why) for why in ("spoofed", "unhandled")
+            )
+            if message.name != ICMPv6ND_NA().name:
+                continue
+            assert programs.drops("bridge_egress", frame, "outside")
+
+
+def test_a_first_fragment_too_short_to_tell_is_dropped(programs: Programs) -> None:
+    """RFC 7112: the rest could be a router advertisement's."""
+    short = IPv6ExtHdrFragment(nh=58, offset=0, m=1) / Raw(bytes(ICMPv6ND_RA())[:4])
+    assert programs.drops("port_ingress", nd(short, dst="ff02::1"), "truncated")
