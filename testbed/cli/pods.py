@@ -358,10 +358,10 @@ def _top(arguments: argparse.Namespace) -> int:
     def chosen() -> list[str]:
         return arguments.pod or control.names()
 
-    before = top.look(chosen())
+    before = top.snapshot(chosen())
     if arguments.once or arguments.json:
         time.sleep(arguments.interval)
-        found = top.rates(before, top.look(chosen()))
+        found = top.rates(before, top.snapshot(chosen()))
         if arguments.json:
             print(json.dumps(top.data(found), indent=1))
         else:
@@ -370,7 +370,7 @@ def _top(arguments: argparse.Namespace) -> int:
     with suppress(KeyboardInterrupt), Live(screen=True, auto_refresh=False) as live:
         while True:
             time.sleep(arguments.interval)
-            now = top.look(chosen())
+            now = top.snapshot(chosen())
             live.update(top.table(top.rates(before, now)), refresh=True)
             before = now
     return 0

@@ -1,1 +1,1 @@
-"""Pods: their links and workloads, the supervisor process of each, and who talks to it."""
+"""Pods: links and workloads, the supervisor process of each pod, and the client of its socket."""

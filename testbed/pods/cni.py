@@ -1,14 +1,14 @@
-"""The CNI plugin `testbed-cni`: guests join a pod that a container runtime is making.
+"""The CNI plugin `testbed-cni`: adds guests to a pod that a container runtime is making.
 
-It is chained after a main plugin (CNI specification 1.0.0), whose result it passes on with the
-guests' links added. In the network's configuration:
+It is chained after a main plugin (CNI specification 1.0.0). It adds the guests' links to that
+plugin's result. In the network's configuration:
 
     {"type": "testbed-cni", "guests": "/etc/testbed/guests", "capabilities": {"cgroupPath": true}}
 
-`guests` is a manifest, by its path or itself in JSON, or a folder with a NAME.yaml for each pod
-that gets some; others pass. Optional are `datapath`, `osvKernel`, and a `cgroup` where the runtime
-does not tell it by that capability. Guests are attached, and kept when this process has ended, by
-their pod's keeper.
+`guests` is a manifest (its path, or the manifest itself in JSON), or a folder with a NAME.yaml for
+each pod that gets guests; other pods are left as they are. Optional are `datapath`, `osvKernel`,
+and `cgroup`, if the runtime does not have that capability. The supervisor process of the pod
+attaches the guests, and goes on when this process ends.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from testbed.runtimes.interface import Options
 
 VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0")
-"""Of the specification; results, which are passed on, were others before."""
+"""Supported versions of the specification. Earlier ones have another format of results."""
 OWN = {"guests", "datapath", "osvKernel", "cgroup"}
 OTHERS = {
     "cniVersion",
@@ -48,7 +48,7 @@ OTHERS = {
     "ipam",
     "disableCheck",
 }
-"""Keys that the specification or its conventions give to every plugin."""
+"""Keys that the specification or its conventions define for all plugins."""
 NEEDED = {
     "ADD": ("CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"),
     "DEL": ("CNI_CONTAINERID", "CNI_IFNAME"),
@@ -56,16 +56,18 @@ NEEDED = {
     "VERSION": (),
 }
 INCOMPATIBLE, UNSUPPORTED, ENVIRONMENT, DECODING, INVALID, FAILED = 1, 2, 4, 6, 7, 100
-"""Error codes of the specification; from 100 they are the plugin's own."""
+"""Error codes of the specification. Those from 100 are the plugin's own."""
 
 
 class _Refusal(Exception):
+    """An error with its code in the specification."""
+
     def __init__(self, code: int, message: str, details: str = "") -> None:
         self.answer = {"code": code, "msg": message, **({"details": details} if details else {})}
 
 
 def main() -> int:
-    """Entry of `testbed-cni`: configuration on standard input, result on standard output."""
+    """Run `testbed-cni`: configuration on standard input, result on standard output."""
     version, text = VERSIONS[-1], sys.stdin.read()
     answer: object
     try:
@@ -86,7 +88,7 @@ def main() -> int:
 
 
 def _answer(environment: Mapping[str, str], configuration: dict[str, Any]) -> object:
-    """What to print. Raises `_Refusal`, or `Error` if the guests cannot be attached."""
+    """Result to print, or None. Raises `_Refusal`, or `Error` if guests cannot be attached."""
     command = environment.get("CNI_COMMAND", "")
     if command not in NEEDED:
         raise _Refusal(ENVIRONMENT, f"CNI_COMMAND is {command!r}", f"one of {', '.join(NEEDED)}")
@@ -109,7 +111,7 @@ def _answer(environment: Mapping[str, str], configuration: dict[str, Any]) -> ob
 
 
 class _Pod:
-    """The pod that a call is about."""
+    """The pod of a call."""
 
     def __init__(self, environment: Mapping[str, str], configuration: dict[str, Any]) -> None:
         self.configuration = configuration
@@ -124,7 +126,7 @@ class _Pod:
             raise _Refusal(ENVIRONMENT, f"{self.name!r} is no name of a pod")
 
     def add(self) -> object:
-        """Attach the guests: the result of the plugin before, and their links."""
+        """Attach the guests. Returns the result of the plugin before, with their links."""
         result = self._previous()
         spec = self._guests()
         if spec is None:
@@ -145,21 +147,21 @@ class _Pod:
         return result | {"interfaces": [*result.get("interfaces", ()), *self._links()]}
 
     def delete(self) -> None:
-        """Take the guests down. None of them, or others', is no error."""
-        if self._is_there():
+        """Take the guests down. It is no error if there are none, or another call's."""
+        if self._is_attached():
             control.down(self.name)
 
     def check(self) -> None:
-        """Whether all that the result tells of is there."""
+        """Raises `Error` if guests or links of the result are missing."""
         result = self._previous()
         if self._guests() is None:
             return
-        if not self._is_there():
+        if not self._is_attached():
             raise Error(f"no guests are attached to {self.netns}")
         found = control.describe(self.name)
-        there = {link["name"] for link in found["links"] if link["netns"] == found["netns"]}
-        told = {i["name"] for i in result.get("interfaces", ()) if i.get("sandbox") == self.netns}
-        if missing := told - there:
+        existing = {link["name"] for link in found["links"] if link["netns"] == found["netns"]}
+        listed = {i["name"] for i in result.get("interfaces", ()) if i.get("sandbox") == self.netns}
+        if missing := listed - existing:
             raise Error(f"{', '.join(sorted(missing))} of {self.netns} is gone")
 
     def _previous(self) -> dict[str, Any]:
@@ -171,7 +173,7 @@ class _Pod:
         return found
 
     def _guests(self) -> Spec | None:
-        """What the configuration says of this pod."""
+        """The pod's manifest, by the configuration; None if it gets no guests."""
         from dataclasses import replace
 
         from testbed.pods import kubernetes
@@ -207,17 +209,14 @@ class _Pod:
         return Options(osv_kernel=Path(kernel) if kernel else None)
 
     def _cgroup(self) -> Path | None:
-        """The pod's cgroup, if it is known."""
-        if named := self.configuration.get("cgroup"):
-            return Path(named)
-        told = self.configuration.get("runtimeConfig", {}).get("cgroupPath")
-        if not told:
-            return None
+        """The pod's cgroup, by the configuration or the runtime; None if it is not known."""
+        if configured := self.configuration.get("cgroup"):
+            return Path(configured)
+        path = self.configuration.get("runtimeConfig", {}).get("cgroupPath")
+        return cgroups.mount_point() / str(path).lstrip("/") if path else None
 
-        return cgroups.mount_point() / str(told).lstrip("/")
-
-    def _is_there(self) -> bool:
-        """Whether guests stand that were attached by this very call."""
+    def _is_attached(self) -> bool:
+        """Whether there are guests that an ADD of this container and network attached."""
         try:
             sandbox = control.status(self.name)["sandbox"]
         except Error:
@@ -225,7 +224,7 @@ class _Pod:
         return bool(sandbox and sandbox["id"] == self.id)
 
     def _links(self) -> list[dict[str, Any]]:
-        """Guests' links in the pod's namespace, as interfaces of a result."""
+        """Guests' links in the pod's namespace, in the format of a result's interfaces."""
         found, ours = control.describe(self.name), tuple(f"{pod_link(f)}/" for f in Family)
         return [
             {"name": link["name"], "mac": link["mac"], "sandbox": self.netns}
@@ -236,7 +235,7 @@ class _Pod:
 
 
 def _log(text: str) -> None:
-    """For the log of the container runtime: standard output is for the result alone."""
+    """Write to the container runtime's log. Standard output is for the result alone."""
     print(f"testbed-cni: {text}", file=sys.stderr)
 
 

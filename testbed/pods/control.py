@@ -1,9 +1,9 @@
-"""The pods that stand on this host, asked through their keepers' sockets; builds nothing.
+"""Client of pods' control sockets: lists the pods of this host, asks for status, takes them down.
 
-A keeper listens at an abstract Unix socket named after its pod: the kernel's list of sockets is the
-list of pods. Questions and answers are one line of JSON each. What a keeper would answer it also
-writes down, for when it is killed: its pod then is an orphan, and stands until somebody takes it
-over (`keeper.keep`) or down.
+The supervisor process of a pod listens at an abstract Unix socket, which is named after the pod. So
+the kernel's list of sockets is the list of pods. Questions and answers are one line of JSON each
+(`server`). The supervisor process also writes its status down. If it is killed, its pod is an
+orphan, which stands until it is taken over (`supervisor.supervise`) or down.
 """
 
 from __future__ import annotations
@@ -23,45 +23,45 @@ from testbed.model.errors import Error
 
 PREFIX = "testbed/pod/"
 SO_ACCEPTCON = "00010000"
-"""Flags of a socket that listens, in /proc/net/unix (linux/net.h)."""
-PATIENCE_S = 5.0
-DOWN_PATIENCE_S = TRACE_PATIENCE_S = 60.0
+"""Flags of a listening socket in /proc/net/unix (linux/net.h)."""
+TIMEOUT_S = 5.0
+DOWN_TIMEOUT_S = TRACE_TIMEOUT_S = 60.0
 
 
 def socket_name(pod: str) -> str:
-    """The socket of a pod's keeper, in the abstract namespace (unix(7))."""
+    """Name of a pod's control socket in the abstract namespace (unix(7))."""
     return f"\0{PREFIX}{pod}"
 
 
-class NoKeeper(Error):
-    """Nobody answers for a pod."""
+class NoSupervisor(Error):
+    """No supervisor process answers for a pod."""
 
 
 @dataclass(frozen=True)
 class Orphan:
-    """A pod whose keeper was killed."""
+    """A pod whose supervisor process was killed."""
 
     ledger: Path
     folder: Path
-    """What the keeper wrote for itself."""
+    """Folder with the files of the supervisor process."""
     status: dict[str, Any]
-    """What it would last have answered, but for `keeper`, which is None."""
+    """The last status that it wrote down. `keeper`, its pid, is None."""
 
 
 def folder_name(owner_id: str) -> str:
-    """Of what an owner writes down about its pod, beside its ledger."""
+    """Name of the folder of a supervisor process, beside its ledger."""
     return f"{owner_id}.pod"
 
 
 def write_down(folder: Path, status: dict[str, Any]) -> None:
-    """Keep a status for whoever comes after this process."""
+    """Write a status down, atomically, for a supervisor process that may take over."""
     new = folder / "status.new"
     new.write_text(json.dumps(status | {"keeper": None}))
     new.rename(folder / "status.json")
 
 
 def orphans() -> dict[str, Orphan]:
-    """By the pods' names."""
+    """Orphans of this host, by the pods' names."""
     found = {}
     for path in ledger.ROOT.glob("*.pod/status.json"):
         book = path.parent.with_suffix(".ledger")
@@ -73,29 +73,31 @@ def orphans() -> dict[str, Orphan]:
 
 
 def orphan(pod: str) -> Orphan:
-    """One of them. Raises `Error` if there is none of that name."""
+    """The orphan of a name. Raises `Error` if there is none."""
     if found := orphans().get(pod):
         return found
-    there = names()
-    if pod in there:
-        raise Error(f"the keeper of pod {pod!r} is alive", hint=f"testbed describe {pod}")
-    raise Error(f"no pod {pod!r}", hint=f"there are: {', '.join(there) or 'none'}")
+    standing = names()
+    if pod in standing:
+        raise Error(
+            f"the supervisor process of pod {pod!r} is alive", hint=f"testbed describe {pod}"
+        )
+    raise Error(f"no pod {pod!r}", hint=f"there are: {', '.join(standing) or 'none'}")
 
 
 def names() -> list[str]:
-    """All pods of this host: from its list of Unix sockets, and orphans."""
+    """Names of all pods of this host: from the kernel's list of Unix sockets, and orphans."""
     lines = Path("/proc/thread-self/net/unix").read_text().splitlines()
-    # Those that listen: what they accepted has the same name, for as long as it is open.
+    # Listening sockets only: accepted ones have the same name for as long as they are open.
     paths = [line.split()[-1] for line in lines if line.split()[3] == SO_ACCEPTCON]
-    kept = {p.removeprefix(f"@{PREFIX}") for p in paths if p.startswith(f"@{PREFIX}")}
-    return sorted(kept | orphans().keys())
+    supervised = {p.removeprefix(f"@{PREFIX}") for p in paths if p.startswith(f"@{PREFIX}")}
+    return sorted(supervised | orphans().keys())
 
 
 def status(pod: str) -> dict[str, Any]:
-    """What the keeper knows of its pod, as `ps --json` prints it."""
+    """Status of a pod, as `ps --json` prints it. Raises `Error` if there is no such pod."""
     try:
-        return _ask(pod, "status", PATIENCE_S)
-    except NoKeeper:
+        return _ask(pod, "status", TIMEOUT_S)
+    except NoSupervisor:
         return orphan(pod).status
 
 
@@ -109,37 +111,37 @@ def all() -> list[dict[str, Any]]:
 
 
 def workloads(pod: str, name: str | None) -> list[dict[str, Any]]:
-    """Status of one workload of a pod, or of all, in their order. Raises `Error` if it has none."""
-    there = status(pod)["workloads"]
-    chosen = [w for w in there if name in (None, w["name"])]
+    """Status of one workload of a pod, or of all, in order. Raises `Error` if there is none."""
+    existing = status(pod)["workloads"]
+    chosen = [w for w in existing if name in (None, w["name"])]
     if not chosen:
         raise Error(
             f"pod {pod!r} has no workload {name!r}",
-            hint=f"it has {', '.join(w['name'] for w in there)}",
+            hint=f"it has {', '.join(w['name'] for w in existing)}",
         )
     return chosen
 
 
 def describe(pod: str) -> dict[str, Any]:
-    """Its wiring: links with addresses and programs, traffic, counters, events."""
-    return _ask_keeper(pod, "describe")
+    """Status of a pod, its links with addresses and programs, traffic, counters and events."""
+    return _ask_supervisor(pod, "describe")
 
 
 def traffic(pod: str) -> dict[str, Any]:
-    """What its datapath carried between each two, and what it counted."""
-    return _ask_keeper(pod, "traffic")
+    """Traffic of a pod's datapath by pair, and its counters."""
+    return _ask_supervisor(pod, "traffic")
 
 
-def _ask_keeper(pod: str, question: str) -> dict[str, Any]:
-    """Raises `Error` where there is none to ask."""
+def _ask_supervisor(pod: str, question: str) -> dict[str, Any]:
+    """Ask the supervisor process. Raises `Error` if there is none."""
     try:
-        return _ask(pod, question, PATIENCE_S)
-    except NoKeeper:
-        raise _unkept(pod) from None
+        return _ask(pod, question, TIMEOUT_S)
+    except NoSupervisor:
+        raise _is_orphan(pod) from None
 
 
-def _unkept(pod: str) -> Error:
-    """Of an orphan. Raises `Error` if there is no such pod at all."""
+def _is_orphan(pod: str) -> Error:
+    """The error for an orphan. Raises `Error` if there is no such pod at all."""
     orphan(pod)
     return Error(
         f"the keeper of pod {pod!r} was killed, and the pod goes on without",
@@ -148,16 +150,16 @@ def _unkept(pod: str) -> Error:
 
 
 def down(pod: str) -> None:
-    """Take a pod down; returns when nothing of it is left."""
+    """Take a pod down. Returns when nothing of it is left."""
     try:
-        _ask(pod, "down", DOWN_PATIENCE_S)
-    except NoKeeper:
+        _ask(pod, "down", DOWN_TIMEOUT_S)
+    except NoSupervisor:
         for _ in ledger.clean(orphan(pod).ledger):
             pass
 
 
 def trusted(peer: socket.socket) -> bool:
-    """Whether the other end is root or this user: abstract sockets have no permissions."""
+    """Whether the other end is root or this user, since abstract sockets have no permissions."""
     size = struct.calcsize("iii")
     _, uid, _ = struct.unpack("iii", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
     return uid in (0, os.getuid())
@@ -165,27 +167,27 @@ def trusted(peer: socket.socket) -> bool:
 
 @contextmanager
 def trace(pod: str) -> Iterator[dict[str, Any]]:
-    """What is needed to read of its programs' events, which there are as long as this is held."""
+    """Trace a pod while the context lasts. Yields the data by which its events are read."""
     try:
-        with _asking(pod, "trace", TRACE_PATIENCE_S) as answer:
+        with _asking(pod, "trace", TRACE_TIMEOUT_S) as answer:
             yield answer
-    except NoKeeper:
-        raise _unkept(pod) from None
+    except NoSupervisor:
+        raise _is_orphan(pod) from None
 
 
-def _ask(pod: str, question: str, patience_s: float) -> dict[str, Any]:
-    with _asking(pod, question, patience_s) as answer:
+def _ask(pod: str, question: str, timeout_s: float) -> dict[str, Any]:
+    with _asking(pod, question, timeout_s) as answer:
         return answer
 
 
 @contextmanager
-def _asking(pod: str, question: str, patience_s: float) -> Iterator[dict[str, Any]]:
-    """The answer, while connected.
+def _asking(pod: str, question: str, timeout_s: float) -> Iterator[dict[str, Any]]:
+    """Ask the supervisor process. Yields the answer, and stays connected while the context lasts.
 
-    Raises `NoKeeper` if nobody listens, `Error` if the keeper has an error to tell.
+    Raises `NoSupervisor` if nobody listens, `Error` if the answer is an error.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
-        asking.settimeout(patience_s)
+        asking.settimeout(timeout_s)
         try:
             asking.connect(socket_name(pod))
             if not trusted(asking):
@@ -193,11 +195,11 @@ def _asking(pod: str, question: str, patience_s: float) -> Iterator[dict[str, An
             asking.sendall(json.dumps({"ask": question}).encode() + b"\n")
             line = asking.makefile("rb").readline()
         except TimeoutError as e:
-            raise Error(f"the keeper of pod {pod!r} does not answer") from e
+            raise Error(f"the supervisor process of pod {pod!r} does not answer") from e
         except OSError as e:
-            raise NoKeeper(f"no keeper of pod {pod!r}") from e
+            raise NoSupervisor(f"pod {pod!r} has no supervisor process") from e
         if not line:
-            raise NoKeeper(f"the keeper of pod {pod!r} ended")
+            raise NoSupervisor(f"the supervisor process of pod {pod!r} ended")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise Error(answer["error"], answer.get("hint"))

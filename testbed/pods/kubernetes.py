@@ -1,11 +1,12 @@
-"""Reads pods as people write them: `v1` Pod manifests of Kubernetes, YAML, several to a file.
+"""Reads Pod manifests of Kubernetes (v1, YAML, several to a file), and converts them to `Spec`.
 
-A container's runtime is said by the annotation `testbed/runtime.NAME`, else by `testbed/runtime`,
-else by `runtimeClassName`; it is `container` otherwise. `best` is the best guest that is there: who
-reads a manifest says which that is, once one is asked for. Ports that containers list are the ports
-that they own at `localhost`. A field that only matters to a cluster is named in a warning; any
-other that is not known here is an error, since the pod would be another than was asked for.
-Whether an image exists is found out by its runtime.
+The runtime of a container is given by the annotation `testbed/runtime.NAME`, else by
+`testbed/runtime`, else by `runtimeClassName`; the default is `container`. `best` is the best
+available runtime of guests, which the caller's function chooses when a manifest asks for it. The
+ports that a container lists are those that it owns at `localhost`.
+
+A field that concerns a cluster only causes a warning. Any other unknown field is an error, since
+the pod would not be what was asked for. Images are not looked up here, but by their runtimes.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ ANNOTATION = "testbed/runtime"
 BEST = "best"
 RUNTIMES = (*Runtime, BEST)
 LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-"""Names in Kubernetes (RFC 1123)."""
+"""Names in Kubernetes: labels of RFC 1123."""
 SUFFIXES = {
     "": 1,
     "m": 1e-3,
@@ -54,11 +55,11 @@ SUFFIXES = {
     "Pi": 2**50,
     "Ei": 2**60,
 }
-"""Of quantities (apimachinery, resource.Quantity)."""
+"""Suffixes of quantities → factor (apimachinery, resource.Quantity)."""
 
 
 def read(path: Path, best: Callable[[], Runtime]) -> list[Spec]:
-    """All pods of a file. Raises `Error` with file, document, path and what was expected there."""
+    """Read all pods of a file. Raises `Error` with file, document, path and what was expected."""
     try:
         documents = list(yaml.load_all(path.read_text(), _Loader))
     except OSError as e:
@@ -79,7 +80,7 @@ def read(path: Path, best: Callable[[], Runtime]) -> list[Spec]:
 
 
 class _Loader(yaml.SafeLoader):
-    """A key that stands twice is an error, and not the second one alone."""
+    """Loader that rejects duplicate keys, of which yaml would use the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -90,15 +91,15 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# --- what a manifest may say ----------------------------------------------------------------
+# --- schema of manifests --------------------------------------------------------------------
 
 
 class _Model(BaseModel):
-    """Fields by their names in Kubernetes. Unknown ones are kept, to be told apart by `_extras`."""
+    """Fields with their names in Kubernetes. Unknown ones are stored, and judged by `_extras`."""
 
     model_config = ConfigDict(extra="allow", alias_generator=to_camel, frozen=True)
     harmless: ClassVar[frozenset[str]] = frozenset()
-    """Known in Kubernetes, and without effect on what the pod does here."""
+    """Fields of Kubernetes that have no effect on the pod here."""
 
 
 def _label(text: str) -> str:
@@ -114,7 +115,7 @@ def _runtime(text: str) -> str:
 
 
 def _quantity(value: object) -> float:
-    """`128Mi`, `500m`, `2`, as a number."""
+    """Value of a quantity such as 128Mi, 500m or 2."""
     found = re.fullmatch(r"([0-9.]+(?:[eE][0-9]+)?)([A-Za-z]*)", str(value))
     try:
         if found and found[2] in SUFFIXES and (number := float(found[1]) * SUFFIXES[found[2]]) > 0:
@@ -262,11 +263,14 @@ class _Pod(_Model):
     spec: _PodSpec
 
 
-# --- from there to ours ---------------------------------------------------------------------
+# --- conversion -----------------------------------------------------------------------------
 
 
 def spec(document: object, where: str, folder: Path, best: Callable[[], Runtime]) -> Spec:
-    """One pod. Raises `Error` as `read` does; paths in it are relative to `folder`."""
+    """Convert one pod. Paths in it are relative to `folder`; errors begin with `where`.
+
+    Raises `Error` as `read` does.
+    """
     try:
         pod = _Pod.model_validate(document)
     except ValidationError as e:
@@ -296,7 +300,7 @@ def spec(document: object, where: str, folder: Path, best: Callable[[], Runtime]
 
 
 def _fault(fault: Any, where: str) -> str:
-    """One line of pydantic's, as `FILE, document N, spec.containers.0.name: what was expected`."""
+    """Text of an error of pydantic: FILE, document N, spec.containers.0.name: what was expected."""
     path = ".".join(map(str, fault["loc"])) or "the document"
     expected = fault["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     given = fault["input"]
@@ -305,7 +309,7 @@ def _fault(fault: Any, where: str) -> str:
 
 
 def _extras(model: _Model, path: str) -> Iterator[tuple[str, str, bool]]:
-    """(path, name, harmless) of every field that is not known here."""
+    """All unknown fields: (path, name, whether it is harmless)."""
     for name in model.model_extra or ():
         yield f"{path}{name}", name, name in model.harmless
     for name, value in model:
@@ -321,11 +325,11 @@ def _extras(model: _Model, path: str) -> Iterator[tuple[str, str, bool]]:
 
 
 def _runtimes(pod: _Pod, where: str, best: Callable[[], Runtime]) -> dict[str, Runtime]:
-    """Runtime of every container by name."""
+    """Runtimes of containers by name. Raises `Error` if one cannot run what it is asked to."""
     names = [c.name for c in (*pod.spec.init_containers, *pod.spec.containers)]
     if twice := {name for name in names if names.count(name) > 1}:
         raise Error(f"{where}: two containers are named {twice.pop()!r}", hint="rename one")
-    said: dict[str, str] = {}
+    annotated: dict[str, str] = {}
     for key, value in pod.metadata.annotations.items():
         if not key.startswith("testbed/"):
             continue
@@ -337,9 +341,9 @@ def _runtimes(pod: _Pod, where: str, best: Callable[[], Runtime]) -> dict[str, R
             )
         if value not in RUNTIMES:
             raise Error(f"{at}: no runtime {value!r}", hint=f"choose from {', '.join(RUNTIMES)}")
-        said[name] = value
-    default = said.get("", pod.spec.runtime_class_name or Runtime.CONTAINER)
-    wanted = {name: said.get(name, default) for name in names}
+        annotated[name] = value
+    default = annotated.get("", pod.spec.runtime_class_name or Runtime.CONTAINER)
+    wanted = {name: annotated.get(name, default) for name in names}
     chosen = {name: best() if r == BEST else Runtime(r) for name, r in wanted.items()}
     for container in pod.spec.containers:
         _check_runtime(container, chosen[container.name], pod.spec, where)
@@ -358,7 +362,7 @@ def _runtimes(pod: _Pod, where: str, best: Callable[[], Runtime]) -> dict[str, R
 
 
 def _check_runtime(container: _Container, runtime: Runtime, spec: _PodSpec, where: str) -> None:
-    """Raises `Error` if a container asks for what its runtime has no way to do."""
+    """Raises `Error` if a container asks for something that its runtime cannot do."""
     who = f"{where}: {container.name!r} ({runtime})"
     probes = (container.readiness_probe, container.liveness_probe)
     is_virtual = runtime in (Runtime.OSV, Runtime.LINUX)
@@ -400,7 +404,10 @@ def _host_ports(spec: _PodSpec) -> tuple[HostPort, ...]:
 
 
 def _image(image: str, folder: Path) -> str:
-    """Paths are relative to the file that names them. What has neither `/` nor `.` is no path."""
+    """Resolve an image that is a path, relative to the manifest's folder.
+
+    A word without `/` and `.` is not a path.
+    """
     kind, colon, rest = image.partition(":")
     if colon and kind in ("oci", "oci-archive"):
         return f"{kind}:{folder.absolute() / rest}"
@@ -416,7 +423,7 @@ def _environment(variables: Iterable[_Env]) -> dict[str, str]:
 
 
 def _expanded(text: str, env: dict[str, str]) -> str:
-    """`$(NAME)` of what is defined, `$$` is a dollar sign (as Kubernetes does)."""
+    """Expand $(NAME) of defined variables, and $$ to a dollar sign, as Kubernetes does."""
 
     def replace(found: re.Match[str]) -> str:
         return "$" if found[0] == "$$" else env.get(found[1], found[0])
@@ -451,7 +458,7 @@ def _probe(probe: _Probe | None, container: _Container) -> manifest.Probe | None
 
 
 def _resolv_conf(spec: _PodSpec) -> str:
-    """What dnsConfig says, after this host's own unless dnsPolicy is None."""
+    """resolv.conf of the pod: this host's, unless dnsPolicy is None, then dnsConfig's lines."""
     config = spec.dns_config
     lines = [f"nameserver {address}" for address in config.nameservers]
     if config.searches:

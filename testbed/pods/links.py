@@ -1,7 +1,7 @@
 """The links of a pod: namespaces, guests' ports, the bridge between them.
 
-Links are made by convergence: `Links.build` makes what is not there, so that building a pod and
-mending one whose tap or bridge vanished are the same code. Nothing here watches; `supervisor` does.
+`Links.build` makes the links that are missing. So the same code builds a pod, and mends one whose
+tap or bridge vanished. Nothing is watched here; `reconciler` does that.
 
     layout `bridge`:   guest 1 ─ g1 ─┐  its links' namespace  ┊  pod's namespace
                                      ├─ bridge ───────── pod ─┊─ guests, pod_link
@@ -14,8 +14,8 @@ mending one whose tap or bridge vanished are the same code. Nothing here watches
 
     layout `socket`:                        guest 1 ─ a program of the datapath
 
-The namespace of the links stands for the host's own. It is the pod's alone, because namespaces go
-at once (the kernel takes their links down later), while whoever removes a link waits for it.
+The namespace of the links stands for the host's own. Each pod has one for itself, since removing a
+namespace is fast (the kernel removes its links later), while removing a link takes time.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from testbed.runtimes.interface import Prepared
 from testbed.runtimes.vm.guest import queues as runtime_queues
 
 MTU = 1500
-"""Of every guest link (OSv's driver knows no other)."""
+"""MTU of all guests' links (OSv's driver supports no other)."""
 
 BRIDGE, TO_POD, TO_GUESTS = "bridge", "pod", "guests"
-"""Links of layout `bridge`: the last is the pod's own, the others are in its links' namespace."""
+"""Links of layout `bridge`. The last is in the pod's namespace, the others in that of its links."""
 
 
 def port_name(n: int) -> str:
-    """The host's end of guest n's link."""
+    """Name of the host's end of guest n's link."""
     return f"g{n}"
 
 
@@ -61,10 +61,10 @@ class Links:
         runtimes: Mapping[Runtime, Prepared],
         sandbox: Sandbox | None,
     ) -> None:
-        """`sandbox`: the namespace that guests are to join; without, one of the pod's own."""
+        """`sandbox`: the foreign namespace that guests join; None: a new one is made."""
         self.netns, self.layout = netns, layout
         self.link_netns = f"{netns}-links" if layout is Layout.BRIDGE else netns
-        """The namespace that holds guests' ports, and the bridge."""
+        """Name of the namespace with guests' ports and the bridge."""
         self.standins = {
             n: f"{netns}-g{n}"
             for n, guest in manifest.guests.items()
@@ -74,10 +74,10 @@ class Links:
         self._owner, self._pod, self._manifest = owner, pod, manifest
         self._runtimes, self._sandbox = runtimes, sandbox
         self._ips: dict[str, IPRoute] = {}
-        """Sockets, by namespace."""
+        """rtnetlink sockets, by namespace."""
 
     def make_namespaces(self) -> None:
-        """Make or join the namespaces. Raises `Error` if these guests cannot have such links."""
+        """Make or join the namespaces. Raises `Error` if a guest cannot have such links."""
         if self.layout is Layout.SOCKET:
             if self.standins:
                 raise Error(
@@ -91,30 +91,30 @@ class Links:
             else:
                 self._ips[netns] = namespaces.create(self._owner, netns)
         if self.layout is Layout.BRIDGE:
-            # Ports of bridges need no addresses, and have nothing to say to IPv6 routers.
+            # Ports of bridges need no addresses, and must not send router solicitations.
             namespaces.set_sysctls(self.link_netns, {"net/ipv6/conf/default/disable_ipv6": 1})
 
     def close(self) -> None:
-        """Let go of the namespaces."""
+        """Close the sockets in the namespaces."""
         for ip in self._ips.values():
             ip.close()
 
     @property
     def ip(self) -> IPRoute:
-        """A socket in the pod's namespace."""
+        """The rtnetlink socket in the pod's namespace."""
         return self._ips[self.netns]
 
     @property
     def link_ip(self) -> IPRoute:
-        """A socket in the links' namespace."""
+        """The rtnetlink socket in the links' namespace."""
         return self._ips[self.link_netns]
 
     def socket(self, n: int) -> Path | None:
-        """In the place of a port, where there are no links."""
+        """Path of guest n's Unix socket in layout `socket`, else None."""
         return self._sockets / f"{n}" if self.layout is Layout.SOCKET else None
 
     def _names(self) -> set[str]:
-        """Links whose loss breaks the pod."""
+        """Names of the links whose loss breaks the pod."""
         if self.layout is Layout.SOCKET:
             return set()
         names = {port_name(n) for n in self._manifest.guests}
@@ -122,26 +122,26 @@ class Links:
         return names | {BRIDGE, TO_POD} if bridged else names
 
     def own_names(self) -> set[str]:
-        """Links in the pod's own namespace."""
+        """Names of the links in the pod's own namespace."""
         bridged = self.layout is Layout.BRIDGE
         return {TO_GUESTS} if bridged else self._names()
 
     def build(self) -> None:
-        """Make every link that is not there."""
+        """Make all links that are missing."""
         if self.layout is Layout.SOCKET:
             return
         ip = self.link_ip
-        there = netlink.links(self.link_netns)
+        existing = netlink.links(self.link_netns)
         bridge = None
         if self.layout is Layout.BRIDGE:
-            bridge = there.get(BRIDGE) or netlink.create_link(
+            bridge = existing.get(BRIDGE) or netlink.create_link(
                 ip, BRIDGE, kind="bridge", br_stp_state=0, br_mcast_snooping=0, state="up"
             )
-            uplink = there.get(TO_POD) or self._create_uplink()
+            uplink = existing.get(TO_POD) or self._create_uplink()
             ip.link("set", index=uplink, master=bridge)
         neighbors_at = netlink.links(self.netns)[TO_GUESTS] if bridge else 0
         for n in self._manifest.guests:
-            port = there.get(port_name(n)) or self._create_port(n)
+            port = existing.get(port_name(n)) or self._create_port(n)
             ip.link("set", index=port, state="up", **({"master": bridge} if bridge else {}))
             for family in Family:
                 netlink.add_neighbor(
@@ -161,7 +161,10 @@ class Links:
         return uplink
 
     def _create_port(self, n: int) -> int:
-        """The host's end of guest n's link. In the pod every port has the pod's address."""
+        """Make guest n's link; returns the index of the host's end.
+
+        In the pod's namespace each port has the pod's link address.
+        """
         ip, name = self.link_ip, port_name(n)
         if netns := self.standins.get(n):
             guest_ip = self._ips[netns]
@@ -186,7 +189,7 @@ class Links:
         return port
 
     def queues(self, n: int) -> int:
-        """Pairs of queues of guest n's link. A tap for several is another kind of tap to Linux."""
+        """Pairs of queues of guest n's link. More than one need a tap with IFF_MULTI_QUEUE."""
         if self.layout is Layout.SOCKET:
             return 1
         guest = self._manifest.guests[n]
@@ -197,7 +200,10 @@ class Links:
             self._sandbox.prepare_link(self.netns, ifname)
 
     def _take_loopback(self, netns: str) -> None:
-        """Of a stand-in. That `lo` is down is not enough: routes to its own addresses stay."""
+        """Remove the loopback of a stand-in.
+
+        Its addresses have to go, too: routes to them stay when `lo` is down.
+        """
         ip = self._ips[netns]
         ip.flush_addr(index=1)
         ip.link("set", index=1, state="down")
@@ -205,7 +211,7 @@ class Links:
 
     def wiring(self, cgroup: Path) -> Wiring:
         """The links as they are now; `cgroup` is that of the pod's natives."""
-        there = netlink.links(self.link_netns)
+        existing = netlink.links(self.link_netns)
         bridged = self.layout is Layout.BRIDGE
         return Wiring(
             pod=self._pod,
@@ -213,12 +219,12 @@ class Links:
             link_netns=self.link_netns,
             layout=self.layout,
             uplink_ifindex=netlink.links(self.netns)[TO_GUESTS] if bridged else 0,
-            uplink_peer_ifindex=there[TO_POD] if bridged else 0,
+            uplink_peer_ifindex=existing[TO_POD] if bridged else 0,
             ports=tuple(
                 Port(
                     n,
                     port_name(n),
-                    there.get(port_name(n), 0),
+                    existing.get(port_name(n), 0),
                     self._runtimes[guest.runtime].families,
                     self.socket(n),
                     guest.control_port,
@@ -231,5 +237,5 @@ class Links:
         )
 
     def missing(self) -> set[str]:
-        """Links that somebody took away."""
+        """Names of links that have vanished."""
         return self._names() - netlink.links(self.link_netns).keys()

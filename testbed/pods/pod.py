@@ -1,6 +1,6 @@
-"""A pod: links, datapath and workloads, put together and taken down.
+"""A pod: builds links, datapath and workloads, and takes them down.
 
-Links are made by `links`, and `reconciler` watches them; nothing here watches.
+`links` makes the links, `reconciler` watches them. Nothing is watched here.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from testbed.runtimes import container
 from testbed.runtimes.interface import Placement, Prepared
 
 CONNECT_LIMIT_S = 5.0
-"""To an agent, that is to a workload that is ready."""
+"""Time limit of a connection to the agent of a ready workload."""
 
 
 class Pod:
-    """One pod. Made whole by `Pod(...)`, taken down by leaving the context.
+    """One pod. `Pod(...)` builds it, leaving the context takes it down.
 
-    `start` starts the workloads. Raises `Error` if something cannot be made; then nothing is left.
+    `start` starts the workloads. Raises `Error` if it cannot be built; then nothing is left.
     """
 
     def __init__(
@@ -56,23 +56,23 @@ class Pod:
         sandbox: Sandbox | None = None,
         elsewhere: Mapping[str, Mapping[Family, Address]] = {},
     ) -> None:
-        """`scratch`: a folder with the files of a `Spec`; without, one of the pod's own. `sandbox`:
-        the namespace that guests are to join; without, one of the pod's own. `elsewhere`: those of
-        the manifest's workloads that another host's pod has, and their addresses there.
+        """`scratch`: folder with the files of a `Spec`; None: the pod makes one. `sandbox`: the
+        foreign namespace that guests join; None: the pod makes one. `elsewhere`: addresses of those
+        workloads of the manifest that are in another host's pod.
         """
         self.name, self.manifest, self.datapath = name, manifest, datapath
         self.elsewhere = elsewhere
         self.lock = threading.RLock()
-        """Held while links change: a netlink socket serves one thread at a time."""
+        """Held while links change, since a netlink socket serves one thread at a time."""
         self.netns = f"tb-{owner.id}-{name}"
         self._runtimes = runtimes
         self._consoles, self._given = consoles, scratch
         self.sandbox = sandbox
         self.addresses: dict[Family, Address] = {}
-        """Its own on the node's network, if it is connected."""
+        """The pod's addresses on the node's network; empty if it is not connected."""
         self.processes: dict[str, process.Running] = {}
         self.cut_off: set[str] = set()
-        """Guests that run, if they do, with a link that is not there any more."""
+        """Guests whose link was missing when the pod was taken over; they may still run."""
         self._owner = owner.part()
         self.links = Links(
             self._owner, name, self.netns, manifest, datapath.layout, runtimes, sandbox
@@ -105,10 +105,10 @@ class Pod:
         self.attached_s = time.monotonic() - began
 
     def connect(self, ports: Collection[HostPort]) -> None:
-        """Give it addresses on the node's network, and the ports there; before it is started.
+        """Give the pod addresses and ports on the node's network. Call it before starting.
 
-        It and its guests reach out from them, and are reached at them. Raises `Error` if another
-        pod has one of the ports, or there is no nftables.
+        They are the source addresses of the pod and its guests outside, and they are reached there.
+        Raises `Error` if another pod has one of the ports, or there is no nftables.
         """
         with self.lock:
             gateway.guard(self._owner, self.netns, self.links.own_names())
@@ -128,7 +128,7 @@ class Pod:
         return self.links.wiring(self.cgroup)
 
     def missing_links(self) -> set[str]:
-        """Links that somebody took away."""
+        """Names of links that have vanished."""
         with self.lock:
             return self.links.missing()
 
@@ -143,7 +143,7 @@ class Pod:
         self.attach_deferred()
 
     def _guests_of(self, missing: set[str]) -> set[str]:
-        """Virtual machines whose taps are missing: they have to be started again."""
+        """Names of virtual machines whose taps are missing. They have to be started again."""
         taps = {
             n: guest for n, guest in self.manifest.guests.items() if n not in self.links.standins
         }
@@ -152,47 +152,48 @@ class Pod:
     # --- workloads --------------------------------------------------------------------------
 
     def console(self, workload: str) -> Path:
-        """What the workload printed so far."""
+        """File with the output of a workload."""
         return self._consoles / f"{self.name}-{workload}.log"
 
     @property
-    def _here(self) -> list[Workload]:
+    def _own_workloads(self) -> list[Workload]:
+        """Workloads of the manifest that are in this pod, not in another host's."""
         return [w for w in self.manifest.workloads if w.name not in self.elsewhere]
 
     def start(self) -> None:
-        """Start all workloads at once and wait until each one's agent answers."""
+        """Start all workloads at once, and wait until their agents answer."""
         self.launch()
         self.wait()
 
     def launch(self) -> None:
         """Start all workloads."""
         self._consoles.mkdir(parents=True, exist_ok=True)
-        for workload in self._here:
+        for workload in self._own_workloads:
             self.start_workload(workload.name)
         self.attach_deferred()
 
     def attach_deferred(self) -> None:
-        """Do, while workloads boot, what the datapath leaves for then."""
+        """Attach the parts of the datapath that may wait until workloads boot."""
         with self.lock:
             self.attachment.attach_deferred()
 
     def wait(self, families: Collection[Family] = tuple(Family)) -> None:
-        """Wait until all workloads answer in those families that they have of these."""
-        for workload in self._here:
+        """Wait until all workloads answer in those of these families that they have."""
+        for workload in self._own_workloads:
             self.wait_ready(workload.name, families)
 
     def start_workload(self, name: str) -> None:
-        """Start one workload (again)."""
+        """Start one workload, also after its end."""
         _, workload = self._find(name)
         with self.lock:
-            if name in self.processes:  # it has ended, and that may not have been noticed yet
+            if name in self.processes:  # it has ended, maybe not noticed by the reconciler yet
                 self.workload_ended(name)
         running = self._runtimes[workload.runtime].start(self.place(workload))
         with self.lock:
             self.processes[name] = running
 
     def place(self, workload: Workload) -> Placement:
-        """Where a workload of the manifest runs, or another native one."""
+        """Placement of a workload of the manifest, or of another native one."""
         n, runtime = self.number_of(workload.name) or 0, self._runtimes[workload.runtime]
         if not n:
             netns, cgroup = self.netns, self.cgroup
@@ -215,30 +216,31 @@ class Pod:
         )
 
     def stop_workload(self, name: str) -> None:
-        """End one workload, and the connections that its peers in the pod still have with it."""
+        """End one workload, and the connections of its peers in the pod with it."""
         with self.lock:
             process.end(self.processes.pop(name))
             self.workload_ended(name)
 
     def restart_workload(self, name: str) -> None:
-        """Stop one workload and start it; whoever else wants to, after that."""
+        """Stop one workload and start it again, with the lock held."""
         with self.lock:
             self.stop_workload(name)
             self.start_workload(name)
 
     def workload_ended(self, name: str) -> None:
-        """A workload has ended: what is for a guest is refused, and its peers are told.
+        """Refuse packets for a guest that has ended, and end its peers' connections.
 
-        With the lock held, and not when its next process runs: that one's connections would end.
+        To be called with the lock held, before the next process of the workload runs: it would end
+        that one's connections.
         """
         if n := self.number_of(name):
             self.attachment.guest_ended(n)
         self.end_peers(name)
 
     def end_peers(self, name: str) -> None:
-        """End natives' TCP connections with a guest that is gone: it sent them neither FIN nor RST.
+        """End natives' TCP connections with a guest that has ended, which sent no FIN or RST.
 
-        Connections of other guests are the datapath's to end (`Attachment.guest_ended`).
+        The datapath ends those of other guests (`Attachment.guest_ended`).
         """
         n, workload = self._find(name)
         if not n:
@@ -254,14 +256,14 @@ class Pod:
         sockets.kill_connections(self.netns, " or ".join(ends))
 
     def wait_ready(self, name: str, families: Collection[Family] = tuple(Family)) -> None:
-        """Wait until the workload's agent answers in every one of `families` that its stack has.
+        """Wait until the workload's agent answers in all of `families` that its stack has.
 
-        (OSv's IPv6 address is usable a second after the rest.) Raises `Error` with its last console
-        lines.
+        (OSv's IPv6 address is usable a second after the others.) Raises `Error` with the last lines
+        of its console.
         """
         _, workload = self._find(name)
         runtime = self._runtimes[workload.runtime]
-        limit_s, patience_s = runtime.ready_limit_s * facts.slowness(), 0.2
+        limit_s, timeout_s = runtime.ready_limit_s * facts.slowness(), 0.2
         deadline = time.monotonic() + limit_s
         while True:
             if (code := self.processes[name].poll()) is not None:
@@ -269,13 +271,13 @@ class Pod:
                 break
             try:
                 for family in sorted(runtime.families & set(families) & facts.families()):
-                    with self.agent(name, patience_s, family) as agent:
-                        if not workload.program:  # a proxy on the way accepts for it
-                            agent.hello(patience_s)
+                    with self.agent(name, timeout_s, family) as agent:
+                        if not workload.program:  # a proxy may have accepted the connection
+                            agent.hello(timeout_s)
                 return
             except (OSError, Error):
-                # Short at first, as what is lost is sent again after a second only.
-                patience_s = min(1.2 * patience_s, limit_s)
+                # Short at first, since TCP repeats a lost SYN only after a second.
+                timeout_s = min(1.2 * timeout_s, limit_s)
                 if time.monotonic() > deadline:
                     problem = f"{name} of {self.name} was not ready within {limit_s:g} s"
                     break
@@ -287,7 +289,7 @@ class Pod:
         )
 
     def revive(self) -> None:
-        """Start workloads that ended again, and wait. Raises `Error` if one does not come back."""
+        """Restart workloads that have ended, and wait. Raises `Error` if one does not get ready."""
         dead = [name for name, running in self.processes.items() if running.poll() is not None]
         for name in dead:
             self.start_workload(name)
@@ -295,20 +297,24 @@ class Pod:
             self.wait_ready(name)
 
     def number_of(self, name: str) -> int | None:
-        """The guest's number, None for a native workload."""
+        """Number of a guest, None for a native workload."""
         return next((n for n, guest in self.manifest.guests.items() if guest.name == name), None)
 
     def address(self, name: str, family: Family) -> Address:
-        """The workload's own address: a guest's on its link, loopback for a native one."""
+        """Own address of a workload: that of a guest's link, loopback for a native one."""
         n, _ = self._find(name)
         return guest_link(family, n) if n else loopback(family)
 
     def agent(self, name: str, timeout_s: float = 0, family: Family = Family.IPV4) -> Agent:
-        """A control connection to the workload's agent, at its own address. Raises `OSError`."""
+        """Open a control connection to the workload's agent, at its own address.
+
+        To an agent in another host's pod, the family is one that the hosts have between them.
+        Raises `OSError`.
+        """
         timeout_s = timeout_s or CONNECT_LIMIT_S * facts.slowness()
         _, workload = self._find(name)
-        there = self.elsewhere.get(name)  # whichever family the hosts have between them
-        address = next(iter(there.values())) if there else self.address(name, family)
+        remote = self.elsewhere.get(name)
+        address = next(iter(remote.values())) if remote else self.address(name, family)
         to = (str(address), workload.control_port)
         return Agent(namespaces.inside(self.netns, lambda: socket.create_connection(to, timeout_s)))
 
@@ -321,7 +327,7 @@ class Pod:
     # --- the end ----------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Take the pod down; nothing of it stays."""
+        """Take the pod down. Nothing of it is left."""
         for running in self.processes.values():
             running.terminate()
         deadline = time.monotonic() + process.GRACE_S

@@ -1,4 +1,4 @@
-"""Probes of a workload: when to ask next, and what the last answers come to."""
+"""Readiness and liveness probes of a workload: runs them, schedules them, judges the answers."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from testbed.pods.pod import Pod
 from testbed.runtimes.interface import Prepared
 
 EAGER_PERIOD_S = 0.02
-"""Between questions to a workload that was not ready yet; later the probe's own period counts."""
+"""Period of readiness probes until a workload is ready; then the probe's own period applies."""
 EAGER_CONNECT_S = 0.05
-"""Then an unready guest is asked anew: while it boots it hears nothing, and the kernel's own second
-attempt comes a second later."""
+"""Time limit of a connection to an unready guest. A booting guest misses the SYN, and the kernel
+would repeat it only after a second."""
 
 
 class Question:
-    """When to ask next, and what the last answers come to (`verdict`; None: not yet known)."""
+    """Schedule of a probe, and the verdict by its last answers (None: not yet known)."""
 
     def __init__(self, probe: Probe, *, eager: bool = False) -> None:
         self.probe, self.eager = probe, eager
@@ -32,6 +32,7 @@ class Question:
         self.due: float | None = time.monotonic() + wait_s
         self.verdict: bool | None = None
         self._streak = 0
+        """Number of equal answers in a row; negative: failures."""
 
     def is_due(self) -> bool:
         return self.due is not None and self.due <= time.monotonic()
@@ -47,13 +48,13 @@ class Question:
 
 
 class Prober:
-    """Asks one workload."""
+    """Runs probes of one workload."""
 
     def __init__(self, pod: Pod, workload: Workload, runtime: Prepared) -> None:
         self._pod, self._workload, self._runtime = pod, workload, runtime
 
     def ask(self, probe: Probe, ready: bool) -> bool:
-        """The answer to a probe."""
+        """Run a probe: whether it succeeds."""
         try:
             if probe.command:
                 command = [*self._runtime.enter(self._pod.place(self._workload)), *probe.command]
@@ -76,7 +77,10 @@ class Prober:
             return False
 
     def _connection(self, port: int, timeout_s: float, ready: bool) -> socket.socket:
-        """To the workload itself, in whichever family it listens. Raises `OSError`."""
+        """Connect to the workload's own address, in a family in which it listens.
+
+        Raises `OSError` if it listens in none.
+        """
         pod, name = self._pod, self._workload.name
         limit_s = timeout_s if ready else min(timeout_s, EAGER_CONNECT_S)
         refused = OSError()
@@ -93,8 +97,11 @@ class Prober:
         raise refused
 
     def listens(self, ready: bool) -> bool:
-        """Whether it serves all its ports: a virtual machine's by connecting (UDP goes unasked),
-        others' by the kernel's tables, so that nobody is disturbed."""
+        """Whether the workload serves all its ports.
+
+        A virtual machine is asked by connecting; its UDP ports are not checked. Others' ports are
+        read from the kernel's tables, which disturbs nobody.
+        """
         if not self._runtime.uses_tap:
             place = self._pod.place(self._workload)
             return set(self._workload.ports) <= namespaces.inside(place.netns, served_ports)

@@ -1,6 +1,6 @@
-"""Watches over one pod: mends links that vanish, ends the connections of guests that died.
+"""The reconciler of a pod: mends links that vanish, and ends the connections of guests that end.
 
-A thread that sleeps until the kernel has something to say (a link message, the end of a process).
+It is a thread that sleeps until the kernel reports a change of a link or the end of a process.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from testbed.pods.pod import Pod
 
 RTMGRP_LINK = 1
 RETRY_MS = 250
-"""How often a mending that failed is tried again, and processes are looked for that are new."""
+"""Period after which a failed mending is tried again, and new processes are looked for."""
 
 
 class Reconciler:
-    """Keeps a pod whole, as a context manager.
+    """Mends a pod while the context lasts.
 
-    `deaths` names workloads that ended on their own, `mended` links that vanished and are back.
+    `deaths`: workloads that ended by themselves. `mended`: links that vanished and are back.
     """
 
     def __init__(self, pod: Pod) -> None:
@@ -42,14 +42,14 @@ class Reconciler:
         )
         self._links.bind((0, RTMGRP_LINK))
         self._links.setblocking(False)
-        self._thread = threading.Thread(target=self._watch, name=f"supervisor {pod.name}")
+        self._thread = threading.Thread(target=self._watch, name=f"reconciler {pod.name}")
         self._poller = select.poll()
         self._poller.register(self._wake, select.POLLIN)
         self._poller.register(self._links, select.POLLIN)
         self._alive: dict[int, tuple[str, Running]] = {}
-        """By descriptor."""
+        """pidfd → workload and process."""
         self._seen: set[Running] = set()
-        """Processes that are watched, or were until they ended."""
+        """Processes that are watched, or were watched until they ended."""
 
     def _watch(self) -> None:
         missing: set[str] = set()
@@ -68,27 +68,27 @@ class Reconciler:
                 missing.clear()
 
     def _watch_new(self) -> None:
-        """Watch processes that were started since."""
+        """Begin to watch processes that were started since the last call."""
         for name, process in list(self._pod.processes.items()):
             if process not in self._seen:
-                with contextlib.suppress(ProcessLookupError):  # was collected meanwhile
+                with contextlib.suppress(ProcessLookupError):  # it ended and was waited for
                     fd = os.pidfd_open(process.pid)
                     self._alive[fd] = (name, process)
                     self._poller.register(fd, select.POLLIN)
                 self._seen.add(process)
 
     def _ended(self, fd: int) -> None:
-        """A process has ended."""
+        """Handle the end of a process, unless we ended it ourselves."""
         name, process = self._alive.pop(fd)
         self._poller.unregister(fd)
         os.close(fd)
         with self._pod.lock:
-            if self._pod.processes.get(name) is process:  # it was not us who ended it
+            if self._pod.processes.get(name) is process:  # else we ended it
                 self.deaths.append(name)
                 self._pod.workload_ended(name)
 
     def _drain(self) -> None:
-        """Forget messages: what they say is asked for anew, as there may be too many to get all."""
+        """Discard link messages. Links are listed anew, since messages may be lost (ENOBUFS)."""
         while True:
             try:
                 self._links.recv(65536)
@@ -99,7 +99,10 @@ class Reconciler:
                     raise
 
     def _mend(self) -> bool:
-        """Whether it went well. What vanishes meanwhile can be an error of any of these kinds."""
+        """Mend the pod; returns whether it succeeded.
+
+        A link that vanishes meanwhile can raise any of these errors.
+        """
         try:
             self._pod.mend()
         except (NetlinkError, OSError, LookupError):

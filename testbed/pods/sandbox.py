@@ -1,7 +1,7 @@
-"""A pod's namespace that somebody else made (`sandbox`, in CRI's words), for guests to join.
+"""A pod's network namespace that somebody else made, for guests to join (in CRI: a pod sandbox).
 
-Whoever made it, runs natives in it and has given it links; of that, nothing is touched. What cannot
-go together with a datapath in there is refused before anything is made.
+Its maker runs the natives in it, and has given it links. None of that is changed. If something in
+it does not go together with the datapath, the pod is refused before anything is made.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ OURS = [
         addresses.NATIVE_VIEW_NET6,
     )
 ]
-"""What the address plan needs for itself."""
+"""Networks that the address plan needs for itself."""
 
 
 @dataclass(frozen=True)
 class Sandbox:
-    """Where it is."""
+    """A foreign namespace, and the cgroup of its processes."""
 
     netns: Path
-    """/run/netns/NAME, /proc/PID/ns/net or the like."""
+    """Path such as /run/netns/NAME or /proc/PID/ns/net."""
     cgroup: Path | None = None
-    """cgroup2 directory of its processes. Without, all of them go by `lo`."""
+    """cgroup2 directory of its processes. Without it, all their packets go by `lo`."""
     id: str = ""
-    """What its maker calls it."""
+    """Identifier that its maker has for it."""
 
     def check(self, spec: Spec, datapath: Datapath) -> None:
-        """Raises `Error` if a pod cannot be there at all, whatever else is."""
+        """Raises `Error` if this pod cannot be there, whatever is in the namespace."""
         if not namespaces.is_namespace(self.netns):
             raise Error(
                 f"{self.netns} is no network namespace",
@@ -76,9 +76,10 @@ class Sandbox:
             )
 
     def join(self, owner: Scope, name: str, links: Collection[str]) -> IPRoute:
-        """Know the namespace by a name of ours; returns a socket in it.
+        """Give the namespace a name of ours, and return an rtnetlink socket in it.
 
-        `links` are what will be made in it. Raises `Error` if something there is in their way.
+        `links` are the names of links that will be made in it. Raises `Error` if something in the
+        namespace conflicts.
         """
         ip = namespaces.hold(owner, name, self.netns)
         if not owner.continues and (obstacle := next(self._obstacles(ip, name, links), None)):
@@ -90,14 +91,14 @@ class Sandbox:
 
     @staticmethod
     def prepare_link(netns: str, ifname: str) -> None:
-        """Have a link of ours be what it is in our own namespaces, whatever the default is here."""
+        """Give a link of ours the IPv6 settings that it has in our own namespaces."""
         off = ("disable_ipv6", "accept_dad", "accept_ra", "autoconf")
         namespaces.set_sysctls(netns, {f"net/ipv6/conf/{ifname}/{key}": 0 for key in off})
 
     def _obstacles(
         self, ip: IPRoute, name: str, links: Collection[str]
     ) -> Iterator[tuple[str, str]]:
-        """(what, what to do) of all that there is in the way."""
+        """All conflicts in the namespace: (what conflicts, what to do)."""
         enter, other = f"nsenter --net={self.netns}", "guests may be attached to it already"
         if ip.get_links(1)[0]["state"] != "up":
             yield "lo is down", f"{enter} ip link set lo up"

@@ -1,7 +1,7 @@
-"""The control socket's server: it answers what is asked about a pod (`control` is the client).
+"""Server of a pod's control socket: answers questions about the pod (`control` is the client).
 
-Questions and answers are one line of JSON each. `down` ends the serving, and is answered when the
-pod is gone; `trace` lasts as long as the asker listens.
+Questions and answers are one line of JSON each. `down` ends the server, and is answered when the
+pod is gone. `trace` lasts as long as the client stays connected.
 """
 
 from __future__ import annotations
@@ -23,20 +23,23 @@ from testbed.pods.workloads import Workloads
 
 
 class Server:
-    """Answers about one pod."""
+    """Answers questions about one pod."""
 
     def __init__(self, workloads: Workloads) -> None:
         self._workloads, self._pod = workloads, workloads.pod
         self._tracing = threading.Lock()
 
     def serve(self, server: socket.socket, ending: int) -> socket.socket | None:
-        """Answer questions until `ending` is readable, or somebody asks for the end and waits."""
+        """Answer questions until `ending` is readable, or a client asks for `down`.
+
+        Returns the connection of that client, which waits for an answer, or None.
+        """
         while True:
             if ending in select.select([server.fileno(), ending], [], [])[0]:
                 return None
             asker, _ = server.accept()
             try:
-                asker.settimeout(control.PATIENCE_S)
+                asker.settimeout(control.TIMEOUT_S)
                 line = asker.makefile("rb").readline()
                 if not control.trusted(asker) or not line:
                     asker.close()
@@ -51,12 +54,12 @@ class Server:
                 answer = answers.get(question, self._workloads.status)()
                 asker.sendall(json.dumps(answer).encode() + b"\n")
             except (OSError, ValueError, KeyError):
-                pass  # the asker is gone, or no client of ours
+                pass  # the client is gone, or none of ours
             asker.close()
 
     def _trace(self, asker: socket.socket) -> None:
-        """Have the traced programs at work for as long as the asker listens."""
-        with asker, suppress(OSError):  # gone
+        """Trace the pod for as long as the client stays connected."""
+        with asker, suppress(OSError):  # the client is gone
             if not self._tracing.acquire(blocking=False):
                 answer: dict[str, Any] = {
                     "error": f"{self._workloads.spec.name} is being traced already"
@@ -77,7 +80,7 @@ class Server:
                 self._tracing.release()
 
     def traffic(self) -> dict[str, Any]:
-        """What the datapath carried between each two, of whom one is a guest, and counted."""
+        """Traffic between all pairs of which at least one is a guest, and counters."""
         ends: dict[int | None, str] = {None: "natives"}
         ends |= {n: w.name for n, w in self._workloads.spec.manifest.guests.items()}
         with self._pod.lock:
@@ -99,7 +102,7 @@ class Server:
         }
 
     def describe(self) -> dict[str, Any]:
-        """Status, wiring, traffic, counters and events."""
+        """Status, links, traffic, counters and events."""
         with self._pod.lock:
             ips = {
                 self._pod.netns: self._pod.links.ip,

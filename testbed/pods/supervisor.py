@@ -1,9 +1,10 @@
-"""The process that keeps one pod which somebody wrote: it builds it, and lives as long as the pod.
+"""The supervisor process of a pod: it builds the pod of a manifest, and takes it down at its end.
 
-It listens at the pod's socket (`pods`), whose name is free only once: no two pods of one name. What
-it made it takes down at its end. If it is killed, the pod stands: links and programs are the
-kernel's, workloads go on. Another keeper then takes it over, by building the same again: whatever
-is there already is left as it is. `kept` watches workloads, `supervisor` mends links.
+It listens at the pod's control socket (`control`). Only one process can have that name, so there
+are no two pods of one name. `Workloads` runs the workloads, `Reconciler` mends links.
+
+If it is killed, the pod stands: links and programs are in the kernel, and workloads go on. Another
+supervisor process can take the pod over. It builds the same pod again, and leaves what is there.
 """
 
 from __future__ import annotations
@@ -42,32 +43,32 @@ from testbed.pods.workloads import Workloads
 from testbed.runtimes.interface import Options, Prepared
 
 ORDER = "order"
-"""File of a pod's folder."""
+"""Name of the file with the order, in a pod's folder."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """What somebody asks of a keeper."""
+    """An order to a supervisor process: which pod to build."""
 
     spec: Spec
     datapath: str
     options: Options
     sandbox: Sandbox | None = None
-    """Whose guests they are to be; None: of a pod that the keeper makes."""
+    """Foreign namespace that the guests join; None: the supervisor process makes one."""
 
 
 def of_orphan(pod: str) -> Order:
-    """What the keeper of an orphan was asked. Raises `Error` if there is no such pod."""
+    """The order of an orphan's supervisor process. Raises `Error` if there is no such pod."""
     found = pickle.loads((control.orphan(pod).folder / ORDER).read_bytes())
     assert isinstance(found, Order)
     return found
 
 
 def detach(order: Order) -> tuple[int, int]:
-    """Start the keeper of a pod as a process that outlives this one: (pid, descriptor).
+    """Start the supervisor process of a pod, which outlives this process: (pid, descriptor).
 
-    From the descriptor comes one line of JSON when the pod is built, `{}` or `{"error": …}`.
-    Whoever ends the process by SIGTERM before that finds nothing left when the descriptor ends.
+    One line of JSON comes from the descriptor when the pod is built: `{}`, or `{"error": …}`. If
+    the process gets SIGTERM before, nothing is left when the descriptor is at its end.
     """
     reading, writing = os.pipe()
     pid = os.fork()
@@ -77,56 +78,62 @@ def detach(order: Order) -> tuple[int, int]:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         os.setsid()
-        nothing = os.open(os.devnull, os.O_RDWR)
+        null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2, reading):
-            os.dup2(nothing, fd)
-        told = os.fdopen(writing, "w")
+            os.dup2(null, fd)
+        output = os.fdopen(writing, "w")
 
-        def tell(**what: object) -> None:
-            told.write(json.dumps(what) + "\n")
-            told.close()
+        def tell(**answer: object) -> None:
+            output.write(json.dumps(answer) + "\n")
+            output.close()
 
         try:
             supervise(order, tell)
         except Error as e:
             tell(error=e.message, hint=e.hint)
         except Exception as e:
-            tell(error=f"the keeper of {order.spec.name}: {e!r}")
+            tell(error=f"the supervisor process of {order.spec.name}: {e!r}")
     finally:
         os._exit(0)
 
 
 class Starting:
-    """Pods that are being built, each by its keeper, as a context manager.
+    """Pods that supervisor processes are building, as a context manager.
 
-    Until it is left, whatever goes wrong (Ctrl-C, one that cannot be built) takes down all of them.
+    An exception within the context (Ctrl-C, a pod that cannot be built) takes down all of them.
     """
 
     def __init__(self) -> None:
-        self._keepers: dict[str, tuple[int, int]] = {}
+        self._supervisors: dict[str, tuple[int, int]] = {}
+        """Pod → pid and descriptor (`detach`)."""
 
     def start(self, order: Order) -> None:
-        """Start building one."""
-        self._keepers[order.spec.name] = detach(order)
+        """Start building a pod."""
+        self._supervisors[order.spec.name] = detach(order)
 
     def wait_built(self) -> None:
-        """Raises `Error` if a pod cannot be built."""
-        for _, reading in self._keepers.values():
-            told = json.loads(_read_all(reading) or '{"error": "a keeper was killed"}')
-            if "error" in told:
-                raise Error(told["error"], told.get("hint"))
+        """Wait until all are built. Raises `Error` if one cannot be built."""
+        for _, reading in self._supervisors.values():
+            answer = json.loads(
+                _read_all(reading) or '{"error": "a supervisor process was killed"}'
+            )
+            if "error" in answer:
+                raise Error(answer["error"], answer.get("hint"))
 
     def wait(self, limit_s: float) -> list[str]:
-        """Until all are ready, but no longer. Says of each workload that is not what it is."""
+        """Wait until all workloads are ready, but no longer than `limit_s`.
+
+        Returns a line of text for each workload that is not ready.
+        """
         deadline = time.monotonic() + limit_s
-        unready = set(self._keepers)
+        unready = set(self._supervisors)
         while unready and time.monotonic() < deadline:
             unready = {name for name in unready if not control.status(name)["settled"]}
             time.sleep(0.01 if unready else 0)
         return [
             f"{name}: {w['name']} is not ready ({w['state']}{_last_words(Path(w['log']))}); see "
             f"'testbed logs {name} -c {w['name']}'"
-            for name in self._keepers
+            for name in self._supervisors
             for w in control.status(name)["workloads"]
             if not w["ready"] and w["state"] != "completed"
         ]
@@ -139,14 +146,14 @@ class Starting:
     ) -> None:
         if e is None:
             return
-        for pid, _ in self._keepers.values():
+        for pid, _ in self._supervisors.values():
             os.kill(pid, signal.SIGTERM)
-        for pid, _ in self._keepers.values():
+        for pid, _ in self._supervisors.values():
             os.waitpid(pid, 0)
 
 
 def _last_words(log: Path) -> str:
-    """The last line that a workload printed, after a colon; empty if it was silent."""
+    """The last line that a workload printed, after a colon; empty if it printed nothing."""
     try:
         lines = log.read_text(errors="replace").split("\n")
     except FileNotFoundError:
@@ -160,10 +167,11 @@ def _read_all(fd: int) -> bytes:
 
 
 def supervise(order: Order, built: Callable[[], None]) -> None:
-    """Build a pod, call `built`, and keep it until somebody asks for its end, or SIGTERM.
+    """Build a pod, call `built`, and supervise it until it is asked to end, or until SIGTERM.
 
-    However it ends, everything is taken down. An orphan of that name is taken over. Raises `Error`
-    if something cannot be built, or the orphan is not what was ordered; that one stays as it was.
+    Everything is taken down at the end, also after an error. An orphan of that name is taken over.
+    Raises `Error` if the pod cannot be built, or the orphan is not what was ordered; then the
+    orphan stays as it was.
     """
     asker, spec, datapath = None, order.spec, datapaths.get(order.datapath)
     try:
@@ -208,30 +216,32 @@ def supervise(order: Order, built: Callable[[], None]) -> None:
             raise
         answer = {"error": e.message, "hint": e.hint}
     if asker:
-        with contextlib.suppress(OSError), asker:  # who asked may have gone
+        with contextlib.suppress(OSError), asker:  # the asker may be gone
             asker.sendall(json.dumps(answer).encode() + b"\n")
 
 
 def _check_left(left: control.Orphan, order: Order, datapath: Datapath) -> None:
-    """Raises `Error` if the pod that a killed keeper left cannot be what was ordered."""
+    """Raises `Error` if an orphan cannot be taken over by this order."""
     name = order.spec.name
     if of_orphan(name) != order:
         raise Error(
-            f"pod {name!r} stands already, otherwise, and its keeper was killed",
+            f"a different pod {name!r} stands already, and its supervisor process was killed",
             hint=f"testbed adopt {name}, or testbed down {name}",
         )
     if not datapath.in_kernel:
         raise Error(
-            f"the keeper of pod {name!r} was killed, and {datapath.name} does not go on without",
+            f"the supervisor process of pod {name!r} was killed, and {datapath.name} "
+            "does not work without it",
             hint=f"testbed down {name}",
         )
 
 
 @contextlib.contextmanager
 def _ending() -> Iterator[int]:
-    """A descriptor that is readable once SIGTERM came.
+    """A descriptor that becomes readable at SIGTERM.
 
-    Neither building nor taking down is interrupted: they are short, and libraries hold locks.
+    The signal does not interrupt building and taking down: they are short, and libraries hold
+    locks.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -254,7 +264,7 @@ def _listen(name: str) -> socket.socket:
 
 
 def _prepare(spec: Spec, options: Options) -> dict[Runtime, Prepared]:
-    """All runtimes, and all images, at once: before anything is built."""
+    """Prepare all runtimes and compose all images, in parallel, before anything is built."""
     etc = {path: text.encode() for path, text in _etc(spec, guest=True).items()}
     options = replace(options, etc=etc)
     workloads = (*spec.init, *spec.manifest.workloads)
@@ -268,7 +278,7 @@ def _prepare(spec: Spec, options: Options) -> dict[Runtime, Prepared]:
 
 
 def _etc(spec: Spec, *, guest: bool) -> dict[str, str]:
-    """What Kubernetes puts into /etc of containers, by path (`runtimes.ETC`)."""
+    """Path → text of the files that Kubernetes puts into /etc (`runtimes.interface.ETC`)."""
     known = compose.hosts_file(patched=guest).read_text()
     own = (alias if guest else loopback)(Family.IPV4)
     aliases = "".join(f"{address} {' '.join(names)}\n" for address, names in spec.host_aliases)
@@ -280,7 +290,7 @@ def _etc(spec: Spec, *, guest: bool) -> dict[str, str]:
 
 
 def _write_etc(spec: Spec, scratch: Path) -> None:
-    """The files that workloads have in the place of their own (`Place.etc`)."""
+    """Write the files that replace workloads' own (`Placement.etc`)."""
     for kind, guest in (("native", False), ("guest", True)):
         (scratch / kind).mkdir(exist_ok=True)
         for path, text in _etc(spec, guest=guest).items():
@@ -290,10 +300,10 @@ def _write_etc(spec: Spec, scratch: Path) -> None:
 
 @contextlib.contextmanager
 def _connected(spec: Spec, pod: Pod) -> Iterator[None]:
-    """The pod on the node's network, where there can be one, and its guests' way to its resolver.
+    """Connect the pod to the node's network, if possible, and its guests to its name server.
 
-    In somebody else's namespace, that is somebody else's. Raises `Error` if it has ports of the
-    node, and there is no such network.
+    A pod in a foreign namespace is not connected: that is for the maker of the namespace. Raises
+    `Error` if the pod has ports of the node, but is not connected.
     """
     why = "whoever made its namespace connects it" if pod.sandbox else nft.unsupported()
     if why is None:

@@ -1,7 +1,7 @@
-"""The workloads of a pod that somebody wrote: started, watched, asked, started again.
+"""Runs the workloads of a pod manifest: starts them, probes them, restarts them.
 
-What ended is started as often as the restart policy says; probes say who is ready and alive. How it
-all is, is told at the pod's socket, and stays written down for whoever takes over (`pods`).
+Restarts follow `restartPolicy`; probes decide which workloads are ready and alive. After each
+change the pod's status is written down for a supervisor process that may take over (`control`).
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from testbed.pods.probes import Prober, Question
 from testbed.runtimes.interface import Prepared
 
 FIRST_DELAY_S, LAST_DELAY_S = 0.5, 60.0
-"""Before a restart. It doubles each time, and starts anew after a run of `LAST_DELAY_S`. Kubernetes
-begins with 10 s and ends at 5 min; here somebody is watching."""
+"""Delays before a restart: the first, which doubles each time, and the longest. After a run of
+`LAST_DELAY_S` it is the first again. Kubernetes' are 10 s and 5 min; here, a person is waiting."""
 EVENTS = 100
-"""Kept for `describe`."""
+"""Number of the latest events that `describe` shows."""
 
 
 class Workloads:
-    """A pod's workloads at work, each watched by a thread, as a context manager."""
+    """The running workloads of a pod, each supervised by a thread, as a context manager."""
 
     def __init__(
         self,
@@ -45,18 +45,18 @@ class Workloads:
         scratch: Path,
         left: Mapping[str, Any] | None,
     ) -> None:
-        """`left` is the status of the pod when its last keeper was killed, if one was."""
+        """`left`: the pod's last status, if a supervisor process of it was killed."""
         self.spec, self.pod, self.prepared, self.scratch = spec, pod, prepared, scratch
         self.began = datetime.now(UTC).isoformat(timespec="seconds")
         self.events: deque[str] = deque(maxlen=EVENTS)
         self.stopping = threading.Event()
         self.stop, self._stopper = os.pipe()
-        """Readable (at its end) when everybody is to stop."""
-        were = {w["name"]: w for w in left["workloads"]} if left else {}
-        self.init = [Watched(self, w, were.get(w.name), is_init=True) for w in spec.init]
-        self.watched = [Watched(self, w, were.get(w.name)) for w in spec.manifest.workloads]
+        """A pipe, which becomes readable (end of file) when all threads are to stop."""
+        before = {w["name"]: w for w in left["workloads"]} if left else {}
+        self.init = [Watched(self, w, before.get(w.name), is_init=True) for w in spec.init]
+        self.watched = [Watched(self, w, before.get(w.name)) for w in spec.manifest.workloads]
         self._writing = threading.Lock()
-        self.say("taken over from a keeper that was killed" if left else "built")
+        self.say("taken over from a supervisor process that was killed" if left else "built")
         self._threads = [threading.Thread(target=self._start, name="start")]
 
     def __enter__(self) -> Self:
@@ -72,17 +72,17 @@ class Workloads:
             thread.join()
 
     def say(self, what: str) -> None:
-        """Something has changed."""
+        """Add an event, and write the status down."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         self.events.append(f"{now} {what}")
         with self._writing:
             try:
                 control.write_down(self.scratch, self.status())
-            except OSError as e:  # /run is full: a keeper to come will know what was before
+            except OSError as e:  # /run is full: the status before stays written down
                 self.events.append(f"{now} cannot be written down: {e}")
 
     def run_beside(self, target: Callable[[], None], name: str) -> None:
-        """Run something in a thread that ends when `stop` is readable; it is waited for."""
+        """Run a function in a thread. It has to end when `stop` is readable, and is waited for."""
         thread = threading.Thread(target=target, name=name)
         self._threads.append(thread)
         thread.start()
@@ -102,7 +102,7 @@ class Workloads:
         self.pod.attach_deferred()
 
     def status(self) -> dict[str, Any]:
-        """The pod as plain data."""
+        """Status of the pod as plain data, as `ps --json` prints it."""
         sandbox = self.pod.sandbox
         return {
             "name": self.spec.name,
@@ -120,7 +120,7 @@ class Workloads:
 
 
 class Watched:
-    """One workload, started as often as the pod's restart policy says."""
+    """One workload, started and restarted as the pod's restart policy says."""
 
     def __init__(
         self,
@@ -130,25 +130,25 @@ class Watched:
         *,
         is_init: bool = False,
     ) -> None:
-        """`was` is its status under another keeper."""
+        """`was`: its last status under a supervisor process that was killed."""
         assert workload.program is not None
         self.workloads, self.workload, self.program = workloads, workload, workload.program
         self.is_init = is_init
         self.state: str = was["state"] if was else "waiting"
-        """Then `running`; `restarting`; in the end `completed` or `failed`."""
+        """waiting, running, restarting, completed or failed. The last two are final."""
         self.ready = False
         self.restarts: int = was["restarts"] if was else 0
         self.exit_status: int | None = was["exit_status"] if was else None
-        """Of the last run. A virtual machine's is 0, however its program ended."""
+        """Exit status of the last run. A virtual machine's is 0, however its program ended."""
         self._was = was
         self._pid: int | None = was["pid"] if was else None
         self._started: int = was["started"] if was else 0
-        """When that process did."""
+        """Start time of that process (`process.started_at`)."""
         self.runtime = workloads.prepared[workload.runtime]
         self._prober = Prober(workloads.pod, workload, self.runtime)
 
     def run(self) -> None:
-        """Until it has ended for good, or everybody stops."""
+        """Run the workload until it has ended for good, or all threads are to stop."""
         if self.state in ("completed", "failed"):
             return
         delay_s = FIRST_DELAY_S
@@ -175,7 +175,7 @@ class Watched:
 
     @property
     def is_settled(self) -> bool:
-        """There is nothing to wait for."""
+        """Whether it is ready, or has ended for good."""
         return self.ready or self.state in ("completed", "failed")
 
     def status(self) -> dict[str, Any]:
@@ -209,13 +209,16 @@ class Watched:
         self.workloads.say(f"{self.workload.name}: {what}")
 
     def _run_once(self) -> int | None:
-        """Start it and watch it to its end: its status, or None if everybody stops."""
+        """Start the process, and supervise it to its end.
+
+        Returns its exit status, or None if all threads are to stop.
+        """
         pod, name = self.workloads.pod, self.workload.name
         try:
             left = self._left()
             running = left or self._start()
         except ProcessLookupError:
-            self._say("ended while nobody kept the pod")
+            self._say("ended while nobody supervised the pod")
             if n := pod.number_of(name):
                 pod.attachment.guest_ended(n)
             pod.end_peers(name)
@@ -232,7 +235,7 @@ class Watched:
                 return None
             if self.is_init or pod.processes.get(name) is running:
                 return running.wait()
-            # Whoever mends links ended it, and starts it again.
+            # The reconciler ended it, since it mends its link, and starts it again.
             while (new := pod.processes.get(name)) is None:
                 if self.workloads.stopping.wait(0.01):
                     return None
@@ -248,10 +251,10 @@ class Watched:
         return self.runtime.start(self.workloads.pod.place(self.workload))
 
     def _left(self) -> process.Running | None:
-        """The process that another keeper started, if one did: its end is seen, its status is not.
+        """The process that a killed supervisor process left, if it started one.
 
-        Raises `ProcessLookupError` if it has ended. What was started and not written down any more
-        is ended.
+        Its end can be seen, its exit status cannot. Raises `ProcessLookupError` if it has ended. A
+        process that was started but is not in the written status is killed.
         """
         was, self._was = self._was, None
         if not was:
@@ -268,7 +271,7 @@ class Watched:
         return None
 
     def _watch(self, running: process.Running) -> bool:
-        """Ask what there is to ask until the process ends (true) or everybody stops (false)."""
+        """Probe the workload until its process ends (true) or all threads are to stop (false)."""
         try:
             fd = os.pidfd_open(running.pid)
         except ProcessLookupError:
@@ -283,7 +286,7 @@ class Watched:
                 if ended:
                     return self.workloads.stop not in ended
                 if readiness.is_due():
-                    # Without a probe it is asked once whether it serves the ports it owns.
+                    # Without a readiness probe, it is ready once it serves the ports it owns.
                     given = self.program.readiness
                     readiness.answered(
                         self._prober.ask(given, self.ready)

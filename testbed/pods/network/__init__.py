@@ -1,1 +1,1 @@
-"""The node's network: pods' addresses on it, their way out, and DNS for guests."""
+"""Network of pods outside `localhost`: the node's network, gateway of guests, DNS relay."""

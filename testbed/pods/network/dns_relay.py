@@ -1,9 +1,9 @@
-"""Lets guests ask a name server that listens at an address of the pod's loopback but 127.0.0.1.
+"""DNS relay for guests of a pod whose name server is at a loopback address other than 127.0.0.1.
 
-Docker puts its own at 127.0.0.11, systemd-resolved is at 127.0.0.53, and a pod may have one like
-that. Guests reach of the pod's loopback what `localhost` is: so their resolv.conf names the alias,
-and what arrives by it at 127.0.0.1, port 53, is handed on from here as it is, UDP and TCP. This is
-no resolver: it reads no question and keeps no answer.
+Docker's is at 127.0.0.11, systemd-resolved at 127.0.0.53. Guests reach only `localhost` of the
+pod's loopback. So their resolv.conf names the alias, and the relay forwards what arrives at
+127.0.0.1, port 53, unchanged, by UDP and TCP. It is not a resolver: it parses no questions and
+caches no answers.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from testbed.model.terms import Family
 
 PORT = 53
 AT = str(loopback(Family.IPV4))
-PATIENCE_S = 10
+ANSWER_LIMIT_S = 10
 POLL_S = 0.05
 
 
 def of_guests(resolv_conf: str) -> str:
-    """resolv.conf as it is for guests: loopback is the alias, whose IPv4 every guest speaks."""
+    """resolv.conf of guests: loopback addresses become the IPv4 alias, which all guests reach."""
     lines = []
     for line in resolv_conf.splitlines():
         server = _server(line)
-        here = server is not None and server.is_loopback
-        lines.append(f"nameserver {alias(Family.IPV4)}" if here else line)
+        is_local = server is not None and server.is_loopback
+        lines.append(f"nameserver {alias(Family.IPV4)}" if is_local else line)
     return "".join(f"{line}\n" for line in dict.fromkeys(lines))
 
 
 def to_relay(resolv_conf: str) -> Address | None:
-    """The name server on loopback that guests cannot dial as `localhost`, if there is one."""
+    """The name server on loopback that guests cannot dial as `localhost`, or None."""
     servers = (_server(line) for line in resolv_conf.splitlines())
-    here = [server for server in servers if server is not None and server.is_loopback]
-    return here[0] if here and str(here[0]) != AT else None
+    local = [server for server in servers if server is not None and server.is_loopback]
+    return local[0] if local and str(local[0]) != AT else None
 
 
 def _server(line: str) -> Address | None:
@@ -53,17 +53,17 @@ def _server(line: str) -> Address | None:
 
 
 class Relay:
-    """Hands questions on inside a namespace, as a context manager.
+    """The relay in a namespace, as a context manager.
 
-    If somebody there listens at 127.0.0.1 already, it is theirs. With `waits`, a server of the pod
-    is first waited for, as it might want to listen at all addresses.
+    If a process there listens at 127.0.0.1 already, the relay does nothing. With `waits`, it first
+    waits for a DNS server of the pod, which may want to listen at all addresses.
     """
 
     def __init__(self, netns: str, server: Address, *, waits: bool) -> None:
         self._netns, self._server, self._waits = netns, str(server), waits
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
-        self._thread = threading.Thread(target=self._run, name="resolver")
+        self._thread = threading.Thread(target=self._run, name="dns_relay")
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -104,9 +104,9 @@ class Relay:
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
-            there_reader, there_writer = await asyncio.open_connection(self._server, PORT)
-            await asyncio.gather(_copy(reader, there_writer), _copy(there_reader, writer))
-            there_writer.close()
+            server_reader, server_writer = await asyncio.open_connection(self._server, PORT)
+            await asyncio.gather(_copy(reader, server_writer), _copy(server_reader, writer))
+            server_writer.close()
         writer.close()
 
 
@@ -118,7 +118,7 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 class _Questions(asyncio.DatagramProtocol):
-    """Datagrams from guests; each gets a socket of its own for the answer."""
+    """Relays datagrams of guests. Each gets a socket of its own, at which the answer arrives."""
 
     def __init__(self, server: str) -> None:
         self._server = server
@@ -140,9 +140,9 @@ class _Questions(asyncio.DatagramProtocol):
         )
         try:
             transport.sendto(question)
-            self._transport.sendto(await asyncio.wait_for(answer, PATIENCE_S), asker)
+            self._transport.sendto(await asyncio.wait_for(answer, ANSWER_LIMIT_S), asker)
         except (OSError, TimeoutError):
-            pass  # the asker asks again
+            pass  # the guest repeats its question
         finally:
             transport.close()
 
@@ -161,7 +161,7 @@ class _Answer(asyncio.DatagramProtocol):
 
 
 def _is_bound() -> bool:
-    """Whether the namespace has a UDP socket at the port."""
+    """Whether a UDP socket of this thread's namespace is bound to port 53."""
     tables = (Path("/proc/thread-self/net", name).read_text() for name in ("udp", "udp6"))
     return any(
         line.split()[1].endswith(f":{PORT:04X}")

@@ -1,10 +1,11 @@
-"""The pod as its guests' router: they reach out with the pod's address, and are reached at it.
+"""The pod as its guests' gateway: NAT rules by which guests share the pod's address outside.
 
-Rules in the pod's namespace, for a link to the outside that is there already, whoever made it. What
-goes out from a guest gets the pod's address as source; what comes for a port that a guest owns,
-from outside or from the pod itself, goes to that guest with its source as it was. Nothing else
-comes in but what is for the pod's own address, and nothing that claims an address of the pod's
-inside. How `localhost` is carried is not touched: of eBPF datapaths it is even kept out of
+The rules are in the pod's namespace, for an uplink that exists already. Packets of guests to the
+outside get the pod's address as source. Packets to a port that a guest owns, from outside or from
+the pod itself, go to that guest, with their source unchanged. From outside, only packets to the
+pod's own address are accepted, and none with a source address of the pod's inside.
+
+Traffic of `localhost` is not translated here. That of eBPF datapaths is even excluded from
 connection tracking, whose table a busy pod would fill.
 """
 
@@ -26,7 +27,7 @@ _INSIDE = {
     Family.IPV4: f"127.0.0.0/8, {_LINKS[Family.IPV4]}",
     Family.IPV6: f"::1, {_LINKS[Family.IPV6]}, {NATIVE_VIEW_NET6}",
 }
-"""Addresses that only have a meaning within a pod."""
+"""Addresses that are valid only within a pod."""
 _NEIGHBORS = {Family.IPV4: "", Family.IPV6: ", fe80::/10, ff00::/8"}
 
 
@@ -81,7 +82,7 @@ def open(
     connections to `localhost` are not tracked. Raises `Error` if the kernel lacks such rules.
     """
     text = [
-        f"table inet {TABLE}",  # so that there is one to delete
+        f"table inet {TABLE}",  # else the deletion fails
         f"delete table inet {TABLE}",
         f"table inet {TABLE} {{",
     ]
@@ -127,7 +128,7 @@ def _of_family(
         if family in families[n]
     )
     to_owner = f"{ip} daddr {pod} dnat {ip} to meta l4proto . th dport map @owners{version}"
-    # Answers have to come this way, too.
+    # With the pod's address as source, answers pass the gateway, too.
     from_guest_to_pod = (
         f"{ip} saddr {_LINKS[family]} ct original {ip} daddr {pod} snat {ip} to {pod}"
     )

@@ -1,13 +1,12 @@
-"""The network of the node: pods of this machine meet in it, each at an address of its own.
+"""The node's network (namespace tb-node), which connects the pods of this machine.
 
          pod's namespace     ┊     the node's, tb-node
     pod_address(n) ── eth0 ──┊── p<n> ── node_address
 
-One for all pods that have an address, whichever process built them: it is made with the first of
-them and goes with the last. It stands for the host of a cluster's pods, and ends there: it has no
-link to this machine's own networks. Ports that pods have on the node (hostPort) are reached at the
-node's address. Who has what is in one file per pod, beside the ledgers; guests are none of its
-business (`gateway`).
+All connected pods share it, whichever process built them. It is made with the first of them, and
+removed with the last. It stands for a cluster's node. It has no link to this machine's own
+networks. Ports that pods have on the node (hostPort) are reached at the node's address. Addresses
+and ports of each pod are in one file, beside the ledgers. Guests are connected by `gateway`.
 """
 
 from __future__ import annotations
@@ -32,17 +31,17 @@ from testbed.model.terms import Family
 
 NETNS = "tb-node"
 UPLINK = "eth0"
-"""The pod's link to the node."""
+"""Name of the pod's link to the node."""
 TABLE = "testbed-node"
 
 _IP = {Family.IPV4: "ip", Family.IPV6: "ip6"}
 
 
 def join(owner: Scope, pod: str, netns: str, ports: Collection[HostPort]) -> int:
-    """Link a pod's namespace to the node's; returns the number of its `pod_address`.
+    """Link a pod's namespace to the node's, and return the number of its `pod_address`.
 
-    What a dead owner left of it is gone on with. Raises `Error` if another pod has one of the
-    ports, or the node has no address left.
+    A link that a dead owner left is used again. Raises `Error` if another pod has one of the ports,
+    or the node has no address left.
     """
     with _leases() as leases:
         own = next(
@@ -60,7 +59,7 @@ def join(owner: Scope, pod: str, netns: str, ports: Collection[HostPort]) -> int
                     )
         is_there = namespaces.is_namespace(namespaces.NETNS / NETNS)
         links = netlink.links(NETNS) if is_there else {}
-        # A link may be left for a moment by a pod that went.
+        # The link of a pod that was removed may exist for a moment.
         n = own or next(n for n in count(1) if n not in leases and _link(n) not in links)
         if n > MAX_PODS:
             raise Error(f"{len(leases)} pods have addresses of the node", hint="take one down")
@@ -86,7 +85,7 @@ def join(owner: Scope, pod: str, netns: str, ports: Collection[HostPort]) -> int
 
 
 def leave(n: int, id: str) -> None:
-    """Give an address back. The link goes with the pod's namespace; the node with its last pod."""
+    """Give an address back. The link goes with the pod's namespace, tb-node with the last pod."""
     with _leases() as leases:
         mine = _folder() / f"{n}-{id}"
         had = leases.pop(n)["ports"] if mine.exists() else ()
@@ -107,7 +106,7 @@ def _folder() -> Path:
 
 @contextmanager
 def _leases() -> Iterator[dict[int, dict[str, Any]]]:
-    """What pods have, by their numbers; nobody changes it meanwhile."""
+    """Lock and read the addresses and ports of pods, by pod number."""
     folder = _folder()
     folder.mkdir(mode=0o700, exist_ok=True)
     directory = os.open(folder, os.O_RDONLY)
@@ -115,7 +114,8 @@ def _leases() -> Iterator[dict[int, dict[str, Any]]]:
         fcntl.flock(directory, fcntl.LOCK_EX)
         leases = {}
         for path in folder.iterdir():
-            with suppress(ValueError):  # killed while it was written: nothing was made yet
+            # A process that was killed while it wrote the file had not made anything yet.
+            with suppress(ValueError):
                 leases[int(path.name.partition("-")[0])] = json.loads(path.read_text())
         yield leases
     finally:
@@ -123,7 +123,7 @@ def _leases() -> Iterator[dict[int, dict[str, Any]]]:
 
 
 def _connect(node: IPRoute, netns: str, n: int, link: int | None) -> None:
-    """The link, if it is not there, and all that belongs to it."""
+    """Make the link if it is missing, and its addresses and routes."""
     if link is None:
         peer = {"ifname": UPLINK, "net_ns_fd": netns}
         link = netlink.create_link(node, _link(n), kind="veth", state="up", peer=peer)
@@ -131,19 +131,19 @@ def _connect(node: IPRoute, netns: str, n: int, link: int | None) -> None:
         uplink = netlink.links(netns)[UPLINK]
         pod.link("set", index=uplink, state="up")
         for family in Family:
-            here, there = node_address(family), pod_address(family, n)
-            length = here.max_prefixlen
-            netlink.add_address(node, link, here, length)
-            netlink.add_route(node, link, there)
-            netlink.add_address(pod, uplink, there, length)
-            netlink.add_route(pod, uplink, here)
-            netlink.add_default_route(pod, uplink, here)
+            node_ip, pod_ip = node_address(family), pod_address(family, n)
+            length = node_ip.max_prefixlen
+            netlink.add_address(node, link, node_ip, length)
+            netlink.add_route(node, link, pod_ip)
+            netlink.add_address(pod, uplink, pod_ip, length)
+            netlink.add_route(pod, uplink, node_ip)
+            netlink.add_default_route(pod, uplink, node_ip)
 
 
 def _load(leases: dict[int, dict[str, Any]]) -> None:
-    """The rules: pods send with their own addresses only; ports of the node go to their pods."""
+    """Load the rules: pods send only from their own addresses; hostPorts are forwarded to pods."""
     text = [
-        f"table inet {TABLE}",  # so that there is one to delete
+        f"table inet {TABLE}",  # else the deletion fails
         f"delete table inet {TABLE}",
         f"table inet {TABLE} {{",
         "chain own_source { type filter hook prerouting priority raw",
@@ -173,7 +173,7 @@ def _load(leases: dict[int, dict[str, Any]]) -> None:
             f"chain from_here{version} {{ type nat hook output priority -100",
             to_pod,
             "}",
-            # A pod that dials its own port there would not take a packet from itself.
+            # A pod that dials its own hostPort would reject packets with its own source address.
             f"chain to_itself{version} {{ type nat hook postrouting priority srcnat",
             f"{ip} saddr . {ip} daddr @selves{version} snat {ip} to {node}",
             "}",

@@ -1,1 +1,1 @@
-"""What a standing pod does: its traffic by pair, and the path of each packet."""
+"""Observes a running pod: traffic rates by pair, and traces of packets."""

@@ -1,6 +1,7 @@
-"""Files of captured packets, as Wireshark reads them (draft-ietf-opsawg-pcapng): written, not read.
+"""Writes packet captures in pcapng format (draft-ietf-opsawg-pcapng), for Wireshark.
 
-Three kinds of blocks: one section, one interface for each place where packets were seen, packets.
+A file has one section block, an interface block for each place where packets are captured, and a
+block for each packet.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ _COMMENT, _IF_NAME, _IF_TSRESOL = 1, 2, 9
 
 
 class Writer:
-    """Writes packets to an open file; times in ns since 1970."""
+    """Writes packets to an open file. Times are in ns since 1970."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._interfaces = file, {}  # type: BinaryIO, dict[str, int]
         self._block(_SECTION, struct.pack("=IHHq", 0x1A2B3C4D, 1, 0, -1))
 
     def write(self, interface: str, time_ns: int, packet: bytes, length: int, comment: str) -> None:
-        """A packet, of which `packet` are the first bytes of `length`."""
+        """Write a packet of `length` bytes, of which `packet` has the first."""
         if interface not in self._interfaces:
             self._interfaces[interface] = len(self._interfaces)
             options = _option(_IF_NAME, interface.encode()) + _option(_IF_TSRESOL, b"\x09")

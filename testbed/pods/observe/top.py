@@ -1,7 +1,7 @@
-"""What pods' datapaths carry now: packets and bits per second of each pair, and what is counted.
+"""Rates of pods' datapaths for `testbed top`: packets and bits per second by pair, and counters.
 
-Rates are of what the kernel counted between two looks, divided by the time between them. Natives of
-a pod are one: the datapath does not tell them apart.
+Rates are differences of the kernel's counters between two snapshots, divided by the time between
+them. All natives of a pod count as one, since the datapath does not distinguish them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from testbed.pods import control
 
 
 @dataclass(frozen=True)
-class Look:
-    """Counts of some pods at a moment: (pod, what) → packets, bytes."""
+class Snapshot:
+    """Counters of some pods at one time: (pod, pair or reason) → packets, bytes."""
 
     at_s: float
     counts: dict[tuple[str, str], tuple[int, int]]
@@ -26,34 +26,34 @@ class Look:
 
 @dataclass(frozen=True)
 class Rate:
-    """One line: a pair (`natives→redis`), or a reason of the programs."""
+    """A row: the rate of a pair (`natives→redis`), or of a reason of the programs."""
 
     pod: str
     what: str
     packets_per_s: float
     bps: float
     packets: int
-    """Since the pod stands."""
+    """Packets since the pod was built."""
 
     @property
     def is_pair(self) -> bool:
         return "→" in self.what
 
 
-def look(names: Sequence[str]) -> Look:
-    """Ask the pods. Raises `Error` if one is not there."""
+def snapshot(names: Sequence[str]) -> Snapshot:
+    """Read the counters of pods. Raises `Error` if there is no such pod."""
     counts = {}
     for pod in names:
-        told = control.traffic(pod)
-        for flow in told["traffic"]:
+        answer = control.traffic(pod)
+        for flow in answer["traffic"]:
             counts[pod, f"{flow['client']}→{flow['server']}"] = flow["packets"], flow["bytes"]
-        for reason, count in told["counters"].items():
+        for reason, count in answer["counters"].items():
             counts[pod, reason] = count["packets"], count["bytes"]
-    return Look(time.monotonic(), counts)
+    return Snapshot(time.monotonic(), counts)
 
 
-def rates(before: Look, now: Look) -> list[Rate]:
-    """Between two looks: pairs first, of each pod those that carry most; then reasons that were."""
+def rates(before: Snapshot, now: Snapshot) -> list[Rate]:
+    """Rates between two snapshots: of each pod the pairs, fastest first, then reasons not zero."""
     passed_s = now.at_s - before.at_s
     found = []
     for (pod, what), (packets, size) in now.counts.items():
@@ -66,7 +66,7 @@ def rates(before: Look, now: Look) -> list[Rate]:
 
 
 def table(found: Sequence[Rate]) -> Table:
-    """For people."""
+    """Table of rates for the terminal."""
     made = Table("pod", "pair or reason", box=None, header_style="bold")
     for head in ("packets/s", "bit/s", "packets in all"):
         made.add_column(head, justify="right")
@@ -78,12 +78,12 @@ def table(found: Sequence[Rate]) -> Table:
 
 
 def data(found: Sequence[Rate]) -> list[dict[str, Any]]:
-    """For `--json`."""
+    """Rates as plain data, for `--json`."""
     return [vars(rate) for rate in found]
 
 
 def _short(value: float) -> str:
-    """With three digits and a prefix."""
+    """A number with three digits and an SI prefix."""
     for prefix in ("", "k", "M", "G"):
         if value < 999.5:
             return f"{value:.3g} {prefix}".rstrip()

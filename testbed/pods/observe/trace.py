@@ -1,7 +1,8 @@
-"""What a pod's datapath does with each packet, told by its traced programs (`bpf/trace.h`).
+"""Reads packet traces of a pod's eBPF programs from their ring buffer (`bpf/trace.h`).
 
-An event is one packet at one program: how it came, how it went, the verdict, and what it was
-counted as. Nothing here changes the pod; its keeper puts the traced programs in, and out again.
+An event is one packet at one program: the packet before and after, the verdict, and the reason that
+it was counted under. The supervisor process of the pod replaces the programs by traced ones while
+somebody traces; nothing here changes the pod.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from testbed.pods.observe import pcapng
 _EVENT = struct.Struct("=QIIiHBB16s8x")
 WAIT_MS = 200
 VERDICTS = {-1: "passed", 0: "passed", 2: "dropped", 7: "redirected"}
-"""enum TC_ACT, as far as our programs use it."""
+"""Verdicts (TC_ACT_*) that our programs return."""
 _PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmp"}
 _FLAGS = "FSRPAU"
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A packet at a moment: its first bytes, and what they say."""
+    """A packet at one time: its first bytes, and the parsed headers."""
 
     data: bytes
     length: int
-    """Of all of it, Ethernet header too."""
+    """Length of the whole packet, with the Ethernet header."""
     protocol: str
     source: str
     destination: str
@@ -52,30 +53,32 @@ class Seen:
 
 @dataclass(frozen=True)
 class Event:
-    """A packet at a program."""
+    """One packet at one program."""
 
     time_ns: int
-    """Since 1970, of its arrival."""
+    """Time of its arrival, since 1970."""
     program: str
     at: str
-    """The guest whose port it is, or empty."""
+    """Guest at whose port the program is, or empty."""
     verdict: str
     reason: str
-    """What it was counted as, or empty."""
+    """Reason that it was counted under, or empty."""
     came: Seen
+    """The packet before the program."""
     went: Seen
+    """The packet after the program."""
 
     @property
     def place(self) -> str:
-        """Program and guest."""
+        """Text: the program, and the guest at whose port it is."""
         return f"{self.program} {self.at}".rstrip()
 
     def has_port(self, port: int) -> bool:
-        """Whether it is one of the packet's ports, before or after."""
+        """Whether the packet has this port, before or after the program."""
         return any(port in (seen.ports or ()) for seen in (self.came, self.went))
 
     def data(self) -> dict[str, Any]:
-        """For `--json`."""
+        """The event as plain data, for `--json`."""
         return {
             "time_ns": self.time_ns,
             "program": self.program,
@@ -99,7 +102,7 @@ class Event:
 
 @contextmanager
 def opened(pod: str) -> Iterator[Trace]:
-    """Have the traced programs of a pod at work for as long as this is held."""
+    """Trace a pod while the context lasts."""
     with control.trace(pod) as facts:
         with closing(ProgramSet(Path(facts["pins"]), facts["slot"])) as programs:
             yield Trace(facts, programs)
@@ -107,28 +110,28 @@ def opened(pod: str) -> Iterator[Trace]:
 
 @dataclass(frozen=True)
 class Trace:
-    """A pod's events, while its traced programs are at work."""
+    """The trace of a pod."""
 
     facts: dict[str, Any]
-    """Names of what events have as numbers, from the pod's keeper."""
+    """Names of the numbers in events, from the pod's supervisor process."""
     programs: ProgramSet
 
     @property
     def missed(self) -> int:
-        """Moments of packets that the ring buffer had no room for."""
+        """Number of events that were lost, since the ring buffer was full."""
         return self.programs.map("lost_events", "=I", "=Q")[0,][0]
 
     def events(self) -> Iterator[Event]:
-        """As they come, until the caller has enough. Raises `Error` if the pod goes down."""
+        """Yield events as they come. Raises `Error` if the pod goes down."""
         came: dict[tuple[int, str, int], Seen] = {}
         found: list[Event] = []
 
         def take(record: bytes) -> None:
-            time_ns, length, kept, verdict, reason, n, goes, name = _EVENT.unpack_from(record)
+            time_ns, length, snapped, verdict, reason, n, leaves, name = _EVENT.unpack_from(record)
             program = name.rstrip(b"\0").decode()
-            seen = parse(record[_EVENT.size : _EVENT.size + kept], length)
+            seen = parse(record[_EVENT.size : _EVENT.size + snapped], length)
             key = time_ns, program, n
-            if not goes:
+            if not leaves:
                 came[key] = seen
             elif before := came.pop(key, None):
                 found.append(self._event(time_ns, program, n, verdict, reason, before, seen))
@@ -156,7 +159,10 @@ class Trace:
 
 
 def write(capture: pcapng.Writer, event: Event) -> None:
-    """The packet as it came, and as it went, if that is different: an interface for each."""
+    """Write the packet before the program, and after it, if it was changed and not dropped.
+
+    Each has an interface of its own in the capture.
+    """
     what = f"{event.verdict}{f': {event.reason}' if event.reason else ''}"
     came, went = event.came, event.went
     capture.write(event.place, event.time_ns, came.data, came.length, what)
@@ -166,7 +172,7 @@ def write(capture: pcapng.Writer, event: Event) -> None:
 
 
 def parse(data: bytes, length: int) -> Seen:
-    """What an Ethernet frame is; one that is cut off or unknown says so as its protocol."""
+    """Parse an Ethernet frame. The protocol of a frame that is cut off or unknown says so."""
     try:
         kind = struct.unpack_from("!12xH", data)[0]
         if kind == 0x0800:
