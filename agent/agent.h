@@ -1,19 +1,19 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The traffic agent: one program that serves and makes TCP and UDP traffic and scores it at the
- * receiver, the same in a process, a network namespace, a Linux guest and an OSv unikernel.
+ * The traffic agent: serves and generates TCP and UDP traffic, and scores it at the receiver. The
+ * same program runs as a process, in a network namespace, in a Linux guest and in an OSv unikernel.
  *
- *   main.c       control connections: orders in JSON, one a line (the protocol is in README.md)
+ *   main.c       control connections: orders in JSON, one per line (the protocol is in README.md)
  *   order.c      reads the keys of an order, or refuses it
- *   server.c     the serving end            client.c     the dialing end, which is given a run
- *   stream.c     sending and receiving a stream, the same for either end
- *   net.c        sockets, time, the payload's pattern
- *   sockets.c    single socket calls, ordered one by one
+ *   server.c     the server end             client.c     the client end, which carries out a run
+ *   stream.c     sends and receives streams, for either end
+ *   net.c        sockets, time, the pattern of the payload
+ *   sockets.c    single socket calls, one per order
  *   histogram.c  latencies                  json.c       flat JSON
  *
- * Only libc, and of it only plain sockets, poll, pthreads and clock_gettime: what OSv has too; but
- * where there is unshare(), threads have descriptors of their own (`own_files`).
- * _GNU_SOURCE stays undefined, as newer glibc would then bind strtod's kin to names OSv lacks.
+ * It needs libc alone: plain sockets, poll, pthreads and clock_gettime, which OSv has, too. Where
+ * unshare() exists, threads have file descriptors of their own (`own_files`).
+ * _GNU_SOURCE stays undefined: newer glibc would bind strtod and its kin to names that OSv lacks.
  */
 #ifndef AGENT_H
 #define AGENT_H
@@ -32,37 +32,37 @@
 #define CONTROL_PORT  4700
 
 #define SECOND_NS     1000000000ull
-#define LIMIT_NS      (5 * SECOND_NS) /* without progress for so long, a run is over */
-#define TICK_NS	      (SECOND_NS / 4) /* how often a thread that waits for datagrams looks up */
-#define LATE_NS	      4000000ull      /* a paced sender makes up for no more than this */
-#define SPIN_NS	      100000ull	      /* how long before its time a thread that sleeps wakes up */
+#define LIMIT_NS      (5 * SECOND_NS) /* a run ends after so long without progress */
+#define TICK_NS	      (SECOND_NS / 4) /* period in which a waiting thread checks for its end */
+#define LATE_NS	      4000000ull      /* longest delay that a paced sender catches up with */
+#define SPIN_NS	      100000ull	      /* a thread wakes up so long before its time, then spins */
 #define MAX_MESSAGE   (1u << 20)      /* bytes of one write, request or response over TCP */
 #define MAX_DATAGRAM  65507u
 #define MAX_STREAMS   64
 #define CHUNK	      (128u << 10) /* bytes of one read from a TCP stream */
-#define SAMPLE_EVERY  16	   /* one buffer in so many is looked at outside warm-up */
+#define SAMPLE_EVERY  16	   /* outside of warm-up, one buffer in so many is checked */
 #define SAMPLE_BYTES  64
 
 #define MIN(a, b)     ((a) < (b) ? (a) : (b))
 
-/* --- what goes over data connections; integers are big endian --- */
+/* --- format of data connections; integers are big endian --- */
 
 enum mode { STREAM_UP = 1, STREAM_DOWN, REQUEST_RESPONSE };
 
 #define MAGIC 0x74626137u /* "tba7" */
 
-/* First bytes of a TCP connection, and the body of a datagram of type OPEN. */
+/* First bytes of a TCP connection, or the body of a datagram of type OPEN. */
 struct order {
 	uint32_t magic;
 	uint32_t mode;
 	uint32_t size;	    /* bytes per write, datagram, request and response */
-	uint32_t phase;	    /* where in the pattern the stream's payload begins */
-	uint64_t warmup_ns; /* the receiver scores from this long after its start */
-	uint64_t bytes;	    /* of a stream: exactly so many; 0: until the client ends it */
-	uint64_t rate_bps;  /* UDP streams: payload bits per second; 0: as fast as it goes */
+	uint32_t phase;	    /* offset in the pattern at which the stream's payload begins */
+	uint64_t warmup_ns; /* time after the receiver's start from which it scores */
+	uint64_t bytes;	    /* length of a stream; 0: until the client ends it */
+	uint64_t rate_bps;  /* UDP streams: payload bits per second; 0: as fast as possible */
 };
 
-/* The receiver's score: the answer to a stream up, over TCP or as the body of a REPORT. */
+/* The receiver's score: answer to a stream up, over TCP or as the body of a REPORT. */
 struct report {
 	uint64_t bytes;
 	uint64_t elapsed_ns;
@@ -74,11 +74,11 @@ struct report {
 
 enum datagram_type { OPEN = 1, READY, DATA, END, REPORT, ALIVE, DONE, REQUEST, RESPONSE };
 
-/* Head of every datagram; size_bytes counts it in. */
+/* Header of every datagram. It is included in `size_bytes` of an order. */
 struct datagram {
 	uint32_t type;	   /* MAGIC ^ enum datagram_type */
-	uint32_t flow;	   /* drawn by the client, one per stream */
-	uint64_t sequence; /* of DATA, from 0; END: how many DATA there were */
+	uint32_t flow;	   /* random number of a stream, from the client */
+	uint64_t sequence; /* DATA: number of the datagram, from 0; END: how many DATA were sent */
 };
 
 void order_swap(struct order *o); /* host to network order, or back */
@@ -110,52 +110,55 @@ bool address_parse(const char *text, union address *a);
 unsigned address_port(const union address *a);
 void address_set_port(union address *a, unsigned port);
 
-/* These give a socket, or -1 with errno. */
+/* These return a socket, or -1 with errno. */
 int listen_at(struct endpoint e, union address *at);
 int dial(struct endpoint e, const union address *to);
-void set_timeouts(int fd); /* a tick, both ways; what is accepted has them too */
-void wait_untimed(int fd); /* to receive: its timer takes a percent of a transaction */
+void set_timeouts(int fd); /* a tick for send and receive; accepted sockets inherit them */
+void wait_untimed(int fd); /* no time-out of receive: its timer takes 1 % of a transaction */
 void set_option(int fd, int level, int name, int value);
 void close_by_reset(int fd);
 
 bool would_block(int error);
 
 /*
- * Bytes moved; 0 is the end (receive only); -1 with errno: EAGAIN after 5 s without progress,
- * ECANCELED when `*stop` (where it is not NULL) is seen, after a tick or being woken.
+ * Return the bytes moved; 0 at the end (receive only); -1 with errno: EAGAIN after 5 s without
+ * progress, ECANCELED if `*stop` is true (unless `stop` is NULL). `*stop` is read after each tick,
+ * and after `wake`.
  */
 ssize_t receive_some(int fd, void *buffer, size_t length, const atomic_bool *stop);
 ssize_t send_some(int fd, const void *buffer, size_t length, const atomic_bool *stop);
-/* 0, or -1 with errno (ECONNRESET too when the peer ended before all was there). */
+/* Return 0, or -1 with errno; ECONNRESET also if the peer ends the stream too early. */
 int receive_all(int fd, void *buffer, size_t length, const atomic_bool *stop);
 int send_all(int fd, const void *buffer, size_t length, const atomic_bool *stop);
 int send_both(int fd, const void *head, size_t head_length, const void *body, size_t length,
 	      const union address *to);
 const char *reason(int error);
 int start_thread(pthread_t *thread, void *(*run)(void *), void *argument);
-void wait_a_tick(pthread_cond_t *for_this, pthread_mutex_t *lock); /* at most */
+void wait_a_tick(pthread_cond_t *condition, pthread_mutex_t *lock); /* at most a tick */
 
 /*
- * Gives the calling thread a table of descriptors of its own with `fd` (-1: none) alone in it, if the
- * system can: true, and the thread has to close its copy too. In a table that threads share, each
- * call on a socket counts a reference to it up and down, which takes percents of a transaction.
+ * Gives the calling thread a table of file descriptors of its own, with only `fd` (-1: none) in it.
+ * Returns whether the system can do so; then the thread has to close its copy of `fd`. In a table
+ * that threads share, each call on a socket takes and drops a reference to it, which costs some
+ * percent of a transaction.
  */
 bool own_files(int fd);
 
 /*
- * Ends the call that a thread waits in, if it has descriptors of its own: its sockets are nobody
- * else's to shut down. It may be just about to wait: to be repeated until it has ended.
+ * `wake` interrupts the call in which a thread waits, if it has descriptors of its own: then nobody
+ * else can shut its sockets down. The thread may be about to wait, so repeat it until the thread
+ * ends. `be_woken` has to be called before.
  */
-void be_woken(void); /* before any thread is */
+void be_woken(void);
 void wake(pthread_t thread);
 
 /* --- stream.c --- */
 
 struct score {
 	bool measuring;
-	uint64_t begin_ns, first_ns, last_ns; /* start; start and end of what is scored */
-	uint64_t total;			      /* bytes (TCP), datagrams (UDP), warm-up too */
-	uint64_t next, first_sequence;	      /* UDP: highest sequence + 1; first scored one */
+	uint64_t begin_ns, first_ns, last_ns; /* start; begin and end of the scored time */
+	uint64_t total;			      /* bytes (TCP), datagrams (UDP), with the warm-up */
+	uint64_t next, first_sequence;	      /* UDP: highest sequence + 1; first scored sequence */
 	struct report is;
 };
 
@@ -164,13 +167,13 @@ void score_datagram(struct score *s, const struct order *o, const struct datagra
 		    size_t length);
 void score_finish(struct score *s, uint64_t sent);
 
-/* A sender of datagrams. It stops when the other end has been silent for too long. */
+/* A sender of datagrams. It stops if nothing was heard from the other end for LIMIT_NS. */
 struct sender {
 	int fd;
 	const union address *to; /* NULL: connected */
 	struct order order;
 	uint32_t flow;
-	_Atomic uint64_t heard_ns; /* 0: it wants no more */
+	_Atomic uint64_t heard_ns; /* last time that the other end was heard; 0: it wants no more */
 	uint64_t sent;		   /* datagrams */
 };
 
@@ -184,7 +187,7 @@ enum datagram_type datagram_type(const struct datagram *head, ssize_t length);
 
 /* --- histogram.c --- */
 
-/* Bucket widths are at most 1/128 of their value; the last holds 68 s and more too. */
+/* The width of a bucket is at most 1/128 of its value. The last has 68 s and all above. */
 #define HISTOGRAM_BUCKETS ((29 << 7) + 128)
 
 struct histogram {
@@ -192,7 +195,7 @@ struct histogram {
 };
 
 void histogram_add(struct histogram *h, uint64_t ns);
-uint64_t histogram_upper_ns(unsigned bucket); /* the highest value that the bucket holds */
+uint64_t histogram_upper_ns(unsigned bucket); /* highest value of the bucket */
 void histogram_merge(struct histogram *into, const struct histogram *from);
 
 /* --- json.c --- */
@@ -221,26 +224,26 @@ void json_quote(FILE *out, const char *text);
 
 struct server;
 
-/* One controller. Its servers and sockets end with its connection. */
+/* A control connection. Its servers and sockets end with it. */
 struct session {
 	int fd;
 	FILE *out;
 	struct json order;
 	struct server *server[MAX_SERVERS];
 	struct held {
-		int fd; /* plus one: 0 is a free place */
+		int fd; /* descriptor + 1; 0: the entry is free */
 		bool udp;
 	} held[MAX_SOCKETS];
-	unsigned char *buffer; /* MAX_MESSAGE bytes, made when first needed */
+	unsigned char *buffer; /* MAX_MESSAGE bytes, allocated at first use */
 	char fault[256];
 };
 
-/* These take a key from the order, and refuse it (false, with the fault) if it is not as it must be. */
+/* These read a key of the order. If it is wrong, they set the fault and return false. */
 bool refuse(struct session *s, const char *what, const char *why);
 bool take_word(struct session *s, const char *key, const char *const *words, unsigned *which);
 bool take_number(struct session *s, const char *key, double low, double high, double *value);
 bool take_endpoint(struct session *s, struct endpoint *e);
-bool taken_all(struct session *s); /* nothing is left in the order */
+bool taken_all(struct session *s); /* refuses an order with keys that nobody has read */
 
 /* --- sockets.c --- */
 
@@ -249,9 +252,9 @@ void close_sockets(struct session *s);
 
 /* --- server.c --- */
 
-/* NULL with errno. It waits for `delay_ns` before each response. */
+/* Returns NULL with errno on failure. The server waits for `delay_ns` before each response. */
 struct server *server_start(struct endpoint e, union address *at, uint64_t delay_ns);
-void server_stop(struct server *s); /* returns when its threads are gone and the port is free */
+void server_stop(struct server *s); /* returns when its threads have ended and the port is free */
 
 /* --- client.c --- */
 
@@ -264,11 +267,11 @@ struct run {
 	unsigned port;
 	unsigned streams;
 	uint64_t duration_ns; /* 0: until `order.bytes` are moved */
-	uint64_t gap_ns;      /* between requests of a stream; 0: each when the last is answered */
+	uint64_t gap_ns;      /* between requests of a stream; 0: each after the last response */
 	struct order order;
 };
 
-/* Writes one line of JSON: the result, or what failed. */
+/* Carries out a run, and writes one line of JSON: the result, or what failed. */
 void run(const struct run *r, FILE *out);
 
 #endif

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * The dialing end: resolves the name afresh, opens the run's streams one after the other, then
- * drives each from a thread of its own. A stream or a request/response connection that fails fails
- * the run. Of connect/request/close only the first must succeed: later failures are counted.
+ * The client end: resolves the name anew, opens the run's streams one after the other, then runs
+ * each in a thread of its own. If a stream or a request/response connection fails, the run fails.
+ * Of connect/request/close, only the first has to succeed; later failures are counted.
  */
 #include <arpa/inet.h>
 #include <endian.h>
@@ -19,7 +19,7 @@
 /* The threads of a run. */
 struct group {
 	pthread_mutex_t lock;
-	pthread_cond_t ended; /* one has */
+	pthread_cond_t ended; /* a thread has ended */
 	unsigned running;
 };
 
@@ -36,8 +36,8 @@ struct stream {
 	struct report is;
 	uint64_t transactions, errors;
 	char fault[256];		  /* empty: none */
-	bool own;			  /* the thread's descriptors are its own */
-	atomic_uint_fast64_t progress_ns; /* of transactions: when the last one was done */
+	bool own;			  /* the thread has descriptors of its own */
+	atomic_uint_fast64_t progress_ns; /* time of the last transaction */
 	atomic_bool stalled;		  /* that is too long ago: the thread has to give up */
 	pthread_t thread;
 };
@@ -79,7 +79,7 @@ static void tcp_stream(struct stream *s, uint64_t until_ns)
 		fail(s, "stream to", "not all bytes arrived");
 }
 
-/* Length of the next datagram of this flow, 0 if a tick has passed without any, -1 and errno. */
+/* Returns the length of the next datagram of this flow; 0 after a tick without one; -1, errno. */
 static ssize_t receive_datagram(struct stream *s, enum datagram_type *type)
 {
 	const struct datagram *head = s->buffer;
@@ -97,7 +97,7 @@ static ssize_t receive_datagram(struct stream *s, enum datagram_type *type)
 	}
 }
 
-/* Sends a datagram until it is answered with `answer`. */
+/* Repeats a datagram until it is answered by one of type `answer`. */
 static ssize_t ask(struct stream *s, enum datagram_type type, uint64_t sequence, const void *body,
 		   size_t size, enum datagram_type answer)
 {
@@ -223,7 +223,7 @@ static enum outcome exchange_udp(struct stream *s, uint64_t nth, bool fully)
 	const struct datagram *head = s->buffer;
 	enum datagram_type type;
 
-	/* In one piece: for small messages copying costs less than a send of several parts. */
+	/* Copied into one buffer: for small messages, faster than a send of several parts. */
 	*s->request = (struct datagram){htonl(MAGIC ^ REQUEST), htonl(s->flow), htobe64(nth)};
 	memcpy(s->request + 1, pattern_at(offset), body);
 	if (send_some(s->fd, s->request, s->order.size, NULL) < 0)
@@ -240,7 +240,7 @@ static enum outcome exchange_udp(struct stream *s, uint64_t nth, bool fully)
 	}
 }
 
-/* Calls on the socket end after a tick, but where `attend` can wake the thread that waits in one. */
+/* Sets time-outs of a tick, unless `attend` can wake the thread that waits in a call. */
 static void limit_calls(struct stream *s)
 {
 	if (!s->own || s->run->kind == STREAM || s->run->endpoint.udp)
@@ -259,7 +259,7 @@ static int connect_stream(struct stream *s)
 	return 0;
 }
 
-/* By reset: what is measured is not how many ports TIME_WAIT leaves over. */
+/* Closes by reset, so that ports in TIME_WAIT do not limit the measured rate. */
 static void disconnect(struct stream *s)
 {
 	if (s->run->endpoint.udp)
@@ -269,7 +269,7 @@ static void disconnect(struct stream *s)
 	s->fd = -1;
 }
 
-/* Sleep alone is too coarse. */
+/* Sleeps, then spins, since sleep alone is too coarse. */
 static uint64_t wait_until(uint64_t due)
 {
 	uint64_t now = now_ns();
@@ -282,9 +282,10 @@ static uint64_t wait_until(uint64_t due)
 }
 
 /*
- * One request after the other, as soon as the last is answered, or each at its time: then it is timed
- * from when it was due, also if it had to wait for the one before. Who times from when it was sent
- * leaves out the waiting of all that a slow response held up ("coordinated omission", G. Tene).
+ * Sends requests one after the other: each when the last is answered, or each at its time. In the
+ * second case a request is timed from when it was due, also if it had to wait for the one before.
+ * Timing from when it was sent would leave out the time that requests wait for a slow response
+ * ("coordinated omission", G. Tene).
  */
 static void transactions(struct stream *s)
 {
@@ -295,7 +296,7 @@ static void transactions(struct stream *s)
 	uint64_t gap_ns = s->run->gap_ns, begin = now;
 
 	s->progress_ns = now;
-	if (gap_ns) /* streams out of step */
+	if (gap_ns) /* streams do not send at the same time */
 		begin += s->flow % 1024 * gap_ns / 1024;
 	for (uint64_t nth = 0;
 	     begin < until_ns && now < until_ns && (!o->bytes || nth * o->size < o->bytes); nth++) {
@@ -374,7 +375,7 @@ static int resolve(const struct run *r, union address *to, const char **why)
 	int error = getaddrinfo(r->host, NULL, &hints, &found);
 
 	*why = error ? gai_strerror(error) : "no address of this family";
-	/* OSv gives an address of whatever family stands first in its hosts file. */
+	/* OSv returns the first address in its hosts file, whatever its family. */
 	if (!error && found->ai_addr->sa_family != r->endpoint.family)
 		error = EAI_NONAME;
 	if (!error) {
@@ -386,7 +387,7 @@ static int resolve(const struct run *r, union address *to, const char **why)
 	return error;
 }
 
-/* Fleeting but different for every stream, on every machine that shares a server. */
+/* Draws a number that differs for each stream on all machines that share a server. */
 static uint32_t draw_flow(void)
 {
 	static atomic_uint drawn;
@@ -472,7 +473,7 @@ static void merge(struct stream *into, const struct stream *from)
 	histogram_merge(into->latency, from->latency);
 }
 
-/* Until all threads have ended. Who has had no transaction done for 5 s is told to give up. */
+/* Waits until all threads have ended. Wakes those without a transaction for 5 s, to give up. */
 static void attend(struct group *group, struct stream *all, unsigned streams)
 {
 	pthread_mutex_lock(&group->lock);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* Log-linear latency histogram: 1 ns wide up to 256 ns, then 128 buckets to every doubling. */
+/* Log-linear histogram of latencies: buckets of 1 ns up to 256 ns, then 128 per doubling. */
 #include "agent.h"
 
 static unsigned bucket_of(uint64_t ns)

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * Flat JSON: one object of strings and numbers, parsed in place. No nesting, no true or null.
+ * Parser of flat JSON: one object of strings and numbers, parsed in place. No nesting, true, null.
  *
- * No packaged library takes its place. Debian's libcjson-dev has only a shared library, which OSv
- * images would have to carry. jsmn.h of libjsmn-dev splits text into tokens but checks no grammar,
- * even with JSMN_STRICT: it accepts `{"op":"hello" "x":1}`, `{"op":"hello",}` and `{"op":nan}`. So
- * the checks, the unescaping and the lookup of keys would stand here all the same.
+ * No packaged library can replace it. Debian's libcjson-dev has only a shared library, which OSv
+ * images would have to include. jsmn.h of libjsmn-dev splits text into tokens but checks no
+ * grammar, even with JSMN_STRICT: it accepts `{"op":"hello" "x":1}`, `{"op":"hello",}` and
+ * `{"op":nan}`. So the checks, the unescaping and the lookup of keys would still be needed here.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -17,7 +17,7 @@ static char *skip_space(char *at)
 	return at + strspn(at, " \t\r\n");
 }
 
-/* At the opening quote; ends the text in place and returns what follows, or NULL. */
+/* `at` is the opening quote. Terminates the text in place; returns what follows, or NULL. */
 static char *parse_text(char *at, const char **text)
 {
 	char *to = ++at;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* The command line and the control connections: takes orders, one JSON object a line. README.md. */
+/* Command line and control connections: accepts orders, one JSON object per line (README.md). */
 #include <errno.h>
 #include <netinet/tcp.h>
 #include <signal.h>
@@ -171,7 +171,7 @@ static bool obey(struct session *s, char *line)
 	return socket_order(s, op);
 }
 
-/* The answer goes out in one piece, so that nothing is on the wire before the order is carried out. */
+/* Sends the answer in one piece, so nothing is on the wire while the order is carried out. */
 static bool answer(struct session *s, char *line)
 {
 	char *text = NULL;
@@ -242,12 +242,12 @@ static void *control_listener(void *argument)
 		}
 		if (fd >= 0)
 			close(fd);
-		pause_ns(SECOND_NS / 100); /* out of memory or descriptors: later, perhaps */
+		pause_ns(SECOND_NS / 100); /* out of memory or descriptors: try again later */
 	}
 	return NULL;
 }
 
-/* On one port of each family that the stack has. */
+/* Listens on the same port in each family that the stack has. */
 static int listen_for_control(unsigned port)
 {
 	static const int families[] = {AF_INET, AF_INET6};
@@ -262,7 +262,7 @@ static int listen_for_control(unsigned port)
 		address_set_port(&at, port);
 		listener[n] = listen_at((struct endpoint){.family = families[i]}, &at);
 		if (listener[n] < 0 && errno == EADDRINUSE)
-			break; /* by IPv4, or by something that has the IPv6 port alone */
+			break; /* the port is in use by another program, or by our IPv4 socket */
 		if (listener[n] < 0)
 			continue;
 		port = address_port(&at);
@@ -286,7 +286,7 @@ static void end(int signal)
 	_exit(0);
 }
 
-/* As many descriptors as may be; where there is no such limit, no harm is done. */
+/* Raises the limit of file descriptors to its maximum. A system without a limit ignores it. */
 static void allow_sockets(void)
 {
 	struct rlimit limit;

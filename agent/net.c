@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* Sockets, time, and the payload's pattern. */
+/* Sockets, time, and the pattern of the payload. */
 #include <arpa/inet.h>
 #include <endian.h>
 #include <errno.h>
@@ -37,9 +37,9 @@ void spin_ns(uint64_t ns)
 }
 
 /*
- * Byte n of a stream is pattern[n % PERIOD]. The period is a prime that is no neighbor of a multiple
- * of a segment's size, so bytes that come out of place do not match; the table runs on for the
- * largest message, so that any piece of a stream is one piece of the table.
+ * Byte n of a stream is pattern[n % PERIOD]. The period is a prime that is not close to a multiple
+ * of a segment's size, so bytes at a wrong place do not match. The table is longer by the largest
+ * message, so that each piece of a stream is contiguous in it.
  */
 #define PERIOD 4093
 
@@ -104,7 +104,7 @@ void address_text(const union address *a, char text[static INET6_ADDRSTRLEN])
 		*text = 0;
 }
 
-/* Of the family that stands in `a` already. */
+/* Parses an address of the family that is set in `a`. */
 bool address_parse(const char *text, union address *a)
 {
 	void *bytes = a->any.sa_family == AF_INET6 ? (void *)&a->v6.sin6_addr : &a->v4.sin_addr;
@@ -125,7 +125,7 @@ void address_set_port(union address *a, unsigned port)
 		a->v4.sin_port = htons(port);
 }
 
-/* For what a stack may lack without harm: nobody looks at the outcome. */
+/* For options that a stack may lack without harm: errors are ignored. */
 void set_option(int fd, int level, int name, int value)
 {
 	(void)!setsockopt(fd, level, name, &value, sizeof(value));
@@ -170,10 +170,10 @@ static int open_socket(struct endpoint e)
 	if (fd < 0)
 		return -1;
 	if (e.udp) {
-		/* BSD stacks refuse to send a datagram that is larger than the buffer. */
+		/* BSD stacks refuse to send a datagram that is larger than the send buffer. */
 		set_option(fd, SOL_SOCKET, SO_SNDBUF, 256 << 10);
 		set_option(fd, SOL_SOCKET, SO_RCVBUF, 1 << 20);
-#ifdef SO_RCVBUFFORCE /* beyond what the system grants everybody, for those who may */
+#ifdef SO_RCVBUFFORCE /* beyond the system's limit, if we are privileged */
 		set_option(fd, SOL_SOCKET, SO_RCVBUFFORCE, 1 << 20);
 #endif
 	}
@@ -197,7 +197,7 @@ int listen_at(struct endpoint e, union address *at)
 	return fd;
 }
 
-/* SO_SNDTIMEO bounds connect() on Linux only, so it is poll() that waits. */
+/* Waits by poll(), since SO_SNDTIMEO limits connect() on Linux only. */
 static int await_connected(int fd)
 {
 	struct pollfd p = {.fd = fd, .events = POLLOUT};
@@ -237,9 +237,9 @@ bool would_block(int error)
 }
 
 /*
- * Whether to repeat a call that moved nothing: after a signal or a time-out, for 5 s. The time-out is a
- * tick and no more, as send()'s runs on while part of the bytes is taken: only a call that moved
- * nothing at all tells that there is no progress.
+ * Whether to repeat a call that moved nothing: after a signal or a time-out, for 5 s. The time-out
+ * is only a tick: that of send() goes on while some of the bytes are taken, so only a call that
+ * moved nothing shows that there is no progress.
  */
 static bool again(uint64_t *begin)
 {
@@ -311,7 +311,7 @@ int send_all(int fd, const void *buffer, size_t length, const atomic_bool *stop)
 	return 0;
 }
 
-/* One segment or datagram of two parts; what a full TCP buffer left over is sent after. */
+/* Sends two parts as one segment or datagram. The rest after a full TCP buffer follows. */
 int send_both(int fd, const void *head, size_t head_length, const void *body, size_t length,
 	      const union address *to)
 {
@@ -342,7 +342,7 @@ const char *reason(int error)
 	return would_block(error) || error == ECANCELED ? "no progress for 5 s" : strerror(error);
 }
 
-/* Small stacks: an OSv guest pays for all of a stack at once. */
+/* Stacks are small, since an OSv guest allocates all of a stack at once. */
 int start_thread(pthread_t *thread, void *(*run)(void *), void *argument)
 {
 	pthread_attr_t attributes;
@@ -355,7 +355,7 @@ int start_thread(pthread_t *thread, void *(*run)(void *), void *argument)
 	return error;
 }
 
-void wait_a_tick(pthread_cond_t *for_this, pthread_mutex_t *lock)
+void wait_a_tick(pthread_cond_t *condition, pthread_mutex_t *lock)
 {
 	struct timespec until;
 
@@ -363,12 +363,12 @@ void wait_a_tick(pthread_cond_t *for_this, pthread_mutex_t *lock)
 	until.tv_nsec += TICK_NS;
 	until.tv_sec += until.tv_nsec / SECOND_NS;
 	until.tv_nsec %= SECOND_NS;
-	pthread_cond_timedwait(for_this, lock, &until);
+	pthread_cond_timedwait(condition, lock, &until);
 }
 
 /*
- * Missing elsewhere: OSv has no unshare(). It may have close_range(), which takes CLOSE_RANGE_UNSHARE and
- * closes the descriptors of all threads.
+ * Weak, since OSv has no unshare(). It may have close_range(), but that accepts CLOSE_RANGE_UNSHARE
+ * and closes the descriptors of all threads.
  */
 #define CLONE_FILES 0x400
 extern int unshare(int flags) __attribute__((weak));
@@ -378,7 +378,7 @@ static atomic_bool files_are_own;
 
 bool own_files(int fd)
 {
-	unsigned least = 3; /* standard streams stay */
+	unsigned least = 3; /* standard streams stay open */
 	unsigned after = fd < (int)least ? least : fd + 1u;
 
 	if (!unshare || !close_range || close_range(~0u, ~0u, 0) || unshare(CLONE_FILES))
@@ -397,7 +397,7 @@ static void nothing(int signal)
 
 void be_woken(void)
 {
-	struct sigaction action = {.sa_handler = nothing}; /* calls are not started again */
+	struct sigaction action = {.sa_handler = nothing}; /* without SA_RESTART: calls end */
 
 	sigaction(SIGURG, &action, NULL);
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* Reads the keys of an order. A key that is not as it must be makes the order refused, with a fault. */
+/* Reads the keys of an order. An order with a wrong key is refused, with a fault. */
 #include <string.h>
 
 #include "agent.h"
@@ -10,7 +10,7 @@ bool refuse(struct session *s, const char *what, const char *why)
 	return false;
 }
 
-/* The place of a key's text among `words`, which NULL ends. */
+/* Finds the index of a key's text in `words`, which ends with NULL. */
 bool take_word(struct session *s, const char *key, const char *const *words, unsigned *which)
 {
 	const char *text = json_text(&s->order, key);
@@ -28,7 +28,7 @@ bool take_word(struct session *s, const char *key, const char *const *words, uns
 	return false;
 }
 
-/* A number from `low` to `high`; without the key, `*value` stays what it is. */
+/* Reads a number from `low` to `high`. Without the key, `*value` stays as it is. */
 bool take_number(struct session *s, const char *key, double low, double high, double *value)
 {
 	const struct member *m = json_number(&s->order, key);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * The serving end. Over TCP, every thread waits in accept(), then serves what it accepted to its
- * end; whoever leaves nobody waiting starts the next. So a short connection costs no thread. Over
- * UDP one thread answers everything, and each stream down has a sender.
+ * The server end. TCP: each thread waits in accept(), then serves the connection to its end. A
+ * thread that leaves no other waiting starts the next one. So a short connection needs no new
+ * thread. UDP: one thread answers all datagrams, and each stream down has a thread that sends.
  */
 #include <arpa/inet.h>
 #include <endian.h>
@@ -17,15 +17,15 @@
 #define MAX_WORKERS 256
 #define MAX_FLOWS   256
 
-/* A UDP stream. The one longest silent makes room for a new one. */
+/* A UDP stream. A new one replaces the one that was silent for the longest time. */
 struct flow {
-	struct sender sender; /* of a stream down; its order, flow and heard_ns are any stream's */
+	struct sender sender; /* streams up use its order, flow and heard_ns, too */
 	union address peer;
 	struct server *server;
 	struct score score;
-	uint64_t told_ns; /* when the client last heard that its datagrams arrive */
+	uint64_t told_ns; /* last time that ALIVE was sent to the client */
 	bool sending;	  /* a thread uses it */
-	bool finished;	  /* the score stands */
+	bool finished;	  /* the score is final */
 };
 
 struct server {
@@ -34,7 +34,7 @@ struct server {
 	int fd;
 	atomic_bool stopping;
 	pthread_mutex_t lock;
-	pthread_cond_t left; /* a thread has gone */
+	pthread_cond_t left; /* a thread has ended */
 	unsigned threads, waiting;
 	pthread_t thread[MAX_WORKERS + MAX_FLOWS + 1];
 	struct flow *flow; /* MAX_FLOWS of them (UDP) */
@@ -42,7 +42,7 @@ struct server {
 
 static void *tcp_worker(void *argument);
 
-/* With the lock held. */
+/* To be called with the lock held. */
 static int add_thread(struct server *s, void *(*run)(void *), void *argument)
 {
 	int error = start_thread(&s->thread[s->threads], run, argument);
@@ -64,7 +64,7 @@ static void thread_leaves(struct server *s)
 	pthread_mutex_unlock(&s->lock);
 }
 
-/* Until the client ends it. */
+/* Sends each request back, until the client ends the connection. */
 static void echo(const struct server *s, int fd, uint32_t size, void *buffer, bool own)
 {
 	void *large = size > CHUNK ? malloc(size) : NULL;
@@ -83,7 +83,7 @@ static void echo(const struct server *s, int fd, uint32_t size, void *buffer, bo
 	free(large);
 }
 
-/* Serves one connection. 0 if it was brought to a good end, and is to be closed in peace. */
+/* Serves one connection. Returns 0 if it ended well, and is to be closed without a reset. */
 static int serve_connection(const struct server *s, int fd, void *buffer, bool own)
 {
 	const atomic_bool *stop = &s->stopping;
@@ -110,7 +110,7 @@ static int serve_connection(const struct server *s, int fd, void *buffer, bool o
 	return -1;
 }
 
-/* Has somebody wait for the next connection. False if the server is stopping. */
+/* Makes sure that a thread waits for the next connection. False if the server is stopping. */
 static bool worker_begins(struct server *s)
 {
 	bool stopping;
@@ -135,7 +135,7 @@ static void *tcp_worker(void *argument)
 
 		if (fd < 0) {
 			if (!would_block(errno))
-				pause_ns(SECOND_NS / 1000); /* out of descriptors, say */
+				pause_ns(SECOND_NS / 1000); /* for example, out of descriptors */
 			continue;
 		}
 		if (!worker_begins(s) || serve_connection(s, fd, buffer, own))
@@ -162,7 +162,7 @@ static void *udp_sender(void *argument)
 	bool own = own_files(s->fd);
 
 	udp_send(&f->sender, UINT64_MAX);
-	/* A stream of given bytes: the client knows from END what was lost at its tail. */
+	/* A stream of given length: from END the client knows what was lost at its end. */
 	while (f->sender.order.bytes && f->sender.heard_ns &&
 	       now_ns() < f->sender.heard_ns + LIMIT_NS) {
 		datagram_send(s->fd, &f->peer, END, f->sender.flow, f->sender.sent, NULL, 0);
@@ -317,8 +317,9 @@ struct server *server_start(struct endpoint e, union address *at, uint64_t delay
 	return NULL;
 }
 
-/* accept() is woken by shutdown() of the listening socket; whoever serves looks up every tick, or is
- * woken.
+/*
+ * shutdown() of the listening socket ends accept(). Threads that serve check `stopping` after each
+ * tick, or when they are woken.
  */
 void server_stop(struct server *s)
 {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * Single socket calls, ordered one by one. What the kernel says is the answer, an error too: `errno`
- * by number. Sockets never block; an order that has to wait does so with poll(), up to `timeout_s`.
+ * Single socket calls, one per order. The answer is the kernel's, also an error: `errno` by number.
+ * Sockets never block. An order that has to wait does so by poll(), up to `timeout_s`.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -15,11 +15,11 @@
 
 #include "agent.h"
 
-#define SHOWN 32 /* bytes of what was received that are sent back; all of them are compared */
+#define SHOWN 32 /* received bytes that the answer contains; all of them are compared */
 
 enum option_kind { NUMBER, TEXT, SECONDS, NO_RESETS };
 
-/* A filter on the TCP header: segments with RST (offset 13, bit 2) never reach the socket. */
+/* A filter on the TCP header that drops segments with RST (offset 13, bit 2). */
 static struct sock_filter no_resets[] = {
 	BPF_STMT(BPF_LD | BPF_B | BPF_ABS, 13),
 	BPF_JUMP(BPF_JMP | BPF_JSET | BPF_K, 4, 0, 1),
@@ -85,7 +85,7 @@ static int fd_of(const struct held *h)
 	return h->fd - 1;
 }
 
-/* An address of either family, with its port; `*given` tells whether there is one. */
+/* Reads an address of either family and its port. `*given`: whether the order has one. */
 static bool take_address(struct session *s, union address *a, bool *given)
 {
 	const char *text = json_text(&s->order, "address");
@@ -114,7 +114,7 @@ static bool take_deadline(struct session *s, uint64_t *deadline)
 	return true;
 }
 
-/* 0, or ETIMEDOUT. */
+/* Waits for events. Returns 0, ETIMEDOUT or another error. */
 static int await(int fd, int events, uint64_t deadline)
 {
 	for (;;) {
@@ -151,7 +151,7 @@ static bool order_socket(struct session *s)
 	if (!take_endpoint(s, &e) || !taken_all(s))
 		return false;
 	fd = socket(e.family, e.udp ? SOCK_DGRAM : SOCK_STREAM, 0);
-	if (fd >= 0 && e.udp) /* BSD stacks refuse a datagram that is larger than the buffer */
+	if (fd >= 0 && e.udp) /* BSD stacks refuse a datagram larger than the send buffer */
 		set_option(fd, SOL_SOCKET, SO_SNDBUF, 256 << 10);
 	if (fd >= 0)
 		id = hold(s, fd, e.udp);
@@ -260,7 +260,7 @@ static int finish_connect(int fd, uint64_t deadline)
 	return error;
 }
 
-/* `timeout_s` 0 does not wait: EINPROGRESS then, and a later connect without address does. */
+/* With `timeout_s` 0 it does not wait: EINPROGRESS. A later connect without address waits. */
 static bool order_connect(struct session *s)
 {
 	union address to;
@@ -337,7 +337,7 @@ static bool take_flags(struct session *s, int *flags)
 	return true;
 }
 
-/* `text`, or `size` bytes of the pattern from `phase` on. A datagram goes as one, a stream whole. */
+/* Sends `text`, or `size` bytes of the pattern from `phase` on: a datagram, or all of a stream. */
 static bool order_send(struct session *s)
 {
 	const char *text = json_text(&s->order, "text");
@@ -394,7 +394,7 @@ static bool order_receive(struct session *s)
 				   .msg_iovlen = 1,
 				   .msg_name = &from,
 				   .msg_namelen = sizeof(from)};
-		/* Not every recvmsg() (OSv's) looks at flags. */
+		/* OSv's recvmsg() ignores flags. */
 		ssize_t got = flags ? recv(fd_of(h), s->buffer, part.iov_len, flags)
 				    : recvmsg(fd_of(h), &m, 0);
 
@@ -424,7 +424,7 @@ static bool order_receive(struct session *s)
 	return true;
 }
 
-/* Waits for what is asked, an error or a hang-up, and tells all that is. */
+/* Waits for the event of the order, an error or a hang-up, and reports all events. */
 static bool order_poll(struct session *s)
 {
 	static const char *const wishes[] = {"read", "write", "urgent", "error", NULL};
@@ -463,7 +463,7 @@ static bool order_shutdown(struct session *s)
 	return answer(s, shutdown(fd_of(h), how[way]) ? errno : 0);
 }
 
-/* Blocking, so that SO_LINGER has its meaning. */
+/* Makes the socket blocking first, since SO_LINGER needs that. */
 static bool order_close(struct session *s)
 {
 	struct held *h;
@@ -526,7 +526,7 @@ bool socket_order(struct session *s, const char *op)
 	return refuse(s, "op", "no such order");
 }
 
-/* OSv's kernel ends where a listener is closed with a connection that nobody accepted (sofree). */
+/* OSv's kernel crashes if a listener is closed with a connection that is not accepted (sofree). */
 static void accept_all(const struct held *h)
 {
 	int fd;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * Streams, the same for either end. A stream of given bytes ends when they are moved and every one
- * of them is checked; any other is ended by the client. What is scored begins when the warm-up is
- * over by the receiver's clock: with the arrival that ended it, which is not counted itself.
+ * Sends and receives streams, for either end. A stream of given length ends when all its bytes are
+ * moved, and all of them are checked. Others are ended by the client. Scoring begins when the
+ * warm-up is over by the receiver's clock, after the arrival that ends it, which is not counted.
  */
 #include <arpa/inet.h>
 #include <endian.h>
@@ -33,7 +33,7 @@ void score_start(struct score *s, const struct order *o)
 	s->first_ns = s->last_ns = s->begin_ns;
 }
 
-/* Of `length` bytes that have just arrived. True if they are to be counted. */
+/* Notes the time of an arrival. Returns whether it is to be counted. */
 static bool score_time(struct score *s, const struct order *o)
 {
 	uint64_t now = now_ns();
@@ -95,13 +95,13 @@ void score_datagram(struct score *s, const struct order *o, const struct datagra
 	if (score_time(s, o)) {
 		s->is.bytes += length;
 		s->is.datagrams++;
-		s->is.reordered += late; /* or it came twice */
+		s->is.reordered += late; /* or duplicated */
 	} else {
 		s->first_sequence = s->next;
 	}
 }
 
-/* `sent` datagrams in all; 0 where only what arrived tells. */
+/* `sent`: number of datagrams that were sent, with the warm-up; 0: not known. */
 void score_finish(struct score *s, uint64_t sent)
 {
 	uint64_t expected = (sent > s->next ? sent : s->next) - s->first_sequence;
@@ -110,7 +110,7 @@ void score_finish(struct score *s, uint64_t sent)
 	s->is.elapsed_ns = s->last_ns - s->first_ns;
 }
 
-/* A client has its socket to itself and looks what came; at a server its one reader does. */
+/* A client's sender reads its socket itself. At a server, the one reader sets `heard_ns`. */
 static void listen_for_life(struct sender *s, uint64_t now)
 {
 	struct datagram head;
@@ -154,7 +154,7 @@ int udp_send(struct sender *s, uint64_t until_ns)
 		} else if (now - progress > LIMIT_NS) {
 			return EAGAIN;
 		} else {
-			pause_ns(50000); /* a full queue of the interface; it empties by itself */
+			pause_ns(50000); /* the queue of the interface is full; it will drain */
 		}
 	}
 	return 0;

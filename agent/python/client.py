@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dialing end: makes the traffic of one run (client.c)."""
+"""The client end: generates the traffic of one run (client.c)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ MAX_STREAMS = 64
 
 
 class Run:
-    """One order to make traffic, and the scores of its streams."""
+    """A run: one order to generate traffic, and the scores of its streams."""
 
     def __init__(self, loop: Loop, keys: Keys) -> None:
         self._loop = loop
@@ -87,13 +87,13 @@ class Run:
         ]
         self._transactions = self._errors = 0
         self._histogram: dict[int, int] = {}
-        """By the upper bound of the bucket in ns: how many latencies it has."""
+        """Upper bound of a bucket in ns → number of latencies in it."""
         self._scores: list[Score] = []
         self._fault: Refused | None = None
         self._running = streams
 
     def carry_out(self) -> Keys:
-        """Run all streams to their end; the answer. Raises `Refused` with what failed."""
+        """Run all streams to their ends, and return the answer. Raises `Refused` if one fails."""
         with self._failing("resolve"):
             found = socket.getaddrinfo(self._host, self._port, FAMILIES[self._family])
             self._to = str(found[0][4][0]), self._port
@@ -127,14 +127,14 @@ class Run:
 
     @contextmanager
     def _failing(self, what: str) -> Iterator[None]:
-        """Say of an error in the block what failed: `connect localhost:80: Connection refused`."""
+        """Convert an error in the block to `Refused`: connect localhost:80: Connection refused."""
         try:
             yield
         except OSError as e:
             raise Refused(f"{self._naming(what)}: {e.strerror or e}") from e
 
     def _stream(self, order: Order) -> Task[None]:
-        """One of the run's streams, on a connection of its own."""
+        """Run one stream on a connection of its own."""
         try:
             if self._mode == "crr":
                 yield from self._transact(order, None)
@@ -204,7 +204,7 @@ class Run:
             score.unpack(answer[DATAGRAM_FORMAT.size :])
 
     def _transact(self, order: Order, connection: socket.socket | None) -> Task[None]:
-        """Send requests: each when the last one is answered, or each at its time (client.c).
+        """Send requests, each when the last one is answered, or each at its time (client.c).
 
         Without a connection, each request has a new one.
         """
@@ -245,7 +245,7 @@ class Run:
     def _exchange(
         self, order: Order, connection: socket.socket | None, nth: int, first: bool, fully: bool
     ) -> Task[bool | None]:
-        """Whether the nth response is right; None if there is none."""
+        """Send the nth request. Returns whether the response is right, None if there is none."""
         if connection is None:
             with closing((yield from self._connect())) as once:
                 return (yield from self._exchange(order, once, nth, True, fully))
@@ -263,7 +263,10 @@ class Run:
 def _exchange_tcp(
     order: Order, connection: socket.socket, nth: int, first: bool, fully: bool
 ) -> Task[bool]:
-    """Send a request, the first of a connection after the order; whether the response is right."""
+    """Send a request, after the order if it is the connection's first.
+
+    Returns whether the response is right.
+    """
     offset = order.phase + nth * order.size
     start = order.pack() if first else b""
     yield from send_all(connection, start + pattern(offset, order.size))
@@ -274,7 +277,7 @@ def _exchange_tcp(
 def _exchange_udp(
     order: Order, connection: socket.socket, nth: int, fully: bool
 ) -> Task[bool | None]:
-    """Send a request; whether the response is right, None if there is none within a tick."""
+    """Send a request. Returns whether the response is right, None if there is none in a tick."""
     offset = order.phase + nth * order.size
     body = pattern(offset, order.size - DATAGRAM_FORMAT.size)
     yield from send_datagram(connection, None, REQUEST, order.phase, nth, body)
@@ -288,7 +291,7 @@ def _exchange_udp(
 def _ask(
     connection: socket.socket, kind: int, flow: int, sequence: int, body: bytes, answer: int
 ) -> Task[bytes]:
-    """Send a datagram until it is answered; the answer. Raises EAGAIN after 5 s without."""
+    """Repeat a datagram until it is answered; returns the answer. Raises EAGAIN after 5 s."""
     begin = now_ns()
     while now_ns() < begin + LIMIT_NS:
         yield from send_datagram(connection, None, kind, flow, sequence, body)
@@ -299,7 +302,7 @@ def _ask(
 
 
 def _receive_datagram(connection: socket.socket, flow: int) -> Task[bytes | None]:
-    """The next datagram of a flow; None after a tick without one."""
+    """Receive the next datagram of a flow. Returns None after a tick without one."""
     while True:
         try:
             data = connection.recv(RECEIVE_BYTES)
@@ -309,6 +312,6 @@ def _receive_datagram(connection: socket.socket, flow: int) -> Task[bytes | None
             except TimeoutError:
                 return None
         else:
-            kind, came, _ = head_of(data)
-            if kind and came == flow:
+            kind, its_flow, _ = head_of(data)
+            if kind and its_flow == flow:
                 return data

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The event loop: runs tasks, which are generators that yield what they wait for."""
+"""Event loop of tasks, which are generators that yield what they wait for."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ now_ns = time.monotonic_ns
 Wait = tuple["socket.socket", int, int | None]
 """A socket, the events of poll() to wait for, and a deadline in ns of `now_ns`, or None."""
 Task = Generator[Wait, None, T]
-"""A generator that waits and, in the end, returns a T."""
+"""A generator that yields waits, and finally returns a T."""
 
 
 class Loop:
-    """Runs tasks until each one ends. An `OSError` of a task ends that task alone.
+    """Runs tasks to their ends. An `OSError` of a task ends only that task.
 
     A task that waits past its deadline gets `TimeoutError` where it waits.
     """
@@ -31,23 +31,23 @@ class Loop:
     def __init__(self) -> None:
         self._poll = select.poll()
         self._waiting: dict[int, tuple[Task[Any], int | None]] = {}
-        """By file descriptor: the task that waits for it, and its deadline."""
+        """File descriptor → the task that waits for it, and its deadline."""
 
     def start(self, task: Task[Any]) -> None:
         """Run a task up to its first wait."""
         self._resume(task, late=False)
 
     def cancel(self, task: Task[Any]) -> None:
-        """Close a task, wherever it waits."""
+        """End a task that waits."""
         for fd, (waiting, _) in list(self._waiting.items()):
             if waiting is task:
                 self._forget(fd)
         task.close()
 
     def run(self, until: Callable[[], bool]) -> None:
-        """Resume tasks as their sockets get ready, until a condition holds.
+        """Resume tasks when their sockets are ready, until a condition holds.
 
-        A task may call it itself: then the other tasks run on inside.
+        A task may call it, too: then the other tasks run within that call.
         """
         while not until():
             ready = [fd for fd, _ in self._poll.poll(self._timeout_ms())]
@@ -55,14 +55,14 @@ class Loop:
             late = [fd for fd, (_, at) in self._waiting.items() if at is not None and at <= now]
             seen = dict(self._waiting)
             for fd in dict.fromkeys(ready + late):
-                # An earlier task of this round may have cancelled this one or resumed it.
+                # An earlier task of this round may have cancelled or resumed this one.
                 if fd in seen and self._waiting.get(fd) is seen[fd]:
                     task, _ = seen[fd]
                     self._forget(fd)
                     self._resume(task, late=fd not in ready)
 
     def _timeout_ms(self) -> int:
-        """How long poll() may wait, rounded up; -1: forever."""
+        """Time-out of poll(), rounded up; -1: none."""
         deadlines = [at for _, at in self._waiting.values() if at is not None]
         return max(0, -((now_ns() - min(deadlines)) // 1_000_000)) if deadlines else -1
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line and the control connections: takes orders, one JSON object a line (main.c)."""
+"""Command line and control connections: accepts orders, one JSON object per line (main.c)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOOPBACK = {"ipv4": "127.0.0.1", "ipv6": "::1"}
 
 
 class Session:
-    """One controller. Its servers and sockets end with its connection."""
+    """A control connection. Its servers and sockets end with it."""
 
     def __init__(self, loop: Loop, connection: socket.socket) -> None:
         self._loop, self._connection = loop, connection
@@ -106,7 +106,7 @@ class Session:
 
 
 def works(family: str) -> bool:
-    """Whether sockets of a family work here."""
+    """Whether sockets of a family work."""
     try:
         bound(FAMILIES[family], socket.SOCK_STREAM, (ANY[family], 0)).close()
     except OSError:
@@ -115,7 +115,7 @@ def works(family: str) -> bool:
 
 
 def control(loop: Loop, listening: socket.socket) -> Task[None]:
-    """Accept the connections of controllers."""
+    """Accept control connections."""
     with closing(listening):
         listening.listen(16)
         while True:
@@ -128,7 +128,7 @@ def control(loop: Loop, listening: socket.socket) -> Task[None]:
 
 
 def main() -> None:
-    """Take orders on a control port of each family that works."""
+    """Accept orders at the control port, in each family that works."""
     port = int(sys.argv[sys.argv.index("--control-port") + 1])
     loop = Loop()
     for family in filter(works, FAMILIES):

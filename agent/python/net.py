@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sockets, time limits, and the pattern of the payload (net.c)."""
+"""Sockets, time limits, pattern of the payload (net.c)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from contextlib import suppress
 from .loop import Task, now_ns
 
 SECOND_NS = 1_000_000_000
-LIMIT_NS = 5 * SECOND_NS  # without progress for so long, a run is over
-TICK_NS = SECOND_NS // 4  # how long a wait for one datagram lasts
+LIMIT_NS = 5 * SECOND_NS  # a run ends after so long without progress
+TICK_NS = SECOND_NS // 4  # time limit of a wait for one datagram
 MAX_MESSAGE = 1 << 20  # bytes of one write, request or response over TCP
 RECEIVE_BYTES = 1 << 16  # holds any datagram
 CHUNK = 128 << 10  # bytes of one read from a TCP stream
-IN_A_ROW = 64  # calls that a task makes before it waits once, so that others have their turn
+IN_A_ROW = 64  # calls after which a task waits once, so that others can run
 MAGIC = 0x74626137  # "tba7"
 
 FAMILIES = {"ipv4": socket.AF_INET, "ipv6": socket.AF_INET6}
@@ -27,12 +27,12 @@ Address = tuple[str, int]
 Bytes = bytes | bytearray | memoryview
 
 _PERIOD = 4093
-_SAMPLE_EVERY = 16  # outside the warm-up one buffer in so many is compared
+_SAMPLE_EVERY = 16  # outside of the warm-up, one buffer in so many is checked
 _SAMPLE_BYTES = 64
 
 
 def _make_pattern() -> bytes:
-    """The period, repeated so often that any piece of a stream is one piece of it."""
+    """Make the pattern: its period, repeated so that each piece of a stream is contiguous in it."""
     state, period = MAGIC, bytearray()
     for _ in range(_PERIOD):
         state = (state * 1664525 + 1013904223) & 0xFFFFFFFF
@@ -44,13 +44,13 @@ _PATTERN = _make_pattern()
 
 
 def pattern(offset: int, length: int) -> bytes:
-    """The bytes of a stream's payload from an offset on."""
+    """Payload of a stream at an offset."""
     start = offset % _PERIOD
     return _PATTERN[start : start + length]
 
 
 def intact(payload: Bytes, offset: int, fully: bool, nth: int) -> bool:
-    """Whether a buffer, the nth one, has the pattern; if not `fully`, a sample tells."""
+    """Whether the nth buffer has the pattern. Without `fully`, only a sample is checked."""
     if not fully and nth % _SAMPLE_EVERY:
         return True
     piece = bytes(payload if fully else payload[:_SAMPLE_BYTES])
@@ -63,20 +63,20 @@ def failure(code: int) -> OSError:
 
 
 def bound(family: socket.AddressFamily, kind: socket.SocketKind, address: Address) -> socket.socket:
-    """A new non-blocking socket that is bound to an address."""
-    made = socket.socket(family, kind)
+    """Make a non-blocking socket that is bound to an address."""
+    new = socket.socket(family, kind)
     try:
         if family == socket.AF_INET6:
-            with suppress(OSError):  # WASI has no other sockets
-                made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            with suppress(OSError):  # WASI's are always IPv6-only
+                new.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if kind == socket.SOCK_STREAM:
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
-        made.setblocking(False)
+            new.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        new.bind(address)
+        new.setblocking(False)
     except BaseException:
-        made.close()
+        new.close()
         raise
-    return made
+    return new
 
 
 def readable(waiting: socket.socket, limit_ns: int = LIMIT_NS) -> Task[None]:
@@ -90,7 +90,7 @@ def writable(waiting: socket.socket, limit_ns: int = LIMIT_NS) -> Task[None]:
 
 
 def receive_some(connection: socket.socket, into: memoryview) -> Task[int]:
-    """Receive at least one byte; returns how many, 0 at the end."""
+    """Receive at least one byte. Returns the number of bytes, 0 at the end."""
     while True:
         try:
             return connection.recv_into(into)
@@ -99,7 +99,7 @@ def receive_some(connection: socket.socket, into: memoryview) -> Task[int]:
 
 
 def receive_all(connection: socket.socket, length: int) -> Task[bytearray]:
-    """Receive exactly so many bytes. Raises ECONNRESET if the peer ends earlier."""
+    """Receive exactly `length` bytes. Raises ECONNRESET if the peer ends earlier."""
     data = bytearray(length)
     view, got = memoryview(data), 0
     while got < length:
@@ -111,7 +111,7 @@ def receive_all(connection: socket.socket, length: int) -> Task[bytearray]:
 
 
 def send_some(connection: socket.socket, data: Bytes) -> Task[int]:
-    """Send what the socket takes; returns how many bytes."""
+    """Send as much as the socket takes. Returns the number of bytes."""
     while True:
         try:
             return connection.send(data)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the orders of a controller have in common (order.c)."""
+"""Orders of a controller: their keys, and the exception for a refused one (order.c)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 Keys = dict[str, Any]
 """The JSON object of an order or of an answer.
 
-A missing key or a value of the wrong type raises `LookupError`, `TypeError` or `ValueError` where
-it is used; `main` makes the answer of it.
+If a key is missing or a value has the wrong type, `LookupError`, `TypeError` or `ValueError` is
+raised where it is used, and `main` makes it the answer.
 """
 
 
 class Refused(Exception):
-    """An order that is not carried out, and why."""
+    """An order is refused; the text is the reason."""

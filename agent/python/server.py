@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The serving end (server.c)."""
+"""The server end (server.c)."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ from .stream import (
 
 
 class Server:
-    """A port that is served until `stop`."""
+    """A server of one port, until `stop`."""
 
     def __init__(
         self, loop: Loop, transport: str, family: str, address: Address, delay_ns: int
     ) -> None:
         self._loop, self._delay_ns = loop, delay_ns
         self._tasks: dict[socket.socket, Task[None]] = {}
-        """By the socket that a task serves."""
+        """Socket → the task that serves it."""
         self._socket = bound(FAMILIES[family], KINDS[transport], address)
         self.port: int = self._socket.getsockname()[1]
         if transport == "tcp":
@@ -71,7 +71,7 @@ class Server:
         self._loop.start(task)
 
     def _delay(self) -> None:
-        """Keep the processor busy before a response, as long as the order says."""
+        """Wait before a response, busily, for as long as the order says."""
         until = now_ns() + self._delay_ns
         while now_ns() < until:
             pass
@@ -147,7 +147,7 @@ class Flow:
 
     def __init__(self, order: Order) -> None:
         self.score = Score(order)
-        self.told_ns = 0  # when the client last heard that its datagrams arrive
+        self.told_ns = 0  # last time that ALIVE was sent to the client
         self._finished = False
 
     def add(self, data: bytes, sequence: int) -> None:
@@ -156,7 +156,7 @@ class Flow:
             self.score.add_datagram(data, sequence)
 
     def finish(self, sent: int) -> None:
-        """End the stream; a repeated END changes nothing."""
+        """End the stream. A repeated END has no effect."""
         if not self._finished:
             self.score.finish(sent)
         self._finished = True

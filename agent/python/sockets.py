@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Single socket calls, ordered one by one (sockets.c). Errors have Linux' numbers, not WASI's."""
+"""Single socket calls, one per order (sockets.c). Errors have Linux's numbers, not WASI's."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ LINUX = {
     "EALREADY": 114,
     "EINPROGRESS": 115,
 }
-"""Errors by their numbers on Linux, which answers have."""
+"""Numbers of errors on Linux, which are those in answers."""
 
 MAX_SOCKETS = 4096
-SHOWN = 32  # bytes of what was received that the answer has; all of them are compared
+SHOWN = 32  # received bytes that the answer contains; all of them are compared
 
 _LINUX_OF = {getattr(errno, name): number for name, number in LINUX.items()}
 _LEVELS = {
@@ -83,10 +83,10 @@ _READINESS = {
 
 
 class Sockets:
-    """The sockets of one controller, and the calls on them that it orders.
+    """The sockets of one controller, and the calls on them.
 
-    A call writes into the answer as it goes on, so that an answer with an error has what came
-    before it too. A call that waits is a task.
+    A call fills the answer step by step, so that an answer with an error also has the results
+    before the error. A call that waits is a task.
     """
 
     def __init__(self) -> None:
@@ -118,7 +118,7 @@ class Sockets:
         return op in self._calls
 
     def carry_out(self, keys: Keys) -> Task[Keys]:
-        """Make the call; the answer, with `errno` 0 or what the call failed with."""
+        """Make the call. Returns the answer, whose `errno` is 0 or the call's error."""
         answer: Keys = {"errno": 0}
         try:
             task = self._calls[keys["op"]](keys, answer)
@@ -155,7 +155,7 @@ class Sockets:
         try:
             held.setsockopt(*_option_of(keys), value)
         except OSError as e:
-            only = (errno.ENOPROTOOPT, "IPV6_V6ONLY", 1)  # WASI has no other sockets
+            only = (errno.ENOPROTOOPT, "IPV6_V6ONLY", 1)  # WASI's are always IPv6-only
             if (e.errno, keys["option"], value) != only:
                 raise
 
@@ -176,7 +176,7 @@ class Sockets:
                 held.connect(_address_of(keys))
                 return
         if not keys.get("timeout_s", 1):
-            with suppress(TimeoutError):  # WASI begins to dial when it is first polled
+            with suppress(TimeoutError):  # WASI begins to connect at the first poll
                 yield held, select.POLLOUT, deadline
             raise failure(errno.EINPROGRESS)
         yield held, select.POLLOUT, deadline
@@ -227,7 +227,7 @@ class Sockets:
                 else:
                     data = held.recv(length, flag)
             except BlockingIOError as e:
-                if now_ns() > deadline:  # WASI says ready for good when refused
+                if now_ns() > deadline:  # after a refusal, WASI reports ready for ever
                     raise failure(errno.ETIMEDOUT) from e
                 yield held, _URGENT if keys.get("flag") == "oob" else select.POLLIN, deadline
                 continue
@@ -265,14 +265,14 @@ class Sockets:
             answer["failure"] = e.strerror
         else:
             answer["addresses"] = " ".join(str(name[0]) for *_, name in found)
-            answer["failure"] = "" if found else "no address"  # what WASI says
+            answer["failure"] = "" if found else "no address"  # WASI returns an empty list
 
 
 def _option_of(keys: Keys) -> tuple[int, int]:
     """Level and number of an option."""
     name = keys["option"]
     number = getattr(socket, name, None)
-    # WASI takes TCP_NODELAY, to no effect.
+    # WASI accepts TCP_NODELAY without effect.
     if number is None or (sys.platform, name) == ("wasi", "TCP_NODELAY"):
         raise failure(errno.ENOPROTOOPT)
     return _LEVELS[name.partition("_")[0]], number

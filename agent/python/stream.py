@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams, the same for either end: what goes over data connections, and scores (stream.c)."""
+"""Sends, receives and scores streams, for either end; format of data connections (stream.c)."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from .net import (
     writable,
 )
 
-LATE_NS = 4_000_000  # a paced sender makes up for no more than this
+LATE_NS = 4_000_000  # longest delay that a paced sender catches up with
 FOREVER_NS = 1 << 63
 
-# Modes of an order, and types of a datagram, by the numbers of agent.h.
+# Modes of an order and types of a datagram, with the numbers of agent.h.
 STREAM_UP, STREAM_DOWN, REQUEST_RESPONSE = 1, 2, 3
 OPEN, READY, DATA, END, REPORT, ALIVE, DONE, REQUEST, RESPONSE = range(1, 10)
 
@@ -43,22 +43,22 @@ DATAGRAM_FORMAT = struct.Struct(">IIQ")
 
 
 class Order(NamedTuple):
-    """`struct order` of agent.h: the first bytes of a TCP connection or the body of an OPEN."""
+    """`struct order` of agent.h: first bytes of a TCP connection, or body of an OPEN."""
 
     mode: int
     size: int
     """Bytes per write, datagram, request and response."""
     phase: int
-    """Where in the pattern the stream's payload begins."""
+    """Offset in the pattern at which the stream's payload begins."""
     warmup_ns: int
     total_bytes: int
-    """Of a stream: exactly so many; 0: until the client ends it."""
+    """Length of a stream; 0: until the client ends it."""
     rate_bps: int
-    """UDP streams: payload bits per second; 0: as fast as it goes."""
+    """UDP streams: payload bits per second; 0: as fast as possible."""
 
     @classmethod
     def unpack(cls, data: Bytes, least_size: int = 1) -> Order:
-        """Read an order. Raises EPROTO if it is none."""
+        """Parse an order. Raises EPROTO if it is none."""
         magic, *values = ORDER_FORMAT.unpack(data)
         order = cls(*values)
         if magic != MAGIC or not least_size <= order.size <= MAX_MESSAGE:
@@ -66,12 +66,16 @@ class Order(NamedTuple):
         return order
 
     def pack(self) -> bytes:
-        """Write the order."""
+        """Format the order."""
         return ORDER_FORMAT.pack(MAGIC, *self)
 
 
+_REPORTED = ("scored_bytes", "elapsed_ns", "datagrams", "lost", "reordered", "corrupt")
+"""Attributes of `Score` in the order of `struct report`."""
+
+
 class Score:
-    """What the receiver of a stream counted after the warm-up."""
+    """The receiver's score of a stream, after the warm-up."""
 
     def __init__(self, order: Order) -> None:
         self.order = order
@@ -80,11 +84,11 @@ class Score:
         self.lost = self.reordered = self.corrupt = 0
         self._measuring = not order.warmup_ns
         self._begin_ns = self._first_ns = self.last_ns
-        self._total = 0  # bytes (TCP) or datagrams (UDP), those of the warm-up too
-        self._next_sequence = self._first_sequence = 0  # highest + 1, and the first that is scored
+        self._total = 0  # bytes (TCP) or datagrams (UDP), with the warm-up
+        self._next_sequence = self._first_sequence = 0  # highest + 1; first scored one
 
     def add_bytes(self, payload: Bytes, nth: int) -> None:
-        """Count what the nth read from a TCP connection gave."""
+        """Count the data of the nth read from a TCP connection."""
         fully = bool(self.order.total_bytes) or not self._measuring
         self.corrupt += not intact(payload, self.order.phase + self._total, fully, nth)
         self._total += len(payload)
@@ -107,39 +111,29 @@ class Score:
             self._first_sequence = self._next_sequence
 
     def finish(self, sent: int | None = None) -> None:
-        """End the count; `sent`: how many datagrams the sender sent, warm-up included."""
+        """End the score. `sent`: number of datagrams that were sent, with the warm-up."""
         self.elapsed_ns = self.last_ns - self._first_ns
         if sent is not None:
             expected = max(sent, self._next_sequence) - self._first_sequence
             self.lost = max(0, expected - self.datagrams)
 
     def pack(self) -> bytes:
-        """Write `struct report` of agent.h."""
-        return REPORT_FORMAT.pack(
-            self.scored_bytes,
-            self.elapsed_ns,
-            self.datagrams,
-            self.lost,
-            self.reordered,
-            self.corrupt,
-        )
+        """Format `struct report` of agent.h."""
+        return REPORT_FORMAT.pack(*(getattr(self, name) for name in _REPORTED))
 
     def unpack(self, data: Bytes) -> None:
-        """Take over what the peer counted."""
-        (
-            self.scored_bytes,
-            self.elapsed_ns,
-            self.datagrams,
-            self.lost,
-            self.reordered,
-            self.corrupt,
-        ) = REPORT_FORMAT.unpack(data)
+        """Replace the score by the one of a peer's report."""
+        for name, value in zip(_REPORTED, REPORT_FORMAT.unpack(data), strict=True):
+            setattr(self, name, value)
 
     def _is_late(self, sequence: int) -> bool:
         return sequence < self._next_sequence
 
     def _in_time(self) -> bool:
-        """Whether what arrives now is scored: it came after the arrival that ended the warm-up."""
+        """Note the time of an arrival. Returns whether it is scored.
+
+        The arrival that ends the warm-up is not.
+        """
         self.last_ns = now_ns()
         if self._measuring:
             return True
@@ -149,7 +143,7 @@ class Score:
 
 
 def tcp_send(connection: socket.socket, order: Order, until_ns: int) -> Task[None]:
-    """Send a stream until its bytes are sent or, if it has no number of them, the time is up."""
+    """Send a stream until all its bytes are sent, or the time is up if it has no given length."""
     sent = turns = 0
     while sent < order.total_bytes if order.total_bytes else now_ns() < until_ns:
         length = min(order.size, order.total_bytes - sent) if order.total_bytes else order.size
@@ -162,7 +156,7 @@ def tcp_send(connection: socket.socket, order: Order, until_ns: int) -> Task[Non
 def tcp_receive(
     connection: socket.socket, order: Order, until_ns: int | None, score: Score
 ) -> Task[None]:
-    """Receive and score a stream until its end or until the time is up."""
+    """Receive and score a stream, until its end or until the time is up."""
     buffer, nth = memoryview(bytearray(CHUNK)), 0
     while until_ns is None or score.last_ns < until_ns:
         got = yield from receive_some(connection, buffer)
@@ -176,9 +170,9 @@ def tcp_receive(
 
 
 def udp_send(connection: socket.socket, order: Order, flow: int, until_ns: int) -> Task[int]:
-    """Send datagrams until all are sent or the time is up; returns how many.
+    """Send datagrams until all are sent or the time is up. Returns their number.
 
-    Raises EAGAIN if the receiver is silent for too long.
+    Raises EAGAIN if nothing was heard from the receiver for too long.
     """
     sent, begin = 0, now_ns()
     heard = listened = begin
@@ -205,7 +199,7 @@ def udp_send(connection: socket.socket, order: Order, flow: int, until_ns: int) 
 
 
 def _drain(connection: socket.socket) -> bool:
-    """Discard what has arrived; whether anything had."""
+    """Discard received datagrams. Returns whether there were any."""
     any_arrived = False
     while True:
         try:
@@ -222,7 +216,7 @@ def send_datagram(
     sequence: int,
     body: Bytes = b"",
 ) -> Task[None]:
-    """Send a datagram with its head, to an address or on a connected socket."""
+    """Send a datagram with its header, to an address or on a connected socket."""
     data = DATAGRAM_FORMAT.pack(MAGIC ^ kind, flow, sequence) + body
     while True:
         try:
@@ -234,7 +228,7 @@ def send_datagram(
 
 
 def head_of(data: bytes) -> tuple[int, int, int]:
-    """Type, flow and sequence of a datagram; type 0: not one of the agent's."""
+    """Type, flow and sequence of a datagram. Type 0: it is not one of the agent's."""
     if len(data) < DATAGRAM_FORMAT.size:
         return 0, 0, 0
     kind, flow, sequence = DATAGRAM_FORMAT.unpack_from(data)

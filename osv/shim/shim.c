@@ -1,27 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * In a guest of a pod, 127.0.0.1 and ::1 are the pod's: between an unmodified program and OSv's libc,
- * whose lo never leaves the guest.
+ * Shim for programs in OSv guests of a pod: 127.0.0.1 and ::1 mean the pod's localhost. It is a
+ * library between an unmodified program and OSv's libc, whose `lo` never leaves the guest.
  *
- * What the program dials or binds is changed on the way in, and names on the way out:
+ * Addresses that the program passes to calls are changed, and so are those that calls return:
  *
  *   dialed    127.0.0.0/8, ::1, 0.0.0.0, ::   the alias of that family
  *   bound     127.0.0.0/8, ::1, the alias     the guest's own address on its link, where the pod's
  *                                             traffic arrives; others' connections are reset
- *   names     whoever is in the pod             127.0.0.1 or ::1
+ *   returned  any address within the pod      127.0.0.1 or ::1
  *
- * A server answers a datagram to the address that it was given, so that one is kept apart from
- * others: 169.254.77.2 is shown as 127.254.77.2 and means the same when it comes back; IPv6, with no
- * loopback address but one, shows fd77::2.
+ * A server answers a datagram to the address that it was given, so datagrams' addresses stay
+ * distinct: 169.254.77.2 is returned as 127.254.77.2, and translated back when it is dialed. IPv6
+ * has only one loopback address, so fd77::2 is returned.
  *
- * Not covered: ports that the pod's manifest gives to nobody are not the guest's own (a program that
- * dials a port of its own choosing is refused); 127.0.0.1:P and 127.0.0.2:P are one; 127.0.0.1:P and
- * *:P may coexist with SO_REUSEADDR, which BSD's stack allows; datagrams from outside the pod reach
- * a socket bound to localhost; gethostbyname and IP_PKTINFO show what the kernel has; an accept that
- * blocks goes on waiting after it has reset somebody from outside, though poll said it would not.
+ * Not covered:
+ * - Ports that the pod's manifest gives to nobody are not the guest's own. A program that dials a
+ *   port of its own choosing is refused.
+ * - 127.0.0.1:P and 127.0.0.2:P are the same.
+ * - 127.0.0.1:P and *:P can coexist with SO_REUSEADDR, which BSD's stack allows.
+ * - Datagrams from outside the pod reach a socket that is bound to localhost.
+ * - gethostbyname and IP_PKTINFO return the kernel's addresses.
+ * - After a connection from outside was reset, a blocking accept goes on waiting, even if poll
+ *   reported the listener as readable.
  *
- * Addresses are worked on as IPv6 (IPv4-mapped), so that there is one code for both families. The
- * constants are arrays with IPv4's row first, from testbed/model/addresses.py by the compiler's command line.
+ * Addresses are handled as IPv6 (IPv4-mapped), so that there is one code for both families. The
+ * constants are arrays, IPv4 first, which the compiler's command line defines from
+ * testbed/model/addresses.py.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -38,10 +43,10 @@
 static const struct in6_addr loopback[] = LOOPBACK, alias[] = ALIAS,
 			     native_source[] = NATIVE_SOURCE,
 			     native_source_odd[] = NATIVE_SOURCE_ODD, pod_link[] = POD_LINK;
-/* Of these the last byte is the guest's number. */
+/* The last byte of these is the guest's number. */
 static const struct in6_addr guest_link[] = GUEST_LINK, guest_view[] = GUEST_VIEW;
 
-/* The kernel's own function: it comes last in OSv's search order, after this library. */
+/* The kernel's own function, which comes after this library in OSv's search order. */
 #define KERNEL(name)                                                                               \
 	({                                                                                         \
 		static __typeof__(&name) function;                                                 \
@@ -52,7 +57,7 @@ static const struct in6_addr guest_link[] = GUEST_LINK, guest_view[] = GUEST_VIE
 
 /* --- addresses -------------------------------------------------------------------------------- */
 
-/* Row of the tables. */
+/* Whether it is IPv6: also the index in the arrays of constants. */
 static bool v6(const struct in6_addr *a)
 {
 	return !IN6_IS_ADDR_V4MAPPED(a);
@@ -78,7 +83,9 @@ static bool is_unspecified(const struct in6_addr *a)
 	return v6(a) ? IN6_IS_ADDR_UNSPECIFIED(a) : !a->s6_addr32[3];
 }
 
-/* What the guest's kernel sees of its peers at localhost; of those, nobody outside the pod has any. */
+/* Whether an address is that of a peer at localhost, as the guest's kernel sees it. Nobody outside
+ * of the pod has such an address.
+ */
 static bool is_localhost(const struct in6_addr *a)
 {
 	return equal(a, &alias[v6(a)]) || equal(a, &native_source[v6(a)]) ||
@@ -86,7 +93,7 @@ static bool is_localhost(const struct in6_addr *a)
 	       is_one_of(a, guest_view);
 }
 
-/* False for what is no whole IP address. */
+/* Reads an address of either family. False if it is another kind of address, or cut off. */
 static bool load(const void *name, socklen_t length, struct in6_addr *a)
 {
 	const struct sockaddr *any = name;
@@ -113,13 +120,14 @@ static void store(struct sockaddr_storage *name, const struct in6_addr *a)
 		((struct sockaddr_in6 *)name)->sin6_addr = *a;
 }
 
-/* An address into the buffer that the program gave: cut off, with its true length (accept(2)). */
+/* Copies an address to the program's buffer: truncated, with its true length (accept(2)). */
 static void give(const struct sockaddr_storage *name, socklen_t length, void *to, socklen_t *size)
 {
 	memcpy(to, name, length < *size ? length : *size);
 	*size = length;
 }
 
+/* Translates an address that a call returns. */
 static void show(struct sockaddr_storage *name, socklen_t length, bool stream)
 {
 	struct in6_addr a;
@@ -136,9 +144,9 @@ static void show(struct sockaddr_storage *name, socklen_t length, bool stream)
 /* --- this guest ------------------------------------------------------------------------------- */
 
 /*
- * The guest's own address on its link: what the kernel would dial the alias from. OSv's IPv6 has it a
- * second after boot, when nobody turned out to have it already; until then connections would be from
- * fe80:: and the pod takes no such.
+ * Finds the guest's own address on its link: the source address for the alias. OSv's IPv6 has it a
+ * second after boot, after duplicate address detection. Until then connections would have a source
+ * in fe80::/10, which the pod does not accept.
  */
 static bool find_link(bool of_v6, struct in6_addr *link)
 {
@@ -148,7 +156,7 @@ static bool find_link(bool of_v6, struct in6_addr *link)
 	socklen_t size = of_v6 ? sizeof(struct sockaddr_in6) : sizeof(struct sockaddr_in);
 
 	store(&name, &alias[of_v6]);
-	((struct sockaddr_in *)&name)->sin_port = htons(9); /* any: nothing is sent */
+	((struct sockaddr_in *)&name)->sin_port = htons(9); /* any port: nothing is sent */
 	for (int wait_ms = of_v6 ? 3000 : 0; !known[of_v6] && !given_up[of_v6]; wait_ms -= 10) {
 		struct sockaddr_storage own;
 		socklen_t length = sizeof(own);
@@ -172,7 +180,7 @@ static bool find_link(bool of_v6, struct in6_addr *link)
 	return known[of_v6];
 }
 
-/* Where a program's datagram or connection is to go. Returns the name to use. */
+/* Translates the destination of a datagram or connection. Returns the address to use. */
 static const void *dial(const void *name, socklen_t length, struct sockaddr_storage *changed)
 {
 	struct in6_addr a, shown, link;
@@ -201,7 +209,7 @@ static bool is_stream(int fd)
 	return !getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &size) && type == SOCK_STREAM;
 }
 
-/* The socket was bound to localhost, so only localhost may connect to it. */
+/* Whether the socket was bound to localhost: then only localhost may connect to it. */
 static bool is_private(int fd)
 {
 	struct sockaddr_storage own;
@@ -212,7 +220,7 @@ static bool is_private(int fd)
 	       load(&own, length, &a) && is_one_of(&a, guest_link);
 }
 
-/* --- what programs call ----------------------------------------------------------------------- */
+/* --- socket functions ------------------------------------------------------------------------- */
 
 int connect(int fd, const struct sockaddr *name, socklen_t length)
 {
@@ -276,7 +284,7 @@ int getpeername(int fd, struct sockaddr *name, socklen_t *size)
 	return 0;
 }
 
-/* Localhost, if the peer is; without a peer, if it was bound to localhost. */
+/* It is localhost if the peer is; without a peer, if the socket was bound to localhost. */
 int getsockname(int fd, struct sockaddr *name, socklen_t *size)
 {
 	struct sockaddr_storage own, peer;
@@ -355,7 +363,7 @@ ssize_t recvmsg(int fd, struct msghdr *message, int flags)
 	return got;
 }
 
-/* The next three OSv has not; programs built with _FORTIFY_SOURCE need the first. */
+/* OSv lacks the next three. Programs that are built with _FORTIFY_SOURCE need the first. */
 
 ssize_t __recvfrom_chk(int fd, void *data, size_t bytes, size_t room, int flags,
 		       struct sockaddr *name, socklen_t *size)
@@ -377,7 +385,7 @@ int sendmmsg(int fd, struct mmsghdr *messages, unsigned count, int flags)
 	return count;
 }
 
-/* Without a limit of time: nobody who relies on it was met. */
+/* The time-out is ignored: no program is known that needs it. */
 int recvmmsg(int fd, struct mmsghdr *messages, unsigned count, int flags, struct timespec *timeout)
 {
 	int each = flags & ~MSG_WAITFORONE;
@@ -397,7 +405,7 @@ int recvmmsg(int fd, struct mmsghdr *messages, unsigned count, int flags, struct
 
 /* --- the name localhost ----------------------------------------------------------------------- */
 
-/* What marks our lists, whose entries the kernel allocated one by one. */
+/* Marks our lists by its address: the kernel allocated their entries one by one. */
 static char localhost[] = "localhost";
 
 static bool speaks(int family)
@@ -410,8 +418,9 @@ static bool speaks(int family)
 }
 
 /*
- * OSv's own answers with the first line of /etc/hosts that holds the name, whatever the family. Here
- * every family that is asked for and spoken, ::1 first as by RFC 6724 (and glibc).
+ * OSv's own returns the address of the first line of /etc/hosts that has the name, whatever its
+ * family. This one returns localhost in all families that are asked for and supported, ::1 first as
+ * by RFC 6724 (and glibc).
  */
 int getaddrinfo(const char *node, const char *service, const struct addrinfo *hints,
 		struct addrinfo **answer)
@@ -431,7 +440,7 @@ int getaddrinfo(const char *node, const char *service, const struct addrinfo *hi
 		if ((asked != AF_UNSPEC && asked != families[i]) || !speaks(families[i]))
 			continue;
 		ask.ai_family = families[i];
-		/* No node is loopback, of the family that is asked for. */
+		/* Without a node, the kernel returns loopback of the family. */
 		error = KERNEL(getaddrinfo)(NULL, service ? service : "0", &ask, end);
 		if (error)
 			break;

@@ -60,7 +60,7 @@ class Steer(Datapath):
 class _Attachment(EbpfAttachment):
     def __init__(self, wiring: Wiring, owner: Scope) -> None:
         self._calls = False
-        """Whether there is a map of programs that ports run by themselves."""
+        """Whether the program array of `make_calls` exists."""
         super().__init__("steer", REASONS, wiring, owner, local=ALIASES)
 
     def _attach_lo(self) -> None:

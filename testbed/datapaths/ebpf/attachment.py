@@ -42,7 +42,7 @@ class EbpfAttachment:
         self._wiring = wiring
         self._scope = owner.part()
         self._links: dict[tuple[str, int], Scope] = {}
-        """(namespace, ifindex) → what is attached there."""
+        """(namespace, ifindex) → the scope of what is attached there."""
         self._held: list[socket.socket] = []
         self._places: dict[tuple[str, int, int], tuple[str, int]] = {}
         """(namespace, ifindex, hook) → name and class of the attached program."""
@@ -70,8 +70,8 @@ class EbpfAttachment:
 
     def rewire(self, wiring: Wiring) -> None:
         self._wiring = wiring
-        there = {netns: set(netlink.links(netns).values()) for netns, _ in self._links}
-        for link in [link for link in self._links if link[1] not in there[link[0]]]:
+        existing = {netns: set(netlink.links(netns).values()) for netns, _ in self._links}
+        for link in [link for link in self._links if link[1] not in existing[link[0]]]:
             self._links.pop(link).undo()
             self._places = {at: what for at, what in self._places.items() if at[:2] != link}
         for port in wiring.ports:

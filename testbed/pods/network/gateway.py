@@ -3,7 +3,7 @@
 The rules are in the pod's namespace, for an uplink that exists already. Packets of guests to the
 outside get the pod's address as source. Packets to a port that a guest owns, from outside or from
 the pod itself, go to that guest, with their source unchanged. From outside, only packets to the
-pod's own address are accepted, and none with a source address of the pod's inside.
+pod's own address are accepted. Those with an address of the pod's inside are dropped (`guard`).
 
 Traffic of `localhost` is not translated here. That of eBPF datapaths is even excluded from
 connection tracking, whose table a busy pod would fill.
@@ -32,10 +32,10 @@ _NEIGHBORS = {Family.IPV4: "", Family.IPV6: ", fe80::/10, ff00::/8"}
 
 
 def guard(owner: Scope, netns: str, links: Collection[str]) -> None:
-    """Drop what comes from outside and has an address of the pod's inside, before anything else.
+    """Drop packets from outside that have an address of the pod's inside, ahead of other rules.
 
-    `links` are guests' and the pod's own; all other interfaces of the namespace are outside, also
-    those that come later. Raises `Error` if there are no such rules here.
+    `links`: names of guests' links and the pod's own. All other interfaces of the namespace are
+    outside, also those that are added later. Raises `Error` if the kernel lacks such rules.
     """
     if why := nft.unsupported():
         raise Error(f"guests of {netns} would be reached from outside: {why}")
@@ -47,7 +47,7 @@ def guard(owner: Scope, netns: str, links: Collection[str]) -> None:
         for end in ("saddr", "daddr")
     )
     text = (
-        f"table inet {GUARD}",  # so that there is one to delete
+        f"table inet {GUARD}",  # else the deletion fails
         f"delete table inet {GUARD}",
         f"table inet {GUARD} {{",
         "chain from_outside {",
@@ -61,7 +61,7 @@ def guard(owner: Scope, netns: str, links: Collection[str]) -> None:
 
 
 def unguard(netns: str) -> None:
-    """Take the rules of `guard` back. A namespace that is gone is no error."""
+    """Remove the rules of `guard`. A missing namespace is no error."""
     if (namespaces.NETNS / netns).exists():
         nft.load(netns, f"table inet {GUARD}\ndelete table inet {GUARD}")
 
