@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from testbed import bpf
 from testbed.bpf import ProgramSet
@@ -20,6 +21,8 @@ NATIVE_FLOW_GUESTS = 64
 """The map `native_flow_counts` counts flows with natives of guests below this number."""
 IPV4_ONLY = 0x100
 """Flag in a value of the map `owners`: the guest has no IPv6."""
+LEARNED = (("fragments", "=8IIBBBB", "=HH", 9), ("nonstandard_flows", "=BBBBHH", "=8I", 0))
+"""Maps that programs fill: name, layouts of key and value, and where in the key the slot is."""
 PROTOCOLS = {Transport.TCP: socket.IPPROTO_TCP, Transport.UDP: socket.IPPROTO_UDP}
 
 
@@ -35,14 +38,16 @@ class Rows:
         """Write the owners of ports and the families of guests, and add entries for flow counts."""
         slot = self.programs.slot
         keys = [[slot << 24 | PROTOCOLS[transport] << 16 | port] for transport, port in owners]
-        owner.defer(
-            clear,
-            pins=str(self.programs.pins),
-            slot=slot,
-            owners=keys,
-            guests=list(guests),
-            reasons=len(self.reasons),
-        )
+        rows: dict[str, Any] = {
+            "pins": str(self.programs.pins),
+            "slot": slot,
+            "owners": keys,
+            "guests": list(guests),
+            "reasons": len(self.reasons),
+        }
+        owner.defer(clear, **rows)
+        if not owner.continues:
+            clear(**rows)
         for key, n in zip(keys, owners.values(), strict=True):
             flags = 0 if Family.IPV6 in guests[n] else IPV4_ONLY
             _owners(self.programs)[tuple(key)] = (n | flags,)
@@ -109,6 +114,12 @@ def clear(pins: str, slot: int, owners: list[list[int]], guests: list[int], reas
             with suppress(KeyError):
                 del _flow_counts(programs)[flow]
         _take_connections(programs, guests)
+        for name, key, value, at in LEARNED:
+            learned = programs.map(name, key, value)
+            for row in learned:
+                if row[at] == slot:
+                    with suppress(KeyError):
+                        del learned[row]
     finally:
         programs.close()
 
