@@ -144,6 +144,8 @@ static __always_inline int parse_icmp_error(struct __sk_buff *skb, struct packet
 
 		if (read(skb, inner, &ip, sizeof(ip)) || ip.ihl < 5)
 			return FAULT_TRUNCATED;
+		if (ip.frag_off & bpf_htons(IP_FRAGMENT_OFFSET))
+			return FAULT_UNHANDLED; /* about a later fragment, which has no ports */
 		p->protocol = ip.protocol;
 		inner += ip.ihl * 4;
 	}

@@ -324,7 +324,8 @@ static __always_inline int enter_lo(struct __sk_buff *skb, u8 slot, struct packe
 		flow.guest_port = p->source_port;
 		addresses = nonstandard_flows.lookup(&flow);
 		if (!addresses)
-			return drop(skb, slot, REASON_FRAGMENT_ORPHAN);
+			return drop(skb, slot,
+				    REASON_SPOOFED); /* an answer that nobody asked for */
 		reverse(p, addresses->words, to);
 		if (rewrite_words(skb, p, to, TO_LO))
 			return drop(skb, slot, REASON_TRUNCATED);

@@ -140,8 +140,11 @@ static __always_inline int setsockopt(struct bpf_sockopt *ctx)
 {
 	struct socket_state new = {}, *socket;
 
-	/* The kernel takes the value as given. The copy in ctx is of a page at most. */
-	ctx->optlen = 0;
+	/* The copy in ctx is of a page at most. With a longer value the kernel wants to be told to
+	 * take it as given. Otherwise what another program made of the copy holds.
+	 */
+	if ((long)ctx->optval_end - (long)ctx->optval < ctx->optlen)
+		ctx->optlen = 0;
 	if (!ctx->sk)
 		return SYS_PROCEED;
 	switch (ctx->level << 16 | ctx->optname) {
@@ -192,11 +195,12 @@ static __always_inline int sendmsg4(struct bpf_sock_addr *ctx)
 	__be32 a[4] = V4_MAPPED(ctx->user_ip4);
 	struct bpf_sock *sk = ctx->sk;
 	struct address to = classify4(a[3]);
+	u8 slot = slot_of(ctx);
 
-	if (!sk)
+	if (!sk || !slot)
 		return SYS_PROCEED;
 	if (to.kind == NATIVE_VIEW) {
-		if (!needs_lo(sk) && guest_ifindex(slot_of(ctx), to.n)) {
+		if (!needs_lo(sk) && guest_ifindex(slot, to.n)) {
 			ctx->user_ip4 = render4(address_of(LINK, to.n));
 			ctx->msg_src_ip4 = render4(address_of(ALIAS, 0));
 		}
@@ -211,11 +215,12 @@ static __always_inline int sendmsg6(struct bpf_sock_addr *ctx)
 	__be32 a[4] = IP6_WORDS(ctx->user_ip6), source[4] = IP6_WORDS(ctx->msg_src_ip6);
 	struct bpf_sock *sk = ctx->sk;
 	struct address to = classify6(a);
+	u8 slot = slot_of(ctx);
 
-	if (!sk)
+	if (!sk || !slot)
 		return SYS_PROCEED;
 	if (to.kind == NATIVE_VIEW) {
-		if (!needs_lo(sk) && guest_ifindex(slot_of(ctx), to.n)) {
+		if (!needs_lo(sk) && guest_ifindex(slot, to.n)) {
 			render6(address_of(LINK, to.n), a);
 			render6(address_of(ALIAS, 0), source);
 			set_user_ip6(ctx, a);

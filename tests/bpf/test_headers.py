@@ -64,3 +64,12 @@ def test_a_guest_tells_loopback_no_path_mtu(programs: Programs, family: Family) 
     assert programs.passes("port_ingress", from_guest(ip(a.link, a.pod_link) / told / Raw(inner)))
     refused = unreachable(a.native_source, a.link, about)
     programs.redirects("port_ingress", from_guest(ip(a.link, a.native_source) / refused))
+
+
+def test_an_error_about_a_later_fragment_has_no_ports(programs: Programs) -> None:
+    """What stands where ports would be is the guest's to choose."""
+    a = Plan(Family.IPV4)
+    posing = bytes(udp(EPHEMERAL, OWN_PORT))
+    inner = bytes(ip(a.native_source, a.link, proto=17, frag=10) / Raw(posing))
+    sent = from_guest(ip(a.link, a.native_source) / ICMP(type=3, code=3) / Raw(inner))
+    assert programs.drops("port_ingress", sent, "unhandled")
