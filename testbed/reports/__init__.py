@@ -1,1 +1,1 @@
-"""What people read of a stored campaign: tables, figures, pages, claims, the paper."""
+"""Reports on a stored campaign: tables, figures, HTML, claims, comparison, the paper."""

@@ -1,10 +1,10 @@
-"""Campaigns that are kept for reference: small enough for git, and whole.
+"""Archive of campaigns: copies a campaign as a reference, compressed enough for git.
 
-A reference is a campaign's directory like any other (`testbed.results.store`), so that figures,
-table, report and comparison come from it. It holds what was measured, compressed
-(campaign.json, trials.jsonl.gz, hosts/, conformance.json), and what is derived of that for people
-who have not this software: tidy tables, figures as PDF, report.html. Consoles stay behind. All that
-is derived says the digest of what was measured, and `stale` tells where it is not the present one.
+A reference is a campaign's directory like any other (`testbed.results.store`), so figures, table,
+report and comparison can be made from it. It contains the measured data (campaign.json,
+trials.jsonl.gz, hosts/, conformance.json), and derived files for people without this software: tidy
+tables, figures as PDF, report.html. Consoles are left out. Each derived file names the digest of
+the data that it was made from; `stale` finds files with another digest.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from testbed.results.store import Store
 
 
 def keep(campaign: Store, folder: Path) -> Store:
-    """Make a reference of a campaign. Raises `Error` if `folder` is there already."""
+    """Archive a campaign as a reference in `folder`. Raises `Error` if `folder` exists."""
     try:
         folder.mkdir(parents=True)
     except FileExistsError as e:
@@ -34,18 +34,18 @@ def keep(campaign: Store, folder: Path) -> Store:
     if (campaign.path / "hosts").exists():
         shutil.copytree(campaign.path / "hosts", folder / "hosts")
     with (folder / "trials.jsonl.gz").open("wb") as file:
-        file.write(gzip.compress(campaign.raw(), mtime=0))  # no time: the same bytes each time
+        file.write(gzip.compress(campaign.raw(), mtime=0))  # without a time: reproducible bytes
     made = store.open(folder)
     made.derive()
     results = Results(made)
     html.write(results, folder / "report.html")
-    for picture in (folder / "figures").glob("*.png"):  # the report holds them
+    for picture in (folder / "figures").glob("*.png"):  # the report contains them
         picture.unlink()
     draw.draw(results, kinds=("pdf",))
     return made
 
 
 def stale(campaign: Store, files: Iterable[Path]) -> list[Path]:
-    """Which of these files do not say the digest of the campaign's data as it is now."""
+    """Those of the files that do not name the present digest of the campaign's data."""
     digest = campaign.digest().encode()
     return [file for file in files if digest not in file.read_bytes()]

@@ -1,11 +1,11 @@
-"""What a plan claims of its results, and whether they bear it out: ratios with 95 % bounds.
+"""Judges the claims of a plan by its results: ratios of cells with bounds.
 
-A claim is a `[[claims]]` table of the plan: which cells, divided by which, and how large the ratio
-is at least or at most. "At least 0.97" holds if the interval of the ratio over blocks lies above
-0.97 as a whole, and does not hold if it lies below; else nobody can tell yet. Without a bound, the
-ratio is stated. Ratio and interval are by ranks (`analysis.pseudomedian`): it takes hundreds of
-short trials to bear a claim out, and some meet another tenant of the hardware. Read from stored
-data alone.
+A claim is a `[[claims]]` table of the plan: which cells, divided by which, and a lower or upper
+bound of the ratio. "At least 0.97" holds if the whole 95 % interval of the ratio over blocks is
+above 0.97. It does not hold if the whole interval is below. Otherwise the verdict is unclear. A
+claim without a bound only states the ratio. Ratio and interval are by ranks
+(`statistics.pseudomedian`), because a claim needs hundreds of short trials, and other tenants of
+the hardware disturb some of them. Only stored data are read.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from testbed.results.statistics import Estimate, pseudomedian
 
 
 class Verdict(StrEnum):
-    """What may be said of a claim, for one cell."""
+    """Verdict on a claim, for one cell."""
 
     HOLDS = "holds"
     FAILS = "does not hold"
     UNCLEAR = "can't tell"
     STATED = "stated"
-    """It has no bound."""
+    """The claim has no bound."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A claim and what was measured of one of its cells."""
+    """A claim, one of its cells, the divisor, the measured ratio and the verdict."""
 
     claim: Claim
     cell: Cell
@@ -52,7 +52,7 @@ class Found:
 
 
 def judge(results: Results) -> list[Found]:
-    """Every claim of the campaign's plan, for every cell that it is about."""
+    """Judge every claim of the campaign's plan, for every cell that it is about."""
     campaign, tables = results.campaign, results.tables
 
     def values(cell: Cell, quantity: str) -> dict[int, float]:
@@ -75,7 +75,7 @@ def judge(results: Results) -> list[Found]:
 
 
 def divisor(cell: Cell, claim: Claim, references: Mapping[str, str]) -> Cell:
-    """The cell that a claim divides another by: its reference, or what the claim says."""
+    """The cell that a claim divides `cell` by: as the claim says, or its reference."""
     changes: dict[str, Any] = dict(claim.to)
     if not changes:
         own = cell.datapath
@@ -95,14 +95,14 @@ def _verdict(claim: Claim, ratio: Estimate) -> Verdict:
 
 
 def exit_status(found: Sequence[Found]) -> int:
-    """0: all hold; 1: one does not; 3: no claims, or one of which nobody can tell."""
+    """Exit status: 0 all claims hold, 1 some do not hold, 3 no claims or some are unclear."""
     if any(row.verdict is Verdict.FAILS for row in found):
         return 1
     return 3 if not found or any(row.verdict is Verdict.UNCLEAR for row in found) else 0
 
 
 def data(found: Sequence[Found]) -> list[dict[str, Any]]:
-    """The same as plain data for JSON."""
+    """The verdicts as plain data for JSON."""
     return [
         {
             "cell": row.cell.id,
@@ -116,7 +116,7 @@ def data(found: Sequence[Found]) -> list[dict[str, Any]]:
 
 
 def table(found: Sequence[Found], guest: str) -> Group:
-    """For a terminal: a line for each claim and cell, under the claim's words."""
+    """The verdicts as a table for a terminal: a line for each cell below the text of its claim."""
     shown = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for name in ("claim", "bound", "ratio", "blocks", "verdict"):
         shown.add_column(name, overflow="fold")
@@ -147,13 +147,13 @@ _COLORS = {
 
 
 def bound(claim: Claim) -> str:
-    """`≥ 0.97`, or empty."""
+    """The bounds of a claim, such as `≥ 0.97`; or empty."""
     bounds = [f"≥ {claim.at_least:g}"] if claim.at_least is not None else []
     return " and ".join(bounds + ([f"≤ {claim.at_most:g}"] if claim.at_most is not None else []))
 
 
 def what(row: Found, guest: str) -> str:
-    """The cell and the divisor in words, the latter by what differs."""
+    """The cell and its divisor in words. The divisor is described by what differs."""
     cell, to = row.cell, row.to
     words = f"{cell.datapath}, {cell.label(guest)}, {names(cell.family, cell.transport)}"
     if to.datapath != cell.datapath:

@@ -1,11 +1,11 @@
-"""Two campaigns held against each other, cell by cell: what became faster, slower, or stayed.
+"""Compares two campaigns cell by cell: which cells became faster or slower, or are equivalent.
 
-The earlier is the divisor. Campaigns share no blocks, so their block values are independent
-samples; with many cells some would look changed by chance alone, so the verdicts control the
-false-discovery rate (`testbed.results.analysis`). Nothing is called faster or slower whose interval
-includes 1, and a change that is surely within the band is called equivalent, however sure it is.
-Read from stored data alone; whether a machine is fit for comparing is not judged here, but where
-circumstances differ, that is said.
+The earlier campaign is the divisor. Two campaigns share no blocks, so their block values are
+independent samples. With many cells some would seem changed by chance, so the verdicts control the
+false-discovery rate (`testbed.results.statistics`). A cell is never called faster or slower if its
+interval includes 1. A change that is certainly within the band is called equivalent, even if it is
+significant. Only stored data are read. This module does not judge whether a machine is fit for a
+comparison, but reports circumstances that differ.
 """
 
 from __future__ import annotations
@@ -29,12 +29,10 @@ from testbed.reports.words import (
     interval,
     names,
     plain,
+    shown_columns,
     size_of,
     superscript,
     unit_of,
-)
-from testbed.reports.words import (
-    columns as all_columns,
 )
 from testbed.results.analysis import block_values, quantities
 from testbed.results.order import grouped
@@ -43,11 +41,11 @@ from testbed.results.statistics import Difference, Estimate, difference, discove
 from testbed.results.statistics import estimate as estimate_of
 
 BAND = 0.05
-"""Changes of less than this, either way, are of no interest unless the user says otherwise."""
+"""Default band of equivalence: smaller relative changes are of no interest."""
 
 
 class Change(StrEnum):
-    """What may be said of a cell; of the later campaign against the earlier."""
+    """Verdict on a cell: the later campaign compared with the earlier."""
 
     FASTER = "faster"
     SLOWER = "slower"
@@ -64,16 +62,16 @@ class Comparison:
     before: Estimate
     after: Estimate
     ratio: Estimate
-    """Later by earlier; its interval is of this cell alone."""
+    """Ratio, later by earlier. Its interval is that of this cell alone."""
     verdict: Change
     reason: str | None
-    """Why there is nothing to compare."""
+    """Why the two cannot be compared."""
     lost: bool
-    """The later campaign should have a value, as the earlier has, and has none."""
+    """Whether the earlier campaign has a value, and the later one planned the cell but has none."""
 
 
 def compare(before: Results, after: Results, band: float = BAND) -> list[Comparison]:
-    """Every cell that either campaign has, in reading order."""
+    """Compare every cell that either campaign has, in reading order."""
     values_before, values_after = _values(before), _values(after)
     keys = sorted(values_before | values_after, key=lambda key: after.reading_order(*key))
     found: list[tuple[tuple[Cell, str], Difference, str | None]] = []
@@ -101,7 +99,7 @@ def compare(before: Results, after: Results, band: float = BAND) -> list[Compari
 
 
 def exit_status(rows: Sequence[Comparison]) -> int:
-    """0: none slower; 1: some slower; 3: nothing to compare, or cells that were there are lost."""
+    """Exit status: 0 none slower, 1 some slower, 3 nothing to compare or values are lost."""
     if any(row.verdict is Change.SLOWER for row in rows):
         return 1
     nothing = all(row.reason for row in rows)
@@ -109,7 +107,7 @@ def exit_status(rows: Sequence[Comparison]) -> int:
 
 
 def circumstances(before: Results, after: Results) -> dict[str, tuple[Any, Any]]:
-    """What may explain a change besides the revision: what differs, earlier and later."""
+    """Circumstances that differ and may explain a change: name → (earlier, later)."""
     names = (
         "guest",
         "guest_kernel",
@@ -131,7 +129,7 @@ def circumstances(before: Results, after: Results) -> dict[str, tuple[Any, Any]]
 def data(
     rows: Sequence[Comparison], before: Results, after: Results, band: float
 ) -> dict[str, Any]:
-    """The comparison as plain data for JSON: null for what there is not."""
+    """The comparison as plain data for JSON; null for missing values."""
     return {
         "before": str(before.path),
         "after": str(after.path),
@@ -146,7 +144,7 @@ def data(
 
 
 def table(rows: Sequence[Comparison], before: Results, after: Results, band: float) -> Group:
-    """The table for a terminal, with what was counted and what may explain it below."""
+    """The comparison as a table for a terminal, with counts and differing circumstances below."""
     guest = after.campaign.guest
     shown = Table(
         title=_headline(before, after),
@@ -164,7 +162,7 @@ def table(rows: Sequence[Comparison], before: Results, after: Results, band: flo
         return superscript(notes.setdefault(reason, len(notes) + 1)) if reason else ""
 
     sized = len({size_of(row.cell) for row in rows}) > len({row.cell.metric for row in rows})
-    titles = {(metric, quantity): title for metric, quantity, title in all_columns()}
+    titles = {(metric, quantity): title for metric, quantity, title in shown_columns()}
     places = grouped(rows, lambda r: (r.cell.label(guest), r.cell.transport, r.cell.family))
     for (pair, transport, family), place in places.items():
         label = f"{pair}\n{names(family, transport)}"
@@ -202,7 +200,7 @@ _COLORS = {
 
 
 def _values(results: Results) -> dict[tuple[Cell, str], dict[int, float]]:
-    """Block values of every cell that the campaign was to measure, by cell and quantity."""
+    """(cell, quantity) → block values, for every cell of the campaign's plan."""
     tables = results.tables
     return {
         (cell, quantity): block_values(tables[cell.id], quantity) if cell.id in tables else {}

@@ -1,9 +1,9 @@
-"""A campaign as one HTML file that opens anywhere: no network, no other files, no server.
+"""Report of a campaign as one HTML file, which needs no network, no other files and no server.
 
-Tables that sort and filter, the figures, the environment, conformance where the campaign has it
-(`conformance.json`, what `testbed conformance --json` prints), and the command that repeats it.
-All of it comes from the campaign's directory; nothing is measured, and nothing is computed here
-but how it looks.
+It contains tables that sort and filter, the figures, the environment, results of conformance checks
+if the campaign has them (`conformance.json`, the output of `testbed conformance --json`), and the
+command that repeats the campaign. It is made from the campaign's directory alone. This module only
+formats numbers.
 """
 
 from __future__ import annotations
@@ -31,12 +31,10 @@ from testbed.reports.words import (
     meanings_of,
     names,
     number,
+    shown_columns,
     size_of,
     unit_of,
     warning_of,
-)
-from testbed.reports.words import (
-    columns as all_columns,
 )
 from testbed.results.analysis import CPU, Summary
 from testbed.results.order import grouped
@@ -46,18 +44,19 @@ from testbed.results.store import Campaign
 
 
 class Entry(NamedTuple):
-    """One place of a table."""
+    """One cell of an HTML table."""
 
     text: str
     order: float | None = None
-    """What sorts it, where that is not the text; NaN goes last."""
+    """Sort key, if it is not the text. NaN is sorted last."""
     title: str = ""
-    """Shown when pointed at."""
-    look: str = ""
+    """Tooltip."""
+    css: str = ""
+    """CSS classes."""
 
 
 def write(results: Results, file: Path) -> None:
-    """Draw the campaign's figures, as PNG, and write the page to `file`."""
+    """Draw the campaign's figures as PNG, and write the HTML report to `file`."""
     drawn = draw.draw(results, kinds=("png",))
     pictures = drawn + sorted((results.path / "figures").glob("against-*.png"))
     try:
@@ -67,7 +66,7 @@ def write(results: Results, file: Path) -> None:
 
 
 def command(campaign: Campaign) -> str:
-    """What to type, in a clone of the revision, to run the same campaign again."""
+    """The shell command that runs the same campaign again, in a clone of the same revision."""
     words = [
         "./bootstrap",
         "testbed",
@@ -85,7 +84,7 @@ def command(campaign: Campaign) -> str:
         words += ["--osv-kernel", kernel]
     try:
         whole = {cell.id for cell in plan.load(campaign.name).cells}
-    except Error:  # a plan of the user's own
+    except Error:  # a plan that is not in experiments/
         whole = set(campaign.cells)
     if whole != set(campaign.cells):
         words += [word for cell in campaign.cells for word in ("--cells", cell)]
@@ -153,7 +152,7 @@ def _section(title: str, lead: str, *parts: str) -> list[str]:
 
 
 def _table(name: str, heads: Sequence[str], rows: Iterable[Sequence[Entry]]) -> str:
-    """A table that sorts by its heads, below the box that filters it."""
+    """An HTML table that sorts by its headings, with a box that filters its rows."""
     lines = ["".join(_entry(entry) for entry in row) for row in rows]
     head = "".join(
         f'<th scope="col"><button type="button">{escape(h)}</button></th>' for h in heads
@@ -167,7 +166,7 @@ def _table(name: str, heads: Sequence[str], rows: Iterable[Sequence[Entry]]) -> 
 
 
 def _entry(entry: Entry) -> str:
-    attributes = {"title": entry.title, "class": entry.look}
+    attributes = {"title": entry.title, "class": entry.css}
     shown = "".join(f' {key}="{escape(value)}"' for key, value in attributes.items() if value)
     if entry.order is not None:
         order = "" if math.isnan(entry.order) else f"{entry.order:.9g}"
@@ -176,7 +175,7 @@ def _entry(entry: Entry) -> str:
 
 
 def _results(rows: Sequence[Summary], guest: str) -> str:
-    titles = {(metric, quantity): title for metric, quantity, title in all_columns()}
+    titles = {(metric, quantity): title for metric, quantity, title in shown_columns()}
     heads = (
         "pair",
         "family",
@@ -219,18 +218,18 @@ def _result(row: Summary, guest: str, titles: Mapping[Any, str]) -> list[Entry]:
     ]
 
 
-def _estimate(of: Estimate, scale: float, otherwise: str, look: str = "") -> list[Entry]:
-    """Mean and ends of the interval, all three with the mean's digits."""
+def _estimate(of: Estimate, scale: float, otherwise: str, css: str = "") -> list[Entry]:
+    """Mean, low and high of an estimate, all three with the mean's number of decimals."""
     if math.isnan(of.mean) or otherwise == "reference":
-        return [Entry(otherwise, math.nan, look="absent"), Entry(""), Entry("")]
+        return [Entry(otherwise, math.nan, css="absent"), Entry(""), Entry("")]
     return [
-        Entry("" if math.isnan(x) else number(x / scale, of.mean / scale), x, look=f"number {look}")
+        Entry("" if math.isnan(x) else number(x / scale, of.mean / scale), x, css=f"number {css}")
         for x in (of.mean, of.low, of.high)
     ]
 
 
 def _missing(results: Results) -> list[str]:
-    """Trials that have no value, one by one."""
+    """The section of trials without a value."""
     trials = [trial for trial in results.trials if trial.status is not Status.OK]
     if not trials:
         return []
@@ -243,7 +242,7 @@ def _missing(results: Results) -> list[str]:
 
 
 def _disturbed(results: Results) -> list[str]:
-    """Trials that something came in between of, and whether they count."""
+    """The section of disturbed trials, and whether each counts."""
     trials = [trial for trial in results.log if trial.disturbed]
     if not trials:
         return []
@@ -265,7 +264,7 @@ def _disturbed(results: Results) -> list[str]:
 
 
 def _claims(results: Results) -> list[str]:
-    """What the plan claims, and what came of it."""
+    """The section of the plan's claims and their verdicts."""
     found = claims.judge(results)
     if not found:
         return []
@@ -276,7 +275,7 @@ def _claims(results: Results) -> list[str]:
             Entry(claims.what(row, results.campaign.guest)),
             Entry(claims.bound(row.claim)),
             *_estimate(row.ratio, 1, ""),
-            Entry(row.verdict, look="" if row.verdict in _BORNE_OUT else "bold"),
+            Entry(row.verdict, css="" if row.verdict in _BORNE_OUT else "bold"),
         ]
         for row in found
     )
@@ -291,7 +290,7 @@ _BORNE_OUT = (claims.Verdict.HOLDS, claims.Verdict.STATED)
 
 
 def _costs(results: Results) -> list[str]:
-    """Host CPU time by traffic."""
+    """The section of host CPU time per unit of traffic."""
     found = results.costs
     if not found:
         return []
@@ -300,7 +299,7 @@ def _costs(results: Results) -> list[str]:
             Entry(cost.cell.id),
             Entry("GB" if cost.cell.metric is Metric.THROUGHPUT else "10⁶ transactions"),
             *_estimate(cost.total, 1, ""),
-            *(Entry(f"{share:.0%}", share, look="number") for share in cost.shares.values()),
+            *(Entry(f"{share:.0%}", share, css="number") for share in cost.shares.values()),
         ]
         for cost in found
     ]
@@ -310,7 +309,7 @@ def _costs(results: Results) -> list[str]:
 
 
 def _searches(results: Results) -> list[str]:
-    """Every attempt of every search for a rate."""
+    """The section of rate searches, with every attempt."""
     found = [trial for trial in results.trials if trial.searched]
     if not found:
         return []
@@ -319,8 +318,8 @@ def _searches(results: Results) -> list[str]:
             Entry(t.cell),
             Entry(str(t.block), t.block),
             Entry(str(n), n),
-            *(Entry(f"{bps / 1e6:.1f}", bps, look="number") for bps in (sent_bps, arrived_bps)),
-            Entry(f"{loss:.3%}", loss, look="number"),
+            *(Entry(f"{bps / 1e6:.1f}", bps, css="number") for bps in (sent_bps, arrived_bps)),
+            Entry(f"{loss:.3%}", loss, css="number"),
         ]
         for t in found
         for n, (sent_bps, arrived_bps, loss) in enumerate(t.searched, 1)
@@ -346,9 +345,10 @@ def _picture(path: Path) -> str:
 
 
 def _conformance(file: Path) -> list[str]:
-    """The matrix of checks and datapaths, and every case that did not pass."""
+    """The section of conformance: a matrix of checks and datapaths, and cases that did not pass."""
     if not file.exists():
         return []
+    heads = ("check", "datapath", "guest", "pair", "family", "transport", "status", "reason")
     try:
         results = json.loads(file.read_text())
         checks = grouped(results, lambda r: str(r["check"]))
@@ -357,27 +357,10 @@ def _conformance(file: Path) -> list[str]:
             [Entry(check), *(_verdict([r for r in group if _tried(r) == c]) for c in columns)]
             for check, group in checks.items()
         ]
-        others = [
-            [
-                Entry(str(r[key]))
-                for key in (
-                    "check",
-                    "datapath",
-                    "guest",
-                    "pair",
-                    "family",
-                    "transport",
-                    "status",
-                    "reason",
-                )
-            ]
-            for r in results
-            if r["status"] != "pass"
-        ]
+        others = [[Entry(str(r[key])) for key in heads] for r in results if r["status"] != "pass"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         hint = "it is what testbed conformance --json prints"
         raise Error(f"{file}: not results of checks ({e})", hint) from e
-    heads = ("check", "datapath", "guest", "pair", "family", "transport", "status", "reason")
     return _section(
         "Conformance",
         "Cases passed of those that the datapath claims, over pairs, families and transports.",
@@ -387,20 +370,20 @@ def _conformance(file: Path) -> list[str]:
 
 
 def _tried(result: Mapping[str, Any]) -> str:
-    """What a check was made of: a datapath, with the guests it had."""
+    """Datapath and guests that a check was run with."""
     guest = f" ({result['guest']})" if result["guest"] else ""
     return f"{result['datapath']}{guest}"
 
 
 def _verdict(results: Sequence[Mapping[str, Any]]) -> Entry:
-    """What came of a check with a datapath: how many cases passed, and why others did not."""
+    """Results of a check with a datapath: how many cases passed, and why others did not."""
     counts = Counter(str(r["status"]) for r in results)
     reasons = "\n".join(dict.fromkeys(str(r["reason"]) for r in results if r["reason"]))
     tried = len(results) - counts["unsupported"]
     if not tried:
         return Entry("n/a" if results else "", math.nan, reasons, "absent")
-    look = "bad" if counts["fail"] else "good"
-    return Entry(f"{counts['pass']} of {tried}", counts["pass"] / tried, reasons, look)
+    css = "bad" if counts["fail"] else "good"
+    return Entry(f"{counts['pass']} of {tried}", counts["pass"] / tried, reasons, css)
 
 
 def _environment(campaign: Campaign) -> str:

@@ -1,10 +1,9 @@
-"""What people read of a campaign: one table on a terminal, the same as plain data, and the words.
+"""Table of a campaign's results, for a terminal and as plain data for JSON.
 
-All of it comes from the stored campaign alone, on any machine and without privileges. What could
-not be measured is never left out silently: it says `unsupported` or `failed`, with the reason. A
-number is a geometric mean over blocks with its 95 % interval, and a ratio is to the reference
-datapath within a block (`testbed.results.analysis`); nothing is computed here but how it looks.
-Figures and the page (`testbed.reports.html`) take their words from here.
+It is made from the stored campaign alone, on any machine and without privileges. A cell that could
+not be measured is in the table as `unsupported` or `failed`, with the reason. A number is a
+geometric mean over blocks with its 95 % interval. A ratio is to the reference datapath, within a
+block (`testbed.results.analysis`). This module only formats numbers.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from testbed.model.metrics import TAIL, Metric
 from testbed.model.trials import Status
 from testbed.reports.words import (
     blocks_of,
+    columns_of,
     controls_of,
     guest_of,
     interval,
@@ -33,9 +33,6 @@ from testbed.reports.words import (
     unit_of,
     warning_of,
 )
-from testbed.reports.words import (
-    columns as all_columns,
-)
 from testbed.results.analysis import Summary
 from testbed.results.order import grouped
 from testbed.results.results import Results
@@ -43,7 +40,7 @@ from testbed.results.store import Campaign
 
 
 def data(results: Results) -> dict[str, Any]:
-    """The table as plain data for JSON: units as in the results, null for what there is not."""
+    """The table as plain data for JSON: units as stored, null for missing values."""
     campaign = {k: v for k, v in vars(results.campaign).items() if k != "cells"}
     return {
         "directory": str(results.path),
@@ -60,11 +57,9 @@ def data(results: Results) -> dict[str, Any]:
 
 
 def table(results: Results, width: int) -> Group:
-    """The table for a terminal of `width` columns: intervals in brackets from 116, else as ±."""
+    """The table for a terminal of `width` columns; from 116 on with both ends of intervals."""
     campaign, rows = results.campaign, results.summaries
-    columns = [
-        c for c in all_columns() if any((row.cell.metric, row.quantity) == c[:2] for row in rows)
-    ]
+    columns = columns_of(rows)
     sizes = {
         metric: {size_of(r.cell) for r in rows if r.cell.metric is metric} for metric in Metric
     }
@@ -102,7 +97,7 @@ def table(results: Results, width: int) -> Group:
 
 
 def _entry(row: Summary, wide: bool, sized: bool, notes: dict[str, int]) -> Text:
-    """Mean and ratio, each with its interval, a line each; what is not there, with a footnote."""
+    """Mean and ratio, each with its interval, on a line each. Missing values get a footnote."""
 
     def note(reason: str | None) -> str:
         return superscript(notes.setdefault(reason, len(notes) + 1)) if reason else ""

@@ -1,10 +1,10 @@
-"""Words and numbers as people read them: units, columns, sizes, intervals, warnings."""
+"""Text that reports share: units, columns, sizes, intervals, warnings, notes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from testbed.model.cells import SLOW_US, UDP_LOSS, Cell
 from testbed.model.metrics import TAIL, Metric
@@ -20,32 +20,46 @@ FUNCTIONAL = "emulated guest: functional, not a speed claim"
 
 
 class Unit(NamedTuple):
+    """Unit of shown values, and the divisor that converts stored values to it."""
+
     scale: float
     name: str
 
 
 def unit_of(metric: Metric) -> Unit:
-    """What a metric is shown in."""
+    """The unit that a metric is shown in."""
     return Unit(metric.measure.scale, metric.measure.shown_unit)
 
 
 def plain(value: Any) -> Any:
-    """The same with None for NaN, which strict JSON does not know."""
+    """The value with None for NaN, which strict JSON does not have."""
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-# --- table ----------------------------------------------------------------------------------
-
-
-def columns() -> list[tuple[Metric, str, str]]:
-    """(metric, column of the tidy table, what people call it) of all that is shown, in order."""
+def shown_columns() -> list[tuple[Metric, str, str]]:
+    """(metric, column of the tidy table, heading) of all shown quantities, in order."""
     return [(m, column, name) for m in Metric for column, name in m.measure.columns.items()]
 
 
+class Row(Protocol):
+    """A row of a table or figure: one quantity of one cell."""
+
+    @property
+    def cell(self) -> Cell: ...
+    @property
+    def quantity(self) -> str: ...
+
+
+def columns_of(rows: Iterable[Row]) -> list[tuple[Metric, str, str]]:
+    """Those of `shown_columns` that some of the rows have."""
+    found = {(row.cell.metric, row.quantity) for row in rows}
+    return [column for column in shown_columns() if column[:2] in found]
+
+
 def interval(of: Estimate, scale: float, wide: bool) -> str:
-    """`3.21 [3.10, 3.33]`, or `3.21 ±4%` by the wider side; the mean alone without an interval."""
+    """`3.21 [3.10, 3.33]`, or `3.21 ±4%` by the wider side; only the mean without an interval."""
     mean, low, high = (number(x / scale, of.mean / scale) for x in (of.mean, of.low, of.high))
     if math.isnan(of.low):
         return mean
@@ -56,7 +70,7 @@ def interval(of: Estimate, scale: float, wide: bool) -> str:
 
 
 def warning_of(campaign: Campaign) -> str:
-    """That guests are emulated, if so, and which where there are others too."""
+    """The warning that guests are emulated, with their names if others are not; or empty."""
     guests = {campaign.guest: campaign.functional} if campaign.guest else {}
     guests |= {name: is_["accelerator"] == "tcg" for name, is_ in campaign.guests.items()}
     emulated = [name for name, is_ in guests.items() if is_]
@@ -65,7 +79,7 @@ def warning_of(campaign: Campaign) -> str:
 
 
 def meanings_of(rows: Iterable[Summary]) -> list[str]:
-    """What of a campaign's quantities does not go without saying."""
+    """Explanations of quantities that need one, a line each."""
     rows, lines = list(rows), []
     if any(row.quantity == TAIL for row in rows):
         lines.append(
@@ -77,7 +91,7 @@ def meanings_of(rows: Iterable[Summary]) -> list[str]:
 
 
 def controls_of(rows: Iterable[Summary]) -> list[str]:
-    """How the campaign's controls came out, a line for each kind that it has."""
+    """Outcome of the campaign's controls, a line for each kind."""
     found, lines = controls(rows), []
     if found and found.same:
         verdict = "as it should be" if found.differing <= found.bound else "too many"
@@ -95,24 +109,27 @@ def controls_of(rows: Iterable[Summary]) -> list[str]:
 
 
 def superscript(number: int) -> str:
+    """A number in superscript digits, for footnotes."""
     return str(number).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def number(value: float, like: float) -> str:
-    """A number with as many decimals as give `like` three significant digits."""
+    """A number with the decimals that give `like` three significant digits."""
     return f"{value:.{max(0, 2 - math.floor(math.log10(like)))}f}"
 
 
 def absence(status: Status) -> str:
+    """Text in the place of a value that is missing."""
     return "n/a" if status is Status.UNSUPPORTED else str(status)
 
 
 def names(*words: str) -> str:
+    """Families and transports as people write them: `IPv4 TCP`."""
     return " ".join(w.replace("ipv", "IPv") if w.startswith("ipv") else w.upper() for w in words)
 
 
 def guest_of(campaign: Campaign, named: str = "") -> str:
-    """The campaign's guest, or the one that cells name."""
+    """Runtime, kernel and accelerator of the campaign's guests, or of guests that cells name."""
     guest, kernel, accelerator = campaign.guest, campaign.guest_kernel, campaign.accelerator
     if named:
         found = campaign.guests.get(named, {})
@@ -122,11 +139,13 @@ def guest_of(campaign: Campaign, named: str = "") -> str:
 
 
 def blocks_of(campaign: Campaign) -> str:
+    """Number of blocks: `10 blocks`, `at least 10 blocks`."""
     least = "at least " if campaign.plan.get("target_width") else ""
     return f"{least}{campaign.blocks} block{'s' if campaign.blocks > 1 else ''}"
 
 
 def size_of(cell: Cell) -> str:
+    """Message size, then parameters that differ from the default: `64 KiB, 4 streams`."""
     kib, rest = divmod(cell.size_bytes, 1024)
     size = f"{cell.size_bytes} B" if rest else f"{kib} KiB"
     size += f", {cell.streams} streams" if cell.streams > 1 else ""

@@ -239,6 +239,16 @@ def test_every_datapath_of_the_design_has_a_look_of_its_own() -> None:
     assert len({look.rank for look in looks}) == len(looks)
 
 
+def test_datapaths_of_a_campaign_without_looks_differ_in_every_way(tmp_path: Path) -> None:
+    names = datapaths.names()
+    cells = tuple(f"{name}/native-guest/ipv4/tcp/latency/64x1" for name in names)
+    with store.create(tmp_path / "old", replace(CAMPAIGN, cells=cells, looks={})) as made:
+        looks = [Results(made).look(name) for name in names]
+    assert len({look.rank for look in looks}) == len(looks)
+    assert len({look.color for look in looks}) == len(looks)
+    assert len({(look.line, look.marker) for look in looks}) == len(looks)
+
+
 def test_starts_memory_and_scaling_have_figures_and_guests_that_cells_name_their_own(
     tmp_path: Path,
 ) -> None:

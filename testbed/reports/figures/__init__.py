@@ -1,1 +1,1 @@
-"""Figures of a campaign, one file per kind."""
+"""Figures of a campaign, one file per kind of figure."""

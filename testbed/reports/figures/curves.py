@@ -1,4 +1,4 @@
-"""Curves: distribution functions of round-trip times."""
+"""Curves: cumulative distributions of round-trip times."""
 
 from __future__ import annotations
 
@@ -18,10 +18,7 @@ from testbed.reports.figures.select import traffic
 from testbed.reports.figures.style import (
     WIDTH_IN,
     Drawing,
-    absences,
-    circumstances,
-    functional,
-    keys_of,
+    captioned,
     line_key,
     line_of,
     mark_of,
@@ -35,14 +32,14 @@ from testbed.results.statistics import distribution
 
 
 def figures(results: Results) -> Iterator[tuple[str, Drawing]]:
-    """`latency-tcp`, and with the parameters where there are several."""
+    """Figures `latency-tcp`, …; with parameters in the name if there are several."""
     for name, rows in traffic(results):
         if rows[0].cell.metric is Metric.LATENCY:
             yield name, curves_figure(rows, results)
 
 
 def curves_figure(rows: Sequence[Summary], results: Results) -> Drawing:
-    """Cumulative distributions of round-trip times, a panel per family (down) and pair (across)."""
+    """Cumulative distributions of round-trip times, by family (down) and pair (across)."""
     families = present(Family, (row.cell.family for row in rows))
     pairs = present(Pair, (row.cell.pair for row in rows))
     figure = Figure(figsize=(WIDTH_IN, 0.45 + 1.3 * len(families)))
@@ -81,17 +78,11 @@ def curves_figure(rows: Sequence[Summary], results: Results) -> Drawing:
     corner.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     if ends:
         corner.set_xlim(min(low for low, _ in ends) / 1.3, max(high for _, high in ends) * 1.3)
-    return Drawing(
-        figure,
-        title_of(rows[0].cell),
-        keys_of(rows, line_key, results),
-        [f"{circumstances(results, rows[0].cell.guest)} {how}", *absences(rows)],
-        functional(results, rows),
-    )
+    return captioned(figure, title_of(rows[0].cell), rows, line_key, results, how)
 
 
 def _curve(axes: Axes, style: Look, blocks: Sequence[Histogram]) -> tuple[float, float]:
-    """One datapath's curve; returns the 0.1th and the 99.9th percentile in µs."""
+    """Draw the curve of one datapath. Returns the 0.1th and the 99.9th percentile in µs."""
     points = distribution(blocks)
     x, y = [points[0][0], *(x for x, _ in points)], [0.0, *(y for _, y in points)]
     axes.plot(x, y, drawstyle="steps-post", color=style.color, ls=line_of(style), lw=1.2)

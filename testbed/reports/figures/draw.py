@@ -1,7 +1,7 @@
-"""Figures of a campaign, drawn from what it stored alone, on any machine and without privileges.
+"""Draws all figures of a campaign, from stored data alone, on any machine and without privileges.
 
-The same trials give the same bytes. What could not be measured is there, with the reason. The
-numbers are `testbed.results.analysis`'s; nothing is computed here but how they look.
+The same trials give the same bytes. A cell that could not be measured is shown with the reason. The
+numbers come from `testbed.results.analysis`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from testbed.reports.figures.style import (
 from testbed.results.results import Results
 
 KINDS = ("bars", "curves", "stacks", "sweeps", "forest")
-"""Modules here whose `figures(results)` gives figures by their names."""
+"""Modules of this package, whose `figures(results)` yields (name, drawing)."""
 ORDER = ("throughput", "latency", "connections", "scaling", "startup", "memory", "ratios")
-"""First words of names, in the order in which figures are shown; others come after these."""
+"""First words of names, in the order of figures. Figures with other words come after these."""
 
 
 def draw(
@@ -36,11 +36,12 @@ def draw(
     kinds: Collection[str] = ("png", "pdf"),
     bare: bool = False,
 ) -> list[Path]:
-    """Draw all figures of a campaign into its `figures/`, or another `folder`; say which they are.
+    """Draw all figures of a campaign into its `figures/`, or into `folder`; returns the files.
 
-    `kinds` are those of files; `bare` is without title and footer, for the paper. Another
+    `kinds` are file types. With `bare`, figures have no title and footer, for the paper. Guests
+    that cells name have figures of their own, with the guest in the figure's name. Another Python
     distribution adds figures by an entry point of group `testbed.figures` that names a function
-    like those of `KINDS`. Guests that cells name have figures of their own, with the name.
+    like `figures` of the modules in `KINDS`.
     """
     makers = [import_module(f"testbed.reports.figures.{name}").figures for name in KINDS]
     makers += [entry.load() for entry in metadata.entry_points(group="testbed.figures")]
@@ -61,7 +62,7 @@ def _order(name: str) -> int:
 def draw_comparison(
     rows: Sequence[Ratio], before: Results, after: Results, band: float, folder: Path
 ) -> list[Path]:
-    """Draw ratios of one campaign to another, `against-<before>.png` and its PDF, into `folder`."""
+    """Draw the ratios of two campaigns as `against-<before>.png` and PDF into `folder`."""
     shown = [row for row in rows if row.ratio.blocks]
     with mpl.rc_context(RC):
         figure = forest(shown, after, band)

@@ -1,7 +1,6 @@
-"""Forest plots: many ratios with their intervals in one figure, a line for each.
+"""Forest plots: many ratios with their intervals in one figure, one line each.
 
-Of cells to their reference datapaths, or of a campaign to an earlier one; what the ratios are is
-the caller's affair.
+The ratios are those of cells to their reference datapaths, or of a campaign to an earlier one.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ from testbed.reports.figures.style import (
     keys_of,
     point_key,
 )
-from testbed.reports.words import columns as all_columns
-from testbed.reports.words import names, size_of
+from testbed.reports.words import columns_of, names, size_of
 from testbed.results.analysis import Summary
 from testbed.results.order import grouped
 from testbed.results.results import Results
@@ -36,7 +34,7 @@ from testbed.results.statistics import Estimate
 
 
 def figures(results: Results) -> Iterator[tuple[str, Drawing]]:
-    """`ratios-tcp`: all to reference datapaths, controls too."""
+    """Figures `ratios-tcp`, …: ratios of all cells to reference datapaths, controls included."""
     divided = [
         row
         for row in results.summaries
@@ -49,7 +47,7 @@ def figures(results: Results) -> Iterator[tuple[str, Drawing]]:
 
 
 def ratios(rows: Sequence[Summary], results: Results) -> Drawing:
-    """Every ratio to a reference datapath in one figure."""
+    """All ratios to reference datapaths in one figure."""
     shown = [row for row in rows if row.ratio.blocks]
     figure = forest(shown, results)
     divisors = dict.fromkeys((r.cell.datapath, r.reference) for r in shown)
@@ -70,8 +68,8 @@ def ratios(rows: Sequence[Summary], results: Results) -> Drawing:
 
 
 def forest(rows: Sequence[Ratio], results: Results, band: float = 0.0) -> Figure:
-    """Ratios with intervals: a line per pair, family and datapath, a panel per quantity."""
-    columns = [c for c in all_columns() if any((r.cell.metric, r.quantity) == c[:2] for r in rows)]
+    """Ratios with intervals, a line per pair, family and datapath, a panel per quantity."""
+    columns = columns_of(rows)
     sized = len({size_of(row.cell) for row in rows}) > len({row.cell.metric for row in rows})
 
     def line_of(row: Ratio) -> tuple[str, str]:
@@ -128,16 +126,16 @@ def forest(rows: Sequence[Ratio], results: Results, band: float = 0.0) -> Figure
 
 _NEAR = (0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2), (0.5, 0.7, 1, 1.5, 2)
 _FAR = (0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 100), (0.01, 0.1, 1, 10, 100)
-"""Ticks of an axis of ratios: of a narrow one and of others, and where there is no room for all.
+"""Ticks of an axis of ratios, for narrow and for other axes; the second lists are for small panels.
 
-A narrow one is shorter than from 0.5 to 2, and may have none of the others' but 1.
+A narrow axis spans less than a factor of 4, and could contain no other tick of `_FAR` than 1.
 """
 _TICKS = 24
-"""So many have room for their labels, over all panels."""
+"""Number of ticks whose labels have room, over all panels."""
 
 
 def _span(ratios: Iterable[Estimate], band: float) -> tuple[float, float]:
-    """Ends of the axis: every mean, and intervals unless they are much wider than that."""
+    """Ends of the axis. It contains every mean, and intervals unless they are much wider."""
     known = [ratio for ratio in ratios if ratio.blocks]
     low, high = min(r.mean for r in known), max(r.mean for r in known)
     low, high = min(low / 1.1, 1 / (1.2 + band)), max(high * 1.1, 1.2 + band)
@@ -148,7 +146,7 @@ def _span(ratios: Iterable[Estimate], band: float) -> tuple[float, float]:
 def _interval_line(
     axes: Axes, row: Ratio, style: Look, at: float, span: tuple[float, float]
 ) -> None:
-    """One ratio: mark and whisker; an arrow head where the whisker leaves the panel."""
+    """Draw one ratio: mark and whisker, with an arrow head if the whisker leaves the panel."""
     mean, low, high, _ = astuple(row.ratio)
     if not math.isnan(low):
         axes.plot([max(low, span[0]), min(high, span[1])], [at, at], color="black", lw=0.7)

@@ -1,4 +1,4 @@
-"""Which rows of a campaign are drawn together, and what their figure is called."""
+"""Selects the rows of a campaign that are drawn in one figure, and names the figure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from testbed.results.results import Results
 
 
 class Axis(NamedTuple):
-    """A parameter that cells may differ in."""
+    """A parameter of cells that a figure can have as its x axis."""
 
     name: str
     field: str
@@ -31,36 +31,36 @@ AXES = (
 
 
 def along(rows: Sequence[Summary], axis: Axis) -> list[Summary]:
-    """Those rows that differ along an axis alone, where it has three values or more."""
+    """The rows of cells that differ in this parameter only, if it has three values or more."""
 
     def others(row: Summary) -> Cell:
         changes: Any = {axis.field: 0}
         return replace(row.cell, **changes)
 
-    rows = [row for row in rows if getattr(row.cell, axis.field)]  # no rate is none, not the least
+    rows = [row for row in rows if getattr(row.cell, axis.field)]  # rate 0 means no fixed rate
     sets = grouped(rows, lambda r: (others(r), r.quantity))
     return [row for found in sets.values() if len(found) > 2 for row in found]
 
 
 def kind_of(row: Ratio | Breakdown) -> tuple[Metric, Transport, str]:
-    """Metric, transport and named guest: what no figure mixes."""
+    """Metric, transport and named guest, which are the same in all rows of a figure."""
     return row.cell.metric, row.cell.transport, row.cell.guest
 
 
 def is_crowd(cell: Cell) -> bool:
-    """Whether it is of several guests or pods at once."""
+    """Whether the cell has several guests or pods at the same time."""
     return cell.guests > 1 or cell.pods > 1
 
 
 def of_guest(guest: str) -> str:
-    """What a figure's name ends with where its cells name their guests."""
+    """Suffix of a figure's name, if its cells name their guests."""
     return f"-{guest}" if guest else ""
 
 
 def traffic(results: Results) -> Iterator[tuple[str, list[Summary]]]:
-    """Rows of one metric, transport and size each, with their name: `throughput-tcp`.
+    """(name, rows) of figures with one metric, transport and size each: `throughput-tcp`.
 
-    Where a parameter takes three values or more, only those of the parameters that most cells have.
+    If a parameter has three values or more, only the rows with the most frequent parameters.
     """
     for (metric, transport, guest), rows in _kinds(results):
         of_params = grouped(rows, lambda r: replace(r.cell, guest="").params)
@@ -73,7 +73,7 @@ def traffic(results: Results) -> Iterator[tuple[str, list[Summary]]]:
 
 
 def swept(results: Results) -> Iterator[tuple[str, Axis, list[Summary]]]:
-    """Rows along a parameter that takes three values or more: `throughput-tcp-by-size`."""
+    """(name, axis, rows) for each parameter with three values or more: `throughput-tcp-by-size`."""
     for (metric, transport, guest), rows in _kinds(results):
         for axis in AXES:
             if found := along(rows, axis):
@@ -90,6 +90,6 @@ def _kinds(results: Results) -> Iterator[tuple[tuple[Metric, Transport, str], li
 
 
 def _weight(rows: Sequence[Summary]) -> tuple[int, int]:
-    """Most cells first; of as many, large messages for throughput, and small ones for times."""
+    """Sort key: number of rows; then large messages for throughput, small ones for times."""
     size = rows[0].cell.size_bytes
     return len(rows), size if rows[0].cell.metric is Metric.THROUGHPUT else -size

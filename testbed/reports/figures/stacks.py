@@ -1,4 +1,4 @@
-"""Stacked bars: what a trial cost the host, and what starts and memory are made of."""
+"""Stacked bar charts: host CPU time of traffic, steps of a start, owners of memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from testbed.results.results import Results
 
 
 class Part(NamedTuple):
-    """How a part of a bar looks."""
+    """Style and name of a part of a bar."""
 
     color: str
     hatch: str
@@ -44,9 +44,7 @@ PARTS = {
     "user": Part("#ffffff", "..", "user"),
     "guest": Part("#cccccc", "", "guests' QEMU"),
 }
-"""What CPU time is spent on, from the bottom of the bars up. No colors: those are datapaths'."""
-
-
+"""Kinds of CPU time, from the bottom of the bars up. They are grey: colours mean datapaths."""
 STEPS = {
     "image": Part("#333333", "", "image"),
     "links": Part("#777777", "////", "links"),
@@ -62,7 +60,7 @@ OWNERS = {
 
 
 def figures(results: Results) -> Iterator[tuple[str, Drawing]]:
-    """`cpu-throughput-tcp`: what traffic cost the host. `startup-tcp`, `memory-tcp`: the parts."""
+    """Figures `cpu-throughput-tcp`, … (CPU time of traffic), `startup-tcp` and `memory-tcp`."""
     spent = [cost for cost in results.costs if not cost.cell.variant]
     for name, rows in traffic(results):
         cells = {row.cell for row in rows}
@@ -74,7 +72,7 @@ def figures(results: Results) -> Iterator[tuple[str, Drawing]]:
 
 
 def spent_figure(rows: Sequence[Breakdown], results: Results) -> Drawing:
-    """Host CPU time as bars of its parts, by pair and datapath, a panel per family."""
+    """Host CPU time of traffic, as bars of its parts by pair and datapath, a panel per family."""
     cell = rows[0].cell
     families = present(Family, (row.cell.family for row in rows))
     slots, guest = slots_of(rows, results), cell.guest or results.campaign.guest
@@ -103,7 +101,10 @@ def spent_figure(rows: Sequence[Breakdown], results: Results) -> Drawing:
 
 
 def built_figure(rows: Sequence[Breakdown], results: Results) -> Drawing:
-    """What building pods takes as bars of its parts, by pair and datapath, apart with machines."""
+    """Time or memory of building pods, as bars of its parts by pair and datapath.
+
+    Pods with virtual machines have panels of their own.
+    """
     metric, unit = rows[0].cell.metric, unit_of(rows[0].cell.metric)
     starts = metric is Metric.STARTUP
     parts = STEPS if starts else OWNERS
@@ -139,13 +140,13 @@ def built_figure(rows: Sequence[Breakdown], results: Results) -> Drawing:
 
 
 def _boots(row: Breakdown, results: Results) -> bool:
-    """Whether there is a virtual machine, beside which all else is small."""
+    """Whether there is a virtual machine, which takes much more than everything else."""
     guest = Runtime(row.cell.guest or results.campaign.guest)
     return row.cell.pair.guests > 0 and guest is not Runtime.STANDIN
 
 
 def _labels(rows: Sequence[Breakdown], results: Results) -> list[tuple[str, str] | None]:
-    """Places along the x axis: the datapaths of each pair, an empty place between pairs."""
+    """Positions along the x axis: (pair, datapath), with None (a gap) between pairs."""
     of_pair = grouped(rows, lambda r: r.cell.label(results.campaign.guest))
     labels: list[tuple[str, str] | None] = []
     for pair, of in of_pair.items():
@@ -168,7 +169,7 @@ def _stacks(
     labels: Sequence[tuple[str, str] | None],
     parts: Mapping[str, Part],
 ) -> None:
-    """Bars of parts at places, whose labels are (group, bar)."""
+    """Draw bars of parts at positions along the x axis, whose labels are (group, bar)."""
     axes.set_xlim(-1.2, len(labels) + 0.2)
     axes.grid(axis="y")
     ticks = {at: label[1] for at, label in enumerate(labels) if label}
@@ -202,7 +203,7 @@ def _fit(axes: Axes, rows: Sequence[Breakdown], scale: float = 1) -> None:
 
 
 def _stack(axes: Axes, row: Breakdown, at: int, parts: Mapping[str, Part], scale: float) -> None:
-    """One bar of its parts, with the interval of the whole."""
+    """Draw one bar of its parts, with the interval of the whole."""
     mean, low, high = (x / scale for x in astuple(row.total)[:3])
     bottom = 0.0
     for name, part in parts.items():

@@ -1,8 +1,8 @@
-"""How figures look: what is the same in all of them, so that they stand side by side in a paper.
+"""Style of figures: what all figures share, and title, key and footer around their panels.
 
-Made for a two-column paper at full width: they read in black and white (hatches, line styles,
-markers) and to the colour-blind (Okabe and Ito's palette), and a datapath looks the same in every
-one. Title, key and footer are put around the panels here; what is in the panels is not known here.
+Figures are made for the full width of a two-column paper. They can be read in black and white
+(hatches, line styles, markers) and by colour-blind people (palette of Okabe and Ito). A datapath
+has the same look in all figures.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from testbed.model.cells import Cell
 from testbed.model.errors import Error
 from testbed.model.looks import Look
 from testbed.model.trials import Status
-from testbed.reports.words import FUNCTIONAL, absence, blocks_of, guest_of, names, size_of
+from testbed.reports.words import FUNCTIONAL, Row, absence, blocks_of, guest_of, names, size_of
 from testbed.results.analysis import Breakdown, Summary
 from testbed.results.results import Results
 from testbed.results.statistics import Estimate
@@ -50,34 +50,28 @@ RC: Any = {
 
 WIDTH_IN = 7.1
 """Text width of a two-column page."""
-
-
 FOOTER_PT = 6
-
-
 SMALL_PT = 5.5
+"""Size of labels in panels."""
 
 
-class Ratio(Protocol):
-    """What a forest plot has a row for: a summary, or a comparison of campaigns."""
+class Ratio(Row, Protocol):
+    """A row of a forest plot: a summary, or a comparison of two campaigns."""
 
-    @property
-    def cell(self) -> Cell: ...
-    @property
-    def quantity(self) -> str: ...
     @property
     def ratio(self) -> Estimate: ...
 
 
 class Drawing(NamedTuple):
-    """A figure's panels, and what is to be put around them."""
+    """Panels of a figure, and the text that is put around them."""
 
     panels: Figure
     title: str
     keys: Sequence[tuple[Any, str]]
     paragraphs: Sequence[str]
-    """The footer: circumstances, how to read it, what is missing and why."""
+    """The footer: circumstances, how to read the figure, what is missing and why."""
     functional: bool
+    """Whether guests were emulated, which the figure then says."""
 
 
 def save(
@@ -88,10 +82,10 @@ def save(
     kinds: Collection[str] = ("png", "pdf"),
     bare: bool = False,
 ) -> list[Path]:
-    """Save as files of some `kinds`, which say the digest of the data that they were drawn from.
+    """Save a figure as files of these `kinds`, with the digest of its data in their metadata.
 
-    Without dates and versions, so that the same trials give the same bytes. `bare`: without title
-    and footer, for a page that says these itself.
+    Files have no dates and versions, so that the same trials give the same bytes. With `bare`,
+    figures have no title and footer, for a paper that has its own captions.
     """
     files = {kind: folder / f"{name}.{kind}" for kind in kinds}
     _surround(drawing, bare)
@@ -112,7 +106,7 @@ def save(
 
 
 def _surround(drawing: Drawing, bare: bool) -> None:
-    """Title, key and footer, for which the figure grows beyond its panels."""
+    """Add title, key and footer; the figure grows by their height."""
     figure, title, keys, paragraphs, functional = drawing
     footer = [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, 152)]
     key_lines = math.ceil(len(keys) / 8)
@@ -154,34 +148,56 @@ def _surround(drawing: Drawing, bare: bool) -> None:
 def keys_of(
     rows: Iterable[Ratio], key: Callable[[Look], Any], results: Results
 ) -> list[tuple[Any, str]]:
-    """The key of the datapaths that rows have, each with its mark."""
+    """Entries of the key: (mark, datapath), for all datapaths of the rows."""
     datapaths = sorted({row.cell.datapath for row in rows}, key=results.rank)
     return [(key(results.look(datapath)), datapath) for datapath in datapaths]
 
 
+def captioned(
+    figure: Figure,
+    title: str,
+    rows: Sequence[Summary],
+    key: Callable[[Look], Any],
+    results: Results,
+    how: str,
+) -> Drawing:
+    """A figure of rows with title, key of datapaths, and footer; `how` says how to read it."""
+    return Drawing(
+        figure,
+        title,
+        keys_of(rows, key, results),
+        [f"{circumstances(results, rows[0].cell.guest)} {how}", *absences(rows)],
+        functional(results, rows),
+    )
+
+
 def point_key(look: Look) -> Line2D:
+    """Mark of a datapath in the key of a figure with points."""
     return Line2D([], [], ls="none", color=look.color, **mark_of(look))
 
 
 def line_key(look: Look) -> Line2D:
+    """Mark of a datapath in the key of a figure with lines."""
     return Line2D([], [], color=look.color, ls=line_of(look), **mark_of(look))
 
 
 def patch_key(look: Look) -> Patch:
+    """Mark of a datapath in the key of a figure with bars."""
     return Patch(fc=look.color, hatch=look.hatch * 2, ec="black")
 
 
 def line_of(look: Look) -> Any:
-    """The style of its line, as matplotlib takes it."""
+    """Line style of a look, in the form that matplotlib expects."""
     return look.line if isinstance(look.line, str) else (0, look.line)
 
 
 def mark_of(look: Look) -> dict[str, Any]:
+    """Marker of a look, as arguments of matplotlib."""
     return {"marker": look.marker, "ms": 3.5, "mec": "black", "mew": 0.4}
 
 
 def absences(rows: Sequence[Summary]) -> list[str]:
-    """Why cells are missing in a figure, each reason once."""
+    """Reasons why cells are missing in a figure, each once."""
     absent = {
         f"{absence(row.status)}: {row.reason}": None for row in rows if row.status is not Status.OK
     }
@@ -189,16 +205,17 @@ def absences(rows: Sequence[Summary]) -> list[str]:
 
 
 def title_of(cell: Cell) -> str:
+    """Title of a figure with one metric, transport and message size."""
     return f"{cell.metric.capitalize()}, {names(cell.transport)}, {size_of(cell)} messages"
 
 
 def functional(results: Results, rows: Iterable[Summary | Breakdown]) -> bool:
-    """Whether any of the rows is of an emulated guest."""
+    """Whether any of the rows has emulated guests."""
     return any(results.campaign.is_functional(row.cell) for row in rows)
 
 
 def circumstances(results: Results, guest: str = "") -> str:
-    """What a figure's footer says of its campaign, and of the guest that its cells name."""
+    """Footer text about the campaign and its guests, or the guests that cells name."""
     campaign = results.campaign
     return (
         f"Guest {guest_of(campaign, guest)}. Host {campaign.host}: kernel {campaign.kernel}, "

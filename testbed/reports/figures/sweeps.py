@@ -1,6 +1,6 @@
-"""Figures along a parameter: message size, streams, rate, and how many guests and pods are at work.
+"""Line charts along a parameter: message size, streams, rate, number of guests, number of pods.
 
-Lines by datapath, as in all figures; what is along which axis is found out from the cells alone.
+There is one line per datapath. The parameters are found from the campaign's cells.
 """
 
 from __future__ import annotations
@@ -21,16 +21,12 @@ from testbed.reports.figures.select import Axis, along, is_crowd, of_guest, swep
 from testbed.reports.figures.style import (
     WIDTH_IN,
     Drawing,
-    absences,
-    circumstances,
-    functional,
-    keys_of,
+    captioned,
     line_key,
     line_of,
     mark_of,
 )
-from testbed.reports.words import columns as all_columns
-from testbed.reports.words import names, unit_of
+from testbed.reports.words import columns_of, names, unit_of
 from testbed.results.analysis import Summary
 from testbed.results.order import grouped, present
 from testbed.results.results import Results
@@ -39,11 +35,11 @@ SCALES = (
     Axis("guests", "guests", "guests in a pod, all at work"),
     Axis("pods", "pods", "pods on the host, all at work"),
 )
-"""Of how much there is at once: these have a figure together, `scaling`."""
+"""Parameters of the figure `scaling`."""
 
 
 def figures(results: Results) -> Iterator[tuple[str, Drawing]]:
-    """`throughput-tcp-by-size` and the like; what depends on how many there are: `scaling-tcp`."""
+    """Figures `throughput-tcp-by-size`, …, and `scaling-tcp` by numbers of guests and pods."""
     for name, axis, rows in swept(results):
         yield name, sweep(rows, axis, results)
     rows = [row for row in results.summaries if not row.cell.variant]
@@ -60,7 +56,7 @@ def _place(row: Summary) -> tuple[Pair, Family, Transport, str]:
 
 
 def sweep(rows: Sequence[Summary], axis: Axis, results: Results) -> Drawing:
-    """Means with intervals along a parameter: panels per pair (across), family and quantity."""
+    """Means with intervals along a parameter, by pair (across), family and quantity (down)."""
     cell = rows[0].cell
     pairs = present(Pair, (row.cell.pair for row in rows))
     downs = list(dict.fromkeys((row.cell.family, row.quantity) for row in rows))
@@ -90,13 +86,7 @@ def sweep(rows: Sequence[Summary], axis: Axis, results: Results) -> Drawing:
         _set_x(axes, rows, axis)
     for across, down in zip(panels, downs, strict=True):
         _set_y(across[0], [r for r in rows if (r.cell.family, r.quantity) == down], unit.scale)
-    return Drawing(
-        figure,
-        title,
-        keys_of(rows, line_key, results),
-        [f"{circumstances(results, cell.guest)} {how}", *absences(rows)],
-        functional(results, rows),
-    )
+    return captioned(figure, title, rows, line_key, results, how)
 
 
 def _set_x(axes: Axes, rows: Sequence[Summary], axis: Axis) -> None:
@@ -107,7 +97,10 @@ def _set_x(axes: Axes, rows: Sequence[Summary], axis: Axis) -> None:
 
 
 def _set_y(axes: Axes, rows: Sequence[Summary], scale: float) -> None:
-    """All means, from zero on where they are of one magnitude; wider intervals leave the panel."""
+    """Set the y axis so that all means are in it: from zero if they differ by less than 20 times.
+
+    Intervals that are much wider are cut off.
+    """
     means = [row.estimate.mean / scale for row in rows if row.estimate.blocks]
     if not means:
         return
@@ -128,8 +121,7 @@ def scaling(rows: Sequence[Summary], results: Results) -> Drawing | None:
     if not downs:
         return None
     shown = [row for _, found in downs for row in found]
-    quantities = {(row.cell.metric, row.quantity) for row in shown if row.quantity != TAIL}
-    acrosses = [column for column in all_columns() if column[:2] in quantities]
+    acrosses = columns_of(row for row in shown if row.quantity != TAIL)
     figure = Figure(figsize=(WIDTH_IN, 0.2 + 1.35 * len(downs)))
     panels = figure.subplots(len(downs), len(acrosses), squeeze=False)
     for line, (axis, found) in zip(panels, downs, strict=True):
@@ -155,17 +147,11 @@ def scaling(rows: Sequence[Summary], results: Results) -> Drawing | None:
         "Rates are those of all together, times those of all round trips, memory is per pod. "
         "Geometric means over blocks; whiskers: 95 % t-intervals."
     )
-    return Drawing(
-        figure,
-        title,
-        keys_of(shown, line_key, results),
-        [f"{circumstances(results, cell.guest)} {how}", *absences(shown)],
-        functional(results, shown),
-    )
+    return captioned(figure, title, shown, line_key, results, how)
 
 
 def _sweep_line(axes: Axes, rows: Sequence[Summary], axis: Axis, style: Look, scale: float) -> None:
-    """One datapath's line; a gap where it has no value."""
+    """Draw the line of one datapath, with a gap where it has no value."""
     rows = sorted(rows, key=lambda r: int(getattr(r.cell, axis.field)))
     x = [getattr(row.cell, axis.field) for row in rows]
     mean = [row.estimate.mean / scale for row in rows]

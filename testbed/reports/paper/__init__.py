@@ -1,1 +1,1 @@
-"""The paper: numbers and tables from a campaign, and LaTeX."""
+"""The paper: numbers and tables of a campaign as LaTeX, and running LaTeX."""

@@ -1,4 +1,4 @@
-"""Answers to what the paper's text asks of a campaign: numbers with units, as LaTeX."""
+"""Answers the macros of the paper's text: numbers of a campaign with units, as LaTeX."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from testbed.results.statistics import CONFIDENCE, Estimate, estimate
 
 
 class Answers:
-    """What a campaign says, as LaTeX. A KeyError has the reason why it says nothing."""
+    """Numbers and facts of a campaign as LaTeX. Calling it raises KeyError with a reason if there
+    is no answer.
+    """
 
     def __init__(self, results: Results, proof: Results | None = None) -> None:
         self.results, self.proof = results, proof or results
@@ -40,7 +42,7 @@ class Answers:
         self.facts = dict(_facts(self))
 
     def id_of(self, cell: Cell) -> str:
-        """Its id with its guests named."""
+        """The id of a cell with its guests named."""
         guest = (cell.guest or self.results.campaign.guest) if cell.pair.guests else ""
         return replace(cell, guest=guest).id
 
@@ -72,20 +74,20 @@ class Answers:
         return row
 
     def row(self, id: str, quantity: str = "") -> Summary | None:
-        """The first quantity of a cell, the one that is so called (`p99`), or what it costs."""
+        """Summary of a cell: of the quantity that starts so (`p99`), of CPU time, or its first."""
         rows = self.cells.get(id, ())
         if quantity == CPU_QUANTITY:
             return self._cost(rows[0]) if rows else None
         return next((row for row in rows if row.quantity.startswith(quantity)), None)
 
     def _cost(self, row: Summary) -> Summary:
-        """The same cell, of what its traffic costs the host."""
+        """Summary of the host CPU time of a cell's traffic."""
         row = replace(row, quantity=CPU_QUANTITY)
         row = replace(row, estimate=estimate(self._values(row.cell, CPU_QUANTITY).values()))
         return self._divided(row, replace(row.cell, datapath=row.reference or row.cell.datapath))
 
     def _divided(self, row: Summary, to: Cell) -> Summary:
-        """The same, with the ratio to another cell in those blocks that have both."""
+        """The row with the ratio to another cell, over the blocks that have both."""
         mine, others = (self._values(cell, row.quantity) for cell in (row.cell, to))
         both = sorted(mine.keys() & others.keys())
         return replace(row, ratio=estimate(mine[block] / others[block] for block in both))
@@ -97,7 +99,7 @@ class Answers:
         return cost_values(table) if quantity == CPU_QUANTITY else block_values(table, quantity)
 
     def _of_many(self, kind: str, glob: str) -> str:
-        """Of all ratios like `glob`: their range; or how many are below, at and above one."""
+        """Range of all ratios of cells that match; or how many of them are below and above one."""
         found = [
             row.ratio
             for id, rows in self.cells.items()
@@ -115,14 +117,16 @@ class Answers:
 
 
 def latex_unit(row: Summary) -> Unit:
+    """Unit of a row's values."""
     return COST if row.quantity == CPU_QUANTITY else unit_of(row.cell.metric)
 
 
 COST = Unit(1, "CPU s")
-"""Per gigabyte (throughput) or million transactions (other metrics)."""
+"""Unit of CPU time, per gigabyte (throughput) or million transactions (other metrics)."""
 
 
 def latex_interval(of: Estimate, unit: Unit) -> str:
+    """Mean and interval with unit, as LaTeX."""
     mean, low, high = (
         number(x / unit.scale, of.mean / unit.scale) for x in (of.mean, of.low, of.high)
     )
@@ -131,7 +135,7 @@ def latex_interval(of: Estimate, unit: Unit) -> str:
 
 
 def _parameter(cell: Cell, name: str) -> str:
-    """The size of a cell's messages, or how many streams, guests, pods it has."""
+    """A parameter of a cell: message size, or number of streams, guests or pods."""
     if name != "size":
         return str(getattr(cell, name))
     kib, rest = divmod(cell.size_bytes, 1024)
@@ -160,7 +164,7 @@ _OF_RATIO: Mapping[str, Callable[[Estimate], str]] = {
 
 
 def _facts(answers: Answers) -> Iterator[tuple[str, str]]:
-    """Everything else that the text may ask for."""
+    """(name, LaTeX) of all facts that the text may ask for by the macro `fact`."""
     results, campaign = answers.results, answers.results.campaign
     trials, log = results.trials, results.log
     yield "digest", results.digest
@@ -214,14 +218,14 @@ def _facts(answers: Answers) -> Iterator[tuple[str, str]]:
         )
     if answers.conformance:
         yield "checks", str(len({r["check"] for r in answers.conformance}))
-        for head, counts in latex_columns(answers.conformance).items():
+        for head, counts in case_counts(answers.conformance).items():
             name = "/".join(part for part in head if part)
             for key, count in counts.items():
                 yield f"conformance/{name}/{key}", str(count)
 
 
 def _conformance(results: Results) -> list[dict[str, str]]:
-    """Results of checks: the campaign's, where it has them, else those that are kept."""
+    """Results of conformance checks: those of the campaign, or else the archived ones."""
     file = results.path / "conformance.json"
     try:
         if file.exists():
@@ -230,18 +234,18 @@ def _conformance(results: Results) -> list[dict[str, str]]:
             found = []
             for file in sorted(KEPT.glob("*.json")):
                 found += _kept(json.loads(file.read_text()), file.stem)
-        latex_columns(found)
+        case_counts(found)  # checks the format
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise Error(f"{file}: not results of checks ({e})") from e
     return found
 
 
 KEPT = paths.REFERENCE / "conformance"
-"""What `testbed conformance --keep` writes, `DATAPATH-GUEST.json`."""
+"""Folder of archived conformance results, `DATAPATH-GUEST.json` (`testbed conformance --keep`)."""
 
 
 def _kept(results: Mapping[str, Any], name: str) -> Iterator[dict[str, str]]:
-    """Each case of a file of `KEPT`; OSv's kernels are told apart by the file's name."""
+    """The cases of a file of `KEPT`. The file's name says which OSv kernel it was."""
     head = {"datapath": results["datapath"], "guest": name.partition("-")[2]}
     for check, came in results["checks"].items():
         counts = {"pass": came["passed"]} | {
@@ -252,8 +256,8 @@ def _kept(results: Mapping[str, Any], name: str) -> Iterator[dict[str, str]]:
             yield from [{**head, "check": check, "status": status}] * count
 
 
-def latex_columns(results: Iterable[Mapping[str, str]]) -> dict[tuple[str, str], dict[str, int]]:
-    """(datapath, guest) → how many cases passed, failed, were tried (both), or could not be."""
+def case_counts(results: Iterable[Mapping[str, str]]) -> dict[tuple[str, str], dict[str, int]]:
+    """(datapath, guest) → number of cases that passed, failed, were tried, or are unsupported."""
     counts: dict[tuple[str, str], Counter[str]] = {}
     for r in results:
         counts.setdefault((r["datapath"], r["guest"]), Counter())[r["status"]] += 1
@@ -270,7 +274,7 @@ def latex_columns(results: Iterable[Mapping[str, str]]) -> dict[tuple[str, str],
 
 
 def escape(text: str) -> str:
-    """The same text in LaTeX."""
+    """Text with LaTeX's special characters escaped."""
     text = re.sub(r"([#$%&_{}])", r"\\\1", text.replace("\\", "/"))
     return (
         text.replace("~", r"\textasciitilde{}")

@@ -1,11 +1,11 @@
-"""The paper, built from a campaign: its numbers, tables and figures are made, none is typed.
+"""Builds the paper from a campaign: writes its numbers, tables and figures, and runs LaTeX.
 
-`paper/main.tex` asks by macros (`paper/macros.tex`) that name a cell, several, or a fact; what they
-stand for is written to `paper/generated/`, with the tables and figures that the text has. Whatever
-the campaign cannot answer is an error that names the line and the cell. All that is made says the
-digest of the data. A cell's guests are always named here, `…/64x1,guest=osv`, also where the
-campaign's own id leaves them out. What is claimed, and what came of it, may be another campaign's,
-the `proof`, of fewer cells and more blocks. LaTeX is run, but nothing is measured here.
+`paper/main.tex` asks for numbers by macros (`paper/macros.tex`) that name a cell, a glob of cells,
+or a fact. Their values are written to `paper/generated/`, with the tables and figures of the text.
+If the campaign has no answer, that is an error with the line and the cell. Every generated file
+names the digest of its data. The text always names a cell's guests, as in `…/64x1,guest=osv`, also
+where the campaign's own id leaves them out. Claims and their verdicts may come from another
+campaign, the `proof`, with fewer cells and more blocks.
 """
 
 from __future__ import annotations
@@ -21,24 +21,20 @@ from pathlib import Path
 from testbed import paths
 from testbed.model.errors import Error
 from testbed.reports.figures import draw
-from testbed.reports.paper.answers import (
-    Answers,
-)
-from testbed.reports.paper.tables import (
-    TABLES,
-)
+from testbed.reports.paper.answers import Answers
+from testbed.reports.paper.tables import TABLES
 from testbed.results.results import Results
 
 CALL = re.compile(
     r"\\(mean|interval|ratio|low|high|verdict|of|ratios|tally|fact)(?:\[(\w+)\])?\{([^{}]+)\}"
 )
-"""A macro of the text: \\kind[quantity]{cell, glob of cells, or fact}."""
+"""A macro call in the text: \\kind[quantity]{cell, glob of cells, or fact}."""
 MADE = re.compile(r"\\(?:resultfigure\{|input\{generated/)([\w-]+)\}")
-"""A figure or table of the text."""
+"""A figure or table in the text."""
 
 
 def build(campaign: Results, folder: Path = paths.PAPER, proof: Results | None = None) -> Path:
-    """The paper as `main.pdf` in `folder`. Raises `Error` for what the campaign or LaTeX lacks."""
+    """Build `main.pdf` in `folder`. Raises `Error` if the campaign lacks data, or LaTeX fails."""
     if not shutil.which("latexmk"):
         raise Error("no latexmk here, which runs LaTeX", "./bootstrap --tex nox -s paper")
     generate(campaign, folder, proof)
@@ -46,7 +42,7 @@ def build(campaign: Results, folder: Path = paths.PAPER, proof: Results | None =
 
 
 def typeset(campaign: Results, folder: Path) -> Path:
-    """Run LaTeX over what there is; the PDF has the campaign's date, not today's."""
+    """Run LaTeX. The PDF has the campaign's date, so that it is reproducible."""
     command = [
         "latexmk",
         "-pdf",
@@ -73,7 +69,7 @@ def typeset(campaign: Results, folder: Path) -> Path:
 def generate(
     campaign: Results, folder: Path = paths.PAPER, proof: Results | None = None
 ) -> list[Path]:
-    """Write `generated/` anew: numbers.tex, tables, figures. Says which files they are."""
+    """Rewrite `generated/`: numbers.tex, tables, figures. Returns the files."""
     made, digest = folder / "generated", campaign.digest
     answers, tables_and_figures = Answers(campaign, proof), wanted(folder)
     lines = [
@@ -89,7 +85,7 @@ def generate(
         (made / f"{name}.tex").write_text("\n".join([f"% {digest}", *content]) + "\n")
     drawn = draw.draw(campaign, made, kinds=("pdf",), bare=True)
     own = f"-{campaign.campaign.guest}"
-    for name in tables_and_figures:  # whose guests the text names, also if the campaign need not
+    for name in tables_and_figures:  # the text names guests, also where the figure's name does not
         if (unnamed := made / f"{name.replace(own, '')}.pdf") in drawn:
             drawn[drawn.index(unnamed)] = unnamed.rename(made / f"{name}.pdf")
     missing = tables_and_figures - {path.stem for path in made.iterdir()} - {"numbers"}
@@ -102,14 +98,14 @@ PLAN = "give a campaign of the plan paper"
 
 
 def wanted(folder: Path) -> set[str]:
-    """Names of figures and tables that the text has."""
+    """Names of the figures and tables in the text."""
     return {name for _, line in _lines(folder) for name in MADE.findall(line)}
 
 
 def numbers(answers: Answers, folder: Path) -> dict[tuple[str, str, str], str]:
-    """(kind, quantity, what) → LaTeX, of everything that the text asks for.
+    """(kind, quantity, argument) of a macro call → LaTeX, for all macro calls of the text.
 
-    Raises `Error` with the first line that has no answer, and how many others have none.
+    Raises `Error` with the first call that has no answer, and the number of others.
     """
     found: dict[tuple[str, str, str], str] = {}
     faults = []
@@ -126,7 +122,7 @@ def numbers(answers: Answers, folder: Path) -> dict[tuple[str, str, str], str]:
 
 
 def _lines(folder: Path) -> Iterator[tuple[str, str]]:
-    """Where it stands → each line of the text, without its comment."""
+    """(place, line) for each line of the text, without comments."""
     for file in (folder / "macros.tex", folder / "main.tex"):
         try:
             lines = file.read_text().splitlines()
@@ -134,12 +130,3 @@ def _lines(folder: Path) -> Iterator[tuple[str, str]]:
             raise Error(f"{file}: {e.strerror}") from e
         for n, line in enumerate(lines, 1):
             yield f"{file} line {n}", re.sub(r"(?<!\\)%.*", "", line)
-
-
-# --- numbers --------------------------------------------------------------------------------
-
-
-# --- facts ----------------------------------------------------------------------------------
-
-
-# --- tables ---------------------------------------------------------------------------------

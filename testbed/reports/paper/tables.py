@@ -15,8 +15,8 @@ from testbed.plan import CPU_QUANTITY
 from testbed.reports.paper.answers import (
     KEPT,
     Answers,
+    case_counts,
     escape,
-    latex_columns,
     latex_interval,
     latex_unit,
 )
@@ -26,12 +26,12 @@ from testbed.results.order import grouped
 
 
 class Column(NamedTuple):
-    """A quantity for which each datapath has a value."""
+    """A column of the table of results."""
 
     head: str
     pair: Pair
     cell: str
-    """Transport, metric and parameters of an id."""
+    """Transport, metric and parameters of the cell's id."""
     quantity: str = ""
 
 
@@ -46,7 +46,7 @@ COLUMNS = (
 
 
 def _results(answers: Answers, guest: str) -> list[str]:
-    """Datapaths by family (down) and quantities (across), each with its ratio."""
+    """Table of results: datapaths by family (down), quantities with their ratios (across)."""
     notes: dict[str, str] = {}
     datapaths = sorted(
         {r.cell.datapath for r in answers.rows if not r.cell.variant}, key=answers.results.rank
@@ -78,7 +78,7 @@ _WAYS = {Pair.NATIVE_GUEST: r"native$\to$guest", Pair.GUEST_NATIVE: r"guest$\to$
 
 
 def _entry(row: Summary | None, notes: dict[str, str]) -> str:
-    """Mean, and ratio with the wider side of its interval; bold if that excludes 1."""
+    """Mean, and ratio with the wider side of its interval; bold if the interval excludes 1."""
     if row is None:
         return "&"
     if row.status is not Status.OK:
@@ -100,7 +100,7 @@ def _entry(row: Summary | None, notes: dict[str, str]) -> str:
 
 
 def _conformance_table(answers: Answers) -> list[str]:
-    """A row per datapath and guest: how many cases, and which checks failed."""
+    """Table of conformance: a row per datapath and guest, with counts of cases, failed checks."""
     if not answers.conformance:
         raise Error(
             f"{KEPT}: no results of checks, of which the paper has a table",
@@ -112,7 +112,7 @@ def _conformance_table(answers: Answers) -> list[str]:
         r"datapath & guest & cases & passed & failed & impossible & checks with failures \\",
         r"\midrule",
     ]
-    for (datapath, guest), counts in latex_columns(answers.conformance).items():
+    for (datapath, guest), counts in case_counts(answers.conformance).items():
         here = [r for r in answers.conformance if (r["datapath"], r["guest"]) == (datapath, guest)]
         failed = dict.fromkeys(r["check"] for r in here if r["status"] == "fail")
         shown = [str(counts[key]) for key in ("cases", "passed", "failed", "unsupported")]
@@ -122,7 +122,7 @@ def _conformance_table(answers: Answers) -> list[str]:
 
 
 def _claims_table(answers: Answers) -> list[str]:
-    """What the plan claims, and what came of it, a row per cell."""
+    """Table of claims and verdicts, a row per cell."""
     lines = [
         r"\begin{tabular*}{\columnwidth}{@{\extracolsep{\fill}}lll@{}}",
         r"\toprule",
@@ -138,7 +138,7 @@ def _claims_table(answers: Answers) -> list[str]:
 
 
 def _addresses(answers: Answers) -> list[str]:
-    """The address plan, from the code."""
+    """Table of the address plan (`testbed.model.addresses`)."""
     plan: dict[str, Callable[[Family], Any]] = {
         "alias": addresses.alias,
         "native source": addresses.native_source,
