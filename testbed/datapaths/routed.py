@@ -51,7 +51,7 @@ class Routed(Datapath):
 
     def unsupported(self, cell: Cell) -> str | None:
         if not self.side:
-            return "it goes between two hosts; --hosts FILE"
+            return "it needs two hosts; give --hosts FILE"
         return {**self.side.lacks, **self.side.lacking()}.get(cell.family)
 
     def attach(self, wiring: Wiring, owner: Scope) -> Attachment:
@@ -65,7 +65,7 @@ class Routed(Datapath):
                 if e.code != errno.EEXIST:
                     raise
                 raise Error(
-                    f"{platform.node()} has a link {ifname}: another campaign goes "
+                    f"{platform.node()} has a link {ifname}: another campaign runs "
                     "between these hosts",
                     hint="wait for its end",
                 ) from e

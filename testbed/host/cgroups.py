@@ -55,7 +55,7 @@ def empty(group: Path) -> None:
             int(pid) for procs in group.rglob("cgroup.procs") for pid in procs.read_text().split()
         ]
         if time.monotonic() > deadline:
-            raise Error(f"processes {pids} in {group} do not die")
+            raise Error(f"processes {pids} in {group} cannot be killed")
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 fd = os.pidfd_open(pid)

@@ -33,8 +33,8 @@ def load(netns: str, text: str) -> None:
     )
     if done.returncode:
         raise Error(
-            f"nft refuses the rules of {netns}: {done.stderr.strip().splitlines()[0]}",
-            hint="see whether the kernel has nf_tables with NAT",
+            f"nft rejects the rules of {netns}: {done.stderr.strip().splitlines()[0]}",
+            hint="check that the kernel has nf_tables with NAT",
         )
 
 

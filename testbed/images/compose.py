@@ -160,7 +160,7 @@ def check_alias(addresses: Iterable[Address]) -> None:
     for address in addresses:
         if address in (alias(family) for family in Family):
             raise Error(
-                f"{address} cannot be a guest's or pod's: it is what `localhost` is in guests",
+                f"{address} cannot be an address of a guest or pod: it is `localhost` in guests",
                 hint="choose another address",
             )
 
@@ -214,7 +214,7 @@ def linux_tree(
     """Files of a Linux guest's initramfs."""
     program = elf.read_program(definition.program)
     if program.interpreter is None:
-        raise Error(f"{program.path} names no interpreter")
+        raise Error(f"{program.path} has no interpreter (ld.so)")
     interpreter = Path(program.interpreter)  # libc needs it as a library, too: added once, below
     libraries = elf.closure(program, {interpreter.name})
     tree = _program_tree(definition, libraries, hosts_patch)

@@ -295,7 +295,7 @@ def _download_linux(folder: Path) -> None:
     # This is a metapackage: it depends on the newest package that has files.
     depends = _apt("apt-cache", "depends", "--important", wanted)
     if (package := re.search(r"Depends: (linux-image-\S+)", depends)) is None:
-        raise Error(f"apt knows no {wanted}", hint="apt-get update")
+        raise Error(f"apt does not know {wanted}", hint="apt-get update")
     options = (f"Acquire::http::Timeout={_TIMEOUT_S}", "Acquire::Retries=0")
     quick = [word for option in (*options, "APT::Sandbox::User=root") for word in ("-o", option)]
 

@@ -189,7 +189,7 @@ class _Pod:
             if isinstance(given, dict):
                 return replace(kubernetes.spec(given, "guests", Path("/"), best), name=self.name)
             if not isinstance(given, str):
-                raise Error("guests is no manifest", hint="a path, or a Pod in JSON")
+                raise Error("guests is not a manifest", hint="a path, or a Pod in JSON")
             path = Path(given)
             if path.is_dir():
                 path /= f"{self.name}.yaml"

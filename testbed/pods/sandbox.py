@@ -67,7 +67,7 @@ class Sandbox:
             raise Error(
                 f"{', '.join(natives)} would be native to {self.netns}, where only guests "
                 "are started",
-                hint="leave it to whoever made the namespace",
+                hint="leave it to the maker of the namespace",
             )
         if not datapath.in_kernel or datapath.layout not in (Layout.POD, Layout.BRIDGE):
             raise Error(

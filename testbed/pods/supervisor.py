@@ -305,7 +305,7 @@ def _connected(spec: Spec, pod: Pod) -> Iterator[None]:
     A pod in a foreign namespace is not connected: that is for the maker of the namespace. Raises
     `Error` if the pod has ports of the node, but is not connected.
     """
-    why = "whoever made its namespace connects it" if pod.sandbox else nft.unsupported()
+    why = "the maker of its namespace connects it" if pod.sandbox else nft.unsupported()
     if why is None:
         pod.connect(spec.host_ports)
     elif spec.host_ports:

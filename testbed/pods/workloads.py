@@ -229,7 +229,7 @@ class Watched:
         if not self.is_init:
             with pod.lock:
                 pod.processes[name] = running
-        self._runs(running, "goes on" if left else "runs")
+        self._runs(running, "still runs" if left else "runs")
         while True:
             if not self._watch(running):
                 return None
@@ -295,13 +295,13 @@ class Watched:
                     )
                     if readiness.verdict is not None and readiness.verdict != self.ready:
                         self.ready = readiness.verdict
-                        self._say("ready" if self.ready else "not ready any more")
+                        self._say("ready" if self.ready else "no longer ready")
                     if self.ready and not given:
                         readiness.due = None
                 if liveness and liveness.is_due():
                     liveness.answered(self._prober.ask(liveness.probe, self.ready))
                     if liveness.verdict is False:
-                        self._say("not alive, is ended")
+                        self._say("not alive: it is ended")
                         liveness.due = None
                         process.end(running)
         finally:

@@ -215,7 +215,7 @@ def _config(place: Placement, root: Root) -> dict[str, Any]:
     command = [*(program.command or root.entrypoint), *arguments]
     if not command:
         raise Error(
-            f"the image of {place.workload.name!r} says nothing to run", hint="give it a command"
+            f"the image of {place.workload.name!r} has no command", hint="give the workload one"
         )
     file = place.scratch / "hostname"
     hostname = file.read_text().strip() if file.exists() else place.workload.name

@@ -85,7 +85,7 @@ class PlainProgram:
         assert program is not None
         if not rootfs.is_of_host(program.image):
             raise Error(
-                f"{workload.name!r} has the image {program.image!r}, but is no container",
+                f"{workload.name!r} has the image {program.image!r}, but is not a container",
                 hint=f"the runtime {workload.runtime} takes host:PROGRAM",
             )
         image = [str(path) for path in rootfs.programs(program.image)][:1]

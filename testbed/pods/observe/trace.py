@@ -142,7 +142,7 @@ class Trace:
                 yield from found
                 found.clear()
                 if not self.programs.pins.exists():
-                    raise Error("the pod went down")
+                    raise Error("the pod was taken down")
 
     def _event(
         self, time_ns: int, program: str, n: int, verdict: int, reason: int, came: Seen, went: Seen

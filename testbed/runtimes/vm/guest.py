@@ -52,7 +52,7 @@ def definition(workload: Workload) -> Definition:
     vcpus(workload)
     if program.env or program.working_dir:
         raise Error(
-            f"guest {workload.name!r} cannot be given env or workingDir", hint="say it in args"
+            f"guest {workload.name!r} cannot be given env or workingDir", hint="pass it in args"
         )
     if program.image.startswith(rootfs.HOST):
         found = rootfs.programs(program.image)
