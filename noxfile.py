@@ -1,8 +1,8 @@
-"""What there is to run in this project; `nox -l` lists it.
+"""Nox sessions of this project; `nox -l` lists them.
 
-Every session works in the one `.venv` that `bootstrap` makes: environments made by nox could not
-import bcc, which comes with the system's Python. What a session does is in the package and in
-tests/; here are only the commands.
+All sessions use the `.venv` that `bootstrap` makes. Environments made by nox could not import bcc,
+which is a package of the system's Python. This file has only the commands; the code is in the
+package and in tests/.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SCHEMAS = {
     "github-workflows": ".github/workflows/ci.yml",
     "citation-file-format": "CITATION.cff",
 }
-"""Files that check-jsonschema has a schema of."""
+"""Schema that check-jsonschema contains → the file that it checks."""
 
 nox.needs_version = ">=2024.3"
 nox.options.default_venv_backend = "none"
@@ -28,19 +28,19 @@ nox.options.sessions = ["lint", "tests"]
 
 
 def tool_of(session: nox.Session, name: str) -> str:
-    """A tool of `.venv`, whichever nox this is."""
+    """Path of a tool in `.venv`, also if nox itself is elsewhere."""
     if not (BIN / name).exists():
         session.error(f"{name} is not in .venv; type: ./bootstrap nox -s {session.name}")
     return str(BIN / name)
 
 
 def run(session: nox.Session, tool: str, *args: str) -> None:
-    """Run a tool. Interrupted, it has time to take down what it made."""
+    """Run a tool. After an interrupt it has time to take down what it made."""
     session.run(tool_of(session, tool), *args, interrupt_timeout=INTERRUPT_GRACE_S)
 
 
 def become(session: nox.Session, tool: str, *args: str) -> None:
-    """End with a tool, whose exit status says more than nox's own, which is 0 or 1."""
+    """Replace nox by a tool (exec), to keep the tool's exit status; that of nox is only 0 or 1."""
     command = [tool_of(session, tool), *args]
     session.log(shlex.join(command))
     os.chdir(ROOT)
@@ -48,7 +48,7 @@ def become(session: nox.Session, tool: str, *args: str) -> None:
 
 
 def check_c(session: nox.Session) -> None:
-    """Check the format of all C, and that agent and eBPF programs compile without a warning."""
+    """Check the format of all C, and that agent and eBPF programs compile without warnings."""
     folders = ("agent", "bpf", "osv", "tests")
     sources = [str(p) for d in folders for p in sorted((ROOT / d).rglob("*.[ch]"))]
     run(session, "clang-format", "--dry-run", "--Werror", *sources)
@@ -58,7 +58,7 @@ def check_c(session: nox.Session) -> None:
 
 
 def groups(session: nox.Session, *names: str) -> None:
-    """Install what is missing of groups of packages.txt."""
+    """Install the missing packages of groups in packages.txt."""
     session.run(str(ROOT / "bootstrap"), *(f"--{name}" for name in names), "true")
 
 

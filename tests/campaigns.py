@@ -1,4 +1,4 @@
-"""What a campaign has stored so far, read from its log and not through the code under test."""
+"""Reads the trials of a campaign from its log, without the code under test."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 
 def trials(campaign: Path) -> list[dict[str, Any]]:
-    """The lines of its log that are whole.
+    """Trials in the log of a campaign, without an incomplete last line.
 
-    Of a trial that was disturbed (this host may be a guest, too) and repeated, the repetition.
+    If a trial was disturbed (this host may be a virtual machine) and repeated, only the repetition.
     """
     log = campaign / "trials.jsonl"
     lines = log.read_text().split("\n")[:-1] if log.exists() else []
     found: list[dict[str, Any]] = []
     disturbed: dict[str, dict[str, Any]] = {}
-    """Each host's last one, if it is to be repeated next."""
+    """Host → its last trial, if that was disturbed and the next one may repeat it."""
     for trial in map(json.loads, lines):
         host = trial.get("host", "")
         before = disturbed.pop(host, None)

@@ -1,4 +1,4 @@
-"""Child processes of tests: they end with the block that they are for, however it ends."""
+"""Context manager for child processes of tests: it ends the child however its block ends."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import Any, TypeVar
 from testbed.host import process
 
 GRACE_S = 5
-"""For what a child takes down itself."""
+"""Time for a child to take down what it made."""
 
 Child = TypeVar("Child", bound="subprocess.Popen[Any]")
 
 
 @contextmanager
 def ending(child: Child) -> Iterator[Child]:
-    """A child that is asked to end when the block ends, if it lives then, and soon killed.
+    """Terminate a child when the block ends, and kill it after `GRACE_S`.
 
-    `with Popen(…)` alone waits for it, for ever if an assertion failed before it was told to end.
+    `with Popen(…)` alone only waits: forever, if an assertion failed before the child was told
+    to end.
     """
     with child:
         try:

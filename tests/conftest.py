@@ -1,8 +1,8 @@
-"""For all tests: `root` tests are skipped without root, and nothing may be left behind.
+"""Configuration of all tests: skips `root` tests without root, checks that nothing is left behind.
 
-What a run leaves is what is there after it and was not before: namespaces, links, cgroups, pins,
-eBPF objects, tables of nftables, ledgers, child processes. Asked of the kernel directly, not
-through the code under test. What belongs to another testbed at work on this host is none of ours.
+Things are namespaces, links, cgroups, pins, eBPF objects, nftables tables, ledgers and child
+processes. Left behind is what exists after the run and did not exist before it. The kernel is asked
+directly, not through the code under test. Things of other running testbeds are ignored.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from testbed.host.ledger import ROOT
 pytest_plugins = ["tests.bench.gate", "tests.limits", "tests.skips"]
 
 KERNEL_PATIENCE_S = 10 * slowness()
-"""The kernel takes namespaces and programs down after the call that removed them returned."""
+"""Time for the kernel to free namespaces and programs after the call that removed them."""
 
 PRELOAD = {"maps.debug", "progs.debug"}
-"""What a kernel with BPF_PRELOAD itself puts into a bpffs (names of files, as of 5.10)."""
+"""Names of files that a kernel with BPF_PRELOAD itself puts into a bpffs (since 5.10)."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,8 +44,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 class Scheduling(LoadFileScheduling):  # type: ignore[misc]
-    """Over processes: files, but tests that clean this host, or leave it something to be cleaned,
-    are all for one of them. What `testbed clean` finds there would be another's.
+    """Distributes tests over processes by file, with all tests that clean the host in one process.
+
+    Otherwise `testbed clean` in one test could remove what a test in another process left.
     """
 
     def _split_scope(self, nodeid: str) -> str:
@@ -54,7 +55,7 @@ class Scheduling(LoadFileScheduling):  # type: ignore[misc]
 
 
 def pytest_configure() -> None:
-    """A script that starts tests in its background has them, and their children, ignore SIGINT."""
+    """Restore SIGINT: a shell script that starts the tests in its background has them ignore it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -74,7 +75,7 @@ BEFORE = pytest.StashKey[AbstractSet[object]]()
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    if not hasattr(session.config, "workerinput"):  # a worker of xdist's: its controller looks
+    if not hasattr(session.config, "workerinput"):  # with xdist, only the controller checks
         session.config.stash[BEFORE] = snapshot()
 
 
@@ -82,7 +83,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if BEFORE not in session.config.stash:
         return
-    for name in ("last_value", "last_traceback", "last_exc"):  # whose frames hold programs
+    for name in ("last_value", "last_traceback", "last_exc"):  # their frames hold programs
         vars(sys).pop(name, None)
     deadline = time.monotonic() + KERNEL_PATIENCE_S
     while left := snapshot() - session.config.stash[BEFORE] - others():
@@ -90,12 +91,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             print("\nleft behind:", *sorted(left), sep="\n  ")
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
             break
-        gc.collect()  # a program that Python still holds is there until its object goes
+        gc.collect()  # an eBPF program stays loaded as long as a Python object holds it
         time.sleep(0.1)
 
 
 def snapshot() -> set[str]:
-    """Everything of the kinds that a testbed makes, each as `kind name`."""
+    """All existing things of the kinds that a testbed makes, each as `kind name`."""
     return {
         *(f"nftables {name}" for name in nftables()),
         *(f"netns {p.name}" for p in Path("/run/netns").glob("*")),
@@ -109,12 +110,12 @@ def snapshot() -> set[str]:
 
 
 def others() -> set[str]:
-    """What other living testbeds account for: by the id in its name, or where none tells whose.
+    """Things of other running testbeds: by the id in their names; pins and eBPF objects have none.
 
-    Ledgers of hosts that tests make are not seen here, but programs are the kernel's, and so seen.
+    Ledgers of hosts that tests make are not visible here, but their eBPF programs are.
     """
     ours = {os.getpid(), *(pid for pid, _ in children())}
-    locks = Path("/proc/locks").read_text().replace("-> ", "").splitlines()  # "->": it waits
+    locks = Path("/proc/locks").read_text().replace("-> ", "").splitlines()  # "->": waiting
     fields = [line.split() for line in locks]
     foreign = {inode.rpartition(":")[2] for *_, pid, inode, _, _ in fields if int(pid) not in ours}
     ids = {p.stem for p in ROOT.glob("*.ledger") if str(p.stat().st_ino) in foreign}
@@ -129,7 +130,7 @@ def others() -> set[str]:
 
 
 def is_worker(process: Path) -> bool:
-    """Whether a process runs a campaign's trials."""
+    """Whether a process is a campaign's worker."""
     try:
         return b"testbed.campaigns.worker" in (process / "cmdline").read_bytes().split(b"\0")
     except OSError:
@@ -137,13 +138,13 @@ def is_worker(process: Path) -> bool:
 
 
 def mounts(kind: str) -> list[Path]:
-    """Where file systems of a kind are mounted."""
+    """Mount points of file systems of this type."""
     lines = (line.split() for line in Path("/proc/mounts").read_text().splitlines())
     return [Path(where) for _, where, fs, *_ in lines if fs == kind]
 
 
 def pins() -> Iterator[Path]:
-    """All that is in file systems of eBPF. (Path.rglob fails at what goes meanwhile.)"""
+    """All files and folders in bpffs. (Path.rglob fails if one disappears meanwhile.)"""
     for mount in mounts("bpf"):
         for folder, folders, files in os.walk(mount):
             yield from (Path(folder, name) for name in (*folders, *files))
@@ -169,7 +170,7 @@ def children() -> Iterator[tuple[int, str]]:
 
 
 def nftables() -> set[str]:
-    """Tables of this namespace; none without root."""
+    """Names of the nftables tables of this namespace; none without root."""
     if os.geteuid() != 0:
         return set()
     with NFTables(nfgen_family=0) as tables:
@@ -177,7 +178,7 @@ def nftables() -> set[str]:
 
 
 def bpf_objects() -> Iterator[str]:
-    """Every eBPF program and map of the kernel, by id and name (bpf(2)); none without root."""
+    """All eBPF programs and maps of the kernel, with id and name (bpf(2)); none without root."""
     libc = ctypes.CDLL(None)
     buffer = ctypes.create_string_buffer(256)
 
@@ -193,7 +194,7 @@ def bpf_objects() -> Iterator[str]:
             id = struct.unpack_from("I", buffer, 4)[0]
             fd = bpf(fd_by_id, struct.pack("I", id))
             if fd < 0:
-                continue  # it just went
+                continue  # it has just been freed
             info = ctypes.create_string_buffer(128)
             bpf(15, struct.pack("IIQ", fd, len(info), ctypes.addressof(info)))  # …_INFO_BY_FD
             os.close(fd)

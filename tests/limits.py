@@ -1,7 +1,8 @@
-"""Time limits: a test that takes longer fails, and all limits grow with TESTBED_SLOWNESS.
+"""Time limits of tests: a test that takes longer fails. TESTBED_SLOWNESS multiplies all limits.
 
-pytest-timeout raises an exception in the test. What it waits for then may not end either (a thread,
-say): a little later the process is ended, with the stack of each thread. xdist starts another one.
+pytest-timeout raises an exception in the test. If the test still does not end, because it waits for
+a thread for example, the process is ended soon after, with the stacks of all threads. xdist then
+starts another process.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import pytest
 from testbed.host.facts import slowness
 
 LIMIT_S = 300
-"""Of a test with its fixtures; the marker `timeout` gives a test another one."""
+"""Limit of a test with its fixtures; the marker `timeout` sets another one."""
 GRACE_S = 60
-"""For clean-up after that, and for the end of the process after the last test."""
+"""Time for clean-up after the limit, and for the end of the process after the last test."""
 
 STDERR = pytest.StashKey[int]()
-"""The terminal's; pytest captures descriptor 2 while tests run."""
+"""A duplicate of descriptor 2, because pytest captures descriptor 2 while tests run."""
 LIMIT = pytest.StashKey[float]()
 
 
@@ -48,8 +49,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):  # a worker of xdist's waits for the others
-        _end_after(0, config)  # threads that go on keep Python from its end
+    if not hasattr(config, "workerinput"):  # a worker of xdist waits for the others
+        _end_after(0, config)  # running threads would keep Python from ending
 
 
 def _end_after(limit_s: float, config: pytest.Config) -> None:

@@ -1,7 +1,7 @@
-"""Skips: a test that is skipped for a reason that `skips.toml` does not list fails.
+"""Skipped tests: a test fails if it is skipped for a reason that `skips.toml` does not list.
 
-The closing lines tell how many were skipped for each that it lists. Benchmarks are not meant: their
-session says itself what it could not measure (`bench.gate`).
+The summary shows how many tests were skipped for each listed reason. Benchmarks are exempt: their
+session reports what it could not measure (`bench.gate`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ALLOWED: dict[str, str] = {
 
 
 def allowed(reason: str) -> str | None:
-    """Which entry of the list a reason is."""
+    """The pattern in the list that matches a reason, or None."""
     return next((listed for listed in ALLOWED if re.fullmatch(listed, reason)), None)
 
 

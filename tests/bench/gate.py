@@ -1,18 +1,19 @@
-"""The session's gate: the fixture `ratio`, which every benchmark measures with, and its outcome.
+"""Gate of benchmark sessions: the fixture `ratio`, which every benchmark uses, and the exit status.
 
-A benchmark names an operation and a reference: something plain that the same machine does, run in
-turn with it. Their times go to pytest-benchmark, their ratio is held against `bands.toml`. Worse
-than the band fails; what could not be measured is skipped, and makes the exit status 3 unless
-something failed. A time beyond its goal is told, and fails nothing: machines differ. How ratios are
-judged is in `verdicts`.
+A benchmark names an operation and a reference: something simple that runs on the same machine, in
+turn with the operation. Their times go to pytest-benchmark, and their ratio is compared with
+`bands.toml`. A ratio above its band fails. A benchmark that could not be measured is skipped, and
+makes the exit status 3 unless another one fails. A time above its goal is reported but does not
+fail, because machines differ. `verdicts` judges the ratios.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -20,15 +21,15 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from .verdicts import BANDS, Band, Measured, Verdict, bands, judge, measured
 
 LIMIT_S = 60
-"""On a machine that is too noisy a benchmark has twice as many rounds, and again, in this time."""
+"""Time in which a benchmark on a noisy machine doubles its rounds again and again."""
 
 COULD_NOT_MEASURE = 3
-"""Exit status, as `testbed`'s own. (1: something failed, 4: usage, both pytest's.)"""
+"""Exit status if something could not be measured, as in `testbed`. pytest has 1 failed, 4 usage."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one benchmark; times in seconds."""
+    """Result of one benchmark; times in seconds."""
 
     name: str
     time_s: float
@@ -37,6 +38,19 @@ class Row:
     band: Band | None
     verdict: Verdict
     goal_s: float | None
+
+    def as_json(self) -> dict[str, Any]:
+        """The row as plain data, for pytest-benchmark's JSON."""
+        return {
+            "time_s": self.time_s,
+            "reference_s": self.reference_s,
+            "goal_s": self.goal_s,
+            "ratio": self.ratio.median,
+            "low": self.ratio.low,
+            "high": self.ratio.high,
+            "stored": self.band and [self.band.ratio, self.band.share],
+            "verdict": self.verdict,
+        }
 
 
 ROWS = pytest.StashKey[list[Row]]()
@@ -76,56 +90,89 @@ def ratio(
         setup: Call = lambda: None,
         teardown: Call = lambda: None,
     ) -> None:
-        times: list[float] = []
-        references: list[float] = []
-
-        def prepare() -> None:
-            setup()
-            references.append(_timed(reference))
-
+        rounds_of = _Rounds(operation, reference, setup, teardown)
         benchmark.name, began = name, perf_counter()
         benchmark.pedantic(  # type: ignore[no-untyped-call]
-            lambda: times.append(_timed(operation)),
-            setup=prepare,
+            rounds_of.run_operation,
+            setup=rounds_of.run_reference,
             teardown=teardown,
             rounds=rounds,
             warmup_rounds=1,
         )
-        del times[0], references[0]  # warm-up
+        rounds_of.forget_first()
         band = known.get(name)
         while True:
-            of = measured([time / by for time, by in zip(times, references, strict=True)])
-            verdict, why = judge(of, band)
+            found = rounds_of.ratio()
+            verdict, why = judge(found, band)
             too_long = 2 * (perf_counter() - began) > LIMIT_S
             if verdict is not Verdict.UNKNOWN or not band or too_long:
                 break
-            for _ in range(len(times)):  # not one by one: to look too often is to find by chance
-                prepare()
-                times.append(_timed(operation))
-                teardown()
-        row = Row(name, median(times), median(references), of, band, verdict, goal_s)
+            rounds_of.double()
+        row = Row(
+            name,
+            median(rounds_of.times),
+            median(rounds_of.references),
+            found,
+            band,
+            verdict,
+            goal_s,
+        )
         request.config.stash[ROWS].append(row)
-        benchmark.extra_info |= {
-            "time_s": row.time_s,
-            "reference_s": row.reference_s,
-            "goal_s": goal_s,
-            "ratio": of.median,
-            "low": of.low,
-            "high": of.high,
-            "stored": band and [band.ratio, band.share],
-            "verdict": verdict,
-        }
-        if verdict is Verdict.WORSE:
-            assert band
-            pytest.fail(
-                f"{name}: {of.median:.3g} times its reference (at least {of.low:.3g}), and it was "
-                f"{band.ratio:.3g}: more than {band.share:.0%} slower",
-                pytrace=False,
-            )
-        if verdict is Verdict.UNKNOWN:
-            pytest.skip(f"{name}: {why}")
+        benchmark.extra_info |= row.as_json()
+        _end_test(row, why)
 
     return measure
+
+
+@dataclass
+class _Rounds:
+    """Rounds of a benchmark: runs reference and operation in turn, and collects their times."""
+
+    operation: Call
+    reference: Call
+    setup: Call
+    teardown: Call
+    times: list[float] = field(default_factory=list)
+    references: list[float] = field(default_factory=list)
+
+    def run_reference(self) -> None:
+        """Start a round: set up, and time the reference."""
+        self.setup()
+        self.references.append(_timed(self.reference))
+
+    def run_operation(self) -> None:
+        """Time the operation."""
+        self.times.append(_timed(self.operation))
+
+    def forget_first(self) -> None:
+        """Remove the first round, which is the warm-up."""
+        del self.times[0], self.references[0]
+
+    def double(self) -> None:
+        """Run as many rounds again. To judge after each round would find changes by chance."""
+        for _ in range(len(self.times)):
+            self.run_reference()
+            self.run_operation()
+            self.teardown()
+
+    def ratio(self) -> Measured:
+        """Ratio of operation to reference over all rounds."""
+        pairs = zip(self.times, self.references, strict=True)
+        return measured([time / reference for time, reference in pairs])
+
+
+def _end_test(row: Row, why: str) -> None:
+    """Fail the test if the benchmark is worse, skip it if its verdict is unknown."""
+    if row.verdict is Verdict.WORSE:
+        assert row.band
+        pytest.fail(
+            f"{row.name}: {row.ratio.median:.3g} times its reference (at least "
+            f"{row.ratio.low:.3g}), and it was {row.band.ratio:.3g}: more than "
+            f"{row.band.share:.0%} slower",
+            pytrace=False,
+        )
+    if row.verdict is Verdict.UNKNOWN:
+        pytest.skip(f"{row.name}: {why}")
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -1,6 +1,6 @@
-"""`python3 -m tests.machines COMMAND`: tests on machines other than this one. Needs root.
+"""Entry point `python3 -m tests.machines COMMAND`: tests on other machines. Needs root.
 
-Standard library only; a command imports what it needs besides.
+This file uses only the standard library. A command imports what else it needs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main(args: list[str]) -> int:
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt, once: what takes things down is not interrupted."""
+    """Raise KeyboardInterrupt once. Further signals are ignored, so that cleaning up can end."""
     for other in SIGNALS:
         signal.signal(other, signal.SIG_IGN)
     raise KeyboardInterrupt

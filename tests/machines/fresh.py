@@ -1,5 +1,5 @@
-"""Tests on fresh machines: clones a commit into new Debian roots, which have nothing but git, and
-calls the README's test command there.
+"""Tests on fresh machines: clones a commit into new Debian roots, which have only git, and runs
+the README's test command there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SUITES = {
     "bookworm": COMMAND,
     "trixie": (*COMMAND, "--", "tests/bpf", "tests/integration", "tests/unit"),
 }
-"""What is called in which Debian, where nobody says otherwise."""
+"""Debian suite → the command that is run in it by default."""
 
 CLOSING = re.compile(r"(?:=+ )?(\d+ \w+(?:, \d+ \w+)*) in [\d.]+s\b.*")
 KINDS = ("passed", "failed", "skipped")
@@ -33,7 +33,8 @@ status=0
 [ ! -x .venv/bin/testbed ] || .venv/bin/testbed clean || status=1
 exit "$status"
 """
-"""Links and cgroups of tests that were interrupted are not the root's: they would stay."""
+"""Runs a command, then cleans up. Links and cgroups of interrupted tests belong to this machine, so
+they would stay."""
 
 
 def main(args: Sequence[str]) -> int:
@@ -49,7 +50,7 @@ def main(args: Sequence[str]) -> int:
     if roots.git("status", "--porcelain"):
         say("uncommitted changes are not in it")
     outcomes = {}
-    with roots.lock("fresh"):  # there is one kernel: tests see what others leave in it
+    with roots.lock("fresh"):  # all roots share one kernel, so tests see what others leave in it
         for suite in options.suite or SUITES:
             outcomes[suite] = test(suite, commit, options.command or SUITES[suite], options.keep)
     for suite, outcome in outcomes.items():
@@ -62,7 +63,7 @@ def main(args: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command in a root came to; `counts` are pytest's."""
+    """Result of a command in a root; `counts` are those of pytest."""
 
     status: int
     counts: Counter[str]
@@ -75,7 +76,7 @@ class Outcome:
 
 
 def test(suite: str, commit: str, command: Sequence[str], keep: bool) -> Outcome:
-    """Call a command in a clone of the commit in a new root."""
+    """Run a command in a clone of the commit in a new root."""
     start = time.monotonic()
     with step(f"{suite}: root of {roots.week()}"):
         base = roots.base(suite)
@@ -102,7 +103,7 @@ def test(suite: str, commit: str, command: Sequence[str], keep: bool) -> Outcome
 
 
 def pytest_counts(line: str) -> Counter[str]:
-    """What a closing line of pytest's counts, by `KINDS`; nothing, in other lines."""
+    """Counts in a closing line of pytest, by `KINDS`; empty for other lines."""
     match = CLOSING.fullmatch(line)
     counts: Counter[str] = Counter()
     for number, word in re.findall(r"(\d+) (\w+)", match[1] if match else ""):
@@ -111,12 +112,12 @@ def pytest_counts(line: str) -> Counter[str]:
 
 
 def closing_line(counts: Counter[str]) -> str:
-    """Counts of all roots, alone on a line, as runners of tests end."""
+    """Counts as one line, in the form of pytest's closing line."""
     return ", ".join(f"{counts[kind]} {kind}" for kind in KINDS)
 
 
 def apt_history(root: Path) -> Iterator[str]:
-    """What apt installed in a root, a line for each of its transactions."""
+    """Packages that apt installed in a root, a line for each transaction."""
     log = root / "var/log/apt/history.log"
     for entry in (log.read_text() if log.exists() else "").strip().split("\n\n"):
         fields = dict(line.split(": ", 1) for line in entry.splitlines() if ": " in line)
@@ -127,7 +128,7 @@ def apt_history(root: Path) -> Iterator[str]:
 
 @contextmanager
 def step(what: str) -> Iterator[None]:
-    """Say what is done, and how long it took."""
+    """Print what is done, and how long it took."""
     say(what)
     start = time.monotonic()
     yield

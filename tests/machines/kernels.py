@@ -1,9 +1,9 @@
-"""What runs on which of Debian's kernels: each booted in a virtual machine, with the clone in it.
+"""Tests on Debian's kernels: boots each kernel in a virtual machine, with this clone in it.
 
-A row is a kernel, the Debian whose compiler makes the bytecode, and how the machine is set up. In
-each: `testbed doctor`, the tests of the eBPF programs, measuring cells, conformance checks. The
-table of docs/machines.md says what passed. Rows that are green are not run again, at this commit
-nor at another that has the same programs.
+A row is a kernel, the Debian suite whose compiler makes the bytecode, and the set-up of the
+machine. Its steps are `testbed doctor`, the tests of the eBPF programs, measuring cells, and
+conformance checks. The table of docs/machines.md shows the results. A row that is green is not run
+again, unless a commit changes the files that its steps run.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TESTED = (
     "packages.txt",
     "pyproject.toml",
 )
-"""What the steps run."""
+"""Files and folders that the steps run."""
 
 COMPILERS = {"bookworm": "Debian 12", "trixie": "Debian 13"}
 
@@ -65,16 +65,15 @@ CHECKS = (
     "pods-are-apart",
     "server-killed",
 )
-"""Of each kind some, and of those that are quick."""
-
+"""Conformance checks: some of each kind, among the quick ones."""
 
 HOUR_S = 3600.0
-"""Ends a step that hangs; on a machine that emulates and does other things a step takes minutes."""
+"""Limit of a step. A step takes minutes on a busy machine that emulates."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command in the machine, in the clone's folder."""
+    """A command that is run in the machine, in the clone's folder."""
 
     name: str
     command: str
@@ -82,18 +81,21 @@ class Step:
     status: int = 0
     """The exit status that it must have."""
     says: str = ""
-    """Pattern of a line that it must print."""
+    """Regular expression that its output must match."""
 
 
 def doctor(status: int = 0, says: str = "") -> Step:
+    """Step that runs the doctor."""
     return Step("doctor", ".venv/bin/testbed doctor", HOUR_S, status, says)
 
 
 def bpf() -> Step:
+    """Step that runs the tests of the eBPF programs."""
     return Step("tests/bpf", ".venv/bin/pytest -q -p no:cacheprovider tests/bpf", HOUR_S)
 
 
 def cells(which: str = "*") -> Step:
+    """Step that measures cells."""
     globs = " ".join(f"--cells '{name}/{which}'" for name in DATAPATHS)
     return Step(
         "cells",
@@ -104,6 +106,7 @@ def cells(which: str = "*") -> Step:
 
 
 def checks(options: str = "") -> Step:
+    """Step that runs conformance checks."""
     globs = " ".join(f"--check {name}" for name in CHECKS)
     return Step(
         "conformance",
@@ -119,24 +122,25 @@ COLUMNS = tuple(step.name for step in ALL)
 
 @dataclass(frozen=True)
 class Row:
-    """A machine, and what must hold on it."""
+    """A machine, and the steps that must pass on it."""
 
     kernel: str
     """A name in `linux.SUITES`."""
     compiler: str
-    """A Debian suite, in whose root all runs."""
+    """The Debian suite of the root file system."""
     variant: str = ""
-    """How it differs from other machines with that kernel, as the table says it."""
+    """How it differs from other machines with this kernel, as text for the table."""
     setup: str = "true"
     """Shell command before the steps."""
     steps: tuple[Step, ...] = ALL
     machine: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `vm.Machine`."""
     arch: str = roots.architecture()
-    """As Debian calls it."""
+    """Debian's name of the architecture."""
 
     @property
     def name(self) -> str:
+        """Name of the row, for --row and for its folder."""
         arch = "" if self.arch == roots.architecture() else self.arch
         words = (self.kernel, self.compiler, arch, re.sub(r"\W+", "-", self.variant).strip("-"))
         return "-".join(filter(None, words))
@@ -198,7 +202,7 @@ ROWS = (
 
 @dataclass
 class Outcome:
-    """What a step came to."""
+    """Result of a step."""
 
     passed: bool
     text: str
@@ -212,7 +216,7 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--row", nargs="+", metavar="NAME", help="only these (--list)")
     parser.add_argument("--list", action="store_true", help="list the rows, and run none")
     parser.add_argument("--jobs", type=int, default=1, help="machines at a time (default: 1)")
-    parser.add_argument("--again", action="store_true", help="run what is green already, too")
+    parser.add_argument("--again", action="store_true", help="also run rows that are green already")
     options = parser.parse_args(args)
 
     rows = [
@@ -232,7 +236,7 @@ def main(args: Sequence[str]) -> int:
     todo = [row for row in rows if options.again or not green(row, commit)]
     if len(todo) < len(rows):
         say(f"{len(rows) - len(todo)} of {len(rows)} rows are green already")
-    for arch in dict.fromkeys(row.arch for row in todo):  # other roots take long
+    for arch in dict.fromkeys(row.arch for row in todo):  # roots of other architectures take long
         batch = [row for row in todo if row.arch == arch]
         for name in dict.fromkeys(row.kernel for row in batch):
             say(f"kernel {name}, {arch}: {linux.kernel(name, arch).release}")
@@ -245,7 +249,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def run_all(rows: Iterable[Row], ready: Mapping[str, Path], commit: str, jobs: int) -> None:
-    """Run rows, each in a process of its own, some at a time."""
+    """Run rows, each in a process of its own, at most `jobs` at the same time."""
     left, running = list(rows), list[multiprocessing.Process]()
     try:
         while left or running:
@@ -260,13 +264,13 @@ def run_all(rows: Iterable[Row], ready: Mapping[str, Path], commit: str, jobs: i
             running = [process for process in running if process.is_alive()]
     finally:
         for process in running:
-            process.terminate()  # it takes its machine down
+            process.terminate()  # the process takes its machine down
         for process in running:
             process.join()
 
 
 def run(row: Row, root: Path, commit: str) -> None:
-    """Boot a row's machine and take its steps; what came of them is in its folder."""
+    """Boot the machine of a row, run its steps, and write their results to the row's folder."""
     folder = RESULTS / row.name
     shutil.rmtree(folder, ignore_errors=True)
     shared = folder / "results"
@@ -290,7 +294,7 @@ def run(row: Row, root: Path, commit: str) -> None:
 
     say(f"{row.name}: boots Linux {kernel.release}")
     shares = {"/results": shared}
-    if row.arch != roots.architecture():  # what `warm` left out takes long there: once is enough
+    if row.arch != roots.architecture():  # `warm` compiles no programs for it: keep them in a cache
         shares["/root/.cache/testbed/bpf"] = cache_folder() / f"bpf-{row.arch}"
         shares["/root/.cache/testbed/bpf"].mkdir(parents=True, exist_ok=True)
     machine = vm.Machine(kernel, root, arch=row.arch, shares=shares, **row.machine)
@@ -315,7 +319,7 @@ def run(row: Row, root: Path, commit: str) -> None:
 
 
 def take(step: Step, guest: vm.Guest, folder: Path, shared: Path) -> Outcome:
-    """Take a step; all that it prints is in its log."""
+    """Run a step; its output goes to its log."""
     start = time.monotonic()
     log = log_of(step, folder)
     command = f"cd /{roots.CLONE} && export {ENVIRONMENT} && {step.command}"
@@ -333,7 +337,7 @@ def take(step: Step, guest: vm.Guest, folder: Path, shared: Path) -> Outcome:
 
 
 def summary(step: Step, log: str, shared: Path) -> str:
-    """What a step says of itself, in a few words."""
+    """Summary of a step in a few words, from its output."""
     if step.name == "tests/bpf":
         last = re.findall(r"^(\d+ .*) in [\d.:]+s", log, re.MULTILINE)
         return last[-1].split(" in ")[0] if last else "no summary"
@@ -341,7 +345,7 @@ def summary(step: Step, log: str, shared: Path) -> str:
         file = shared / "cells/trials.jsonl"
         lines = file.read_text().splitlines() if file.exists() else []
         trials = [json.loads(line) for line in lines]
-        outcomes = {trial["cell"]: trial["status"] for trial in trials}  # one may be run again
+        outcomes = {trial["cell"]: trial["status"] for trial in trials}  # the last run counts
         return ", ".join(f"{number} {kind}" for kind, number in Counter(outcomes.values()).items())
     if step.name == "conformance":
         file = shared / "conformance.xml"
@@ -358,12 +362,12 @@ def summary(step: Step, log: str, shared: Path) -> str:
     return ""
 
 
-# What can be done before, as fast as this machine is: modules and tests to Python's bytecode, the
-# traffic agent, the index of fonts; programs to eBPF's, but not for another architecture: bcc makes
-# maps while it compiles, and QEMU's user mode has no bpf(2).
+# Work that is done in advance, because this machine is faster than an emulated one: bytecode of
+# Python, the traffic agent, the index of fonts; and eBPF bytecode, except for another architecture,
+# because bcc creates maps while it compiles, and QEMU's user mode has no bpf(2).
 WARM = """
 set -e
-.venv/bin/pytest -q -p no:cacheprovider --collect-only tests/bpf || true # others' links are told
+.venv/bin/pytest -q -p no:cacheprovider --collect-only tests/bpf || true # may see others' links
 .venv/bin/python -m compileall -q testbed tests
 .venv/bin/python -c '
 import matplotlib.font_manager
@@ -385,7 +389,7 @@ for name in {name for each in datapaths.names() for name in datapaths.get(each).
 
 
 def warm(suite: str, arch: str = roots.architecture()) -> Path:
-    """The prepared root of a suite, with all in it that can be compiled before. To be read."""
+    """The prepared root of a suite, with everything compiled in advance. It must not be changed."""
     root = roots.prepared(suite, arch)
     done = root / roots.CLONE / "build/warm"
     script = WARM + (WARM_PROGRAMS if arch == roots.architecture() else "")
@@ -401,7 +405,7 @@ def warm(suite: str, arch: str = roots.architecture()) -> Path:
 
 
 def compiler(root: Path) -> str:
-    """As in "Debian 12, LLVM 14": the LLVM that bcc's library names."""
+    """Debian release of a root, and the LLVM that its bcc library uses: "Debian 12, LLVM 14"."""
     release = re.search(r'^VERSION_ID="?(\d+)', (root / "etc/os-release").read_text(), re.MULTILINE)
     (library,) = root.glob("usr/lib/*/libbcc.so.?.*")
     llvm = re.search(rb"libLLVM\D*(\d+)", library.read_bytes())
@@ -411,7 +415,7 @@ def compiler(root: Path) -> str:
 
 
 def green(row: Row, commit: str) -> bool:
-    """Whether all steps of a row passed, at a commit or at one that has the same programs."""
+    """Whether all steps of a row passed, at this commit or at one with the same tested files."""
     found = result(row)
     steps = found.get("steps", {})
     passed = all(steps.get(step.name, {}).get("passed") for step in row.steps)
@@ -422,18 +426,18 @@ def same(one: str, other: str) -> bool:
     """Whether two commits differ in no file of `TESTED`."""
     try:
         return not roots.git("diff", "--name-only", one, other, "--", *TESTED)
-    except Error:  # a commit that is gone
+    except Error:  # a commit that no longer exists
         return False
 
 
 def result(row: Row) -> dict[str, Any]:
-    """What is stored of a row; empty if it was never run."""
+    """Stored results of a row; empty if it was never run."""
     file = RESULTS / row.name / "row.json"
     return dict(json.loads(file.read_text())) if file.exists() else {}
 
 
 def write_page() -> None:
-    """Put the table of all rows that were run into docs/machines.md."""
+    """Write the table of all rows that were run into docs/machines.md."""
     head, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, tail = rest.partition(END)
     lines = [
@@ -445,7 +449,7 @@ def write_page() -> None:
 
 
 def line(row: Row) -> str:
-    """A row of the table."""
+    """The table's line of a row."""
     found = result(row)
     wanted = {step.name for step in row.steps}
     texts, took = [], 0.0

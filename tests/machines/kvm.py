@@ -1,11 +1,11 @@
-"""The KVM path for real: on this machine if its KVM boots guests, else on an emulated one.
+"""Tests of guests under KVM: on this machine if its KVM boots guests, else on an emulated machine.
 
-QEMU's TCG emulates an AMD CPU with SVM, which the Linux in it gives to guests by kvm_amd, with
-vhost-net; that takes 10 to 15 minutes. Run there are tests/integration/kvm.py, and those others in
-which guests under KVM may do other than emulated ones. Arguments go to pytest (`-k linux`).
+QEMU's TCG emulates an AMD CPU with SVM. The Linux in it runs guests by kvm_amd, with vhost-net.
+That takes 10 to 15 minutes. The tests are tests/integration/kvm.py, and others in which guests
+under KVM may behave differently from emulated ones. Arguments go to pytest (`-k linux`).
 
-Exit status 1: a step failed. 3: none failed, but some could not be tried, such as those of OSv
-where no OSv kernel is in the cache.
+Exit status: 1 a step failed; 3 none failed, but some could not be run, such as those of OSv without
+an OSv kernel in the cache.
 """
 
 from __future__ import annotations
@@ -39,32 +39,32 @@ LOGS = roots.REPOSITORY / "build/kvm"
 
 SUITE, KERNEL = "bookworm", "6.12"
 CPU = "max,svm=on,npt=on,la57=off,xsave=off,avx=off"
-"""With AVX, OSv in the QEMU of Debian 12 dies in its allocator. Five levels of page tables are slow
-to walk twice.
+"""CPU of the emulated machine. With AVX, OSv in the QEMU of Debian 12 crashes in its allocator.
+Five levels of page tables would be slow, because nested paging walks them twice.
 """
 MODULES = ("kvm_amd", "vhost_net", "tun")
 MEMORY_MIB = 5120
 SLOWNESS = 8
-"""Of the emulated machine, compared to this one."""
+"""Factor by which the emulated machine is slower than this one."""
 LIMIT_S = 2400.0
 
 
 @dataclass
 class Steps:
-    """What was done, how it went and how long it took."""
+    """Steps that were run, with outcome and duration."""
 
     rows: list[tuple[str, str, float]] = field(default_factory=list)
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """One that raises if it fails."""
+        """Run a step, which raises if it fails."""
         print(f"kvm: {name}", flush=True)
         began = time.monotonic()
         yield
         self.rows.append((name, "passed", time.monotonic() - began))
 
     def add_tests(self, report: Path) -> None:
-        """Those of pytest's report in JUnit's form."""
+        """Add the tests of pytest's report in JUnit XML."""
         for case in ET.parse(report).iter("testcase"):
             outcome = "passed"
             for child in case:
@@ -105,7 +105,7 @@ def main(args: Sequence[str]) -> int:
 
 
 class Both(io.RawIOBase):
-    """Writes to a file and to a screen."""
+    """Writes the same data to several files, such as a log and standard output."""
 
     def __init__(self, *files: BinaryIO) -> None:
         self._files = files
@@ -118,12 +118,12 @@ class Both(io.RawIOBase):
 
 
 def test_command(report: Path, args: Sequence[str]) -> list[str]:
-    """Python's arguments."""
+    """Arguments of Python that run the tests."""
     return ["-m", "pytest", "-v", f"--junit-xml={report}", *args, *TESTS]
 
 
 def in_emulated(args: Sequence[str], steps: Steps) -> int:
-    """Run the tests in an emulated machine: pytest's exit status."""
+    """Run the tests in an emulated machine; returns the exit status of pytest."""
     with steps.step(f"root of {SUITE} with this commit"):
         root = warm(SUITE)
     with steps.step(f"kernel {KERNEL}"):

@@ -1,7 +1,7 @@
-"""Debian's kernels of any suite, with their modules: fetched by apt, unpacked, never installed.
+"""Downloads Debian's kernels of any suite, with their modules; they are unpacked, not installed.
 
-`kernel` is the newest generic kernel of some suites, from the cache folder, or else from the
-archives that a Debian root of this machine uses. Each week they are fetched anew.
+`kernel` gives the newest generic kernel of some suites, from the cache folder, or else from the
+archives that a Debian root of this machine uses. Kernels are downloaded anew each week.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ SUITES = {
     "6.12": ("trixie",),
     "newest": ("trixie-backports", "sid"),
 }
-"""What a kernel is called here → the suites that have it."""
+"""Name of a kernel → the suites that have it."""
 
 _FETCHED_BY = "bookworm"
-"""Its keyring has the keys of older suites and of newer ones."""
+"""Suite whose root downloads kernels; its keyring has the keys of older and newer suites."""
 
-# In a root that is thrown away; leaves /kernel/lib/modules/RELEASE.
+# Runs in a temporary root, and leaves /kernel/lib/modules/RELEASE there.
 _FETCH = """
 set -e
 apt-get -qq update
@@ -46,7 +46,7 @@ while read -r version name; do
         newest=$version image=$name
     fi
 done </versions
-# Since 6.17 the image and its modules are packages of their own, and this depends on them.
+# Since 6.17 the image and its modules are separate packages, which this package depends on.
 parts=$(apt-cache depends --important "$image:{arch}" |
     sed -nE 's/^ *Depends: (linux-(binary|modules)-[^: ]+).*/\\1:{arch}/p')
 mkdir /kernel
@@ -63,7 +63,7 @@ depmod -b /kernel "$release"
 
 
 def kernel(name: str, arch: str = "") -> LinuxKernel:
-    """The kernel of that name in `SUITES`. Raises `Error` if it cannot be fetched."""
+    """The kernel with this name in `SUITES`. Raises `Error` if it cannot be downloaded."""
     arch = arch or roots.architecture()
     folder = cache_folder() / "debian-kernels" / f"{name}-{arch}-{roots.week()}"
     with roots.lock(f"kernel-{name}-{arch}"):
@@ -83,7 +83,7 @@ def kernel(name: str, arch: str = "") -> LinuxKernel:
 
 
 def _fetch(suites: tuple[str, ...], arch: str, folder: Path) -> None:
-    """Leave RELEASE with the image and its modules in a folder, all or nothing."""
+    """Download a kernel to `folder`/RELEASE, with image and modules, atomically."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     said: list[str] = []
     with roots.copy(roots.base(_FETCHED_BY)) as root:

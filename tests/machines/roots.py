@@ -1,12 +1,13 @@
-"""Debian roots on this machine: made by debootstrap, copied, and entered as machines of their own.
+"""Debian root file systems: made by debootstrap, copied, and entered like containers.
 
-`base` makes the root of a suite once a week and keeps it in the cache folder, `copy` gives one to
-work in, `run` runs a command in it with its own mounts, processes, host name and System V IPC. The
-network is this machine's, since the package registries have to be reached. So are eBPF and cgroups,
-as there is one kernel.
+`base` makes the root of a suite once a week and stores it in the cache folder. `copy` makes a copy
+to work in. `run` runs a command in a root, with its own mounts, processes, host name and System V
+IPC. It shares the network of this machine, because package registries must be reached, and eBPF and
+cgroups, because there is one kernel.
 
-All that a root has from this machine is how to reach package registries: mirror, proxies and
-certificates. Needs root, and of programs: debootstrap, git and util-linux. Standard library only.
+A root gets from this machine only the settings that reach package registries: mirror, proxies and
+certificates. This module needs root and the programs debootstrap, git and those of util-linux. It
+uses only the standard library.
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ from testbed.model.errors import Error
 
 REPOSITORY = Path(__file__).parents[2]
 CLONE = Path("root/testbed")
-"""Where in a root the clone of this repository is."""
+"""Path in a root of the clone of this repository."""
 
 SUFFIXES = ("", "-updates", "-security")
-"""Of a Debian suite, the archives that its packages come from."""
+"""Suffixes of a suite's name: the archives of its packages."""
 
 CERTIFICATES = Path("etc/ssl/machine.crt")
-"""Not among those of ca-certificates, whose post-install rewrites them."""
+"""File of this machine's certificates in a root. It is none of the files of ca-certificates, which
+its post-install script rewrites."""
 
 CERTIFICATE_VARIABLES = (
     "SSL_CERT_FILE",
@@ -64,10 +66,10 @@ PIP_SETTINGS = (
 )
 
 INTERRUPT_GRACE_S = 60
-"""After an interrupt, what runs in a root has this long to take down what it made."""
+"""Time after an interrupt for a command in a root to take down what it made."""
 
 UNUSED_S = 24 * 3600
-"""After this, a prepared root of other contents is removed."""
+"""Time without use after which an outdated prepared root is removed."""
 
 ENTER = """
 set -e
@@ -84,12 +86,12 @@ pivot_root . mnt
 cd /
 umount -l /mnt
 cd "$cwd"
-trap : INT TERM HUP # this shell outlives the command: it is the root's init, which reaps orphans
+trap : INT TERM HUP # this shell is the root's init: it outlives the command and reaps orphans
 status=0
 "$@" || status=$?
 exit "$status"
 """
-"""Enters a root (as in pivot_root(8)); in a chroot instead, runc could not pivot_root itself."""
+"""Enters a root by pivot_root(8). In a chroot, runc could not call pivot_root itself."""
 
 REGISTER = """
 set -e
@@ -101,23 +103,25 @@ printf %s "$2" >register
 echo
 read -r _ || echo -1 >"$1"
 """
-"""Has the kernel run programs of another architecture by an interpreter, until this input ends."""
+"""Registers an interpreter for programs of another architecture, until standard input ends."""
 
 
 MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
-"""Architecture, as Debian calls it → machine, as `uname -m` does."""
+"""Debian's name of an architecture → its name in `uname -m`."""
 
 
 def architecture() -> str:
-    """This machine's, in Debian's words."""
+    """Debian's name of this machine's architecture."""
     machine = platform.machine()
     return {name: debian for debian, name in MACHINES.items()}.get(machine, machine)
 
 
 @contextmanager
 def foreign(arch: str) -> Iterator[None]:
-    """Programs of that architecture run on this machine, if need be emulated (by binfmt_misc and
-    QEMU's user mode: some ten times slower), whatever root they are in.
+    """Make programs of this architecture run on this machine, in any root.
+
+    If it is another architecture, they are emulated by binfmt_misc and QEMU's user mode, which is
+    about ten times slower.
     """
     if arch == architecture():
         yield
@@ -125,7 +129,7 @@ def foreign(arch: str) -> Iterator[None]:
     file = Path(f"/usr/lib/binfmt.d/qemu-{MACHINES[arch]}.conf")
     if not file.exists():
         raise Error(f"nothing here emulates {arch}", "type: apt-get install qemu-user-static")
-    name = f"testbed-{arch}-{secrets.token_hex(4)}"  # others register theirs
+    name = f"testbed-{arch}-{secrets.token_hex(4)}"  # other processes register their own
     _, _, rule = file.read_text().strip().lstrip(":").partition(":")
     register = ["unshare", "--mount", "sh", "-c", REGISTER, "register", name, f":{name}:{rule}"]
     with subprocess.Popen(
@@ -140,9 +144,9 @@ def foreign(arch: str) -> Iterator[None]:
 
 
 def base(suite: str, arch: str | None = None) -> Path:
-    """The root of a suite, of this week: minbase, git and ca-certificates. To be copied.
+    """This week's root of a suite: minbase, git and ca-certificates. Copy it before use.
 
-    Where it isn't there, it is made. Those of before last week are removed.
+    It is made if it does not exist. Roots from before last week are removed.
     """
     arch = arch or architecture()
     root = _folder() / f"{suite}-{arch}-{week()}"
@@ -170,11 +174,12 @@ def run(
     env: Mapping[str, str] | None = None,
     on_line: Callable[[str], None] | None = None,
 ) -> int:
-    """Run a command in a root, without standard input; its exit status. `on_line` gets its output
-    (standard error, too) line by line, else it goes where this process's goes.
+    """Run a command in a root, without standard input; returns its exit status.
 
-    Nothing that it started outlives it, nor this process, and nothing stays mounted. When this is
-    interrupted, the command is, too (SIGINT), and has some time to take down what it made.
+    `on_line` gets each line of its output and standard error; without it, they go to those of this
+    process. All processes that the command started end with it, and with this process, and nothing
+    stays mounted. If this process is interrupted, the command gets SIGINT, and has
+    `INTERRUPT_GRACE_S` to take down what it made.
     """
     unshare = ("unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child")
     process = subprocess.Popen(
@@ -199,7 +204,7 @@ def run(
         env=environment(root) | dict(env or {}),
         text=True,
         errors="replace",
-        start_new_session=True,  # an interrupt from a terminal comes to this process alone
+        start_new_session=True,  # Ctrl-C in a terminal then reaches only this process
     )
     with process:
         try:
@@ -214,11 +219,11 @@ def run(
                 patience.cancel()
             raise
         finally:
-            process.kill()  # and with it, by --kill-child, all in the root
+            process.kill()  # --kill-child then kills all processes in the root
 
 
 def _follow(process: subprocess.Popen[str], on_line: Callable[[str], None] | None) -> int:
-    """Read what a process prints until it ends: its exit status."""
+    """Read the output of a process until it ends; returns its exit status."""
     for line in process.stdout or ():
         assert on_line
         on_line(line.rstrip("\n"))
@@ -226,8 +231,9 @@ def _follow(process: subprocess.Popen[str], on_line: Callable[[str], None] | Non
 
 
 def environment(root: Path) -> dict[str, str]:
-    """What a command in a root finds in its environment: nothing of this machine's but how to
-    reach package registries, and how slow it is.
+    """Environment variables of a command in a root.
+
+    From this machine come only the settings that reach package registries, and TESTBED_SLOWNESS.
     """
     carried = {"http_proxy", "https_proxy", "no_proxy", "testbed_slowness"}
     certificates = f"/{CERTIFICATES}" if (root / CERTIFICATES).exists() else None
@@ -242,19 +248,19 @@ def environment(root: Path) -> dict[str, str]:
 
 
 def prepared(suite: str, arch: str | None = None) -> Path:
-    """A root with this repository's HEAD in `CLONE`, after `./bootstrap --tests`: to be read, or
-    copied. Of another architecture than this machine's it lacks what the tests need besides, which
-    takes too long there.
+    """A root with this repository's HEAD in `CLONE`, after `./bootstrap --tests`.
 
-    That runs once a week, and when what it reads has changed. The roots of commits share
-    its result (as hard links), but for the clone.
+    It must not be changed, only read or copied. A root of another architecture lacks the packages
+    that only the tests need, which would take too long to install there. `bootstrap` runs once a
+    week, and when the files that it reads have changed. The roots of commits share its result by
+    hard links, except the clone.
     """
     arch = arch or architecture()
     bootstrap = ["./bootstrap", *(["--tests"] if arch == architecture() else []), "true"]
     root = base(suite, arch)
     commit = git("rev-parse", "HEAD")
     files = [git("show", f"{commit}:{name}") for name in ("bootstrap", "pyproject.toml")]
-    # Of packages.txt what is installed: neither comments nor other groups.
+    # Only the lines of packages.txt that are installed: no comments and no other groups.
     for line in git("show", f"{commit}:packages.txt").splitlines():
         entry = line.partition("#")[0].strip()
         if re.match(r"(tests:|[^:]+$)", entry):
@@ -296,18 +302,18 @@ def clone(commit: str, root: Path) -> None:
 
 
 def keep(root: Path) -> Path:
-    """Keep a copy beyond its context, for a person to look at and remove: its new path."""
+    """Keep a copy beyond its context, for a person to inspect and remove. Returns its new path."""
     return root.rename(_folder() / f"kept-{root.name}")
 
 
 def git(*args: str, folder: Path = REPOSITORY) -> str:
-    """What git says, by default about this repository."""
+    """Output of a git command, by default in this repository."""
     return _output("git", "-C", str(folder), *args)
 
 
 @contextmanager
 def lock(name: str) -> Iterator[None]:
-    """Hold a lock among all that use the cache folder; `name` says of what."""
+    """Hold a named lock among all processes that use the cache folder."""
     path = _folder() / f"{name}.lock"
     path.touch()
     with ExitStack() as stack:
@@ -320,16 +326,16 @@ def lock(name: str) -> Iterator[None]:
 
 
 def week() -> str:
-    """The ISO week, as in 2026-W01."""
+    """The ISO week, such as 2026-W01."""
     year, number, _ = datetime.now(UTC).isocalendar()
     return f"{year}-W{number:02}"
 
 
 def archives(index_targets: str, codename: str) -> dict[str, str]:
-    """URIs of this machine's Debian archives by their suffix (""; "-updates", "-security").
+    """Suffix ("", "-updates", "-security") → URI of this machine's Debian archive.
 
-    From lines `URI RELEASE CODENAME`, the last of which is missing before the first `apt-get
-    update`. None where this machine's suite, `codename`, is another distribution's.
+    `index_targets` has lines `URI RELEASE CODENAME`; CODENAME is missing before the first `apt-get
+    update`. Empty if no archive has this machine's suite, `codename`.
     """
     found: dict[str, str] = {}
     for line in index_targets.splitlines():
@@ -341,7 +347,7 @@ def archives(index_targets: str, codename: str) -> dict[str, str]:
 
 
 def apt_settings(dump: str) -> str:
-    """Of `apt-config dump`, what says how to reach archives."""
+    """The lines of `apt-config dump` that say how to reach archives."""
     carried = ("Acquire::http::", "Acquire::https::", "Acquire::Check-", "Acquire::Retries ")
     scripts = ("Proxy-Auto-Detect", "ProxyAutoDetect", "CaInfo", "CAInfo")  # this machine's files
     lines = (line for line in dump.splitlines() if line.startswith(carried))
@@ -349,8 +355,9 @@ def apt_settings(dump: str) -> str:
 
 
 def pip_variables(files: Sequence[Path], variables: Mapping[str, str]) -> dict[str, str]:
-    """What files and environment tell pip about how to reach its index, as variables. Folders of
-    this machine are left out: in a root they are not there.
+    """pip's settings that reach its index, from files and environment, as environment variables.
+
+    Folders of this machine are left out, because a root does not have them.
     """
     found: dict[str, str] = {}
     parser = configparser.RawConfigParser()
@@ -364,7 +371,7 @@ def pip_variables(files: Sequence[Path], variables: Mapping[str, str]) -> dict[s
 
 
 def _debootstrap(suite: str, arch: str, root: Path) -> None:
-    """Make a root, with all archives of its suite. Mounts of debootstrap's end with it."""
+    """Make a root by debootstrap, with all archives of its suite. debootstrap leaves no mounts."""
     _need("debootstrap")
     known: dict[str, str] = {}
     release = platform.freedesktop_os_release()
@@ -373,7 +380,7 @@ def _debootstrap(suite: str, arch: str, root: Path) -> None:
         targets = _output("apt-get", "indextargets", "--no-release-info", "--format", form)
         known = archives(targets, release.get("VERSION_CODENAME", ""))
     mirror = [known[""]] if "" in known else []
-    log = _folder() / f"{suite}-{arch}.log"  # not beside the root: among those, only folders
+    log = _folder() / f"{suite}-{arch}.log"  # not beside the root, where there are only folders
     with log.open("w") as output:
         made = subprocess.run(
             [
@@ -405,7 +412,7 @@ def _debootstrap(suite: str, arch: str, root: Path) -> None:
     log.unlink()
 
     unsafe = root / "etc/dpkg/dpkg.cfg.d/unsafe-io"
-    unsafe.write_text("force-unsafe-io\n")  # a copy that a crash spoils is made again
+    unsafe.write_text("force-unsafe-io\n")  # no fsync: a copy that a crash spoils is made again
     _carry(root)
     main = (root / "etc/apt/sources.list").read_text().split()[1]
     uris = {"-updates": main, "-security": f"{main.rstrip('/')}-security", **known}
@@ -419,14 +426,14 @@ def _debootstrap(suite: str, arch: str, root: Path) -> None:
             "Dir::Etc::SourceParts=-",
         )
         if run(root, ["apt-get", "-qq", *options, "update"], on_line=lambda _: None):
-            extra.unlink()  # sid has none
+            extra.unlink()  # sid has no such archive
     for folder in ("var/cache/apt/archives", "var/lib/apt/lists"):
         for file in (root / folder).glob("*[._]*"):
             file.unlink()
 
 
 def _certificates() -> Path | None:
-    """The file of certificates that this machine trusts."""
+    """The file of CA certificates that this machine trusts."""
     paths = ssl.get_default_verify_paths()
     for name in (paths.cafile, paths.openssl_cafile, "/etc/ssl/certs/ca-certificates.crt"):
         if name and Path(name).is_file():
@@ -435,7 +442,7 @@ def _certificates() -> Path | None:
 
 
 def _remove_old(suite: str, arch: str, root: Path) -> None:
-    """Remove roots of earlier weeks, but for the newest of them: somebody may be using that."""
+    """Remove roots of earlier weeks, except the newest of them, which may still be in use."""
     names = {
         p.name.removeprefix(f"{suite}-{arch}-")[:8] for p in root.parent.glob(f"{suite}-{arch}-*")
     }
@@ -446,7 +453,7 @@ def _remove_old(suite: str, arch: str, root: Path) -> None:
 
 @contextmanager
 def _made(root: Path) -> Iterator[Path]:
-    """A folder to make a root in, which gets its name once it is whole, else is removed."""
+    """A folder to make a root in. It gets its name at the end of the block, or is removed."""
     with _scratch(root.name) as making:
         yield making
         making.rename(root)
@@ -454,7 +461,7 @@ def _made(root: Path) -> Iterator[Path]:
 
 @contextmanager
 def _scratch(name: str) -> Iterator[Path]:
-    """A folder that is removed afterwards, if it is still there; so are those that others left."""
+    """A folder that is removed afterwards, if it still exists. Removes those of ended processes."""
     folder = _folder() / "work"
     folder.mkdir(exist_ok=True)
     with ExitStack() as stack:
@@ -479,7 +486,7 @@ def _fill(folder: Path, root: Path) -> None:
 
 
 def _carry(root: Path) -> None:
-    """Carry into a root how this machine reaches others. (How pip does is in `environment`.)"""
+    """Copy this machine's network settings into a root. (Those of pip are in `environment`.)"""
     for name in ("resolv.conf", "hosts"):
         shutil.copyfile(f"/etc/{name}", root / "etc" / name)
     settings = apt_settings(_output("apt-config", "dump")) if shutil.which("apt-config") else ""

@@ -1,15 +1,15 @@
-"""A virtual machine that boots one of Debian's kernels with a folder as its root file system.
+"""Boots one of Debian's kernels in a virtual machine, with a folder as its root file system.
 
     with vm.boot(vm.Machine(kernel, root), console=Path("console.log")) as guest:
         status = guest.run("uname -r", sys.stdout.buffer, limit_s=60)
 
-The guest reads the folder by 9p and writes to memory, so the folder stays as it is, and several
-guests may use it at once. It has no network but `lo`. Its kernel's messages go to a file, commands
-and their output through a virtio port of their own. QEMU uses KVM where it works, else it emulates.
-It ends with the block, and with this process.
+The guest reads the folder by 9p and writes to memory. So the folder does not change, and several
+guests can use it at the same time. The guest has no network but `lo`. Kernel messages go to a file;
+commands and their output go through a virtio port of their own. QEMU uses KVM if it works, else it
+emulates. The guest ends with the block, and with this process.
 
-Not by virtme-ng: it takes modules only from within the root, makes only single folders writable,
-and mounts cgroups as it likes.
+virtme-ng is not used: it takes modules only from within the root, makes only single folders
+writable, and mounts cgroups in its own way.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ from testbed.runtimes.vm.qemu import value
 
 BOOT_LIMIT_S = 600.0
 GRACE_S = 60.0
-"""A command that its own time limit does not end has this long until the machine is ended."""
+"""Time after a command's own limit until the machine counts as hung."""
 
 MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay")
-"""What the root file system and commands need; what they depend on is added."""
+"""Modules that the root file system and commands need. Their dependencies are added."""
 
 _EMULATED_X86 = "max,la57=off"
-"""All that QEMU can emulate, but for a fifth level of page tables, which takes longer to walk."""
+"""All features that QEMU can emulate, but no fifth level of page tables, which is slow to walk."""
 
 _PORT = "commands"
 
-# Puts the root file system together, in the initramfs.
+# /init of the initramfs: mounts the root file system.
 _INIT = """\
 #!/bin/busybox sh
 /bin/busybox mkdir -p /proc /sys /dev /lower /upper /root
@@ -80,7 +80,7 @@ mount -t tmpfs -o mode=1777 tmp tmp
 mount -t bpf bpf sys/fs/bpf
 mount -t tracefs tracefs sys/kernel/tracing
 share modules "lib/modules/$(uname -r)" ro,cache=loose
-# Device files whose modules are loaded when they are opened, as /dev/net/tun: kmod-static-nodes(8).
+# Device files whose modules are loaded on open, such as /dev/net/tun: kmod-static-nodes(8).
 while IFS=': ' read -r module node major minor; do
     mkdir -p "dev/$(dirname "$node")"
     mknod "dev/$node" "${major%%[0-9]*}" "${major#[bc]}" "$minor"
@@ -94,7 +94,7 @@ ip link set lo up
 exec switch_root /root /bin/sh /run/vm/serve
 """
 
-# How cgroups are mounted; in the new root.
+# Commands that mount cgroups in the new root.
 _CGROUPS = {
     "unified": "mount -t cgroup2 cgroup2 sys/fs/cgroup\n",
     "hybrid": """\
@@ -112,8 +112,8 @@ done
 }
 _HIDE_BTF = "mount -t tmpfs -o ro none sys/kernel/btf\n"
 
-# PID 1 of the root file system: runs commands, given as LIMIT BASE64. What it says itself begins
-# with a mark that no command's output has.
+# PID 1 of the root file system: runs commands that it gets as LIMIT BASE64. After each it writes a
+# mark and the exit status; no command's output contains the mark.
 _SERVE = """\
 export HOME=/root LANG=C.UTF-8 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 hostname machine
@@ -133,28 +133,29 @@ done
 
 @dataclass(frozen=True)
 class Machine:
-    """What boots."""
+    """Configuration of a virtual machine."""
 
     kernel: LinuxKernel
-    """A generic image of Debian's: those for clouds have no 9p."""
+    """A generic kernel of Debian; the cloud kernels have no 9p."""
     root: Path
     arch: str = ""
     """Debian's name of the architecture; empty: this machine's."""
     cpus: int = 2
     memory_mib: int = 3072
-    """What the guest writes is in it, too."""
+    """Memory, which also holds the files that the guest writes."""
     cpu: str = ""
-    """Model and features, as QEMU's `-cpu`; empty: the host's with KVM, else what QEMU emulates."""
+    """Model and features for QEMU's `-cpu`. Empty: the host's with KVM, else QEMU's best."""
     append: str = ""
-    """Added to the kernel's command line."""
+    """Additional options of the kernel's command line."""
     modules: tuple[str, ...] = ()
-    """Loaded by modprobe before the first command."""
+    """Modules that modprobe loads before the first command."""
     cgroups: Literal["unified", "hybrid", "none"] = "unified"
-    """cgroup2 alone, or in `unified` beside the controllers of version 1, or not mounted."""
+    """`unified`: only cgroup2. `hybrid`: cgroup2 in the folder `unified`, beside controllers of
+    version 1. `none`: not mounted."""
     btf: bool = True
-    """Whether the kernel's type information can be read."""
+    """Whether the kernel's BTF can be read."""
     shares: Mapping[str, Path] = field(default_factory=dict)
-    """Path in the guest → folder of this machine that it may write to."""
+    """Path in the guest → folder of this machine, which the guest can write to."""
 
 
 class Guest:
@@ -166,10 +167,10 @@ class Guest:
         self._console = console
 
     def run(self, command: str, output: BinaryIO, *, limit_s: float) -> int:
-        """Run a shell command; its exit status, 124 if it took longer than `limit_s`.
+        """Run a shell command; returns its exit status, 124 if it took longer than `limit_s`.
 
-        What it and its children print goes to `output` at once. Raises `Error` where the machine
-        itself ends, or hangs.
+        Its output, and that of its children, goes to `output` at once. Raises `Error` if the
+        machine ends or hangs.
         """
         assert self._qemu.stdin
         encoded = base64.b64encode(command.encode()).decode()
@@ -181,7 +182,7 @@ class Guest:
         return self._read(output, limit_s + GRACE_S)
 
     def _read(self, output: BinaryIO, limit_s: float) -> int:
-        """Copy output until the next mark; the number behind it."""
+        """Copy output until the next mark; returns the number after the mark."""
         assert self._qemu.stdout
         deadline = time.monotonic() + limit_s
         pending = b""
@@ -197,7 +198,7 @@ class Guest:
             if mark and not status.endswith(b"\n"):
                 continue
             if not mark and (start := before.rfind(self._mark[:1])) >= 0:
-                before = before[:start]  # perhaps the mark's beginning
+                before = before[:start]  # the rest may be the beginning of the mark
             output.write(before)
             output.flush()
             if mark:
@@ -205,7 +206,7 @@ class Guest:
             pending = pending[len(before) :]
 
     def _last_words(self) -> str:
-        """Of the kernel, else of QEMU."""
+        """The last message of the kernel, preferably a panic, or of QEMU."""
         lines = self._console.read_text(errors="replace").split("\n")
         said = [line.strip() for line in lines if line.strip()]
         panic = [line for line in said if "Kernel panic" in line]
@@ -214,14 +215,14 @@ class Guest:
 
 @contextlib.contextmanager
 def boot(machine: Machine, console: Path, *, limit_s: float = BOOT_LIMIT_S) -> Iterator[Guest]:
-    """Boot a machine; it is ended with the block. `console` is the file for its kernel's messages.
+    """Boot a machine, which ends with the block. Its kernel's messages go to the file `console`.
 
     Raises `Error` if it has not booted within `limit_s`.
     """
     mark = f"\x1e{secrets.token_hex(8)} "
     console.parent.mkdir(parents=True, exist_ok=True)
     console.write_bytes(b"")
-    # In memory, so that nothing is left of it whatever ends this process.
+    # The initramfs is in memory, so that nothing is left of it however this process ends.
     with (
         os.fdopen(os.memfd_create("initramfs"), "wb") as initramfs,
         console.open("ab") as complaints,
@@ -240,7 +241,7 @@ def boot(machine: Machine, console: Path, *, limit_s: float = BOOT_LIMIT_S) -> I
             stderr=complaints,
             bufsize=0,
             pass_fds=(initramfs.fileno(),),
-            start_new_session=True,  # an interrupt from a terminal comes to this process alone
+            start_new_session=True,  # Ctrl-C in a terminal then reaches only this process
         )
     with qemu:
         try:
@@ -308,7 +309,7 @@ def _architecture(machine: Machine) -> Architecture:
 
 
 def _share(tag: str, folder: Path, *, readonly: bool) -> list[str]:
-    """A 9p device. Owners of files are the host's, so this is for root alone."""
+    """QEMU options of a 9p device. Owners of files are those of the host, so it needs root."""
     options = f"mount_tag={tag},security_model=passthrough,multidevs=remap"
     if readonly:
         options += ",readonly=on"
@@ -334,7 +335,7 @@ def _initramfs(machine: Machine, mark: str) -> dict[str, Node]:
 
 
 def _busybox(machine: Machine) -> bytes:
-    """A static one, the root's own where it has one: this machine's may be of another kind."""
+    """A static busybox: that of the root, else this machine's if the architecture is the same."""
     for name in ("bin/busybox", "usr/bin/busybox"):
         if (machine.root / "var/lib/dpkg/info/busybox-static.list").exists() and (
             found := machine.root / name
@@ -346,10 +347,10 @@ def _busybox(machine: Machine) -> bytes:
 
 
 def with_dependencies(folder: Path, wanted: tuple[str, ...]) -> dict[str, bytes]:
-    """Name → contents of modules and of those that they depend on, in the order of loading.
+    """Name → content of modules and of their dependencies, in the order of loading.
 
-    By modules.dep, which names of each module all that it depends on, the last first to be loaded.
-    What is not in it is built into the kernel.
+    modules.dep lists all dependencies of each module; the last one is loaded first. A module that
+    is not in modules.dep is built into the kernel.
     """
     lines = (folder / "modules.dep").read_text().splitlines()
     listed = dict(line.split(":", 1) for line in lines)
