@@ -31,7 +31,10 @@ INGRESS, EGRESS = 46, 47
 CLSACT, AT_CLSACT = 0xFFFFFFF1, {INGRESS: 0xFFFFFFF2, EGRESS: 0xFFFFFFF3}
 """Handles (linux/pkt_sched.h) of the qdisc clsact and its two hooks."""
 ETH_P_ALL = 3
-RTM_NEWQDISC, RTM_DELQDISC, RTM_NEWTFILTER = 36, 37, 44
+RTM_NEWQDISC, RTM_DELQDISC, RTM_NEWTFILTER, RTM_DELTFILTER, RTM_GETTFILTER = 36, 37, 44, 45, 46
+NLM_F_REQUEST, NLM_F_DUMP = 0x1, 0x300
+FILTER, PRIORITY = 0x7B, 1 << 16 | socket.htons(ETH_P_ALL)
+"""Handle of our filters, which others hardly choose, and their priority and protocol."""
 TCA_KIND, TCA_OPTIONS, TCA_BPF_CLASSID, TCA_BPF_FD, TCA_BPF_NAME, TCA_BPF_FLAGS = 1, 2, 3, 6, 7, 8
 BPF_F_REPLACE = 4
 
@@ -51,16 +54,13 @@ def attach_tc(
 
 def replace_tc(netns: str, ifindex: int, hook: int, program: int, name: str, classid: int) -> None:
     """Replace the program that `attach_tc` attached. No packet passes without a program."""
-    kind, options = (
-        _attribute(TCA_KIND, b"bpf\0"),
-        b"".join(
-            (
-                _attribute(TCA_BPF_FD, struct.pack("=I", program)),
-                _attribute(TCA_BPF_NAME, name.encode() + b"\0"),
-                _attribute(TCA_BPF_CLASSID, struct.pack("=I", classid)),
-                _attribute(TCA_BPF_FLAGS, struct.pack("=I", 1)),  # TCA_BPF_FLAG_ACT_DIRECT
-            )
-        ),
+    options = b"".join(
+        (
+            _attribute(TCA_BPF_FD, struct.pack("=I", program)),
+            _attribute(TCA_BPF_NAME, name.encode() + b"\0"),
+            _attribute(TCA_BPF_CLASSID, struct.pack("=I", classid)),
+            _attribute(TCA_BPF_FLAGS, struct.pack("=I", 1)),  # TCA_BPF_FLAG_ACT_DIRECT
+        )
     )
 
     def attach() -> None:
@@ -69,10 +69,10 @@ def replace_tc(netns: str, ifindex: int, hook: int, program: int, name: str, cla
         _tc(
             RTM_NEWTFILTER,
             ifindex,
-            kind + _attribute(TCA_OPTIONS, options),
+            BPF_KIND + _attribute(TCA_OPTIONS, options),
             parent=AT_CLSACT[hook],
-            handle=1,
-            info=1 << 16 | socket.htons(ETH_P_ALL),
+            handle=FILTER,
+            info=PRIORITY,
         )
 
     namespaces.inside(netns, attach)
@@ -147,10 +147,17 @@ def _running(ifindex: int, hook: int) -> Iterator[dict[str, int]]:
 
 
 def detach_tc(netns: str, ifindex: int) -> None:
-    """Remove the filters of `attach_tc` from a link. A missing link or namespace is no error."""
+    """Remove the filters of `attach_tc` from a link, and its clsact if no others have filters there.
+
+    A missing link or namespace is no error.
+    """
 
     def detach() -> None:
-        _tc(RTM_DELQDISC, ifindex, _attribute(TCA_KIND, b"clsact\0"), parent=CLSACT)
+        for parent in AT_CLSACT.values():
+            with suppress(FileNotFoundError):
+                _tc(RTM_DELTFILTER, ifindex, BPF_KIND, parent, FILTER, PRIORITY)
+        if not any(_has_filters(ifindex, parent) for parent in AT_CLSACT.values()):
+            _tc(RTM_DELQDISC, ifindex, _attribute(TCA_KIND, b"clsact\0"), parent=CLSACT)
 
     try:
         namespaces.inside(netns, detach)
@@ -162,6 +169,19 @@ def detach_tc(netns: str, ifindex: int) -> None:
 def _attribute(kind: int, value: bytes) -> bytes:
     """A netlink attribute (struct nlattr), padded."""
     return struct.pack("=HH", 4 + len(value), kind) + value + b"\0" * (-len(value) % 4)
+
+
+BPF_KIND = _attribute(TCA_KIND, b"bpf\0")
+
+
+def _has_filters(ifindex: int, parent: int) -> bool:
+    """Whether a link has filters at a hook, whoever attached them."""
+    body = struct.pack("=BxxxiIII", socket.AF_UNSPEC, ifindex, 0, parent, 0)
+    flags = NLM_F_REQUEST | NLM_F_DUMP
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as dump:
+        dump.send(struct.pack("=IHHII", 16 + len(body), RTM_GETTFILTER, flags, 1, 0) + body)
+        first = struct.unpack_from("=4xH", dump.recv(65536))[0]
+    return bool(first == RTM_NEWTFILTER)
 
 
 def _tc(

@@ -14,13 +14,16 @@ from pathlib import Path
 import pytest
 
 from testbed.bpf import syscall
+from testbed.host import namespaces
+from testbed.model.terms import Family
 from tests.integration.conftest import Build
+from tests.integration.sockets import Bench, Pair
 
 pytestmark = pytest.mark.root
 
 CGROUP_SOCKOPT, CGROUP_SETSOCKOPT = 25, 22
 """Type and attach type of programs at setsockopt(2) (linux/bpf.h)."""
-ALLOW_MULTI = 2
+ALLOW_MULTI, SCHED_CLS = 2, 3
 THEIRS = 5
 
 
@@ -43,6 +46,10 @@ PRIORITY = b"".join(
     )
 )
 """A program that has its own opinion of SO_PRIORITY."""
+
+
+UNSPECIFIC = instruction(0xB7, 0, value=-1) + instruction(0x95)
+"""A tc program that leaves every packet to the next one (TC_ACT_UNSPEC)."""
 
 
 @contextmanager
@@ -83,3 +90,39 @@ def test_what_another_program_makes_of_a_socket_option_holds(build: Build, who: 
     with attached(group):
         assert priority_set(group) == THEIRS
     assert priority_set(group) == 1
+
+
+def tc(netns: str, *words: str) -> str:
+    command = ["nsenter", f"--net={namespaces.NETNS / netns}", "tc", *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("hook", ["ingress", "egress"])
+def test_filters_of_others_outlive_ours(build: Build, when: str, hook: str) -> None:
+    """Some of the same kind and priority, attached to a guest's port before or after ours."""
+    pod = build(f"filters-{when}-{hook}", datapath="steer")
+    at = ("dev", "g1", hook, "prio", "1", "handle", "1", "protocol", "all")
+    theirs = Path("/sys/fs/bpf") / f"theirs-{os.getpid()}"
+    program = syscall.load_program("theirs", SCHED_CLS, 0, UNSPECIFIC)
+    syscall.pin(program, theirs)
+    try:
+        if when == "before":
+            pod.attachment.detach()
+            tc(pod.netns, "qdisc", "add", "dev", "g1", "clsact")
+        tc(pod.netns, "filter", "add", *at, "bpf", "da", "pinned", str(theirs))
+        if when == "before":
+            pod.attachment = pod.datapath.attach(pod.wiring(), pod._owner)
+        shown = tc(pod.netns, "filter", "show", "dev", "g1", hook)
+        assert "theirs" in shown
+        assert f"port_{hook}" in shown
+        with Bench(pod).connected(Pair(0, 1), Family.IPV4) as (near, far):
+            near.send(b"!")
+            assert far.recv(1) == b"!"
+        pod.attachment.detach()
+        shown = tc(pod.netns, "filter", "show", "dev", "g1", hook)
+        assert "theirs" in shown
+        assert "port_" not in shown
+    finally:
+        theirs.unlink()
+        os.close(program)
