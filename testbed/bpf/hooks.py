@@ -147,7 +147,7 @@ def _running(ifindex: int, hook: int) -> Iterator[dict[str, int]]:
 
 
 def detach_tc(netns: str, ifindex: int) -> None:
-    """Remove the filters of `attach_tc` from a link, and its clsact if no others have filters there.
+    """Remove the filters of `attach_tc` from a link, and its clsact if it is empty then.
 
     A missing link or namespace is no error.
     """
