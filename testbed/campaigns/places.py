@@ -165,7 +165,7 @@ def _attend(share: Share, say: Callable[[str], None]) -> Iterator[Event]:
     if status:
         last = log.read_text(errors="replace").strip().rpartition("\n")[2] or "it said nothing"
         if status < 0 and share.name:
-            raise Error(f"lost the link to {share.name}", "--resume goes on where it ended")
+            raise Error(f"lost the link to {share.name}", "continue with --resume")
         where = f"the worker on {share.name}" if share.name else "the worker"
         raise Error(f"{where} ended with status {status}: {last}", f"see {log}, then --resume")
 

@@ -177,7 +177,7 @@ class _Measurement:
             status=Status.FAILED,
             value=None,
             searched=tuple(searched),
-            reason=f"more than {UDP_LOSS:.1%} of datagrams are lost at what short attempts bore",
+            reason=f"more than {UDP_LOSS:.1%} of datagrams are lost at the rate of short attempts",
         )
 
     def measure(self, rate_bps: float = 0.0) -> Trial:

@@ -305,8 +305,8 @@ def _add_trace(commands: Commands) -> None:
         metavar="FILE",
         help="also write the packets as pcapng, before and after each program",
     )
-    trace.add_argument("--count", type=int, metavar="N", help="end after N packets")
-    trace.add_argument("--json", action="store_true", help="print a line of JSON for each packet")
+    trace.add_argument("--count", type=int, metavar="N", help="end after N events")
+    trace.add_argument("--json", action="store_true", help="print a line of JSON for each event")
 
 
 def _trace(arguments: argparse.Namespace) -> int:
@@ -327,7 +327,7 @@ def _trace(arguments: argparse.Namespace) -> int:
                 if capture:
                     trace.write(capture, event)
         if tracing.missed:
-            _say(f"{tracing.missed} packets were missed: too many at once")
+            _say(f"{tracing.missed} events were missed: too many at once")
     return 0
 
 

@@ -60,12 +60,14 @@ def _table(arguments: argparse.Namespace) -> int:
 
 
 def _add_report(commands: Commands) -> None:
-    page = commands.add_parser(
+    report = commands.add_parser(
         "report", help="write a stored campaign into one HTML file (needs no root)"
     )
-    page.set_defaults(call=_report)
-    page.add_argument("directory", type=Path, metavar="DIR")
-    page.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: DIR/report.html")
+    report.set_defaults(call=_report)
+    report.add_argument("directory", type=Path, metavar="DIR")
+    report.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="default: DIR/report.html"
+    )
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -75,21 +75,21 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.blocks:
             chosen = replace(chosen, blocks=arguments.blocks, target_width=None)
         path = arguments.out or store.directory(chosen.name)
-    where: Sequence[Place] = HERE
+    places: Sequence[Place] = HERE
     if hosts := common.chosen(arguments):
         from testbed.remote import place
 
         ids = store.open(path).campaign.cells if arguments.resume else [c.id for c in chosen.cells]
-        where = place.places(hosts, between=any(id.startswith("routed/") for id in ids))
+        places = place.places(hosts, between=any(id.startswith("routed/") for id in ids))
     else:
         doctor.preflight()
     try:
         with common.progress() as report:
             if arguments.resume:
-                finished = campaign.resume(path, arguments.keep, report, where)
+                finished = campaign.resume(path, arguments.keep, report, places)
             else:
                 choice = campaign.Choice(arguments.guest, arguments.osv_kernel, arguments.keep)
-                finished = campaign.start(chosen, path, choice, arguments.seed, report, where)
+                finished = campaign.start(chosen, path, choice, arguments.seed, report, places)
     except KeyboardInterrupt:
         print(
             f"testbed: interrupted, and all is taken down; go on with --resume {path}",

@@ -61,7 +61,7 @@ class Place:
         link = Link(self.host)
         try:
             site = Site(link, say)
-            say("asking its doctor")
+            say("running its doctor")
             site.clean()
             for finding in site.findings():
                 if finding["state"] == "missing":

@@ -30,7 +30,7 @@ class Site:
         self._package = f"{self._at}/packages/{bundle.sha256}"
         self._environment = f"{self._at}/environments/{bundle.environment}"
         if not link.test(f"test -d {quote(self._package)}"):
-            say("carrying the testbed there")
+            say("copying the testbed to it")
             link.run(_filling(self._package, "tar -xzf - -C"), bundle.archive())
         if not link.test(f"test -d {quote(self._environment)}"):
             link.run(_filling(self._environment, f"cp -a {quote(self._package)}/. "))

@@ -60,7 +60,7 @@ class Link:
         except paramiko.BadHostKeyException as e:
             raise Error(
                 f"{where} shows another host key than the one in {host.known_hosts}",
-                "somebody may be in its place; if it was installed anew: ssh-keygen "
+                "another machine may pretend to be it; if it was reinstalled: ssh-keygen "
                 f"-f {host.known_hosts} -R '{e.hostname}'",
             ) from e
         except paramiko.PasswordRequiredException as e:

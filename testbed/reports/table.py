@@ -85,8 +85,8 @@ def table(results: Results, width: int) -> Group:
         for datapath, group in grouped(place, lambda r: r.cell.datapath).items():
             entries = []
             for metric, quantity, _ in columns:
-                here = [r for r in group if (r.cell.metric, r.quantity) == (metric, quantity)]
-                texts = (_entry(r, wide, len(sizes[metric]) > 1, notes) for r in here)
+                matching = [r for r in group if (r.cell.metric, r.quantity) == (metric, quantity)]
+                texts = (_entry(r, wide, len(sizes[metric]) > 1, notes) for r in matching)
                 entries.append(Text("\n").join(texts))
             shown.add_row(label, datapath, *entries)
             label = ""

@@ -292,7 +292,7 @@ def dns_server_and_dig(bed: Bed) -> None:
     """A DNS server answers dig."""
     dnsmasq, dig = find("dnsmasq"), find("dig")
     n = bed.own_pod.pod.number_of(bed.server_name)
-    here = guest_link(bed.family, n) if n else bed.loopback  # it does not answer at a wildcard
+    at = guest_link(bed.family, n) if n else bed.loopback  # dnsmasq does not answer at a wildcard
     with folder_of() as folder:
         argv = [
             dnsmasq,
@@ -305,7 +305,7 @@ def dns_server_and_dig(bed: Bed) -> None:
             "--address=/pod.test/192.0.2.7",
             "--user=root",
             f"--pid-file={folder}/pid",
-            f"--listen-address={here}",
+            f"--listen-address={at}",
         ]
         with serving(bed, argv, folder):
             ask = [dig, f"@{bed.target}", "-p", str(bed.port), "+short", "+tries=1", "pod.test"]

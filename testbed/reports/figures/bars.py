@@ -82,8 +82,8 @@ def slots_of(
     """Positions along the x axis: (pair, datapath), with None (a gap) between pairs."""
     slots: list[tuple[Pair, str] | None] = []
     for pair in present(Pair, (row.cell.pair for row in rows)):
-        here = {row.cell.datapath: None for row in rows if row.cell.pair is pair}
-        slots += [None, *((pair, datapath) for datapath in sorted(here, key=results.rank))]
+        found = {row.cell.datapath: None for row in rows if row.cell.pair is pair}
+        slots += [None, *((pair, datapath) for datapath in sorted(found, key=results.rank))]
     return slots[1:]
 
 

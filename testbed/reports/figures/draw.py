@@ -45,12 +45,12 @@ def draw(
     """
     makers = [import_module(f"testbed.reports.figures.{name}").figures for name in KINDS]
     makers += [entry.load() for entry in metadata.entry_points(group="testbed.figures")]
-    where = folder or results.path / "figures"
+    target = folder or results.path / "figures"
     files = []
     with mpl.rc_context(RC):
         drawings = [found for make in makers for found in make(results)]
         for name, drawing in sorted(drawings, key=lambda found: _order(found[0])):
-            files += save(drawing, where, name, results.digest, kinds, bare)
+            files += save(drawing, target, name, results.digest, kinds, bare)
     return files
 
 

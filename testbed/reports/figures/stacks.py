@@ -86,9 +86,9 @@ def spent_figure(rows: Sequence[Breakdown], results: Results) -> Drawing:
     for axes, family in zip(panels, families, strict=True):
         axes.set_title(names(family), loc="left", fontweight="bold")
         labels = [slot and (slot[0].label(guest), slot[1]) for slot in slots]
-        here = [row for row in rows if row.cell.family is family]
-        at = [slots.index((row.cell.pair, row.cell.datapath)) for row in here]
-        _stacks(axes, here, at, labels, PARTS)
+        shown = [row for row in rows if row.cell.family is family]
+        at = [slots.index((row.cell.pair, row.cell.datapath)) for row in shown]
+        _stacks(axes, shown, at, labels, PARTS)
     _fit(panels[0], rows)
     panels[0].set_ylabel(f"CPU seconds per {per}")
     return Drawing(
@@ -128,11 +128,11 @@ def built_figure(rows: Sequence[Breakdown], results: Results) -> Drawing:
         1, len(places), squeeze=False, width_ratios=[len(labels) + 1 for labels in slots]
     )[0]
     for axes, place, labels in zip(panels, places, slots, strict=True):
-        here, kind = groups[place], "virtual machines" if place[1] else "no virtual machines"
+        shown, kind = groups[place], "virtual machines" if place[1] else "no virtual machines"
         axes.set_title(f"{names(place[0])}, {kind}", loc="left", fontweight="bold")
-        at = [labels.index((r.cell.label(results.campaign.guest), r.cell.datapath)) for r in here]
-        _stacks(axes, here, at, labels, parts)
-        _fit(axes, here, unit.scale)
+        at = [labels.index((r.cell.label(results.campaign.guest), r.cell.datapath)) for r in shown]
+        _stacks(axes, shown, at, labels, parts)
+        _fit(axes, shown, unit.scale)
     panels[0].set_ylabel(unit.name)
     return Drawing(
         figure, title, _keys(parts), [f"{circumstances(results)} {how}"], functional(results, rows)

@@ -74,8 +74,8 @@ def sweep(rows: Sequence[Summary], axis: Axis, results: Results) -> Drawing:
         across[0].set_ylabel(f"{names(family)}\n{label}{unit.name}")
         for axes, pair in zip(across, pairs, strict=True):
             place = (family, quantity, pair)
-            here = [r for r in rows if (r.cell.family, r.quantity, r.cell.pair) == place]
-            for datapath, line in grouped(here, lambda r: r.cell.datapath).items():
+            group = [r for r in rows if (r.cell.family, r.quantity, r.cell.pair) == place]
+            for datapath, line in grouped(group, lambda r: r.cell.datapath).items():
                 _sweep_line(axes, line, axis, results.look(datapath), unit.scale)
             axes.set_xscale("log")
             axes.set_yscale("log")
@@ -127,20 +127,20 @@ def scaling(rows: Sequence[Summary], results: Results) -> Drawing | None:
     for line, (axis, found) in zip(panels, downs, strict=True):
         for axes, (metric, quantity, title) in zip(line, acrosses, strict=True):
             unit = unit_of(metric)
-            here = [r for r in found if (r.cell.metric, r.quantity) == (metric, quantity)]
+            group = [r for r in found if (r.cell.metric, r.quantity) == (metric, quantity)]
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.grid(visible=True)
             if axis is downs[0][0]:
                 axes.set_title(f"{title}, {unit.name}")
-            if not here:
+            if not group:
                 axes.set_axis_off()
                 continue
-            for datapath, of in grouped(here, lambda r: r.cell.datapath).items():
+            for datapath, of in grouped(group, lambda r: r.cell.datapath).items():
                 _sweep_line(axes, of, axis, results.look(datapath), unit.scale)
-            _set_x(axes, here, axis)
+            _set_x(axes, group, axis)
             axes.set_xlabel(axis.label if axes is line[len(acrosses) // 2] else "")
-            _set_y(axes, here, unit.scale)
+            _set_y(axes, group, unit.scale)
     cell = shown[0].cell
     title = f"Scaling, {cell.label(results.campaign.guest)}, {names(cell.family, cell.transport)}"
     how = (

@@ -59,16 +59,16 @@ def _results(answers: Answers, guest: str) -> list[str]:
         + r" \\",
     ]
     for family in Family:
-        here = []
+        shown = []
         for datapath in datapaths:
             ids = [f"{datapath}/{c.pair}/{family}/{c.cell},guest={guest}" for c in COLUMNS]
             rows = [answers.row(id, c.quantity) for id, c in zip(ids, COLUMNS, strict=True)]
             if any(rows):
                 entries = [rf"\dpath{{{datapath}}}", *(_entry(row, notes) for row in rows)]
-                here.append(" & ".join(entries) + r" \\")
-        if here:
+                shown.append(" & ".join(entries) + r" \\")
+        if shown:
             heading = rf"\multicolumn{{13}}{{@{{}}l}}{{\emph{{{names(family)}}}}} \\"
-            lines += [r"\midrule", heading, *here]
+            lines += [r"\midrule", heading, *shown]
     lines += [r"\bottomrule", r"\end{tabular*}"]
     said = "; ".join(f"$^{letter}$ {escape(why)}" for why, letter in notes.items())
     return [*lines, rf"\\[2pt]\parbox{{\textwidth}}{{\footnotesize {said}.}}" if said else "%"]
@@ -113,8 +113,8 @@ def _conformance_table(answers: Answers) -> list[str]:
         r"\midrule",
     ]
     for (datapath, guest), counts in case_counts(answers.conformance).items():
-        here = [r for r in answers.conformance if (r["datapath"], r["guest"]) == (datapath, guest)]
-        failed = dict.fromkeys(r["check"] for r in here if r["status"] == "fail")
+        cases = [r for r in answers.conformance if (r["datapath"], r["guest"]) == (datapath, guest)]
+        failed = dict.fromkeys(r["check"] for r in cases if r["status"] == "fail")
         shown = [str(counts[key]) for key in ("cases", "passed", "failed", "unsupported")]
         which = ", ".join(rf"\texttt{{{escape(name)}}}" for name in failed) or "none"
         lines.append(" & ".join([rf"\dpath{{{datapath}}}", guest, *shown, which]) + r" \\")
