@@ -72,7 +72,7 @@ def _guest(text: str) -> str:
     except ValueError:
         pass
     known = ", ".join(("best", *(r for r in Runtime if r.is_guest)))
-    raise argparse.ArgumentTypeError(f"no guests are {text!r} (choose from {known})")
+    raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {known})")
 
 
 @contextmanager
