@@ -25,7 +25,7 @@ class Layout(StrEnum):
     """In the pod's namespace. The pod routes between its guests."""
     BRIDGE = "bridge"
     """On a bridge, with the pod's veth, in a second namespace, which stands for the host's."""
-    ROUTED = "routed"
+    NO_LOOPBACK = "no-loopback"
     """As `POD`, but guests have no loopback: their default route takes 127.0.0.0/8 to the pod."""
     SOCKET = "socket"
     """No link: a guest's frames go by a Unix socket to a program that the datapath starts."""

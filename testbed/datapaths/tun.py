@@ -42,7 +42,7 @@ class Tun(Datapath):
 
     name = "tun"
     look = Look(100, "#555555", line=(1, 3), marker="*")
-    layout = Layout.ROUTED
+    layout = Layout.NO_LOOPBACK
     reference = "direct"
     in_kernel = False
     pairs = frozenset(Pair) - {Pair.NATIVE_NATIVE}

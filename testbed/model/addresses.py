@@ -109,7 +109,7 @@ def address_between_hosts(family: Family, n: int) -> Address:
 
 
 ALIAS_MAC = "02:77:00:00:00:01"
-"""MAC address that alias, native source and guest views resolve to (ARP, neighbour discovery).
+"""MAC address that alias, native source and guest views resolve to (ARP, neighbor discovery).
 
 It is also the source of translated frames."""
 POD_MAC = "02:77:00:00:00:03"

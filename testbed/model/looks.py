@@ -1,4 +1,4 @@
-"""Look: order, colour, hatch, line and marker of a datapath in figures and tables. Frozen data."""
+"""Look: order, color, hatch, line and marker of a datapath in figures and tables. Frozen data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Look:
     rank: int
     """Rows and bars are sorted by rank, then by name."""
     color: str
-    """Colour of lines and bars, as `#RRGGBB`."""
+    """Color of lines and bars, as `#RRGGBB`."""
     hatch: str = ""
     """Hatch of bars (matplotlib), so that they differ in black and white."""
     line: str | tuple[float, ...] = "-"

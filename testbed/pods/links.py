@@ -176,7 +176,7 @@ class Links:
             guest_ip.link("set", index=eth0, state="up")
             for family in Family:
                 netlink.add_default_route(guest_ip, eth0, pod_link(family))
-            if self.layout is Layout.ROUTED:
+            if self.layout is Layout.NO_LOOPBACK:
                 self._take_loopback(netns)
         else:
             flags = {"multi_queue": int(self.queues(n) > 1)}

@@ -211,7 +211,7 @@ class Pod:
             self.console(workload.name),
             self._scratch,
             self.links.socket(n) if runtime.uses_tap else None,
-            not n or self.datapath.layout is not Layout.ROUTED,
+            not n or self.datapath.layout is not Layout.NO_LOOPBACK,
             self.links.queues(n) if n else 1,
         )
 

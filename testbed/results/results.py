@@ -39,7 +39,7 @@ PALETTE = (
 )
 """Looks of datapaths in campaigns that store none (before 2026-11-29), in order of appearance.
 
-The first colours are the palette of Okabe and Ito; the others are greys, wine and olive."""
+The first colors are the palette of Okabe and Ito; the others are greys, wine and olive."""
 UNKNOWN = Look(1000, "#CCCCCC", hatch="OO", line=(2, 2), marker="d")
 """Look of a datapath that is not in the campaign."""
 

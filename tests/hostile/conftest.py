@@ -1,4 +1,4 @@
-"""Pods for attempts: those of the integration tests, and one that guests are attached to."""
+"""Pods that the tests attack: those of the integration tests."""
 
 from tests.integration.conftest import build, owner, prepared
 

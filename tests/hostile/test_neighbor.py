@@ -1,6 +1,6 @@
-"""A neighbour on the pod's network: it reaches what is served at the pod's address, no more.
+"""A neighbor on the pod's network: it reaches what is served at the pod's address, no more.
 
-    neighbour ─ eth0 ──┊── eth0 ─ pod ─ g1, g2: guests
+    neighbor ─ eth0 ──┊── eth0 ─ pod ─ g1, g2: guests
 
 It has a route to the pod's inside by the pod's address, and the pod's namespace forwards, as those
 on Kubernetes nodes do.
@@ -75,7 +75,7 @@ def forwarding(netns: str) -> None:
 def attached(
     owner: Scope, prepared: dict[Runtime, Prepared], name: str, consoles: Path
 ) -> Neighbor:
-    """A neighbour of a pod that somebody else made, and guests were attached to."""
+    """A neighbor of a pod that somebody else made, and guests were attached to."""
     theirs, outside = f"tb-{owner.id}-theirs-{name}", f"tb-{owner.id}-outside-{name}"
     with namespaces.create(owner, theirs) as ip, namespaces.create(owner, outside) as far:
         peer = {"ifname": "eth0", "net_ns_fd": theirs}

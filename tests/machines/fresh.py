@@ -70,9 +70,9 @@ class Outcome:
     took_s: float
 
     def __str__(self) -> str:
-        colour = f"red (exit status {self.status})" if self.status else "green"
+        color = f"red (exit status {self.status})" if self.status else "green"
         counts = f", {closing_line(self.counts)}" if self.counts else ""
-        return f"{colour}{counts}, {self.took_s:.0f} s"
+        return f"{color}{counts}, {self.took_s:.0f} s"
 
 
 def test(suite: str, commit: str, command: Sequence[str], keep: bool) -> Outcome:

@@ -44,7 +44,7 @@ PARTS = {
     "user": Part("#ffffff", "..", "user"),
     "guest": Part("#cccccc", "", "guests' QEMU"),
 }
-"""Kinds of CPU time, from the bottom of the bars up. They are grey: colours mean datapaths."""
+"""Kinds of CPU time, from the bottom of the bars up. They are grey: colors mean datapaths."""
 STEPS = {
     "image": Part("#333333", "", "image"),
     "links": Part("#777777", "////", "links"),

@@ -1,7 +1,7 @@
 """Style of figures: what all figures share, and title, key and footer around their panels.
 
 Figures are made for the full width of a two-column paper. They can be read in black and white
-(hatches, line styles, markers) and by colour-blind people (palette of Okabe and Ito). A datapath
+(hatches, line styles, markers) and by color-blind people (palette of Okabe and Ito). A datapath
 has the same look in all figures.
 """
 
