@@ -53,7 +53,7 @@ TRANSPORTS = pytest.mark.parametrize("transport", Transport, ids=str)
 EVERY_PAIR = pytest.mark.parametrize("pair", PAIRS, ids=str)
 DATA = os.urandom(2_000_000)
 DATAPATHS = ("dnat", "proxy", "broadcast", "tun")
-WITH_ALIAS = [name for name in DATAPATHS if datapaths.get(name).layout is not Layout.ROUTED]
+WITH_ALIAS = [name for name in DATAPATHS if datapaths.get(name).layout is not Layout.NO_LOOPBACK]
 """In the others guests reach loopback itself."""
 
 
@@ -77,7 +77,7 @@ def dialed(bench: Bench, client: int, family: Family) -> str:
     cell = Cell(datapath.name, Roles.NATIVE_GUEST, family, Transport.TCP, Metric.LATENCY, 64)
     if reason := datapath.unsupported(cell):
         pytest.skip(reason)
-    return localhost(0 if datapath.layout is Layout.ROUTED else client, family)
+    return localhost(0 if datapath.layout is Layout.NO_LOOPBACK else client, family)
 
 
 @contextmanager
