@@ -48,7 +48,7 @@ class _Attachment(LinkCounters):
         super().__init__(wiring)
         if len(wiring.ports) != 1:
             raise Error(
-                f"pod {wiring.pod} has {len(wiring.ports)} guests, but tcredirect is for one",
+                f"pod {wiring.pod} has {len(wiring.ports)} guests, and one veth to tie to",
                 hint="give it one guest, or choose another datapath",
             )
         self._redirect()

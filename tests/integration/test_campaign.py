@@ -114,7 +114,7 @@ class Running:
     def wait_for_trials(self, count: int) -> None:
         log = self.out / "trials.jsonl"
         wait_until(
-            lambda: (log.exists() and log.read_bytes().count(b"\n") >= count) or self.ended,
+            lambda: (log.exists() and len(stored(self.out)) >= count) or self.ended,
             f"{count} trials",
             LIMIT_S,
         )
@@ -260,7 +260,7 @@ def test_a_campaign_that_was_killed_leaves_nothing_and_is_resumed(
         campaign.finish()
     wait_until(lambda: not left_by(mark), "the worker takes all down by itself", LIMIT_S)
     before = stored(tmp_path / "out")
-    assert sum(before.values()) >= 2
+    assert len(before) >= 2
     done = command("run", "--resume", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert stored(tmp_path / "out") == EACH_ONCE
