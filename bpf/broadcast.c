@@ -89,7 +89,7 @@ static __always_inline int lo_ingress(struct __sk_buff *skb)
 
 	if (!is_ip(skb))
 		return TC_ACT_OK;
-	parse(skb, &p, port.slot, HOOK_LO);
+	parse(skb, &p, port.slot, HOOK_LO, 0);
 	if (p.fault != FAULT_NONE)
 		return TC_ACT_OK;
 	if (p.destination.kind == NATIVE_VIEW
@@ -160,7 +160,7 @@ static __always_inline int port_egress(struct __sk_buff *skb)
 
 	if (!is_ip(skb))
 		return TC_ACT_OK;
-	parse(skb, &p, port.slot, HOOK_UPLINK);
+	parse(skb, &p, port.slot, HOOK_UPLINK, 0);
 	switch (p.destination.kind) {
 	case LINK:
 	case LINK_LOCAL:

@@ -129,7 +129,8 @@ static __always_inline int bridge_egress(struct __sk_buff *skb)
 	if (!parse_ip(skb, &p)) {
 		if (!p.is_later_fragment)
 			p.fault = parse_l4(skb, &p);
-		classify_addresses(&p);
+		p.source = source_of(&p);
+		p.destination = destination_of(&p);
 	}
 	if (is_reserved(p.source) || is_reserved(p.destination) ||
 	    (p.v6 && is_extension(p.l4_protocol)))
@@ -173,7 +174,7 @@ static __always_inline int uplink_ingress(struct __sk_buff *skb)
 
 	if (!is_ip(skb))
 		return TC_ACT_OK;
-	parse(skb, &p, port.slot, HOOK_UPLINK);
+	parse(skb, &p, port.slot, HOOK_UPLINK, 0);
 	if (p.source.kind != LINK || !is_reserved(p.destination))
 		return TC_ACT_OK;
 	if (p.fault != FAULT_NONE)

@@ -59,10 +59,9 @@ struct packet {
 	u16 destination_port; /* flow that it is about, in the direction of the error */
 	u8 protocol;	      /* of the flow: TCP or UDP, else ICMP */
 	u8 l4_protocol;	      /* of the packet itself */
-	u8 icmp_type;
+	u8 icmp_type, icmp_code;
 	u8 l4; /* offset of the layer 4 header */
 	u8 v6, is_fragment, is_later_fragment, is_icmp_error;
-	u8 is_too_big; /* an ICMP error that tells a path MTU */
 	u8 syn, has_tcp_options;
 	u8 fin, rst;
 	u8 fault;
@@ -94,6 +93,15 @@ static __always_inline bool is_extension(u8 next)
 {
 	return next == IPPROTO_HOPOPTS || next == IPPROTO_ROUTING || next == IPPROTO_FRAGMENT ||
 	       next == IPPROTO_AH || next == IPPROTO_DSTOPTS || next == IPPROTO_MH;
+}
+
+/* Whether it is an ICMP error that tells a path MTU (RFC 1191, RFC 8201). */
+static __always_inline bool tells_path_mtu(const struct packet *p)
+{
+	if (!p->is_icmp_error)
+		return false;
+	return p->v6 ? p->icmp_type == ICMPV6_PKT_TOOBIG
+		     : p->icmp_type == ICMP_DEST_UNREACH && p->icmp_code == ICMP_FRAG_NEEDED;
 }
 
 static __always_inline bool is_icmp(u8 protocol)
@@ -190,10 +198,8 @@ static __always_inline int parse_l4(struct __sk_buff *skb, struct packet *p)
 		if (read(skb, p->l4, icmp, sizeof(icmp)))
 			return FAULT_TRUNCATED;
 		p->icmp_type = icmp[0];
+		p->icmp_code = icmp[1];
 		p->is_icmp_error = is_icmp_error(p->v6, p->icmp_type);
-		p->is_too_big =
-			p->v6 ? p->icmp_type == ICMPV6_PKT_TOOBIG
-			      : p->icmp_type == ICMP_DEST_UNREACH && icmp[1] == ICMP_FRAG_NEEDED;
 		return p->is_icmp_error ? parse_icmp_error(skb, p) : FAULT_NONE;
 	}
 	return FAULT_UNHANDLED;
@@ -288,34 +294,56 @@ static __always_inline struct address destination_of(const struct packet *p)
 	return p->v6 ? classify6(p->addresses + 4) : classify4(p->addresses[1]);
 }
 
-/* This is the last step of parsing, because the verifier follows the code after it once for each
- * combination of kinds.
+/* Returns the same value, but the verifier knows nothing about it any more, as it does not track
+ * what is in skb->cb. Otherwise it would follow the code after this once for each combination of
+ * what it knows. Inline assembly keeps the offset in the instruction, as access to the context
+ * needs it.
  */
-static __always_inline void classify_addresses(struct packet *p)
+static __always_inline u8 forget(struct __sk_buff *skb, u64 value)
 {
-	p->source = source_of(p);
-	p->destination = destination_of(p);
+	asm volatile("*(u32 *)(%1 + %2) = %0\n"
+		     "%0 = *(u32 *)(%1 + %2)"
+		     : "+r"(value)
+		     : "r"(skb), "i"(offsetof(struct __sk_buff, cb)));
+	return value;
 }
 
-/* Parses all but the kinds of the addresses. Returns nonzero if the IP header is not valid. */
-static __always_inline int parse_headers(struct __sk_buff *skb, struct packet *p, u8 slot, u8 hook)
+static __always_inline struct address forget_address(struct __sk_buff *skb, struct address is)
 {
-	if (parse_ip(skb, p))
-		return -1;
-	if (!p->is_later_fragment)
-		p->fault = parse_l4(skb, p);
-	if (p->is_fragment)
-		parse_fragment(p, slot, hook);
-	return 0;
+	is.kind = forget(skb, is.kind);
+	is.n = forget(skb, is.n);
+	return is;
+}
+
+static __always_inline void forget_headers(struct __sk_buff *skb, struct packet *p)
+{
+	p->is_fragment = forget(skb, p->is_fragment);
+	p->is_later_fragment = forget(skb, p->is_later_fragment);
+	p->is_icmp_error = forget(skb, p->is_icmp_error);
+	p->fault = forget(skb, p->fault);
+	p->protocol = forget(skb, p->protocol);
+	p->l4_protocol = forget(skb, p->l4_protocol);
+	p->l4 = forget(skb, p->l4);
 }
 
 /* Parses an IPv4 or IPv6 packet (is_ip()). The addresses are classified whatever `fault` is; they
- * are OTHER only if the IP header is not valid.
+ * are OTHER only if the IP header is not valid. A fragment that does not come from `guest` leaves no
+ * trace; 0 trusts every sender. Afterwards the verifier knows nothing about the result.
  */
-static __always_inline void parse(struct __sk_buff *skb, struct packet *p, u8 slot, u8 hook)
+static __always_inline void parse(struct __sk_buff *skb, struct packet *p, u8 slot, u8 hook,
+				  u8 guest)
 {
-	if (!parse_headers(skb, p, slot, hook))
-		classify_addresses(p);
+	if (parse_ip(skb, p))
+		return;
+	if (!p->is_later_fragment)
+		p->fault = parse_l4(skb, p);
+	forget_headers(skb, p);
+	p->source = forget_address(skb, source_of(p));
+	p->destination = forget_address(skb, destination_of(p));
+	if (p->is_fragment && (!guest || (p->source.kind == LINK && p->source.n == guest))) {
+		parse_fragment(p, slot, hook);
+		p->fault = forget(skb, p->fault);
+	}
 }
 
 /* Rewrites the addresses of the packet inside an ICMP error. Its layer 4 checksum stays as it is:

@@ -61,7 +61,7 @@ static __always_inline int leave_lo(struct __sk_buff *skb, struct port port, u8 
 
 	if (!is_ip(skb))
 		return TC_ACT_OK;
-	parse(skb, &p, port.slot, HOOK_LO);
+	parse(skb, &p, port.slot, HOOK_LO, 0);
 	if (p.fault != FAULT_NONE || p.destination.kind == MULTICAST)
 		return TC_ACT_OK;
 	if (p.destination.kind == NATIVE_VIEW && guest_ifindex(port.slot, p.destination.n)) {
@@ -153,59 +153,6 @@ static __always_inline int port_nd(struct __sk_buff *skb, struct port port, stru
 	return bpf_redirect(skb->ifindex, 0);
 }
 
-/* Returns the same value, but the verifier knows nothing about it any more, as it does not track
- * what is in skb->cb. Otherwise it would follow the code after this once for each combination of
- * what it knows. Inline assembly keeps the offset in the instruction, as access to the context
- * needs it.
- */
-static __always_inline u8 forget(struct __sk_buff *skb, u64 value)
-{
-	asm volatile("*(u32 *)(%1 + %2) = %0\n"
-		     "%0 = *(u32 *)(%1 + %2)"
-		     : "+r"(value)
-		     : "r"(skb), "i"(offsetof(struct __sk_buff, cb)));
-	return value;
-}
-
-static __always_inline struct address forget_address(struct __sk_buff *skb, struct address is)
-{
-	is.kind = forget(skb, is.kind);
-	is.n = forget(skb, is.n);
-	return is;
-}
-
-static __always_inline void forget_headers(struct __sk_buff *skb, struct packet *p)
-{
-	p->is_fragment = forget(skb, p->is_fragment);
-	p->is_later_fragment = forget(skb, p->is_later_fragment);
-	p->is_icmp_error = forget(skb, p->is_icmp_error);
-	p->is_too_big = forget(skb, p->is_too_big);
-	p->fault = forget(skb, p->fault);
-	p->protocol = forget(skb, p->protocol);
-	p->l4_protocol = forget(skb, p->l4_protocol);
-	p->l4 = forget(skb, p->l4);
-}
-
-/* Parses what a guest sends. A fragment with an address that is not the guest's leaves no trace.
- * Afterwards the verifier knows nothing about the result.
- */
-static __always_inline void parse_guest_packet(struct __sk_buff *skb, struct packet *p,
-					       struct port port)
-{
-	if (parse_ip(skb, p))
-		return;
-	if (!p->is_later_fragment)
-		p->fault = parse_l4(skb, p);
-	forget_headers(skb, p);
-	p->source = forget_address(skb, source_of(p));
-	p->destination = forget_address(skb, destination_of(p));
-	if (p->is_fragment && p->source.kind == LINK && p->source.n == port.n) {
-		parse_fragment(p, port.slot, HOOK_PORT);
-		forget_headers(skb, p);
-		p->source = forget_address(skb, p->source);
-	}
-}
-
 /* Checks whether guest n may send the packet. Returns ADMITTED, with the packet parsed, if its
  * destination is a reserved address; TC_ACT_OK if it is another; TC_ACT_REDIRECT if the packet is
  * now an answer to guest n; else it drops it.
@@ -224,7 +171,7 @@ static __always_inline int admit(struct __sk_buff *skb, struct port port, struct
 	if (!is_ip(skb))
 		return drop(skb, port.slot, REASON_UNHANDLED);
 
-	parse_guest_packet(skb, p, port);
+	parse(skb, p, port.slot, HOOK_PORT, port.n);
 	/* Neighbor discovery may be behind an extension header or in a fragment (RFC 7113). */
 	if (p->v6 && is_extension(p->l4_protocol))
 		return drop(skb, port.slot, REASON_UNHANDLED);
@@ -243,7 +190,7 @@ static __always_inline int admit(struct __sk_buff *skb, struct port port, struct
 	/* The MTU of the link does not change. On `lo` the kernel would keep the told one for all
 	 * of loopback.
 	 */
-	if (p->is_too_big)
+	if (tells_path_mtu(p))
 		return drop(skb, port.slot, REASON_UNHANDLED);
 	return p->fault == FAULT_NONE ? ADMITTED : drop_fault(skb, port.slot, p->fault);
 }
