@@ -3,15 +3,15 @@
  * The datapath `capture`: moves packets for `localhost` from the pod's `lo` to the guest that owns
  * the port, and from a guest's port to the owner of the port that it dialed.
  *
- *   pod's namespace          :            node's namespace
- *                            :               bridge
- *   lo ---------- eth0 ------:------ u ---------+--------- g1 ------ guest 1
- *   lo_egress     uplink_    :   router         |     port_ingress
- *                 ingress    :   bridge_egress  |     bridge_egress
- *                            :                  +--------- g2 ------ guest 2
+ *   pod's namespace            :       namespace of the links
+ *                              :               bridge
+ *   lo ---------- guests ------:----- pod --------+--------- g1 ------ guest 1
+ *   lo_egress     uplink_      :   router         |     port_ingress
+ *                 ingress      :   bridge_egress  |     bridge_egress
+ *                              :                  +--------- g2 ------ guest 2
  *
- *   native to guest:   lo_egress > eth0 > router > g1      back: port_ingress > uplink_ingress > lo
- *   guest to native:   port_ingress > uplink_ingress > lo  back: lo_egress > eth0 > router > g1
+ *   native to guest:   lo_egress > guests > router > g1    back: port_ingress > uplink_ingress > lo
+ *   guest to native:   port_ingress > uplink_ingress > lo  back: lo_egress > guests > router > g1
  *   guest to guest:    port_ingress > g2                   back: port_ingress > g1
  *
  * The addresses of a packet and the owners of its ports tell who its ends are. Only fragments need
@@ -48,7 +48,7 @@ enum reason {
 /* ifindex of either end of the pod's veth */
 struct pod {
 	u32 uplink;	 /* in the pod's namespace; 0: no such pod */
-	u32 uplink_peer; /* in the node's namespace */
+	u32 uplink_peer; /* in the namespace of the links */
 };
 
 BPF_ARRAY(pods, struct pod, SLOTS); /* slot */
@@ -81,8 +81,8 @@ static __always_inline int lo_egress(struct __sk_buff *skb)
 	return bpf_redirect(pod->uplink, 0);
 }
 
-/* Ingress of the veth's end in the node's namespace: sends translated packets to their guests. The
- * bridge takes all others.
+/* Ingress of the veth's end in the namespace of the links: sends translated packets to their
+ * guests. The bridge takes all others.
  */
 static __always_inline int router(struct __sk_buff *skb)
 {

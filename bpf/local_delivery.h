@@ -170,8 +170,6 @@ static __always_inline int to_native(struct __sk_buff *skb, struct port port, st
 			return pass_to_stack(skb, port.slot, port.n, 0);
 		if (p->protocol == IPPROTO_TCP) {
 			size = tuple(p, p->addresses, &real);
-			if (p->syn)
-				forget_established(port, p);
 			state = tcp_state(skb, &real, size);
 			if (state && !(state == BPF_TCP_TIME_WAIT && is_reuse_on_lo(skb, p)))
 				return pass_to_stack(skb, port.slot, port.n, 0);

@@ -86,6 +86,8 @@ static __always_inline int port_ingress(struct __sk_buff *skb)
 	if (verdict != NOT_ON_FAST_PATH)
 		return verdict;
 	verdict = leave_port(skb, port, &p, &to);
+	if (p.syn)
+		forget_established(port, &p);
 	switch (verdict) {
 	case TO_GUEST:
 		return redirect_marked(skb, port.slot, to);

@@ -28,11 +28,23 @@ from testbed.host import cgroups, namespaces
 from testbed.host.ledger import Owner
 from testbed.model import addresses
 from testbed.model.errors import Error
-from testbed.model.terms import Family, Transport
+from testbed.model.manifest import Manifest
+from testbed.model.terms import Family, Runtime, Transport
 from testbed.pods.pod import Pod
+from testbed.runtimes.interface import Prepared
 
 from .conftest import Build
-from .sockets import NOBODYS_PORT, PAIRS, PORTS, Bench, Pair, localhost, transfer, wait_until
+from .sockets import (
+    MANIFEST,
+    NOBODYS_PORT,
+    PAIRS,
+    PORTS,
+    Bench,
+    Pair,
+    localhost,
+    transfer,
+    wait_until,
+)
 
 pytestmark = pytest.mark.root
 
@@ -300,6 +312,47 @@ def test_a_connection_by_lo_follows_one_that_was_handed_over(pod: Pod, family: F
                     near.close()
                     with pytest.raises(ConnectionResetError):
                         far.recv(1)
+
+
+@FAMILIES
+def test_a_connection_of_the_pod_that_had_the_slot_before_is_forgotten(
+    owner: Owner,
+    prepared: dict[Runtime, Prepared],
+    pod: Pod,  # keeps the programs
+    family: Family,
+    tmp_path: Path,
+) -> None:
+    """There the port was a native's, here it is a guest's; the client's port is the same."""
+    steer, (native, one, _) = datapaths.get("steer"), MANIFEST.workloads
+    without_two = Manifest((native, one))
+    with Pod(owner, "before", without_two, steer, prepared, tmp_path) as before:
+        bench = Members(before)
+        with (
+            bench.open(0, family, Transport.TCP) as listening,
+            bench.open(1, family, Transport.TCP) as near,
+        ):
+            listening.bind(("", PORTS[2]))
+            listening.listen()
+            near.connect((localhost(1, family), PORTS[2]))
+            port = near.getsockname()[1]
+            far, _ = listening.accept()
+            with far:
+                for source, sink in [(near, far), (far, near), (near, far)]:
+                    source.send(b"!")
+                    assert sink.recv(1) == b"!"
+    with Pod(owner, "after", MANIFEST, steer, prepared, tmp_path) as after:
+        bench = Members(after)
+        with (
+            bench.serve(2, family, Transport.TCP) as listening,
+            bench.open(1, family, Transport.TCP) as near,
+        ):
+            near.bind(("", port))
+            near.connect((localhost(1, family), PORTS[2]))
+            far, _ = listening.accept()
+            with far:
+                for source, sink in [(near, far), (far, near), (near, far)]:
+                    source.send(b"!")
+                    assert sink.recv(1) == b"!"
 
 
 @FAMILIES
