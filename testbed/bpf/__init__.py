@@ -9,11 +9,14 @@ from testbed.bpf.hooks import (
     EGRESS,
     INGRESS,
     attach_cgroup,
+    attach_cgroup_again,
     attach_tc,
     attach_tcx,
+    attached_tc,
     has_tcx,
     replace_tc,
     running_tc,
+    runs_in_cgroup,
 )
 from testbed.bpf.programs import PINS, ProgramSet, load, load_traced
 from testbed.bpf.syscall import Map, run
@@ -25,8 +28,10 @@ __all__ = [
     "Map",
     "ProgramSet",
     "attach_cgroup",
+    "attach_cgroup_again",
     "attach_tc",
     "attach_tcx",
+    "attached_tc",
     "compile",
     "has_tcx",
     "headers",
@@ -36,5 +41,6 @@ __all__ = [
     "replace_tc",
     "run",
     "running_tc",
+    "runs_in_cgroup",
     "source",
 ]

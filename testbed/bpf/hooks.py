@@ -13,7 +13,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -76,6 +76,15 @@ def replace_tc(netns: str, ifindex: int, hook: int, program: int, name: str, cla
         )
 
     namespaces.inside(netns, attach)
+
+
+def attached_tc(netns: str, places: Iterable[tuple[int, int]]) -> set[tuple[int, int]]:
+    """Those of the places (ifindex, hook) that have the filter of `attach_tc`."""
+
+    def find() -> set[tuple[int, int]]:
+        return {place for place in places if (FILTER, PRIORITY) in _filters(*place)}
+
+    return namespaces.inside(netns, find)
 
 
 @cache
@@ -156,7 +165,7 @@ def detach_tc(netns: str, ifindex: int) -> None:
         for parent in AT_CLSACT.values():
             with suppress(FileNotFoundError):
                 _tc(RTM_DELTFILTER, ifindex, BPF_KIND, parent, FILTER, PRIORITY)
-        if not any(_has_filters(ifindex, parent) for parent in AT_CLSACT.values()):
+        if not any(any(_filters(ifindex, hook)) for hook in AT_CLSACT):
             _tc(RTM_DELQDISC, ifindex, _attribute(TCA_KIND, b"clsact\0"), parent=CLSACT)
 
     try:
@@ -174,14 +183,20 @@ def _attribute(kind: int, value: bytes) -> bytes:
 BPF_KIND = _attribute(TCA_KIND, b"bpf\0")
 
 
-def _has_filters(ifindex: int, parent: int) -> bool:
-    """Whether a link has filters at a hook, whoever attached them."""
-    body = struct.pack("=BxxxiIII", socket.AF_UNSPEC, ifindex, 0, parent, 0)
+def _filters(ifindex: int, hook: int) -> Iterator[tuple[int, int]]:
+    """Handle, and priority with protocol, of all filters of a link, whoever attached them."""
+    body = struct.pack("=BxxxiIII", socket.AF_UNSPEC, ifindex, 0, AT_CLSACT[hook], 0)
     flags = NLM_F_REQUEST | NLM_F_DUMP
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as dump:
         dump.send(struct.pack("=IHHII", 16 + len(body), RTM_GETTFILTER, flags, 1, 0) + body)
-        first = struct.unpack_from("=4xH", dump.recv(65536))[0]
-    return bool(first == RTM_NEWTFILTER)
+        while True:
+            data, at = dump.recv(65536), 0
+            while at < len(data):
+                length, message = struct.unpack_from("=IH", data, at)
+                if message != RTM_NEWTFILTER:  # NLMSG_DONE, or NLMSG_ERROR: there is no such link
+                    return
+                yield struct.unpack_from("=I4xI", data, at + 16 + 8)
+                at += length + -length % 4
 
 
 def _tc(
@@ -209,16 +224,25 @@ def attach_cgroup(owner: Scope, cgroup: Path, name: str, program: int) -> None:
     Raises `Error` if another pod has attached it there or above: the first of both to detach it
     would detach it for both.
     """
-    id = struct.unpack_from("=4xI", syscall.info(program, 128))[0]
-    runs = id in _running_in(cgroup, name)
+    runs = runs_in_cgroup(cgroup, name, program)
     if runs and not owner.continues:
         raise Error(
             f"{cgroup}, or one above it, is the cgroup of another pod with this datapath",
             hint="give the pod's own",
         )
-    owner.defer(detach_cgroup, cgroup=str(cgroup), name=name, id=id)
+    owner.defer(detach_cgroup, cgroup=str(cgroup), name=name, id=_id(program))
     if not runs:
-        _change_cgroup(syscall.ATTACH, cgroup, name, program)
+        attach_cgroup_again(cgroup, name, program)
+
+
+def attach_cgroup_again(cgroup: Path, name: str, program: int) -> None:
+    """Attach a program that `attach_cgroup` attached, and that somebody else detached."""
+    _change_cgroup(syscall.ATTACH, cgroup, name, program)
+
+
+def runs_in_cgroup(cgroup: Path, name: str, program: int) -> bool:
+    """Whether a program is attached to a cgroup, or to one above it."""
+    return _id(program) in _running_in(cgroup, name)
 
 
 def detach_cgroup(cgroup: str, name: str, id: int) -> None:
@@ -233,6 +257,10 @@ def detach_cgroup(cgroup: str, name: str, id: int) -> None:
         pass  # the cgroup is gone, or the program was not attached
     finally:
         os.close(program)
+
+
+def _id(program: int) -> int:
+    return int(struct.unpack_from("=4xI", syscall.info(program, 128))[0])
 
 
 def _running_in(cgroup: Path, name: str) -> list[int]:

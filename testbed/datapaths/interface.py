@@ -99,8 +99,11 @@ class Attachment(Protocol):
     def counters(self) -> dict[str, Count]:
         """All that the programs counted for this pod, by reason."""
 
+    def missing_programs(self) -> set[str]:
+        """Names of attached programs that somebody else removed."""
+
     def rewire(self, wiring: Wiring) -> None:
-        """Attach again after links were replaced. Counters go on."""
+        """Attach again after links were replaced or programs removed. Counters go on."""
 
     def attach_deferred(self) -> None:
         """Attach slow parts that may wait until workloads boot. They only improve speed."""

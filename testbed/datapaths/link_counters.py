@@ -36,6 +36,9 @@ class LinkCounters:
     def counters(self) -> dict[str, Count]:
         return {}
 
+    def missing_programs(self) -> set[str]:
+        return set()
+
     def rewire(self, wiring: Wiring) -> None:
         self.wiring = wiring
 

@@ -97,7 +97,7 @@ class _Attachment(EbpfAttachment):
         self._scope.defer(forget_namespace, pins=pins, slot=self._programs.slot, cookie=cookie)
         _namespaces(self._programs)[cookie,] = (self._programs.slot,)
         for hook in HOOKS:
-            bpf.attach_cgroup(self._scope, self._wiring.cgroup, hook, self._programs.program(hook))
+            self._attach_cgroup(hook, self._programs)
 
 
 def _cookie() -> int:

@@ -127,13 +127,13 @@ class Pod:
         """The links as they are now, for the datapath."""
         return self.links.wiring(self.cgroup)
 
-    def missing_links(self) -> set[str]:
-        """Names of links that have vanished."""
+    def missing(self) -> set[str]:
+        """Names of links and of the datapath's programs that somebody else removed."""
         with self.lock:
-            return self.links.missing()
+            return self.links.missing() | self.attachment.missing_programs()
 
     def mend(self) -> None:
-        """Make vanished links again, attach the datapath, restart guests that lost their tap."""
+        """Make again what is missing, and restart guests that lost their tap."""
         with self.lock:
             lost = self._guests_of(self.links.missing())
             self.links.build()

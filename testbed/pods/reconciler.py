@@ -1,6 +1,7 @@
-"""The reconciler of a pod: mends links that vanish, and ends the connections of guests that end.
+"""The reconciler of a pod: mends what vanishes, and ends the connections of guests that end.
 
-It is a thread that sleeps until the kernel reports a change of a link or the end of a process.
+It is a thread that sleeps until the kernel reports a change of a link or of its programs, or the
+end of a process. The kernel does not report that a cgroup lost a program.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import select
 import socket
 import threading
+import time
 from types import TracebackType
 from typing import Self
 
@@ -20,15 +22,22 @@ from testbed.host import namespaces
 from testbed.host.process import Running
 from testbed.pods.pod import Pod
 
-RTMGRP_LINK = 1
+RTMGRP_LINK, RTMGRP_TC = 1, 8
+CHECK_S = 5
+"""Period after which all is looked at without a report."""
 RETRY_MS = 250
 """Period after which a failed mending is tried again, and new processes are looked for."""
+
+
+MEANWHILE = (NetlinkError, OSError, LookupError)
+"""What is raised where something vanishes while it is looked at."""
 
 
 class Reconciler:
     """Mends a pod while the context lasts.
 
-    `deaths`: workloads that ended by themselves. `mended`: links that vanished and are back.
+    `deaths`: workloads that ended by themselves. `mended`: links and programs that vanished and are
+    back.
     """
 
     def __init__(self, pod: Pod) -> None:
@@ -36,16 +45,12 @@ class Reconciler:
         self.mended: list[str] = []
         self._pod = pod
         self._wake, self._sleeper = os.pipe()
-        self._links = namespaces.inside(
-            pod.links.link_netns,
-            lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE),
-        )
-        self._links.bind((0, RTMGRP_LINK))
-        self._links.setblocking(False)
+        self._reports = [_reports(netns) for netns in {pod.netns, pod.links.link_netns}]
         self._thread = threading.Thread(target=self._watch, name=f"reconciler {pod.name}")
         self._poller = select.poll()
         self._poller.register(self._wake, select.POLLIN)
-        self._poller.register(self._links, select.POLLIN)
+        for reports in self._reports:
+            self._poller.register(reports, select.POLLIN)
         self._alive: dict[int, tuple[str, Running]] = {}
         """pidfd → workload and process."""
         self._seen: set[Running] = set()
@@ -53,16 +58,21 @@ class Reconciler:
 
     def _watch(self) -> None:
         missing: set[str] = set()
+        next_check = 0.0
         while True:
             self._watch_new()
             for fd, _ in self._poller.poll(RETRY_MS):
                 if fd == self._wake:
                     return
-                if fd == self._links.fileno():
-                    self._drain()
-                    missing |= self._pod.missing_links()
-                else:
+                if fd in self._alive:
                     self._ended(fd)
+                else:
+                    next_check = 0
+            if time.monotonic() >= next_check:
+                for reports in self._reports:
+                    _drain(reports)
+                missing |= self._missing()
+                next_check = time.monotonic() + CHECK_S
             if missing and self._mend():
                 self.mended += missing
                 missing.clear()
@@ -87,27 +97,18 @@ class Reconciler:
                 self.deaths.append(name)
                 self._pod.workload_ended(name)
 
-    def _drain(self) -> None:
-        """Discard link messages. Links are listed anew, since messages may be lost (ENOBUFS)."""
-        while True:
-            try:
-                self._links.recv(65536)
-            except BlockingIOError:
-                return
-            except OSError as e:
-                if e.errno != errno.ENOBUFS:
-                    raise
+    def _missing(self) -> set[str]:
+        """What is missing in the pod, as far as it can be told."""
+        with contextlib.suppress(*MEANWHILE):
+            return self._pod.missing()
+        return set()
 
     def _mend(self) -> bool:
-        """Mend the pod; returns whether it succeeded.
-
-        A link that vanishes meanwhile can raise any of these errors.
-        """
-        try:
+        """Mend the pod; returns whether it succeeded."""
+        with contextlib.suppress(*MEANWHILE):
             self._pod.mend()
-        except (NetlinkError, OSError, LookupError):
-            return False
-        return True
+            return True
+        return False
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -118,6 +119,29 @@ class Reconciler:
     ) -> None:
         os.close(self._sleeper)
         self._thread.join()
-        self._links.close()
+        for reports in self._reports:
+            reports.close()
         for fd in (self._wake, *self._alive):
             os.close(fd)
+
+
+def _reports(netns: str) -> socket.socket:
+    """A socket that receives the kernel's reports of changes of a namespace's links and filters."""
+    opened = namespaces.inside(
+        netns, lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+    )
+    opened.bind((0, RTMGRP_LINK | RTMGRP_TC))
+    opened.setblocking(False)
+    return opened
+
+
+def _drain(reports: socket.socket) -> None:
+    """Discard reports. What there is is looked up, since reports may be lost (ENOBUFS)."""
+    while True:
+        try:
+            reports.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError as e:
+            if e.errno != errno.ENOBUFS:
+                raise

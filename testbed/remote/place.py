@@ -44,7 +44,7 @@ END_LIMIT_S = 60
 """Time that a worker may need to take everything down."""
 
 
-class Place:
+class RemotePlace:
     """A remote host that a campaign's worker can be started on."""
 
     def __init__(self, host: Host, far: Host | None = None, number: int = 0) -> None:
@@ -52,7 +52,7 @@ class Place:
         self.host, self.name = host, host.name
         self._far, self._number = far, number
 
-    def start(self, job: Job, log: BinaryIO, say: Say) -> Worker:
+    def start(self, job: Job, log: BinaryIO, say: Say) -> RemoteWorker:
         """Update the host's files and start a worker there, whose standard error goes to `log`.
 
         Raises `Error` if the host cannot be reached or cannot run a worker.
@@ -68,13 +68,15 @@ class Place:
                     what = f"{self.name}: {finding['name']}: {finding['detail']}"
                     raise Error(what, finding["hint"])
             if not self._far:
-                return Worker(site, job, log)
+                return RemoteWorker(site, job, log)
             say(f"starting servers on {self._far.name}")
             clients = Side(2 * self._number, self._far.on_link)
             servers = Side(2 * self._number + 1, self.host.on_link)
             far = _Far(self._far, servers, log)
             try:
-                return Worker(site, replace(job, side=replace(clients, lacks=far.lacks)), log, far)
+                return RemoteWorker(
+                    site, replace(job, side=replace(clients, lacks=far.lacks)), log, far
+                )
             except BaseException:
                 far.close()
                 raise
@@ -83,20 +85,20 @@ class Place:
             raise
 
 
-def places(hosts: Sequence[Host], between: bool) -> list[Place]:
+def places(hosts: Sequence[Host], between: bool) -> list[RemotePlace]:
     """Places of workers: every host, or the first host of each pair for cells `between` two hosts.
 
     Raises `Error` for an odd number of hosts, if they are needed in pairs.
     """
     if not between:
-        return [Place(host) for host in hosts]
+        return [RemotePlace(host) for host in hosts]
     if len(hosts) % 2:
         raise Error(
             f"cells between hosts take hosts by twos, and {len(hosts)} are chosen",
             "choose by --on NAME",
         )
     twos = zip(hosts[::2], hosts[1::2], strict=True)
-    return [Place(first, second, number) for number, (first, second) in enumerate(twos)]
+    return [RemotePlace(first, second, number) for number, (first, second) in enumerate(twos)]
 
 
 class _Far:
@@ -129,7 +131,7 @@ class _Far:
         self._link.close()
 
 
-class Worker:
+class RemoteWorker:
     """A worker process on a host, with the interface of `places.Worker`."""
 
     def __init__(self, site: Site, job: Job, log: BinaryIO, far: _Far | None = None) -> None:

@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from testbed.bpf import syscall
+from testbed.bpf import hooks, syscall
+from testbed.datapaths.ebpf.attachment import EbpfAttachment
 from testbed.host import namespaces
 from testbed.model.terms import Family
+from testbed.pods import reconciler
+from testbed.pods.reconciler import Reconciler
 from tests.integration.conftest import Build
-from tests.integration.sockets import Bench, Pair
+from tests.integration.sockets import Bench, Pair, wait_until
 
 pytestmark = pytest.mark.root
 
@@ -126,3 +129,31 @@ def test_filters_of_others_outlive_ours(build: Build, when: str, hook: str) -> N
     finally:
         theirs.unlink()
         os.close(program)
+
+
+@pytest.mark.parametrize("datapath", ["steer", "capture", "broadcast"])
+def test_tc_programs_that_others_remove_are_attached_again(build: Build, datapath: str) -> None:
+    pod = build(f"cleared-{datapath}", datapath=datapath)
+    with Reconciler(pod) as watching, Bench(pod).connected(Pair(0, 1), Family.IPV4) as ends:
+        tc(pod.links.link_netns, "qdisc", "del", "dev", "g1", "clsact")
+        tc(pod.netns, "qdisc", "del", "dev", "lo", "clsact")
+        wait_until(lambda: bool(watching.mended) and not pod.missing(), "they are back")
+        for sender, receiver in (ends, ends[::-1]):
+            sender.send(b"!")
+            assert receiver.recv(1) == b"!"
+
+
+@pytest.mark.parametrize("datapath", ["steer", "capture"])
+def test_cgroup_programs_that_others_detach_are_attached_again(
+    build: Build, datapath: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconciler, "CHECK_S", 0.1)
+    pod = build(f"detached-{datapath}", datapath=datapath)
+    assert isinstance(pod.attachment, EbpfAttachment)
+    with Reconciler(pod) as watching:
+        attached = pod.attachment._at_cgroup
+        assert "getpeername4" in attached
+        for hook, programs in attached.items():
+            hooks.detach_cgroup(str(pod.cgroup), hook, hooks._id(programs.program(hook)))
+        wait_until(lambda: bool(watching.mended) and not pod.missing(), "they are back")
+        assert set(watching.mended) <= set(attached)

@@ -11,17 +11,22 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from pathlib import Path
 from time import monotonic
 
 import pytest
 
 from testbed.agent import Agent, Result, build
+from testbed.host import namespaces, netlink
+from testbed.host.ledger import Owner
 from testbed.model.addresses import loopback
 from testbed.model.errors import Error
 from testbed.model.terms import Family, Transport
 from testbed.model.trials import percentile
 from tests.children import ending
+
+from .sockets import wait_until
 
 
 @dataclass
@@ -34,12 +39,17 @@ class Running:
 
 
 @contextmanager
-def running(program: Path) -> Iterator[Running]:
-    started = subprocess.Popen([program, "--control-port", "0"], stdout=subprocess.PIPE)
+def running(program: Path, netns: str = "") -> Iterator[Running]:
+    enter = ["ip", "netns", "exec", netns] if netns else []
+    started = subprocess.Popen([*enter, program, "--control-port", "0"], stdout=subprocess.PIPE)
     with ending(started) as process:
         assert process.stdout is not None
         port = int(process.stdout.readline().split()[-1])
-        with Agent.connect("127.0.0.1", port) as agent:
+
+        def connect() -> Agent:
+            return Agent.connect("127.0.0.1", port)
+
+        with namespaces.inside(netns, connect) if netns else connect() as agent:
             yield Running(process, port, agent)
 
 
@@ -401,3 +411,34 @@ def test_a_client_that_vanishes_leaves_no_sender_behind(server: Agent) -> None:
         began = monotonic()
         server.stop(served)
         assert monotonic() - began < 2
+
+
+@pytest.mark.root
+def test_a_client_whose_machine_vanishes_is_forgotten(owner: Owner) -> None:
+    """Its link is down, so that nothing tells the server that there will be no more requests."""
+    near, far = (f"tb-{owner.id}-{end}" for end in ("serves", "dials"))
+    with namespaces.create(owner, near) as ip, namespaces.create(owner, far) as far_ip:
+        peer = {"ifname": "eth0", "net_ns_fd": far}
+        link = netlink.create_link(ip, "eth0", kind="veth", state="up", peer=peer)
+        netlink.add_address(ip, link, IPv4Address("198.51.100.1"), 24)
+        far_link = netlink.links(far)["eth0"]
+        far_ip.link("set", index=far_link, state="up")
+        netlink.add_address(far_ip, far_link, IPv4Address("198.51.100.2"), 24)
+
+        with running(build(), near) as server, running(build(), far) as client:
+            port = server.agent.serve(Transport.TCP, Family.IPV4).port
+            down = {"index": far_link, "state": "down"}
+            timer = threading.Timer(0.5, far_ip.link, ("set",), down)
+            timer.start()
+            with pytest.raises(Error, match=r"no progress for 5 s|unreachable"):
+                client.agent.run(
+                    Transport.TCP, Family.IPV4, "198.51.100.1", port, "rr", 100, duration_s=30
+                )
+            timer.join()
+
+            def is_forgotten() -> bool:
+                rows = Path(f"/proc/{server.process.pid}/net/tcp").read_text().splitlines()
+                return not any(f":{port:04X} " in row and " 01 " in row for row in rows)
+
+            assert not is_forgotten()
+            wait_until(is_forgotten, "the server closes the connection", limit_s=15)

@@ -27,7 +27,7 @@ import pytest
 from testbed.host import cgroups, namespaces, netlink
 from testbed.host.facts import slowness
 from testbed.host.ledger import Owner
-from testbed.model.addresses import loopback
+from testbed.model.addresses import guest_link, loopback
 from testbed.model.terms import Family
 from testbed.pods import control
 from testbed.runtimes import container
@@ -140,10 +140,14 @@ def chained(runtime: Runtime, tmp_path: Path) -> Runtime:
     return runtime
 
 
+def dial(netns: str, address: str, limit_s: float = 1) -> socket.socket:
+    """Connect to the guest's port from inside a namespace."""
+    return namespaces.inside(netns, lambda: socket.create_connection((address, PORT), limit_s))
+
+
 def echoes(runtime: Runtime, family: Family) -> bool:
     """Whether the guest answers a process of the pod at `localhost`."""
-    to = (str(loopback(family)), PORT)
-    with namespaces.inside(runtime.pod, lambda: socket.create_connection(to, 5)) as connection:
+    with dial(runtime.pod, str(loopback(family)), 5) as connection:
         connection.sendall(b"hello")
         return connection.recv(5) == b"hello"
 
@@ -170,6 +174,21 @@ def test_guests_join_a_pod_of_other_plugins_and_leave_it(chained: Runtime) -> No
     assert not there("web.shop")
     assert set(netlink.links(chained.pod)) == {"lo"}
     chained.all("DEL", **arguments)
+
+
+def test_nobody_on_the_pods_network_reaches_an_address_inside_it(chained: Runtime) -> None:
+    """Not by a route through the pod either, which forwards as on every node of Kubernetes."""
+    chained.all("ADD")
+    wait_until(lambda: ready(chained, chained.container), "the guest serves")
+    forwarding = ("net/ipv4/conf/all/forwarding", "net/ipv6/conf/all/forwarding")
+    namespaces.set_sysctls(chained.pod, dict.fromkeys(forwarding, 1))
+    for family, pod in ((Family.IPV4, "10.99.0.2"), (Family.IPV6, "fd99::2")):
+        inside = guest_link(family, 1)
+        with namespaces.open_socket(chained.host) as ip:
+            ip.route("add", dst=f"{inside}/{inside.max_prefixlen}", gateway=pod)
+        assert echoes(chained, family)
+        with pytest.raises(TimeoutError):
+            dial(chained.host, str(inside))
 
 
 def test_what_the_plugin_before_made_goes_through_unchanged(runtime: Runtime) -> None:

@@ -42,6 +42,18 @@ def test_native_cannot_bind_a_port_that_a_guest_owns(
 
 @TRANSPORTS
 @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::1", "::"])
+def test_native_cannot_bind_it_at_the_device_lo(
+    bench: Bench, transport: Transport, address: str
+) -> None:
+    family = Family.IPV6 if ":" in address else Family.IPV4
+    with bench.open(0, family, transport) as native:
+        native.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
+        with pytest.raises(OSError, match=os.strerror(errno.EADDRINUSE)):
+            native.bind((address, PORTS[1]))
+
+
+@TRANSPORTS
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::1", "::"])
 def test_native_can_bind_its_own_port(bench: Bench, transport: Transport, address: str) -> None:
     family = Family.IPV6 if ":" in address else Family.IPV4
     with bench.open(0, family, transport) as native:

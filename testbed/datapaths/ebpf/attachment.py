@@ -46,6 +46,8 @@ class EbpfAttachment:
         self._held: list[socket.socket] = []
         self._places: dict[tuple[str, int, int], tuple[str, int]] = {}
         """(namespace, ifindex, hook) → name and class of the attached program."""
+        self._at_cgroup: dict[str, bpf.ProgramSet] = {}
+        """Hook of the cgroup → the set of the program, which has its name, that is attached."""
         try:
             self._held = loopback_side.hold_ports(wiring.pod, wiring.netns, wiring.owners)
             self._programs = self._at_work = bpf.load(name, self._scope)
@@ -78,7 +80,33 @@ class EbpfAttachment:
             # The index is 0 if the link vanished again, the row if the guest is down.
             if port.ifindex and self._rows.port(port.n):
                 self._rows.set_port(port.n, port.ifindex)
+        for place in self._lost():
+            name, classid = self._places[place]
+            bpf.replace_tc(*place, self._at_work.program(name), name, classid)
+        for hook in self._lost_hooks():
+            program = self._at_cgroup[hook].program(hook)
+            bpf.attach_cgroup_again(wiring.cgroup, hook, program)
         self._attach_links()
+
+    def missing_programs(self) -> set[str]:
+        return {self._places[place][0] for place in self._lost()} | self._lost_hooks()
+
+    def _lost(self) -> list[tuple[str, int, int]]:
+        """Those of `_places` whose link is there, but not the filter."""
+        lost = []
+        for netns in {netns for netns, _, _ in self._places}:
+            links = set(netlink.links(netns).values())
+            places = {at[1:] for at in self._places if at[0] == netns and at[1] in links}
+            lost += [(netns, *place) for place in places - bpf.attached_tc(netns, places)]
+        return lost
+
+    def _lost_hooks(self) -> set[str]:
+        """Hooks of the cgroup whose program somebody else detached."""
+        return {
+            hook
+            for hook, programs in self._at_cgroup.items()
+            if not bpf.runs_in_cgroup(self._wiring.cgroup, hook, programs.program(hook))
+        }
 
     def guest_ended(self, n: int) -> None:
         self._rows.set_port(n, 0)
@@ -90,6 +118,8 @@ class EbpfAttachment:
     def detach(self) -> None:
         self._scope.undo()
         loopback_side.release_ports(self._held)
+        for programs in self._at_cgroup.values():
+            programs.close()
         if hasattr(self, "_programs"):
             self._programs.close()
 
@@ -108,8 +138,12 @@ class EbpfAttachment:
         """Attach programs of `bpf/names.c`, which show guests to natives as peers at localhost."""
         names = bpf.load("names", self._scope)
         for hook in ("getpeername4", "getpeername6"):
-            bpf.attach_cgroup(self._scope, self._wiring.cgroup, hook, names.program(hook))
-        names.close()
+            self._attach_cgroup(hook, names)
+
+    def _attach_cgroup(self, hook: str, programs: bpf.ProgramSet) -> None:
+        """Attach a program to the pod's cgroup, at the hook that has its name."""
+        bpf.attach_cgroup(self._scope, self._wiring.cgroup, hook, programs.program(hook))
+        self._at_cgroup[hook] = programs
 
     def _attach(
         self, ifindex: int, hook: int, name: str, n: int = 0, netns: str | None = None

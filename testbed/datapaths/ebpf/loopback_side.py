@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Mapping, Sequence
-from ipaddress import ip_network
+from ipaddress import IPv4Address, IPv6Address, ip_network
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
@@ -18,6 +18,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from testbed.host import facts, namespaces
 from testbed.host.ledger import Scope
 from testbed.model import addresses
+from testbed.model.addresses import Address
 from testbed.model.errors import Error
 from testbed.model.terms import Family, Transport
 
@@ -37,26 +38,36 @@ Owners = Mapping[tuple[Transport, int], int]
 
 
 def hold_ports(pod: str, netns: str, owners: Owners) -> list[socket.socket]:
-    """Bind a socket to each port that a guest owns, and return the sockets.
+    """Bind sockets to each port that a guest owns, and return them.
 
-    Natives that bind such a port get EADDRINUSE, and none gets it as an ephemeral port. The sockets
-    accept no packets, so that the kernel refuses those for a guest that is down: TCP sockets do not
-    listen, UDP sockets are bound to a device that does not exist. Raises `Error` if a native
-    process has one of the ports.
+    Natives that bind such a port get EADDRINUSE, also at the device `lo`, and none gets it as an
+    ephemeral port. The sockets accept no packets, so that the kernel refuses those for a guest that
+    is down: TCP sockets do not listen. A UDP socket is bound to a device that does not exist, and
+    those at `lo` are connected to themselves. Raises `Error` if a native process has a port.
     """
     held: list[socket.socket] = []
-    has_ipv6 = Family.IPV6 in facts.families()
+    families = facts.families()
+
+    def hold(transport: Transport, address: Address, port: int, device: int) -> socket.socket:
+        family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+        kind = socket.SOCK_STREAM if transport is Transport.TCP else socket.SOCK_DGRAM
+        held.append(socket.socket(family, kind))
+        if address.version == 6:
+            held[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        held[-1].setsockopt(socket.SOL_SOCKET, SO_BINDTOIFINDEX, device)
+        held[-1].bind((str(address), port))
+        return held[-1]
 
     def bind() -> None:
+        everywhere = IPv6Address("::") if Family.IPV6 in families else IPv4Address("0.0.0.0")
         for (transport, port), n in sorted(owners.items()):
-            kind = socket.SOCK_STREAM if transport is Transport.TCP else socket.SOCK_DGRAM
-            held.append(socket.socket(socket.AF_INET6 if has_ipv6 else socket.AF_INET, kind))
-            if has_ipv6:
-                held[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            device = LO_IFINDEX if transport is Transport.TCP else NO_IFINDEX
-            held[-1].setsockopt(socket.SOL_SOCKET, SO_BINDTOIFINDEX, device)
             try:
-                held[-1].bind(("::" if has_ipv6 else "0.0.0.0", port))
+                if transport is Transport.TCP:
+                    hold(transport, everywhere, port, LO_IFINDEX)
+                    continue
+                hold(transport, everywhere, port, NO_IFINDEX)
+                for address in map(addresses.loopback, families):
+                    hold(transport, address, port, LO_IFINDEX).connect((str(address), port))
             except OSError as e:
                 if e.errno != errno.EADDRINUSE:
                     raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
@@ -15,6 +16,7 @@ from testbed.datapaths.ebpf.challenge_ack import GuestConnection
 from testbed.datapaths.ebpf.loopback_side import Owners
 from testbed.host.ledger import Scope
 from testbed.model import addresses
+from testbed.model.errors import Error
 from testbed.model.terms import Family, Transport
 
 NATIVE_FLOW_GUESTS = 64
@@ -35,7 +37,10 @@ class Rows:
     """Names of the counters, in the order of the programs' `enum reason`."""
 
     def fill(self, owner: Scope, owners: Owners, guests: Mapping[int, Collection[Family]]) -> None:
-        """Write the owners of ports and the families of guests, and add entries for flow counts."""
+        """Write the owners of ports and the families of guests, and add entries for flow counts.
+
+        Raises `Error` if there is no room for them: all pods share `flow_counts`.
+        """
         slot = self.programs.slot
         keys = [[slot << 24 | PROTOCOLS[transport] << 16 | port] for transport, port in owners]
         rows: dict[str, Any] = {
@@ -51,8 +56,16 @@ class Rows:
         for key, n in zip(keys, owners.values(), strict=True):
             flags = 0 if Family.IPV6 in guests[n] else IPV4_ONLY
             _owners(self.programs)[tuple(key)] = (n | flags,)
-        for flow in _flows(slot, guests):
-            _flow_counts(self.programs).add(flow, (0, 0))
+        try:
+            for flow in _flows(slot, guests):
+                _flow_counts(self.programs).add(flow, (0, 0))
+        except OSError as e:
+            if e.errno != errno.E2BIG:
+                raise
+            raise Error(
+                f"{len(guests)} guests are too many to count what each pair carries",
+                hint="n guests take n² of 16,384 entries, which all pods share: use fewer guests",
+            ) from e
 
     def port(self, n: int) -> int:
         """Index of guest n's link; 0 while the guest is down."""
