@@ -126,10 +126,10 @@ class Links:
         bridged = self.layout is Layout.BRIDGE
         return {TO_GUESTS} if bridged else self._names()
 
-    def build(self) -> None:
-        """Make all links that are missing."""
+    def build(self) -> set[str]:
+        """Make all links that are missing; returns their names."""
         if self.layout is Layout.SOCKET:
-            return
+            return set()
         ip = self.link_ip
         existing = netlink.links(self.link_netns)
         bridge = None
@@ -149,6 +149,7 @@ class Links:
                 )
                 if not bridge:
                     netlink.add_route(self.ip, port, guest_link(family, n))
+        return self._names() - existing.keys()
 
     def _create_uplink(self) -> int:
         peer = {"ifname": TO_GUESTS, "net_ns_fd": self.netns, "address": POD_MAC}

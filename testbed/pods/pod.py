@@ -132,15 +132,18 @@ class Pod:
         with self.lock:
             return self.links.missing() | self.attachment.missing_programs()
 
-    def mend(self) -> None:
-        """Make again what is missing, and restart guests that lost their tap."""
+    def mend(self) -> set[str]:
+        """Make again what is missing, and restart guests that lost their tap.
+
+        Returns the names of the links and programs. Some may have vanished after `missing` looked.
+        """
         with self.lock:
-            lost = self._guests_of(self.links.missing())
-            self.links.build()
+            made = self.links.build() | self.attachment.missing_programs()
             self.attachment.rewire(self.wiring())
-        for name in lost & self.processes.keys():
+        for name in self._guests_of(made) & self.processes.keys():
             self.restart_workload(name)
         self.attach_deferred()
+        return made
 
     def _guests_of(self, missing: set[str]) -> set[str]:
         """Names of virtual machines whose taps are missing. They have to be started again."""

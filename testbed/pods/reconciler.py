@@ -73,8 +73,8 @@ class Reconciler:
                     _drain(reports)
                 missing |= self._missing()
                 next_check = time.monotonic() + CHECK_S
-            if missing and self._mend():
-                self.mended += missing
+            if missing and (made := self._mend()) is not None:
+                self.mended += missing | made
                 missing.clear()
 
     def _watch_new(self) -> None:
@@ -103,12 +103,11 @@ class Reconciler:
             return self._pod.missing()
         return set()
 
-    def _mend(self) -> bool:
-        """Mend the pod; returns whether it succeeded."""
+    def _mend(self) -> set[str] | None:
+        """Mend the pod; returns what was made again, None if that failed."""
         with contextlib.suppress(*MEANWHILE):
-            self._pod.mend()
-            return True
-        return False
+            return self._pod.mend()
+        return None
 
     def __enter__(self) -> Self:
         self._thread.start()
