@@ -73,18 +73,22 @@ def test_a_slot_is_given_out_without_a_trace(
     standing = build(f"stands-{datapath}", datapath=datapath).attachment  # the programs stay
     assert isinstance(standing, EbpfAttachment)
     found = datapaths.get(datapath)
-    with Pod(owner, f"first-{datapath}", MANIFEST, found, prepared, tmp_path) as pod:
-        assert isinstance(pod.attachment, EbpfAttachment)
-        slot = pod.attachment._programs.slot
-        for family in Family:
-            leave_traces(Bench(pod), family)
-        traces = rows(standing, slot)
-        assert traces["fragments"]
-        assert traces["nonstandard_flows"]
-        assert pod.attachment.counters()["odd_source"].packets
-    assert not any(rows(standing, slot).values())
-    with Pod(owner, f"second-{datapath}", MANIFEST, found, prepared, tmp_path) as pod:
-        assert isinstance(pod.attachment, EbpfAttachment)
-        assert pod.attachment._programs.slot == slot
-        # Others count what the new pod's own links say.
-        assert not pod.attachment.counters()["odd_source"].packets
+    for _ in range(10):
+        with Pod(owner, f"first-{datapath}", MANIFEST, found, prepared, tmp_path) as pod:
+            assert isinstance(pod.attachment, EbpfAttachment)
+            slot = pod.attachment._programs.slot
+            for family in Family:
+                leave_traces(Bench(pod), family)
+            traces = rows(standing, slot)
+            assert traces["fragments"]
+            assert traces["nonstandard_flows"]
+            assert pod.attachment.counters()["odd_source"].packets
+        left = rows(standing, slot)
+        with Pod(owner, f"second-{datapath}", MANIFEST, found, prepared, tmp_path) as pod:
+            assert isinstance(pod.attachment, EbpfAttachment)
+            if pod.attachment._programs.slot == slot:  # else another process took it
+                assert not any(left.values())
+                # Other counters count what the new pod's own links say.
+                assert not pod.attachment.counters()["odd_source"].packets
+                return
+    pytest.fail("no pod got the slot of the one before")
