@@ -53,7 +53,10 @@ def attach_tc(
 
 
 def replace_tc(netns: str, ifindex: int, hook: int, program: int, name: str, classid: int) -> None:
-    """Replace the program that `attach_tc` attached. No packet passes without a program."""
+    """Attach a program at the place of `attach_tc`, or replace the one that is attached there.
+
+    While it is replaced, no packet passes without a program.
+    """
     options = b"".join(
         (
             _attribute(TCA_BPF_FD, struct.pack("=I", program)),
@@ -184,7 +187,7 @@ BPF_KIND = _attribute(TCA_KIND, b"bpf\0")
 
 
 def _filters(ifindex: int, hook: int) -> Iterator[tuple[int, int]]:
-    """Handle, and priority with protocol, of all filters of a link, whoever attached them."""
+    """Handle, and priority with protocol, of all filters of a hook, whoever attached them."""
     body = struct.pack("=BxxxiIII", socket.AF_UNSPEC, ifindex, 0, AT_CLSACT[hook], 0)
     flags = NLM_F_REQUEST | NLM_F_DUMP
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as dump:
@@ -232,12 +235,7 @@ def attach_cgroup(owner: Scope, cgroup: Path, name: str, program: int) -> None:
         )
     owner.defer(detach_cgroup, cgroup=str(cgroup), name=name, id=_id(program))
     if not runs:
-        attach_cgroup_again(cgroup, name, program)
-
-
-def attach_cgroup_again(cgroup: Path, name: str, program: int) -> None:
-    """Attach a program that `attach_cgroup` attached, and that somebody else detached."""
-    _change_cgroup(syscall.ATTACH, cgroup, name, program)
+        _change_cgroup(syscall.ATTACH, cgroup, name, program)
 
 
 def runs_in_cgroup(cgroup: Path, name: str, program: int) -> bool:

@@ -73,6 +73,8 @@ class Pod:
         self.processes: dict[str, process.Running] = {}
         self.cut_off: set[str] = set()
         """Guests whose link was missing when the pod was taken over; they may still run."""
+        self._unmended: set[str] = set()
+        """Links that vanished, until all that belongs to them is there again."""
         self._owner = owner.part()
         self.links = Links(
             self._owner, name, self.netns, manifest, datapath.layout, runtimes, sandbox
@@ -127,23 +129,31 @@ class Pod:
         """The links as they are now, for the datapath."""
         return self.links.wiring(self.cgroup)
 
-    def missing(self) -> set[str]:
-        """Names of links and of the datapath's programs that somebody else removed."""
+    def missing_links(self) -> set[str]:
+        """Names of links that have vanished."""
         with self.lock:
-            return self.links.missing() | self.attachment.missing_programs()
+            return self.links.missing()
+
+    def missing_programs(self) -> set[str]:
+        """Names of the datapath's programs that somebody else removed."""
+        with self.lock:
+            return self.attachment.missing_programs()
 
     def mend(self) -> set[str]:
         """Make again what is missing, and restart guests that lost their tap.
 
-        Returns the names of the links and programs. Some may have vanished after `missing` looked.
+        Returns the names of the links. If it raises, the next call does what is left to do.
         """
         with self.lock:
-            made = self.links.build() | self.attachment.missing_programs()
+            self._unmended |= self.links.missing()
+            self._unmended |= self.links.build()
             self.attachment.rewire(self.wiring())
-        for name in self._guests_of(made) & self.processes.keys():
+        for name in self._guests_of(self._unmended) & self.processes.keys():
             self.restart_workload(name)
-        self.attach_deferred()
-        return made
+        if self._unmended:
+            self.attach_deferred()
+        mended, self._unmended = self._unmended, set()
+        return mended
 
     def _guests_of(self, missing: set[str]) -> set[str]:
         """Names of virtual machines whose taps are missing. They have to be started again."""

@@ -1,7 +1,8 @@
 """The reconciler of a pod: mends what vanishes, and ends the connections of guests that end.
 
-It is a thread that sleeps until the kernel reports a change of a link or of its programs, or the
-end of a process. The kernel does not report that a cgroup lost a program.
+It is a thread that waits until the kernel reports a change of a link or of its programs, or the
+end of a process. The kernel does not report that a cgroup lost a program, so the thread also looks
+every `CHECK_S` without a report.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from testbed.host import namespaces
 from testbed.host.process import Running
+from testbed.model.errors import Error
 from testbed.pods.pod import Pod
 
 RTMGRP_LINK, RTMGRP_TC = 1, 8
 CHECK_S = 5
 """Period after which all is looked at without a report."""
 RETRY_MS = 250
-"""Period after which a failed mending is tried again, and new processes are looked for."""
-
-
-MEANWHILE = (NetlinkError, OSError, LookupError)
-"""What is raised where something vanishes while it is looked at."""
+"""Period after which a failed mending is tried again, and new processes are looked for. Two looks
+for what is missing are so far apart, too, whatever somebody does to links and programs."""
+VANISHED = (NetlinkError, OSError, LookupError, Error)
+"""Errors of looking at, or mending, something that vanishes meanwhile."""
 
 
 class Reconciler:
@@ -58,7 +59,7 @@ class Reconciler:
 
     def _watch(self) -> None:
         missing: set[str] = set()
-        next_check = 0.0
+        next_check = last_check = 0.0
         while True:
             self._watch_new()
             for fd, _ in self._poller.poll(RETRY_MS):
@@ -67,14 +68,15 @@ class Reconciler:
                 if fd in self._alive:
                     self._ended(fd)
                 else:
-                    next_check = 0
+                    next_check = min(next_check, last_check + RETRY_MS / 1000)
+            for reports in self._reports:
+                _drain(reports)
             if time.monotonic() >= next_check:
-                for reports in self._reports:
-                    _drain(reports)
                 missing |= self._missing()
-                next_check = time.monotonic() + CHECK_S
-            if missing and (made := self._mend()) is not None:
-                self.mended += missing | made
+                last_check = time.monotonic()
+                next_check = last_check + CHECK_S
+            if missing and (mended := self._mend()) is not None:
+                self.mended += missing | mended
                 missing.clear()
 
     def _watch_new(self) -> None:
@@ -98,14 +100,16 @@ class Reconciler:
                 self._pod.workload_ended(name)
 
     def _missing(self) -> set[str]:
-        """What is missing in the pod, as far as it can be told."""
-        with contextlib.suppress(*MEANWHILE):
-            return self._pod.missing()
-        return set()
+        """Links and programs that are missing in the pod, as far as it can be told."""
+        missing: set[str] = set()
+        for look in (self._pod.missing_links, self._pod.missing_programs):
+            with contextlib.suppress(*VANISHED):
+                missing |= look()
+        return missing
 
     def _mend(self) -> set[str] | None:
-        """Mend the pod; returns what was made again, None if that failed."""
-        with contextlib.suppress(*MEANWHILE):
+        """Mend the pod; returns the links that were made again, None if that failed."""
+        with contextlib.suppress(*VANISHED):
             return self._pod.mend()
         return None
 
@@ -135,7 +139,7 @@ def _reports(netns: str) -> socket.socket:
 
 
 def _drain(reports: socket.socket) -> None:
-    """Discard reports. What there is is looked up, since reports may be lost (ENOBUFS)."""
+    """Discard reports. Links and programs are listed anew, since reports may be lost (ENOBUFS)."""
     while True:
         try:
             reports.recv(65536)

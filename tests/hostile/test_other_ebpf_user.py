@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -56,11 +57,11 @@ UNSPECIFIC = instruction(0xB7, 0, value=-1) + instruction(0x95)
 
 
 @contextmanager
-def attached(cgroup: Path) -> Iterator[None]:
+def attached(cgroup: Path, flags: int = ALLOW_MULTI) -> Iterator[None]:
     program = syscall.load_program("theirs", CGROUP_SOCKOPT, CGROUP_SETSOCKOPT, PRIORITY)
     at = os.open(cgroup, os.O_RDONLY)
     try:
-        syscall.call(syscall.ATTACH, "=IIII", at, program, CGROUP_SETSOCKOPT, ALLOW_MULTI)
+        syscall.call(syscall.ATTACH, "=IIII", at, program, CGROUP_SETSOCKOPT, flags)
         yield
         syscall.call(syscall.DETACH, "=III", at, program, CGROUP_SETSOCKOPT)
     finally:
@@ -137,7 +138,7 @@ def test_tc_programs_that_others_remove_are_attached_again(build: Build, datapat
     with Reconciler(pod) as watching, Bench(pod).connected(Pair(0, 1), Family.IPV4) as ends:
         tc(pod.links.link_netns, "qdisc", "del", "dev", "g1", "clsact")
         tc(pod.netns, "qdisc", "del", "dev", "lo", "clsact")
-        wait_until(lambda: bool(watching.mended) and not pod.missing(), "they are back")
+        wait_until(lambda: bool(watching.mended) and not pod.missing_programs(), "they are back")
         for sender, receiver in (ends, ends[::-1]):
             sender.send(b"!")
             assert receiver.recv(1) == b"!"
@@ -155,5 +156,20 @@ def test_cgroup_programs_that_others_detach_are_attached_again(
         assert "getpeername4" in attached
         for hook, programs in attached.items():
             hooks.detach_cgroup(str(pod.cgroup), hook, hooks._id(programs.program(hook)))
-        wait_until(lambda: bool(watching.mended) and not pod.missing(), "they are back")
+        wait_until(lambda: bool(watching.mended) and not pod.missing_programs(), "they are back")
         assert set(watching.mended) <= set(attached)
+
+
+def test_a_link_gets_its_programs_though_the_cgroup_refuses_ours(build: Build) -> None:
+    """Somebody attaches a program where ours was, and lets no other beside it."""
+    pod = build("refused", datapath="steer")
+    assert isinstance(pod.attachment, EbpfAttachment)
+    ours = pod.attachment._at_cgroup["setsockopt"].program("setsockopt")
+    hooks.detach_cgroup(str(pod.cgroup), "setsockopt", hooks._id(ours))
+    with attached(pod.cgroup, flags=0):
+        pod.links.link_ip.link("del", ifname="g1")
+        with pytest.raises(OSError, match=os.strerror(errno.EPERM)):
+            pod.mend()
+        assert pod.missing_programs() == {"setsockopt"}
+        for hook in ("ingress", "egress"):
+            assert f"port_{hook}" in tc(pod.netns, "filter", "show", "dev", "g1", hook)

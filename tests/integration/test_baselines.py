@@ -135,7 +135,7 @@ def test_a_stream_arrives_whole(bench: Bench, pair: Pair, family: Family) -> Non
 def test_a_link_that_was_lost_is_made_again(bench: Bench, family: Family) -> None:
     pod = bench.pod
     pod.links.link_ip.link("del", ifname="g1")
-    assert pod.missing() == {"g1"}
+    assert pod.missing_links() == {"g1"}
     pod.mend()
     for pair in (Pair(0, 1), Pair(1, 0), Pair(2, 1)):
         with connected(bench, pair, family, Transport.TCP) as (near, far):

@@ -92,7 +92,7 @@ def test_links_may_vanish_over_and_over_all_at_once(bench: Bench, supervisor: Re
         for ifname in links(bench.pod).values():
             with suppress(NetlinkError):  # not made again yet
                 remove(bench.pod, ifname)
-    wait_until(lambda: not bench.pod.missing(), "all links are there")
+    wait_until(lambda: not bench.pod.missing_links(), "all links are there")
     vanish(bench.pod, supervisor, links(bench.pod)["bridge"])
     assert everything_works(bench)
 

@@ -8,10 +8,12 @@ from contextlib import ExitStack
 
 import pytest
 
+from testbed.datapaths.interface import Attachment
 from testbed.model.terms import Family, Transport
+from testbed.pods.reconciler import Reconciler
 
 from .conftest import Build
-from .sockets import Bench, Pair
+from .sockets import Bench, Pair, wait_until
 
 pytestmark = pytest.mark.root
 
@@ -69,3 +71,27 @@ def test_other_pairs_lose_nothing_while_one_link_is_mended(build: Build, datapat
         with bench.connected(pair, Family.IPV4) as (near, far):
             near.send(b"mended")
             assert far.recv(100) == b"mended"
+
+
+def test_what_a_mending_left_undone_the_next_one_does(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pod = build("halfway", datapath="steer")
+
+    def fail(attachment: Attachment, wiring: object) -> None:
+        raise PermissionError
+
+    pod.links.link_ip.link("del", ifname="g1")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pod.attachment), "rewire", fail)
+        with pytest.raises(PermissionError):
+            pod.mend()
+    assert pod.mend() == {"g1"}
+
+
+def test_a_link_is_made_again_in_a_pod_that_lost_its_cgroup(build: Build) -> None:
+    pod = build("uprooted", datapath="steer")
+    pod.cgroup.rmdir()
+    pod.links.link_ip.link("del", ifname="g1")
+    with Reconciler(pod) as reconciler:
+        wait_until(lambda: "g1" in reconciler.mended, "g1 is back")

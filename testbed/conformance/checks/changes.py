@@ -96,7 +96,7 @@ def link_replaced_under_load(bed: Bed) -> None:
     guest.poll("read")
     pod.links.link_ip.link("del", index=port.ifindex)
     native.answer()
-    _until(lambda: not pod.missing(), "the link was not made again")
+    _until(lambda: not pod.missing_links(), "the link was not made again")
     works_again(bed)
 
 

@@ -23,8 +23,8 @@ class EbpfAttachment:
     """Base of the attachments of eBPF datapaths.
 
     Subclasses say which programs are attached where, by `_attach_lo`, which is called once, and
-    `_attach_links`, which is called again whenever links were replaced: what is attached to other
-    links is not touched then.
+    `_attach_links`, which is called again whenever links were replaced or programs removed: what is
+    attached already is not touched then.
     """
 
     needs_conntrack = False
@@ -47,7 +47,7 @@ class EbpfAttachment:
         self._places: dict[tuple[str, int, int], tuple[str, int]] = {}
         """(namespace, ifindex, hook) → name and class of the attached program."""
         self._at_cgroup: dict[str, bpf.ProgramSet] = {}
-        """Hook of the cgroup → the set of the program, which has its name, that is attached."""
+        """Hook of the cgroup → the set whose program of that name is attached there."""
         try:
             self._held = loopback_side.hold_ports(wiring.pod, wiring.netns, wiring.owners)
             self._programs = self._at_work = bpf.load(name, self._scope)
@@ -80,28 +80,30 @@ class EbpfAttachment:
             # The index is 0 if the link vanished again, the row if the guest is down.
             if port.ifindex and self._rows.port(port.n):
                 self._rows.set_port(port.n, port.ifindex)
-        for place in self._lost():
+        self._attach_links()  # first: a link without programs lets anything through
+        for place in self._places_without_program():
             name, classid = self._places[place]
             bpf.replace_tc(*place, self._at_work.program(name), name, classid)
-        for hook in self._lost_hooks():
-            program = self._at_cgroup[hook].program(hook)
-            bpf.attach_cgroup_again(wiring.cgroup, hook, program)
-        self._attach_links()
+        for hook in self._hooks_without_program():
+            self._attach_cgroup(hook, self._at_cgroup[hook])
 
     def missing_programs(self) -> set[str]:
-        return {self._places[place][0] for place in self._lost()} | self._lost_hooks()
+        at_links = {self._places[place][0] for place in self._places_without_program()}
+        return at_links | self._hooks_without_program()
 
-    def _lost(self) -> list[tuple[str, int, int]]:
+    def _places_without_program(self) -> list[tuple[str, int, int]]:
         """Those of `_places` whose link is there, but not the filter."""
-        lost = []
+        missing = []
         for netns in {netns for netns, _, _ in self._places}:
             links = set(netlink.links(netns).values())
             places = {at[1:] for at in self._places if at[0] == netns and at[1] in links}
-            lost += [(netns, *place) for place in places - bpf.attached_tc(netns, places)]
-        return lost
+            missing += [(netns, *place) for place in places - bpf.attached_tc(netns, places)]
+        return missing
 
-    def _lost_hooks(self) -> set[str]:
-        """Hooks of the cgroup whose program somebody else detached."""
+    def _hooks_without_program(self) -> set[str]:
+        """Hooks of the cgroup whose program somebody else detached; none if the cgroup is gone."""
+        if not self._wiring.cgroup.exists():
+            return set()
         return {
             hook
             for hook, programs in self._at_cgroup.items()
