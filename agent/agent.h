@@ -114,8 +114,8 @@ void address_set_port(union address *a, unsigned port);
 int listen_at(struct endpoint e, union address *at);
 int dial(struct endpoint e, const union address *to);
 void set_timeouts(int fd); /* a tick for send and receive; accepted sockets inherit them */
-void keep_alive(int fd);   /* ends a connection whose peer's machine was gone for 10 s */
-void wait_untimed(int fd); /* no time-out of receive, whose timer takes 1 % of a transaction */
+void wait_untimed(int fd); /* until the peer's machine is gone for 10 s; no time-out of receive,
+			      whose timer takes 1 % of a transaction */
 void set_option(int fd, int level, int name, int value);
 void close_by_reset(int fd);
 

@@ -199,7 +199,7 @@ static void *control(void *argument)
 	ssize_t got;
 
 	set_option(s->fd, IPPROTO_TCP, TCP_NODELAY, 1);
-	keep_alive(s->fd);
+	set_option(s->fd, SOL_SOCKET, SO_KEEPALIVE, 1);
 	while (length < sizeof(line) &&
 	       (got = receive_some(s->fd, line + length, sizeof(line) - length, NULL)) > 0) {
 		char *end;

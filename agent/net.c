@@ -139,23 +139,18 @@ void set_timeouts(int fd)
 	(void)!setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &tick, sizeof(tick));
 }
 
-void keep_alive(int fd)
-{
-	set_option(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
-	set_option(fd, IPPROTO_TCP, TCP_KEEPIDLE, 5);
-	set_option(fd, IPPROTO_TCP, TCP_KEEPINTVL, 1);
-	set_option(fd, IPPROTO_TCP, TCP_KEEPCNT, 5);
-#ifdef TCP_USER_TIMEOUT /* what was sent is not acknowledged */
-	set_option(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, 10000);
-#endif
-}
-
 void wait_untimed(int fd)
 {
 	struct timeval forever = {0};
 
-	keep_alive(fd);
 	(void)!setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &forever, sizeof(forever));
+	set_option(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
+	set_option(fd, IPPROTO_TCP, TCP_KEEPIDLE, 5);
+	set_option(fd, IPPROTO_TCP, TCP_KEEPINTVL, 1);
+	set_option(fd, IPPROTO_TCP, TCP_KEEPCNT, 5);
+#ifdef TCP_USER_TIMEOUT /* there are no probes while data is not acknowledged */
+	set_option(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, 10000);
+#endif
 }
 
 void close_by_reset(int fd)
