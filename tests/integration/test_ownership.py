@@ -12,6 +12,7 @@ import pytest
 from testbed import bpf, datapaths
 from testbed.host import namespaces
 from testbed.host.ledger import ROOT, Owner
+from testbed.model.addresses import guest_link, native_source
 from testbed.model.errors import Error
 from testbed.model.manifest import Manifest, Workload
 from testbed.model.terms import Family, Runtime, Transport
@@ -42,7 +43,7 @@ def test_native_cannot_bind_a_port_that_a_guest_owns(
 
 @TRANSPORTS
 @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::1", "::"])
-def test_native_cannot_bind_it_at_the_device_lo(
+def test_native_cannot_bind_a_guests_port_at_the_device_lo(
     bench: Bench, transport: Transport, address: str
 ) -> None:
     family = Family.IPV6 if ":" in address else Family.IPV4
@@ -50,6 +51,17 @@ def test_native_cannot_bind_it_at_the_device_lo(
         native.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
         with pytest.raises(OSError, match=os.strerror(errno.EADDRINUSE)):
             native.bind((address, PORTS[1]))
+
+
+@pytest.mark.parametrize("family", Family, ids=str)
+def test_what_a_guest_sends_to_its_own_port_at_lo_is_refused(bench: Bench, family: Family) -> None:
+    """Our sockets that hold the port there do not take it."""
+    with bench.open(1, family, Transport.UDP) as guest:
+        guest.bind((str(guest_link(family, 1)), PORTS[1]))
+        guest.connect((str(native_source(family)), PORTS[1]))
+        guest.send(b"!")
+        with pytest.raises(ConnectionRefusedError):
+            guest.recv(1)
 
 
 @TRANSPORTS

@@ -42,8 +42,9 @@ def hold_ports(pod: str, netns: str, owners: Owners) -> list[socket.socket]:
 
     Natives that bind such a port get EADDRINUSE, also at the device `lo`, and none gets it as an
     ephemeral port. The sockets accept no packets, so that the kernel refuses those for a guest that
-    is down: TCP sockets do not listen. A UDP socket is bound to a device that does not exist, and
-    those at `lo` are connected to themselves. Raises `Error` if a native process has a port.
+    is down: TCP sockets do not listen. Of UDP sockets, one is bound to a device that does not
+    exist. For those who bind to `lo` there is one for each family, connected to a port that no
+    guest has. Raises `Error` if a native process has a port.
     """
     held: list[socket.socket] = []
     families = facts.families()
@@ -59,6 +60,7 @@ def hold_ports(pod: str, netns: str, owners: Owners) -> list[socket.socket]:
         return held[-1]
 
     def bind() -> None:
+        nobodys = next(p for p in range(0xFFFF, 0, -1) if (Transport.UDP, p) not in owners)
         everywhere = IPv6Address("::") if Family.IPV6 in families else IPv4Address("0.0.0.0")
         for (transport, port), n in sorted(owners.items()):
             try:
@@ -67,7 +69,7 @@ def hold_ports(pod: str, netns: str, owners: Owners) -> list[socket.socket]:
                     continue
                 hold(transport, everywhere, port, NO_IFINDEX)
                 for address in map(addresses.loopback, families):
-                    hold(transport, address, port, LO_IFINDEX).connect((str(address), port))
+                    hold(transport, address, port, LO_IFINDEX).connect((str(address), nobodys))
             except OSError as e:
                 if e.errno != errno.EADDRINUSE:
                     raise
