@@ -290,6 +290,15 @@ def test_a_clients_port_is_used_again_past_time_wait(
         assert time.monotonic() - began < 1
 
 
+def talk(near: socket.socket, far: socket.socket) -> None:
+    """To and fro, so that programs remember the connection."""
+    for _ in range(3):
+        near.send(b"?")
+        assert far.recv(1) == b"?"
+        far.send(b"!")
+        assert near.recv(1) == b"!"
+
+
 @FAMILIES
 def test_a_connection_by_lo_follows_one_that_was_handed_over(pod: Pod, family: Family) -> None:
     """On the same ports; of the one before, programs remember that its packets need no look-up."""
@@ -304,11 +313,7 @@ def test_a_connection_by_lo_follows_one_that_was_handed_over(pod: Pod, family: F
                 port = near.getsockname()[1]
                 far, _ = listening.accept()
                 with far:
-                    for _ in range(3):
-                        near.send(b"?")
-                        assert far.recv(1) == b"?"
-                        far.send(b"!")
-                        assert near.recv(1) == b"!"
+                    talk(near, far)
                     near.close()
                     with pytest.raises(ConnectionResetError):
                         far.recv(1)
@@ -337,9 +342,7 @@ def test_a_connection_of_the_pod_that_had_the_slot_before_is_forgotten(
             port = near.getsockname()[1]
             far, _ = listening.accept()
             with far:
-                for source, sink in [(near, far), (far, near), (near, far)]:
-                    source.send(b"!")
-                    assert sink.recv(1) == b"!"
+                talk(near, far)
     with Pod(owner, "after", MANIFEST, steer, prepared, tmp_path) as after:
         bench = Members(after)
         with (
@@ -350,9 +353,7 @@ def test_a_connection_of_the_pod_that_had_the_slot_before_is_forgotten(
             near.connect((localhost(1, family), PORTS[2]))
             far, _ = listening.accept()
             with far:
-                for source, sink in [(near, far), (far, near), (near, far)]:
-                    source.send(b"!")
-                    assert sink.recv(1) == b"!"
+                talk(near, far)
 
 
 @FAMILIES
