@@ -113,4 +113,7 @@ def progress() -> Iterator[Callable[[Progress], None]]:
 
 
 def _left(seconds: float | None) -> str:
-    return "" if seconds is None else f", {seconds // 60:.0f}:{seconds % 60:02.0f} left"
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    return f", {minutes}:{rest:02} left"

@@ -63,8 +63,9 @@ class Rows:
             if e.errno != errno.E2BIG:
                 raise
             raise Error(
-                f"{len(guests)} guests are too many to count what each pair carries",
-                hint="n guests take n² of 16,384 entries, which all pods share: use fewer guests",
+                f"there is no room to count what each pair of {len(guests)} guests carries",
+                hint="all pods share 16384 entries, and n guests take about n²: use at most 127 "
+                "guests, or take other pods down",
             ) from e
 
     def port(self, n: int) -> int:
