@@ -124,10 +124,8 @@ static __always_inline int native_to_guest(struct __sk_buff *skb, struct port po
 		clamp_mss(skb, p);
 	if (rewrite(skb, p, source, address_of(LINK, port.n), port.n))
 		return drop(skb, port.slot, REASON_TRUNCATED);
-	if (source.kind == ALIAS)
-		count_flow(skb, port.slot, port.n, 0);
-	else
-		count_flow(skb, port.slot, 0, port.n);
+	count_native(skb, port.slot, port.n, GUEST_RECEIVES,
+		     source.kind == ALIAS ? GUEST_DIALS : GUEST_SERVES);
 	return TC_ACT_OK;
 }
 
@@ -146,7 +144,7 @@ static __always_inline int guest_to_guest(struct __sk_buff *skb, struct port por
 	}
 	if (rewrite(skb, p, source, address_of(LINK, port.n), port.n))
 		return drop(skb, port.slot, REASON_TRUNCATED);
-	count_flow(skb, port.slot, client, server);
+	count_guests(skb, port.slot, client, server);
 	return TC_ACT_OK;
 }
 
@@ -198,9 +196,9 @@ static __always_inline int port_ingress(struct __sk_buff *skb)
 		return drop(skb, port.slot, REASON_SPOOFED);
 	}
 	/* Otherwise the verifier follows each copy once for each combination of these. */
-	forget_headers(skb, &p);
-	p.destination.kind = forget(skb, p.destination.kind);
-	p.v6 = forget(skb, p.v6);
+	hide_headers(skb, &p);
+	p.destination.kind = hide(skb, p.destination.kind);
+	p.v6 = hide(skb, p.v6);
 	copy_to_guests(skb, port.slot);
 	count_reason(skb, port.slot, REASON_COPIED);
 	if (p.destination.kind == GUEST_VIEW ||

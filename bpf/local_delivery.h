@@ -75,7 +75,6 @@ static __always_inline u32 tcp_state(struct __sk_buff *skb, struct bpf_sock_tupl
  * everything else. The next SYN removes the entry, as the same addresses may be on `lo` after it.
  */
 #define ESTABLISHED_BITS 12
-#define GOLDEN_RATIO_64	 0x9E3779B97F4A7C15 /* of multiplicative hashing */
 
 BPF_ARRAY(established, u64, 1 << ESTABLISHED_BITS);
 
@@ -136,9 +135,9 @@ static __always_inline int assign(struct __sk_buff *skb, const struct packet *p)
 }
 
 /* Passes a packet to the namespace's own stack, also if the frame was for the alias's MAC. */
-static __always_inline int pass_to_stack(struct __sk_buff *skb, u8 slot, u8 client, u8 server)
+static __always_inline int pass_to_stack(struct __sk_buff *skb, struct port port, enum role role)
 {
-	count_flow(skb, slot, client, server);
+	count_native(skb, port.slot, port.n, GUEST_SENDS, role);
 	if (skb->pkt_type)
 		bpf_skb_change_type(skb, PACKET_HOST);
 	return TC_ACT_OK;
@@ -157,29 +156,41 @@ static __always_inline bool is_reuse_on_lo(struct __sk_buff *skb, const struct p
 	return p->syn || tcp_state(skb, &on_lo, size);
 }
 
-/* Delivers a guest's packet to a native, past `lo` if possible. */
-static __always_inline int to_native(struct __sk_buff *skb, struct port port, struct packet *p)
+/* Delivers a guest's packet for the alias to a native past `lo`. Returns NOT_PAST_LO if it cannot. */
+#define NOT_PAST_LO -1
+
+static __always_inline int past_lo(struct __sk_buff *skb, struct port port, struct packet *p)
 {
 	struct bpf_sock_tuple real = {};
 	u32 size, state = 0;
 
-	if (p->destination.kind != ALIAS)
-		return enter_lo(skb, port.slot, p);
-	if (!p->is_fragment) {
-		if (is_icmp(p->protocol)) /* echo */
-			return pass_to_stack(skb, port.slot, port.n, 0);
-		if (p->protocol == IPPROTO_TCP) {
-			size = tuple(p, p->addresses, &real);
-			state = tcp_state(skb, &real, size);
-			if (state && !(state == BPF_TCP_TIME_WAIT && is_reuse_on_lo(skb, p)))
-				return pass_to_stack(skb, port.slot, port.n, 0);
-		}
-		if (!state && !p->is_icmp_error && !assign(skb, p)) {
-			count_reason(skb, port.slot, REASON_ASSIGNED);
-			return pass_to_stack(skb, port.slot, port.n, 0);
-		}
+	if (p->is_fragment)
+		return NOT_PAST_LO;
+	if (is_icmp(p->protocol)) /* echo */
+		return pass_to_stack(skb, port, GUEST_DIALS);
+	if (p->protocol == IPPROTO_TCP) {
+		size = tuple(p, p->addresses, &real);
+		state = tcp_state(skb, &real, size);
+		if (state && !(state == BPF_TCP_TIME_WAIT && is_reuse_on_lo(skb, p)))
+			return pass_to_stack(skb, port, GUEST_DIALS);
 	}
-	count_reason(skb, port.slot, REASON_FALLBACK);
+	if (state || p->is_icmp_error || assign(skb, p))
+		return NOT_PAST_LO;
+	count_reason(skb, port.slot, REASON_ASSIGNED);
+	return pass_to_stack(skb, port, GUEST_DIALS);
+}
+
+/* Delivers a guest's packet to a native, past `lo` if possible. */
+static __always_inline int to_native(struct __sk_buff *skb, struct port port, struct packet *p)
+{
+	int verdict;
+
+	if (p->destination.kind == ALIAS) {
+		verdict = past_lo(skb, port, p);
+		if (verdict != NOT_PAST_LO)
+			return verdict;
+		count_reason(skb, port.slot, REASON_FALLBACK);
+	}
 	return enter_lo(skb, port.slot, p);
 }
 
@@ -232,7 +243,7 @@ static __always_inline int fast_path(struct __sk_buff *skb, struct port port)
 	if (!same_mac(eth->h_source, mac) || skb->vlan_present)
 		return NOT_ON_FAST_PATH;
 	if (kind == POD_LINK && (protocol == IPPROTO_TCP || protocol == IPPROTO_UDP))
-		return pass_to_stack(skb, port.slot, 0, port.n);
+		return pass_to_stack(skb, port, GUEST_SERVES);
 	if (kind != ALIAS || protocol != IPPROTO_TCP)
 		return NOT_ON_FAST_PATH;
 	if ((void *)(tcp + 1) > end || tcp->syn)
@@ -246,7 +257,7 @@ static __always_inline int fast_path(struct __sk_buff *skb, struct port port)
 		if (entry.stored && state == BPF_TCP_ESTABLISHED)
 			*entry.stored = entry.connection;
 	}
-	return pass_to_stack(skb, port.slot, port.n, 0);
+	return pass_to_stack(skb, port, GUEST_DIALS);
 }
 
 #endif

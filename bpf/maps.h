@@ -18,8 +18,7 @@
 
 #include "common.h"
 #include "packet.h"
-
-#define SLOTS 256
+#include "state.h"
 
 /* --- where a program runs -------------------------------------------------------------------- */
 
@@ -98,21 +97,6 @@ static __always_inline int owner_if_up(u8 slot, u8 protocol, u16 port)
 
 /* --- counters -------------------------------------------------------------------------------- */
 
-struct count {
-	u64 packets, bytes; /* bytes of layer 3 */
-};
-
-static __always_inline void add_count(struct __sk_buff *skb, struct count *count, u64 times)
-{
-	if (count) {
-		count->packets += times;
-		count->bytes += times * (skb->len - ETH_HLEN);
-	}
-}
-
-/* slot * REASONS + reason */
-BPF_PERCPU_ARRAY(counters, struct count, SLOTS *REASONS);
-
 #ifdef TRACED
 /* The reason that the current packet was counted under last, plus one; 0: none */
 BPF_PERCPU_ARRAY(last_reason, u32, 1);
@@ -126,15 +110,20 @@ static __always_inline void set_last_reason(u32 reason)
 }
 #endif
 
-static __always_inline void count_reason_times(struct __sk_buff *skb, u8 slot, u32 reason,
+_Static_assert(REASONS <= MAX_REASONS, "struct pod_state has no room for all reasons");
+
+static __always_inline void count_reason_times(struct __sk_buff *skb, u8 slot, u64 reason,
 					       u64 times)
 {
-	u32 key = slot * REASONS + reason;
+	struct pod_state *state = state_of(slot);
 
 #ifdef TRACED
 	set_last_reason(reason + 1);
 #endif
-	add_count(skb, counters.lookup(&key), times);
+	barrier_var(reason);
+	if (state)
+		add_count(&state->counters[reason & (MAX_REASONS - 1)], times,
+			  times * (skb->len - ETH_HLEN));
 }
 
 static __always_inline void count_reason(struct __sk_buff *skb, u8 slot, u32 reason)
@@ -157,92 +146,143 @@ static __always_inline int drop_fault(struct __sk_buff *skb, u8 slot, u8 fault)
 	return drop(skb, slot, REASON_TRUNCATED + fault - FAULT_TRUNCATED);
 }
 
-/* Packets between two workloads are counted by client and server; 0 is the natives. For guests
- * below NATIVE_FLOW_GUESTS, those between the guest and natives are in an array: a lookup in the
- * hash table takes half as long as all the rest that most packets of `steer` meet.
- */
-#define NATIVE_FLOW_GUESTS 64
-
-struct native_flow_counts {
-	struct count of[NATIVE_FLOW_GUESTS * 2]; /* n << 1, | 1 if guest n is the server */
-};
-
-struct flow_key {
+/* Traffic between two guests. An entry is made when they first talk. */
+struct guests_key {
 	u8 slot, client, server, padding;
 };
 
-BPF_PERCPU_ARRAY(native_flow_counts, struct native_flow_counts, SLOTS);
-BPF_TABLE("percpu_hash", struct flow_key, struct count, flow_counts, 16384);
+BPF_F_TABLE("hash", struct guests_key, struct count, guest_counts, 65536, BPF_F_NO_PREALLOC);
 
-/* User space makes the entries of `flow_counts` when it makes the pod. */
-static __always_inline void count_flow(struct __sk_buff *skb, u8 slot, u8 client, u8 server)
+/* Counts a packet between two guests. */
+static __always_inline void count_guests(struct __sk_buff *skb, u8 slot, u8 client, u8 server)
 {
-	struct flow_key flow = {.slot = slot, .client = client, .server = server};
-	u32 key = slot, n = client | server;
-	u64 i = n << 1 | !client;
-	struct native_flow_counts *counts;
+	struct guests_key key = {.slot = slot, .client = client, .server = server};
+	struct count none = {}, *count = guest_counts.lookup(&key);
 
-	if ((client && server) || n >= NATIVE_FLOW_GUESTS) {
-		add_count(skb, flow_counts.lookup(&flow), 1);
-		return;
+	if (!count) {
+		guest_counts.insert(&key, &none);
+		count = guest_counts.lookup(&key);
 	}
-	counts = native_flow_counts.lookup(&key);
-	barrier_var(i);
-	if (counts)
-		add_count(skb, &counts->of[i & (NATIVE_FLOW_GUESTS * 2 - 1)], 1);
+	if (count)
+		add_count(count, 1, skb->len - ETH_HLEN);
+}
+
+/* Counts a packet between guest n and a native. */
+static __always_inline void count_native(struct __sk_buff *skb, u8 slot, u64 n,
+					 enum direction direction, enum role role)
+{
+	struct pod_state *state = state_of(slot);
+
+	barrier_var(n);
+	if (state)
+		add_count(&state->with_natives[direction][n & (MAX_GUESTS - 1)][role], 1,
+			  skb->len - ETH_HLEN);
 }
 
 /* --- flows that need state ------------------------------------------------------------------- */
 
-/* A flow between a native and a guest that is not from 127.0.0.1 to 127.0.0.1 (::1). The guest sees
- * NATIVE_SOURCE_ODD, so the way back needs the native's addresses.
+#define NUMBER_BITS 20
+
+/* Key of a flow between a native and guest n that is not from 127.0.0.1 to 127.0.0.1 (::1). The
+ * guest sees NATIVE_SOURCE_ODD, so the way back needs the native's addresses. Two flows with the
+ * same ports but different addresses would be taken for one.
  */
-struct nonstandard_flow {
-	u8 slot, n, protocol, v6;
-	u16 native_port, guest_port;
-};
+static __always_inline u64 nonstandard_key(u8 n, u8 protocol, u8 v6, u16 native_port,
+					   u16 guest_port)
+{
+	return 1ULL << 42 | (u64)(protocol == IPPROTO_TCP) << 41 | (u64) !!v6 << 40 | (u64)n << 32 |
+	       (u32)native_port << 16 | guest_port;
+}
 
-struct flow_addresses {
-	__be32 words[8]; /* as in struct packet, from the native to the guest */
-};
+/* Zero if the addresses are the same. */
+static __always_inline u64 differences(const __be32 *one, const __be32 *other)
+{
+	const u64 *a = (void *)one, *b = (void *)other;
 
-/* Two flows with the same ports but different addresses would be taken for one. */
-BPF_TABLE("lru_hash", struct nonstandard_flow, struct flow_addresses, nonstandard_flows, 16384);
+	return (a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]);
+}
+
+/* The number of these addresses. If they have none, they get the next, and take the place of those
+ * that have theirs for longest.
+ */
+static __always_inline u64 number_of_addresses(struct pod_state *state, const __be32 *addresses)
+{
+	struct native_addresses *entry;
+	u64 number = 0;
+
+#pragma unroll
+	for (u32 i = 0; i < MAX_NATIVE_ADDRESSES; i++) {
+		entry = &state->native_addresses[i];
+		number |= entry->number & mask_if_zero(differences(entry->words, addresses));
+		barrier_var(number); /* else the compiler first loads all entries, to the stack */
+	}
+	if (number)
+		return number;
+	state->last_number = number = (state->last_number + 1) & ((1 << NUMBER_BITS) - 1);
+	entry = &state->native_addresses[number & (MAX_NATIVE_ADDRESSES - 1)];
+	entry->number = 0;
+	__builtin_memcpy(entry->words, addresses, sizeof(entry->words));
+	entry->number = number;
+	return number;
+}
 
 /* Stores the addresses of a native's packet to guest n. An ICMP error has others than its flow. */
 static __always_inline void store_nonstandard_flow(struct packet *p, u8 slot, u8 n)
 {
-	struct nonstandard_flow flow = {
-		slot, n, p->protocol, p->v6, p->source_port, p->destination_port};
+	struct pod_state *state = state_of(slot);
+	u64 key = nonstandard_key(n, p->protocol, p->v6, p->source_port, p->destination_port);
 
-	if (!p->is_icmp_error)
-		nonstandard_flows.update(&flow, (struct flow_addresses *)p->addresses);
+	if (state && !p->is_icmp_error)
+		put_row(&state->nonstandard_flows, key, NUMBER_BITS,
+			number_of_addresses(state, p->addresses));
 }
 
-/* A TCP connection between guests whose other end may wait for an answer. User space reads them
- * when a guest ends, to tell the other end.
+/* Finds the addresses of the native's packets in a flow. Returns nonzero if there are none. */
+static __always_inline int find_nonstandard_flow(const struct packet *p, u8 slot, u8 n, __be32 *to)
+{
+	struct pod_state *state = state_of(slot);
+	u64 key = nonstandard_key(n, p->protocol, p->v6, p->destination_port, p->source_port);
+	struct native_addresses *entry;
+	u64 number;
+
+	if (!state)
+		return -1;
+	number = find_row(&state->nonstandard_flows, key, NUMBER_BITS) & ((1 << NUMBER_BITS) - 1);
+	entry = &state->native_addresses[number & (MAX_NATIVE_ADDRESSES - 1)];
+	__builtin_memcpy(to, entry->words, sizeof(entry->words));
+	return !number || entry->number != number;
+}
+
+/* A row of a TCP connection between guests whose other end may wait for an answer. User space reads
+ * the rows when a guest ends, to tell the other end.
  */
-struct guest_connection {
-	u8 slot, client, server, v6;
-	u16 client_port, server_port;
-};
+#define CLIENT_FIN 1
+#define SERVER_FIN 2
+#define FIN_BITS   2
 
-BPF_TABLE("lru_hash", struct guest_connection, u8, guest_connections, 16384);
-
-/* Adds a connection at the client's SYN; removes it at a RST, or at the server's FIN. */
+/* Adds a connection at the client's SYN; removes it at a RST, or when both ends sent a FIN. */
 static __always_inline void track_connection(const struct packet *p, u8 slot, u8 client, u8 server,
 					     bool from_server)
 {
-	struct guest_connection connection = {
-		.slot = slot, .client = client, .server = server, .v6 = p->v6};
-	u8 exists = 1;
+	u16 client_port = from_server ? p->destination_port : p->source_port;
+	u16 server_port = from_server ? p->source_port : p->destination_port;
+	u64 key = 1ULL << 49 | (u64) !!p->v6 << 48 | (u64)client << 40 | (u64)server << 32 |
+		  (u32)client_port << 16 | server_port;
+	struct pod_state *state;
+	u64 row, ended = 0;
 
-	connection.client_port = from_server ? p->destination_port : p->source_port;
-	connection.server_port = from_server ? p->source_port : p->destination_port;
-	if (p->rst || (p->fin && from_server))
-		guest_connections.delete(&connection);
-	else if (p->syn && !from_server)
-		guest_connections.update(&connection, &exists);
+	if (!p->syn && !p->fin && !p->rst)
+		return;
+	state = state_of(slot);
+	if (!state)
+		return;
+	row = find_row(&state->guest_connections, key, FIN_BITS);
+	if (p->fin)
+		ended = (row | (from_server ? SERVER_FIN : CLIENT_FIN)) & (CLIENT_FIN | SERVER_FIN);
+	if (p->rst || ended == (CLIENT_FIN | SERVER_FIN))
+		remove_row(&state->guest_connections, key, FIN_BITS);
+	else if (p->fin ? row : !from_server)
+		put_row(&state->guest_connections, key, FIN_BITS, ended);
 }
 
 #endif

@@ -29,6 +29,7 @@
 
 #include "addresses.h"
 #include "common.h"
+#include "state.h"
 
 #define IP_MORE_FRAGMENTS    0x2000
 #define IP_FRAGMENT_OFFSET   0x1fff
@@ -67,20 +68,6 @@ struct packet {
 	u8 fault;
 	__be32 id; /* of the datagram, if this is a fragment */
 };
-
-/* Key of `fragments`: a fragmented datagram at a hook. */
-struct fragments_key {
-	__be32 addresses[8];
-	__be32 id;
-	u8 slot, hook, protocol, v6;
-};
-
-struct ports {
-	u16 source, destination;
-};
-
-/* Ports of a datagram's first fragment: later fragments have none of their own. */
-BPF_TABLE("lru_hash", struct fragments_key, struct ports, fragments, 4096);
 
 /* Whether skb is IPv4 or IPv6. With an inline function in place of this macro, clang orders the
  * code so that the verifier has more to do.
@@ -256,31 +243,40 @@ static __always_inline int parse_ip(struct __sk_buff *skb, struct packet *p)
 	return 0;
 }
 
-/* Stores the ports of a first fragment, and gives them to later fragments. */
+/* Key of a datagram's row at a hook: a hash, never 0. */
+static __always_inline u64 fragments_key(const struct packet *p, u8 hook, u64 secret)
+{
+	u64 hash = secret + ((u64)p->id << 32 | hook << 16 | p->l4_protocol << 8 | p->v6);
+
+#pragma unroll
+	for (u32 i = 0; i < 8; i++)
+		hash = ((hash ^ p->addresses[i]) + (hash >> 32)) * GOLDEN_RATIO_64;
+	return hash >> 32 | 1;
+}
+
+#define PORTS_BITS 32
+
+/* Stores the ports of a first fragment, and gives them to later fragments, which have none. */
 static __always_inline void parse_fragment(struct packet *p, u8 slot, u8 hook)
 {
-	struct fragments_key key = {.slot = slot, .hook = hook};
-	struct ports first = {};
+	struct pod_state *state = state_of(slot);
+	u64 key, row;
 
-	__builtin_memcpy(key.addresses, p->addresses, sizeof(key.addresses));
-	key.id = p->id;
-	key.protocol = p->l4_protocol;
-	key.v6 = p->v6;
+	p->fault = p->is_later_fragment ? FAULT_ORPHAN : p->fault;
+	if (!state)
+		return;
+	key = fragments_key(p, hook, state->secret);
 	if (p->is_later_fragment) {
-		struct ports *ports = fragments.lookup(&key);
-
-		p->fault = FAULT_ORPHAN;
-		if (ports) {
-			p->source_port = ports->source;
-			p->destination_port = ports->destination;
+		row = find_row(&state->fragments, key, PORTS_BITS);
+		p->source_port = row >> 16;
+		p->destination_port = row;
+		if (row)
 			p->fault = FAULT_NONE;
-		}
 	} else if (p->is_icmp_error) {
 		p->fault = FAULT_UNHANDLED; /* an ICMP error is never that long */
 	} else if (p->fault == FAULT_NONE) {
-		first.source = p->source_port;
-		first.destination = p->destination_port;
-		fragments.update(&key, &first);
+		put_row(&state->fragments, key, PORTS_BITS,
+			(u32)p->source_port << 16 | p->destination_port);
 	}
 }
 
@@ -294,12 +290,12 @@ static __always_inline struct address destination_of(const struct packet *p)
 	return p->v6 ? classify6(p->addresses + 4) : classify4(p->addresses[1]);
 }
 
-/* Returns the same value, but the verifier knows nothing about it any more, as it does not track
- * what is in skb->cb. Otherwise it would follow the code after this once for each combination of
- * what it knows. Inline assembly keeps the offset in the instruction, as access to the context
+/* Returns the same value, but hides from the verifier what it knows about it: it does not track what
+ * is in skb->cb. Otherwise it would follow the code after this once for each combination of what it
+ * knows. Inline assembly keeps the offset in the instruction, as access to the context
  * needs it.
  */
-static __always_inline u8 forget(struct __sk_buff *skb, u64 value)
+static __always_inline u32 hide(struct __sk_buff *skb, u64 value)
 {
 	asm volatile("*(u32 *)(%1 + %2) = %0\n"
 		     "%0 = *(u32 *)(%1 + %2)"
@@ -308,27 +304,29 @@ static __always_inline u8 forget(struct __sk_buff *skb, u64 value)
 	return value;
 }
 
-static __always_inline struct address forget_address(struct __sk_buff *skb, struct address is)
+static __always_inline struct address hide_address(struct __sk_buff *skb, struct address is)
 {
-	is.kind = forget(skb, is.kind);
-	is.n = forget(skb, is.n);
+	is.kind = hide(skb, is.kind);
+	is.n = hide(skb, is.n);
 	return is;
 }
 
-static __always_inline void forget_headers(struct __sk_buff *skb, struct packet *p)
+static __always_inline void hide_headers(struct __sk_buff *skb, struct packet *p)
 {
-	p->is_fragment = forget(skb, p->is_fragment);
-	p->is_later_fragment = forget(skb, p->is_later_fragment);
-	p->is_icmp_error = forget(skb, p->is_icmp_error);
-	p->fault = forget(skb, p->fault);
-	p->protocol = forget(skb, p->protocol);
-	p->l4_protocol = forget(skb, p->l4_protocol);
-	p->l4 = forget(skb, p->l4);
+	p->is_fragment = hide(skb, p->is_fragment);
+	p->is_later_fragment = hide(skb, p->is_later_fragment);
+	p->is_icmp_error = hide(skb, p->is_icmp_error);
+	p->fault = hide(skb, p->fault);
+	p->protocol = hide(skb, p->protocol);
+	p->l4_protocol = hide(skb, p->l4_protocol);
+	p->l4 = hide(skb, p->l4);
+	p->source_port = hide(skb, p->source_port);
+	p->destination_port = hide(skb, p->destination_port);
 }
 
 /* Parses an IPv4 or IPv6 packet (is_ip()). The addresses are classified whatever `fault` is; they
  * are OTHER only if the IP header is not valid. A fragment that does not come from `guest` leaves no
- * trace; 0 trusts every sender. Afterwards the verifier knows nothing about the result.
+ * trace; 0 trusts every sender. What decides later is hidden from the verifier.
  */
 static __always_inline void parse(struct __sk_buff *skb, struct packet *p, u8 slot, u8 hook,
 				  u8 guest)
@@ -337,12 +335,12 @@ static __always_inline void parse(struct __sk_buff *skb, struct packet *p, u8 sl
 		return;
 	if (!p->is_later_fragment)
 		p->fault = parse_l4(skb, p);
-	forget_headers(skb, p);
-	p->source = forget_address(skb, source_of(p));
-	p->destination = forget_address(skb, destination_of(p));
+	hide_headers(skb, p);
+	p->source = hide_address(skb, source_of(p));
+	p->destination = hide_address(skb, destination_of(p));
 	if (p->is_fragment && (!guest || (p->source.kind == LINK && p->source.n == guest))) {
 		parse_fragment(p, slot, hook);
-		p->fault = forget(skb, p->fault);
+		hide_headers(skb, p);
 	}
 }
 
@@ -487,12 +485,9 @@ static __always_inline int rewrite_words(struct __sk_buff *skb, struct packet *p
 	return 0;
 }
 
-/* Gives the packet addresses of these kinds: see rewrite_words(). */
-static __always_inline int rewrite(struct __sk_buff *skb, struct packet *p, struct address source,
-				   struct address destination, int n)
+static __always_inline void render_addresses(const struct packet *p, struct address source,
+					     struct address destination, __be32 *to)
 {
-	__be32 to[8] = {};
-
 	if (p->v6) {
 		render6(source, to);
 		render6(destination, to + 4);
@@ -500,6 +495,15 @@ static __always_inline int rewrite(struct __sk_buff *skb, struct packet *p, stru
 		to[0] = render4(source);
 		to[1] = render4(destination);
 	}
+}
+
+/* Gives the packet addresses of these kinds: see rewrite_words(). */
+static __always_inline int rewrite(struct __sk_buff *skb, struct packet *p, struct address source,
+				   struct address destination, int n)
+{
+	__be32 to[8] = {};
+
+	render_addresses(p, source, destination, to);
 	return rewrite_words(skb, p, to, n);
 }
 

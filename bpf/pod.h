@@ -96,10 +96,11 @@ static __always_inline int leave_lo(struct __sk_buff *skb, struct port port, u8 
 		clamp_mss(skb, &p);
 	if (rewrite(skb, &p, source, address_of(LINK, n), n))
 		return drop(skb, port.slot, REASON_TRUNCATED);
-	if (source.kind == ALIAS)
-		count_flow(skb, port.slot, n, 0);
+	if (source.kind == GUEST_VIEW)
+		count_guests(skb, port.slot, source.n, n);
 	else
-		count_flow(skb, port.slot, source.n, n);
+		count_native(skb, port.slot, n, GUEST_RECEIVES,
+			     source.kind == ALIAS ? GUEST_DIALS : GUEST_SERVES);
 	*to = n;
 	return TO_GUEST;
 }
@@ -203,6 +204,7 @@ static __always_inline int leave_port(struct __sk_buff *skb, struct port port, s
 				      u8 *to)
 {
 	struct address source;
+	u8 client, server;
 	int verdict = admit(skb, port, p), n;
 
 	if (verdict != ADMITTED)
@@ -214,8 +216,8 @@ static __always_inline int leave_port(struct __sk_buff *skb, struct port port, s
 		if (n < 0)
 			return TO_NATIVE;
 		source = address_of(GUEST_VIEW, port.n);
-		count_flow(skb, port.slot, port.n, n);
-		track_connection(p, port.slot, port.n, n, false);
+		client = port.n;
+		server = n;
 		break;
 	case NATIVE_SOURCE:
 	case NATIVE_SOURCE_ODD:
@@ -231,12 +233,21 @@ static __always_inline int leave_port(struct __sk_buff *skb, struct port port, s
 			return TO_NATIVE;
 		}
 		source = address_of(ALIAS, 0);
-		count_flow(skb, port.slot, n, port.n);
-		track_connection(p, port.slot, n, port.n, true);
+		client = n;
+		server = port.n;
 		break;
 	default:
 		return drop(skb, port.slot, REASON_SPOOFED);
 	}
+	hide_headers(skb, p);
+	p->v6 = hide(skb, p->v6);
+	p->syn = hide(skb, p->syn);
+	source = hide_address(skb, source);
+	client = hide(skb, client);
+	server = hide(skb, server);
+	n = hide(skb, n);
+	count_guests(skb, port.slot, client, server);
+	track_connection(p, port.slot, client, server, source.kind == ALIAS);
 	if (rewrite(skb, p, source, address_of(LINK, n), n))
 		return drop(skb, port.slot, REASON_TRUNCATED);
 	*to = n;
@@ -246,46 +257,36 @@ static __always_inline int leave_port(struct __sk_buff *skb, struct port port, s
 /* Redirects what guest n sent to a native into `lo`, translated to addresses of `lo`. */
 static __always_inline int enter_lo(struct __sk_buff *skb, u8 slot, struct packet *p)
 {
-	struct flow_addresses *addresses;
-	struct nonstandard_flow flow = {};
-	u8 n = p->source.n;
-	__be32 to[8] = {};
+	struct address source, destination = address_of(LOOPBACK, 0);
+	u8 n = p->source.n, kind = p->destination.kind;
+	__be32 asked[8], to[8] = {};
 
-	switch (p->destination.kind) {
+	switch (kind) {
 	case ALIAS:
-		if (rewrite(skb, p, address_of(NATIVE_VIEW, n), address_of(LOOPBACK, 0), TO_LO))
-			return drop(skb, slot, REASON_TRUNCATED);
-		count_flow(skb, slot, n, 0);
+		source = address_of(NATIVE_VIEW, n);
 		break;
 	case NATIVE_SOURCE:
-		if (rewrite(skb, p, address_of(LOOPBACK, 0), address_of(LOOPBACK, 0), TO_LO))
-			return drop(skb, slot, REASON_TRUNCATED);
-		count_flow(skb, slot, 0, n);
-		break;
 	case NATIVE_SOURCE_ODD:
-		flow.slot = slot;
-		flow.n = n;
-		flow.protocol = p->protocol;
-		flow.v6 = p->v6;
-		flow.native_port = p->destination_port;
-		flow.guest_port = p->source_port;
-		addresses = nonstandard_flows.lookup(&flow);
-		if (!addresses)
-			return drop(skb, slot,
-				    REASON_SPOOFED); /* an answer that nobody asked for */
-		reverse(p, addresses->words, to);
-		if (rewrite_words(skb, p, to, TO_LO))
-			return drop(skb, slot, REASON_TRUNCATED);
-		count_flow(skb, slot, 0, n);
+		source = address_of(LOOPBACK, 0);
 		break;
 	case GUEST_VIEW: /* of a guest that is down: no socket has this address, so it is refused */
-		if (rewrite(skb, p, address_of(NATIVE_VIEW, n),
-			    address_of(NATIVE_VIEW, p->destination.n), TO_LO))
-			return drop(skb, slot, REASON_TRUNCATED);
+		source = address_of(NATIVE_VIEW, n);
+		destination = address_of(NATIVE_VIEW, p->destination.n);
 		break;
 	default:
 		return drop(skb, slot, REASON_SPOOFED);
 	}
+	if (kind != NATIVE_SOURCE_ODD) {
+		render_addresses(p, source, destination, to);
+	} else {
+		if (find_nonstandard_flow(p, slot, n, asked))
+			return drop(skb, slot, REASON_SPOOFED);
+		reverse(p, asked, to);
+	}
+	if (rewrite_words(skb, p, to, TO_LO))
+		return drop(skb, slot, REASON_TRUNCATED);
+	if (kind != GUEST_VIEW)
+		count_native(skb, slot, n, GUEST_SENDS, kind == ALIAS ? GUEST_DIALS : GUEST_SERVES);
 	return bpf_redirect(LO_IFINDEX, BPF_F_INGRESS);
 }
 

@@ -41,14 +41,13 @@ struct socket_state {
 BPF_SK_STORAGE(sockets, struct socket_state);
 BPF_HASH(namespaces, u64, u32, SLOTS); /* cookie of a network namespace: slot of the pod */
 
-/* Counts a system call: it has no packet. A system call may be interrupted by another's. */
+/* Counts a system call, which has no packet. */
 static __always_inline void count_call(u8 slot, u32 reason)
 {
-	u32 key = slot * REASONS + reason;
-	struct count *count = counters.lookup(&key);
+	struct pod_state *state = state_of(slot);
 
-	if (count)
-		__sync_fetch_and_add(&count->packets, 1);
+	if (state)
+		__sync_fetch_and_add(&state->counters[reason].packets, 1);
 }
 
 /* Slot of the pod whose socket this is; 0: no pod's. Pods may share a cgroup. */

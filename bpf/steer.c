@@ -85,6 +85,9 @@ static __always_inline int port_ingress(struct __sk_buff *skb)
 	verdict = fast_path(skb, port);
 	if (verdict != NOT_ON_FAST_PATH)
 		return verdict;
+	/* The verifier has learned about them on each way out of fast_path. */
+	port.slot = hide(skb, port.slot);
+	port.n = hide(skb, port.n);
 	verdict = leave_port(skb, port, &p, &to);
 	if (p.syn)
 		forget_established(port, &p);
@@ -95,7 +98,7 @@ static __always_inline int port_ingress(struct __sk_buff *skb)
 		return to_native(skb, port, &p);
 	case TC_ACT_OK:
 		if (p.destination.kind == POD_LINK)
-			count_flow(skb, port.slot, 0, port.n);
+			count_native(skb, port.slot, port.n, GUEST_SENDS, GUEST_SERVES);
 	}
 	return verdict;
 }
@@ -117,9 +120,9 @@ static __always_inline int port_egress(struct __sk_buff *skb)
 			source = classify6(words);
 	}
 	if (source.kind == POD_LINK)
-		count_flow(skb, port.slot, 0, port.n);
+		count_native(skb, port.slot, port.n, GUEST_RECEIVES, GUEST_SERVES);
 	else if (source.kind == ALIAS)
-		count_flow(skb, port.slot, port.n, 0);
+		count_native(skb, port.slot, port.n, GUEST_RECEIVES, GUEST_DIALS);
 	return TC_ACT_OK;
 }
 

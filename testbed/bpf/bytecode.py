@@ -50,6 +50,9 @@ ATTACH_TYPES = {
 }
 """enum bpf_attach_type of cgroup programs, which are named after their attach type."""
 
+MAP_OF_MAPS = re.compile(r'^BPF_ARRAY_OF_MAPS\((\w+), "(\w+)"', re.MULTILINE)
+"""Declaration of a map of maps: its name, and the name of the map that those in it are like."""
+
 LD_IMM64, PSEUDO_MAP_FD = 0x18, 1
 """BPF_LD | BPF_IMM | BPF_DW, the opcode of a 64-bit load, which takes two instructions. Its source
 register is BPF_PSEUDO_MAP_FD if it loads a map."""
@@ -60,9 +63,11 @@ class MapShape:
     """Definition of a map: the arguments of `syscall.create_map`."""
 
     name: str
-    shape: tuple[int, int, int, int, int]
+    shape: tuple[int, ...]
     types: tuple[int, int]
     """BTF type ids of key and value; zeros for none."""
+    inner: int | None = None
+    """Of a map of maps: index of the map that those in it are like."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +94,15 @@ class Bytecode:
         With `shared`, maps that are pinned there are used instead of new ones, and only the tc
         programs are loaded. Raises OSError with the verifier's message.
         """
-        btf, fds = syscall.load_btf(self.btf) if self.btf else 0, []
-        for shape in self.maps:
+        btf, fds = syscall.load_btf(self.btf) if self.btf else 0, [0] * len(self.maps)
+        for i, shape in sorted(enumerate(self.maps), key=lambda m: m[1].inner is not None):
             if shared and (shared_map := shared / f"map_{shape.name}").exists():
-                fds.append(syscall.open_pin(shared_map))
+                fds[i] = syscall.open_pin(shared_map)
             else:
                 typed = (btf, *shape.types) if any(shape.types) else (0, 0, 0)
-                fds.append(syscall.create_map(shape.name, shape.shape, typed))
-                syscall.pin(fds[-1], pins / f"map_{shape.name}")
+                inner = 0 if shape.inner is None else fds[shape.inner]
+                fds[i] = syscall.create_map(shape.name, shape.shape, typed, inner)
+                syscall.pin(fds[i], pins / f"map_{shape.name}")
         if btf:
             os.close(btf)
         for program in self.programs:
@@ -253,7 +259,10 @@ def get(name: str) -> Bytecode:
         compile(name)
     stored = json.loads(file.read_bytes())
     return Bytecode(
-        tuple(MapShape(m["name"], tuple(m["shape"]), tuple(m["types"])) for m in stored["maps"]),
+        tuple(
+            MapShape(m["name"], tuple(m["shape"]), tuple(m["types"]), m.get("inner"))
+            for m in stored["maps"]
+        ),
         tuple(Program(**p | {"code": base64.b64decode(p["code"])}) for p in stored["programs"]),
         base64.b64decode(stored["btf"]),
     )
@@ -309,12 +318,21 @@ def _compile_here(name: str, file: Path, cflags: list[str]) -> None:
                 "code": base64.b64encode(code).decode(),
             }
         )
+    named = {map_name.decode(): fd for fd, map_name in map_names.items()}
+    inner_fds = {named[outer]: named[inner] for outer, inner in MAP_OF_MAPS.findall(source(name))}
+    fds += [fd for outer, fd in inner_fds.items() if outer in fds and fd not in fds]
     btf, maps = b"", []
     for fd in fds:
-        kind, _, *shape = struct.unpack_from("=IIIIII", syscall.info(fd, 128))
         its_btf, *types = syscall.btf_of(fd)
         btf = its_btf or btf
-        maps.append({"name": map_names[fd].decode(), "shape": [kind, *shape], "types": types})
+        maps.append(
+            {
+                "name": map_names[fd].decode(),
+                "shape": syscall.shape(fd),
+                "types": types,
+                "inner": fds.index(inner_fds[fd]) if fd in inner_fds else None,
+            }
+        )
     stored = {"maps": maps, "programs": programs, "btf": base64.b64encode(btf).decode()}
     file.write_text(json.dumps(stored))
 

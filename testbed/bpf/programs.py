@@ -74,11 +74,29 @@ class ProgramSet:
     def map(self, name: str, key: str, value: str) -> syscall.Map:
         """A map by name; `key` and `value` are layouts of the module struct."""
         fd = self._open(f"map_{name}")
-        kind, _, key_size, value_size = struct.unpack_from("=IIII", syscall.info(fd, 128))
+        kind, key_size, value_size, *_ = syscall.shape(fd)
         layouts = struct.Struct(key), struct.Struct(value)
         assert (layouts[0].size, layouts[1].size) == (key_size, value_size), name
         per_cpu = kind in (5, 6, 10, 21)  # enum bpf_map_type
         return syscall.Map(fd, *layouts, cpus=_possible_cpus() if per_cpu else 0)
+
+    def put_inner(self, outer: str, key: int, template: str) -> None:
+        """Put a new, empty map like `template` into a map of maps."""
+        fd = syscall.create_map(template, syscall.shape(self._open(f"map_{template}")))
+        try:
+            self.map(outer, "=I", "=I")[key,] = (fd,)
+        finally:
+            os.close(fd)
+
+    def open_inner(self, outer: str, key: int) -> int:
+        """File descriptor of a map in a map of maps. Raises KeyError if there is none."""
+        (id,) = self.map(outer, "=I", "=I")[key,]
+        return syscall.call(syscall.MAP_FD_BY_ID, "=I", id)
+
+    def remove_inner(self, outer: str, key: int) -> None:
+        """Remove a map from a map of maps. A missing one is no error."""
+        with suppress(KeyError):
+            del self.map(outer, "=I", "=I")[key,]
 
     def close(self) -> None:
         """Close the file descriptors. Pins and attached programs stay."""

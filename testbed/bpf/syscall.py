@@ -31,7 +31,7 @@ CREATE, LOOKUP, UPDATE, DELETE, NEXT_KEY, LOAD, PIN, GET, ATTACH, DETACH, TEST_R
     10,
     13,
 )
-INFO, QUERY, BTF_LOAD, BTF_BY_ID = 15, 16, 18, 19
+MAP_FD_BY_ID, INFO, QUERY, BTF_LOAD, BTF_BY_ID = 14, 15, 16, 18, 19
 """enum bpf_cmd."""
 
 
@@ -181,13 +181,22 @@ def run(program: int, frame: bytes, repeat: int = 1) -> tuple[int, bytes, int]:
     return verdict, out.raw[:size], duration_ns
 
 
-def create_map(name: str, shape: tuple[int, int, int, int, int], btf: tuple[int, int, int]) -> int:
+def create_map(
+    name: str, shape: tuple[int, ...], btf: tuple[int, int, int] = (0, 0, 0), inner: int = 0
+) -> int:
     """Create a map (BPF_MAP_CREATE), and return its file descriptor.
 
     `shape`: type, key size, value size, entries, flags. `btf`: file descriptor of its type
-    information, type id of the key, type id of the value; zeros for none.
+    information, type id of the key, type id of the value; zeros for none. `inner`: file descriptor
+    of a map like those that are put into a map of maps.
     """
-    return call(CREATE, "=IIIIIII16sIIII", *shape, 0, 0, name.encode()[:15], 0, *btf)
+    return call(CREATE, "=IIIIIII16sIIII", *shape, inner, 0, name.encode()[:15], 0, *btf)
+
+
+def shape(map_fd: int) -> tuple[int, ...]:
+    """Type, key size, value size, entries, flags of a map."""
+    kind, _, *rest = struct.unpack_from("=IIIIII", info(map_fd, 128))  # struct bpf_map_info
+    return kind, *rest
 
 
 def load_program(name: str, kind: int, attach_type: int, code: bytes) -> int:

@@ -8,7 +8,7 @@ checksums are right, and nothing else has changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableSequence
 from contextlib import closing
 from ipaddress import ip_address
 
@@ -20,6 +20,7 @@ from scapy.packet import Packet, Raw
 
 from testbed.bpf import ProgramSet
 from testbed.datapaths.capture import REASONS
+from testbed.datapaths.ebpf import state
 from testbed.datapaths.ebpf.challenge_ack import GuestConnection
 from testbed.datapaths.ebpf.rows import Rows
 from testbed.model.addresses import POD_MAC, Address, guest_mac
@@ -162,13 +163,28 @@ class TestGuestConnections:
         expected = [GuestConnection(ANOTHER, ANOTHERS_PORT, a.view, EPHEMERAL)]
         assert rows.take_connections(US) == expected
 
-    @pytest.mark.parametrize(("flags", "waits"), [("SA", True), ("FA", False), ("R", False)])
-    def test_until_the_server_ends_it(
-        self, programs: Programs, rows: Rows, a: Plan, flags: str, waits: bool
+    @pytest.mark.parametrize(
+        ("client_ended", "flags", "waits"),
+        [
+            (False, "SA", True),
+            (False, "FA", True),
+            (False, "R", False),
+            (True, "PA", True),
+            (True, "FA", False),
+        ],
+    )
+    def test_until_both_ended_it(
+        self,
+        programs: Programs,
+        rows: Rows,
+        a: Plan,
+        client_ended: bool,
+        flags: str,
+        waits: bool,
     ) -> None:
-        mine = rows.programs.map("guest_connections", "=BBBBHH", "=B")
-        key = (0, ANOTHER, US, int(a.family is Family.IPV6), EPHEMERAL, OWN_PORT)
-        mine[key] = (1,)
+        key = 1 << 49 | (a.family is Family.IPV6) << 48 | ANOTHER << 40 | US << 32
+        key |= EPHEMERAL << 16 | OWN_PORT
+        put_row(state.mapped(rows.programs).guest_connections, key, 2, int(client_ended))
         answer = segment(OWN_PORT, EPHEMERAL, flags)
         programs.redirects("port_ingress", from_guest(ip(a.link, a.others_view) / answer))
         expected = [GuestConnection(ANOTHER, EPHEMERAL, a.alias, OWN_PORT)] if waits else []
@@ -178,6 +194,12 @@ class TestGuestConnections:
         dialed = segment(EPHEMERAL, OWN_PORT, "S")
         programs.redirects("port_ingress", from_guest(ip(a.link, a.alias) / dialed))
         assert rows.take_connections(US) == []
+
+
+def put_row(table: MutableSequence[int], key: int, bits: int, value: int) -> None:
+    """As `put_row` in `bpf/state.h`, into an empty set."""
+    in_set = key * 0x9E3779B97F4A7C15 % 2**64 >> 57
+    table[8 * in_set] = key << bits | value
 
 
 def segment(sport: int, dport: int, flags: str) -> Packet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import subprocess
@@ -12,12 +13,13 @@ import pytest
 
 from testbed import bpf, datapaths, paths
 from testbed.bpf import bytecode
+from testbed.datapaths.ebpf import state
+from testbed.datapaths.ebpf.state import PodState
 
 from .test_verifier import SETS, TRACED
 
 pytestmark = pytest.mark.root
 
-SLOTS = 256
 COUNTING = [name for name in SETS if name in datapaths.names()]
 
 
@@ -47,12 +49,16 @@ def test_every_map_is_in_the_table_and_every_map_of_the_table_exists() -> None:
 
 
 @pytest.mark.parametrize("name", COUNTING)
-def test_each_reason_has_a_row_of_counters(name: str) -> None:
+def test_each_reason_has_a_counter(name: str) -> None:
     reasons = bpf.reasons(name)
-    assert len(set(reasons)) == len(reasons) > 0
-    [counters] = [shape for shape in bytecode.get(name).maps if shape.name == "counters"]
-    _, key_bytes, _, rows, _ = counters.shape
-    assert (key_bytes, rows) == (4, SLOTS * len(reasons))
+    assert 0 < len(set(reasons)) == len(reasons) <= len(PodState().counters)
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_python_knows_the_layout_of_a_pods_state(name: str) -> None:
+    """It has the size that it has in C, and a test of each part uses it."""
+    [shape] = [shape.shape for shape in bytecode.get(name).maps if shape.name == state.TEMPLATE]
+    assert shape[2] == ctypes.sizeof(PodState)
 
 
 @pytest.mark.parametrize("name", COUNTING)

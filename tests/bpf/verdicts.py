@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -9,6 +10,7 @@ from contextlib import closing, contextmanager
 from testbed import bpf
 from testbed.bpf import ProgramSet
 from testbed.datapaths.capture import REASONS
+from testbed.datapaths.ebpf import state
 from testbed.datapaths.ebpf.rows import Rows, clear
 from testbed.host import ledger
 from testbed.host.ledger import Owner
@@ -32,7 +34,7 @@ def in_slot_0(datapath: str, reasons: tuple[str, ...]) -> Iterator[ProgramSet]:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of these programs, as of others, one test run has slot 0
         with closing(ProgramSet(bpf.load(datapath, owner).pins, slot=0)) as programs:
             # A run that was killed may have left rows.
-            clear(str(programs.pins), slot=0, owners=[], guests=[US, ANOTHER], reasons=len(reasons))
+            clear(str(programs.pins), slot=0, owners=[], guests=[US, ANOTHER])
             rows = Rows(programs, reasons)
             rows.fill(owner, owners, {US: set(Family), ANOTHER: set(Family)})
             for n in (US, ANOTHER):
@@ -68,10 +70,8 @@ class Programs:
 
     def count(self, reason: str) -> int:
         """Packets counted."""
-        return self._loaded.map("counters", "=I", "=QQ")[self._reasons.index(reason),][0]
+        return Rows(self._loaded, self._reasons).counters()[reason][0]
 
     def forget_fragments(self) -> None:
         """As if no fragment had ever been seen."""
-        fragments = self._loaded.map("fragments", "=40s", "=HH")
-        for key in fragments:
-            del fragments[key]
+        ctypes.memset(state.mapped(self._loaded).fragments, 0, 8 * state.TABLE_ROWS)

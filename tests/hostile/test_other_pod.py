@@ -1,17 +1,20 @@
-"""Another pod: it finds nothing of the pod that had its slot before."""
+"""Another pod: nothing of the pod that had its slot is left, and its floods push nothing out."""
 
 from __future__ import annotations
 
+import socket
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from scapy.layers.inet import IP, UDP
-from scapy.layers.inet6 import IPv6, IPv6ExtHdrFragment
+from scapy.layers.inet import IP, TCP, UDP, fragment
+from scapy.layers.inet6 import IPv6, IPv6ExtHdrFragment, fragment6
 from scapy.layers.l2 import Ether
 
 from testbed import datapaths
+from testbed.datapaths.ebpf import state
 from testbed.datapaths.ebpf.attachment import EbpfAttachment
+from testbed.host import namespaces
 from testbed.host.ledger import Owner
 from testbed.model import addresses
 from testbed.model.addresses import guest_link, guest_mac
@@ -19,27 +22,23 @@ from testbed.model.terms import Family, Runtime, Transport
 from testbed.pods.pod import Pod
 from testbed.runtimes.interface import Prepared
 from tests.integration.conftest import Build
-from tests.integration.sockets import MANIFEST, PORTS, Bench, Pair
+from tests.integration.sockets import MANIFEST, PORTS, Bench, Pair, localhost
 
 pytestmark = pytest.mark.root
 
-BY_SLOT = {
-    "fragments": ("=8IIBBBB", "=HH", 9),
-    "nonstandard_flows": ("=BBBBHH", "=8I", 0),
-    "guest_connections": ("=BBBBHH", "=B", 0),
-    "flow_counts": ("=BBBx", "=QQ", 0),
-}
-"""Map → layout of its key and value, and where in the key the slot is."""
+TABLES = ("fragments", "nonstandard_flows", "guest_connections")
 
 
-def rows(attachment: EbpfAttachment, slot: int) -> dict[str, list[tuple[int, ...]]]:
-    """What there is of a slot, in maps that have rows of all pods."""
-    found = {}
-    for name, (key, value, at) in BY_SLOT.items():
-        with suppress(FileNotFoundError):  # this datapath has none
-            keys = attachment._programs.map(name, key, value)
-            found[name] = [row for row in keys if row[at] == slot]
-    return found
+def learned(attachment: EbpfAttachment) -> set[str]:
+    """Tables of the pod's state that have rows."""
+    found = state.mapped(attachment._programs)
+    return {name for name in TABLES if any(getattr(found, name))}
+
+
+def guest_counts(attachment: EbpfAttachment, slot: int) -> list[tuple[int, ...]]:
+    """Pairs of guests that talked in the pod with this slot."""
+    keys = attachment._programs.map("guest_counts", "=BBBx", "=QQ")
+    return [key for key in keys if key[0] == slot]
 
 
 def counted(attachment: EbpfAttachment) -> set[str]:
@@ -84,15 +83,99 @@ def test_a_slot_is_given_out_without_a_trace(
             slot = pod.attachment._programs.slot
             for family in Family:
                 leave_traces(Bench(pod), family)
-            traces = rows(standing, slot)
-            assert traces["fragments"]
-            assert traces["nonstandard_flows"]
+            assert learned(pod.attachment) >= {"fragments", "nonstandard_flows"}
+            assert guest_counts(standing, slot)
             assert not counted(pod.attachment) <= counted(standing)
-        left = rows(standing, slot)
         with Pod(owner, f"second-{datapath}", MANIFEST, found, prepared, tmp_path) as pod:
             assert isinstance(pod.attachment, EbpfAttachment)
             if pod.attachment._programs.slot == slot:  # else another process took it
-                assert not any(left.values())
+                assert not learned(pod.attachment)
+                assert not guest_counts(standing, slot)
                 assert counted(pod.attachment) <= counted(standing)
                 return
     pytest.fail("no pod got the slot of the one before")
+
+
+FLOOD = 20_000
+"""Frames: more than there are rows for all pods together in maps that they would share."""
+
+
+def numbered(frame: bytes, at: int) -> list[bytes]:
+    """As many frames as a flood has, which differ in two bytes."""
+    return [frame[:at] + n.to_bytes(2) + frame[at + 2 :] for n in range(FLOOD)]
+
+
+def flood(bench: Bench) -> None:
+    """What makes guest 1's pod remember most: first fragments, and handshakes with guest 2."""
+    link, alias = guest_link(Family.IPV4, 1), addresses.alias(Family.IPV4)
+    head = Ether(src=guest_mac(1), dst=addresses.ALIAS_MAC) / IP(src=str(link), dst=str(alias))
+    first = head.copy()
+    first[IP].flags = "MF"
+    bench.raw(1, *numbered(bytes(first / UDP(sport=7777, dport=PORTS[0]) / bytes(16)), at=18))
+    bench.raw(1, *numbered(bytes(head / TCP(dport=PORTS[2])), at=34))
+
+
+def dial_by_many_addresses() -> None:
+    """As a native that is not from 127.0.0.1 to it, from each port and to each address once."""
+    for port in range(20_000, 22_000):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender, suppress(OSError):
+            sender.bind(("127.0.0.1", port))
+            sender.sendto(b"!", (f"127.1.{port >> 8}.{port & 255}", PORTS[1]))
+
+
+@pytest.fixture(scope="module", params=["steer", "capture"])
+def neighbors(build: Build, request: pytest.FixtureRequest) -> tuple[Bench, Bench]:
+    """Two pods with the same programs."""
+    one, other = (build(f"{name}-{request.param}", datapath=request.param) for name in "ab")
+    return Bench(one), Bench(other)
+
+
+@pytest.mark.parametrize("family", Family, ids=str)
+def test_a_flood_pushes_out_no_fragment_of_another_pod(
+    neighbors: tuple[Bench, Bench], family: Family
+) -> None:
+    bench, hostile = neighbors
+    link, alias = (str(a) for a in (guest_link(family, 1), addresses.alias(family)))
+    ether = Ether(src=guest_mac(1), dst=addresses.ALIAS_MAC)
+    whole = (
+        IP(src=link, dst=alias, id=7) / UDP(sport=7777, dport=PORTS[0]) / bytes(2000)
+        if family is Family.IPV4
+        else IPv6(src=link, dst=alias) / IPv6ExtHdrFragment(id=7)
+        / UDP(sport=7777, dport=PORTS[0]) / bytes(2000)
+    )  # fmt: skip
+    split = fragment if family is Family.IPV4 else fragment6
+    first, *later = [bytes(ether / part) for part in split(whole, 1400)]
+    with bench.serve(0, family, Transport.UDP) as server:
+        bench.raw(1, first)
+        flood(hostile)
+        bench.raw(1, *later)
+        assert len(server.recv(65536)) == 2000
+
+
+@pytest.mark.parametrize("family", Family, ids=str)
+def test_a_flood_makes_no_guest_of_another_pod_wait_for_a_dead_one(
+    neighbors: tuple[Bench, Bench], family: Family
+) -> None:
+    bench, hostile = neighbors
+    bench.a_guest_hears_of_anothers_death(
+        Pair(1, 2), 2, family, before=lambda client, server: flood(hostile)
+    )
+
+
+@pytest.mark.parametrize("family", Family, ids=str)
+def test_a_flood_cuts_off_no_answer_to_an_unusual_address_of_another_pod(
+    neighbors: tuple[Bench, Bench], family: Family
+) -> None:
+    """A native that is not from 127.0.0.1 (::1) to it: the way back needs what was remembered."""
+    bench, hostile = neighbors
+    own = "127.0.0.2" if family is Family.IPV4 else str(addresses.pod_link(family))
+    with bench.serve(1, family, Transport.TCP) as listening:
+        client = bench.open(0, family, Transport.TCP)
+        with client:
+            client.bind((own, 0))
+            client.connect((localhost(0, family), PORTS[1]))
+            far, _ = listening.accept()
+            namespaces.inside(hostile.netns(0), dial_by_many_addresses)
+            with far:
+                far.send(b"answer")
+                assert client.recv(100) == b"answer"

@@ -118,9 +118,19 @@ class Bench:
             with self.connected(Pair(n, 1), family, transport):
                 pass
 
-    def a_guest_hears_of_anothers_death(self, pair: Pair, dead: int, family: Family) -> None:
-        """Of two guests, whichever dialed: the kernel of one is gone, and says nothing."""
+    def a_guest_hears_of_anothers_death(
+        self,
+        pair: Pair,
+        dead: int,
+        family: Family,
+        before: Callable[[socket.socket, socket.socket], object] = lambda client, server: None,
+    ) -> None:
+        """Of two guests, whichever dialed: the kernel of one is gone, and says nothing.
+
+        `before` is called with both ends of their connection before that.
+        """
         with self.connected(pair, family) as ends:
+            before(*ends)
             self.pod.links.link_ip.link("del", ifname=f"g{dead}")
             self.pod.attachment.guest_ended(dead)
             with pytest.raises(ConnectionResetError):

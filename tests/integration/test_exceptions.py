@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -173,6 +174,21 @@ def unattended(build: Build) -> Bench:
 @pytest.mark.parametrize("dead", [1, 2])
 def test_a_guest_hears_of_anothers_death(unattended: Bench, dead: int, family: Family) -> None:
     unattended.a_guest_hears_of_anothers_death(Pair(1, 2), dead, family)
+
+
+@FAMILIES
+@pytest.mark.parametrize("dead", [1, 2])
+def test_a_guest_hears_of_anothers_death_after_a_half_close(
+    unattended: Bench, dead: int, family: Family
+) -> None:
+    """By the other end than the one that dies: it sends no more, but waits for what comes."""
+
+    def half_close(client: socket.socket, server: socket.socket) -> None:
+        near, far = (server, client) if dead == 1 else (client, server)
+        near.shutdown(socket.SHUT_WR)
+        assert far.recv(1) == b""
+
+    unattended.a_guest_hears_of_anothers_death(Pair(1, 2), dead, family, half_close)
 
 
 @FAMILIES

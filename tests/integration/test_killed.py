@@ -132,7 +132,8 @@ def strays() -> set[str]:
         programs = bpf.ProgramSet(pins, 0)
         try:
             slots = {key >> 24 for (key,) in programs.map("owners", "=I", "=I")}
-            slots |= {slot for slot, *_ in programs.map("flow_counts", "=BBBx", "=QQ")}
+            slots |= {slot for slot, *_ in programs.map("guest_counts", "=BBBx", "=QQ")}
+            slots |= {slot for (slot,) in programs.map("pod_states", "=I", "=I")}
             users = {int(p.name.partition("-")[0]) for p in (pins / "users").iterdir()}
         except FileNotFoundError:
             continue  # its last user just left

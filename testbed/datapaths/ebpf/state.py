@@ -1,0 +1,67 @@
+"""A pod's state in its programs: what they count in it, and what they remember of its traffic.
+
+The layout is that of `struct pod_state` in `bpf/state.h`, which explains it. The state is one value
+in the kernel, mapped into this process: reading it is no system call, and sees what programs write.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import secrets
+
+from testbed.bpf import ProgramSet
+
+OUTER, TEMPLATE = "pod_states", "pod_state"
+"""Map of the states by slot, and the map that all of them are like."""
+TABLE_ROWS = 1024
+GUEST_SERVES, GUEST_DIALS = 0, 1
+"""Role of a guest in its traffic with natives: the last index of `with_natives`."""
+
+
+class Count(ctypes.Structure):
+    """Packets and their bytes of layer 3."""
+
+    _fields_ = (("packets", ctypes.c_uint64), ("bytes", ctypes.c_uint64))
+
+
+class NativeAddresses(ctypes.Structure):
+    """Source and destination of a native's packet."""
+
+    _fields_ = (("number", ctypes.c_uint64), ("words", ctypes.c_uint32 * 8))
+
+
+class PodState(ctypes.Structure):
+    """State of a pod."""
+
+    _fields_ = (
+        ("counters", Count * 16),
+        ("with_natives", Count * 2 * 256 * 2),
+        ("fragments", ctypes.c_uint64 * TABLE_ROWS),
+        ("nonstandard_flows", ctypes.c_uint64 * TABLE_ROWS),
+        ("guest_connections", ctypes.c_uint64 * TABLE_ROWS),
+        ("native_addresses", NativeAddresses * 32),
+        ("last_number", ctypes.c_uint64),
+        ("secret", ctypes.c_uint64),
+    )
+
+
+def create(programs: ProgramSet) -> None:
+    """Give the slot of `programs` an empty state, in the place of one that it may have."""
+    programs.put_inner(OUTER, programs.slot, TEMPLATE)
+    mapped(programs).secret = secrets.randbits(64)
+
+
+def mapped(programs: ProgramSet) -> PodState:
+    """The state of the slot of `programs`. Raises KeyError if it has none."""
+    fd = programs.open_inner(OUTER, programs.slot)
+    try:
+        return PodState.from_buffer(mmap.mmap(fd, ctypes.sizeof(PodState)))
+    finally:
+        os.close(fd)
+
+
+def remove(programs: ProgramSet) -> None:
+    """Take the state of the slot of `programs` away. Programs remember and count nothing then."""
+    programs.remove_inner(OUTER, programs.slot)
