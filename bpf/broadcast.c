@@ -64,7 +64,7 @@ static __always_inline void copy_to_guests(struct __sk_buff *skb, u8 slot)
 		if (!ifindex)
 			continue;
 		bpf_clone_redirect(skb, ifindex, 0);
-		copies++;
+		copies = hide(skb, copies + 1); /* else the verifier goes on with each number */
 	}
 	count_reason_times(skb, slot, REASON_COPIED, copies);
 }

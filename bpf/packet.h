@@ -313,15 +313,16 @@ static __always_inline struct address hide_address(struct __sk_buff *skb, struct
 
 static __always_inline void hide_headers(struct __sk_buff *skb, struct packet *p)
 {
-	p->is_fragment = hide(skb, p->is_fragment);
-	p->is_later_fragment = hide(skb, p->is_later_fragment);
-	p->is_icmp_error = hide(skb, p->is_icmp_error);
-	p->fault = hide(skb, p->fault);
+	p->source_port = hide(skb, p->source_port);
+	p->destination_port = hide(skb, p->destination_port);
 	p->protocol = hide(skb, p->protocol);
 	p->l4_protocol = hide(skb, p->l4_protocol);
 	p->l4 = hide(skb, p->l4);
-	p->source_port = hide(skb, p->source_port);
-	p->destination_port = hide(skb, p->destination_port);
+	p->is_fragment = hide(skb, p->is_fragment);
+	p->is_later_fragment = hide(skb, p->is_later_fragment);
+	p->is_icmp_error = hide(skb, p->is_icmp_error);
+	p->syn = hide(skb, p->syn);
+	p->fault = hide(skb, p->fault);
 }
 
 /* Parses an IPv4 or IPv6 packet (is_ip()). The addresses are classified whatever `fault` is; they

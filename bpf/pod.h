@@ -239,13 +239,6 @@ static __always_inline int leave_port(struct __sk_buff *skb, struct port port, s
 	default:
 		return drop(skb, port.slot, REASON_SPOOFED);
 	}
-	hide_headers(skb, p);
-	p->v6 = hide(skb, p->v6);
-	p->syn = hide(skb, p->syn);
-	source = hide_address(skb, source);
-	client = hide(skb, client);
-	server = hide(skb, server);
-	n = hide(skb, n);
 	count_guests(skb, port.slot, client, server);
 	track_connection(p, port.slot, client, server, source.kind == ALIAS);
 	if (rewrite(skb, p, source, address_of(LINK, n), n))

@@ -49,9 +49,12 @@ struct native_addresses {
 
 #define MAX_NATIVE_ADDRESSES 32 /* number modulo this is the index */
 
+#define FIRST_GUESTS	     16
+
 struct pod_state {
 	struct count counters[MAX_REASONS];
 	struct count with_natives[DIRECTIONS][MAX_GUESTS][ROLES];
+	struct count between_guests[FIRST_GUESTS][FIRST_GUESTS]; /* client, server */
 	struct table fragments, nonstandard_flows, guest_connections;
 	struct native_addresses native_addresses[MAX_NATIVE_ADDRESSES];
 	u64 last_number; /* of native_addresses */

@@ -1,8 +1,8 @@
 """Loads sets of eBPF programs and pins them, so that all pods of a host share them.
 
 The first user of a set loads it and pins it under `/sys/fs/bpf/testbed`. Later users open the pins,
-which takes a millisecond. Each user gets a slot, the number of its rows in the maps. The last user
-removes the pins. The meaning of programs and maps is known to their datapath alone.
+which takes a millisecond. Each user gets a slot, the number of its rows in the maps. When all slots
+are taken, the set is loaded once more. The last user removes the pins. The meaning of programs and maps is known to their datapath alone.
 """
 
 from __future__ import annotations
@@ -123,25 +123,13 @@ def load(name: str, owner: Scope) -> ProgramSet:
     """Load the programs of `bpf/NAME.c`, unless they are loaded, and take a slot.
 
     The slot is given back with `owner`. The programs stay until the outermost scope of `owner` is
-    undone, so pods that follow each other share them. Raises `Error` if the kernel or its headers
-    do not allow it, or no slot is free.
+    undone, so pods that follow each other share them. When all slots are taken, the programs are
+    loaded once more. Raises `Error` if the kernel or its headers do not allow it.
     """
-    pins = PINS / f"{name}-{bytecode.digest(name)}"
-    users = pins / "users"  # made last: if it is missing, the loading process was killed
     with _lock():
         _mount_bpffs()
-        taken = {_slot(p.name) for p in users.glob("*")}
-        left = {
-            _slot(entry.arguments["user"])
-            for entry in owner.left(remove_user)
-            if entry.arguments["pins"] == str(pins)
-        } - {0}
-        slot = min(left or set(range(1, MAX_SLOTS + 1)) - taken, default=None)
-        if slot is None:
-            raise Error(
-                f"all {MAX_SLOTS} slots of the programs {name!r} are taken",
-                hint="take down a pod, or run 'testbed clean'",
-            )
+        pins, slot = _free_slot(name, owner)
+        users = pins / "users"  # made last: if it is missing, the loading process was killed
         holder, user = users / f"0-{owner.id}", users / f"{slot}-{owner.id}"
         if not holder.exists():
             owner.whole.defer(remove_user, pins=str(pins), user=holder.name)
@@ -153,6 +141,24 @@ def load(name: str, owner: Scope) -> ProgramSet:
         holder.mkdir(exist_ok=True)
         user.mkdir(exist_ok=True)
     return ProgramSet(pins, slot)
+
+
+def _free_slot(name: str, owner: Scope) -> tuple[Path, int]:
+    """Pins and slot that a killed process of this owner left, or else the first that are free."""
+    first = PINS / f"{name}-{bytecode.digest(name)}"
+    left = [
+        (Path(entry.arguments["pins"]), slot)
+        for entry in owner.left(remove_user)
+        if (slot := _slot(entry.arguments["user"]))
+    ]
+    copies = (first, *(first.with_name(f"{first.name}_{number}") for number in range(2, 1000)))
+    free = (
+        (pins, slot)
+        for pins in copies
+        for slot in range(1, MAX_SLOTS + 1)
+        if slot not in {_slot(user.name) for user in (pins / "users").glob("*")}
+    )
+    return min((place for place in left if place[0] in copies), default=None) or next(free)
 
 
 def _slot(user: str) -> int:

@@ -35,12 +35,6 @@ def learned(attachment: EbpfAttachment) -> set[str]:
     return {name for name in TABLES if any(getattr(found, name))}
 
 
-def guest_counts(attachment: EbpfAttachment, slot: int) -> list[tuple[int, ...]]:
-    """Pairs of guests that talked in the pod with this slot."""
-    keys = attachment._programs.map("guest_counts", "=BBBx", "=QQ")
-    return [key for key in keys if key[0] == slot]
-
-
 def counted(attachment: EbpfAttachment) -> set[str]:
     """What was counted. The links of a pod without traffic say something of their own."""
     return {reason for reason, count in attachment.counters().items() if count.packets}
@@ -84,13 +78,13 @@ def test_a_slot_is_given_out_without_a_trace(
             for family in Family:
                 leave_traces(Bench(pod), family)
             assert learned(pod.attachment) >= {"fragments", "nonstandard_flows"}
-            assert guest_counts(standing, slot)
+            assert pod.attachment.carried(1, 2).packets
             assert not counted(pod.attachment) <= counted(standing)
         with Pod(owner, f"second-{datapath}", MANIFEST, found, prepared, tmp_path) as pod:
             assert isinstance(pod.attachment, EbpfAttachment)
             if pod.attachment._programs.slot == slot:  # else another process took it
                 assert not learned(pod.attachment)
-                assert not guest_counts(standing, slot)
+                assert not pod.attachment.carried(1, 2).packets
                 assert counted(pod.attachment) <= counted(standing)
                 return
     pytest.fail("no pod got the slot of the one before")

@@ -65,6 +65,9 @@ class Rows:
         Guests by number, None for natives.
         """
         if client is not None and server is not None:
+            if max(client, server) < state.FIRST_GUESTS:
+                count = self._state.between_guests[client][server]
+                return count.packets, count.bytes
             try:
                 return _guest_counts(self.programs)[self.programs.slot, client, server]
             except KeyError:  # they never talked

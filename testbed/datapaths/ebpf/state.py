@@ -16,6 +16,8 @@ from testbed.bpf import ProgramSet
 OUTER, TEMPLATE = "pod_states", "pod_state"
 """Map of the states by slot, and the map that all of them are like."""
 TABLE_ROWS = 1024
+FIRST_GUESTS = 16
+"""Pairs of guests below this number are counted in the state, others in `guest_counts`."""
 GUEST_SERVES, GUEST_DIALS = 0, 1
 """Role of a guest in its traffic with natives: the last index of `with_natives`."""
 
@@ -38,6 +40,7 @@ class PodState(ctypes.Structure):
     _fields_ = (
         ("counters", Count * 16),
         ("with_natives", Count * 2 * 256 * 2),
+        ("between_guests", Count * FIRST_GUESTS * FIRST_GUESTS),
         ("fragments", ctypes.c_uint64 * TABLE_ROWS),
         ("nonstandard_flows", ctypes.c_uint64 * TABLE_ROWS),
         ("guest_connections", ctypes.c_uint64 * TABLE_ROWS),
