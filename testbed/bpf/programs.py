@@ -2,7 +2,8 @@
 
 The first user of a set loads it and pins it under `/sys/fs/bpf/testbed`. Later users open the pins,
 which takes a millisecond. Each user gets a slot, the number of its rows in the maps. When all slots
-are taken, the set is loaded once more. The last user removes the pins. The meaning of programs and maps is known to their datapath alone.
+are taken, the set is loaded once more. The last user removes the pins. The meaning of programs and
+maps is known to their datapath alone.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from scapy.layers.inet import IP, TCP, UDP, fragment
 from scapy.layers.inet6 import IPv6, IPv6ExtHdrFragment, fragment6
 from scapy.layers.l2 import Ether
+from scapy.packet import Packet
 
 from testbed import datapaths
 from testbed.datapaths.ebpf import state
@@ -137,7 +139,7 @@ def test_a_flood_pushes_out_no_fragment_of_another_pod(
         else IPv6(src=link, dst=alias) / IPv6ExtHdrFragment(id=7)
         / UDP(sport=7777, dport=PORTS[0]) / bytes(2000)
     )  # fmt: skip
-    split = fragment if family is Family.IPV4 else fragment6
+    split: Callable[..., list[Packet]] = fragment if family is Family.IPV4 else fragment6
     first, *later = [bytes(ether / part) for part in split(whole, 1400)]
     with bench.serve(0, family, Transport.UDP) as server:
         bench.raw(1, first)
