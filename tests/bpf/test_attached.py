@@ -42,6 +42,11 @@ pytestmark = pytest.mark.root
 FAMILIES = pytest.mark.parametrize("family", Family)
 TRANSPORTS = pytest.mark.parametrize("transport", Transport)
 LARGE = os.urandom(3_000_000)
+MTU_DISCOVER = {  # linux/in.h, linux/in6.h
+    Family.IPV4: (socket.IPPROTO_IP, 10),
+    Family.IPV6: (socket.IPPROTO_IPV6, 23),
+}
+PMTUDISC_PROBE = 3
 
 
 class Pod(NamedTuple):
@@ -110,10 +115,11 @@ def test_datagrams_in_fragments_arrive(
 
 
 @FAMILIES
-def test_a_natives_datagram_too_large_for_the_link_is_counted(pod: Pod, family: Family) -> None:
+def test_a_datagram_of_a_native_that_ignores_the_mtu_is_counted(pod: Pod, family: Family) -> None:
     bed, attachment = pod
     before = attachment.counters()["too_big"]
     with open_socket(bed.pod, family, Transport.UDP) as client:
+        client.setsockopt(*MTU_DISCOVER[family], PMTUDISC_PROBE)
         client.sendto(bytes(9000), (localhost(None, family), 5001))
     assert (attachment.counters()["too_big"] - before).packets == 1
 

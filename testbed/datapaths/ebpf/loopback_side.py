@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_network
+from typing import Any
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
@@ -29,6 +30,11 @@ SO_BINDTOIFINDEX = 62
 """Socket option, since Linux 5.0. It takes any number: the device need not exist, though socket(7)
 does not say so."""
 RT_TABLE_LOCAL = 255
+GUESTS_TABLE = 7700
+"""Table with the routes of natives' datagrams to guests' ports."""
+FIRST, SECOND = 0, 1
+"""Priorities of rules. The kernel's own rule, for the table `local`, is moved from the first to the
+second, as no rule can be before the first."""
 
 Owners = Mapping[tuple[Transport, int], int]
 """(transport, port) → n of the guest that serves it."""
@@ -98,6 +104,7 @@ def release_ports(held: list[socket.socket]) -> None:
 
 _LO = ("net/ipv4/conf/lo/route_localnet", "net/ipv4/conf/lo/accept_local")
 _RESERVED = "net/ipv4/ip_local_reserved_ports"
+_LOOPBACK = ("127.0.0.0/8", "::1/128")
 _VIEWS = (f"{addresses.native_view(Family.IPV4, 0)}/24", addresses.NATIVE_VIEW_NET6)
 
 
@@ -107,26 +114,87 @@ def prepare_lo(owner: Scope, netns: str, owners: Owners, local: Sequence[str] = 
     The sysctls are never set on `all`: other links would then accept such packets from outside
     (CVE-2020-8558). The MTU of the routes makes natives fragment packets to guests for the guests'
     links. 127.77.0.0/24 is local anyway; its IPv6 counterpart becomes so by its route. `local` are
-    more addresses that the namespace is to accept as its own on all links.
+    more addresses that the namespace is to accept as its own on all links. Datagrams to guests'
+    ports at loopback addresses have routes of their own, because of the MTU.
     """
     routes = [*_VIEWS, *local]
+    udp = _ranges(port for transport, port in owners if transport is Transport.UDP)
     before = namespaces.sysctls(netns, *_LO, _RESERVED)
-    owner.defer(unprepare_lo, netns=netns, routes=routes, before=before)
+    owner.defer(unprepare_lo, netns=netns, routes=routes, udp=udp, before=before)
     ports = ",".join(str(port) for port in sorted({port for _, port in owners}))
     reserved = ",".join(filter(None, (before[_RESERVED], ports)))
     namespaces.set_sysctls(netns, dict.fromkeys(_LO, 1) | {_RESERVED: reserved or "\n"})
     _change_routes("replace", netns, routes)
+    if udp:
+        _change_routes("replace", netns, _LOOPBACK, GUESTS_TABLE)
+        _change_rules(netns, add=[_local(SECOND), *map(_for_guests, udp)], remove=[_local(FIRST)])
 
 
-def unprepare_lo(netns: str, routes: list[str], before: dict[str, str]) -> None:
+def unprepare_lo(
+    netns: str, routes: list[str], udp: list[tuple[int, int]], before: dict[str, str]
+) -> None:
     """Undo `prepare_lo`. A missing namespace is no error."""
     if not (namespaces.NETNS / netns).exists():
         return
     namespaces.set_sysctls(netns, before | {_RESERVED: before[_RESERVED] or "\n"})
     _change_routes("del", netns, routes)
+    if udp:
+        _change_rules(netns, add=[_local(FIRST)], remove=[*map(_for_guests, udp), _local(SECOND)])
+        _change_routes("del", netns, _LOOPBACK, GUESTS_TABLE)
 
 
-def _change_routes(command: str, netns: str, routes: Sequence[str]) -> None:
+def _ranges(ports: Iterable[int]) -> list[tuple[int, int]]:
+    """First and last of the ranges that the ports make up."""
+    found: list[tuple[int, int]] = []
+    for port in sorted(ports):
+        if found and found[-1][1] == port - 1:
+            found[-1] = found[-1][0], port
+        else:
+            found.append((port, port))
+    return found
+
+
+def _local(priority: int) -> dict[str, Any]:
+    """The kernel's rule for what is local."""
+    return {"priority": priority, "table": RT_TABLE_LOCAL}
+
+
+def _for_guests(ports: tuple[int, int]) -> dict[str, Any]:
+    """The rule for datagrams to a range of guests' ports."""
+    return {
+        "priority": FIRST,
+        "table": GUESTS_TABLE,
+        "ip_proto": socket.IPPROTO_UDP,
+        "dport_range": f"{ports[0]}:{ports[1]}",
+    }
+
+
+def _change_rules(
+    netns: str, add: Sequence[dict[str, Any]], remove: Sequence[dict[str, Any]]
+) -> None:
+    """Add rules, then remove others. It is no error if that was done already."""
+
+    def change() -> None:
+        with IPRoute() as ip:
+            for family in map(_af, facts.families()):
+                for command, rules in (("add", add), ("del", remove)):
+                    for rule in rules:
+                        try:
+                            ip.rule(command, family=family, **rule)
+                        except NetlinkError as e:
+                            if e.code not in (errno.EEXIST, errno.ENOENT):
+                                raise
+
+    namespaces.inside(netns, change)
+
+
+def _af(family: Family) -> socket.AddressFamily:
+    return socket.AF_INET if family is Family.IPV4 else socket.AF_INET6
+
+
+def _change_routes(
+    command: str, netns: str, routes: Sequence[str], table: int = RT_TABLE_LOCAL
+) -> None:
     def change() -> None:
         with IPRoute() as ip:
             for dst in routes:
@@ -139,8 +207,8 @@ def _change_routes(command: str, netns: str, routes: Sequence[str]) -> None:
                         command,
                         dst=str(network),
                         type="local",
-                        table=RT_TABLE_LOCAL,
-                        family=socket.AF_INET6 if network.version == 6 else socket.AF_INET,
+                        table=table,
+                        family=_af(family),
                         **({} if network.version == 6 else {"scope": "host"}),
                         oif=LO_IFINDEX,
                         prefsrc=str(addresses.loopback(family)),
