@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from testbed import bpf, datapaths, paths
 from testbed.bpf import bytecode
 from testbed.datapaths.ebpf import state
 from testbed.datapaths.ebpf.state import PodState
+from testbed.host.ledger import Owner
 
 from .test_verifier import SETS, TRACED
 
@@ -59,6 +61,37 @@ def test_python_knows_the_layout_of_a_pods_state(name: str) -> None:
     """It has the size that it has in C, and a test of each part uses it."""
     [shape] = [shape.shape for shape in bytecode.get(name).maps if shape.name == state.TEMPLATE]
     assert shape[2] == ctypes.sizeof(PodState)
+
+
+PER_CPU = (5, 6, 10, 21)
+"""Types of maps that have a copy of each value for each CPU (enum bpf_map_type)."""
+POD_BYTES, SET_BYTES = 64 << 10, 4 << 20
+
+
+def memory(fd: int) -> int:
+    """Bytes that the kernel says a map or a program takes."""
+    found = re.search(
+        r"^memlock:\s+(\d+)$", Path(f"/proc/self/fdinfo/{fd}").read_text(), re.MULTILINE
+    )
+    assert found
+    return int(found[1])
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_a_pod_takes_little_memory_on_any_number_of_cpus(name: str) -> None:
+    """Beyond the programs and the maps that all pods share. No map has copies for CPUs."""
+    shapes = bytecode.get(name).maps
+    assert not [shape.name for shape in shapes if shape.shape[0] in PER_CPU]
+    with Owner() as owner, closing(bpf.load(name, owner)) as programs:
+        state.create(programs)
+        pod = programs.open_inner(state.OUTER, programs.slot)
+        taken = memory(pod)
+        os.close(pod)
+        state.remove(programs)
+        maps = sum(memory(programs._open(f"map_{shape.name}")) for shape in shapes)
+    print(f"{name}: {taken >> 10} KiB a pod, {maps >> 10} KiB for all pods")
+    assert taken <= POD_BYTES
+    assert maps <= SET_BYTES
 
 
 @pytest.mark.parametrize("name", COUNTING)
