@@ -17,8 +17,12 @@ from testbed.conformance.check import (
     fails_with,
 )
 from testbed.conformance.steps import exchange
+from testbed.model.addresses import Address
 from testbed.model.cells import Pair
 from testbed.model.terms import Family, Transport
+
+FROM_GUEST = frozenset({Pair.GUEST_NATIVE})
+SAME_PORT = 20_000
 
 
 @check("RFC 6761, 6.3: localhost")
@@ -82,6 +86,33 @@ def accept_names(bed: Bed) -> None:
     far, name = listener.accept()
     expect(name == far.peer_name, f"accept: {name}, getpeername: {far.peer_name}")
     expect(far.own_name[1] == bed.port, f"getsockname: {far.own_name}")
+
+
+def _both_from_one_port(bed: Bed) -> list[tuple[Address, int]]:
+    """Have two guests dial the server from the same port; returns the names that it sees."""
+    listener, wild, names = bed.serve(), "0.0.0.0" if bed.family is Family.IPV4 else "::", []
+    for peer in (bed.client, bed.peer("guest2" if bed.client_name == "guest1" else "guest1")):
+        near = bed.open(peer)
+        near.set("SO_REUSEADDR", 1)
+        near.bind(wild, SAME_PORT)
+        near.connect(peer.localhost(bed.family), bed.port)
+        far, name = listener.accept()
+        exchange(near, far)
+        names.append(name)
+    return names
+
+
+@check("RFC 9293, 3.3.1: a pair of sockets is one connection", pairs=FROM_GUEST)
+def guests_on_the_same_port_are_two_clients(bed: Bed) -> None:
+    """Two guests that dial from the same port at the same time are both answered."""
+    _both_from_one_port(bed)
+
+
+@check("RFC 9293, 3.3.1: a pair of sockets is one connection", pairs=FROM_GUEST)
+def guests_on_the_same_port_have_names_of_their_own(bed: Bed) -> None:
+    """Their names at a native server differ, as those of any two clients do."""
+    names = _both_from_one_port(bed)
+    expect(len(set(names)) == 2, f"both are {names[0]}")
 
 
 @check(
