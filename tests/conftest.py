@@ -41,6 +41,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("testbed")
     group.addoption("--kills", type=int, default=20, help="how often to kill what is under test")
     group.addoption("--kill-seed", type=int, help="to have the same moments again")
+    group.addoption("--soak", type=float, default=20, help="seconds of random operations on pods")
+    group.addoption("--soak-seed", type=int, help="to have the same operations again")
 
 
 class Scheduling(LoadFileScheduling):  # type: ignore[misc]

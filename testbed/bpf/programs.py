@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 
 from testbed.bpf import bytecode, syscall
@@ -150,16 +151,17 @@ def _free_slot(name: str, owner: Scope) -> tuple[Path, int]:
     left = [
         (Path(entry.arguments["pins"]), slot)
         for entry in owner.left(remove_user)
-        if (slot := _slot(entry.arguments["user"]))
+        if entry.arguments["pins"].startswith(str(first))
+        and (slot := _slot(entry.arguments["user"]))
     ]
-    copies = (first, *(first.with_name(f"{first.name}_{number}") for number in range(2, 1000)))
-    free = (
-        (pins, slot)
-        for pins in copies
-        for slot in range(1, MAX_SLOTS + 1)
-        if slot not in {_slot(user.name) for user in (pins / "users").glob("*")}
-    )
-    return min((place for place in left if place[0] in copies), default=None) or next(free)
+    if left:
+        return min(left)
+    for copy in count(1):
+        pins = first if copy == 1 else first.with_name(f"{first.name}_{copy}")
+        taken = {_slot(user.name) for user in (pins / "users").glob("*")}
+        if free := set(range(1, MAX_SLOTS + 1)) - taken:
+            return pins, min(free)
+    raise AssertionError("there is no last copy")
 
 
 def _slot(user: str) -> int:
