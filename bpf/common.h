@@ -42,4 +42,7 @@
  */
 #define barrier_var(value)	asm volatile("" : "+r"(value))
 
+/* Keeps the compiler from moving reads and writes of memory to its other side. */
+#define barrier_memory()	asm volatile("" ::: "memory")
+
 #endif

@@ -171,7 +171,7 @@ static __always_inline void count_guests(struct __sk_buff *skb, u8 slot, u8 clie
 				(row & (FIRST_GUESTS * FIRST_GUESTS - 1));
 	} else {
 		count = guest_counts.lookup(&key);
-		if (!count) {
+		if (!count && guest_ifindex(slot, client) && guest_ifindex(slot, server)) {
 			guest_counts.insert(&key, &none);
 			count = guest_counts.lookup(&key);
 		}
@@ -194,7 +194,12 @@ static __always_inline void count_native(struct __sk_buff *skb, u8 slot, u64 n,
 
 /* --- flows that need state ------------------------------------------------------------------- */
 
-#define NUMBER_BITS 20
+#define NUMBER_BITS	 20
+#define NUMBER_MASK	 ((1ULL << NUMBER_BITS) - 1)
+
+/* Kinds of rows in `nonstandard_flows`: the highest bit of a key. */
+#define KEY_OF_FLOW	 (1ULL << 42)
+#define KEY_OF_ADDRESSES (1ULL << 43)
 
 /* Key of a flow between a native and guest n that is not from 127.0.0.1 to 127.0.0.1 (::1). The
  * guest sees NATIVE_SOURCE_ODD, so the way back needs the native's addresses. Two flows with the
@@ -203,8 +208,8 @@ static __always_inline void count_native(struct __sk_buff *skb, u8 slot, u64 n,
 static __always_inline u64 nonstandard_key(u8 n, u8 protocol, u8 v6, u16 native_port,
 					   u16 guest_port)
 {
-	return 1ULL << 42 | (u64)(protocol == IPPROTO_TCP) << 41 | (u64) !!v6 << 40 | (u64)n << 32 |
-	       (u32)native_port << 16 | guest_port;
+	return KEY_OF_FLOW | (u64)(protocol == IPPROTO_TCP) << 41 | (u64) !!v6 << 40 |
+	       (u64)n << 32 | (u32)native_port << 16 | guest_port;
 }
 
 /* Zero if the addresses are the same. */
@@ -215,27 +220,28 @@ static __always_inline u64 differences(const __be32 *one, const __be32 *other)
 	return (a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]);
 }
 
-/* The number of these addresses. If they have none, they get the next, and take the place of those
- * that have theirs for longest.
+/* The number of these addresses. If they have none, or one that is among the older half, they get
+ * the next, and take the place of the oldest.
  */
 static __always_inline u64 number_of_addresses(struct pod_state *state, const __be32 *addresses)
 {
-	struct native_addresses *entry;
-	u64 number = 0;
+	u64 hash = hash_addresses(addresses, state->secret, 0);
+	u64 key = KEY_OF_ADDRESSES | hash >> 22;
+	u64 number = find_row(&state->nonstandard_flows, key, NUMBER_BITS) & NUMBER_MASK;
+	struct native_addresses *entry =
+		&state->native_addresses[number & (MAX_NATIVE_ADDRESSES - 1)];
 
-#pragma unroll
-	for (u32 i = 0; i < MAX_NATIVE_ADDRESSES; i++) {
-		entry = &state->native_addresses[i];
-		number |= entry->number & mask_if_zero(differences(entry->words, addresses));
-		barrier_var(number); /* else the compiler first loads all entries, to the stack */
-	}
-	if (number)
+	if (number && entry->number == number && !differences(entry->words, addresses) &&
+	    ((state->last_number - number) & NUMBER_MASK) < MAX_NATIVE_ADDRESSES / 2)
 		return number;
-	state->last_number = number = (state->last_number + 1) & ((1 << NUMBER_BITS) - 1);
+	number = state->last_number = (state->last_number + 1) & NUMBER_MASK;
 	entry = &state->native_addresses[number & (MAX_NATIVE_ADDRESSES - 1)];
 	entry->number = 0;
+	barrier_memory();
 	__builtin_memcpy(entry->words, addresses, sizeof(entry->words));
+	barrier_memory();
 	entry->number = number;
+	put_row(&state->nonstandard_flows, key, NUMBER_BITS, number);
 	return number;
 }
 
@@ -260,9 +266,10 @@ static __always_inline int find_nonstandard_flow(const struct packet *p, u8 slot
 
 	if (!state)
 		return -1;
-	number = find_row(&state->nonstandard_flows, key, NUMBER_BITS) & ((1 << NUMBER_BITS) - 1);
+	number = find_row(&state->nonstandard_flows, key, NUMBER_BITS) & NUMBER_MASK;
 	entry = &state->native_addresses[number & (MAX_NATIVE_ADDRESSES - 1)];
 	__builtin_memcpy(to, entry->words, sizeof(entry->words));
+	barrier_memory();
 	return !number || entry->number != number;
 }
 

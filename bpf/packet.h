@@ -53,8 +53,9 @@ enum fault {
 enum hook { HOOK_LO, HOOK_PORT, HOOK_UPLINK };
 
 struct packet {
-	__be32 addresses[8]; /* source, then destination; IPv4 uses the first two words */
-	__be32 ip_head[3];   /* the IP header up to the addresses; IPv6 uses two words */
+	__be32 addresses[8] __attribute__((
+		aligned(8))); /* source, then destination; IPv4 uses the first two words */
+	__be32 ip_head[3];    /* the IP header up to the addresses; IPv6 uses two words */
 	struct address source, destination;
 	u16 source_port;      /* of the flow, in host order. An ICMP error has the ports of the */
 	u16 destination_port; /* flow that it is about, in the direction of the error */
@@ -246,12 +247,9 @@ static __always_inline int parse_ip(struct __sk_buff *skb, struct packet *p)
 /* Key of a datagram's row at a hook: a hash, never 0. */
 static __always_inline u64 fragments_key(const struct packet *p, u8 hook, u64 secret)
 {
-	u64 hash = secret + ((u64)p->id << 32 | hook << 16 | p->l4_protocol << 8 | p->v6);
+	u64 more = (u64)p->id << 32 | hook << 16 | p->l4_protocol << 8 | p->v6;
 
-#pragma unroll
-	for (u32 i = 0; i < 8; i++)
-		hash = ((hash ^ p->addresses[i]) + (hash >> 32)) * GOLDEN_RATIO_64;
-	return hash >> 32 | 1;
+	return hash_addresses(p->addresses, secret, more) >> 32 | 1;
 }
 
 #define PORTS_BITS 32
@@ -327,7 +325,7 @@ static __always_inline void hide_headers(struct __sk_buff *skb, struct packet *p
 
 /* Parses an IPv4 or IPv6 packet (is_ip()). The addresses are classified whatever `fault` is; they
  * are OTHER only if the IP header is not valid. A fragment that does not come from `guest` leaves no
- * trace; 0 trusts every sender. What decides later is hidden from the verifier.
+ * trace, nor does, if 0, one from outside the pod. What decides later is hidden from the verifier.
  */
 static __always_inline void parse(struct __sk_buff *skb, struct packet *p, u8 slot, u8 hook,
 				  u8 guest)
@@ -339,7 +337,9 @@ static __always_inline void parse(struct __sk_buff *skb, struct packet *p, u8 sl
 	hide_headers(skb, p);
 	p->source = hide_address(skb, source_of(p));
 	p->destination = hide_address(skb, destination_of(p));
-	if (p->is_fragment && (!guest || (p->source.kind == LINK && p->source.n == guest))) {
+	if (p->is_fragment &&
+	    (guest ? p->source.kind == LINK && p->source.n == guest
+		   : hook == HOOK_LO || is_reserved(p->source) || is_reserved(p->destination))) {
 		parse_fragment(p, slot, hook);
 		hide_headers(skb, p);
 	}

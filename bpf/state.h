@@ -7,8 +7,8 @@
  * layout). Its size does not depend on the number of CPUs.
  *
  * What is remembered is in tables of 64-bit rows. A row is read and written as a whole, without a
- * lock. Two programs that change the same set of rows at the same moment may lose one of the rows,
- * which then is as if it had been pushed out.
+ * lock. When two programs change the same set of rows at the same moment, a row may be lost, as if
+ * it had been pushed out, or be there twice, of which the first counts.
  */
 
 #ifndef TESTBED_STATE_H
@@ -47,7 +47,7 @@ struct native_addresses {
 	__be32 words[8]; /* as in struct packet */
 };
 
-#define MAX_NATIVE_ADDRESSES 32 /* number modulo this is the index */
+#define MAX_NATIVE_ADDRESSES 128 /* number modulo this is the index */
 
 #define FIRST_GUESTS	     16
 
@@ -58,7 +58,7 @@ struct pod_state {
 	struct table fragments, nonstandard_flows, guest_connections;
 	struct native_addresses native_addresses[MAX_NATIVE_ADDRESSES];
 	u64 last_number; /* of native_addresses */
-	u64 secret;	 /* random: nobody can find datagrams that have the same row */
+	u64 secret;	 /* random and odd: nobody can find what has the same hash */
 };
 
 /* User space makes one like `pod_state` for each pod. */
@@ -102,7 +102,7 @@ static __always_inline u64 mask_if_zero(u64 value)
 	return ((value | negative) >> 63) - 1;
 }
 
-/* Finds the row whose bits from `bits` up are the key. Returns the row, or 0 if there is none. */
+/* Finds the first row whose bits from `bits` up are the key. Returns it, or 0 if there is none. */
 static __always_inline u64 find_row(struct table *table, u64 key, u32 bits)
 {
 	u64 *rows = set_of(table, key), found = 0;
@@ -111,7 +111,7 @@ static __always_inline u64 find_row(struct table *table, u64 key, u32 bits)
 	for (u32 i = 0; i < TABLE_WAYS; i++) {
 		u64 row = rows[i];
 
-		found |= row & mask_if_zero(row >> bits ^ key);
+		found |= row & mask_if_zero(row >> bits ^ key) & mask_if_zero(found);
 	}
 	return found;
 }
@@ -144,6 +144,19 @@ static __always_inline void remove_row(struct table *table, u64 key, u32 bits)
 	for (u32 i = 0; i < TABLE_WAYS; i++)
 		if (rows[i] >> bits == key)
 			rows[i] = 0;
+}
+
+/* A hash of addresses (words as in struct packet) that differs from pod to pod. */
+static __always_inline u64 hash_addresses(const __be32 *addresses, u64 secret, u64 more)
+{
+	u64 hash = more * secret;
+
+#pragma unroll
+	for (u32 i = 0; i < 8; i++) {
+		hash = (hash ^ addresses[i]) * secret;
+		hash ^= hash >> 32;
+	}
+	return hash * secret;
 }
 
 #endif

@@ -95,10 +95,13 @@ class ProgramSet:
         (id,) = self.map(outer, "=I", "=I")[key,]
         return syscall.call(syscall.MAP_FD_BY_ID, "=I", id)
 
-    def remove_inner(self, outer: str, key: int) -> None:
-        """Remove a map from a map of maps. A missing one is no error."""
-        with suppress(KeyError):
-            del self.map(outer, "=I", "=I")[key,]
+    def has_inner(self, outer: str, key: int) -> bool:
+        """Whether there is a map at this key of a map of maps."""
+        try:
+            os.close(self.open_inner(outer, key))
+        except KeyError:
+            return False
+        return True
 
     def close(self) -> None:
         """Close the file descriptors. Pins and attached programs stay."""
@@ -128,6 +131,10 @@ def load(name: str, owner: Scope) -> ProgramSet:
     undone, so pods that follow each other share them. When all slots are taken, the programs are
     loaded once more. Raises `Error` if the kernel or its headers do not allow it.
     """
+    # Kernels before 5.11 count maps as locked memory. Others need no limit, so it may fail.
+    with suppress(ValueError):
+        unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, unlimited)
     with _lock():
         _mount_bpffs()
         pins, slot = _free_slot(name, owner)
@@ -262,10 +269,6 @@ def _load(name: str, pins: Path) -> None:
 
 
 def _verify(compiled: Bytecode, name: str, pins: Path, shared: Path | None = None) -> None:
-    # Kernels before 5.11 count maps as locked memory. Others need no limit, so it may fail.
-    with suppress(ValueError):
-        unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, unlimited)
     try:
         compiled.load(pins, shared)
     except OSError as e:

@@ -23,6 +23,7 @@ from testbed.datapaths.capture import REASONS
 from testbed.datapaths.ebpf import state
 from testbed.datapaths.ebpf.challenge_ack import GuestConnection
 from testbed.datapaths.ebpf.rows import Rows
+from testbed.model import addresses
 from testbed.model.addresses import POD_MAC, Address, guest_mac
 from testbed.model.terms import Family
 
@@ -128,6 +129,21 @@ class TestTranslation:
             after = programs.redirects("uplink_ingress", sent)
             assert after == frame(ip(server, client) / back)
 
+    def test_a_hundred_pairs_of_unusual_addresses_are_told_apart(
+        self, programs: Programs, a: Plan, l4: str
+    ) -> None:
+        clients = [ip_address(f"127.0.3.{n}") for n in range(1, 101)]
+        if a.family is Family.IPV6:
+            clients = [ip_address(f"fd00::{n}") for n in range(1, 101)]
+        for i, client in enumerate(clients):
+            there = L4[l4](EPHEMERAL + i, OWN_PORT)
+            programs.redirects("lo_egress", frame(ip(client, a.loopback) / there))
+        for i, client in enumerate(clients):
+            back = L4[l4](OWN_PORT, EPHEMERAL + i)
+            sent = from_guest(ip(a.link, a.native_source_odd) / back)
+            after = programs.redirects("uplink_ingress", sent)
+            assert after == frame(ip(a.loopback, client) / back)
+
     def test_router_sends_translated_frames_to_the_guest_untouched(
         self, programs: Programs, a: Plan, l4: str
     ) -> None:
@@ -135,6 +151,29 @@ class TestTranslation:
             sent = to_guest(ip(source, a.link) / L4[l4](1, 2), US)
             assert programs.redirects("router", sent) == sent
         assert programs.passes("router", to_guest(ip(a.pod_link, a.link) / L4[l4](1, 2), US))
+
+
+def test_fragments_from_outside_the_pod_leave_no_trace(
+    programs: Programs, loaded: ProgramSet, a: Plan
+) -> None:
+    """Otherwise they could push out what the pod's own need."""
+    programs.forget_fragments()
+    source, to = ("10.9.8.7", "10.1.2.3") if a.family is Family.IPV4 else ("fd00::7", "fd00::3")
+    whole = ip(ip_address(source), ip_address(to)) / udp(EPHEMERAL, OWN_PORT, bytes(64))
+    for part in fragments(whole):
+        assert programs.passes("uplink_ingress", frame(part))
+    assert not any(state.mapped(loaded).fragments)
+
+
+def test_guests_that_do_not_exist_are_not_counted(
+    programs: Programs, loaded: ProgramSet, a: Plan
+) -> None:
+    """Otherwise one guest could fill what all pods' guests are counted in."""
+    nobody = addresses.guest_view(a.family, 99)
+    sent = from_guest(ip(a.link, nobody) / udp(OWN_PORT, EPHEMERAL, PAYLOAD))
+    assert programs.run("port_ingress", sent)[0] == DROPPED
+    counts = loaded.map("guest_counts", "=BBBx", "=QQ")
+    assert not [key for key in counts if key[0] == 0 and 99 in key]
 
 
 class TestGuestConnections:

@@ -87,7 +87,6 @@ def test_a_pod_takes_little_memory_on_any_number_of_cpus(name: str) -> None:
         pod = programs.open_inner(state.OUTER, programs.slot)
         taken = memory(pod)
         os.close(pod)
-        state.remove(programs)
         maps = sum(memory(programs._open(f"map_{shape.name}")) for shape in shapes)
     print(f"{name}: {taken >> 10} KiB a pod, {maps >> 10} KiB for all pods")
     assert taken <= POD_BYTES

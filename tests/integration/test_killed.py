@@ -16,12 +16,13 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 
 from testbed import bpf
+from testbed.datapaths.ebpf import state
 from testbed.host import ledger
 from testbed.host.facts import slowness
 from testbed.model.errors import Error
@@ -125,12 +126,11 @@ def kill_once(number: int, seed: int, folder: Path) -> str | None:
     return f"{number}: {kind} after {moment_s:.3f} s, {len(victims)} of {whole} processes"
 
 
-def has_state(programs: bpf.ProgramSet, slot: int) -> bool:
-    try:
-        os.close(programs.open_inner("pod_states", slot))
-    except KeyError:
-        return False
-    return True
+def has_state(pins: Path, slot: int) -> bool:
+    """Whether a slot's state says anything."""
+    with closing(bpf.ProgramSet(pins, slot)) as programs, suppress(OSError):  # another version's
+        return programs.has_inner(state.OUTER, slot) and any(bytes(state.mapped(programs)))
+    return False
 
 
 def strays() -> set[str]:
@@ -141,7 +141,7 @@ def strays() -> set[str]:
         try:
             slots = {key >> 24 for (key,) in programs.map("owners", "=I", "=I")}
             slots |= {slot for slot, *_ in programs.map("guest_counts", "=BBBx", "=QQ")}
-            slots |= {slot for slot in range(256) if has_state(programs, slot)}
+            slots |= {slot for slot in range(256) if has_state(pins, slot)}
             users = {int(p.name.partition("-")[0]) for p in (pins / "users").iterdir()}
         except FileNotFoundError:
             continue  # its last user just left

@@ -35,6 +35,7 @@ GUESTS_TABLE = 7700
 FIRST, SECOND = 0, 1
 """Priorities of rules. The kernel's own rule, for the table `local`, is moved from the first to the
 second, as no rule can be before the first."""
+MOST_RULES = 16
 
 Owners = Mapping[tuple[Transport, int], int]
 """(transport, port) → n of the guest that serves it."""
@@ -119,19 +120,26 @@ def prepare_lo(owner: Scope, netns: str, owners: Owners, local: Sequence[str] = 
     """
     routes = [*_VIEWS, *local]
     udp = _ranges(port for transport, port in owners if transport is Transport.UDP)
+    moved = _families_with_local_first(netns) if udp else []
     before = namespaces.sysctls(netns, *_LO, _RESERVED)
-    owner.defer(unprepare_lo, netns=netns, routes=routes, udp=udp, before=before)
+    owner.defer(unprepare_lo, netns=netns, routes=routes, udp=udp, moved=moved, before=before)
     ports = ",".join(str(port) for port in sorted({port for _, port in owners}))
     reserved = ",".join(filter(None, (before[_RESERVED], ports)))
     namespaces.set_sysctls(netns, dict.fromkeys(_LO, 1) | {_RESERVED: reserved or "\n"})
     _change_routes("replace", netns, routes)
     if udp:
         _change_routes("replace", netns, _LOOPBACK, GUESTS_TABLE)
-        _change_rules(netns, add=[_local(SECOND), *map(_for_guests, udp)], remove=[_local(FIRST)])
+        _change_rules("add", netns, moved, [_local(SECOND)])
+        _change_rules("del", netns, moved, [_local(FIRST)])
+        _change_rules("add", netns, list(facts.families()), list(map(_for_guests, udp)))
 
 
 def unprepare_lo(
-    netns: str, routes: list[str], udp: list[tuple[int, int]], before: dict[str, str]
+    netns: str,
+    routes: list[str],
+    udp: list[tuple[int, int]],
+    moved: list[Family],
+    before: dict[str, str],
 ) -> None:
     """Undo `prepare_lo`. A missing namespace is no error."""
     if not (namespaces.NETNS / netns).exists():
@@ -139,19 +147,25 @@ def unprepare_lo(
     namespaces.set_sysctls(netns, before | {_RESERVED: before[_RESERVED] or "\n"})
     _change_routes("del", netns, routes)
     if udp:
-        _change_rules(netns, add=[_local(FIRST)], remove=[*map(_for_guests, udp), _local(SECOND)])
+        _change_rules("del", netns, list(facts.families()), list(map(_for_guests, udp)))
+        _change_rules("add", netns, moved, [_local(FIRST)])
+        _change_rules("del", netns, moved, [_local(SECOND)])
         _change_routes("del", netns, _LOOPBACK, GUESTS_TABLE)
 
 
 def _ranges(ports: Iterable[int]) -> list[tuple[int, int]]:
-    """First and last of the ranges that the ports make up."""
+    """First and last of the ranges that the ports make up.
+
+    If they are many, one range has all, since each rule costs each look-up of a route: what natives
+    send to natives' ports in it is in fragments, too.
+    """
     found: list[tuple[int, int]] = []
     for port in sorted(ports):
         if found and found[-1][1] == port - 1:
             found[-1] = found[-1][0], port
         else:
             found.append((port, port))
-    return found
+    return found if len(found) <= MOST_RULES else [(found[0][0], found[-1][1])]
 
 
 def _local(priority: int) -> dict[str, Any]:
@@ -169,27 +183,50 @@ def _for_guests(ports: tuple[int, int]) -> dict[str, Any]:
     }
 
 
+def _families_with_local_first(netns: str) -> list[Family]:
+    """Families whose first rule is the kernel's own for what is local. It has no priority then."""
+
+    def find() -> list[Family]:
+        with IPRoute() as ip:
+            return [
+                family
+                for family in facts.families()
+                if any(
+                    not rule.get("priority") and rule.get("table") == RT_TABLE_LOCAL
+                    for rule in ip.get_rules(family=_af(family))
+                )
+            ]
+
+    return namespaces.inside(netns, find)
+
+
 def _change_rules(
-    netns: str, add: Sequence[dict[str, Any]], remove: Sequence[dict[str, Any]]
+    command: str, netns: str, families: Sequence[Family], rules: Sequence[dict[str, Any]]
 ) -> None:
-    """Add rules, then remove others. It is no error if that was done already."""
+    """Add or delete rules. It is no error if that was done already, or if the kernel has no rules:
+    a native's datagram that is too large is dropped then.
+    """
 
     def change() -> None:
         with IPRoute() as ip:
-            for family in map(_af, facts.families()):
-                for command, rules in (("add", add), ("del", remove)):
-                    for rule in rules:
-                        try:
-                            ip.rule(command, family=family, **rule)
-                        except NetlinkError as e:
-                            if e.code not in (errno.EEXIST, errno.ENOENT):
-                                raise
+            for family in families:
+                for rule in rules:
+                    try:
+                        ip.rule(command, family=_af(family), **rule)
+                    except NetlinkError as e:
+                        if e.code not in (
+                            errno.EEXIST,
+                            errno.ENOENT,
+                            errno.EAFNOSUPPORT,
+                            errno.EOPNOTSUPP,
+                        ):
+                            raise
 
     namespaces.inside(netns, change)
 
 
-def _af(family: Family) -> socket.AddressFamily:
-    return socket.AF_INET if family is Family.IPV4 else socket.AF_INET6
+def _af(family: Family | str) -> socket.AddressFamily:
+    return socket.AF_INET if family == Family.IPV4 else socket.AF_INET6
 
 
 def _change_routes(

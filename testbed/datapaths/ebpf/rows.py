@@ -46,7 +46,7 @@ class Rows:
         owner.defer(clear, **rows)
         if not owner.continues:
             clear(**rows)
-            state.create(self.programs)
+        state.create(self.programs)
         for key, n in zip(keys, owners.values(), strict=True):
             flags = 0 if Family.IPV6 in guests[n] else IPV4_ONLY
             _owners(self.programs)[tuple(key)] = (n | flags,)
@@ -84,7 +84,8 @@ class Rows:
             client, server = row >> 42 & 0xFF, row >> 34 & 0xFF
             if not row or n not in (client, server):
                 continue
-            rows[i] = 0
+            if rows[i] == row:  # else a program has just moved it
+                rows[i] = 0
             family = Family.IPV6 if row >> 50 & 1 else Family.IPV4
             client_port, server_port = row >> 18 & 0xFFFF, row >> 2 & 0xFFFF
             if client != n:
@@ -107,7 +108,7 @@ class Rows:
 
 
 def clear(pins: str, slot: int, owners: list[list[int]], guests: list[int]) -> None:
-    """Clear a pod's rows, and remove its state. Missing programs and rows are no error."""
+    """Clear a pod's rows and its state. Missing programs and rows are no error."""
     if not Path(pins, "users").exists():
         return
     programs = ProgramSet(Path(pins), slot)
@@ -117,12 +118,13 @@ def clear(pins: str, slot: int, owners: list[list[int]], guests: list[int]) -> N
         for owned in owners:
             with suppress(KeyError):
                 del _owners(programs)[tuple(owned)]
-        counts = _guest_counts(programs)
-        for key in counts:
-            if key[0] == slot:
-                with suppress(KeyError):
-                    del counts[key]
-        state.remove(programs)
+        if max(guests, default=0) >= state.FIRST_GUESTS:
+            counts = _guest_counts(programs)
+            for key in counts:
+                if key[0] == slot:
+                    with suppress(KeyError):
+                        del counts[key]
+        state.clear(programs)
     finally:
         programs.close()
 

@@ -44,16 +44,28 @@ class PodState(ctypes.Structure):
         ("fragments", ctypes.c_uint64 * TABLE_ROWS),
         ("nonstandard_flows", ctypes.c_uint64 * TABLE_ROWS),
         ("guest_connections", ctypes.c_uint64 * TABLE_ROWS),
-        ("native_addresses", NativeAddresses * 32),
+        ("native_addresses", NativeAddresses * 128),
         ("last_number", ctypes.c_uint64),
         ("secret", ctypes.c_uint64),
     )
 
 
 def create(programs: ProgramSet) -> None:
-    """Give the slot of `programs` an empty state, in the place of one that it may have."""
-    programs.put_inner(OUTER, programs.slot, TEMPLATE)
-    mapped(programs).secret = secrets.randbits(64)
+    """Give the slot of `programs` a state, unless it has one."""
+    if not programs.has_inner(OUTER, programs.slot):
+        programs.put_inner(OUTER, programs.slot, TEMPLATE)
+    state = mapped(programs)
+    state.secret = state.secret or secrets.randbits(64) | 1
+
+
+def clear(programs: ProgramSet) -> None:
+    """Empty the state of the slot of `programs`, if it has one.
+
+    It stays in the slot: taking it out would wait for all programs that run (RCU), some 10 ms.
+    """
+    if programs.has_inner(OUTER, programs.slot):
+        state = mapped(programs)
+        ctypes.memset(ctypes.addressof(state), 0, ctypes.sizeof(state))
 
 
 def mapped(programs: ProgramSet) -> PodState:
@@ -63,8 +75,3 @@ def mapped(programs: ProgramSet) -> PodState:
         return PodState.from_buffer(mmap.mmap(fd, ctypes.sizeof(PodState)))
     finally:
         os.close(fd)
-
-
-def remove(programs: ProgramSet) -> None:
-    """Take the state of the slot of `programs` away. Programs remember and count nothing then."""
-    programs.remove_inner(OUTER, programs.slot)
