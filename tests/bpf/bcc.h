@@ -54,16 +54,22 @@ struct bpf_sock *bpf_sk_lookup_udp(void *ctx, struct bpf_sock_tuple *tuple, u32 
 				   u64 flags);
 int bpf_sk_assign(struct __sk_buff *skb, struct bpf_sock *sk, u64 flags);
 int bpf_sk_release(struct bpf_sock *sk);
+void *bpf_map_lookup_elem(void *map, const void *key);
 
 /* Maps: what looks like a method becomes a call of a helper when bcc rewrites it. */
 #define BPF_TABLE(type, key_type, leaf_type, name, max_entries)                                    \
 	struct name##_table {                                                                      \
 		leaf_type *(*lookup)(key_type *);                                                  \
-		int (*update)(key_type *, leaf_type *);                                            \
+		int (*insert)(key_type *, leaf_type *);                                            \
 		int (*delete)(key_type *);                                                         \
 		void *(*sk_storage_get)(void *, void *, u64);                                      \
 		char entries[(max_entries) >= 0 ? 1 : -1];                                         \
 	} name
+
+#define BPF_F_TABLE(type, key_type, leaf_type, name, max_entries, flags)                           \
+	BPF_TABLE(type, key_type, leaf_type, name, max_entries)
+#define BPF_ARRAY_OF_MAPS(name, inner_name, max_entries)                                           \
+	BPF_TABLE("array_of_maps", u32, u32, name, max_entries)
 
 #define BPF_HASH(name, key_type, leaf_type, max_entries)                                           \
 	BPF_TABLE("hash", key_type, leaf_type, name, max_entries)
