@@ -27,21 +27,21 @@ EPHEMERAL = 40000
 
 
 class Plan:
-    """The addresses of one family."""
+    """The addresses of one family, as guest `us` and guest `another` have them."""
 
-    def __init__(self, family: Family) -> None:
+    def __init__(self, family: Family, us: int = US, another: int = ANOTHER) -> None:
         self.family = family
         self.loopback = addresses.loopback(family)
         self.alias = addresses.alias(family)
         self.native_source = addresses.native_source(family)
         self.native_source_odd = addresses.native_source_odd(family)
         self.pod_link = addresses.pod_link(family)
-        self.link = addresses.guest_link(family, US)
-        self.others_link = addresses.guest_link(family, ANOTHER)
-        self.view = addresses.guest_view(family, US)
-        self.others_view = addresses.guest_view(family, ANOTHER)
-        self.native_view = addresses.native_view(family, US)
-        self.others_native_view = addresses.native_view(family, ANOTHER)
+        self.link = addresses.guest_link(family, us)
+        self.others_link = addresses.guest_link(family, another)
+        self.view = addresses.guest_view(family, us)
+        self.others_view = addresses.guest_view(family, another)
+        self.native_view = addresses.native_view(family, us)
+        self.others_native_view = addresses.native_view(family, another)
         self.unknown = addresses.native_view(family, 99)
 
 

@@ -192,9 +192,14 @@ def test_no_header_hides_neighbor_discovery(programs: Programs, hiding: Packet) 
             assert any(
                 programs.drops("port_ingress", frame, why) for why in ("spoofed", "unhandled")
             )
-            if message.name != ICMPv6ND_NA().name:
-                continue
-            assert programs.drops("bridge_egress", frame, "outside")
+
+
+@pytest.mark.parametrize("hiding", HIDING.values(), ids=HIDING)
+def test_no_header_hides_a_bridged_advertisement(programs: Programs, hiding: Packet) -> None:
+    message = hiding.copy() / ICMPv6ND_NA(tgt=str(addresses.alias(Family.IPV6)))
+    for source in (LINK6, LINK_LOCAL):
+        frame = nd(message, src=source, dst="ff02::1")
+        assert programs.drops("bridge_egress", frame, "outside")
 
 
 def test_a_first_fragment_too_short_to_tell_is_dropped(programs: Programs) -> None:
