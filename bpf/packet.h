@@ -112,12 +112,26 @@ static __always_inline int read(struct __sk_buff *skb, u32 offset, void *to, u32
 	return bpf_skb_load_bytes(skb, offset, to, size);
 }
 
+/* Whether a message quotes a packet: in ICMPv6, all below 128 do (RFC 4443, 2.1). */
 static __always_inline bool is_icmp_error(u8 v6, u8 type)
 {
 	if (v6)
-		return type >= ICMPV6_DEST_UNREACH && type <= ICMPV6_PARAMPROB;
-	return type == ICMP_DEST_UNREACH || type == ICMP_TIME_EXCEEDED ||
-	       type == ICMP_PARAMETERPROB;
+		return type < 128;
+	return type == ICMP_DEST_UNREACH || type == ICMP_SOURCE_QUENCH || type == ICMP_REDIRECT ||
+	       type == ICMP_TIME_EXCEEDED || type == ICMP_PARAMETERPROB;
+}
+
+/* Whether the packet inside an ICMP error has the error's own addresses, swapped: then the receiver
+ * of the error sent it to the sender of the error.
+ */
+static __always_inline bool quotes_its_receiver(const struct packet *p, const __be32 *quoted)
+{
+	u32 words = p->v6 ? 4 : 1, differences = 0;
+
+	for (u32 i = 0; i < words; i++)
+		differences |= (quoted[i] ^ p->addresses[words + i]) |
+			       (quoted[words + i] ^ p->addresses[i]);
+	return !differences;
 }
 
 /* Sets protocol and ports of the flow that an ICMP error is about, from the packet inside the
@@ -133,6 +147,8 @@ static __always_inline int parse_icmp_error(struct __sk_buff *skb, struct packet
 
 		if (read(skb, inner, &ip, sizeof(ip)))
 			return FAULT_TRUNCATED;
+		if (!quotes_its_receiver(p, (void *)&ip.saddr))
+			return FAULT_UNHANDLED;
 		p->protocol = ip.nexthdr;
 		inner += sizeof(ip);
 	} else {
@@ -140,6 +156,8 @@ static __always_inline int parse_icmp_error(struct __sk_buff *skb, struct packet
 
 		if (read(skb, inner, &ip, sizeof(ip)) || ip.ihl < 5)
 			return FAULT_TRUNCATED;
+		if (!quotes_its_receiver(p, &ip.saddr))
+			return FAULT_UNHANDLED;
 		if (ip.frag_off & bpf_htons(IP_FRAGMENT_OFFSET))
 			return FAULT_UNHANDLED; /* about a later fragment, which has no ports */
 		p->protocol = ip.protocol;

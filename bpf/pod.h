@@ -62,10 +62,16 @@ static __always_inline int leave_lo(struct __sk_buff *skb, struct port port, u8 
 	if (!is_ip(skb))
 		return TC_ACT_OK;
 	parse(skb, &p, port.slot, HOOK_LO, 0);
+	/* A guest's name here is for guests, and for the kernel when it refuses in its name. */
+	if (p.source.kind == NATIVE_VIEW && !p.rst && !p.is_icmp_error)
+		return drop(skb, port.slot, REASON_SPOOFED);
 	if (p.fault != FAULT_NONE || p.destination.kind == MULTICAST)
 		return TC_ACT_OK;
 	if (p.destination.kind == NATIVE_VIEW && guest_ifindex(port.slot, p.destination.n)) {
 		n = p.destination.n;
+		if (p.protocol == IPPROTO_UDP && !p.is_icmp_error &&
+		    owner_if_up(port.slot, p.protocol, p.source_port) >= 0)
+			return drop(skb, port.slot, REASON_SPOOFED); /* that guest answers itself */
 		/* To a guest that is down: refused in that guest's name. */
 		source = p.source.kind == NATIVE_VIEW ? address_of(GUEST_VIEW, p.source.n)
 						      : address_of(ALIAS, 0);
@@ -186,13 +192,14 @@ static __always_inline int admit(struct __sk_buff *skb, struct port port, struct
 				    : REASON_SPOOFED);
 	if (p->v6 && p->is_fragment && p->fault == FAULT_TRUNCATED) /* RFC 7112 */
 		return drop(skb, port.slot, REASON_TRUNCATED);
-	if (!is_reserved(p->destination))
-		return TC_ACT_OK;
-	/* The MTU of the link does not change. On `lo` the kernel would keep the told one for all
+	/* Whatever address an error goes to, the kernel believes it about the flow that it quotes.
+	 * The MTU of the link does not change; the kernel would keep the told one, on `lo` for all
 	 * of loopback.
 	 */
-	if (tells_path_mtu(p))
+	if (p->is_icmp_error && (p->fault != FAULT_NONE || tells_path_mtu(p)))
 		return drop(skb, port.slot, REASON_UNHANDLED);
+	if (!is_reserved(p->destination))
+		return TC_ACT_OK;
 	return p->fault == FAULT_NONE ? ADMITTED : drop_fault(skb, port.slot, p->fault);
 }
 

@@ -61,9 +61,30 @@ def test_a_guest_tells_loopback_no_path_mtu(programs: Programs, family: Family) 
     )
     sent = from_guest(ip(a.link, a.native_source) / told / Raw(inner))
     assert programs.drops("port_ingress", sent, "unhandled")
-    assert programs.passes("port_ingress", from_guest(ip(a.link, a.pod_link) / told / Raw(inner)))
+    inner = bytes(unreachable(a.pod_link, a.link, about).payload)
+    sent = from_guest(ip(a.link, a.pod_link) / told / Raw(inner))
+    assert programs.drops("port_ingress", sent, "unhandled")
     refused = unreachable(a.native_source, a.link, about)
     programs.redirects("port_ingress", from_guest(ip(a.link, a.native_source) / refused))
+
+
+@pytest.mark.parametrize("family", Family)
+def test_an_error_is_about_what_its_receiver_sent_to_its_sender(
+    programs: Programs, family: Family
+) -> None:
+    """The kernel believes what an error says about the flow that it quotes, whosever that is."""
+    a = Plan(family)
+    about = bytes(udp(EPHEMERAL, OWN_PORT))
+    for to in (a.pod_link, a.native_source, a.alias):
+        for source, destination in (
+            (a.loopback, a.loopback),
+            (to, a.others_link),
+            (a.loopback, a.link),
+        ):
+            posing = unreachable(source, destination, about)
+            assert programs.drops("port_ingress", from_guest(ip(a.link, to) / posing), "unhandled")
+    own = from_guest(ip(a.link, a.pod_link) / unreachable(a.pod_link, a.link, about))
+    assert programs.passes("port_ingress", own)
 
 
 def test_an_error_about_a_later_fragment_has_no_ports(programs: Programs) -> None:

@@ -97,7 +97,7 @@ class TestGuestThatIsDown:
     def test_its_peer_is_refused_by_the_kernel_in_its_name(
         self, programs: Programs, a: Plan
     ) -> None:
-        there, back = tcp(OWN_PORT, EPHEMERAL), tcp(EPHEMERAL, OWN_PORT)
+        there, back = tcp(OWN_PORT, EPHEMERAL), tcp(EPHEMERAL, OWN_PORT, flags="R")
         after = programs.redirects("port_ingress", from_guest(ip(a.link, a.others_view) / there))
         assert after == frame(ip(a.native_view, a.others_native_view) / there)
         after = programs.redirects(

@@ -380,11 +380,6 @@ def test_whatever_a_guest_sends_goes_where_it_may_or_nowhere(datapath: str, fami
 
 # --- what its errors do to natives ----------------------------------------------------------
 
-ERRORS_QUOTE_ANYTHING = pytest.mark.xfail(
-    reason="what an ICMP error to the pod's own address quotes is not checked",
-    raises=(AssertionError, OSError),
-)
-
 
 @pytest.fixture(scope="module", params=REASONS)
 def bench(build: Build, request: pytest.FixtureRequest) -> Bench:
@@ -430,7 +425,7 @@ def mtu_of_loopback(bench: Bench, family: Family) -> int:
         return asks.getsockopt(level, option)  # IP_MTU, IPV6_MTU
 
 
-ENDS = pytest.mark.parametrize("at", [pytest.param("pod", marks=ERRORS_QUOTE_ANYTHING), "alias"])
+ENDS = pytest.mark.parametrize("at", ["pod", "alias"])
 
 
 @ENDS
@@ -443,9 +438,6 @@ def test_a_guest_refuses_no_flow_among_natives(bench: Bench, family: Family, at:
         sends_error(bench, destination, refused, udp(port, PORTS[0]))
 
 
-@pytest.mark.xfail(
-    reason="an ICMPv6 error of a type that nobody knows passes for no error", raises=OSError
-)
 def test_a_guest_disturbs_no_flow_among_natives_by_unknown_errors(bench: Bench) -> None:
     """RFC 4443, section 2.4: errors are all types below 128. Only who asks for errors hears."""
     with undisturbed(bench, Family.IPV6) as (client, port):
@@ -671,8 +663,8 @@ MUTATIONS = [
     Mutation(
         "traces of forged fragments",
         "packet.h",
-        "if (p->is_fragment && (!guest ||",
-        "if (p->is_fragment && (!guest || OFF() ||",
+        "p->source.kind == LINK && p->source.n == guest",
+        "OFF() || (p->source.kind == LINK && p->source.n == guest)",
         (V4, V6),
     ),
     Mutation(
@@ -681,6 +673,24 @@ MUTATIONS = [
         "p->is_later_fragment ? FAULT_ORPHAN",
         "p->is_later_fragment && !OFF() ? FAULT_ORPHAN",
         (V4, V6),
+    ),
+    without(
+        "IPv4 errors about the flows of others",
+        "packet.h",
+        "!quotes_its_receiver(p, &ip.saddr)",
+        partial(
+            test_headers.test_an_error_is_about_what_its_receiver_sent_to_its_sender,
+            family=Family.IPV4,
+        ),
+    ),
+    without(
+        "IPv6 errors about the flows of others",
+        "packet.h",
+        "!quotes_its_receiver(p, (void *)&ip.saddr)",
+        partial(
+            test_headers.test_an_error_is_about_what_its_receiver_sent_to_its_sender,
+            family=Family.IPV6,
+        ),
     ),
     Mutation(
         "errors about later fragments",

@@ -247,10 +247,6 @@ def test_it_opens_no_connection_in_a_guests_name(bench: Bench, family: Family) -
                 run(bench, SEND, "tcp", source, host, PORTS[n])
 
 
-@pytest.mark.xfail(
-    reason="a native's socket may have the address by which others know guest 2",
-    raises=AssertionError,
-)
 @FAMILIES
 @pytest.mark.parametrize("n", [0, 1])
 def test_it_sends_no_datagram_in_a_guests_name(bench: Bench, family: Family, n: int) -> None:
@@ -277,7 +273,6 @@ def answers_as_guest_2(
             run(bench, SEND, "udp", source, destination, port, device, PORTS[2])
 
 
-@AT_A_DEVICE
 @FAMILIES
 def test_it_answers_no_guest_in_anothers_name_by_lo(bench: Bench, family: Family) -> None:
     source = ip_address("127.0.0.9") if family is Family.IPV4 else addresses.native_source(family)
