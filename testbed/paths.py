@@ -1,4 +1,4 @@
-"""Folders of this project's clone that the package reads."""
+"""Folders of this project's clone that the package reads, and the clone's revision."""
 
 from __future__ import annotations
 
@@ -11,3 +11,15 @@ EXPERIMENTS = ROOT / "experiments"
 OSV = ROOT / "osv"
 PAPER = ROOT / "paper"
 REFERENCE = ROOT / "results/reference"
+
+
+def revision() -> str:
+    """Git revision of this clone, with `-dirty` for uncommitted changes; `unknown` without git."""
+    import subprocess  # not above: every command imports this module
+
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout.strip() or "unknown"

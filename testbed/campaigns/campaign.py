@@ -9,7 +9,6 @@ are not run again.
 from __future__ import annotations
 
 import math
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
@@ -286,7 +285,7 @@ def _describe(plan: Plan, seed: int, job: Job, ready: Event, places: Sequence[Pl
         cpu=facts["cpu"],
         governor=facts["governor"],
         host=", ".join(names) or facts["host"],
-        revision=revision(),
+        revision=paths.revision(),
         congestion_control=facts["congestion_control"],
         offloads=guest["offloads"],
         versions=ready["versions"],
@@ -300,13 +299,3 @@ def _describe(plan: Plan, seed: int, job: Job, ready: Event, places: Sequence[Pl
         | ({"hosts": names} if names else {}),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-
-
-def revision() -> str:
-    """Git revision of this clone, with `-dirty` for uncommitted changes; `unknown` without git."""
-    done = subprocess.run(
-        ["git", "-C", str(paths.ROOT), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-    )
-    return done.stdout.strip() or "unknown"

@@ -71,7 +71,7 @@ def add(commands: Commands) -> None:
 
 
 def _conformance(arguments: argparse.Namespace) -> int:
-    from testbed import datapaths
+    from testbed import datapaths, paths
     from testbed.campaigns import campaign
     from testbed.conformance import archive, check, checks, output, runner
 
@@ -100,6 +100,7 @@ def _conformance(arguments: argparse.Namespace) -> int:
         control=arguments.control or "",
     )
     results: list[Result] = []
+    revision = paths.revision()
     try:
         with common.progress() as report:
             for event in runner.run(choice):
@@ -111,7 +112,7 @@ def _conformance(arguments: argparse.Namespace) -> int:
         if results:  # show what was checked before the error
             _show_conformance(results, arguments)
         raise
-    for run in archive.runs_of(results) if arguments.keep else ():
+    for run in archive.runs_of(results, revision) if arguments.keep else ():
         print(f"kept in {archive.keep(run)}", file=sys.stderr)
     _show_conformance(results, arguments)
     return 1 if any(r.status is check.Status.FAIL for r in results) else 0

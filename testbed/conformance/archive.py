@@ -71,6 +71,8 @@ class Run:
     native: str
     """`wasm` if natives were WASI components, else `process`."""
     checks: dict[str, Outcome]
+    revision: str = ""
+    """Of the clone that was tested; empty if the file is older than this row."""
 
     @property
     def name(self) -> str:
@@ -84,8 +86,8 @@ class Run:
         return sum(outcome.count(status) for outcome in self.checks.values())
 
 
-def runs_of(results: Iterable[Result]) -> list[Run]:
-    """One run for each datapath, in the order of its first result."""
+def runs_of(results: Iterable[Result], revision: str = "") -> list[Run]:
+    """One run of this revision for each datapath, in the order of its first result."""
     runs: dict[tuple[str, str, str, str], dict[str, Outcome]] = {}
     for r in results:
         native = Runtime.WASM if Runtime.WASM in r.pair else Runtime.PROCESS
@@ -97,7 +99,7 @@ def runs_of(results: Iterable[Result]) -> list[Run]:
             reasons = outcome.failed if r.status is Status.FAIL else outcome.unsupported
             reasons.setdefault(r.reason, []).append(f"{r.pair} {r.family} {r.transport}")
         found[r.check] = outcome
-    return [Run(*names, outcomes) for names, outcomes in runs.items()]
+    return [Run(*names, outcomes, revision) for names, outcomes in runs.items()]
 
 
 def keep(run: Run, folder: Path = FOLDER) -> Path:
@@ -151,10 +153,12 @@ def _sums(runs: Sequence[Run]) -> list[str]:
             run.datapath,
             _workloads(run),
             *(str(run.total(status)) for status in (Status.PASS, Status.FAIL, Status.UNSUPPORTED)),
+            run.revision or "older",
         )
         for run in runs
     ]
-    return _table(("datapath", "workloads", "pass", "fail", "unsupported"), rows, "llrrr")
+    heads = ("datapath", "workloads", "pass", "fail", "unsupported", "revision")
+    return _table(heads, rows, "llrrrl")
 
 
 def page(runs: Sequence[Run], all_checks: Iterable[Check]) -> str:
@@ -164,7 +168,7 @@ def page(runs: Sequence[Run], all_checks: Iterable[Check]) -> str:
     for check in all_checks:
         cells = [_cell(run.checks.get(check.name), notes) for run in runs]
         rows.append((f"**{check.name}** {check.proves}", *cells))
-    heads = [f"{run.datapath}<br>{_workloads(run)}" for run in runs]
+    heads = ["<br>".join(filter(None, _head(run))) for run in runs]
     lines = [
         INTRODUCTION,
         *_table(("check", *heads), rows, "l" + "r" * len(runs)),
@@ -215,6 +219,10 @@ def _cell(outcome: Outcome | None, notes: _Notes) -> str:
         why = ",".join(map(str, numbers))
         said.append(f"({outcome.count(Status.UNSUPPORTED)})<sup>{why}</sup>")
     return " ".join(said)
+
+
+def _head(run: Run) -> tuple[str, ...]:
+    return run.datapath, _workloads(run), run.revision
 
 
 def _workloads(run: Run) -> str:
