@@ -10,7 +10,7 @@ tap or bridge vanished. Nothing is watched here; `reconciler` does that.
     layout `pod`:                           guest 1 ─ g1, pod_link
                                             guest 2 ─ g2, pod_link
 
-    layout `routed`:                        the same, and guests without `lo`
+    layout `no-loopback`:                   the same, and guests without `lo`
 
     layout `socket`:                        guest 1 ─ a program of the datapath
 
