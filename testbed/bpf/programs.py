@@ -259,7 +259,7 @@ def _mount_bpffs() -> None:
         raise Error(
             f"cannot mount bpffs on {BPFFS}: {os.strerror(ctypes.get_errno())}", hint="run as root"
         )
-    PINS.mkdir(exist_ok=True)
+    PINS.mkdir(mode=0o700, exist_ok=True)  # a bpffs that others mounted may be open to everybody
 
 
 def _load(name: str, pins: Path) -> None:

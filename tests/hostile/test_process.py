@@ -16,7 +16,6 @@ from textwrap import dedent
 
 import pytest
 
-from testbed.bpf import PINS
 from testbed.datapaths.ebpf.attachment import EbpfAttachment
 from testbed.host import architecture, namespaces
 from testbed.host.facts import slowness
@@ -317,7 +316,7 @@ def test_it_reads_and_changes_nothing_of_the_programs(bench: Bench) -> None:
     print(*(tried(lambda: os.open(path, os.O_WRONLY)) for path in paths[-1:] * 2))
     """
     sysctl = "/proc/sys/net/ipv4/ip_local_reserved_ports"
-    found = [PINS, pins, pins / "map_owners", pins / "program_port_ingress"]
+    found = [pins, pins / "map_owners", pins / "program_port_ingress"]
     said = run(bench, script, architecture.native().sys_bpf, *found, sysctl)
     assert {word for line in said for word in line.split()} <= {"EACCES", "EPERM"}
 
