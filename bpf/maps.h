@@ -281,25 +281,26 @@ static __always_inline int find_nonstandard_flow(const struct packet *p, u8 slot
 #define FIN_BITS   2
 
 /* Adds a connection at the client's SYN; removes it at a RST, or when both ends sent a FIN. */
-static __always_inline void track_connection(const struct packet *p, u8 slot, u8 client, u8 server,
-					     bool from_server)
+static __always_inline void track_connection(struct __sk_buff *skb, const struct packet *p, u8 slot,
+					     u8 client, u8 server, bool from_server)
 {
-	u16 client_port = from_server ? p->destination_port : p->source_port;
-	u16 server_port = from_server ? p->source_port : p->destination_port;
-	u64 key = 1ULL << 49 | (u64) !!p->v6 << 48 | (u64)client << 40 | (u64)server << 32 |
-		  (u32)client_port << 16 | server_port;
+	u32 ports = (u32)p->source_port << 16 | p->destination_port;
 	struct pod_state *state;
-	u64 row, ended = 0;
+	u64 key, row, ended = 0;
 
 	if (!p->syn && !p->fin && !p->rst)
 		return;
 	state = state_of(slot);
 	if (!state)
 		return;
+	ports = hide(skb, from_server ? ports << 16 | ports >> 16 : ports);
+	key = 1ULL << 49 | (u64)hide(skb, !!p->v6) << 48 | (u64)client << 40 | (u64)server << 32 |
+	      ports;
 	row = find_row(&state->guest_connections, key, FIN_BITS);
 	if (p->fin)
 		ended = (row | (from_server ? SERVER_FIN : CLIENT_FIN)) & (CLIENT_FIN | SERVER_FIN);
-	if (p->rst || ended == (CLIENT_FIN | SERVER_FIN))
+	ended = hide(skb, ended | (p->rst ? CLIENT_FIN | SERVER_FIN : 0));
+	if (ended == (CLIENT_FIN | SERVER_FIN))
 		remove_row(&state->guest_connections, key, FIN_BITS);
 	else if (p->fin ? row : !from_server)
 		put_row(&state->guest_connections, key, FIN_BITS, ended);

@@ -337,7 +337,6 @@ static __always_inline void hide_headers(struct __sk_buff *skb, struct packet *p
 	p->is_fragment = hide(skb, p->is_fragment);
 	p->is_later_fragment = hide(skb, p->is_later_fragment);
 	p->is_icmp_error = hide(skb, p->is_icmp_error);
-	p->syn = hide(skb, p->syn);
 	p->fault = hide(skb, p->fault);
 }
 

@@ -132,6 +132,8 @@ static __always_inline int port_arp(struct __sk_buff *skb, struct port port)
 
 	if (parse_arp(skb, &arp, &says))
 		return drop(skb, port.slot, REASON_UNHANDLED);
+	says.claimed = hide_address(skb, says.claimed);
+	says.asked = hide_address(skb, says.asked);
 	if (!says.own_mac || !may_claim(says.claimed, port.n))
 		return drop(skb, port.slot, REASON_SPOOFED);
 	if (!is_answered(says.asked))
@@ -150,6 +152,8 @@ static __always_inline int port_nd(struct __sk_buff *skb, struct port port, stru
 		return drop(skb, port.slot, REASON_SPOOFED);
 	if (parse_nd(skb, p, &says))
 		return drop(skb, port.slot, REASON_TRUNCATED);
+	says.claimed = hide_address(skb, says.claimed);
+	says.asked = hide_address(skb, says.asked);
 	if (!may_claim(p->source, port.n) || !may_claim(says.claimed, port.n))
 		return drop(skb, port.slot, REASON_SPOOFED);
 	if (!is_answered(says.asked))
@@ -190,6 +194,7 @@ static __always_inline int admit(struct __sk_buff *skb, struct port port, struct
 			    p->fault == FAULT_TRUNCATED && p->source.kind == OTHER
 				    ? REASON_TRUNCATED
 				    : REASON_SPOOFED);
+	p->source = hide_address(skb, p->source);
 	if (p->v6 && p->is_fragment && p->fault == FAULT_TRUNCATED) /* RFC 7112 */
 		return drop(skb, port.slot, REASON_TRUNCATED);
 	/* Whatever address an error goes to, the kernel believes it about the flow that it quotes.
@@ -247,7 +252,7 @@ static __always_inline int leave_port(struct __sk_buff *skb, struct port port, s
 		return drop(skb, port.slot, REASON_SPOOFED);
 	}
 	count_guests(skb, port.slot, client, server);
-	track_connection(p, port.slot, client, server, source.kind == ALIAS);
+	track_connection(skb, p, port.slot, client, server, source.kind == ALIAS);
 	if (rewrite(skb, p, source, address_of(LINK, n), n))
 		return drop(skb, port.slot, REASON_TRUNCATED);
 	*to = n;

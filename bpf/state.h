@@ -108,10 +108,10 @@ static __always_inline u64 find_row(struct table *table, u64 key, u32 bits)
 	u64 *rows = set_of(table, key), found = 0;
 
 #pragma unroll
-	for (u32 i = 0; i < TABLE_WAYS; i++) {
+	for (u32 i = TABLE_WAYS; i-- > 0;) {
 		u64 row = rows[i];
 
-		found |= row & mask_if_zero(row >> bits ^ key) & mask_if_zero(found);
+		found ^= (found ^ row) & mask_if_zero(row >> bits ^ key);
 	}
 	return found;
 }
@@ -127,8 +127,6 @@ static __always_inline void put_row(struct table *table, u64 key, u32 bits, u64 
 	for (u32 i = 0; i < TABLE_WAYS; i++) {
 		u64 older = rows[i];
 
-		if (older == row)
-			return;
 		rows[i] = row;
 		if (!older || older >> bits == key)
 			return;

@@ -85,7 +85,10 @@ static __always_inline int port_ingress(struct __sk_buff *skb)
 	verdict = fast_path(skb, port);
 	if (verdict != NOT_ON_FAST_PATH)
 		return verdict;
-	/* The verifier has learned about them on each way out of fast_path. */
+	/* On each way out of fast_path the verifier has learned about the port, and the compiler
+	 * keeps what was read of skb.
+	 */
+	barrier_var(skb);
 	port.slot = hide(skb, port.slot);
 	port.n = hide(skb, port.n);
 	verdict = leave_port(skb, port, &p, &to);
