@@ -188,7 +188,7 @@ static __always_inline void count_native(struct __sk_buff *skb, u8 slot, u64 n,
 
 	barrier_var(n);
 	if (state)
-		add_count(&state->with_natives[direction][n & (MAX_GUESTS - 1)][role], 1,
+		add_count(&state->with_natives[direction][n & (GUESTS - 1)][role], 1,
 			  skb->len - ETH_HLEN);
 }
 

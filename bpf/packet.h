@@ -53,9 +53,9 @@ enum fault {
 enum hook { HOOK_LO, HOOK_PORT, HOOK_UPLINK };
 
 struct packet {
-	__be32 addresses[8] __attribute__((
-		aligned(8))); /* source, then destination; IPv4 uses the first two words */
-	__be32 ip_head[3];    /* the IP header up to the addresses; IPv6 uses two words */
+	/* Source, then destination; IPv4 uses the first two words. */
+	__be32 addresses[8] __attribute__((aligned(8)));
+	__be32 ip_head[3]; /* the IP header up to the addresses; IPv6 uses two words */
 	struct address source, destination;
 	u16 source_port;      /* of the flow, in host order. An ICMP error has the ports of the */
 	u16 destination_port; /* flow that it is about, in the direction of the error */
@@ -308,8 +308,7 @@ static __always_inline struct address destination_of(const struct packet *p)
 
 /* Returns the same value, but hides from the verifier what it knows about it: it does not track what
  * is in skb->cb. Otherwise it would follow the code after this once for each combination of what it
- * knows. Inline assembly keeps the offset in the instruction, as access to the context
- * needs it.
+ * knows. Inline assembly keeps the offset in the instruction, as access to the context needs it.
  */
 static __always_inline u32 hide(struct __sk_buff *skb, u64 value)
 {

@@ -20,7 +20,7 @@
 
 #define SLOTS	    256
 #define MAX_REASONS 16
-#define MAX_GUESTS  256
+#define GUESTS	    256 /* values of n */
 
 struct count {
 	u64 packets, bytes; /* bytes of layer 3 */
@@ -53,7 +53,7 @@ struct native_addresses {
 
 struct pod_state {
 	struct count counters[MAX_REASONS];
-	struct count with_natives[DIRECTIONS][MAX_GUESTS][ROLES];
+	struct count with_natives[DIRECTIONS][GUESTS][ROLES];
 	struct count between_guests[FIRST_GUESTS][FIRST_GUESTS]; /* client, server */
 	struct table fragments, nonstandard_flows, guest_connections;
 	struct native_addresses native_addresses[MAX_NATIVE_ADDRESSES];

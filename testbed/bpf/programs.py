@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 from testbed.bpf import bytecode, syscall
@@ -95,14 +95,6 @@ class ProgramSet:
         (id,) = self.map(outer, "=I", "=I")[key,]
         return syscall.call(syscall.MAP_FD_BY_ID, "=I", id)
 
-    def has_inner(self, outer: str, key: int) -> bool:
-        """Whether there is a map at this key of a map of maps."""
-        try:
-            os.close(self.open_inner(outer, key))
-        except KeyError:
-            return False
-        return True
-
     def close(self) -> None:
         """Close the file descriptors. Pins and attached programs stay."""
         for fd in self._fds.values():
@@ -163,12 +155,12 @@ def _free_slot(name: str, owner: Scope) -> tuple[Path, int]:
     ]
     if left:
         return min(left)
-    for copy in count(1):
-        pins = first if copy == 1 else first.with_name(f"{first.name}_{copy}")
-        taken = {_slot(user.name) for user in (pins / "users").glob("*")}
-        if free := set(range(1, MAX_SLOTS + 1)) - taken:
-            return pins, min(free)
-    raise AssertionError("there is no last copy")
+    copies = chain([first], (first.with_name(f"{first.name}_{copy}") for copy in count(2)))
+    return next(
+        (pins, min(free))
+        for pins in copies
+        if (free := set(range(1, MAX_SLOTS + 1)) - {_slot(p.name) for p in pins.glob("users/*")})
+    )
 
 
 def _slot(user: str) -> int:

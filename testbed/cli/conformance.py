@@ -100,7 +100,7 @@ def _conformance(arguments: argparse.Namespace) -> int:
         control=arguments.control or "",
     )
     results: list[Result] = []
-    revision = paths.revision()
+    revision = paths.revision() if arguments.keep else ""  # before anybody edits the clone
     try:
         with common.progress() as report:
             for event in runner.run(choice):

@@ -168,7 +168,9 @@ def page(runs: Sequence[Run], all_checks: Iterable[Check]) -> str:
     for check in all_checks:
         cells = [_cell(run.checks.get(check.name), notes) for run in runs]
         rows.append((f"**{check.name}** {check.proves}", *cells))
-    heads = ["<br>".join(filter(None, _head(run))) for run in runs]
+    heads = [
+        "<br>".join(filter(None, (run.datapath, _workloads(run), run.revision))) for run in runs
+    ]
     lines = [
         INTRODUCTION,
         *_table(("check", *heads), rows, "l" + "r" * len(runs)),
@@ -219,10 +221,6 @@ def _cell(outcome: Outcome | None, notes: _Notes) -> str:
         why = ",".join(map(str, numbers))
         said.append(f"({outcome.count(Status.UNSUPPORTED)})<sup>{why}</sup>")
     return " ".join(said)
-
-
-def _head(run: Run) -> tuple[str, ...]:
-    return run.datapath, _workloads(run), run.revision
 
 
 def _workloads(run: Run) -> str:

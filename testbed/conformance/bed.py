@@ -17,6 +17,7 @@ from testbed.conformance.stage import (
     Stage,
 )
 from testbed.model.addresses import Address, loopback
+from testbed.model.cells import Pair
 from testbed.model.terms import Family, Transport
 
 
@@ -52,6 +53,12 @@ class Bed:
         self._opened.append(peer)
         return peer
 
+    def another_client(self) -> Peer:
+        """A workload that is neither the client nor the server, and dials the server, too."""
+        if self.pair is Pair.GUEST_GUEST:
+            return self.peer("native2")
+        return self.peer("guest1" if self.client_name == "guest2" else "guest2")
+
     def next_port(self, name: str = "") -> int:
         """Another port that the server, or the named workload, owns."""
         return next(self._ports[name or self.server_name])
@@ -67,6 +74,11 @@ class Bed:
     def target(self) -> Address:
         """The address that the client dials for `localhost`."""
         return self.client.localhost(self.family)
+
+    @property
+    def wildcard(self) -> str:
+        """The address that stands for all of the host's."""
+        return "0.0.0.0" if self.family is Family.IPV4 else "::"
 
     @property
     def loopback(self) -> Address:

@@ -20,6 +20,7 @@ Body = Callable[["Bed"], Iterator[None] | None]
 EVERY = frozenset(pair.shape for pair in Pair)
 NATIVE_CLIENT = frozenset({Pair.NATIVE_NATIVE, Pair.NATIVE_GUEST})
 NATIVE_SERVER = frozenset({Pair.NATIVE_NATIVE, Pair.GUEST_NATIVE})
+FROM_GUEST = frozenset({Pair.GUEST_NATIVE})
 GUEST_CLIENT = frozenset({Pair.GUEST_NATIVE, Pair.GUEST_GUEST, Pair.GUEST_SELF})
 GUEST_SERVER = frozenset({Pair.NATIVE_GUEST, Pair.GUEST_GUEST, Pair.GUEST_SELF})
 

@@ -25,6 +25,18 @@ def exchange(near: Sock, far: Sock, size: int = 1000) -> None:
         expect(got.intact, f"{b.peer.name} received other bytes than were sent")
 
 
+def two_clients_on_one_port(bed: Bed) -> list[tuple[Sock, Sock]]:
+    """Connect two workloads from the same port to the server: the ends at client and server."""
+    listener, ends, port = bed.serve(), [], 0
+    for peer in (bed.client, bed.another_client()):
+        near = bed.open(peer)
+        near.bind(bed.wildcard, port)
+        near.connect(peer.localhost(bed.family), bed.port)
+        port = port or near.own_name[1]
+        ends.append((near, listener.accept()[0]))
+    return ends
+
+
 def refused_at_once(bed: Bed, port: int = 0) -> None:
     """Check that a connection is refused within `AT_ONCE_S`."""
     began = time.monotonic()

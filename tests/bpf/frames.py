@@ -9,6 +9,7 @@ from scapy.layers.inet6 import (
     ICMPv6DestUnreach,
     ICMPv6EchoReply,
     ICMPv6EchoRequest,
+    ICMPv6PacketTooBig,
     IPv6,
     IPv6ExtHdrFragment,
 )
@@ -88,6 +89,13 @@ def unreachable(src: Address, dst: Address, l4: bytes) -> Packet:
     if src.version == 4:
         return ICMP(type=3, code=3) / Raw(inner)
     return ICMPv6DestUnreach(code=4) / Raw(inner)
+
+
+def too_big(family: Family) -> Packet:
+    """The beginning of an error that tells a path MTU. What it is about comes behind it."""
+    if family is Family.IPV4:
+        return ICMP(type=3, code=4, nexthopmtu=600)
+    return ICMPv6PacketTooBig(mtu=1280)
 
 
 def _carrying(address: Address, l4: bytes) -> dict[str, int]:

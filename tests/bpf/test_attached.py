@@ -34,6 +34,7 @@ from testbed.model.addresses import guest_link, guest_mac
 from testbed.model.errors import Error
 from testbed.model.terms import Family, Transport
 from tests.children import ending
+from tests.integration.sockets import MTU_DISCOVER, PMTUDISC_PROBE
 
 from .bed import OWNERS, Bed, Echo, ask, localhost, open_socket, seen
 
@@ -42,11 +43,6 @@ pytestmark = pytest.mark.root
 FAMILIES = pytest.mark.parametrize("family", Family)
 TRANSPORTS = pytest.mark.parametrize("transport", Transport)
 LARGE = os.urandom(3_000_000)
-MTU_DISCOVER = {  # linux/in.h, linux/in6.h
-    Family.IPV4: (socket.IPPROTO_IP, 10),
-    Family.IPV6: (socket.IPPROTO_IPV6, 23),
-}
-PMTUDISC_PROBE = 3
 
 
 class Pod(NamedTuple):

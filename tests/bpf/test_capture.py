@@ -8,6 +8,7 @@ checksums are right, and nothing else has changed.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, MutableSequence
 from contextlib import closing
 from ipaddress import ip_address
@@ -157,7 +158,7 @@ def test_fragments_from_outside_the_pod_leave_no_trace(
     programs: Programs, loaded: ProgramSet, a: Plan
 ) -> None:
     """Otherwise they could push out what the pod's own need."""
-    programs.forget_fragments()
+    programs.forget()
     source, to = ("10.9.8.7", "10.1.2.3") if a.family is Family.IPV4 else ("fd00::7", "fd00::3")
     whole = ip(ip_address(source), ip_address(to)) / udp(EPHEMERAL, OWN_PORT, bytes(64))
     for part in fragments(whole):
@@ -221,9 +222,10 @@ class TestGuestConnections:
         flags: str,
         waits: bool,
     ) -> None:
-        key = 1 << 49 | (a.family is Family.IPV6) << 48 | ANOTHER << 40 | US << 32
-        key |= EPHEMERAL << 16 | OWN_PORT
-        put_row(state.mapped(rows.programs).guest_connections, key, 2, int(client_ended))
+        row = state.ConnectionRow(
+            int(client_ended), OWN_PORT, EPHEMERAL, US, ANOTHER, a.family is Family.IPV6, True
+        )
+        put_row(state.mapped(rows.programs).guest_connections, bytes(row), key_from_bit=2)
         answer = segment(OWN_PORT, EPHEMERAL, flags)
         programs.redirects("port_ingress", from_guest(ip(a.link, a.others_view) / answer))
         expected = [GuestConnection(ANOTHER, EPHEMERAL, a.alias, OWN_PORT)] if waits else []
@@ -235,10 +237,11 @@ class TestGuestConnections:
         assert rows.take_connections(US) == []
 
 
-def put_row(table: MutableSequence[int], key: int, bits: int, value: int) -> None:
+def put_row(table: MutableSequence[int], row: bytes, key_from_bit: int) -> None:
     """As `put_row` in `bpf/state.h`, into an empty set."""
-    in_set = key * 0x9E3779B97F4A7C15 % 2**64 >> 57
-    table[8 * in_set] = key << bits | value
+    word = int.from_bytes(row, sys.byteorder)
+    in_set = (word >> key_from_bit) * 0x9E3779B97F4A7C15 % 2**64 >> 57
+    table[8 * in_set] = word
 
 
 def segment(sport: int, dport: int, flags: str) -> Packet:
@@ -399,7 +402,7 @@ def l4_bytes(packet: Packet) -> bytes:
 class TestFragments:
     @pytest.fixture(autouse=True)
     def nothing_seen_before(self, programs: Programs) -> None:
-        programs.forget_fragments()
+        programs.forget()
 
     def test_later_ones_follow_the_first_between_guests(self, programs: Programs, a: Plan) -> None:
         body = udp(EPHEMERAL, ANOTHERS_PORT, bytes(range(100)))

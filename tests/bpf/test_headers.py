@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from scapy.layers.inet import ICMP, IPOption_NOP, IPOption_RR
 from scapy.layers.inet6 import (
-    ICMPv6PacketTooBig,
     IPv6ExtHdrDestOpt,
     IPv6ExtHdrFragment,
     IPv6ExtHdrHopByHop,
@@ -15,7 +14,7 @@ from scapy.packet import Packet, Raw
 from testbed.model.addresses import Address
 from testbed.model.terms import Family
 
-from .frames import EPHEMERAL, Plan, frame, from_guest, ip, tcp, to_guest, udp, unreachable
+from .frames import EPHEMERAL, Plan, frame, from_guest, ip, tcp, to_guest, too_big, udp, unreachable
 from .verdicts import OWN_PORT, US, Programs
 
 pytestmark = pytest.mark.root
@@ -54,11 +53,7 @@ def test_a_guest_tells_loopback_no_path_mtu(programs: Programs, family: Family) 
     a = Plan(family)
     about = bytes(tcp(EPHEMERAL, OWN_PORT))
     inner = bytes(unreachable(a.native_source, a.link, about).payload)
-    told = (
-        ICMP(type=3, code=4, nexthopmtu=600)
-        if family is Family.IPV4
-        else ICMPv6PacketTooBig(mtu=1280)
-    )
+    told = too_big(family)
     sent = from_guest(ip(a.link, a.native_source) / told / Raw(inner))
     assert programs.drops("port_ingress", sent, "unhandled")
     inner = bytes(unreachable(a.pod_link, a.link, about).payload)

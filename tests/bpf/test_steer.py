@@ -153,7 +153,7 @@ class TestByLoAlways:
             # The checksum in the first covers what only both hold: compare all but it.
             assert len(after) == len(frame(arrives))
             assert after[:34] == frame(arrives)[:34]
-        programs.forget_fragments()
+        programs.forget()
 
     def test_errors_about_datagrams(self, programs: Programs, a: Plan) -> None:
         """Our socket would be found by the addresses on `lo` alone."""

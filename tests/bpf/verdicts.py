@@ -72,6 +72,8 @@ class Programs:
         """Packets counted."""
         return Rows(self._loaded, self._reasons).counters()[reason][0]
 
-    def forget_fragments(self) -> None:
-        """As if no fragment had ever been seen."""
-        ctypes.memset(state.mapped(self._loaded).fragments, 0, 8 * state.TABLE_ROWS)
+    def forget(self) -> None:
+        """As if no packet had ever been seen."""
+        seen = state.mapped(self._loaded)
+        for table in state.TABLES:
+            ctypes.memset(getattr(seen, table), 0, 8 * state.TABLE_ROWS)

@@ -37,7 +37,6 @@ from scapy.layers.inet6 import (
     ICMPv6ND_RA,
     ICMPv6ND_Redirect,
     ICMPv6ND_RS,
-    ICMPv6PacketTooBig,
     ICMPv6TimeExceeded,
     ICMPv6Unknown,
     IPv6,
@@ -65,7 +64,7 @@ from testbed.model.addresses import (
 )
 from testbed.model.terms import Family, Transport
 from tests.bpf import test_capture, test_headers, test_neighbors
-from tests.bpf.frames import EPHEMERAL, NOBODY, Plan, echo, fragments, frame, ip, tcp, udp
+from tests.bpf.frames import EPHEMERAL, NOBODY, Plan, echo, fragments, frame, ip, tcp, too_big, udp
 from tests.bpf.test_anything import bodies, headers, tails
 from tests.bpf.verdicts import (
     ANOTHER,
@@ -90,7 +89,6 @@ DATAPATHS = pytest.mark.parametrize("datapath", REASONS)
 FAMILIES = pytest.mark.parametrize("family", Family, ids=str)
 MINE = guest_mac(ME)
 LINK_LOCAL = {n: f"fe80::77:ff:fe00:1{n:02x}" for n in (ME, VICTIM)}
-TABLES = ("fragments", "nonstandard_flows", "guest_connections")
 
 
 class Guest(Programs):
@@ -113,7 +111,7 @@ class Guest(Programs):
 
     def remembered(self) -> tuple[bytes, ...]:
         """What is in the tables of the pod's state."""
-        return tuple(bytes(getattr(self._state, table)) for table in TABLES)
+        return tuple(bytes(getattr(self._state, table)) for table in state.TABLES)
 
     @contextmanager
     def without(self, check: int) -> Iterator[None]:
@@ -124,11 +122,6 @@ class Guest(Programs):
             yield
         finally:
             off[0,] = (0,)
-
-    def forget(self) -> None:
-        for table in TABLES:
-            rows = getattr(self._state, table)
-            rows[:] = [0] * len(rows)
 
 
 @contextmanager
@@ -221,9 +214,9 @@ def errors(data: st.DataObject, a: Plan) -> list[Sent]:
     fields = {"proto": number, "frag": 10 * later} if a.family is Family.IPV4 else {"nh": number}
     quoted = Raw(bytes(ip(dst, a.link, **fields) / Raw(about)))
     kinds: Sequence[Packet] = (
-        (ICMP(type=3, code=3), ICMP(type=11), ICMP(type=3, code=4, nexthopmtu=600))
+        (ICMP(type=3, code=3), ICMP(type=11), too_big(a.family))
         if a.family is Family.IPV4
-        else (ICMPv6DestUnreach(code=4), ICMPv6TimeExceeded(), ICMPv6PacketTooBig(mtu=1280))
+        else (ICMPv6DestUnreach(code=4), ICMPv6TimeExceeded(), too_big(a.family))
     )
     kind = data.draw(st.integers(0, 2))
     packet = ip(a.link, dst) / kinds[kind].copy() / quoted
@@ -453,13 +446,8 @@ def test_a_guest_tells_natives_no_path_mtu_of_loopback(
 ) -> None:
     destination = alias(family) if at == "alias" else pod_link(family)
     before = mtu_of_loopback(bench, family)
-    too_big = (
-        ICMP(type=3, code=4, nexthopmtu=600)
-        if family is Family.IPV4
-        else ICMPv6PacketTooBig(mtu=1280)
-    )
     with bench.serve(0, family, Transport.UDP):  # somebody's socket, of a port that is known
-        sends_error(bench, destination, too_big, udp(PORTS[0], 9))
+        sends_error(bench, destination, too_big(family), udp(PORTS[0], 9))
         time.sleep(0.1)
     try:
         assert mtu_of_loopback(bench, family) == before

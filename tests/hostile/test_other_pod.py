@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from scapy.layers.inet import IP, TCP, UDP, fragment
+from scapy.layers.inet import IP, UDP, fragment
 from scapy.layers.inet6 import IPv6, IPv6ExtHdrFragment, fragment6
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
@@ -24,17 +24,15 @@ from testbed.model.terms import Family, Runtime, Transport
 from testbed.pods.pod import Pod
 from testbed.runtimes.interface import Prepared
 from tests.integration.conftest import Build
-from tests.integration.sockets import MANIFEST, PORTS, Bench, Pair, localhost
+from tests.integration.sockets import MANIFEST, PORTS, Bench, Pair, floods, localhost
 
 pytestmark = pytest.mark.root
-
-TABLES = ("fragments", "nonstandard_flows", "guest_connections")
 
 
 def learned(attachment: EbpfAttachment) -> set[str]:
     """Tables of the pod's state that have rows."""
     found = state.mapped(attachment._programs)
-    return {name for name in TABLES if any(getattr(found, name))}
+    return {name for name in state.TABLES if any(getattr(found, name))}
 
 
 def counted(attachment: EbpfAttachment) -> set[str]:
@@ -93,22 +91,11 @@ def test_a_slot_is_given_out_without_a_trace(
 
 
 FLOOD = 20_000
-"""Frames: more than there are rows for all pods together in maps that they would share."""
-
-
-def numbered(frame: bytes, at: int) -> list[bytes]:
-    """As many frames as a flood has, which differ in two bytes."""
-    return [frame[:at] + n.to_bytes(2) + frame[at + 2 :] for n in range(FLOOD)]
+"""More than there are rows for all pods together in maps that they would share."""
 
 
 def flood(bench: Bench) -> None:
-    """What makes guest 1's pod remember most: first fragments, and handshakes with guest 2."""
-    link, alias = guest_link(Family.IPV4, 1), addresses.alias(Family.IPV4)
-    head = Ether(src=guest_mac(1), dst=addresses.ALIAS_MAC) / IP(src=str(link), dst=str(alias))
-    first = head.copy()
-    first[IP].flags = "MF"
-    bench.raw(1, *numbered(bytes(first / UDP(sport=7777, dport=PORTS[0]) / bytes(16)), at=18))
-    bench.raw(1, *numbered(bytes(head / TCP(dport=PORTS[2])), at=34))
+    bench.raw(1, *floods(1, PORTS[0], PORTS[2], FLOOD))
 
 
 def dial_by_many_addresses() -> None:

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from scapy.layers.inet import IP, TCP, UDP
+from scapy.layers.l2 import Ether
 
 from testbed.host import namespaces
 from testbed.host.facts import slowness
@@ -29,6 +31,12 @@ from testbed.pods.pod import Pod
 
 PATIENCE_S = 5 * slowness()
 PORTS = {0: 6000, 1: 5001, 2: 5002}
+MTU_DISCOVER = {
+    Family.IPV4: (socket.IPPROTO_IP, 10),
+    Family.IPV6: (socket.IPPROTO_IPV6, 23),
+}
+"""Level and number of the options IP_MTU_DISCOVER and IPV6_MTU_DISCOVER (linux/in.h, in6.h)."""
+PMTUDISC_DO, PMTUDISC_PROBE = 2, 3
 NOBODYS_PORT = 6001
 """A native's that no test listens on."""
 
@@ -192,6 +200,21 @@ def send_frames(netns: str, ifname: str, *frames: bytes) -> None:
                 raw.send(frame)
 
     namespaces.inside(netns, send)
+
+
+def floods(n: int, to: int, dialed: int, count: int) -> list[bytes]:
+    """Frames of guest n that make its pod remember most: `count` first fragments of datagrams to a
+    port at the alias, and as many handshakes with another.
+    """
+    source, alias = str(addresses.guest_link(Family.IPV4, n)), str(addresses.alias(Family.IPV4))
+    head = Ether(src=addresses.guest_mac(n), dst=addresses.ALIAS_MAC)
+    first = bytes(head / IP(src=source, dst=alias, flags="MF") / UDP(dport=to) / bytes(16))
+    handshake = bytes(head / IP(src=source, dst=alias) / TCP(dport=dialed))
+    return [
+        frame[:at] + number.to_bytes(2) + frame[at + 2 :]
+        for frame, at in ((first, 18), (handshake, 34))  # id of the datagram, client's port
+        for number in range(count)
+    ]
 
 
 def transfer(

@@ -19,20 +19,17 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from scapy.layers.inet import IP, TCP, UDP
-from scapy.layers.l2 import Ether
 
 from testbed import agent
 from testbed.conformance.stage import PORTS
 from testbed.host import netlink
-from testbed.model import addresses
-from testbed.model.addresses import CONTROL_PORT, guest_link, guest_mac
+from testbed.model.addresses import CONTROL_PORT, guest_link
 from testbed.model.terms import Family
 from testbed.pods import control
 from tests.conftest import others, snapshot
 
 from .commands import run, there, workload
-from .sockets import send_frames, wait_until
+from .sockets import floods, send_frames, wait_until
 from .test_killed import strays
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(3600)]  # half an hour at night
@@ -129,20 +126,9 @@ class Soak:
             self.up(name)
 
     def flood(self, name: str, rng: random.Random) -> None:
-        """First fragments, and handshakes with a port of the other guest."""
-        link, alias = guest_link(Family.IPV4, 2), addresses.alias(Family.IPV4)
-        head = Ether(src=guest_mac(2), dst=addresses.ALIAS_MAC) / IP(src=str(link), dst=str(alias))
-        first = head.copy()
-        first[IP].flags = "MF"
         to = PORTS["guest1"][0]
-        frames = [bytes(first / UDP(dport=to) / bytes(16)), bytes(head / TCP(dport=to))]
-        at = (18, 34)
-        flooding = [
-            frame[:i] + n.to_bytes(2) + frame[i + 2 :]
-            for frame, i in zip(frames, at, strict=True)
-            for n in range(rng.randrange(5000))
-        ]
-        send_frames(f"{control.status(name)['netns']}-g2", "eth0", *flooding)
+        frames = floods(2, to, to, rng.randrange(5000))
+        send_frames(f"{control.status(name)['netns']}-g2", "eth0", *frames)
 
     def go_and_come(self, name: str, rng: random.Random) -> None:
         run("down", name)

@@ -23,9 +23,11 @@ from testbed.model.addresses import guest_link, guest_mac
 from testbed.model.terms import Family, Transport
 
 from .sockets import (
+    MTU_DISCOVER,
     NOBODYS_PORT,
     PAIRS,
     PATIENCE_S,
+    PMTUDISC_DO,
     PORTS,
     Bench,
     Pair,
@@ -47,7 +49,6 @@ HEADERS = {Family.IPV4: 20 + 20, Family.IPV6: 40 + 20}
 """Of IP and TCP, bytes."""
 LINK_MTU = 1500
 IP_RECVERR, IPV6_RECVERR = 11, 25  # linux/in.h, linux/in6.h
-IP_MTU_DISCOVER, IPV6_MTU_DISCOVER, PMTUDISC_DO = 10, 23, 2
 
 
 # --- what arrives ---------------------------------------------------------------------------
@@ -135,12 +136,8 @@ def test_a_datagram_arrives_whole(bench: Bench, pair: Pair, family: Family, size
 def test_a_native_that_forbids_fragments_is_told_the_mtu(
     bench: Bench, pair: Pair, family: Family
 ) -> None:
-    level, option = {
-        Family.IPV4: (socket.IPPROTO_IP, IP_MTU_DISCOVER),
-        Family.IPV6: (socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER),
-    }[family]
     with bench.connected(pair, family, Transport.UDP) as (near, far):
-        near.setsockopt(level, option, PMTUDISC_DO)
+        near.setsockopt(*MTU_DISCOVER[family], PMTUDISC_DO)
         with pytest.raises(OSError, match="Message too long"):
             near.send(DATA[:3000])
         near.send(DATA[:1000])

@@ -19,7 +19,12 @@ from testbed.conformance.check import (
     fails_with,
 )
 from testbed.conformance.sockets import Sock
-from testbed.conformance.steps import AT_ONCE_S, exchange, refused_at_once
+from testbed.conformance.steps import (
+    AT_ONCE_S,
+    exchange,
+    refused_at_once,
+    two_clients_on_one_port,
+)
 from testbed.host import namespaces
 from testbed.model.addresses import loopback
 from testbed.model.cells import Pair
@@ -91,7 +96,7 @@ def data_before_accept(bed: Bed) -> None:
 @check("bind(2): INADDR_ANY, in6addr_any")
 def listen_wildcard(bed: Bed) -> None:
     """A server bound to the wildcard address is reached at localhost."""
-    listener = bed.serve("0.0.0.0" if bed.family is Family.IPV4 else "::")
+    listener = bed.serve(bed.wildcard)
     near = bed.dial()
     exchange(near, listener.accept()[0])
 
@@ -545,7 +550,7 @@ def port_reused_after_close(bed: Bed) -> None:
     for turn in range(3):
         near = bed.open(bed.client)
         near.set("SO_REUSEADDR", 1)
-        near.bind("0.0.0.0" if bed.family is Family.IPV4 else "::", port)
+        near.bind(bed.wildcard, port)
         began = time.monotonic()
         near.connect(bed.target, bed.port)
         took_s = time.monotonic() - began
@@ -572,28 +577,16 @@ def port_is_kept(bed: Bed) -> None:
 @check("RFC 9293, 3.4.1: a connection is its four names", pairs=EVERY - {Pair.NATIVE_NATIVE})
 def same_port_from_two_clients(bed: Bed) -> None:
     """Two workloads that use the same source port at once have a connection each."""
-    other = bed.peer("guest2" if bed.client_name == "guest1" else "guest1")
-    if bed.pair in (Pair.NATIVE_GUEST, Pair.GUEST_GUEST):
-        other = bed.peer("native2" if bed.pair is Pair.GUEST_GUEST else "guest2")
-    listener = bed.serve()
-    ends = []
-    port = 0
-    for peer in (bed.client, other):
-        near = bed.open(peer)
-        wild = "0.0.0.0" if bed.family is Family.IPV4 else "::"
-        near.bind(wild, port)
-        near.connect(peer.localhost(bed.family), bed.port)
-        port = port or near.own_name[1]
-        far, _ = listener.accept()
-        ends.append((peer, near, far))
-    for peer, near, _ in ends:
-        near.send(peer.name)
-    for peer, near, far in ends:
-        got = far.receive(len(peer.name))
-        expect(got.text == peer.name.encode(), f"{peer.name}'s connection brought {got.text!r}")
-        far.send(peer.name)
-        got = near.receive(len(peer.name))
-        expect(got.text == peer.name.encode(), f"{peer.name} was answered {got.text!r}")
+    ends = two_clients_on_one_port(bed)
+    for near, _ in ends:
+        near.send(near.peer.name)
+    for near, far in ends:
+        name = near.peer.name
+        got = far.receive(len(name))
+        expect(got.text == name.encode(), f"{name}'s connection brought {got.text!r}")
+        far.send(name)
+        got = near.receive(len(name))
+        expect(got.text == name.encode(), f"{name} was answered {got.text!r}")
 
 
 @check("bind(2): SO_REUSEADDR")

@@ -167,7 +167,7 @@ def datagram_listen_loopback(bed: Bed) -> None:
 @check("bind(2): INADDR_ANY, in6addr_any", transports=UDP)
 def datagram_listen_wildcard(bed: Bed) -> None:
     """A server at the wildcard address answers from the address that was dialed."""
-    server = bed.serve("0.0.0.0" if bed.family is Family.IPV4 else "::")
+    server = bed.serve(bed.wildcard)
     client = bed.dial()
     client.send("x")
     server.send("y", to=server.receive().sender)
@@ -226,16 +226,11 @@ def datagram_client_bound_to_other_loopback(bed: Bed) -> None:
 def datagram_same_port_from_two_clients(bed: Bed) -> None:
     """One server answers two workloads that use the same source port, each its own."""
     server = bed.serve()
-    other = bed.peer("guest2" if bed.client_name == "guest1" else "guest1")
-    if bed.pair is Pair.NATIVE_GUEST:
-        other = bed.peer("guest2")
-    if bed.pair is Pair.GUEST_GUEST:
-        other = bed.peer("native2")
     clients = []
     port = 0
-    for peer in (bed.client, other):
+    for peer in (bed.client, bed.another_client()):
         client = bed.open(peer)
-        client.bind("0.0.0.0" if bed.family is Family.IPV4 else "::", port)
+        client.bind(bed.wildcard, port)
         port = port or client.own_name[1]
         clients.append(client)
     for client in clients:

@@ -12,7 +12,7 @@ from pyroute2 import IPRoute
 
 from testbed.conformance import frames
 from testbed.conformance.bed import Bed
-from testbed.conformance.check import NATIVE_SERVER, UDP, check, expect
+from testbed.conformance.check import FROM_GUEST, NATIVE_SERVER, UDP, check, expect
 from testbed.conformance.sockets import Sock
 from testbed.conformance.steps import exchange, refused_at_once
 from testbed.datapaths.interface import Layout
@@ -28,11 +28,9 @@ from testbed.model.addresses import (
     native_source,
     pod_link,
 )
-from testbed.model.cells import Pair
 from testbed.model.terms import Family, Transport
 from testbed.model.trials import percentile
 
-FROM_GUEST = frozenset({Pair.GUEST_NATIVE})
 PATIENCE_S = 0.15
 FLOOD_FACTOR = 10.0
 """Factor by which the median request of others may be slower while one guest floods."""
@@ -57,7 +55,7 @@ def nothing_arrives(bed: Bed, server: Sock) -> Iterator[None]:
 def forge(bed: Bed, sources: list[Address], destinations: list[Address]) -> None:
     """Send datagrams from guest 1 with forged sources, and check that none arrives."""
     netns = bed.stage.guest_netns("guest1")
-    server = bed.serve("0.0.0.0" if bed.family is Family.IPV4 else "::")
+    server = bed.serve(bed.wildcard)
     with nothing_arrives(bed, server):
         frames.send(
             netns,
@@ -191,8 +189,7 @@ def pods_are_apart(bed: Bed) -> None:
 
         def listen() -> socket.socket:
             family = socket.AF_INET if bed.family is Family.IPV4 else socket.AF_INET6
-            wild = "0.0.0.0" if bed.family is Family.IPV4 else "::"
-            return socket.create_server((wild, bed.port), family=family)
+            return socket.create_server((bed.wildcard, bed.port), family=family)
 
         with namespaces.inside(other.netns, listen) as listener:
             listener.setblocking(False)

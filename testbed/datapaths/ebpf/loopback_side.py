@@ -37,6 +37,15 @@ FIRST, SECOND = 0, 1
 second, as no rule can be before the first."""
 MOST_RULES = 16
 
+Change = tuple[str, str, dict[str, Any]]
+"""A change of a route or rule: method of `IPRoute`, its command and arguments."""
+NO_ERRORS = {
+    "route": {errno.ESRCH},
+    "rule": {errno.EEXIST, errno.ENOENT, errno.EAFNOSUPPORT, errno.EOPNOTSUPP},
+}
+"""Errors of changes that were made already; and of a kernel that has no rules. Natives' datagrams
+that are too large are dropped then."""
+
 Owners = Mapping[tuple[Transport, int], int]
 """(transport, port) → n of the guest that serves it."""
 
@@ -57,7 +66,7 @@ def hold_ports(pod: str, netns: str, owners: Owners) -> list[socket.socket]:
     families = facts.families()
 
     def hold(transport: Transport, address: Address, port: int, device: int) -> socket.socket:
-        family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+        family = _af(f"ipv{address.version}")
         kind = socket.SOCK_STREAM if transport is Transport.TCP else socket.SOCK_DGRAM
         held.append(socket.socket(family, kind))
         if address.version == 6:
@@ -126,12 +135,12 @@ def prepare_lo(owner: Scope, netns: str, owners: Owners, local: Sequence[str] = 
     ports = ",".join(str(port) for port in sorted({port for _, port in owners}))
     reserved = ",".join(filter(None, (before[_RESERVED], ports)))
     namespaces.set_sysctls(netns, dict.fromkeys(_LO, 1) | {_RESERVED: reserved or "\n"})
-    _change_routes("replace", netns, routes)
+    changes = _routes("replace", routes)
     if udp:
-        _change_routes("replace", netns, _LOOPBACK, GUESTS_TABLE)
-        _change_rules("add", netns, moved, [_local(SECOND)])
-        _change_rules("del", netns, moved, [_local(FIRST)])
-        _change_rules("add", netns, list(facts.families()), list(map(_for_guests, udp)))
+        changes += _routes("replace", _LOOPBACK, GUESTS_TABLE)
+        changes += [*_local("add", moved, SECOND), *_local("del", moved, FIRST)]
+        changes += _for_guests("add", udp)
+    _change(netns, changes)
 
 
 def unprepare_lo(
@@ -145,12 +154,12 @@ def unprepare_lo(
     if not (namespaces.NETNS / netns).exists():
         return
     namespaces.set_sysctls(netns, before | {_RESERVED: before[_RESERVED] or "\n"})
-    _change_routes("del", netns, routes)
+    changes = _routes("del", routes)
     if udp:
-        _change_rules("del", netns, list(facts.families()), list(map(_for_guests, udp)))
-        _change_rules("add", netns, moved, [_local(FIRST)])
-        _change_rules("del", netns, moved, [_local(SECOND)])
-        _change_routes("del", netns, _LOOPBACK, GUESTS_TABLE)
+        changes += _for_guests("del", udp)
+        changes += [*_local("add", moved, FIRST), *_local("del", moved, SECOND)]
+        changes += _routes("del", _LOOPBACK, GUESTS_TABLE)
+    _change(netns, changes)
 
 
 def _ranges(ports: Iterable[int]) -> list[tuple[int, int]]:
@@ -168,19 +177,52 @@ def _ranges(ports: Iterable[int]) -> list[tuple[int, int]]:
     return found if len(found) <= MOST_RULES else [(found[0][0], found[-1][1])]
 
 
-def _local(priority: int) -> dict[str, Any]:
-    """The kernel's rule for what is local."""
-    return {"priority": priority, "table": RT_TABLE_LOCAL}
+def _local(command: str, families: Iterable[Family], priority: int) -> list[Change]:
+    """The kernel's rule for what is local, at this priority."""
+    return [
+        ("rule", command, {"family": _af(family), "priority": priority, "table": RT_TABLE_LOCAL})
+        for family in families
+    ]
 
 
-def _for_guests(ports: tuple[int, int]) -> dict[str, Any]:
-    """The rule for datagrams to a range of guests' ports."""
-    return {
-        "priority": FIRST,
-        "table": GUESTS_TABLE,
-        "ip_proto": socket.IPPROTO_UDP,
-        "dport_range": f"{ports[0]}:{ports[1]}",
-    }
+def _for_guests(command: str, ranges: Iterable[tuple[int, int]]) -> list[Change]:
+    """The rules for datagrams to ranges of guests' ports."""
+    return [
+        (
+            "rule",
+            command,
+            {
+                "family": _af(family),
+                "priority": FIRST,
+                "table": GUESTS_TABLE,
+                "ip_proto": socket.IPPROTO_UDP,
+                "dport_range": f"{first}:{last}",
+            },
+        )
+        for family in facts.families()
+        for first, last in ranges
+    ]
+
+
+def _routes(command: str, routes: Iterable[str], table: int = RT_TABLE_LOCAL) -> list[Change]:
+    """Routes that take these networks for local, with the MTU of guests' links."""
+    found: list[Change] = []
+    for dst in routes:
+        network = ip_network(dst)
+        family = Family(f"ipv{network.version}")
+        if family in facts.families():
+            route = {
+                "dst": str(network),
+                "type": "local",
+                "table": table,
+                "family": _af(family),
+                **({} if network.version == 6 else {"scope": "host"}),
+                "oif": LO_IFINDEX,
+                "prefsrc": str(addresses.loopback(family)),
+                "metrics": {"mtu": LINK_MTU},
+            }
+            found.append(("route", command, route))
+    return found
 
 
 def _families_with_local_first(netns: str) -> list[Family]:
@@ -200,59 +242,20 @@ def _families_with_local_first(netns: str) -> list[Family]:
     return namespaces.inside(netns, find)
 
 
-def _change_rules(
-    command: str, netns: str, families: Sequence[Family], rules: Sequence[dict[str, Any]]
-) -> None:
-    """Add or delete rules. It is no error if that was done already, or if the kernel has no rules:
-    a native's datagram that is too large is dropped then.
-    """
+def _change(netns: str, changes: Iterable[Change]) -> None:
+    """Make changes of routes and rules. It is no error if one was made already."""
 
     def change() -> None:
         with IPRoute() as ip:
-            for family in families:
-                for rule in rules:
-                    try:
-                        ip.rule(command, family=_af(family), **rule)
-                    except NetlinkError as e:
-                        if e.code not in (
-                            errno.EEXIST,
-                            errno.ENOENT,
-                            errno.EAFNOSUPPORT,
-                            errno.EOPNOTSUPP,
-                        ):
-                            raise
+            for what, command, arguments in changes:
+                try:
+                    getattr(ip, what)(command, **arguments)
+                except NetlinkError as e:
+                    if e.code not in NO_ERRORS[what]:
+                        raise
 
     namespaces.inside(netns, change)
 
 
 def _af(family: Family | str) -> socket.AddressFamily:
     return socket.AF_INET if family == Family.IPV4 else socket.AF_INET6
-
-
-def _change_routes(
-    command: str, netns: str, routes: Sequence[str], table: int = RT_TABLE_LOCAL
-) -> None:
-    def change() -> None:
-        with IPRoute() as ip:
-            for dst in routes:
-                network = ip_network(dst)
-                family = Family(f"ipv{network.version}")
-                if family not in facts.families():
-                    continue
-                try:
-                    ip.route(
-                        command,
-                        dst=str(network),
-                        type="local",
-                        table=table,
-                        family=_af(family),
-                        **({} if network.version == 6 else {"scope": "host"}),
-                        oif=LO_IFINDEX,
-                        prefsrc=str(addresses.loopback(family)),
-                        metrics={"mtu": LINK_MTU},
-                    )
-                except NetlinkError as e:
-                    if e.code != errno.ESRCH:  # deleted already
-                        raise
-
-    namespaces.inside(netns, change)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -81,20 +82,18 @@ class Rows:
         taken = []
         rows = self._state.guest_connections
         for i, row in enumerate(rows):
-            client, server = row >> 42 & 0xFF, row >> 34 & 0xFF
-            if not row or n not in (client, server):
+            of = state.ConnectionRow.from_buffer_copy(row.to_bytes(8, sys.byteorder))
+            if not of.in_use or n not in (of.client, of.server):
                 continue
             if rows[i] == row:  # else a program has just moved it
                 rows[i] = 0
-            family = Family.IPV6 if row >> 50 & 1 else Family.IPV4
-            client_port, server_port = row >> 18 & 0xFFFF, row >> 2 & 0xFFFF
-            if client != n:
-                taken.append(
-                    GuestConnection(client, client_port, addresses.alias(family), server_port)
-                )
-            elif server != n:
+            family = Family.IPV6 if of.v6 else Family.IPV4
+            if of.client != n:
+                alias = addresses.alias(family)
+                taken.append(GuestConnection(of.client, of.client_port, alias, of.server_port))
+            elif of.server != n:
                 dialed_by = addresses.guest_view(family, n)
-                taken.append(GuestConnection(server, server_port, dialed_by, client_port))
+                taken.append(GuestConnection(of.server, of.server_port, dialed_by, of.client_port))
         return taken
 
     def counters(self) -> dict[str, tuple[int, ...]]:

@@ -10,11 +10,13 @@ import ctypes
 import mmap
 import os
 import secrets
+from contextlib import suppress
 
 from testbed.bpf import ProgramSet
 
 OUTER, TEMPLATE = "pod_states", "pod_state"
 """Map of the states by slot, and the map that all of them are like."""
+TABLES = ("fragments", "nonstandard_flows", "guest_connections")
 TABLE_ROWS = 1024
 FIRST_GUESTS = 16
 """Pairs of guests below this number are counted in the state, others in `guest_counts`."""
@@ -34,6 +36,20 @@ class NativeAddresses(ctypes.Structure):
     _fields_ = (("number", ctypes.c_uint64), ("words", ctypes.c_uint32 * 8))
 
 
+class ConnectionRow(ctypes.Structure):
+    """A row of `guest_connections`, of 64 bits. All but `ended` is its key."""
+
+    _fields_ = (
+        ("ended", ctypes.c_uint64, 2),
+        ("server_port", ctypes.c_uint64, 16),
+        ("client_port", ctypes.c_uint64, 16),
+        ("server", ctypes.c_uint64, 8),
+        ("client", ctypes.c_uint64, 8),
+        ("v6", ctypes.c_uint64, 1),
+        ("in_use", ctypes.c_uint64, 1),
+    )
+
+
 class PodState(ctypes.Structure):
     """State of a pod."""
 
@@ -41,9 +57,7 @@ class PodState(ctypes.Structure):
         ("counters", Count * 16),
         ("with_natives", Count * 2 * 256 * 2),
         ("between_guests", Count * FIRST_GUESTS * FIRST_GUESTS),
-        ("fragments", ctypes.c_uint64 * TABLE_ROWS),
-        ("nonstandard_flows", ctypes.c_uint64 * TABLE_ROWS),
-        ("guest_connections", ctypes.c_uint64 * TABLE_ROWS),
+        *((table, ctypes.c_uint64 * TABLE_ROWS) for table in TABLES),
         ("native_addresses", NativeAddresses * 128),
         ("last_number", ctypes.c_uint64),
         ("secret", ctypes.c_uint64),
@@ -52,9 +66,11 @@ class PodState(ctypes.Structure):
 
 def create(programs: ProgramSet) -> None:
     """Give the slot of `programs` a state, unless it has one."""
-    if not programs.has_inner(OUTER, programs.slot):
+    try:
+        state = mapped(programs)
+    except KeyError:
         programs.put_inner(OUTER, programs.slot, TEMPLATE)
-    state = mapped(programs)
+        state = mapped(programs)
     state.secret = state.secret or secrets.randbits(64) | 1
 
 
@@ -63,7 +79,7 @@ def clear(programs: ProgramSet) -> None:
 
     It stays in the slot: taking it out would wait for all programs that run (RCU), some 10 ms.
     """
-    if programs.has_inner(OUTER, programs.slot):
+    with suppress(KeyError):
         state = mapped(programs)
         ctypes.memset(ctypes.addressof(state), 0, ctypes.sizeof(state))
 
