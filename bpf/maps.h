@@ -3,8 +3,8 @@
  * The maps that the tc datapaths share, and their accessors: whose a port is, where a guest is,
  * counters. docs/architecture.md has a table of all maps.
  *
- * A set of programs is loaded once for all pods. Each pod has a slot, a number from 1 that is a
- * part of the keys. Slot 0 is for BPF_PROG_TEST_RUN.
+ * Up to 255 pods share a loaded set of programs. Each has a slot, a number from 1 that is a part of
+ * the keys. Slot 0 is for BPF_PROG_TEST_RUN.
  *
  * The file that includes this defines `enum reason` first, with REASONS as its last member.
  */

@@ -62,7 +62,7 @@ static __always_inline int leave_lo(struct __sk_buff *skb, struct port port, u8 
 	if (!is_ip(skb))
 		return TC_ACT_OK;
 	parse(skb, &p, port.slot, HOOK_LO, 0);
-	/* A guest's name here is for guests, and for the kernel when it refuses in its name. */
+	/* On `lo` only the kernel sends from a guest's view, when it refuses for one that is down. */
 	if (p.source.kind == NATIVE_VIEW && !p.rst && !p.is_icmp_error)
 		return drop(skb, port.slot, REASON_SPOOFED);
 	if (p.fault != FAULT_NONE || p.destination.kind == MULTICAST)
@@ -72,7 +72,7 @@ static __always_inline int leave_lo(struct __sk_buff *skb, struct port port, u8 
 		if (p.protocol == IPPROTO_UDP && !p.is_icmp_error &&
 		    owner_if_up(port.slot, p.protocol, p.source_port) >= 0)
 			return drop(skb, port.slot, REASON_SPOOFED); /* that guest answers itself */
-		/* To a guest that is down: refused in that guest's name. */
+		/* The kernel refuses for a guest that is down: from that guest's view. */
 		source = p.source.kind == NATIVE_VIEW ? address_of(GUEST_VIEW, p.source.n)
 						      : address_of(ALIAS, 0);
 	} else {
@@ -197,7 +197,7 @@ static __always_inline int admit(struct __sk_buff *skb, struct port port, struct
 	p->source = hide_address(skb, p->source);
 	if (p->v6 && p->is_fragment && p->fault == FAULT_TRUNCATED) /* RFC 7112 */
 		return drop(skb, port.slot, REASON_TRUNCATED);
-	/* Whatever address an error goes to, the kernel believes it about the flow that it quotes.
+	/* The kernel applies an ICMP error to the flow that it quotes, wherever the error goes.
 	 * The MTU of the link does not change; the kernel would keep the told one, on `lo` for all
 	 * of loopback.
 	 */

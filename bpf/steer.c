@@ -25,14 +25,14 @@
  * port_ingress finds no socket, for a fragment for instance, the packet goes by `lo`.
  */
 
-/* Why a packet was counted: a row of `counters`. Python reads names and order from here; pod.h
+/* Why a packet was counted: an index of `counters` in struct pod_state. Python reads names and order from here; pod.h
  * needs them.
  */
 enum reason {
 	REASON_TOO_BIG,	  /* dropped: a datagram from a native, larger than the guests' link */
-	REASON_SPOOFED,	  /* dropped: a guest claims what is not its own */
+	REASON_SPOOFED,	  /* dropped: the sender claims an address or port that is not its own */
 	REASON_TRUNCATED, /* dropped: too short for its headers */
-	REASON_UNHANDLED, /* dropped: a protocol that has no ports, an extension header */
+	REASON_UNHANDLED, /* dropped: no ports, an extension header, an ICMP error that is believed nowhere */
 	REASON_FRAGMENT_ORPHAN, /* dropped: a fragment whose first was not seen */
 	REASON_NO_GUEST,	/* passed on, to be refused: the guest is down, or has no IPv6 */
 	REASON_ODD_SOURCE, /* passed on: a native flow with other addresses than 127.0.0.1, ::1 */

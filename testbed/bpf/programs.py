@@ -79,8 +79,8 @@ class ProgramSet:
         kind, key_size, value_size, *_ = syscall.shape(fd)
         layouts = struct.Struct(key), struct.Struct(value)
         assert (layouts[0].size, layouts[1].size) == (key_size, value_size), name
-        per_cpu = kind in (5, 6, 10, 21)  # enum bpf_map_type
-        return syscall.Map(fd, *layouts, cpus=_possible_cpus() if per_cpu else 0)
+        cpus = _possible_cpus() if kind in syscall.PER_CPU else 0
+        return syscall.Map(fd, *layouts, cpus=cpus)
 
     def put_inner(self, outer: str, key: int, template: str) -> None:
         """Put a new, empty map like `template` into a map of maps."""

@@ -80,6 +80,10 @@ def open_pin(path: Path) -> int:
     return call(GET, "=QI", address(name), 0)
 
 
+PER_CPU = (5, 6, 10, 21)
+"""Types of maps that have a copy of each value for each CPU (enum bpf_map_type)."""
+
+
 @dataclass(frozen=True)
 class Map:
     """A map in the kernel, used like a dictionary of tuples, which have struct layouts.

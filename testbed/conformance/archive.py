@@ -153,7 +153,7 @@ def _sums(runs: Sequence[Run]) -> list[str]:
             run.datapath,
             _workloads(run),
             *(str(run.total(status)) for status in (Status.PASS, Status.FAIL, Status.UNSUPPORTED)),
-            run.revision or "older",
+            run.revision or "–",
         )
         for run in runs
     ]

@@ -99,7 +99,7 @@ def add_neighbor(ip: IPRoute, ifindex: int, address: Address, mac: str) -> None:
         lladdr=mac,
         ifindex=ifindex,
         state=NUD_PERMANENT,
-        family=socket.AF_INET6 if address.version == 6 else socket.AF_INET,
+        family=_family(address).domain,
     )
 
 

@@ -12,6 +12,13 @@ class Family(StrEnum):
     IPV4 = "ipv4"
     IPV6 = "ipv6"
 
+    @property
+    def domain(self) -> int:
+        """Domain of its sockets (socket(2)), which is also the address family of rtnetlink."""
+        import socket  # not above: it is 2 ms of each command's start
+
+        return socket.AF_INET if self is Family.IPV4 else socket.AF_INET6
+
 
 class Transport(StrEnum):
     """Transport protocol."""

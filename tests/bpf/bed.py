@@ -84,8 +84,7 @@ class Bed:
 
 def open_socket(netns: str, family: Family, transport: Transport) -> socket.socket:
     kind = socket.SOCK_STREAM if transport is Transport.TCP else socket.SOCK_DGRAM
-    domain = socket.AF_INET if family is Family.IPV4 else socket.AF_INET6
-    made = namespaces.inside(netns, lambda: socket.socket(domain, kind))
+    made = namespaces.inside(netns, lambda: socket.socket(family.domain, kind))
     made.settimeout(PATIENCE_S)
     return made
 

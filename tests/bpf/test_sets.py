@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from testbed import bpf, datapaths, paths
-from testbed.bpf import bytecode
+from testbed.bpf import bytecode, syscall
 from testbed.datapaths.ebpf import state
 from testbed.datapaths.ebpf.state import PodState
 from testbed.host.ledger import Owner
@@ -58,13 +58,11 @@ def test_each_reason_has_a_counter(name: str) -> None:
 
 @pytest.mark.parametrize("name", COUNTING)
 def test_python_knows_the_layout_of_a_pods_state(name: str) -> None:
-    """It has the size that it has in C, and a test of each part uses it."""
+    """The size is the same in Python and in C; tests that use a field see its place."""
     [shape] = [shape.shape for shape in bytecode.get(name).maps if shape.name == state.TEMPLATE]
     assert shape[2] == ctypes.sizeof(PodState)
 
 
-PER_CPU = (5, 6, 10, 21)
-"""Types of maps that have a copy of each value for each CPU (enum bpf_map_type)."""
 POD_BYTES, SET_BYTES = 64 << 10, 4 << 20
 
 
@@ -81,7 +79,7 @@ def memory(fd: int) -> int:
 def test_a_pod_takes_little_memory_on_any_number_of_cpus(name: str) -> None:
     """Beyond the programs and the maps that all pods share. No map has copies for CPUs."""
     shapes = bytecode.get(name).maps
-    assert not [shape.name for shape in shapes if shape.shape[0] in PER_CPU]
+    assert not [shape.name for shape in shapes if shape.shape[0] in syscall.PER_CPU]
     with Owner() as owner, closing(bpf.load(name, owner)) as programs:
         state.create(programs)
         pod = programs.open_inner(state.OUTER, programs.slot)

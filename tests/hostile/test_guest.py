@@ -1,7 +1,7 @@
 """A guest that sends whatever it likes at its own port; and whether these tests would find a hole.
 
 The adversary is guest 3. BPF_PROG_TEST_RUN runs programs as at the port of guest 0, which no pod
-has: 0 tells `parse` (bpf/packet.h) to trust fragments of any source. So a program of ours runs
+has: for 0, `parse` (bpf/packet.h) does not ask whose a fragment is. So a program of ours runs
 first, which sets the class of guest 3's port and calls the one that is tested.
 
 A test that passes does not say whether it would find a hole. So each check is taken out of a copy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +25,7 @@ from testbed.model.terms import Family, Runtime, Transport
 from testbed.pods.pod import Pod
 from testbed.runtimes.interface import Prepared
 from tests.integration.conftest import Build
-from tests.integration.sockets import MANIFEST, PORTS, Bench, Pair, floods, localhost
+from tests.integration.sockets import MANIFEST, PORTS, Bench, Pair, floods, localhost, wait_until
 
 pytestmark = pytest.mark.root
 
@@ -95,7 +96,15 @@ FLOOD = 20_000
 
 
 def flood(bench: Bench) -> None:
+    """Returns when it has passed: queues of the CPU that it fills drop what others send."""
     bench.raw(1, *floods(1, PORTS[0], PORTS[2], FLOOD))
+
+    def passed() -> bool:
+        before = bench.pod.attachment.carried(1, 2)
+        time.sleep(0.05)
+        return bench.pod.attachment.carried(1, 2) == before
+
+    wait_until(passed, "the flood has passed")
 
 
 def dial_by_many_addresses() -> None:

@@ -38,7 +38,7 @@ QUIET_S = 0.3
 PRELUDE = """
 import ctypes, errno, os, socket, sys
 
-BINDTODEVICE, FREEBIND4, FREEBIND6 = 25, 15, 78
+FREEBIND4, FREEBIND6 = 15, 78
 
 def tried(call):
     "Name of the error that a call ends with."
@@ -62,7 +62,7 @@ def bench(build: Build, request: pytest.FixtureRequest) -> Bench:
 
 
 def command(bench: Bench, script: str, *arguments: object) -> list[str]:
-    """Runs a Python script as such a process of the pod."""
+    """Words of a command that runs a Python script as such a process of the pod."""
     # The file itself: nobody may not enter the folder of a virtual environment.
     python = str(Path(sys.executable).resolve())
     return [
@@ -110,7 +110,7 @@ for port in map(int, ports):
             if ":" in host and not host.startswith("::ffff:"):
                 s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, bits >> 2)
             if device:
-                s.setsockopt(socket.SOL_SOCKET, BINDTODEVICE, device.encode())
+                s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
             print(tried(lambda: s.bind((host, port))))
 """
 """With each combination of options."""
@@ -141,7 +141,7 @@ host, port = ("::", 5001) if family == "ipv6" else ("0.0.0.0", 5001)
 open_ones = []
 for device in devices:
     s = opened(transport, host)
-    s.setsockopt(socket.SOL_SOCKET, BINDTODEVICE, device.encode())
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
     if host == "::":
         s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     s.bind((host, port))
@@ -208,7 +208,7 @@ transport, source, host, port, *at = sys.argv[1:]
 with opened(transport, host) as s:
     s.settimeout(0.3)
     if at:
-        s.setsockopt(socket.SOL_SOCKET, BINDTODEVICE, at[0].encode())
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, at[0].encode())
     level, option = (socket.IPPROTO_IPV6, FREEBIND6) if ":" in host else (0, FREEBIND4)
     s.setsockopt(level, option, 1)
     s.bind((source, int(at[1]) if at else 7777))
@@ -344,7 +344,7 @@ def test_it_reaches_no_guest_of_another_pod(
             try:
                 s.connect((host, int(port)))
                 s.send(b"!")
-            except OSError as e:
+            except OSError:
                 pass
     """
     hosts = [

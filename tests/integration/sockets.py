@@ -79,7 +79,7 @@ class Bench:
     def open(self, n: int, family: Family, transport: Transport) -> socket.socket:
         """A socket of a workload."""
         kind = socket.SOCK_STREAM if transport is Transport.TCP else socket.SOCK_DGRAM
-        opened = namespaces.inside(self.netns(n), lambda: socket.socket(domain(family), kind))
+        opened = namespaces.inside(self.netns(n), lambda: socket.socket(family.domain, kind))
         opened.settimeout(PATIENCE_S)
         return opened
 
@@ -181,10 +181,6 @@ class Bench:
     def checksum_errors(self) -> dict[int, dict[str, int]]:
         """What each workload's stack counted as wrong (nstat's *InCsumErrors)."""
         return {n: namespaces.inside(self.netns(n), _checksum_errors) for n in PORTS}
-
-
-def domain(family: Family) -> socket.AddressFamily:
-    return socket.AF_INET if family is Family.IPV4 else socket.AF_INET6
 
 
 def localhost(n: int, family: Family) -> str:

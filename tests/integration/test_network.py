@@ -25,7 +25,7 @@ from testbed.pods.network import node
 from testbed.pods.pod import Pod
 
 from .conftest import Build
-from .sockets import MANIFEST, PAIRS, PATIENCE_S, PORTS, Bench, domain, send_frames
+from .sockets import MANIFEST, PAIRS, PATIENCE_S, PORTS, Bench, send_frames
 from .test_baselines import connected
 
 pytestmark = [
@@ -64,7 +64,7 @@ def peer(build: Build) -> Pod:
 
 def opened(netns: str, family: Family, transport: Transport) -> socket.socket:
     kind = socket.SOCK_STREAM if transport is Transport.TCP else socket.SOCK_DGRAM
-    made = namespaces.inside(netns, lambda: socket.socket(domain(family), kind))
+    made = namespaces.inside(netns, lambda: socket.socket(family.domain, kind))
     made.settimeout(PATIENCE_S)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     return made

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from pyroute2 import IPRoute
 
 from testbed.datapaths.ebpf import loopback_side
 from testbed.datapaths.ebpf.loopback_side import GUESTS_TABLE, MOST_RULES, RT_TABLE_LOCAL
@@ -29,15 +28,12 @@ def netns(owner: Owner) -> Iterator[str]:
 def rules(netns: str, family: Family) -> list[tuple[int, int, str | None]]:
     """Priority, table and ports of the rules that lead to what is local, or to guests."""
 
-    def read() -> list[tuple[int, int, str | None]]:
-        with IPRoute() as ip:
-            return [
-                (rule.get("priority") or 0, rule.get("table"), rule.get("dport_range"))
-                for rule in ip.get_rules(family=loopback_side._af(family))
-                if rule.get("table") in (RT_TABLE_LOCAL, GUESTS_TABLE)
-            ]
-
-    return namespaces.inside(netns, read)
+    with namespaces.open_socket(netns) as ip:
+        return [
+            (rule.get("priority") or 0, rule.get("table"), rule.get("dport_range"))
+            for rule in ip.get_rules(family=family.domain)
+            if rule.get("table") in (RT_TABLE_LOCAL, GUESTS_TABLE)
+        ]
 
 
 def test_they_come_before_what_is_local_and_go_again(
@@ -58,13 +54,9 @@ def test_they_come_before_what_is_local_and_go_again(
 def test_what_somebody_else_moved_stays_where_it_is(
     owner: Owner, netns: str, family: Family
 ) -> None:
-    def move() -> None:
-        with IPRoute() as ip:
-            af = loopback_side._af(family)
-            ip.rule("add", family=af, priority=100, table=RT_TABLE_LOCAL)
-            ip.rule("del", family=af, priority=0, table=RT_TABLE_LOCAL)
-
-    namespaces.inside(netns, move)
+    with namespaces.open_socket(netns) as ip:
+        ip.rule("add", family=family.domain, priority=100, table=RT_TABLE_LOCAL)
+        ip.rule("del", family=family.domain, priority=0, table=RT_TABLE_LOCAL)
     with owner.part() as part:
         loopback_side.prepare_lo(part, netns, OWNERS)
         assert (100, RT_TABLE_LOCAL, None) in rules(netns, family)

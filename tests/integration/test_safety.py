@@ -192,7 +192,8 @@ def test_nothing_from_outside_reaches_localhost(
     before, heard = bench.counted("outside"), [segments_heard(bench, n) for n in PORTS]
     with nothing_arrives(bench, family, transport):
         send_frames(bench.pod.links.link_netns, "bridge", *frames)
-    assert bench.counted("outside") - before == len(frames)
+    # Stacks report the groups they are in (MLD) when they like, with an extension header.
+    assert bench.counted("outside") - before >= len(frames)
     assert [segments_heard(bench, n) for n in PORTS] == heard
 
 

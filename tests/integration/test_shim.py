@@ -33,7 +33,7 @@ from testbed.model.terms import Family, Runtime, Transport
 from testbed.pods.pod import Pod
 from testbed.runtimes.interface import Options
 
-from .sockets import PATIENCE_S, domain, wait_until
+from .sockets import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.root
 
@@ -236,7 +236,7 @@ def family_is_spoken(request: pytest.FixtureRequest, pod: Pod) -> None:
 
 def native(pod: Pod, family: Family, transport: Transport) -> socket.socket:
     kind = socket.SOCK_STREAM if transport is Transport.TCP else socket.SOCK_DGRAM
-    opened = namespaces.inside(pod.netns, lambda: socket.socket(domain(family), kind))
+    opened = namespaces.inside(pod.netns, lambda: socket.socket(family.domain, kind))
     opened.settimeout(PATIENCE_S)
     return opened
 
@@ -542,7 +542,7 @@ def test_curl_in_a_guest_finds_a_native_server(pod: Pod, family: Family) -> None
     """By ::1 too, though it dials before the guest's IPv6 address is ready."""
 
     class Server(http.server.HTTPServer):
-        address_family = domain(family)
+        address_family = family.domain
 
     at = (str(addresses.loopback(family)), HTTP_PORT)
     name = "curl" if family is Family.IPV4 else "curl-ipv6"

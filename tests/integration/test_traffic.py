@@ -31,7 +31,6 @@ from .sockets import (
     PORTS,
     Bench,
     Pair,
-    domain,
     localhost,
     set_checksum_offload,
     transfer,
@@ -252,7 +251,7 @@ def icmp_listener(bench: Bench, n: int, family: Family) -> Iterator[socket.socke
     """A raw socket of a workload that hears of destinations that are unreachable, and no more."""
     protocol = socket.IPPROTO_ICMP if family is Family.IPV4 else socket.IPPROTO_ICMPV6
     with namespaces.inside(
-        bench.netns(n), lambda: socket.socket(domain(family), socket.SOCK_RAW, protocol)
+        bench.netns(n), lambda: socket.socket(family.domain, socket.SOCK_RAW, protocol)
     ) as listener:
         listener.settimeout(PATIENCE_S)
         yield listener

@@ -26,8 +26,6 @@ from testbed.pods.pod import Pod
 from testbed.runtimes.interface import Options, Prepared
 from tests.children import ending
 
-from .sockets import domain
-
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]  # components are compiled once
 
 SOURCE = """\
@@ -98,7 +96,7 @@ def test_it_dials_in_the_pod(run: Run, pod: Pod, host: str) -> None:
     address = "127.0.0.1" if host == "localhost" else host
 
     def serve() -> socket.socket:
-        return socket.create_server((address, 0), family=domain(family))
+        return socket.create_server((address, 0), family=family.domain)
 
     with namespaces.inside(pod.netns, serve) as server:
         server.settimeout(10)

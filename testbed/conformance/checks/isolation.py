@@ -188,8 +188,7 @@ def pods_are_apart(bed: Bed) -> None:
     with stage.another(f"{stage.name}-b") as other:
 
         def listen() -> socket.socket:
-            family = socket.AF_INET if bed.family is Family.IPV4 else socket.AF_INET6
-            return socket.create_server((bed.wildcard, bed.port), family=family)
+            return socket.create_server((bed.wildcard, bed.port), family=bed.family.domain)
 
         with namespaces.inside(other.netns, listen) as listener:
             listener.setblocking(False)

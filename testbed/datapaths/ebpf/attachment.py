@@ -61,6 +61,7 @@ class EbpfAttachment:
         except BaseException:
             self.detach()
             raise
+        self._close_programs()  # opened again when they are needed: many pods are many files
 
     def carried(self, client: int | None, server: int | None) -> Count:
         if client is None and server is None:
@@ -120,6 +121,9 @@ class EbpfAttachment:
     def detach(self) -> None:
         self._scope.undo()
         loopback_side.release_ports(self._held)
+        self._close_programs()
+
+    def _close_programs(self) -> None:
         for programs in self._at_cgroup.values():
             programs.close()
         if hasattr(self, "_programs"):

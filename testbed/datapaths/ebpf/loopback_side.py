@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_network
 from typing import Any
 
-from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from testbed.host import facts, namespaces
@@ -66,7 +65,7 @@ def hold_ports(pod: str, netns: str, owners: Owners) -> list[socket.socket]:
     families = facts.families()
 
     def hold(transport: Transport, address: Address, port: int, device: int) -> socket.socket:
-        family = _af(f"ipv{address.version}")
+        family = Family(f"ipv{address.version}").domain
         kind = socket.SOCK_STREAM if transport is Transport.TCP else socket.SOCK_DGRAM
         held.append(socket.socket(family, kind))
         if address.version == 6:
@@ -177,10 +176,14 @@ def _ranges(ports: Iterable[int]) -> list[tuple[int, int]]:
     return found if len(found) <= MOST_RULES else [(found[0][0], found[-1][1])]
 
 
-def _local(command: str, families: Iterable[Family], priority: int) -> list[Change]:
+def _local(command: str, families: Iterable[str], priority: int) -> list[Change]:
     """The kernel's rule for what is local, at this priority."""
     return [
-        ("rule", command, {"family": _af(family), "priority": priority, "table": RT_TABLE_LOCAL})
+        (
+            "rule",
+            command,
+            {"family": Family(family).domain, "priority": priority, "table": RT_TABLE_LOCAL},
+        )
         for family in families
     ]
 
@@ -192,7 +195,7 @@ def _for_guests(command: str, ranges: Iterable[tuple[int, int]]) -> list[Change]
             "rule",
             command,
             {
-                "family": _af(family),
+                "family": family.domain,
                 "priority": FIRST,
                 "table": GUESTS_TABLE,
                 "ip_proto": socket.IPPROTO_UDP,
@@ -215,7 +218,7 @@ def _routes(command: str, routes: Iterable[str], table: int = RT_TABLE_LOCAL) ->
                 "dst": str(network),
                 "type": "local",
                 "table": table,
-                "family": _af(family),
+                "family": family.domain,
                 **({} if network.version == 6 else {"scope": "host"}),
                 "oif": LO_IFINDEX,
                 "prefsrc": str(addresses.loopback(family)),
@@ -228,34 +231,24 @@ def _routes(command: str, routes: Iterable[str], table: int = RT_TABLE_LOCAL) ->
 def _families_with_local_first(netns: str) -> list[Family]:
     """Families whose first rule is the kernel's own for what is local. It has no priority then."""
 
-    def find() -> list[Family]:
-        with IPRoute() as ip:
-            return [
-                family
-                for family in facts.families()
-                if any(
-                    not rule.get("priority") and rule.get("table") == RT_TABLE_LOCAL
-                    for rule in ip.get_rules(family=_af(family))
-                )
-            ]
-
-    return namespaces.inside(netns, find)
+    with namespaces.open_socket(netns) as ip:
+        return [
+            family
+            for family in facts.families()
+            if any(
+                not rule.get("priority") and rule.get("table") == RT_TABLE_LOCAL
+                for rule in ip.get_rules(family=family.domain)
+            )
+        ]
 
 
 def _change(netns: str, changes: Iterable[Change]) -> None:
     """Make changes of routes and rules. It is no error if one was made already."""
 
-    def change() -> None:
-        with IPRoute() as ip:
-            for what, command, arguments in changes:
-                try:
-                    getattr(ip, what)(command, **arguments)
-                except NetlinkError as e:
-                    if e.code not in NO_ERRORS[what]:
-                        raise
-
-    namespaces.inside(netns, change)
-
-
-def _af(family: Family | str) -> socket.AddressFamily:
-    return socket.AF_INET if family == Family.IPV4 else socket.AF_INET6
+    with namespaces.open_socket(netns) as ip:
+        for what, command, arguments in changes:
+            try:
+                getattr(ip, what)(command, **arguments)
+            except NetlinkError as e:
+                if e.code not in NO_ERRORS[what]:
+                    raise
