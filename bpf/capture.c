@@ -3,12 +3,12 @@
  * The datapath `capture`: moves packets for `localhost` from the pod's `lo` to the guest that owns
  * the port, and from a guest's port to the owner of the port that it dialed.
  *
- *   pod's namespace            :       namespace of the links
- *                              :               bridge
- *   lo ---------- guests ------:----- pod --------+--------- g1 ------ guest 1
- *   lo_egress     uplink_      :   router         |     port_ingress
- *                 ingress      :   bridge_egress  |     bridge_egress
- *                              :                  +--------- g2 ------ guest 2
+ *   pod's namespace              :      namespace of the links
+ *                                :              bridge
+ *   lo ---------- guests --------:---- pod --------+--------- g1 ------ guest 1
+ *   lo_egress     uplink_egress  :  router         |     port_ingress
+ *                 uplink_ingress :  bridge_egress  |     bridge_egress
+ *                                :                 +--------- g2 ------ guest 2
  *
  *   native to guest:   lo_egress > guests > router > g1    back: port_ingress > uplink_ingress > lo
  *   guest to native:   port_ingress > uplink_ingress > lo  back: lo_egress > guests > router > g1
@@ -78,7 +78,18 @@ static __always_inline int lo_egress(struct __sk_buff *skb)
 	pod = pods.lookup(&key);
 	if (!pod)
 		return TC_ACT_SHOT;
+	skb->mark = MARK_REDIRECTED;
 	return bpf_redirect(pod->uplink, 0);
+}
+
+/* Egress of the veth's end in the pod's namespace: checks what the namespace's own stack sends. */
+static __always_inline int uplink_egress(struct __sk_buff *skb)
+{
+	struct address source = {};
+
+	if (skb->mark == MARK_REDIRECTED || !check_source(skb, &source))
+		return TC_ACT_OK;
+	return drop(skb, port_of(skb).slot, REASON_SPOOFED);
 }
 
 /* Ingress of the veth's end in the namespace of the links: sends translated packets to their
@@ -158,8 +169,6 @@ static __always_inline int port_ingress(struct __sk_buff *skb)
 		return redirect_marked(skb, port.slot, to);
 	case TO_NATIVE:
 		return redirect_to_pod(port.slot);
-	case TC_ACT_REDIRECT: /* an answer to ARP or neighbor discovery */
-		skb->mark = MARK_REDIRECTED;
 	}
 	return verdict;
 }
@@ -183,6 +192,7 @@ static __always_inline int uplink_ingress(struct __sk_buff *skb)
 }
 
 TC_PROGRAM(lo_egress)
+TC_PROGRAM(uplink_egress)
 TC_PROGRAM(router)
 TC_PROGRAM(bridge_egress)
 TC_PROGRAM(port_ingress)

@@ -13,6 +13,8 @@
 #include <uapi/linux/bpf.h>
 #include <uapi/linux/if_ether.h>
 #include <uapi/linux/in.h>
+#include <uapi/linux/ip.h>
+#include <uapi/linux/ipv6.h>
 #include <uapi/linux/pkt_cls.h>
 
 #include "addresses.h"
@@ -63,15 +65,13 @@ static __always_inline int leave_lo(struct __sk_buff *skb, struct port port, u8 
 		return TC_ACT_OK;
 	parse(skb, &p, port.slot, HOOK_LO, 0);
 	/* On `lo` only the kernel sends from a guest's view, when it refuses for one that is down. */
-	if (p.source.kind == NATIVE_VIEW && !p.rst && !p.is_icmp_error)
+	if (p.source.kind == LINK || p.source.kind == GUEST_VIEW ||
+	    (p.source.kind == NATIVE_VIEW && !p.rst && !p.is_icmp_error))
 		return drop(skb, port.slot, REASON_SPOOFED);
 	if (p.fault != FAULT_NONE || p.destination.kind == MULTICAST)
 		return TC_ACT_OK;
 	if (p.destination.kind == NATIVE_VIEW && guest_ifindex(port.slot, p.destination.n)) {
 		n = p.destination.n;
-		if (p.protocol == IPPROTO_UDP && !p.is_icmp_error &&
-		    owner_if_up(port.slot, p.protocol, p.source_port) >= 0)
-			return drop(skb, port.slot, REASON_SPOOFED); /* that guest answers itself */
 		/* The kernel refuses for a guest that is down: from that guest's view. */
 		source = p.source.kind == NATIVE_VIEW ? address_of(GUEST_VIEW, p.source.n)
 						      : address_of(ALIAS, 0);
@@ -111,6 +111,26 @@ static __always_inline int leave_lo(struct __sk_buff *skb, struct port port, u8 
 	return TO_GUEST;
 }
 
+/* At egress of a link to guests, of a packet that the namespace's own stack sends: reads its source.
+ * Returns nonzero if only a guest or a program may have it. The kernel lets every process send from
+ * any address in IPv6 (IPV6_FREEBIND).
+ */
+static __always_inline int check_source(struct __sk_buff *skb, struct address *source)
+{
+	__be32 words[4];
+
+	if (skb->protocol == bpf_htons(ETH_P_IP)) {
+		if (!read(skb, ETH_HLEN + offsetof(struct iphdr, saddr), words, 4))
+			*source = classify4(words[0]);
+	} else if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
+		if (!read(skb, ETH_HLEN + offsetof(struct ipv6hdr, saddr), words, 16))
+			*source = classify6(words);
+	}
+	if (source->kind == LINK)
+		return !skb->ingress_ifindex; /* else the stack forwards it from the guest */
+	return is_reserved(*source) && source->kind != ALIAS;
+}
+
 /* Whether guest n may use an address as its own. */
 static __always_inline bool may_claim(struct address claimed, u8 n)
 {
@@ -123,6 +143,13 @@ static __always_inline bool is_answered(struct address asked)
 {
 	return asked.kind == ALIAS || asked.kind == NATIVE_SOURCE ||
 	       asked.kind == NATIVE_SOURCE_ODD || asked.kind == GUEST_VIEW;
+}
+
+/* Sends an answer to the guest that asked. */
+static __always_inline int send_back(struct __sk_buff *skb)
+{
+	skb->mark = MARK_REDIRECTED;
+	return bpf_redirect(skb->ifindex, 0);
 }
 
 static __always_inline int port_arp(struct __sk_buff *skb, struct port port)
@@ -141,7 +168,7 @@ static __always_inline int port_arp(struct __sk_buff *skb, struct port port)
 	count_reason(skb, port.slot, REASON_ANSWERED);
 	if (answer_arp(skb, &arp, port.n))
 		return drop(skb, port.slot, REASON_TRUNCATED);
-	return bpf_redirect(skb->ifindex, 0);
+	return send_back(skb);
 }
 
 static __always_inline int port_nd(struct __sk_buff *skb, struct port port, struct packet *p)
@@ -161,7 +188,7 @@ static __always_inline int port_nd(struct __sk_buff *skb, struct port port, stru
 	count_reason(skb, port.slot, REASON_ANSWERED);
 	if (answer_solicitation(skb, p, port.n))
 		return drop(skb, port.slot, REASON_TRUNCATED);
-	return bpf_redirect(skb->ifindex, 0);
+	return send_back(skb);
 }
 
 /* Checks whether guest n may send the packet. Returns ADMITTED, with the packet parsed, if its

@@ -47,8 +47,6 @@ enum reason {
 #include <uapi/linux/if_ether.h>
 #include <uapi/linux/in.h>
 #include <uapi/linux/in6.h>
-#include <uapi/linux/ip.h>
-#include <uapi/linux/ipv6.h>
 #include <uapi/linux/pkt_cls.h>
 
 #include "addresses.h"
@@ -106,22 +104,16 @@ static __always_inline int port_ingress(struct __sk_buff *skb)
 	return verdict;
 }
 
-/* Egress of guest n's port: counts what the namespace's own stack sends. */
+/* Egress of guest n's port: checks and counts what the namespace's own stack sends. */
 static __always_inline int port_egress(struct __sk_buff *skb)
 {
 	struct port port = port_of(skb);
 	struct address source = {};
-	__be32 words[4];
 
 	if (skb->mark == MARK_REDIRECTED)
 		return TC_ACT_OK;
-	if (skb->protocol == bpf_htons(ETH_P_IP)) {
-		if (!read(skb, ETH_HLEN + offsetof(struct iphdr, saddr), words, 4))
-			source = classify4(words[0]);
-	} else if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
-		if (!read(skb, ETH_HLEN + offsetof(struct ipv6hdr, saddr), words, 16))
-			source = classify6(words);
-	}
+	if (check_source(skb, &source))
+		return drop(skb, port.slot, REASON_SPOOFED);
 	if (source.kind == POD_LINK)
 		count_native(skb, port.slot, port.n, GUEST_RECEIVES, GUEST_SERVES);
 	else if (source.kind == ALIAS)

@@ -4,7 +4,7 @@
 them to links and cgroups, `ring` reads ring buffers, `syscall` is bpf(2).
 """
 
-from testbed.bpf.bytecode import compile, headers, reasons, source
+from testbed.bpf.bytecode import compile, headers, reasons, refusing, source
 from testbed.bpf.hooks import (
     EGRESS,
     INGRESS,
@@ -36,6 +36,7 @@ __all__ = [
     "load",
     "load_traced",
     "reasons",
+    "refusing",
     "replace_tc",
     "run",
     "running_tc",

@@ -20,6 +20,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,8 @@ PROGRAM_TYPES = {"sched_cls": 3, "cgroup_sock_addr": 18, "cgroup_sockopt": 25}
 """enum bpf_prog_type, by the name with which `bpf/common.h` declares an entry point."""
 SCHED_CLS = PROGRAM_TYPES["sched_cls"]
 """The type of tc programs."""
+SK_REUSEPORT, SK_DROP = 21, 0
+"""The type of programs that choose among sockets that share a port, and a verdict of theirs."""
 ATTACH_TYPES = {
     "bind4": 8,
     "bind6": 9,
@@ -154,6 +157,17 @@ def load_entry(name: str, classid: int, calls: int, number: int) -> int:
         )
     )
     return syscall.load_program(name, SCHED_CLS, 0, code)
+
+
+@contextmanager
+def refusing() -> Iterator[int]:
+    """File descriptor of a program for sockets that share a port: it chooses none of them."""
+    code = struct.pack("=BBhiBBhi", 0xB7, 0, 0, SK_DROP, 0x95, 0, 0, 0)  # r0 = SK_DROP; exit
+    fd = syscall.load_program("refuse", SK_REUSEPORT, 0, code)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 TRACED = "-traced"

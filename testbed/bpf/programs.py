@@ -12,6 +12,7 @@ import ctypes
 import fcntl
 import os
 import resource
+import stat
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -251,7 +252,13 @@ def _mount_bpffs() -> None:
         raise Error(
             f"cannot mount bpffs on {BPFFS}: {os.strerror(ctypes.get_errno())}", hint="run as root"
         )
-    PINS.mkdir(mode=0o700, exist_ok=True)  # a bpffs that others mounted may be open to everybody
+    # A bpffs that others mounted may be open to everybody: then somebody may have made it before.
+    with suppress(FileExistsError):
+        PINS.mkdir(mode=0o700)
+    made = PINS.lstat()
+    if not stat.S_ISDIR(made.st_mode) or made.st_uid:
+        raise Error(f"{PINS} is not a folder of root's", hint=f"rm -r {PINS}")
+    PINS.chmod(0o700)
 
 
 def _load(name: str, pins: Path) -> None:

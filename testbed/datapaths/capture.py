@@ -53,6 +53,7 @@ class _Attachment(EbpfAttachment):
             self._attach(port.ifindex, EGRESS, "bridge_egress", port.n, wiring.link_netns)
             self._attach(port.ifindex, INGRESS, "port_ingress", port.n, wiring.link_netns)
         self._attach(wiring.uplink_peer_ifindex, INGRESS, "router", netns=wiring.link_netns)
+        self._attach(wiring.uplink_ifindex, EGRESS, "uplink_egress")
         self._attach(wiring.uplink_ifindex, INGRESS, "uplink_ingress")
 
 

@@ -17,6 +17,7 @@ from testbed.bpf import bytecode, syscall
 from testbed.datapaths.ebpf import state
 from testbed.datapaths.ebpf.state import PodState
 from testbed.host.ledger import Owner
+from testbed.model.errors import Error
 
 from .test_verifier import SETS, TRACED
 
@@ -89,6 +90,19 @@ def test_a_pod_takes_little_memory_on_any_number_of_cpus(name: str) -> None:
     print(f"{name}: {taken >> 10} KiB a pod, {maps >> 10} KiB for all pods")
     assert taken <= POD_BYTES
     assert maps <= SET_BYTES
+
+
+def test_pins_are_put_into_no_folder_of_another_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who may write to a bpffs may have made it before."""
+    theirs = bpf.PINS.with_name("testbed-of-another-user")
+    monkeypatch.setattr(bpf.programs, "PINS", theirs)
+    theirs.mkdir()
+    try:
+        os.chown(theirs, 65534, 65534)
+        with Owner() as owner, pytest.raises(Error, match=f"{theirs} is not a folder of root's"):
+            bpf.load("names", owner)
+    finally:
+        theirs.rmdir()
 
 
 @pytest.mark.parametrize("name", COUNTING)

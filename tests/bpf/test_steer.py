@@ -192,12 +192,20 @@ class TestDropped:
     def test_truncated_at_any_length_it_does_no_harm(
         self, programs: Programs, a: Plan, l4: Body
     ) -> None:
-        whole = from_guest(ip(a.link, a.alias) / l4(EPHEMERAL, NATIVE_PORT))
-        headers = len(whole) - len(bytes(l4(EPHEMERAL, NATIVE_PORT).payload))
+        body = l4(EPHEMERAL, NATIVE_PORT)
+        arrives, leaves = from_guest(ip(a.link, a.alias) / body), frame(ip(a.alias, a.link) / body)
+        headers = len(arrives) - len(bytes(body.payload))
         shortest = 14 + (20 if a.family is Family.IPV4 else 40)  # Linux 6.18 runs nothing shorter
         for length in range(shortest, headers):
-            assert programs.run("port_ingress", whole[:length])[0] == DROPPED
-            assert programs.run("port_egress", whole[:length])[0] == PASSED
+            assert programs.run("port_ingress", arrives[:length])[0] == DROPPED
+            assert programs.run("port_egress", leaves[:length])[0] == PASSED
+
+    def test_what_natives_send_in_anothers_name(self, programs: Programs, a: Plan) -> None:
+        for source in (a.others_link, a.view, a.others_view, a.native_view, a.native_source):
+            sent = frame(ip(source, a.link) / udp(1, OWN_PORT))
+            assert programs.drops("port_egress", sent, "spoofed")
+        for source in (a.pod_link, a.alias):
+            assert programs.passes("port_egress", frame(ip(source, a.link) / udp(1, OWN_PORT)))
 
     def test_frames_from_another_mac_address(self, programs: Programs, a: Plan) -> None:
         packet = ip(a.link, a.alias) / tcp(EPHEMERAL, NATIVE_PORT)

@@ -8,9 +8,8 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from ipaddress import ip_address
 from pathlib import Path
 from textwrap import dedent
 
@@ -22,9 +21,8 @@ from testbed.host.facts import slowness
 from testbed.model import addresses
 from testbed.model.addresses import Address
 from testbed.model.terms import Family, Transport
-from tests.children import ending
 from tests.integration.conftest import Build
-from tests.integration.sockets import PORTS, Bench, Pair, localhost
+from tests.integration.sockets import PORTS, Bench, localhost
 
 pytestmark = pytest.mark.root
 
@@ -109,77 +107,46 @@ for port in map(int, ports):
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, bits >> 1 & 1)
             if ":" in host and not host.startswith("::ffff:"):
                 s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, bits >> 2)
-            if device:
-                s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
+            s.setsockopt(socket.SOL_SOCKET, 62, int(device))  # SO_BINDTOIFINDEX
             print(tried(lambda: s.bind((host, port))))
 """
 """With each combination of options."""
+EVERYWHERE = ["0.0.0.0", "::"]
+AT_LO = [*EVERYWHERE, "127.0.0.1", "127.7.7.7", "127.77.0.1", "::1", "::ffff:127.0.0.1"]
+
+
+def binds_no_port_of_a_guest(bench: Bench, transport: Transport, host: str, device: int) -> None:
+    assert set(run(bench, BIND, transport, host, device, PORTS[1], PORTS[2])) == {"EADDRINUSE"}
+    assert set(run(bench, BIND, transport, host, device, PORTS[0])) == {"done"}  # the control
 
 
 @TRANSPORTS
-@pytest.mark.parametrize(
-    "host", ["127.0.0.1", "0.0.0.0", "127.7.7.7", "127.77.0.1", "::1", "::", "::ffff:127.0.0.1"]
-)
+@pytest.mark.parametrize("host", AT_LO)
 def test_it_binds_no_port_of_a_guest(bench: Bench, transport: Transport, host: str) -> None:
-    assert set(run(bench, BIND, transport, host, "", PORTS[1], PORTS[2])) == {"EADDRINUSE"}
-    assert set(run(bench, BIND, transport, host, "", PORTS[0])) == {"done"}  # the control
+    binds_no_port_of_a_guest(bench, transport, host, device=0)
 
 
 @TRANSPORTS
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "::"])
+@pytest.mark.parametrize("host", AT_LO)
 def test_it_binds_no_port_of_a_guest_at_the_device_lo(
     bench: Bench, transport: Transport, host: str
 ) -> None:
     """Which takes no privilege since Linux 5.7."""
-    assert set(run(bench, BIND, transport, host, "lo", PORTS[1])) == {"EADDRINUSE"}
-    assert set(run(bench, BIND, transport, host, "lo", PORTS[0])) == {"done"}
+    binds_no_port_of_a_guest(bench, transport, host, device=1)
 
 
-LISTEN = """
-family, transport, *devices = sys.argv[1:]
-host, port = ("::", 5001) if family == "ipv6" else ("0.0.0.0", 5001)
-open_ones = []
-for device in devices:
-    s = opened(transport, host)
-    s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
-    if host == "::":
-        s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    s.bind((host, port))
-    if transport == "tcp":
-        s.listen()
-    open_ones.append(s)
-print(flush=True)
-sys.stdin.read()
-for s in open_ones:
-    s.setblocking(False)
-    print(tried(s.accept if transport == "tcp" else lambda: s.recv(100)))
-"""
-
-
-@FAMILIES
 @TRANSPORTS
-def test_it_gets_nothing_that_is_for_a_guest(
-    bench: Bench, family: Family, transport: Transport
+@pytest.mark.parametrize("host", EVERYWHERE)
+def test_it_binds_no_port_of_a_guest_at_another_device(
+    bench: Bench, transport: Transport, host: str
 ) -> None:
-    """It may bind guest 1's port at other links than `lo`: nothing of `localhost` passes there."""
-    names = namespaces.inside(bench.netns(0), socket.if_nameindex)
-    devices = [name for _, name in names if name != "lo"]
-    listening = subprocess.Popen(
-        command(bench, LISTEN, family, transport, *devices),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd="/",
-    )
-    with ending(listening):
-        assert listening.stdout
-        assert listening.stdout.readline() == "\n"
-        for client in (0, 1, 2):
-            with bench.connected(Pair(client, 1), family, transport) as (near, far):
-                near.send(b"for guest 1")
-                assert far.recv(100) == b"for guest 1"
-        said, _ = listening.communicate("")
-    assert said.split() == ["EAGAIN"] * len(devices)
+    """By connect(AF_UNSPEC) it would then have the port without a device."""
+    devices = [index for index, _ in namespaces.inside(bench.netns(0), socket.if_nameindex)]
+    for device in devices:
+        binds_no_port_of_a_guest(bench, transport, host, device)
+    missing = max(devices) + 1000
+    said = set(run(bench, BIND, transport, host, missing, PORTS[1]))
+    assert said == {"EADDRINUSE"}, f"{said} at a device that does not exist"
 
 
 # --- names ----------------------------------------------------------------------------------
@@ -204,14 +171,12 @@ def test_it_makes_no_packets_of_its_own(bench: Bench) -> None:
 
 
 SEND = """
-transport, source, host, port, *at = sys.argv[1:]
+transport, source, host, port = sys.argv[1:]
 with opened(transport, host) as s:
     s.settimeout(0.3)
-    if at:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, at[0].encode())
     level, option = (socket.IPPROTO_IPV6, FREEBIND6) if ":" in host else (0, FREEBIND4)
     s.setsockopt(level, option, 1)
-    s.bind((source, int(at[1]) if at else 7777))
+    s.bind((source, 7777))
     try:
         s.connect((host, int(port)))
         s.send(b"as guest 2")
@@ -235,60 +200,21 @@ def quiet(server: socket.socket, transport: Transport) -> Iterator[None]:
     assert heard is None
 
 
+ADDRESSES_OF_GUESTS = (addresses.native_view, addresses.guest_view, addresses.guest_link)
+"""By which a guest is known: to natives, to other guests, and on its link."""
+
+
 @FAMILIES
-def test_it_opens_no_connection_in_a_guests_name(bench: Bench, family: Family) -> None:
+@TRANSPORTS
+@pytest.mark.parametrize("known_as", ADDRESSES_OF_GUESTS)
+def test_it_sends_nothing_in_a_guests_name(
+    bench: Bench, family: Family, transport: Transport, known_as: Callable[[Family, int], Address]
+) -> None:
     """Guest 2's, towards a native and guest 1. Sockets may be bound to addresses nobody has."""
-    views = [f(family, 2) for f in (addresses.native_view, addresses.guest_view)]
-    targets = {0: localhost(0, family), 1: str(addresses.native_view(family, 1))}
-    for n, host in targets.items():
-        with bench.serve(n, family, Transport.TCP) as server, quiet(server, Transport.TCP):
-            for source in (*views, addresses.guest_link(family, 2)):
-                run(bench, SEND, "tcp", source, host, PORTS[n])
-
-
-@FAMILIES
-@pytest.mark.parametrize("n", [0, 1])
-def test_it_sends_no_datagram_in_a_guests_name(bench: Bench, family: Family, n: int) -> None:
-    """Guest 2's, to a native or guest 1. They see the address by which they know guest 2."""
-    host = addresses.native_view(family, 1) if n else localhost(0, family)
-    with bench.serve(n, family, Transport.UDP) as server, quiet(server, Transport.UDP):
-        run(bench, SEND, "udp", addresses.native_view(family, 2), host, PORTS[n])
-
-
-AT_A_DEVICE = pytest.mark.xfail(
-    reason="at a device, a native's socket may have a guest's port and send from it",
-    raises=AssertionError,
-)
-
-
-def answers_as_guest_2(
-    bench: Bench, device: str, source: Address, destination: Address, family: Family
-) -> None:
-    """A client in guest 1 asks guest 2's server at `localhost`, and must hear no answer."""
-    with bench.open(1, family, Transport.UDP) as client:
-        client.connect((localhost(1, family), PORTS[2]))
-        port = client.getsockname()[1]
-        with quiet(client, Transport.UDP):
-            run(bench, SEND, "udp", source, destination, port, device, PORTS[2])
-
-
-@FAMILIES
-def test_it_answers_no_guest_in_anothers_name_by_lo(bench: Bench, family: Family) -> None:
-    source = ip_address("127.0.0.9") if family is Family.IPV4 else addresses.native_source(family)
-    answers_as_guest_2(bench, "lo", source, addresses.native_view(family, 1), family)
-
-
-@FAMILIES
-def test_it_answers_no_guest_in_anothers_name_by_its_link(
-    bench: Bench, family: Family, request: pytest.FixtureRequest
-) -> None:
-    """In IPv4, `capture` has the alias nowhere, so the kernel sends nothing from it."""
-    steer = bench.pod.datapath.name == "steer"
-    if steer or family is Family.IPV6:
-        request.applymarker(AT_A_DEVICE)
-    device = "g1" if steer else "guests"
-    guest = addresses.guest_link(family, 1)
-    answers_as_guest_2(bench, device, addresses.alias(family), guest, family)
+    native, guest = localhost(0, family), addresses.guest_link(family, 1)
+    for n, host in ((0, native), (1, native), (1, guest)):
+        with bench.serve(n, family, transport) as server, quiet(server, transport):
+            run(bench, SEND, transport, known_as(family, 2), host, PORTS[n])
 
 
 # --- programs and other pods ----------------------------------------------------------------

@@ -8,26 +8,26 @@ itself.
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
-from ipaddress import IPv4Address, IPv6Address, ip_network
+from ipaddress import ip_network
 from typing import Any
 
 from pyroute2.netlink.exceptions import NetlinkError
 
+from testbed import bpf
 from testbed.host import facts, namespaces
 from testbed.host.ledger import Scope
 from testbed.model import addresses
-from testbed.model.addresses import Address
 from testbed.model.errors import Error
 from testbed.model.terms import Family, Transport
 
 LINK_MTU = 1500
 LO_IFINDEX = 1
-NO_IFINDEX = 0x7FFFFFFF
-SO_BINDTOIFINDEX = 62
-"""Socket option, since Linux 5.0. It takes any number: the device need not exist, though socket(7)
-does not say so."""
+SO_ATTACH_REUSEPORT_EBPF = 52
+NOBODYS_UID = 0xFFFFFFEF
+"""Id of a user that no process is."""
 RT_TABLE_LOCAL = 255
 GUESTS_TABLE = 7700
 """Table with the routes of natives' datagrams to guests' ports."""
@@ -55,36 +55,20 @@ Owners = Mapping[tuple[Transport, int], int]
 def hold_ports(pod: str, netns: str, owners: Owners) -> list[socket.socket]:
     """Bind sockets to each port that a guest owns, and return them.
 
-    Natives that bind such a port get EADDRINUSE, also at the device `lo`, and none gets it as an
+    Natives that bind such a port get EADDRINUSE, at any address and device, and none gets it as an
     ephemeral port. The sockets accept no packets, so that the kernel refuses those for a guest that
-    is down: TCP sockets do not listen. Of UDP sockets, one is bound to a device that does not
-    exist. For those who bind to `lo` there is one for each family, connected to a port that no
-    guest has. Raises `Error` if a native process has a port.
+    is down. Raises `Error` if a native process has a port.
     """
     held: list[socket.socket] = []
-    families = facts.families()
-
-    def hold(transport: Transport, address: Address, port: int, device: int) -> socket.socket:
-        family = Family(f"ipv{address.version}").domain
-        kind = socket.SOCK_STREAM if transport is Transport.TCP else socket.SOCK_DGRAM
-        held.append(socket.socket(family, kind))
-        if address.version == 6:
-            held[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        held[-1].setsockopt(socket.SOL_SOCKET, SO_BINDTOIFINDEX, device)
-        held[-1].bind((str(address), port))
-        return held[-1]
 
     def bind() -> None:
-        nobodys = next(p for p in range(0xFFFF, 0, -1) if (Transport.UDP, p) not in owners)
-        everywhere = IPv6Address("::") if Family.IPV6 in families else IPv4Address("0.0.0.0")
         for (transport, port), n in sorted(owners.items()):
             try:
                 if transport is Transport.TCP:
-                    hold(transport, everywhere, port, LO_IFINDEX)
-                    continue
-                hold(transport, everywhere, port, NO_IFINDEX)
-                for address in map(addresses.loopback, families):
-                    hold(transport, address, port, LO_IFINDEX).connect((str(address), nobodys))
+                    held.append(_unbound(socket.SOCK_STREAM))  # it does not listen
+                else:
+                    held.append(_refusing(_unbound(socket.SOCK_DGRAM)))
+                held[-1].bind(("", port))
             except OSError as e:
                 if e.errno != errno.EADDRINUSE:
                     raise
@@ -100,6 +84,29 @@ def hold_ports(pod: str, netns: str, owners: Owners) -> list[socket.socket]:
         release_ports(held)
         raise
     return held
+
+
+def _unbound(kind: socket.SocketKind) -> socket.socket:
+    """A socket that is going to have its port in both families, if the kernel has both."""
+    both = Family.IPV6 in facts.families()
+    opened = socket.socket(Family.IPV6.domain if both else Family.IPV4.domain, kind)
+    if both:
+        opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    return opened
+
+
+def _refusing(opened: socket.socket) -> socket.socket:
+    """Let a UDP socket refuse all that comes.
+
+    Sockets share a port (SO_REUSEPORT) if all of them want it and are one user's, and a program may
+    choose the receiver: ours chooses none. The socket becomes a user's that has no others.
+    """
+    os.fchown(opened.fileno(), NOBODYS_UID, -1)
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    with bpf.refusing() as program:
+        opened.setsockopt(socket.SOL_SOCKET, SO_ATTACH_REUSEPORT_EBPF, program)
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)  # multicast asks no program
+    return opened
 
 
 def release_ports(held: list[socket.socket]) -> None:
