@@ -29,7 +29,10 @@ TESTBED = (sys.executable, "-m", "testbed.cli")
 PIPES: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 PORT = 8081
 HOPS = {
-    "capture": ["lo_egress", "router", "bridge_egress", "port_ingress", "uplink_ingress"],
+    "capture": [
+        *("lo_egress", "uplink_egress", "router", "bridge_egress"),
+        *("port_ingress", "uplink_ingress"),
+    ],
     "steer": ["lo_egress", "port_egress", "port_ingress"],
 }
 """Of a native's SYN to a guest and the answer, for a process that is not of the pod's cgroup."""
