@@ -77,7 +77,11 @@ def _conformance(arguments: argparse.Namespace) -> int:
 
     globs = tuple(arguments.check or ("*",))
     if arguments.list:
-        _print(output.listing(checks.matching(globs)))
+        chosen = checks.matching(globs)
+        if arguments.json:
+            print(json.dumps([output.check_as_json(c) for c in chosen], indent=1))
+        else:
+            _print(output.listing(chosen))
         return 0
     if arguments.pages:
         for path in archive.write_pages():

@@ -69,6 +69,11 @@ def listing(chosen: Iterable[Check]) -> Table:
     return table
 
 
+def check_as_json(check: Check) -> dict[str, str]:
+    """A row of `listing` as plain data."""
+    return {"check": check.name, "proves": check.proves, "stands_for": check.standard}
+
+
 def as_json(results: Iterable[Result]) -> list[dict[str, Any]]:
     """Results as plain data, one object per case."""
     return [dict(vars(r)) for r in results]

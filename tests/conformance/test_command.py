@@ -36,6 +36,9 @@ def test_list_shows_every_check_and_runs_none() -> None:
     assert done.returncode == 0
     assert "datagram-1472" in done.stdout
     assert "half-close" not in done.stdout
+    plain = json.loads(conformance("--list", "--check", "datagram-*", "--json").stdout)
+    assert "datagram-1472" in [row["check"] for row in plain]
+    assert all(row["proves"] and row["stands_for"] for row in plain)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ TESTED = (
     "experiments",
     "testbed",
     "tests/bpf",
+    "tests/hostile/test_process.py",
     "bootstrap",
     "packages.txt",
     "pyproject.toml",
@@ -90,8 +91,9 @@ def doctor(status: int = 0, says: str = "") -> Step:
 
 
 def bpf() -> Step:
-    """Step that runs the tests of the eBPF programs."""
-    return Step("tests/bpf", ".venv/bin/pytest -q -p no:cacheprovider tests/bpf", HOUR_S)
+    """Step that runs the tests of the eBPF programs, and those of a hostile process."""
+    tests = "tests/bpf tests/hostile/test_process.py"
+    return Step("tests/bpf", f".venv/bin/pytest -q -p no:cacheprovider {tests}", HOUR_S)
 
 
 def cells(which: str = "*") -> Step:
