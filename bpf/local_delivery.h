@@ -191,6 +191,7 @@ static __always_inline int to_native(struct __sk_buff *skb, struct port port, st
 			return verdict;
 		count_reason(skb, port.slot, REASON_FALLBACK);
 	}
+	p->destination = hide_address(skb, p->destination); /* past_lo has learned about it */
 	return enter_lo(skb, port.slot, p);
 }
 

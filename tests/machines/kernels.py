@@ -44,7 +44,10 @@ TESTED = (
 )
 """Files and folders that the steps run."""
 
-COMPILERS = {"bookworm": "Debian 12", "trixie": "Debian 13"}
+COMPILERS = ("bookworm", "trixie")
+"""Debian suites whose compiler is tried with each kernel."""
+NEWEST = "sid"
+"""That with the newest compiler, which is tried with the newest kernel."""
 
 ENVIRONMENT = "PYTHONUNBUFFERED=1 TESTBED_SLOWNESS=8"
 
@@ -150,6 +153,7 @@ class Row:
 
 ROWS = (
     *(Row(kernel, compiler) for kernel in linux.SUITES for compiler in COMPILERS),
+    Row("newest", NEWEST, steps=(doctor(), bpf())),
     Row(
         "6.1",
         "bookworm",
@@ -214,7 +218,7 @@ class Outcome:
 def main(args: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python3 -m tests.machines kernels", description=__doc__)
     parser.add_argument("--kernel", nargs="+", choices=linux.SUITES, help="default: each")
-    parser.add_argument("--compiler", nargs="+", choices=COMPILERS, help="default: each")
+    parser.add_argument("--compiler", nargs="+", choices=(*COMPILERS, NEWEST), help="default: each")
     parser.add_argument("--row", nargs="+", metavar="NAME", help="only these (--list)")
     parser.add_argument("--list", action="store_true", help="list the rows, and run none")
     parser.add_argument("--jobs", type=int, default=1, help="machines at a time (default: 1)")
@@ -225,7 +229,7 @@ def main(args: Sequence[str]) -> int:
         row
         for row in ROWS
         if row.kernel in (options.kernel or linux.SUITES)
-        and row.compiler in (options.compiler or COMPILERS)
+        and row.compiler in (options.compiler or [row.compiler])
         and row.name in (options.row or [row.name])
     ]
     if options.list or not rows:
@@ -411,9 +415,8 @@ def compiler(root: Path) -> str:
     release = re.search(r'^VERSION_ID="?(\d+)', (root / "etc/os-release").read_text(), re.MULTILINE)
     (library,) = root.glob("usr/lib/*/libbcc.so.?.*")
     llvm = re.search(rb"libLLVM\D*(\d+)", library.read_bytes())
-    assert release
     assert llvm
-    return f"Debian {release[1]}, LLVM {llvm[1].decode()}"
+    return f"Debian {release[1] if release else 'unstable'}, LLVM {llvm[1].decode()}"
 
 
 def green(row: Row, commit: str) -> bool:

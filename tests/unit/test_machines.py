@@ -24,7 +24,8 @@ def test_rows_have_names_of_their_own_that_are_folders() -> None:
     assert len(set(names)) == len(names)
     assert not any("/" in name or " " in name for name in names)
     assert {(row.kernel, row.compiler) for row in kernels.ROWS} == {
-        (kernel, compiler) for kernel in linux.SUITES for compiler in kernels.COMPILERS
+        *((kernel, compiler) for kernel in linux.SUITES for compiler in kernels.COMPILERS),
+        ("newest", kernels.NEWEST),
     }
 
 
