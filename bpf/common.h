@@ -10,6 +10,7 @@
 #define TESTBED_COMMON_H
 
 #include <uapi/linux/bpf.h>
+#include <uapi/linux/pkt_cls.h>
 
 /* The kernel takes only this spelling as GPL compatible. */
 /* clang-format off */
@@ -30,19 +31,29 @@
 	}
 
 #ifndef TRACED
-#define TC_PROGRAM(name) PROGRAM(sched_cls, __sk_buff, name)
+#define TC_PROGRAM(name)                                                                           \
+	int sched_cls__##name(struct __sk_buff *skb)                                               \
+	{                                                                                          \
+		return let_others_see(name(skb));                                                  \
+	}
 #endif
 #define SOCK_ADDR_PROGRAM(name) PROGRAM(cgroup_sock_addr, bpf_sock_addr, name)
 #define SOCKOPT_PROGRAM(name)	PROGRAM(cgroup_sockopt, bpf_sockopt, name)
 
 #define SYS_PROCEED		1 /* a cgroup program lets the system call go on */
 
+/* The verdict of a tc program: what it lets pass goes on to the programs of others behind it. */
+static __always_inline int let_others_see(int verdict)
+{
+	return verdict == TC_ACT_OK ? TC_ACT_UNSPEC : verdict;
+}
+
 /* Hides from the compiler what it knows about a value. It then keeps a bound that it could prove,
  * but the verifier cannot, in the code.
  */
-#define barrier_var(value)	asm volatile("" : "+r"(value))
+#define barrier_var(value) asm volatile("" : "+r"(value))
 
 /* Keeps the compiler from moving reads and writes of memory to its other side. */
-#define barrier_memory()	asm volatile("" ::: "memory")
+#define barrier_memory()   asm volatile("" ::: "memory")
 
 #endif

@@ -81,7 +81,7 @@ static __always_inline void emit_event(struct __sk_buff *skb, const char *progra
 		emit_event(skb, program, time_ns, 0, false);                                       \
 		verdict = name(skb);                                                               \
 		emit_event(skb, program, time_ns, verdict, true);                                  \
-		return verdict;                                                                    \
+		return let_others_see(verdict);                                                    \
 	}
 
 #endif

@@ -3,7 +3,8 @@
 A link runs a tc program by a filter of its qdisc clsact. Since Linux 6.6 it can also run one
 directly (tcx), ahead of all filters. That takes 40 ns instead of 120 ns per packet. The difference
 is more than what our programs take for packets that they leave alone. But attaching and detaching
-by tcx waits for an RCU grace period, some 10 ms, during which nobody else can change links.
+by tcx waits for an RCU grace period, some 10 ms, during which nobody else can change links. So
+programs are attached by filters first, and by tcx in their place later.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -81,13 +82,18 @@ def replace_tc(netns: str, ifindex: int, hook: int, program: int, name: str, cla
     namespaces.inside(netns, attach)
 
 
-def attached_tc(netns: str, places: Iterable[tuple[int, int]]) -> set[tuple[int, int]]:
-    """Those of the places (ifindex, hook) that have the filter of `attach_tc`."""
+def attached_tc(netns: str, places: Mapping[tuple[int, int], str]) -> set[tuple[int, int]]:
+    """Those places (ifindex, hook) that run a program, by our filter or, of this name, by tcx."""
 
-    def find() -> set[tuple[int, int]]:
-        return {place for place in places if (FILTER, PRIORITY) in _filters(*place)}
+    def runs(place: tuple[int, int], name: str) -> bool:
+        if (FILTER, PRIORITY) in _filters(*place):
+            return True
+        if not has_tcx():
+            return False
+        with _running(*place) as programs:
+            return name in programs
 
-    return namespaces.inside(netns, find)
+    return namespaces.inside(netns, lambda: {at for at, name in places.items() if runs(at, name)})
 
 
 @cache
@@ -101,7 +107,7 @@ def has_tcx() -> bool:
 
 
 def attach_tcx(netns: str, ifindex: int, hook: int, entry: int) -> None:
-    """Attach a program to a link by tcx, until the link is removed.
+    """Attach a program to a link by tcx, until the link is removed, and remove our filter there.
 
     It replaces an attached program of the same name. A missing link is no error.
     """
@@ -111,6 +117,7 @@ def attach_tcx(netns: str, ifindex: int, hook: int, entry: int) -> None:
             old = running.get(syscall.program_name(entry), 0)
             flags = BPF_F_REPLACE if old else 0
             syscall.call(syscall.ATTACH, "=IIIII", ifindex, entry, hook, flags, old)
+        _remove_filters(ifindex, [hook])
 
     try:
         namespaces.inside(netns, attach)
@@ -164,17 +171,23 @@ def detach_tc(netns: str, ifindex: int) -> None:
     A missing link or namespace is no error.
     """
 
-    def detach() -> None:
-        for parent in AT_CLSACT.values():
+    try:
+        namespaces.inside(netns, lambda: _remove_filters(ifindex, AT_CLSACT))
+    except OSError as e:
+        if e.errno not in (errno.ENODEV, errno.ENOENT):
+            raise
+
+
+def _remove_filters(ifindex: int, hooks: Iterable[int]) -> None:
+    """Remove the filters of `attach_tc` at these hooks, and clsact if it is empty then."""
+    try:
+        for hook in hooks:
             with suppress(FileNotFoundError):
-                _tc(RTM_DELTFILTER, ifindex, BPF_KIND, parent, FILTER, PRIORITY)
+                _tc(RTM_DELTFILTER, ifindex, BPF_KIND, AT_CLSACT[hook], FILTER, PRIORITY)
         if not any(any(_filters(ifindex, hook)) for hook in AT_CLSACT):
             _tc(RTM_DELQDISC, ifindex, _attribute(TCA_KIND, b"clsact\0"), parent=CLSACT)
-
-    try:
-        namespaces.inside(netns, detach)
     except OSError as e:
-        if e.errno not in (errno.ENODEV, errno.EINVAL, errno.ENOENT):  # EINVAL: no clsact
+        if e.errno != errno.EINVAL:  # there is no clsact
             raise
 
 

@@ -68,7 +68,7 @@ class _Attachment(EbpfAttachment):
         self._steer_sockets()
 
     def attach_deferred(self) -> None:
-        """Attach the programs of guests' ports by tcx, too, if the kernel has it: it is faster."""
+        """Attach the programs of guests' ports by tcx instead, if the kernel has it."""
         if not bpf.has_tcx():
             return
         if not self._calls:
@@ -77,8 +77,12 @@ class _Attachment(EbpfAttachment):
             self._calls = True
         for port in self._wiring.ports:
             for number, (name, hook) in enumerate(AT_PORTS.items()):
+                place = self._wiring.netns, port.ifindex, hook
+                if place in self._by_tcx or place not in self._places:
+                    continue
                 with self._programs.entry(name, self._class_of(port.n), number) as entry:
-                    bpf.attach_tcx(self._wiring.netns, port.ifindex, hook, entry)
+                    bpf.attach_tcx(*place, entry)
+                self._by_tcx.add(place)
 
     def _replace(self, programs: ProgramSet, lock: threading.RLock) -> None:
         super()._replace(programs, lock)

@@ -44,7 +44,7 @@ def running(netns: str) -> list[str]:
         return bpf.running_tc(netns, ip, LO_IFINDEX)
 
 
-def test_an_entry_stands_ahead_of_the_filter_and_in_the_place_of_one_before(
+def test_an_entry_takes_the_place_of_the_filter_and_of_an_entry_before(
     owner: Owner, netns: str, programs: ProgramSet
 ) -> None:
     name, place = "lo_egress", (netns, LO_IFINDEX, bpf.EGRESS)
@@ -53,7 +53,9 @@ def test_an_entry_stands_ahead_of_the_filter_and_in_the_place_of_one_before(
     for classid in (1, 2):
         with programs.entry(name, classid, 0) as entry:
             bpf.attach_tcx(*place, entry)
-    assert running(netns) == ["egress:lo_egress", "egress:lo_egress"]
+        assert running(netns) == ["egress:lo_egress"]
+    assert bpf.attached_tc(netns, {place[1:]: name}) == {place[1:]}
+    assert not bpf.attached_tc(netns, {place[1:]: "another"})
 
 
 def test_an_entry_goes_on_for_as_long_as_there_is_something_to_go_on_with(

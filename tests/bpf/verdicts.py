@@ -16,8 +16,8 @@ from testbed.host import ledger
 from testbed.host.ledger import Owner
 from testbed.model.terms import Family, Transport
 
-PASSED, DROPPED, REDIRECTED = 0, 2, 7
-"""TC_ACT_OK, TC_ACT_SHOT, TC_ACT_REDIRECT."""
+PASSED, DROPPED, REDIRECTED = 2**32 - 1, 2, 7
+"""TC_ACT_UNSPEC, TC_ACT_SHOT, TC_ACT_REDIRECT."""
 
 US, ANOTHER = 0, 3
 OWN_PORT, ANOTHERS_PORT, NATIVE_PORT = 5000, 5003, 6000

@@ -9,15 +9,17 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+from testbed import bpf
 from testbed.bpf import hooks, syscall
 from testbed.datapaths.ebpf.attachment import EbpfAttachment
 from testbed.host import namespaces
-from testbed.model.terms import Family
+from testbed.model.addresses import pod_link
+from testbed.model.terms import Family, Transport
 from testbed.pods import reconciler
 from testbed.pods.reconciler import Reconciler
 from tests.integration.conftest import Build
@@ -27,7 +29,9 @@ pytestmark = pytest.mark.root
 
 CGROUP_SOCKOPT, CGROUP_SETSOCKOPT = 25, 22
 """Type and attach type of programs at setsockopt(2) (linux/bpf.h)."""
-ALLOW_MULTI, SCHED_CLS = 2, 3
+ALLOW_MULTI, SCHED_CLS, ARRAY = 2, 3, 2
+BEFORE, AFTER = 8, 16
+"""Flags of tcx: where among its programs."""
 THEIRS = 5
 
 
@@ -54,6 +58,24 @@ PRIORITY = b"".join(
 
 UNSPECIFIC = instruction(0xB7, 0, value=-1) + instruction(0x95)
 """A tc program that leaves every packet to the next one (TC_ACT_UNSPEC)."""
+
+
+def counts(map_fd: int) -> bytes:
+    """A tc program that counts packets in the map, and leaves them to the next one."""
+    return b"".join(
+        (
+            instruction(0x62, 10, offset=-4),  # u32 key = 0, on the stack
+            instruction(0xBF, 2, 10),
+            instruction(0x07, 2, value=-4),  # r2 = &key
+            instruction(0x18, 1, 1, value=map_fd),  # r1 = the map
+            instruction(0),
+            instruction(0x85, value=1),  # bpf_map_lookup_elem
+            instruction(0x15, 0, 0, 2),
+            instruction(0xB7, 1, value=1),
+            instruction(0xDB, 0, 1),  # *count += 1, atomically
+            UNSPECIFIC,
+        )
+    )
 
 
 @contextmanager
@@ -96,6 +118,17 @@ def test_what_another_program_makes_of_a_socket_option_holds(build: Build, who: 
     assert priority_set(group) == 1
 
 
+@contextmanager
+def pinned(program: int) -> Iterator[str]:
+    """Path of a program in bpffs."""
+    path = Path("/sys/fs/bpf") / f"theirs-{os.getpid()}"
+    syscall.pin(program, path)
+    try:
+        yield str(path)
+    finally:
+        path.unlink()
+
+
 def tc(netns: str, *words: str) -> str:
     command = ["nsenter", f"--net={namespaces.NETNS / netns}", "tc", *words]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -107,19 +140,17 @@ def test_filters_of_others_outlive_ours(build: Build, when: str, hook: str) -> N
     """Some of the same kind and priority, attached to a guest's port before or after ours."""
     pod = build(f"filters-{when}-{hook}", datapath="steer")
     at = ("dev", "g1", hook, "prio", "1", "handle", "1", "protocol", "all")
-    theirs = Path("/sys/fs/bpf") / f"theirs-{os.getpid()}"
     program = syscall.load_program("theirs", SCHED_CLS, 0, UNSPECIFIC)
-    syscall.pin(program, theirs)
-    try:
+    with pinned(program) as theirs:
         if when == "before":
             pod.attachment.detach()
             tc(pod.netns, "qdisc", "add", "dev", "g1", "clsact")
-        tc(pod.netns, "filter", "add", *at, "bpf", "da", "pinned", str(theirs))
+        tc(pod.netns, "filter", "add", *at, "bpf", "da", "pinned", theirs)
         if when == "before":
             pod.attachment = pod.datapath.attach(pod.wiring(), pod._owner)
-        shown = tc(pod.netns, "filter", "show", "dev", "g1", hook)
-        assert "theirs" in shown
-        assert f"port_{hook}" in shown
+        shown = bpf.running_tc(pod.netns, pod.links.link_ip, pod.wiring().ports[0].ifindex)
+        assert f"{hook}:port_{hook}" in shown
+        assert "theirs" in tc(pod.netns, "filter", "show", "dev", "g1", hook)
         with Bench(pod).connected(Pair(0, 1), Family.IPV4) as (near, far):
             near.send(b"!")
             assert far.recv(1) == b"!"
@@ -127,9 +158,47 @@ def test_filters_of_others_outlive_ours(build: Build, when: str, hook: str) -> N
         shown = tc(pod.netns, "filter", "show", "dev", "g1", hook)
         assert "theirs" in shown
         assert "port_" not in shown
+    os.close(program)
+
+
+@pytest.mark.parametrize("datapath", ["steer", "capture"])
+@pytest.mark.parametrize("how", ["filter", "tcx before ours", "tcx after ours"])
+def test_others_see_what_ours_let_pass(build: Build, datapath: str, how: str) -> None:
+    """At the port of a guest that sends to the pod's own address on the link."""
+    if how != "filter" and not hooks.has_tcx():
+        pytest.skip("links run programs by themselves: Linux 6.6")
+    pod = build(f"seen-{datapath}-{how.replace(' ', '-')}", datapath=datapath)
+    pod.attach_deferred()
+    netns, port = pod.links.link_netns, pod.wiring().ports[0].ifindex
+    map_fd = syscall.create_map("seen", (ARRAY, 4, 8, 1, 0))
+    seen = syscall.Map(map_fd, struct.Struct("=I"), struct.Struct("=Q"))
+    program = syscall.load_program("theirs", SCHED_CLS, 0, counts(map_fd))
+
+    def attach() -> None:
+        where = BEFORE if how == "tcx before ours" else AFTER
+        syscall.call(syscall.ATTACH, "=IIII", port, program, hooks.INGRESS, where)
+
+    try:
+        if how == "filter":
+            with suppress(subprocess.CalledProcessError):  # it is there, with ours
+                tc(netns, "qdisc", "add", "dev", "g1", "clsact")
+            with pinned(program) as theirs:
+                at = ("dev", "g1", "ingress", "prio", "2")
+                tc(netns, "filter", "add", *at, "bpf", "da", "pinned", theirs)
+        else:
+            namespaces.inside(netns, attach)
+        bench = Bench(pod)
+        for family in Family:
+            (before,) = seen[0,]
+            with bench.open(1, family, Transport.UDP) as guest:
+                guest.sendto(b"!", (str(pod_link(family)), 9))
+            wait_until(lambda before=before: seen[0,] > (before,), "they see it")
+            with bench.connected(Pair(1, 0), family) as (near, far):
+                near.send(b"!")
+                assert far.recv(1) == b"!"
     finally:
-        theirs.unlink()
         os.close(program)
+        os.close(map_fd)
 
 
 @pytest.mark.parametrize("datapath", ["steer", "capture", "broadcast"])
@@ -142,6 +211,28 @@ def test_tc_programs_that_others_remove_are_attached_again(build: Build, datapat
         for sender, receiver in (ends, ends[::-1]):
             sender.send(b"!")
             assert receiver.recv(1) == b"!"
+
+
+def test_a_program_that_others_remove_from_tcx_is_attached_again(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not hooks.has_tcx():
+        pytest.skip("links run programs by themselves: Linux 6.6")
+    monkeypatch.setattr(reconciler, "CHECK_S", 0.1)
+    pod = build("tcx", datapath="steer")
+    pod.attach_deferred()
+    port = pod.wiring().ports[0].ifindex
+
+    def remove() -> None:
+        with hooks._running(port, hooks.INGRESS) as programs:
+            ours = programs["port_ingress"]
+            syscall.call(syscall.DETACH, "=III", port, ours, hooks.INGRESS)
+
+    with Reconciler(pod) as watching:
+        namespaces.inside(pod.netns, remove)
+        wait_until(lambda: bool(watching.mended) and not pod.missing_programs(), "it is back")
+        running = bpf.running_tc(pod.netns, pod.links.link_ip, port)
+        assert running == ["ingress:port_ingress", "egress:port_egress"]
 
 
 @pytest.mark.parametrize("datapath", ["steer", "capture"])

@@ -766,7 +766,7 @@ def test_when_it_has_settled_each_packet_meets_a_program_once(build: Build, fami
     for _ in range(2):
         port = pod.wiring().ports[0]
         at_port = bpf.running_tc(pod.netns, pod.links.link_ip, port.ifindex)
-        assert at_port == ["ingress:port_ingress", "egress:port_egress"] * 2
+        assert at_port == ["ingress:port_ingress", "egress:port_egress"]
         for client, server in ((None, 1), (1, None), (1, 2)):
             before = pod.attachment.carried(client, server)
             pair = Pair(client or 0, server or 0)

@@ -46,6 +46,8 @@ class EbpfAttachment:
         self._held: list[socket.socket] = []
         self._places: dict[tuple[str, int, int], tuple[str, int]] = {}
         """(namespace, ifindex, hook) → name and class of the attached program."""
+        self._by_tcx: set[tuple[str, int, int]] = set()
+        """Those of `_places` where the link runs the program by tcx, and not by a filter."""
         self._at_cgroup: dict[str, bpf.ProgramSet] = {}
         """Hook of the cgroup → the set whose program of that name is attached there."""
         try:
@@ -77,6 +79,7 @@ class EbpfAttachment:
         for link in [link for link in self._links if link[1] not in existing[link[0]]]:
             self._links.pop(link).undo()
             self._places = {at: what for at, what in self._places.items() if at[:2] != link}
+            self._by_tcx &= self._places.keys()
         for port in wiring.ports:
             # The index is 0 if the link vanished again, the row if the guest is down.
             if port.ifindex and self._rows.port(port.n):
@@ -85,6 +88,7 @@ class EbpfAttachment:
         for place in self._places_without_program():
             name, classid = self._places[place]
             bpf.replace_tc(*place, self._at_work.program(name), name, classid)
+            self._by_tcx.discard(place)
         for hook in self._hooks_without_program():
             self._attach_cgroup(hook, self._at_cgroup[hook])
 
@@ -93,12 +97,17 @@ class EbpfAttachment:
         return at_links | self._hooks_without_program()
 
     def _places_without_program(self) -> list[tuple[str, int, int]]:
-        """Those of `_places` whose link is there, but not the filter."""
+        """Those of `_places` whose link is there, but not the program."""
         missing = []
         for netns in {netns for netns, _, _ in self._places}:
             links = set(netlink.links(netns).values())
-            places = {at[1:] for at in self._places if at[0] == netns and at[1] in links}
-            missing += [(netns, *place) for place in places - bpf.attached_tc(netns, places)]
+            places = {
+                (ifindex, hook): name
+                for (where, ifindex, hook), (name, _) in self._places.items()
+                if where == netns and ifindex in links
+            }
+            attached = bpf.attached_tc(netns, places)
+            missing += [(netns, *place) for place in places.keys() - attached]
         return missing
 
     def _hooks_without_program(self) -> set[str]:
@@ -191,5 +200,6 @@ class EbpfAttachment:
         with lock:
             self._at_work = programs
             for place, (name, classid) in self._places.items():
-                with suppress(OSError):  # that link is gone
-                    bpf.replace_tc(*place, programs.program(name), name, classid)
+                if place not in self._by_tcx:
+                    with suppress(OSError):  # that link is gone
+                        bpf.replace_tc(*place, programs.program(name), name, classid)
