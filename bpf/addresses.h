@@ -232,6 +232,12 @@ static __always_inline bool is_v4_mapped(const __be32 *a)
 	return !a[0] && !a[1] && a[2] == bpf_htonl(V4_MAPPED6);
 }
 
+/* Addresses that a guest has on its link. */
+static __always_inline bool is_guests_own(struct address is)
+{
+	return is.kind == LINK || is.kind == LINK_LOCAL;
+}
+
 /* Addresses that outside `lo` only packets may have that the programs translated. */
 static __always_inline bool is_reserved(struct address is)
 {

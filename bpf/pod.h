@@ -65,7 +65,7 @@ static __always_inline int leave_lo(struct __sk_buff *skb, struct port port, u8 
 		return TC_ACT_OK;
 	parse(skb, &p, port.slot, HOOK_LO, 0);
 	/* On `lo` only the kernel sends from a guest's view, when it refuses for one that is down. */
-	if (p.source.kind == LINK || p.source.kind == GUEST_VIEW ||
+	if (is_guests_own(p.source) || p.source.kind == GUEST_VIEW ||
 	    (p.source.kind == NATIVE_VIEW && !p.rst && !p.is_icmp_error))
 		return drop(skb, port.slot, REASON_SPOOFED);
 	if (p.fault != FAULT_NONE || p.destination.kind == MULTICAST)
@@ -126,7 +126,7 @@ static __always_inline int check_source(struct __sk_buff *skb, struct address *s
 		if (!read(skb, ETH_HLEN + offsetof(struct ipv6hdr, saddr), words, 16))
 			*source = classify6(words);
 	}
-	if (source->kind == LINK)
+	if (is_guests_own(*source))
 		return !skb->ingress_ifindex; /* else the stack forwards it from the guest */
 	return is_reserved(*source) && source->kind != ALIAS;
 }
@@ -134,8 +134,7 @@ static __always_inline int check_source(struct __sk_buff *skb, struct address *s
 /* Whether guest n may use an address as its own. */
 static __always_inline bool may_claim(struct address claimed, u8 n)
 {
-	return ((claimed.kind == LINK || claimed.kind == LINK_LOCAL) && claimed.n == n) ||
-	       claimed.kind == UNSPECIFIED;
+	return (is_guests_own(claimed) && claimed.n == n) || claimed.kind == UNSPECIFIED;
 }
 
 /* Addresses that guests resolve to the alias's MAC. */

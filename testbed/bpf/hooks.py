@@ -14,7 +14,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -117,7 +117,7 @@ def attach_tcx(netns: str, ifindex: int, hook: int, entry: int) -> None:
             old = running.get(syscall.program_name(entry), 0)
             flags = BPF_F_REPLACE if old else 0
             syscall.call(syscall.ATTACH, "=IIIII", ifindex, entry, hook, flags, old)
-        _remove_filters(ifindex, [hook])
+        _remove_filter(ifindex, hook)
 
     try:
         namespaces.inside(netns, attach)
@@ -171,23 +171,24 @@ def detach_tc(netns: str, ifindex: int) -> None:
     A missing link or namespace is no error.
     """
 
+    def detach() -> None:
+        for hook in AT_CLSACT:
+            _remove_filter(ifindex, hook)
+        if not any(any(_filters(ifindex, hook)) for hook in AT_CLSACT):
+            _tc(RTM_DELQDISC, ifindex, _attribute(TCA_KIND, b"clsact\0"), parent=CLSACT)
+
     try:
-        namespaces.inside(netns, lambda: _remove_filters(ifindex, AT_CLSACT))
+        namespaces.inside(netns, detach)
     except OSError as e:
-        if e.errno not in (errno.ENODEV, errno.ENOENT):
+        if e.errno not in (errno.ENODEV, errno.EINVAL, errno.ENOENT):  # EINVAL: no clsact
             raise
 
 
-def _remove_filters(ifindex: int, hooks: Iterable[int]) -> None:
-    """Remove the filters of `attach_tc` at these hooks, and clsact if it is empty then."""
+def _remove_filter(ifindex: int, hook: int) -> None:
     try:
-        for hook in hooks:
-            with suppress(FileNotFoundError):
-                _tc(RTM_DELTFILTER, ifindex, BPF_KIND, AT_CLSACT[hook], FILTER, PRIORITY)
-        if not any(any(_filters(ifindex, hook)) for hook in AT_CLSACT):
-            _tc(RTM_DELQDISC, ifindex, _attribute(TCA_KIND, b"clsact\0"), parent=CLSACT)
+        _tc(RTM_DELTFILTER, ifindex, BPF_KIND, AT_CLSACT[hook], FILTER, PRIORITY)
     except OSError as e:
-        if e.errno != errno.EINVAL:  # there is no clsact
+        if e.errno not in (errno.ENOENT, errno.EINVAL):  # EINVAL: no clsact
             raise
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from typing import Any
 
 from scapy.layers.inet import ICMP, IP, TCP, UDP
@@ -44,6 +45,9 @@ class Plan:
         self.native_view = addresses.native_view(family, us)
         self.others_native_view = addresses.native_view(family, another)
         self.unknown = addresses.native_view(family, 99)
+        self.others_link_local = self.others_link
+        if family is Family.IPV6:
+            self.others_link_local = ip_address(f"fe80::77:ff:fe00:1{another:02x}")
 
 
 def ip(src: Address, dst: Address, **fields: Any) -> Packet:

@@ -484,7 +484,7 @@ class TestSpoofing:
                 assert programs.drops("port_ingress", sent, "spoofed")
 
     def test_natives_send_in_no_guests_name_by_lo(self, programs: Programs, a: Plan) -> None:
-        for source in (a.link, a.others_link, a.view, a.native_view):
+        for source in (a.link, a.others_link, a.others_link_local, a.view, a.native_view):
             for port in (OWN_PORT, NATIVE_PORT):
                 for l4 in (tcp, udp):
                     sent = frame(ip(source, a.loopback) / l4(1, port))
@@ -493,7 +493,7 @@ class TestSpoofing:
     def test_natives_send_in_no_guests_name_by_the_uplink(
         self, programs: Programs, a: Plan
     ) -> None:
-        for source in (a.others_link, a.view, a.others_view, a.native_view, a.native_source):
+        for source in (a.others_link_local, a.others_link, a.view, a.native_view, a.native_source):
             sent = frame(ip(source, a.link) / udp(1, OWN_PORT))
             assert programs.drops("uplink_egress", sent, "spoofed")
         assert programs.passes("uplink_egress", frame(ip(a.pod_link, a.link) / udp(1, OWN_PORT)))

@@ -201,7 +201,7 @@ class TestDropped:
             assert programs.run("port_egress", leaves[:length])[0] == PASSED
 
     def test_what_natives_send_in_anothers_name(self, programs: Programs, a: Plan) -> None:
-        for source in (a.others_link, a.view, a.others_view, a.native_view, a.native_source):
+        for source in (a.others_link_local, a.others_link, a.view, a.native_view, a.native_source):
             sent = frame(ip(source, a.link) / udp(1, OWN_PORT))
             assert programs.drops("port_egress", sent, "spoofed")
         for source in (a.pod_link, a.alias):

@@ -637,7 +637,7 @@ MUTATIONS = [
     without(
         "a guest's own address on lo",
         "pod.h",
-        "p.source.kind == LINK",
+        "is_guests_own(p.source)",
         in_plan(SPOOFING.test_natives_send_in_no_guests_name_by_lo),
     ),
     without(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,16 @@ def test_a_port_that_a_native_has_already_is_named_and_nothing_is_left(
             datapaths.get("capture").attach(plain.wiring(), owner.part())
     assert set(bpf.PINS.rglob("*")) == pins
     datapaths.get("capture").attach(plain.wiring(), owner.part()).detach()
+
+
+def test_many_sockets_hide_no_port_that_a_native_has(plain: Pod, owner: Owner) -> None:
+    """Of more than ten, older kernels look at the unspecified addresses only."""
+    with ExitStack() as opened:
+        for last in range(1, 13):
+            native = opened.enter_context(Bench(plain).open(0, Family.IPV4, Transport.UDP))
+            native.bind((f"127.0.0.{last}", PORTS[1]))
+        with pytest.raises(Error, match=f"udp port {PORTS[1]} is guest 1's"):
+            datapaths.get("capture").attach(plain.wiring(), owner.part())
 
 
 @pytest.fixture(scope="module")

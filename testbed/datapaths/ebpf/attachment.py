@@ -51,8 +51,8 @@ class EbpfAttachment:
         self._at_cgroup: dict[str, bpf.ProgramSet] = {}
         """Hook of the cgroup → the set whose program of that name is attached there."""
         try:
-            self._held = loopback_side.hold_ports(wiring.pod, wiring.netns, wiring.owners)
             self._programs = self._at_work = bpf.load(name, self._scope)
+            self._held = loopback_side.hold_ports(wiring.pod, wiring.netns, wiring.owners)
             self._rows = rows.Rows(self._programs, reasons)
             self._rows.fill(self._scope, wiring.owners, {p.n: p.families for p in wiring.ports})
             for port in wiring.ports:
@@ -86,9 +86,11 @@ class EbpfAttachment:
                 self._rows.set_port(port.n, port.ifindex)
         self._attach_links()  # first: a link without programs lets anything through
         for place in self._places_without_program():
-            name, classid = self._places[place]
-            bpf.replace_tc(*place, self._at_work.program(name), name, classid)
-            self._by_tcx.discard(place)
+            if place in self._by_tcx:
+                self._by_tcx.remove(place)  # attach_deferred attaches it again
+            else:
+                name, classid = self._places[place]
+                bpf.replace_tc(*place, self._at_work.program(name), name, classid)
         for hook in self._hooks_without_program():
             self._attach_cgroup(hook, self._at_cgroup[hook])
 

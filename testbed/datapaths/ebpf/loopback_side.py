@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import ip_network
+from pathlib import Path
 from typing import Any
 
 from pyroute2.netlink.exceptions import NetlinkError
@@ -62,8 +63,11 @@ def hold_ports(pod: str, netns: str, owners: Owners) -> list[socket.socket]:
     held: list[socket.socket] = []
 
     def bind() -> None:
+        taken = _udp_ports()
         for (transport, port), n in sorted(owners.items()):
             try:
+                if transport is Transport.UDP and port in taken:
+                    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
                 if transport is Transport.TCP:
                     held.append(_unbound(socket.SOCK_STREAM))  # it does not listen
                 else:
@@ -84,6 +88,17 @@ def hold_ports(pod: str, netns: str, owners: Owners) -> list[socket.socket]:
         release_ports(held)
         raise
     return held
+
+
+def _udp_ports() -> set[int]:
+    """UDP ports of this thread's namespace that sockets have at any address.
+
+    If a port has more than ten sockets, bind(2) does not look at all of them (Linux before
+    e537dd15d0d4, of 2026).
+    """
+    files = [Path("/proc/thread-self/net", name) for name in ("udp", "udp6")]
+    lines = [line for file in files if file.exists() for line in file.read_text().splitlines()[1:]]
+    return {int(line.split()[1].rpartition(":")[2], 16) for line in lines}
 
 
 def _unbound(kind: socket.SocketKind) -> socket.socket:
