@@ -98,11 +98,14 @@ class Bytecode:
         programs are loaded. Raises OSError with the verifier's message.
         """
         btf, fds = syscall.load_btf(self.btf) if self.btf else 0, [0] * len(self.maps)
+        templates = {shape.inner for shape in self.maps}
         for i, shape in sorted(enumerate(self.maps), key=lambda m: m[1].inner is not None):
             if shared and (shared_map := shared / f"map_{shape.name}").exists():
                 fds[i] = syscall.open_pin(shared_map)
             else:
-                typed = (btf, *shape.types) if any(shape.types) else (0, 0, 0)
+                # Linux 5.15 to 6.2 take no map for like a template that has type information.
+                has_types = any(shape.types) and i not in templates
+                typed = (btf, *shape.types) if has_types else (0, 0, 0)
                 inner = 0 if shape.inner is None else fds[shape.inner]
                 fds[i] = syscall.create_map(shape.name, shape.shape, typed, inner)
                 syscall.pin(fds[i], pins / f"map_{shape.name}")
