@@ -150,7 +150,8 @@ class Pod:
             self.attachment.rewire(self.wiring())
         for name in self._guests_of(self._unmended) & self.processes.keys():
             self.restart_workload(name)
-        self.attach_deferred()
+        if self._unmended:
+            self.attach_deferred()
         mended, self._unmended = self._unmended, set()
         return mended
 

@@ -51,6 +51,7 @@ class EbpfAttachment:
         self._at_cgroup: dict[str, bpf.ProgramSet] = {}
         """Hook of the cgroup → the set whose program of that name is attached there."""
         try:
+            # First: it lifts the limit of locked memory, which before Linux 5.11 is hold_ports', too.
             self._programs = self._at_work = bpf.load(name, self._scope)
             self._held = loopback_side.hold_ports(wiring.pod, wiring.netns, wiring.owners)
             self._rows = rows.Rows(self._programs, reasons)
@@ -85,12 +86,13 @@ class EbpfAttachment:
             if port.ifindex and self._rows.port(port.n):
                 self._rows.set_port(port.n, port.ifindex)
         self._attach_links()  # first: a link without programs lets anything through
-        for place in self._places_without_program():
-            if place in self._by_tcx:
-                self._by_tcx.remove(place)  # attach_deferred attaches it again
-            else:
-                name, classid = self._places[place]
-                bpf.replace_tc(*place, self._at_work.program(name), name, classid)
+        missing = set(self._places_without_program())
+        for place in missing - self._by_tcx:
+            name, classid = self._places[place]
+            bpf.replace_tc(*place, self._at_work.program(name), name, classid)
+        if lost := missing & self._by_tcx:  # somebody else may have the place of our filter now
+            self._by_tcx -= lost
+            self.attach_deferred()
         for hook in self._hooks_without_program():
             self._attach_cgroup(hook, self._at_cgroup[hook])
 
