@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from testbed.model.terms import Transport
@@ -15,16 +17,22 @@ def kill_connections(netns: str, expression: str) -> None:
 
 
 def served_ports() -> set[tuple[Transport, int]]:
-    """Ports with a listening TCP socket or a bound, unconnected UDP socket.
+    """Ports of this thread's network namespace that are served.
 
-    Those of this thread's network namespace. Source: /proc/net/tcp and its kin (proc_net_tcp(5)).
+    They have a listening TCP socket, or a bound, unconnected UDP socket.
     """
-    served = set()
-    for transport, state in ((Transport.TCP, "0A"), (Transport.UDP, "07")):
-        for suffix in ("", "6"):
+    serving = ((Transport.TCP, "0A"), (Transport.UDP, "07"))
+    return {(t, port) for t, state in serving for port, is_in in ports(t) if is_in == state}
+
+
+def ports(transport: Transport) -> Iterator[tuple[int, str]]:
+    """Port and state of each socket of this thread's network namespace, at any address.
+
+    Source: /proc/net/tcp and its kin (proc_net_tcp(5)). A kernel without IPv6 has no tables of it.
+    """
+    for suffix in ("", "6"):
+        with suppress(FileNotFoundError):
             table = Path(f"/proc/thread-self/net/{transport}{suffix}").read_text()
             for line in table.splitlines()[1:]:
-                _, local, _, is_in, *_ = line.split()
-                if is_in == state:
-                    served.add((transport, int(local.rpartition(":")[2], 16)))
-    return served
+                _, local, _, state, *_ = line.split()
+                yield int(local.rpartition(":")[2], 16), state

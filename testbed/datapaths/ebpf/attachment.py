@@ -51,7 +51,7 @@ class EbpfAttachment:
         self._at_cgroup: dict[str, bpf.ProgramSet] = {}
         """Hook of the cgroup → the set whose program of that name is attached there."""
         try:
-            # First: it lifts the limit of locked memory, which before Linux 5.11 is hold_ports', too.
+            # Before hold_ports, which needs what it allows: locked memory, before Linux 5.11.
             self._programs = self._at_work = bpf.load(name, self._scope)
             self._held = loopback_side.hold_ports(wiring.pod, wiring.netns, wiring.owners)
             self._rows = rows.Rows(self._programs, reasons)

@@ -12,13 +12,12 @@ import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import ip_network
-from pathlib import Path
 from typing import Any
 
 from pyroute2.netlink.exceptions import NetlinkError
 
 from testbed import bpf
-from testbed.host import facts, namespaces
+from testbed.host import facts, namespaces, sockets
 from testbed.host.ledger import Scope
 from testbed.model import addresses
 from testbed.model.errors import Error
@@ -63,24 +62,27 @@ def hold_ports(pod: str, netns: str, owners: Owners) -> list[socket.socket]:
     held: list[socket.socket] = []
 
     def bind() -> None:
-        taken = _udp_ports()
-        for (transport, port), n in sorted(owners.items()):
-            try:
-                if transport is Transport.UDP and port in taken:
-                    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-                if transport is Transport.TCP:
-                    held.append(_unbound(socket.SOCK_STREAM))  # it does not listen
-                else:
-                    held.append(_refusing(_unbound(socket.SOCK_DGRAM)))
-                held[-1].bind(("", port))
-            except OSError as e:
-                if e.errno != errno.EADDRINUSE:
-                    raise
-                raise Error(
-                    f"pod {pod}: {transport} port {port} is guest {n}'s, "
-                    "but a native process has it",
-                    hint="stop that process, or give the port to it in the manifest",
-                ) from e
+        # If a port has more than ten sockets, bind(2) does not look at all of them (Linux before
+        # e537dd15d0d4, of 2026).
+        taken = {(Transport.UDP, port) for port, _ in sockets.ports(Transport.UDP)}
+        with bpf.refusing() as program:
+            for owned in sorted(owners):
+                transport, port = owned
+                held.append(_unbound(transport))
+                if transport is Transport.UDP:  # of TCP it does not listen
+                    _refuse(held[-1], program)
+                try:
+                    if owned in taken:
+                        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+                    held[-1].bind(("", port))
+                except OSError as e:
+                    if e.errno != errno.EADDRINUSE:
+                        raise
+                    raise Error(
+                        f"pod {pod}: {transport} port {port} is guest {owners[owned]}'s, "
+                        "but a native process has it",
+                        hint="stop that process, or give the port to it in the manifest",
+                    ) from e
 
     try:
         namespaces.inside(netns, bind)
@@ -90,38 +92,26 @@ def hold_ports(pod: str, netns: str, owners: Owners) -> list[socket.socket]:
     return held
 
 
-def _udp_ports() -> set[int]:
-    """UDP ports of this thread's namespace that sockets have at any address.
-
-    If a port has more than ten sockets, bind(2) does not look at all of them (Linux before
-    e537dd15d0d4, of 2026).
-    """
-    files = [Path("/proc/thread-self/net", name) for name in ("udp", "udp6")]
-    lines = [line for file in files if file.exists() for line in file.read_text().splitlines()[1:]]
-    return {int(line.split()[1].rpartition(":")[2], 16) for line in lines}
-
-
-def _unbound(kind: socket.SocketKind) -> socket.socket:
+def _unbound(transport: Transport) -> socket.socket:
     """A socket that is going to have its port in both families, if the kernel has both."""
     both = Family.IPV6 in facts.families()
+    kind = socket.SOCK_STREAM if transport is Transport.TCP else socket.SOCK_DGRAM
     opened = socket.socket(Family.IPV6.domain if both else Family.IPV4.domain, kind)
     if both:
         opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     return opened
 
 
-def _refusing(opened: socket.socket) -> socket.socket:
-    """Let a UDP socket refuse all that comes.
+def _refuse(held: socket.socket, program: int) -> None:
+    """Let a UDP socket refuse all that comes, by the program of `bpf.refusing`.
 
     Sockets share a port (SO_REUSEPORT) if all of them want it and are one user's, and a program may
     choose the receiver: ours chooses none. The socket becomes a user's that has no others.
     """
-    os.fchown(opened.fileno(), NOBODYS_UID, -1)
-    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    with bpf.refusing() as program:
-        opened.setsockopt(socket.SOL_SOCKET, SO_ATTACH_REUSEPORT_EBPF, program)
-    opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)  # multicast asks no program
-    return opened
+    os.fchown(held.fileno(), NOBODYS_UID, -1)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    held.setsockopt(socket.SOL_SOCKET, SO_ATTACH_REUSEPORT_EBPF, program)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)  # multicast asks no program
 
 
 def release_ports(held: list[socket.socket]) -> None:
