@@ -30,7 +30,7 @@ enum kind {
 
 struct address {
 	u8 kind;
-	u8 n; /* of LINK, GUEST_VIEW, NATIVE_VIEW; else 0 */
+	u8 n; /* of LINK, LINK_LOCAL, GUEST_VIEW, NATIVE_VIEW; else 0 */
 };
 
 #define LINK_MTU	  1500

@@ -18,14 +18,14 @@
  * Addresses are translated at the guest's port, as in `capture`.
  */
 
-/* Why a packet was counted: an index of `counters` in struct pod_state. Python reads names and order from here; pod.h
- * needs them.
+/* Why a packet was counted: an index of `counters` in struct pod_state. Python reads names and order
+ * from here; pod.h needs them.
  */
 enum reason {
 	REASON_TOO_BIG,	  /* dropped: a datagram from a native, larger than the guests' link */
 	REASON_SPOOFED,	  /* dropped: the sender claims an address or port that is not its own */
 	REASON_TRUNCATED, /* dropped: too short for its headers */
-	REASON_UNHANDLED, /* dropped: no ports, an extension header, an ICMP error that is believed nowhere */
+	REASON_UNHANDLED, /* dropped: no ports, an extension header, an ICMP error for nobody */
 	REASON_FRAGMENT_ORPHAN, /* dropped: a fragment whose first was not seen */
 	REASON_NO_GUEST,	/* dropped: the guest is down */
 	REASON_ODD_SOURCE, /* passed on: a native flow with other addresses than 127.0.0.1, ::1 */

@@ -18,15 +18,15 @@
  * state, and native flows that are not from 127.0.0.1 to 127.0.0.1.
  */
 
-/* Why a packet was counted: an index of `counters` in struct pod_state. Python reads names and order from here; pod.h
- * needs them.
+/* Why a packet was counted: an index of `counters` in struct pod_state. Python reads names and order
+ * from here; pod.h needs them.
  */
 enum reason {
 	REASON_TOO_BIG,	  /* dropped: a datagram from a native, larger than the guests' link */
 	REASON_SPOOFED,	  /* dropped: the sender claims an address or port that is not its own */
 	REASON_OUTSIDE,	  /* dropped: bridged traffic with addresses that only we may use */
 	REASON_TRUNCATED, /* dropped: too short for its headers */
-	REASON_UNHANDLED, /* dropped: no ports, an extension header, an ICMP error that is believed nowhere */
+	REASON_UNHANDLED, /* dropped: no ports, an extension header, an ICMP error for nobody */
 	REASON_FRAGMENT_ORPHAN, /* dropped: a fragment whose first was not seen */
 	REASON_NO_GUEST,	/* passed on, to be refused: the guest is down, or has no IPv6 */
 	REASON_ODD_SOURCE, /* passed on: a native flow with other addresses than 127.0.0.1, ::1 */
@@ -87,7 +87,7 @@ static __always_inline int uplink_egress(struct __sk_buff *skb)
 {
 	struct address source = {};
 
-	if (skb->mark == MARK_REDIRECTED || !check_source(skb, &source))
+	if (skb->mark == MARK_REDIRECTED || !has_forged_source(skb, &source))
 		return TC_ACT_OK;
 	return drop(skb, port_of(skb).slot, REASON_SPOOFED);
 }

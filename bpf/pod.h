@@ -64,7 +64,7 @@ static __always_inline int leave_lo(struct __sk_buff *skb, struct port port, u8 
 	if (!is_ip(skb))
 		return TC_ACT_OK;
 	parse(skb, &p, port.slot, HOOK_LO, 0);
-	/* On `lo` only the kernel sends from a guest's view, when it refuses for one that is down. */
+	/* From a guest's native view only the kernel sends on `lo`: it refuses for one that is down. */
 	if (is_guests_own(p.source) || p.source.kind == GUEST_VIEW ||
 	    (p.source.kind == NATIVE_VIEW && !p.rst && !p.is_icmp_error))
 		return drop(skb, port.slot, REASON_SPOOFED);
@@ -72,7 +72,7 @@ static __always_inline int leave_lo(struct __sk_buff *skb, struct port port, u8 
 		return TC_ACT_OK;
 	if (p.destination.kind == NATIVE_VIEW && guest_ifindex(port.slot, p.destination.n)) {
 		n = p.destination.n;
-		/* The kernel refuses for a guest that is down: from that guest's view. */
+		/* From a native view the kernel refuses for a guest that is down. */
 		source = p.source.kind == NATIVE_VIEW ? address_of(GUEST_VIEW, p.source.n)
 						      : address_of(ALIAS, 0);
 	} else {
@@ -111,11 +111,11 @@ static __always_inline int leave_lo(struct __sk_buff *skb, struct port port, u8 
 	return TO_GUEST;
 }
 
-/* At egress of a link to guests, of a packet that the namespace's own stack sends: reads its source.
- * Returns nonzero if only a guest or a program may have it. The kernel lets every process send from
- * any address in IPv6 (IPV6_FREEBIND).
+/* At egress of a link to guests: reads the source of a packet that the namespace's own stack sends.
+ * Returns whether it is one that only a guest or a program may have; of ours, the stack may have the
+ * alias. The kernel lets every process send from any address in IPv6 (IPV6_FREEBIND).
  */
-static __always_inline int check_source(struct __sk_buff *skb, struct address *source)
+static __always_inline bool has_forged_source(struct __sk_buff *skb, struct address *source)
 {
 	__be32 words[4];
 

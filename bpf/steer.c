@@ -25,14 +25,14 @@
  * port_ingress finds no socket, for a fragment for instance, the packet goes by `lo`.
  */
 
-/* Why a packet was counted: an index of `counters` in struct pod_state. Python reads names and order from here; pod.h
- * needs them.
+/* Why a packet was counted: an index of `counters` in struct pod_state. Python reads names and order
+ * from here; pod.h needs them.
  */
 enum reason {
 	REASON_TOO_BIG,	  /* dropped: a datagram from a native, larger than the guests' link */
 	REASON_SPOOFED,	  /* dropped: the sender claims an address or port that is not its own */
 	REASON_TRUNCATED, /* dropped: too short for its headers */
-	REASON_UNHANDLED, /* dropped: no ports, an extension header, an ICMP error that is believed nowhere */
+	REASON_UNHANDLED, /* dropped: no ports, an extension header, an ICMP error for nobody */
 	REASON_FRAGMENT_ORPHAN, /* dropped: a fragment whose first was not seen */
 	REASON_NO_GUEST,	/* passed on, to be refused: the guest is down, or has no IPv6 */
 	REASON_ODD_SOURCE, /* passed on: a native flow with other addresses than 127.0.0.1, ::1 */
@@ -112,7 +112,7 @@ static __always_inline int port_egress(struct __sk_buff *skb)
 
 	if (skb->mark == MARK_REDIRECTED)
 		return TC_ACT_OK;
-	if (check_source(skb, &source))
+	if (has_forged_source(skb, &source))
 		return drop(skb, port.slot, REASON_SPOOFED);
 	if (source.kind == POD_LINK)
 		count_native(skb, port.slot, port.n, GUEST_RECEIVES, GUEST_SERVES);

@@ -143,7 +143,7 @@ def load_entry(name: str, classid: int, calls: int, number: int) -> int:
     """Load a tc program that sets a packet's class and tail-calls entry `number` of `calls`.
 
     Links need it that run programs by tcx, where no filter sets the class. It has eight
-    instructions, so it loads fast. If the entry is empty, it leaves the packet to the filters.
+    instructions, so it loads fast. If the entry is empty, it does nothing (TCX_NEXT).
     Returns a file descriptor.
     """
     code = b"".join(

@@ -83,7 +83,7 @@ def replace_tc(netns: str, ifindex: int, hook: int, program: int, name: str, cla
 
 
 def attached_tc(netns: str, places: Mapping[tuple[int, int], str]) -> set[tuple[int, int]]:
-    """Those places (ifindex, hook) that run a program, by our filter or, of this name, by tcx."""
+    """Those places (ifindex, hook) that have our filter, or a tcx program of this name."""
 
     def runs(place: tuple[int, int], name: str) -> bool:
         if (FILTER, PRIORITY) in _filters(*place):

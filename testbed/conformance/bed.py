@@ -55,9 +55,7 @@ class Bed:
 
     def another_client(self) -> Peer:
         """A workload that is neither the client nor the server, and dials the server, too."""
-        if self.pair is Pair.GUEST_GUEST:
-            return self.peer("native2")
-        return self.peer("guest1" if self.client_name == "guest2" else "guest2")
+        return self.peer("native2" if self.pair is Pair.GUEST_GUEST else "guest2")
 
     def next_port(self, name: str = "") -> int:
         """Another port that the server, or the named workload, owns."""

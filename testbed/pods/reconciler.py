@@ -1,8 +1,8 @@
 """The reconciler of a pod: mends what vanishes, and ends the connections of guests that end.
 
 It is a thread that waits until the kernel reports a change of a link or of its programs, or the
-end of a process. The kernel does not report that a cgroup lost a program, so the thread also looks
-every `CHECK_S` without a report.
+end of a process. The kernel does not report that a cgroup or tcx lost a program, so the thread
+also looks every `CHECK_S` without a report.
 """
 
 from __future__ import annotations

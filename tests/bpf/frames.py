@@ -28,6 +28,11 @@ PAYLOAD = b"odd sized payload"
 EPHEMERAL = 40000
 
 
+def link_local(n: int) -> str:
+    """What Linux and OSv make of the MAC of guest n (RFC 4291, appendix A)."""
+    return f"fe80::77:ff:fe00:1{n:02x}"
+
+
 class Plan:
     """The addresses of one family, as guest `us` and guest `another` have them."""
 
@@ -47,7 +52,7 @@ class Plan:
         self.unknown = addresses.native_view(family, 99)
         self.others_link_local = self.others_link
         if family is Family.IPV6:
-            self.others_link_local = ip_address(f"fe80::77:ff:fe00:1{another:02x}")
+            self.others_link_local = ip_address(link_local(another))
 
 
 def ip(src: Address, dst: Address, **fields: Any) -> Packet:

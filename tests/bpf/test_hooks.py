@@ -61,14 +61,14 @@ def test_an_entry_takes_the_place_of_the_filter_and_of_an_entry_before(
 def test_an_entry_goes_on_for_as_long_as_there_is_something_to_go_on_with(
     owner: Owner, programs: ProgramSet
 ) -> None:
-    left_to_the_filters, drop, frame = 2**32 - 1, 2, bytes(60)  # TCX_NEXT is -1
+    does_nothing, drop, frame = 2**32 - 1, 2, bytes(60)  # TCX_NEXT is -1
     names = list(AT_PORTS)  # the first drops what no guest sends
     with owner.part() as part:
         programs.make_calls(part, len(names))
         with programs.entry(names[0], programs.slot << 8 | 1, 0) as entry:
-            assert bpf.run(entry, frame)[0] == left_to_the_filters
+            assert bpf.run(entry, frame)[0] == does_nothing
             programs.set_calls(programs, names)
             assert bpf.run(entry, frame)[0] == drop
             part.undo()
-            assert bpf.run(entry, frame)[0] == left_to_the_filters
+            assert bpf.run(entry, frame)[0] == does_nothing
     programs.set_calls(programs, names)  # of no entries: nothing

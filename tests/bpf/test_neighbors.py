@@ -27,14 +27,14 @@ from testbed.model import addresses
 from testbed.model.addresses import ALIAS_MAC, POD_MAC, Address, guest_mac
 from testbed.model.terms import Family
 
+from .frames import link_local
 from .verdicts import ANOTHER, US, Programs
 
 pytestmark = pytest.mark.root
 
 OURS = guest_mac(US)
 BROADCAST = "ff:ff:ff:ff:ff:ff"
-LINK_LOCAL, LINK_LOCAL_OF_ANOTHER = (f"fe80::77:ff:fe00:1{n:02x}" for n in (US, ANOTHER))
-"""What Linux and OSv make of the MACs of guests (RFC 4291, appendix A)."""
+LINK_LOCAL, LINK_LOCAL_OF_ANOTHER = link_local(US), link_local(ANOTHER)
 
 
 def answered(family: Family) -> list[Address]:

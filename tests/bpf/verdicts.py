@@ -73,7 +73,7 @@ class Programs:
         return Rows(self._loaded, self._reasons).counters()[reason][0]
 
     def forget(self) -> None:
-        """As if no packet had ever been seen."""
+        """Empty the tables of what was seen."""
         seen = state.mapped(self._loaded)
         for table in state.TABLES:
             ctypes.memset(getattr(seen, table), 0, 8 * state.TABLE_ROWS)

@@ -64,7 +64,19 @@ from testbed.model.addresses import (
 )
 from testbed.model.terms import Family, Transport
 from tests.bpf import test_capture, test_headers, test_neighbors
-from tests.bpf.frames import EPHEMERAL, NOBODY, Plan, echo, fragments, frame, ip, tcp, too_big, udp
+from tests.bpf.frames import (
+    EPHEMERAL,
+    NOBODY,
+    Plan,
+    echo,
+    fragments,
+    frame,
+    ip,
+    link_local,
+    tcp,
+    too_big,
+    udp,
+)
 from tests.bpf.test_anything import bodies, headers, tails
 from tests.bpf.verdicts import (
     ANOTHER,
@@ -88,7 +100,7 @@ REASONS = {"capture": capture.REASONS, "steer": steer.REASONS}
 DATAPATHS = pytest.mark.parametrize("datapath", REASONS)
 FAMILIES = pytest.mark.parametrize("family", Family, ids=str)
 MINE = guest_mac(ME)
-LINK_LOCAL = {n: f"fe80::77:ff:fe00:1{n:02x}" for n in (ME, VICTIM)}
+LINK_LOCAL = {n: link_local(n) for n in (ME, VICTIM)}
 
 
 class Guest(Programs):
@@ -641,7 +653,7 @@ MUTATIONS = [
         in_plan(SPOOFING.test_natives_send_in_no_guests_name_by_lo),
     ),
     without(
-        "the view of a guest on lo",
+        "the native view of a guest on lo",
         "pod.h",
         "p.source.kind == NATIVE_VIEW && !p.rst && !p.is_icmp_error",
         in_plan(SPOOFING.test_natives_send_in_no_guests_name_by_lo),

@@ -77,7 +77,7 @@ class Theirs:
         return namespaces.inside(self.name, lambda: socket.create_connection(to, 5))
 
     def serve(self, family: Family, host: str, port: int) -> socket.socket:
-        af = socket.AF_INET6 if family is Family.IPV6 else socket.AF_INET
+        af = family.domain
         return namespaces.inside(self.name, lambda: socket.create_server((host, port), family=af))
 
 
