@@ -72,6 +72,10 @@ static __always_inline int leave_lo(struct __sk_buff *skb, struct port port, u8 
 		return TC_ACT_OK;
 	if (p.destination.kind == NATIVE_VIEW && guest_ifindex(port.slot, p.destination.n)) {
 		n = p.destination.n;
+		/* Only that guest answers from its port. A native may have it all the same. */
+		if (p.protocol == IPPROTO_UDP && !p.is_icmp_error &&
+		    owner_of(port.slot, p.protocol, p.source_port) >= 0)
+			return drop(skb, port.slot, REASON_SPOOFED);
 		/* From a native view the kernel refuses for a guest that is down. */
 		source = p.source.kind == NATIVE_VIEW ? address_of(GUEST_VIEW, p.source.n)
 						      : address_of(ALIAS, 0);

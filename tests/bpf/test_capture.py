@@ -490,6 +490,13 @@ class TestSpoofing:
                     sent = frame(ip(source, a.loopback) / l4(1, port))
                     assert programs.drops("lo_egress", sent, "spoofed")
 
+    def test_natives_answer_from_no_guests_port(self, programs: Programs, a: Plan) -> None:
+        for port in (OWN_PORT, ANOTHERS_PORT):
+            sent = frame(ip(a.loopback, a.native_view) / udp(port, EPHEMERAL))
+            assert programs.drops("lo_egress", sent, "spoofed")
+        sent = frame(ip(a.loopback, a.native_view) / udp(NATIVE_PORT, EPHEMERAL))
+        assert programs.run("lo_egress", sent)[0] == REDIRECTED
+
     def test_natives_send_in_no_guests_name_by_the_uplink(
         self, programs: Programs, a: Plan
     ) -> None:

@@ -653,6 +653,12 @@ MUTATIONS = [
         in_plan(SPOOFING.test_natives_send_in_no_guests_name_by_lo),
     ),
     without(
+        "a guest's port on lo",
+        "pod.h",
+        "owner_of(port.slot, p.protocol, p.source_port) >= 0",
+        in_plan(SPOOFING.test_natives_answer_from_no_guests_port),
+    ),
+    without(
         "the native view of a guest on lo",
         "pod.h",
         "p.source.kind == NATIVE_VIEW && !p.rst && !p.is_icmp_error",
