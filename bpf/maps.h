@@ -14,6 +14,7 @@
 
 #include <uapi/linux/bpf.h>
 #include <uapi/linux/if_ether.h>
+#include <uapi/linux/if_packet.h>
 #include <uapi/linux/pkt_cls.h>
 
 #include "common.h"
@@ -50,12 +51,14 @@ static __always_inline u32 guest_ifindex(u8 slot, u8 n)
 	return ifindex ? *ifindex : 0;
 }
 
-/* A guest that sends is up. User space clears its row when it ends. */
+/* A guest that sends is up. User space clears its row when it ends. Multicast of the namespace
+ * itself comes back at the link that it left by.
+ */
 static __always_inline void mark_guest_up(struct __sk_buff *skb, struct port port)
 {
 	u32 key = port.slot << 8 | port.n, *ifindex = guests.lookup(&key);
 
-	if (ifindex && !*ifindex)
+	if (ifindex && !*ifindex && skb->pkt_type != PACKET_LOOPBACK)
 		*ifindex = skb->ifindex;
 }
 

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from testbed.model.terms import Transport
 
@@ -21,12 +22,22 @@ def served_ports() -> set[tuple[Transport, int]]:
 
     They have a listening TCP socket, or a bound, unconnected UDP socket.
     """
-    serving = ((Transport.TCP, "0A"), (Transport.UDP, "07"))
-    return {(t, port) for t, state in serving for port, is_in in ports(t) if is_in == state}
+    serving = {Transport.TCP: "0A", Transport.UDP: "07"}
+    return {(t, each.port) for t in serving for each in rows(t) if each.state == serving[t]}
 
 
-def ports(transport: Transport) -> Iterator[tuple[int, str]]:
-    """Port and state of each socket of this thread's network namespace, at any address.
+class Row(NamedTuple):
+    """What the kernel's table of sockets says about one."""
+
+    port: int
+    state: str
+    """Two hexadecimal digits."""
+    uid: int
+    """User that it belongs to."""
+
+
+def rows(transport: Transport) -> Iterator[Row]:
+    """Row of each socket of this thread's network namespace, at any address.
 
     Source: /proc/net/tcp and its kin (proc_net_tcp(5)). A kernel without IPv6 has no tables of it.
     """
@@ -34,5 +45,5 @@ def ports(transport: Transport) -> Iterator[tuple[int, str]]:
         with suppress(FileNotFoundError):
             table = Path(f"/proc/thread-self/net/{transport}{suffix}").read_text()
             for line in table.splitlines()[1:]:
-                _, local, _, state, *_ = line.split()
-                yield int(local.rpartition(":")[2], 16), state
+                _, local, _, state, _, _, _, uid, *_ = line.split()
+                yield Row(int(local.rpartition(":")[2], 16), state, int(uid))

