@@ -6,8 +6,12 @@ numbers come from `testbed.results.analysis`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import os
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextvars import ContextVar
 from importlib import import_module, metadata
+from multiprocessing import get_context
 from pathlib import Path
 
 import matplotlib as mpl
@@ -29,6 +33,11 @@ KINDS = ("bars", "curves", "stacks", "sweeps", "forest")
 ORDER = ("throughput", "latency", "connections", "scaling", "startup", "memory", "ratios")
 """First words of names, in the order of figures. Figures with other words come after these."""
 
+Maker = Callable[[Results], Iterable[tuple[str, Drawing]]]
+
+_SHARED = ContextVar[tuple[Results, Path, Collection[str], bool]]("shared")
+"""Arguments of every `_draw_kind`. A campaign that is open cannot be sent to another process."""
+
 
 def draw(
     results: Results,
@@ -43,19 +52,33 @@ def draw(
     distribution adds figures by an entry point of group `testbed.figures` that names a function
     like `figures` of the modules in `KINDS`.
     """
-    makers = [import_module(f"testbed.reports.figures.{name}").figures for name in KINDS]
-    makers += [entry.load() for entry in metadata.entry_points(group="testbed.figures")]
+    makers: list[Maker] = [
+        *(import_module(f"testbed.reports.figures.{name}").figures for name in KINDS),
+        *(entry.load() for entry in metadata.entry_points(group="testbed.figures")),
+    ]
+    _ = results.summaries  # once, before there are many processes
     target = folder or results.path / "figures"
-    files = []
+    count = min(len(makers), len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(
+        count, get_context("fork"), _SHARED.set, ((results, target, kinds, bare),)
+    ) as processes:
+        found = [files for each in processes.map(_draw_kind, makers) for files in each]
+    return [file for _, files in sorted(found, key=_place) for file in files]
+
+
+def _draw_kind(make: Maker) -> list[tuple[str, list[Path]]]:
+    """Draw the figures of one kind; returns the name and files of each."""
+    results, folder, kinds, bare = _SHARED.get()
     with mpl.rc_context(RC):
-        drawings = [found for make in makers for found in make(results)]
-        for name, drawing in sorted(drawings, key=lambda found: _order(found[0])):
-            files += save(drawing, target, name, results.digest, kinds, bare)
-    return files
+        return [
+            (name, save(drawing, folder, name, results.digest, kinds, bare))
+            for name, drawing in make(results)
+        ]
 
 
-def _order(name: str) -> int:
-    word = name.removeprefix("cpu-").partition("-")[0]
+def _place(named: tuple[str, list[Path]]) -> int:
+    """Sort key of a figure with this name."""
+    word = named[0].removeprefix("cpu-").partition("-")[0]
     return ORDER.index(word) if word in ORDER else len(ORDER)
 
 
