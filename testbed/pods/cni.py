@@ -128,7 +128,7 @@ class _Pod:
     def add(self) -> object:
         """Attach the guests. Returns the result of the plugin before, with their links."""
         result = self._previous()
-        spec = self._guests()
+        spec = self._guests(_resolv_conf(result.get("dns") or {}))
         if spec is None:
             return result
         from testbed.pods.sandbox import Sandbox
@@ -172,7 +172,7 @@ class _Pod:
             )
         return found
 
-    def _guests(self) -> Spec | None:
+    def _guests(self, resolv_conf: str | None = None) -> Spec | None:
         """The pod's manifest, by the configuration; None if it gets no guests."""
         from dataclasses import replace
 
@@ -187,7 +187,8 @@ class _Pod:
         given = self.configuration.get("guests")
         try:
             if isinstance(given, dict):
-                return replace(kubernetes.spec(given, "guests", Path("/"), best), name=self.name)
+                found = kubernetes.spec(given, "guests", Path("/"), best, resolv_conf)
+                return replace(found, name=self.name)
             if not isinstance(given, str):
                 raise Error("guests is not a manifest", hint="a path, or a Pod in JSON")
             path = Path(given)
@@ -195,7 +196,7 @@ class _Pod:
                 path /= f"{self.name}.yaml"
                 if not path.exists():
                     return None
-            specs = kubernetes.read(path, best)
+            specs = kubernetes.read(path, best, resolv_conf)
             if len(specs) > 1:
                 raise Error(f"{path} has {len(specs)} pods, for one namespace", hint="leave one")
         except Error as e:
@@ -232,6 +233,18 @@ class _Pod:
             if link["netns"] == found["netns"]
             and any(address.startswith(ours) for address in link["addresses"])
         ]
+
+
+def _resolv_conf(dns: Mapping[str, Any]) -> str | None:
+    """resolv.conf by the `dns` of a plugin's result; None if that names no server."""
+    lines = [f"nameserver {address}" for address in dns.get("nameservers") or ()]
+    if not lines:
+        return None
+    if search := dns.get("search") or [name for name in [dns.get("domain")] if name]:
+        lines.append(f"search {' '.join(search)}")
+    if options := dns.get("options"):
+        lines.append(f"options {' '.join(options)}")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _log(text: str) -> None:

@@ -58,8 +58,12 @@ SUFFIXES = {
 """Suffixes of quantities → factor (apimachinery, resource.Quantity)."""
 
 
-def read(path: Path, best: Callable[[], Runtime]) -> list[Spec]:
-    """Read all pods of a file. Raises `Error` with file, document, path and what was expected."""
+def read(path: Path, best: Callable[[], Runtime], resolv_conf: str | None = None) -> list[Spec]:
+    """Read all pods of a file. Raises `Error` with file, document, path and what was expected.
+
+    `best` finds the runtime of guests that name none. `resolv_conf`: text of the resolv.conf that
+    pods have unless they say otherwise; None: this host's.
+    """
     try:
         documents = list(yaml.load_all(path.read_text(), _Loader))
     except OSError as e:
@@ -67,7 +71,7 @@ def read(path: Path, best: Callable[[], Runtime]) -> list[Spec]:
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise Error(f"{path} is not YAML: {' '.join(str(e).split())}") from e
     specs = [
-        spec(document, f"{path}, document {number}", path.parent, best)
+        spec(document, f"{path}, document {number}", path.parent, best, resolv_conf)
         for number, document in enumerate(documents, start=1)
         if document is not None
     ]
@@ -266,7 +270,13 @@ class _Pod(_Model):
 # --- conversion -----------------------------------------------------------------------------
 
 
-def spec(document: object, where: str, folder: Path, best: Callable[[], Runtime]) -> Spec:
+def spec(
+    document: object,
+    where: str,
+    folder: Path,
+    best: Callable[[], Runtime],
+    resolv_conf: str | None = None,
+) -> Spec:
     """Convert one pod. Paths in it are relative to `folder`; errors begin with `where`.
 
     Raises `Error` as `read` does.
@@ -291,7 +301,7 @@ def spec(document: object, where: str, folder: Path, best: Callable[[], Runtime]
             restart=pod.spec.restart_policy,
             hostname=pod.spec.hostname or pod.metadata.name,
             host_aliases=tuple((str(a.ip), a.hostnames) for a in pod.spec.host_aliases),
-            resolv_conf=_resolv_conf(pod.spec),
+            resolv_conf=_resolv_conf(pod.spec, resolv_conf),
             host_ports=_host_ports(pod.spec),
             warnings=tuple(warnings),
         )
@@ -457,8 +467,8 @@ def _probe(probe: _Probe | None, container: _Container) -> manifest.Probe | None
     )
 
 
-def _resolv_conf(spec: _PodSpec) -> str:
-    """resolv.conf of the pod: this host's, unless dnsPolicy is None, then dnsConfig's lines."""
+def _resolv_conf(spec: _PodSpec, given: str | None) -> str:
+    """resolv.conf of the pod: the given text, unless dnsPolicy is None, then dnsConfig's lines."""
     config = spec.dns_config
     lines = [f"nameserver {address}" for address in config.nameservers]
     if config.searches:
@@ -466,6 +476,9 @@ def _resolv_conf(spec: _PodSpec) -> str:
     if config.options:
         words = (o.name if o.value is None else f"{o.name}:{o.value}" for o in config.options)
         lines.append(f"options {' '.join(words)}")
-    if spec.dns_policy != "None" and Path("/etc/resolv.conf").exists():
-        lines[:0] = Path("/etc/resolv.conf").read_text().splitlines()
+    if spec.dns_policy != "None":
+        if given is None:
+            own = Path("/etc/resolv.conf")
+            given = own.read_text() if own.exists() else ""
+        lines[:0] = given.splitlines()
     return "".join(f"{line}\n" for line in lines)

@@ -69,7 +69,7 @@ class Pod:
         self._consoles, self._given = consoles, scratch
         self.sandbox = sandbox
         self.addresses: dict[Family, Address] = {}
-        """The pod's addresses on the node's network; empty if it is not connected."""
+        """The pod's addresses outside, the first of each family; empty if it is not connected."""
         self.processes: dict[str, process.Running] = {}
         self.cut_off: set[str] = set()
         """Guests whose link was missing when the pod was taken over; they may still run."""
@@ -107,22 +107,31 @@ class Pod:
         self.attached_s = time.monotonic() - began
 
     def connect(self, ports: Collection[HostPort]) -> None:
-        """Give the pod addresses and ports on the node's network. Call it before starting.
+        """Connect guests with what is outside. Call it before starting.
 
-        They are the source addresses of the pod and its guests outside, and they are reached there.
-        Raises `Error` if another pod has one of the ports, or there is no nftables.
+        The pod's addresses are theirs outside: as source of what they send, and where their ports
+        are reached. A foreign namespace has addresses. Another gets one of each family, and ports,
+        on the node's network. Raises `Error` if another pod has one of the ports, or there is no
+        nftables.
         """
         with self.lock:
-            gateway.guard(self._owner, self.netns, self.links.own_names())
-            n = node.join(self._owner, self.name, self.netns, ports)
-            self.addresses = {family: pod_address(family, n) for family in Family}
+            links = self.links.own_names()
+            if self.sandbox:
+                addresses = self.sandbox.addresses(self.links.ip, links)
+            else:
+                gateway.guard(self._owner, self.netns, links)
+                n = node.join(self._owner, self.name, self.netns, ports)
+                addresses = {family: [pod_address(family, n)] for family in Family}
+            self.addresses = {family: found[0] for family, found in addresses.items() if found}
             gateway.open(
+                self._owner,
                 self.netns,
-                node.UPLINK,
-                self.addresses,
+                links,
+                addresses,
                 self.manifest.owners,
                 {p.n: p.families for p in self.wiring().ports},
                 needs_conntrack=self.attachment.needs_conntrack,
+                foreign=self.sandbox is not None,
             )
 
     def wiring(self) -> Wiring:

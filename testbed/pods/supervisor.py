@@ -300,16 +300,15 @@ def _write_etc(spec: Spec, scratch: Path) -> None:
 
 @contextlib.contextmanager
 def _connected(spec: Spec, pod: Pod) -> Iterator[None]:
-    """Connect the pod to the node's network, if possible, and its guests to its name server.
+    """Connect the pod's guests with what is outside, if possible, and with its name server.
 
-    A pod in a foreign namespace is not connected: that is for the maker of the namespace. Raises
-    `Error` if the pod has ports of the node, but is not connected.
+    Raises `Error` if the pod has ports of the node, but is not on the node's network.
     """
-    why = "the maker of its namespace connects it" if pod.sandbox else nft.unsupported()
-    if why is None:
-        pod.connect(spec.host_ports)
-    elif spec.host_ports:
+    why = "its namespace is somebody else's" if pod.sandbox else nft.unsupported()
+    if why and spec.host_ports:
         raise Error(f"pod {spec.name!r} cannot have a hostPort: {why}")
+    if pod.sandbox or not why:
+        pod.connect(spec.host_ports)
     server = dns_relay.to_relay(spec.resolv_conf)
     dns = (Transport.UDP, dns_relay.PORT)
     if server is None or not spec.manifest.guests or dns in spec.manifest.owners:

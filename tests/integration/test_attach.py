@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,8 +74,7 @@ class Theirs:
 
     def connect(self, family: Family) -> socket.socket:
         """To the guest, at `localhost`."""
-        to = (str(loopback(family)), PORT)
-        return namespaces.inside(self.name, lambda: socket.create_connection(to, 5))
+        return dial(self.name, str(loopback(family)), PORT)
 
     def serve(self, family: Family, host: str, port: int) -> socket.socket:
         af = family.domain
@@ -101,6 +101,10 @@ def theirs(tmp_path: Path) -> Iterator[Theirs]:
         yield theirs
 
 
+def dial(netns: str, to: str, port: int, limit_s: float = 5) -> socket.socket:
+    return namespaces.inside(netns, lambda: socket.create_connection((to, port), limit_s))
+
+
 def echoes(connection: socket.socket) -> bool:
     with connection:
         connection.sendall(b"hello")
@@ -109,8 +113,7 @@ def echoes(connection: socket.socket) -> bool:
 
 def dials(netns: str, family: Family, native: socket.socket) -> bool:
     """Whether a guest reaches a native server at what `localhost` is to it."""
-    to = (str(alias(family)), NATIVE_PORT)
-    with namespaces.inside(netns, lambda: socket.create_connection(to, 5)) as guest:
+    with dial(netns, str(alias(family)), NATIVE_PORT) as guest:
         accepted, _ = native.accept()
         with accepted:
             guest.sendall(b"hello")
@@ -141,6 +144,82 @@ def test_guests_join_and_leave_all_as_it_was(
     run("detach", name)
     assert theirs.state() == before
     assert not there(name)
+
+
+@dataclass
+class Outside:
+    """A network of the pod's: the namespace at its other end, and the addresses at both ends."""
+
+    netns: str
+    pod: dict[Family, str]
+    here: dict[Family, str]
+
+    def serve(self, family: Family) -> socket.socket:
+        at = ("", NATIVE_PORT)
+        return namespaces.inside(self.netns, lambda: socket.create_server(at, family=family.domain))
+
+
+def outside(theirs: Theirs, n: int) -> Outside:
+    """Connect the pod to a network by a link eth1n; it is the default route of the others."""
+    made = Outside(
+        f"{theirs.name}-outside{n}",
+        {Family.IPV4: f"10.{n}.9.3", Family.IPV6: f"fd{n:02}::3"},
+        {Family.IPV4: f"10.{n}.9.1", Family.IPV6: f"fd{n:02}::1"},
+    )
+    namespaces.create(theirs.owner, made.netns).close()
+    theirs.run(*f"ip link add eth1{n} up type veth peer name eth0 netns {made.netns}".split())
+    theirs.run(*f"ip -n {made.netns} link set eth0 up".split())
+    namespaces.set_sysctls(theirs.name, {f"net/ipv6/conf/eth1{n}/disable_ipv6": 0})
+    for family, length in ((Family.IPV4, 24), (Family.IPV6, 64)):
+        option = "nodad" if family is Family.IPV6 else "brd +"
+        for enter, link, address in (
+            ((), f"eth1{n}", made.pod[family]),
+            (("-n", made.netns), "eth0", made.here[family]),
+        ):
+            theirs.run("ip", *enter, *f"addr add {address}/{length} dev {link} {option}".split())
+        theirs.run(
+            *f"ip -n {made.netns} -{family[3]} route add default via {made.pod[family]}".split()
+        )
+    return made
+
+
+@pytest.mark.parametrize("datapath", ["steer", "capture"])
+@pytest.mark.parametrize("forwards", [False, True])
+def test_guests_are_whole_members_of_the_pod(
+    manifest: Callable[..., Path], name: str, theirs: Theirs, datapath: str, forwards: bool
+) -> None:
+    """They have its addresses outside, both ways, and it becomes no router that it was not."""
+    near, far = outside(theirs, 1), outside(theirs, 2)
+    theirs.run(*f"sysctl -qw net.ipv4.ip_forward={int(forwards)}".split())
+    theirs.run(*f"sysctl -qw net.ipv6.conf.all.forwarding={int(forwards)}".split())
+    before = theirs.state()
+    attach = ("attach", "--netns", theirs.netns, "--datapath", datapath)
+    run(*attach, manifest(GUEST, runtime="standin"))
+    guest = f"{control.status(name)['netns']}-g1"
+    for n in range(2):
+        for family in Family:
+            for network in (near, far):
+                pod = network.pod[family]
+                for netns in (network.netns, theirs.name, guest):
+                    assert echoes(dial(netns, pod, PORT))
+                with theirs.serve(family, "", NATIVE_PORT):
+                    dial(guest, pod, NATIVE_PORT).close()
+                with network.serve(family) as server:
+                    with dial(guest, network.here[family], NATIVE_PORT):
+                        asking, seen = server.accept()
+                        asking.close()
+                assert seen[0] == pod
+            passed = False
+            with far.serve(family), suppress(TimeoutError):
+                dial(near.netns, far.here[family], NATIVE_PORT, 1).close()
+                passed = True
+            assert passed == forwards
+        if not n:  # again, with a keeper that took over
+            os.kill(control.status(name)["keeper"], signal.SIGKILL)
+            wait_until(lambda: control.status(name)["keeper"] is None, "it is dead")
+            run("adopt", name)
+    run("detach", name)
+    assert theirs.state() == before
 
 
 def test_processes_of_a_cgroup_that_is_named_go_past_lo(

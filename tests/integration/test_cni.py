@@ -168,8 +168,9 @@ def test_guests_join_a_pod_of_other_plugins_and_leave_it(chained: Runtime) -> No
     assert (names[0], names[-2:]) == ("cni0", ["eth0", "g1"])
     chained.all("CHECK", **arguments)
     wait_until(lambda: ready(chained, "web.shop"), "the guest serves")
-    for family in Family:
+    for family, address in ((Family.IPV4, "10.99.0.2"), (Family.IPV6, "fd99::2")):
         assert echoes(chained, family)
+        dial(chained.host, address).close()
     chained.all("DEL", **arguments)
     assert not there("web.shop")
     assert set(netlink.links(chained.pod)) == {"lo"}
@@ -197,11 +198,19 @@ def test_what_the_plugin_before_made_goes_through_unchanged(runtime: Runtime) ->
         "cniVersion": "1.0.0",
         "interfaces": [{"name": "eth0", "mac": "02:00:00:00:00:01"}],
         "ips": [{"address": "10.1.2.3/24", "interface": 0}],
-        "dns": {"nameservers": ["10.1.2.1"]},
+        "dns": {
+            "nameservers": ["10.1.2.1"],
+            "search": ["shop.example"],
+            "options": ["ndots:2"],
+        },
         "routes": [{"dst": "0.0.0.0/0"}],
     }
     status, after = runtime.call("ADD", own, before)
     assert status == 0, after
+    wait_until(lambda: ready(runtime, runtime.container), "the guest serves")
+    [served] = runtime.on_host(lambda: control.workloads(runtime.container, "guest"))
+    resolv_conf = Path(f"/proc/{served['pid']}/root/etc/resolv.conf").read_text()
+    assert resolv_conf == "nameserver 10.1.2.1\nsearch shop.example\noptions ndots:2\n"
     added = after["interfaces"].pop()
     assert after == before
     assert (added["name"], added["sandbox"]) == ("g1", runtime.netns)

@@ -11,11 +11,18 @@ connection tracking, whose table a busy pod would fill.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
-from testbed.host import namespaces, netlink, nft
+from testbed.host import facts, namespaces, netlink, nft
 from testbed.host.ledger import Scope
-from testbed.model.addresses import LINK_PREFIX, NATIVE_VIEW_NET6, Address, alias, guest_link
+from testbed.model.addresses import (
+    LINK_PREFIX,
+    NATIVE_VIEW_NET6,
+    Address,
+    alias,
+    guest_link,
+    native_view,
+)
 from testbed.model.errors import Error
 from testbed.model.terms import Family, Transport
 
@@ -28,7 +35,11 @@ _INSIDE = {
     Family.IPV6: f"::1, {_LINKS[Family.IPV6]}, {NATIVE_VIEW_NET6}",
 }
 """Addresses that are valid only within a pod."""
-_NEIGHBORS = {Family.IPV4: "", Family.IPV6: ", fe80::/10, ff00::/8"}
+_GUESTS = {
+    Family.IPV4: f"{native_view(Family.IPV4, 0)}/24, {_LINKS[Family.IPV4]}",
+    Family.IPV6: f"{_LINKS[Family.IPV6]}, {NATIVE_VIEW_NET6}",
+}
+"""Those of guests, and the alias."""
 
 
 def guard(owner: Scope, netns: str, links: Collection[str]) -> None:
@@ -40,7 +51,6 @@ def guard(owner: Scope, netns: str, links: Collection[str]) -> None:
     if why := nft.unsupported():
         raise Error(f"guests of {netns} would be reached from outside: {why}")
     owner.defer(unguard, netns=netns)
-    names = ", ".join(f'"{name}"' for name in ("lo", *sorted(links)))
     drops = (
         f"{_IP[family]} {end} {{ {_INSIDE[family]} }} drop"
         for family in Family
@@ -52,7 +62,7 @@ def guard(owner: Scope, netns: str, links: Collection[str]) -> None:
         f"table inet {GUARD} {{",
         "chain from_outside {",
         "type filter hook prerouting priority raw - 10",
-        f"iifname {{ {names} }} accept",
+        f"iifname {_names(links)} accept",
         *drops,
         "}",
         "}",
@@ -67,57 +77,101 @@ def unguard(netns: str) -> None:
 
 
 def open(
+    owner: Scope,
     netns: str,
-    uplink: str,
-    addresses: Mapping[Family, Address],
+    links: Collection[str],
+    addresses: Mapping[Family, Sequence[Address]],
     owners: Mapping[tuple[Transport, int], int],
     families: Mapping[int, Collection[Family]],
     *,
     needs_conntrack: bool,
+    foreign: bool,
 ) -> None:
-    """Route between guests and the uplink of the namespace. The rules go with the namespace.
+    """Route between guests and the other interfaces of the namespace, which are there already.
 
-    `addresses`: the pod's on the uplink. `owners`: (transport, port) → n of the guest that serves
-    it. `families`: n of a guest → its IP versions. `needs_conntrack`: see `Attachment`; else
-    connections to `localhost` are not tracked. Raises `Error` if the kernel lacks such rules.
+    `links`: names of guests' links. `addresses`: the pod's on the other interfaces. `owners`:
+    (transport, port) → n of the guest that serves it. `families`: n of a guest → its IP versions.
+    `needs_conntrack`: see `Attachment`; else connections to `localhost` are not tracked. `foreign`:
+    the namespace is somebody else's, and gets back what it had; else all goes with it. Raises
+    `Error` if the kernel lacks such rules.
     """
+    changes = _forwarding(netns)
+    left = [entry.arguments for entry in owner.left(close)]
+    before: dict[str, str] = next((a["before"] for a in left if a["netns"] == netns), {})
+    if foreign:
+        before = before or namespaces.sysctls(netns, *changes)
+        owner.defer(close, netns=netns, before=before)
+    names = _names(links)
     text = [
         f"table inet {TABLE}",  # else the deletion fails
         f"delete table inet {TABLE}",
         f"table inet {TABLE} {{",
-    ]
-    text += [
-        _of_family(uplink, family, address, owners, families)
-        for family, address in addresses.items()
+        *(
+            _of_family(names, family, of_pod, owners, families)
+            for family, of_pod in addresses.items()
+            if of_pod
+        ),
+        "chain through { type filter hook forward priority filter",
+        *(
+            f"meta nfproto {family} iifname != {names} oifname != {names} drop"
+            for family in Family
+            if before.get(f"net/{family}/conf/all/forwarding") != "1"
+        ),
+        "}",
     ]
     if not needs_conntrack:
+        here = _GUESTS if foreign else _INSIDE  # others may have rules for natives' connections
         text += [
             f"chain {hook}_untracked {{ type filter hook {hook} priority raw; "
             + "; ".join(
-                f"{_IP[f]} saddr {{ {_INSIDE[f]} }} {_IP[f]} daddr {{ {_INSIDE[f]} }} notrack"
+                f"{_IP[f]} {one} {{ {here[f]} }} {_IP[f]} {other} {{ {_INSIDE[f]} }} notrack"
                 for f in Family
+                for one, other in (("saddr", "daddr"), ("daddr", "saddr"))[: 1 + foreign]
             )
             + "; }"
             for hook in ("prerouting", "output")
         ]
     nft.load(netns, "\n".join((*text, "}")))
-    namespaces.set_sysctls(
-        netns,
-        {
-            **{
-                f"net/ipv4/conf/{link}/send_redirects": 0
-                for link in ("all", "default", *netlink.links(netns))
-            },
-            "net/ipv4/conf/all/forwarding": 1,
-            "net/ipv6/conf/all/forwarding": 1,
-        },
-    )
+    namespaces.set_sysctls(netns, changes)
+
+
+def close(netns: str, before: Mapping[str, str]) -> None:
+    """Undo `open` in a foreign namespace, as far as it and its links still exist."""
+    if (namespaces.NETNS / netns).exists():
+        nft.load(netns, f"table inet {TABLE}\ndelete table inet {TABLE}")
+        there = {"all", "default", *netlink.links(netns)}
+        namespaces.set_sysctls(netns, {k: v for k, v in before.items() if k.split("/")[3] in there})
+
+
+def _forwarding(netns: str) -> dict[str, int | str]:
+    """The sysctls that let a namespace forward, and their values.
+
+    The first of each family sets many of the others. A link that forwards goes on using router
+    advertisements if accept_ra is 2.
+    """
+    each = ("default", *netlink.links(netns))
+    values: dict[str, int | str] = {
+        f"net/{family}/conf/{link}/forwarding": 1
+        for family in facts.families()
+        for link in ("all", *each)
+    }
+    values["net/ipv4/conf/all/accept_redirects"] = 0
+    values |= {f"net/ipv4/conf/{link}/send_redirects": 0 for link in ("all", *each)}
+    if Family.IPV6 in facts.families():
+        asked = namespaces.sysctls(netns, *(f"net/ipv6/conf/{link}/accept_ra" for link in each))
+        values |= {key: 2 for key, value in asked.items() if value == "1"}
+    return values
+
+
+def _names(links: Collection[str]) -> str:
+    """`lo` and these links, as a set of nft's."""
+    return "{ " + ", ".join(f'"{name}"' for name in ("lo", *sorted(links))) + " }"
 
 
 def _of_family(
-    uplink: str,
+    names: str,
     family: Family,
-    pod: Address,
+    of_pod: Sequence[Address],
     owners: Mapping[tuple[Transport, int], int],
     families: Mapping[int, Collection[Family]],
 ) -> str:
@@ -127,18 +181,13 @@ def _of_family(
         for (transport, port), n in owners.items()
         if family in families[n]
     )
-    to_owner = f"{ip} daddr {pod} dnat {ip} to meta l4proto . th dport map @owners{version}"
+    pod = f"{ip} daddr {{ {', '.join(map(str, of_pod))} }}"
+    to_owner = f"{pod} dnat {ip} to meta l4proto . th dport map @owners{version}"
     # With the pod's address as source, answers pass the gateway, too.
-    from_guest_to_pod = (
-        f"{ip} saddr {_LINKS[family]} ct original {ip} daddr {pod} snat {ip} to {pod}"
-    )
+    from_guest_to_pod = f"{ip} saddr {_LINKS[family]} ct original {pod} snat {ip} to {of_pod[0]}"
     return (
         nft.elements(f"map owners{version}", f"inet_proto . inet_service : {family}_addr", served)
         + f"""
-chain from_outside{version} {{
-    type filter hook prerouting priority raw
-    iifname "{uplink}" {ip} daddr != {{ {pod}{_NEIGHBORS[family]} }} drop
-}}
 chain to_owner{version} {{
     type nat hook prerouting priority dstnat
     {to_owner}
@@ -149,7 +198,7 @@ chain to_owner_from_here{version} {{
 }}
 chain from_guest{version} {{
     type nat hook postrouting priority srcnat
-    oifname "{uplink}" {ip} saddr {_LINKS[family]} snat {ip} to {pod}
+    oifname != {names} {ip} saddr {_LINKS[family]} masquerade
     {from_guest_to_pod}
 }}
 chain from_guest_to_native{version} {{
