@@ -126,14 +126,14 @@ class _Cell(Table):
     size_bytes: int = schema.integer(1)
     streams: int = schema.integer(1, default=1)
     rate_per_s: int = schema.integer(0, default=0)
-    guest: str = Field("", description=f"one of {', '.join(r for r in Runtime if r.is_guest)}")
+    guest: str = Field("", description=f"one of {', '.join(r for r in Runtime if r.boots)}")
     guests: int = schema.integer(1, MAX_GUESTS, 1)
     pods: int = schema.integer(1, MAX_PODS, 1)
 
     @field_validator("guest")
     @classmethod
     def _is_guest(cls, value: str) -> str:
-        assert not value or Runtime(value).is_guest
+        assert not value or Runtime(value).boots
         return value
 
 

@@ -126,6 +126,21 @@ def attach_tcx(netns: str, ifindex: int, hook: int, entry: int) -> None:
             raise
 
 
+def detach_tcx(netns: str, ifindex: int, hook: int, name: str) -> None:
+    """Detach the program with this name. A missing program, link or namespace is no error."""
+
+    def detach() -> None:
+        with _running(ifindex, hook) as running:
+            if name in running:
+                syscall.call(syscall.DETACH, "=IIII", ifindex, running[name], hook, 0)
+
+    try:
+        namespaces.inside(netns, detach)
+    except OSError as e:
+        if e.errno not in (errno.ENODEV, errno.ENOENT):
+            raise
+
+
 def running_tc(netns: str, ip: IPRoute, ifindex: int) -> list[str]:
     """All tc programs of a link, by tcx and by filters, as HOOK:NAME.
 
@@ -141,10 +156,10 @@ def running_tc(netns: str, ip: IPRoute, ifindex: int) -> list[str]:
     return [
         *(namespaces.inside(netns, lambda: list(by_tcx())) if has_tcx() else ()),
         *(
-            f"{at}:{options.get_attr('TCA_BPF_NAME')}"
+            f"{at}:{name}"
             for at, hook in hooks.items()
             for filter in ip.get_filters(index=ifindex, parent=AT_CLSACT[hook])
-            if (options := filter.get("options"))
+            if filter.get("kind") == "bpf" and (name := filter.get(("options", "bpf_name")))
         ),
     ]
 

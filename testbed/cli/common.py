@@ -54,7 +54,7 @@ def add_guest(command: argparse.ArgumentParser) -> None:
         "--guest",
         default="best",
         type=_guest,
-        metavar="|".join(("best", *(r for r in Runtime if r.is_guest))),
+        metavar="|".join(("best", *(r for r in Runtime if r.boots))),
         help="runtime of guests (default: the best one that this machine can run)",
     )
     command.add_argument(
@@ -67,11 +67,11 @@ def add_guest(command: argparse.ArgumentParser) -> None:
 
 def _guest(text: str) -> str:
     try:
-        if text == "best" or Runtime(text).is_guest:
+        if text == "best" or Runtime(text).boots:
             return text
     except ValueError:
         pass
-    known = ", ".join(("best", *(r for r in Runtime if r.is_guest)))
+    known = ", ".join(("best", *(r for r in Runtime if r.boots)))
     raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {known})")
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from testbed.cli.common import Commands
 from testbed.model.errors import Error
+from testbed.model.manifest import Tap
 
 if TYPE_CHECKING:
     from testbed.pods.sandbox import Sandbox
@@ -61,6 +62,15 @@ def _add_building(commands: Commands) -> None:
         type=Path,
         metavar="PATH",
         help="cgroup (v2) of the pod's processes, for steer's fast path; without it they use lo",
+    )
+    attach.add_argument(
+        "--tap",
+        type=Tap.parse,
+        action="append",
+        default=[],
+        metavar="NAME[,MAC][,ADDRESS…]",
+        help="tap of a guest that somebody else boots, there or later; one for each guest of the "
+        "manifest, whose images are not used then",
     )
     _pod(adopt, metavar="POD")
     for command in (up, attach):
@@ -126,7 +136,10 @@ def _attach(arguments: argparse.Namespace) -> int:
     from testbed.pods.sandbox import Sandbox
 
     cgroup = arguments.cgroup and arguments.cgroup.absolute()
-    return _start(_ordered(arguments, Sandbox(arguments.netns.absolute(), cgroup)), arguments.wait)
+    [order] = _ordered(arguments, Sandbox(arguments.netns.absolute(), cgroup))
+    if arguments.tap:
+        order = replace(order, spec=order.spec.on_taps(arguments.tap))
+    return _start([order], arguments.wait)
 
 
 def _adopt(arguments: argparse.Namespace) -> int:
@@ -277,6 +290,11 @@ def _describe(arguments: argparse.Namespace) -> int:
         for key in ("addresses", "programs"):
             if link[key]:
                 print(f"  {key:<12} {' '.join(link[key])}")
+    for tap in found["taps"]:
+        known = " ".join((tap["mac"], *tap["addresses"])).strip() or "nothing is known of its guest"
+        print(f"\n{tap['name']}: {known}{'' if tap['connected'] else ' (not there)'}")
+        for key in ("from_guest", "to_guest", "refused", "unreachable"):
+            print(f"  {key:<12} {tap[key]['packets']} packets, {tap[key]['bytes']} bytes")
     print("\ntraffic")
     for flow in found["traffic"]:
         ends = f"{flow['client']}→{flow['server']}"

@@ -5,10 +5,13 @@ A manifest that contradicts itself is refused here, before anything is built.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from ipaddress import ip_address
 
-from testbed.model.addresses import CONTROL_PORT, MAX_GUESTS
+from testbed.model.addresses import CONTROL_PORT, MAX_GUESTS, Address
 from testbed.model.errors import Error
 from testbed.model.terms import Runtime, Transport
 
@@ -53,6 +56,36 @@ class Program:
 
 
 @dataclass(frozen=True)
+class Tap:
+    """The tap of a guest that somebody else boots, in the pod's namespace."""
+
+    name: str
+    mac: str = ""
+    """MAC address of the guest; empty: what it sends tells."""
+    addresses: tuple[Address, ...] = ()
+    """Addresses of the guest, at most one of each family; of others, what it sends tells."""
+
+    @classmethod
+    def parse(cls, text: str) -> Tap:
+        """Parse NAME[,MAC][,ADDRESS…]. Raises `Error`."""
+        name, *words = text.split(",")
+        macs = [
+            word for word in words if re.fullmatch(r"(?:[0-9a-fA-F]{2}:){5}[0-9a-fA-F]{2}", word)
+        ]
+        try:
+            addresses = tuple(ip_address(word) for word in words if word not in macs)
+        except ValueError as e:
+            raise Error(f"tap {text!r}: {e}", hint="NAME, or NAME,MAC,ADDRESS") from e
+        versions = [address.version for address in addresses]
+        if not name or len(macs) > 1 or len(set(versions)) < len(versions):
+            raise Error(
+                f"tap {text!r} is not a name with at most one MAC, IPv4 and IPv6 address",
+                hint="NAME, or NAME,MAC,ADDRESS",
+            )
+        return cls(name, "".join(macs), addresses)
+
+
+@dataclass(frozen=True)
 class Workload:
     """One program of a pod, and the (transport, port)s that it owns at `localhost`."""
 
@@ -65,6 +98,8 @@ class Workload:
     """TCP port of its traffic agent, which answers once the workload is up."""
     program: Program | None = None
     """What it runs. None: the traffic agent."""
+    tap: Tap | None = None
+    """Of a guest that somebody else boots (`Runtime.FOREIGN`)."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +145,11 @@ class Manifest:
         return tuple(w for w in self.workloads if not w.runtime.is_guest)
 
     @property
+    def taps(self) -> dict[int, Tap]:
+        """Taps of guests that somebody else boots, by the guests' numbers."""
+        return {n: w.tap for n, w in self.guests.items() if w.tap}
+
+    @property
     def owners(self) -> dict[tuple[Transport, int], int]:
         """(transport, port) → number of the guest that owns it."""
         return {port: n for n, w in self.guests.items() for port in w.ports}
@@ -148,3 +188,21 @@ class Spec:
     host_ports: tuple[HostPort, ...] = ()
     warnings: tuple[str, ...] = ()
     """What the manifest asks for and the testbed does not do, as text for the user."""
+
+    def on_taps(self, taps: Sequence[Tap]) -> Spec:
+        """The same pod with its guests, in their order, on these taps, where somebody boots them.
+
+        Raises `Error` unless each guest gets one.
+        """
+        guests = [w.name for w in self.manifest.guests.values()]
+        if len(guests) != len(taps):
+            raise Error(
+                f"pod {self.name!r} has {len(guests)} guests, for {len(taps)} taps",
+                hint="--tap for each guest",
+            )
+        tap_of = dict(zip(guests, taps, strict=True))
+        workloads = (
+            replace(w, runtime=Runtime.FOREIGN, tap=tap_of[w.name]) if w.name in tap_of else w
+            for w in self.manifest.workloads
+        )
+        return replace(self, manifest=Manifest(tuple(workloads)))

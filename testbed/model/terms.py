@@ -61,8 +61,14 @@ class Runtime(Open):
     STANDIN = "standin"
     LINUX = "linux"
     OSV = "osv"
+    FOREIGN = "foreign"
 
     @property
     def is_guest(self) -> bool:
         """Whether the workload has a network stack of its own."""
         return self not in (Runtime.PROCESS, Runtime.CONTAINER, Runtime.WASM)
+
+    @property
+    def boots(self) -> bool:
+        """Whether it is a guest that is booted here, not by somebody else."""
+        return self.is_guest and self is not Runtime.FOREIGN

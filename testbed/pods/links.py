@@ -14,6 +14,9 @@ tap or bridge vanished. Nothing is watched here; `reconciler` does that.
 
     layout `socket`:                        guest 1 ─ a program of the datapath
 
+A guest that somebody else boots has a link of ours, too, whose other end t<n> is in the pod's
+namespace, as its tap is (`taps`).
+
 The namespace of the links stands for the host's own. Each pod has one for itself, since removing a
 namespace is fast (the kernel removes its links later), while removing a link takes time.
 """
@@ -33,6 +36,7 @@ from testbed.model.errors import Error
 from testbed.model.manifest import Manifest
 from testbed.model.terms import Family, Runtime
 from testbed.pods.sandbox import Sandbox
+from testbed.pods.taps import Taps
 from testbed.runtimes.interface import Prepared
 from testbed.runtimes.vm.guest import queues as runtime_queues
 
@@ -46,6 +50,11 @@ BRIDGE, TO_POD, TO_GUESTS = "bridge", "pod", "guests"
 def port_name(n: int) -> str:
     """Name of the host's end of guest n's link."""
     return f"g{n}"
+
+
+def inner_name(n: int) -> str:
+    """Name of the other end, of a guest that somebody else boots."""
+    return f"t{n}"
 
 
 class Links:
@@ -71,6 +80,7 @@ class Links:
             if not runtimes[guest.runtime].uses_tap
         }
         """Namespaces of stand-ins, by their guests' numbers."""
+        self.taps = Taps(owner, netns, manifest.taps)
         self._owner, self._pod, self._manifest = owner, pod, manifest
         self._runtimes, self._sandbox = runtimes, sandbox
         self._ips: dict[str, IPRoute] = {}
@@ -124,10 +134,11 @@ class Links:
     def own_names(self) -> set[str]:
         """Names of the links in the pod's own namespace."""
         bridged = self.layout is Layout.BRIDGE
-        return {TO_GUESTS} if bridged else self._names()
+        inner = {inner_name(n) for n in self.taps.taps}
+        return inner | ({TO_GUESTS} if bridged else self._names())
 
     def build(self) -> set[str]:
-        """Make all links that are missing; returns their names."""
+        """Make all links that are missing, and connect taps; returns the names of the links."""
         if self.layout is Layout.SOCKET:
             return set()
         ip = self.link_ip
@@ -149,7 +160,15 @@ class Links:
                 )
                 if not bridge:
                     netlink.add_route(self.ip, port, guest_link(family, n))
+        if self.taps.taps:
+            self.taps.build({n: self._inner(n) for n in self.taps.taps})
         return self._names() - existing.keys()
+
+    def _inner(self, n: int) -> tuple[int, str]:
+        """Index of the other end of guest n's link, and the MAC that the pod has on that link."""
+        here = netlink.links(self.netns)
+        own = TO_GUESTS if self.layout is Layout.BRIDGE else port_name(n)
+        return here[inner_name(n)], self.ip.get_links(here[own])[0].get("address")
 
     def _create_uplink(self) -> int:
         peer = {"ifname": TO_GUESTS, "net_ns_fd": self.netns, "address": POD_MAC}
@@ -179,6 +198,12 @@ class Links:
                 netlink.add_default_route(guest_ip, eth0, pod_link(family))
             if self.layout is Layout.NO_LOOPBACK:
                 self._take_loopback(netns)
+        elif n in self.taps.taps:
+            inner = inner_name(n)
+            peer = {"ifname": inner, "net_ns_fd": self.netns}
+            port = netlink.create_link(ip, name, kind="veth", peer=peer)
+            namespaces.set_sysctls(self.netns, {f"net/ipv6/conf/{inner}/disable_ipv6": 1})
+            self.ip.link("set", index=netlink.links(self.netns)[inner], state="up")
         else:
             flags = {"multi_queue": int(self.queues(n) > 1)}
             port = netlink.create_link(ip, name, kind="tuntap", mode="tap", ifr=flags)
@@ -238,5 +263,9 @@ class Links:
         )
 
     def missing(self) -> set[str]:
-        """Names of links that have vanished."""
-        return self._names() - netlink.links(self.link_netns).keys()
+        """Names of links that have vanished, and of taps that did or are new."""
+        return self.taps.changed() | self._names() - netlink.links(self.link_netns).keys()
+
+    def tap(self, n: int) -> str:
+        """Name of the tap of a guest that is a virtual machine."""
+        return self.taps.taps[n].name if n in self.taps.taps else port_name(n)

@@ -149,12 +149,15 @@ class Pod:
             return self.attachment.missing_programs()
 
     def mend(self) -> set[str]:
-        """Make again what is missing, and restart guests that lost their tap.
+        """Make again what is missing, connect new taps, and restart guests that lost their tap.
 
         Returns the names of the links. If it raises, the next call does what is left to do.
         """
         with self.lock:
-            self._unmended |= self.links.missing()
+            changed = self.links.taps.changed()
+            for name in self._guests_of(changed) & self.processes.keys():
+                self.restart_workload(name)  # before its new tap is connected
+            self._unmended |= self.links.missing() - changed
             self._unmended |= self.links.build()
             self.attachment.rewire(self.wiring())
         for name in self._guests_of(self._unmended) & self.processes.keys():
@@ -162,14 +165,15 @@ class Pod:
         if self._unmended:
             self.attach_deferred()
         mended, self._unmended = self._unmended, set()
-        return mended
+        return mended | changed
 
     def _guests_of(self, missing: set[str]) -> set[str]:
         """Names of virtual machines whose taps are missing. They have to be started again."""
-        taps = {
-            n: guest for n, guest in self.manifest.guests.items() if n not in self.links.standins
+        return {
+            guest.name
+            for n, guest in self.manifest.guests.items()
+            if n not in self.links.standins and self.links.tap(n) in missing
         }
-        return {guest.name for n, guest in taps.items() if port_name(n) in missing}
 
     # --- workloads --------------------------------------------------------------------------
 

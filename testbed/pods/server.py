@@ -109,9 +109,11 @@ class Server:
                 self._pod.links.link_netns: self._pod.links.link_ip,
             }
             links = [link for netns, ip in ips.items() for link in _links(netns, ip)]
+            taps = self._pod.links.taps.data()
         return {
             **self._workloads.status(),
             "links": links,
+            "taps": taps,
             **self.traffic(),
             "cgroup": str(self._pod.cgroup),
             "events": list(self._workloads.events),

@@ -178,6 +178,11 @@ def supervise(order: Order, built: Callable[[], None]) -> None:
         with _listen(spec.name) as server:
             if order.sandbox:
                 order.sandbox.check(spec, datapath)
+            elif taps := spec.manifest.taps.values():
+                raise Error(
+                    f"pod {spec.name!r} is made here, and has no tap {next(iter(taps)).name!r}",
+                    hint="testbed attach",
+                )
             left = control.orphans().get(spec.name)
             if left:
                 _check_left(left, order, datapath)

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.root
 
 LIMIT = 100_000
 
-SETS = sorted({name for datapath in datapaths.names() for name in datapaths.get(datapath).programs})
+OF_DATAPATHS = {p for name in datapaths.names() for p in datapaths.get(name).programs}
+SETS = sorted(OF_DATAPATHS | {"tap"})
 TRACED = [name + bytecode.TRACED for name in SETS if name in datapaths.names()]
 
 

@@ -112,6 +112,8 @@ def open(
             if of_pod
         ),
         "chain through { type filter hook forward priority filter",
+        # What a bridge forwards, and br_netfilter shows here.
+        'meta iifkind "bridge" meta oifkind "bridge" accept',
         *(
             f"meta nfproto {family} iifname != {names} oifname != {names} drop"
             for family in Family

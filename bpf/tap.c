@@ -1,0 +1,224 @@
+/* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
+ *
+ * Connects the tap of a guest that somebody else boots with the guest's link of ours. The guest has
+ * addresses of its own, and its tap has filters of others. So the guest is translated to guest n of
+ * the address plan at the tap, and all other programs see it as any guest. Packets that have
+ * nothing to do with the pod's inside go on to the filters of others.
+ *
+ *   namespace of the pod
+ *
+ *   guest ---- tap          t1 ---- g1    the link of guest 1
+ *              tap_ingress  inner_ingress
+ *
+ *   from the guest:  tap_ingress > t1 > g1      source: the guest's > guest n's link address
+ *   to the guest:    g1 > inner_ingress > tap   destination: the reverse
+ *
+ * Nothing is known of a guest at first, unless user space was told. What it sends teaches the
+ * programs its addresses.
+ */
+
+#include <uapi/linux/bpf.h>
+#include <uapi/linux/if_ether.h>
+#include <uapi/linux/pkt_cls.h>
+
+#include "addresses.h"
+#include "common.h"
+#include "neighbor.h"
+#include "packet.h"
+#include "state.h"
+
+struct tap {
+	__be32 ip4, ip6[4];   /* the guest's; 0: not known */
+	u8 mac[ETH_ALEN];     /* the guest's; 0: not known */
+	u8 pod_mac[ETH_ALEN]; /* of the pod's own interface on the guest link */
+	u32 tap_ifindex, inner_ifindex;
+	struct count from_guest, to_guest;
+	struct count refused;	  /* dropped: not from the guest's address, or malformed */
+	struct count unreachable; /* dropped: nothing is known yet of the guest */
+};
+
+BPF_HASH(taps, u32, struct tap, 4096); /* slot << 8 | n */
+
+static __always_inline struct tap *tap_of(struct __sk_buff *skb)
+{
+	u32 key = skb->tc_classid & 0xffff;
+
+	return taps.lookup(&key);
+}
+
+static __always_inline int refuse(struct __sk_buff *skb, struct count *count)
+{
+	add_count(count, 1, skb->len - ETH_HLEN);
+	return TC_ACT_SHOT;
+}
+
+/* Whether an address is one of the guest link's. */
+static __always_inline bool is_inside(struct address is)
+{
+	switch (is.kind) {
+	case ALIAS:
+	case NATIVE_SOURCE:
+	case NATIVE_SOURCE_ODD:
+	case POD_LINK:
+	case LINK:
+	case GUEST_VIEW:
+		return true;
+	}
+	return false;
+}
+
+static __always_inline bool is_zero_mac(const u8 *mac)
+{
+	return !(mac[0] | mac[1] | mac[2] | mac[3] | mac[4] | mac[5]);
+}
+
+static __always_inline bool is_zero6(const __be32 *words)
+{
+	return !(words[0] | words[1] | words[2] | words[3]);
+}
+
+static __always_inline void learn_mac(struct __sk_buff *skb, struct tap *tap)
+{
+	struct ethhdr eth;
+
+	if (is_zero_mac(tap->mac) && !read(skb, 0, &eth, sizeof(eth)))
+		__builtin_memcpy(tap->mac, eth.h_source, ETH_ALEN);
+}
+
+/* Takes the packet's source for the guest's address, if none is known. */
+static __always_inline void learn_source(struct tap *tap, const struct packet *p)
+{
+	if (p->v6 && is_zero6(tap->ip6))
+		__builtin_memcpy(tap->ip6, p->addresses, sizeof(tap->ip6));
+	else if (!p->v6 && !tap->ip4)
+		tap->ip4 = p->addresses[0];
+}
+
+static __always_inline bool is_from_guest(const struct tap *tap, const struct packet *p)
+{
+	if (p->v6)
+		return p->addresses[0] == tap->ip6[0] && p->addresses[1] == tap->ip6[1] &&
+		       p->addresses[2] == tap->ip6[2] && p->addresses[3] == tap->ip6[3];
+	return p->addresses[0] == tap->ip4;
+}
+
+static __always_inline int store_macs(struct __sk_buff *skb, const u8 *to, const u8 *from)
+{
+	u8 macs[2 * ETH_ALEN];
+
+	__builtin_memcpy(macs, to, ETH_ALEN);
+	__builtin_memcpy(macs + ETH_ALEN, from, ETH_ALEN);
+	return bpf_skb_store_bytes(skb, 0, macs, sizeof(macs), 0);
+}
+
+/* Sends an answer of neighbor.h back to the guest, whose MAC is not that of the address plan. */
+static __always_inline int send_back(struct __sk_buff *skb, struct tap *tap, int failed)
+{
+	const u8 alias_mac[ETH_ALEN] = ALIAS_MAC;
+
+	if (failed || store_macs(skb, tap->mac, alias_mac))
+		return refuse(skb, &tap->refused);
+	return bpf_redirect(skb->ifindex, 0);
+}
+
+/* ARP: answers for addresses of the guest link. */
+static __always_inline int take_arp(struct __sk_buff *skb, struct tap *tap)
+{
+	struct neighbor says;
+	struct arp arp;
+
+	if (parse_arp(skb, &arp, &says))
+		return TC_ACT_OK;
+	if (says.own_mac && says.claimed.kind == OTHER && !tap->ip4)
+		__builtin_memcpy(&tap->ip4, arp.sender, sizeof(tap->ip4));
+	if (!is_inside(says.asked))
+		return TC_ACT_OK;
+	if (answer_arp(skb, &arp, 0) ||
+	    bpf_skb_store_bytes(skb, ETH_HLEN + offsetof(struct arp, target_mac), tap->mac,
+				ETH_ALEN, 0))
+		return refuse(skb, &tap->refused);
+	return send_back(skb, tap, 0);
+}
+
+/* Ingress of the tap: takes what is for the pod's inside. */
+static __always_inline int tap_ingress(struct __sk_buff *skb)
+{
+	const u8 alias_mac[ETH_ALEN] = ALIAS_MAC;
+	struct tap *tap = tap_of(skb);
+	u8 n = skb->tc_classid, guest_mac[ETH_ALEN] = GUEST_MAC(n);
+	struct neighbor says = {};
+	struct packet p = {};
+	__be32 to[8] = {};
+
+	if (!tap)
+		return TC_ACT_OK;
+	learn_mac(skb, tap);
+	if (skb->protocol == bpf_htons(ETH_P_ARP))
+		return take_arp(skb, tap);
+	if (!is_ip(skb) || parse_ip(skb, &p))
+		return TC_ACT_OK;
+	if (!p.is_later_fragment)
+		p.fault = parse_l4(skb, &p);
+	hide_headers(skb, &p);
+	p.source = hide_address(skb, source_of(&p));
+	p.destination = hide_address(skb, destination_of(&p));
+	if (p.source.kind == OTHER)
+		learn_source(tap, &p);
+	if (is_nd(&p) && p.icmp_type == ND_SOLICITATION && !parse_nd(skb, &p, &says) &&
+	    is_inside(says.asked))
+		return send_back(skb, tap, answer_solicitation(skb, &p, 0));
+	if (!is_inside(p.destination))
+		return TC_ACT_OK;
+	if (p.source.kind == LINK_LOCAL || p.source.kind == LINK_LOCAL_OTHER)
+		learn_source(tap, &p); /* it has no other address of this family */
+	if (p.fault != FAULT_NONE || !is_from_guest(tap, &p))
+		return refuse(skb, &tap->refused);
+	if (p.v6) {
+		render6(address_of(LINK, n), to);
+		__builtin_memcpy(to + 4, p.addresses + 4, 16);
+	} else {
+		to[0] = render4(address_of(LINK, n));
+		to[1] = p.addresses[1];
+	}
+	add_count(&tap->from_guest, 1, skb->len - ETH_HLEN);
+	if (rewrite_words(skb, &p, to, 0) ||
+	    store_macs(skb, p.destination.kind == POD_LINK ? tap->pod_mac : alias_mac, guest_mac))
+		return refuse(skb, &tap->refused);
+	return bpf_redirect(tap->inner_ifindex, 0);
+}
+
+/* Ingress of the other end of the guest's link: brings all that is for the guest to its tap. */
+static __always_inline int inner_ingress(struct __sk_buff *skb)
+{
+	const u8 alias_mac[ETH_ALEN] = ALIAS_MAC;
+	struct tap *tap = tap_of(skb);
+	struct packet p = {};
+	__be32 to[8] = {};
+
+	if (!tap || !is_ip(skb) || parse_ip(skb, &p))
+		return TC_ACT_SHOT;
+	if (!p.is_later_fragment)
+		p.fault = parse_l4(skb, &p);
+	hide_headers(skb, &p);
+	p.destination = hide_address(skb, destination_of(&p));
+	if (p.destination.kind != LINK)
+		return TC_ACT_SHOT; /* multicast of the pod's own kernel */
+	if (p.fault != FAULT_NONE)
+		return refuse(skb, &tap->refused);
+	if (is_zero_mac(tap->mac) || (p.v6 ? is_zero6(tap->ip6) : !tap->ip4))
+		return refuse(skb, &tap->unreachable);
+	if (p.v6) {
+		__builtin_memcpy(to, p.addresses, 16);
+		__builtin_memcpy(to + 4, tap->ip6, 16);
+	} else {
+		to[0] = p.addresses[0];
+		to[1] = tap->ip4;
+	}
+	add_count(&tap->to_guest, 1, skb->len - ETH_HLEN);
+	if (rewrite_words(skb, &p, to, 0) || store_macs(skb, tap->mac, alias_mac))
+		return refuse(skb, &tap->refused);
+	return bpf_redirect(tap->tap_ifindex, 0);
+}
+
+TC_PROGRAM(tap_ingress)
+TC_PROGRAM(inner_ingress)

@@ -1,0 +1,196 @@
+"""Connects the taps of guests that somebody else boots with the links of these guests.
+
+The programs of `bpf/tap.c` do it. A tap may be there, or appear later; when it vanishes and comes
+back, the guest is a new one. Whatever else is attached to a tap stays, and gets all that is not for
+the pod's inside.
+
+    guest ── tap    t1 ── g1    (`links`)
+              └──────┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from testbed import bpf
+from testbed.bpf import ProgramSet
+from testbed.host import netlink
+from testbed.host.ledger import Scope
+from testbed.model.addresses import Address
+from testbed.model.errors import Error
+from testbed.model.manifest import Tap
+
+AT_TAP, AT_INNER = "tap_ingress", "inner_ingress"
+ROW = "=4s16s6s6sII8Q"
+"""`struct tap` of the programs."""
+COUNTS = ("from_guest", "to_guest", "refused", "unreachable")
+
+
+class Row(NamedTuple):
+    """A row of the map `taps`. What is zero is not known."""
+
+    ip4: bytes
+    ip6: bytes
+    mac: bytes
+    pod_mac: bytes
+    tap_ifindex: int
+    inner_ifindex: int
+    from_guest: int
+    from_guest_bytes: int
+    to_guest: int
+    to_guest_bytes: int
+    refused: int
+    refused_bytes: int
+    unreachable: int
+    unreachable_bytes: int
+
+    @property
+    def addresses(self) -> list[Address]:
+        """The known addresses of the guest."""
+        return [ip_address(packed) for packed in (self.ip4, self.ip6) if any(packed)]
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """What was counted → its packets, and their bytes of layer 3."""
+        values = self._asdict()
+        return {
+            name: {"packets": values[name], "bytes": values[f"{name}_bytes"]} for name in COUNTS
+        }
+
+
+class Taps:
+    """The taps of one pod. Nothing is attached before `build`."""
+
+    def __init__(self, owner: Scope, netns: str, taps: Mapping[int, Tap]) -> None:
+        """`taps`: by the guests' numbers. Raises `Error` if the kernel lacks what they need."""
+        if taps and not bpf.has_tcx():
+            raise Error("guests that somebody else boots need tcx", hint="use Linux 6.6 or later")
+        self.taps, self._owner, self._netns = taps, owner, netns
+        self._connected: dict[int, tuple[int, int]] = {}
+        """n → indices of the tap and of the inner link, once they are connected."""
+        for n in taps if owner.continues else ():
+            row = self._row(n)
+            if row.tap_ifindex and row.inner_ifindex in netlink.links(netns).values():
+                self._connect(n, row.tap_ifindex, row.inner_ifindex, row.pod_mac)
+
+    def changed(self) -> set[str]:
+        """Names of the taps that appeared or vanished since the last `build`."""
+        if not self.taps:
+            return set()
+        existing = netlink.links(self._netns)
+        return {
+            tap.name
+            for n, tap in self.taps.items()
+            if existing.get(tap.name, 0) != self._connected.get(n, (0, 0))[0]
+        }
+
+    def build(self, inner: Mapping[int, tuple[int, str]]) -> None:
+        """Connect those taps that are there.
+
+        `inner`: n → index of its inner link, and the MAC that the pod has on the guest's link.
+        """
+        existing = netlink.links(self._netns)
+        for n, (inner_ifindex, pod_mac) in inner.items():
+            ifindex = existing.get(self.taps[n].name, 0)
+            if self._connected.get(n) == (ifindex, inner_ifindex):
+                continue
+            self._connect(n, ifindex, inner_ifindex, _packed(pod_mac))
+
+    def data(self) -> list[dict[str, Any]]:
+        """What is known of each guest, and what was counted of its packets."""
+        rows = {n: self._row(n) for n in self.taps}
+        return [
+            {
+                "name": tap.name,
+                "guest": n,
+                "connected": bool(rows[n].tap_ifindex),
+                "mac": rows[n].mac.hex(":") if any(rows[n].mac) else "",
+                "addresses": [str(address) for address in rows[n].addresses],
+                **rows[n].counts,
+            }
+            for n, tap in self.taps.items()
+        ]
+
+    def _connect(self, n: int, ifindex: int, inner_ifindex: int, pod_mac: bytes) -> None:
+        """Connect a tap with an inner link, or only prepare that if there is no tap (0)."""
+        self._connected.pop(n, None)
+        programs = self._load()
+        try:
+            known = self._row(n)
+            if known.tap_ifindex != ifindex:  # another guest
+                known = _told(self.taps[n])
+            row: tuple[Any, ...] = known._replace(
+                pod_mac=pod_mac, tap_ifindex=ifindex, inner_ifindex=inner_ifindex
+            )
+            _rows(programs)[programs.slot << 8 | n,] = row
+            classid = programs.slot << 8 | n
+            place = self._netns, inner_ifindex, bpf.INGRESS
+            bpf.attach_tc(self._owner, *place, programs.program(AT_INNER), AT_INNER, classid)
+            if ifindex:
+                self._connected[n] = ifindex, inner_ifindex
+                self._owner.defer(disconnect, netns=self._netns, ifindex=ifindex)
+                with programs.entry(AT_TAP, classid, 0) as entry:
+                    bpf.attach_tcx(self._netns, ifindex, bpf.INGRESS, entry)
+        finally:
+            programs.close()
+
+    def _load(self) -> ProgramSet:
+        """The programs, loaded at the first call."""
+        if not hasattr(self, "_programs"):
+            self._programs = bpf.load("tap", self._owner)
+            rows: dict[str, Any] = {
+                "pins": str(self._programs.pins),
+                "slot": self._programs.slot,
+                "guests": list(self.taps),
+            }
+            self._owner.defer(clear, **rows)
+            if not self._owner.continues:
+                clear(**rows)
+            self._programs.make_calls(self._owner, 1)
+            self._programs.set_calls(self._programs, [AT_TAP])
+        return self._programs
+
+    def _row(self, n: int) -> Row:
+        """The row of a guest; what the user says of it, if it has none."""
+        programs = self._load()
+        try:
+            row: tuple[Any, ...] = _rows(programs)[programs.slot << 8 | n,]
+            return Row(*row)
+        except KeyError:
+            return _told(self.taps[n])
+        finally:
+            programs.close()
+
+
+def disconnect(netns: str, ifindex: int) -> None:
+    """Detach the program from a tap. A missing tap is no error."""
+    bpf.detach_tcx(netns, ifindex, bpf.INGRESS, AT_TAP)
+
+
+def clear(pins: str, slot: int, guests: Iterable[int]) -> None:
+    """Remove a pod's rows. Missing programs and rows are no error."""
+    if Path(pins, "users").exists():
+        programs = ProgramSet(Path(pins), slot)
+        for n in guests:
+            with suppress(KeyError):
+                del _rows(programs)[slot << 8 | n,]
+        programs.close()
+
+
+def _rows(programs: ProgramSet) -> bpf.Map:
+    return programs.map("taps", "=I", ROW)
+
+
+def _told(tap: Tap) -> Row:
+    """The row of a guest of which nothing is known but what the user says."""
+    told = {address.version: address.packed for address in tap.addresses}
+    ip4, ip6 = told.get(4, bytes(4)), told.get(6, bytes(16))
+    return Row(ip4, ip6, _packed(tap.mac), bytes(6), 0, 0, *[0] * 8)
+
+
+def _packed(mac: str) -> bytes:
+    return bytes.fromhex(mac.replace(":", "")) or bytes(6)

@@ -1,0 +1,388 @@
+"""Guests that somebody else boots, on taps with the filters of others: attached to a pod as any.
+
+    outside ── eth0 ─┊─ theirs, which tie the two together ─┊─ tap0 ── a machine of somebody else's
+
+A namespace is in the place of the machine. It has the pod's addresses, or others, and no part in
+the address plan but `localhost` in its hosts file.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from ipaddress import ip_address, ip_interface
+from pathlib import Path
+
+import pytest
+
+from testbed import bpf
+from testbed.host import cgroups, namespaces, netlink
+from testbed.host.ledger import Owner
+from testbed.host.process import run as execute
+from testbed.host.process import spawn
+from testbed.images import compose, kernels
+from testbed.images.compose import Definition
+from testbed.model.addresses import alias, loopback, native_view
+from testbed.model.errors import Error
+from testbed.model.manifest import Tap
+from testbed.model.terms import Family, Transport
+from testbed.pods import control
+from testbed.runtimes import linux
+from testbed.runtimes.vm.qemu import Vm
+from tests.children import ending
+
+from .commands import run, there
+from .sockets import PATIENCE_S, wait_until
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(not bpf.has_tcx(), reason="Linux 6.6"),
+]
+
+FAMILIES = pytest.mark.parametrize("family", Family, ids=str)
+TRANSPORTS = pytest.mark.parametrize("transport", Transport, ids=str)
+
+PORT, NATIVE_PORT, OTHER_PORT = 9000, 9001, 9002
+POD = {Family.IPV4: "10.3.0.9", Family.IPV6: "fd03::9"}
+OUTSIDE = {Family.IPV4: "10.3.0.1", Family.IPV6: "fd03::1"}
+OTHER = {Family.IPV4: "10.0.2.2", Family.IPV6: "fd99::2"}
+LENGTH = {Family.IPV4: 24, Family.IPV6: 64}
+GUEST = f"""
+- name: guest
+  image: "host:busybox"
+  ports:
+  - {{containerPort: {PORT}}}
+  - {{containerPort: {PORT}, protocol: UDP}}
+  - {{containerPort: {OTHER_PORT}}}
+  readinessProbe: {{tcpSocket: {{port: {OTHER_PORT}}}}}
+"""
+"""The probe keeps others than the tests from dialing its port."""
+
+
+@dataclass
+class Theirs:
+    """A pod of somebody else's with a machine on a tap, and the network outside."""
+
+    owner: Owner
+    pod: str
+    pattern: str
+    """How tap and uplink are tied: `mirred` (urunc, Kata's tcfilter) or `bridge` (KubeVirt)."""
+    machines: int = 0
+    netns: dict[int, str] = field(default_factory=dict)
+    """Namespaces of machines."""
+
+    @property
+    def path(self) -> Path:
+        return namespaces.NETNS / self.pod
+
+    @property
+    def outside(self) -> str:
+        return f"{self.pod}-outside"
+
+    def ip(self, netns: str, *words: str) -> str:
+        return execute(["ip", "-n", netns, *words], "ip")
+
+    def tc(self, *words: str) -> str:
+        return execute(["tc", "-n", self.pod, *words], "tc")
+
+    def boot(self, addresses: dict[Family, str] = POD, tap: str = "tap0") -> str:
+        """Boot a machine with these addresses, on a new tap; returns its namespace."""
+        self.machines += 1
+        netns = f"{self.pod}-vm{self.machines}"
+        namespaces.create(self.owner, netns).close()
+        self.ip(self.pod, *f"link add {tap} up type veth peer name eth0 netns {netns}".split())
+        if self.pattern == "mirred":
+            self.ip(netns, "link", "set", "eth0", "address", self.mac(self.pod))
+        self.ip(netns, "link", "set", "eth0", "up")
+        for family, address in addresses.items():
+            _add(self, netns, address, family)
+            gateway = OUTSIDE[family]
+            self.ip(netns, f"-{family[3]}", *f"route add {gateway} dev eth0".split())
+            self.ip(netns, f"-{family[3]}", *f"route add default via {gateway}".split())
+        self.tie(tap)
+        return netns
+
+    def tie(self, tap: str = "tap0") -> None:
+        """Tie tap and uplink together."""
+        if self.pattern == "bridge":
+            self.ip(self.pod, "link", "set", tap, "master", "k6t-eth0")
+        else:
+            for one, other in (("eth0", tap), (tap, "eth0")):
+                self.tc(*f"qdisc replace dev {one} ingress".split())
+                match = (
+                    f"filter replace dev {one} parent ffff: prio 10 handle 800::800 protocol all"
+                )
+                self.tc(
+                    *match.split(),
+                    *f"u32 match u32 0 0 action mirred egress redirect dev {other}".split(),
+                )
+
+    def mac(self, netns: str, link: str = "eth0") -> str:
+        with namespaces.open_socket(netns) as ip:
+            return str(ip.get_links(ifname=link)[0].get("address"))
+
+    def programs(self, link: str) -> list[str]:
+        with namespaces.open_socket(self.pod) as ip:
+            return bpf.running_tc(self.pod, ip, netlink.links(self.pod)[link])
+
+
+def _add(theirs: Theirs, netns: str, address: str, family: Family) -> None:
+    option = ["nodad"] if family is Family.IPV6 else []
+    words = f"addr add {address}/{LENGTH[family]} dev eth0".split()
+    theirs.ip(netns, *words, *option)
+
+
+@pytest.fixture(params=["mirred", "bridge"])
+def theirs(request: pytest.FixtureRequest) -> Iterator[Theirs]:
+    with Owner() as owner:
+        made = Theirs(owner, f"tb-{owner.id}-theirs", request.param)
+        for netns in (made.pod, made.outside):
+            namespaces.create(owner, netns).close()
+        peer = f"type veth peer name eth0 netns {made.outside}"
+        made.ip(made.pod, *f"link add eth0 up {peer}".split())
+        made.ip(made.outside, "link", "set", "eth0", "up")
+        for family in Family:
+            _add(made, made.outside, OUTSIDE[family], family)
+            if made.pattern == "mirred":
+                _add(made, made.pod, POD[family], family)
+        if made.pattern == "bridge":
+            made.ip(made.pod, *["link", "add", "k6t-eth0", "up", "type", "bridge"])
+            made.ip(made.pod, *["link", "set", "eth0", "master", "k6t-eth0"])
+        yield made
+
+
+def opened(netns: str, family: Family, transport: Transport) -> socket.socket:
+    kind = socket.SOCK_STREAM if transport is Transport.TCP else socket.SOCK_DGRAM
+    made = namespaces.inside(netns, lambda: socket.socket(family.domain, kind))
+    made.settimeout(PATIENCE_S)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return made
+
+
+def served(netns: str, family: Family, transport: Transport, port: int) -> socket.socket:
+    server = opened(netns, family, transport)
+    server.bind(("", port))
+    if transport is Transport.TCP:
+        server.listen()
+    return server
+
+
+def talk(
+    client: tuple[str, str], server: tuple[str, int], family: Family, transport: Transport
+) -> str:
+    """A question of 3000 bytes and its answer; returns whom the server sees.
+
+    `client`: namespace, address to dial. `server`: namespace, port.
+    """
+    question = b"?" * 3000
+    with (
+        served(server[0], family, transport, server[1]) as serving,
+        opened(client[0], family, transport) as near,
+    ):
+        near.connect((client[1], server[1]))
+        near.send(question)
+        if transport is Transport.UDP:
+            asked, seen = serving.recvfrom(5000)
+            serving.sendto(asked, seen)
+            assert near.recv(5000) == question
+        else:
+            far, seen = serving.accept()
+            with far:
+                near.shutdown(socket.SHUT_WR)
+                with far.makefile("rb") as file:
+                    far.sendall(file.read())
+            with near.makefile("rb") as file:
+                assert file.read() == question
+    return str(seen[0])
+
+
+def attach(manifest: Callable[..., Path], theirs: Theirs, *options: str, tap: str = "tap0") -> None:
+    file = manifest(GUEST, runtime="standin")
+    run("attach", "--netns", theirs.path, "--tap", tap, "--wait", "0", *options, file, status=1)
+
+
+@pytest.mark.parametrize("datapath", ["steer", "capture"])
+def test_it_shares_localhost_and_keeps_its_own_network(
+    manifest: Callable[..., Path], name: str, theirs: Theirs, datapath: str
+) -> None:
+    guest = theirs.boot()
+    before = theirs.programs("tap0")
+    attach(manifest, theirs, "--datapath", datapath)
+    assert len(theirs.programs("tap0")) == len(before) + 1
+    for family in Family:
+        for transport in Transport:
+            to_alias = guest, str(alias(family))
+            seen = talk(to_alias, (theirs.pod, NATIVE_PORT), family, transport)
+            assert seen == str(native_view(family, 1)) or transport is Transport.TCP
+            talk((theirs.pod, str(loopback(family))), (guest, PORT), family, transport)
+            talk(to_alias, (guest, PORT), family, transport)  # itself
+            seen = talk((guest, OUTSIDE[family]), (theirs.outside, NATIVE_PORT), family, transport)
+            assert seen == POD[family]
+            seen = talk((theirs.outside, POD[family]), (guest, PORT), family, transport)
+            assert seen == OUTSIDE[family]
+    run("detach", name)
+    assert theirs.programs("tap0") == before
+    assert {"g1", "t1"}.isdisjoint(netlink.links(theirs.pod))
+    assert not there(name)
+    talk((guest, OUTSIDE[Family.IPV4]), (theirs.outside, PORT), Family.IPV4, Transport.TCP)
+
+
+def test_a_tap_may_come_late_and_a_machine_be_another(
+    manifest: Callable[..., Path], name: str, theirs: Theirs
+) -> None:
+    attach(manifest, theirs)
+    for addresses in (POD, OTHER):
+        guest = theirs.boot(addresses)
+        wait_until(lambda: "ingress:tap_ingress" in theirs.programs("tap0"), "it is connected")
+        for family in Family:
+            talk((guest, str(alias(family))), (theirs.pod, NATIVE_PORT), family, Transport.TCP)
+            with (
+                served(guest, family, Transport.TCP, PORT) as server,
+                opened(theirs.pod, family, Transport.TCP) as client,
+            ):
+                client.connect((str(loopback(family)), PORT))
+                server.accept()[0].close()
+        with (
+            served(guest, Family.IPV4, Transport.TCP, PORT) as server,
+            opened(theirs.pod, Family.IPV4, Transport.TCP) as client,
+        ):
+            client.connect((str(loopback(Family.IPV4)), PORT))
+            with server.accept()[0]:
+                theirs.ip(theirs.pod, "link", "del", "tap0")
+                with pytest.raises(ConnectionError):
+                    client.recv(1)
+        with opened(theirs.pod, Family.IPV4, Transport.TCP) as client:
+            with pytest.raises(ConnectionRefusedError):
+                client.connect((str(loopback(Family.IPV4)), PORT))
+
+
+def test_a_machine_that_says_nothing_is_reached_at_what_is_told(
+    manifest: Callable[..., Path], name: str, theirs: Theirs
+) -> None:
+    guest = theirs.boot()
+    theirs.ip(guest, *["link", "set", "eth0", "arp", "off"])
+    told = ",".join(("tap0", theirs.mac(guest), *POD.values()))
+    attach(manifest, theirs, tap=told)
+    for family in Family:
+        talk((theirs.pod, str(loopback(family))), (guest, PORT), family, Transport.TCP)
+
+
+@FAMILIES
+@TRANSPORTS
+def test_it_is_heard_from_its_own_address_alone(
+    manifest: Callable[..., Path],
+    name: str,
+    theirs: Theirs,
+    family: Family,
+    transport: Transport,
+) -> None:
+    guest = theirs.boot()
+    attach(manifest, theirs)
+    to = str(alias(family))
+    talk((guest, to), (theirs.pod, NATIVE_PORT), family, transport)
+    _add(theirs, guest, OTHER[family], family)
+    with (
+        served(theirs.pod, family, transport, NATIVE_PORT) as server,
+        opened(guest, family, transport) as client,
+    ):
+        client.bind((OTHER[family], 0))
+        client.settimeout(0.3)
+        try:
+            client.connect((to, NATIVE_PORT))
+            client.send(b"?")
+        except TimeoutError:
+            pass
+        server.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            server.accept() if transport is Transport.TCP else server.recv(1)
+    [tap] = control.describe(name)["taps"]
+    assert tap["refused"]["packets"] > 0
+    assert POD[family] in tap["addresses"]
+    assert OTHER[family] not in tap["addresses"]
+
+
+def test_a_guest_that_a_killed_keeper_left_is_taken_over(
+    manifest: Callable[..., Path], name: str, theirs: Theirs
+) -> None:
+    guest = theirs.boot()
+    attach(manifest, theirs)
+    talk((guest, "169.254.77.1"), (theirs.pod, NATIVE_PORT), Family.IPV4, Transport.TCP)
+    os.kill(control.status(name)["keeper"], signal.SIGKILL)
+    wait_until(lambda: control.status(name)["keeper"] is None, "it is dead")
+    run("adopt", name, "--wait", "0", status=1)
+    talk((theirs.pod, "127.0.0.1"), (guest, PORT), Family.IPV4, Transport.TCP)
+    run("detach", name)
+    assert "ingress:tap_ingress" not in theirs.programs("tap0")
+
+
+@pytest.mark.parametrize("theirs", ["mirred"], indirect=True)
+def test_a_virtual_machine_of_somebody_elses(
+    manifest: Callable[..., Path], name: str, theirs: Theirs, tmp_path: Path
+) -> None:
+    """As urunc runs one: QEMU in the pod, with the pod's addresses."""
+    theirs.boot()  # for the filters
+    theirs.ip(theirs.pod, *["link", "del", "tap0"])
+    attach(manifest, theirs)
+    theirs.ip(theirs.pod, *["tuntap", "add", "tap0", "mode", "tap"])
+    theirs.ip(theirs.pod, *["link", "set", "tap0", "up"])
+    theirs.tie()
+    dials = f"busybox nc localhost {NATIVE_PORT}"
+    script = f"busybox nc -ll -p {PORT} -e cat & exec busybox nc -ll -p {OTHER_PORT} -e {dials}"
+    kernel = kernels.linux_kernel()
+    image = compose.compose_linux(
+        Definition(Path("/bin/sh"), ("-c", script)), kernel, hosts_patch=True
+    )
+    machine = Vm(
+        "tcg",
+        "tap0",
+        theirs.mac(theirs.pod),
+        tuple(ip_interface(f"{POD[f]}/{LENGTH[f]}") for f in Family),
+        tmp_path / "console",
+        gateways=tuple(ip_address(OUTSIDE[f]) for f in Family),
+    )
+    cgroup = cgroups.create(theirs.owner, f"tb-{theirs.owner.id}")
+    command = linux.command(machine, kernel, image)
+    with ending(spawn(command, cgroup=cgroup, netns=theirs.pod)):
+
+        def answers(netns: str, to: str) -> bool:
+            with (
+                suppress(OSError),
+                opened(netns, Family(f"ipv{ip_address(to).version}"), Transport.TCP) as near,
+            ):
+                near.connect((to, PORT))
+                near.sendall(b"hello")
+                return near.recv(5) == b"hello"
+            return False
+
+        for family in Family:
+            at = ((theirs.outside, POD[family]), (theirs.pod, str(loopback(family))))
+            wait_until(partial(answers, *at[0]), "it serves outside", 60)
+            wait_until(partial(answers, *at[1]), "it serves at localhost")
+        with served(theirs.pod, Family.IPV4, Transport.TCP, NATIVE_PORT) as native:
+            with opened(theirs.pod, Family.IPV4, Transport.TCP) as asking:
+                asking.connect(
+                    ("127.0.0.1", OTHER_PORT)
+                )  # it dials `localhost` for who dials it there
+                dialed, _ = native.accept()
+                with dialed:
+                    asking.sendall(b"hello")
+                    assert dialed.recv(5) == b"hello"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "not a name"),
+        ("tap0,10.1.1.1,10.1.1.2", "at most one MAC"),
+        ("tap0,10.1.1.300", "10.1.1.300"),
+        ("tap0,02:00:00:00:00:01,02:00:00:00:00:02", "at most one MAC"),
+    ],
+)
+def test_a_tap_that_is_none_is_refused(text: str, problem: str) -> None:
+    with pytest.raises(Error, match=problem):
+        Tap.parse(text)
