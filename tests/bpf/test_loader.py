@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +16,6 @@ from testbed import bpf
 from testbed.bpf import bytecode, syscall
 from testbed.bpf.programs import remove_user
 from testbed.host import ledger
-from testbed.host.facts import slowness
 from testbed.host.ledger import Owner
 from tests.children import ending
 
@@ -48,12 +46,11 @@ def users() -> set[str]:
     return {p.name for p in bpf.PINS.glob(f"{NAME}-*/users/*")}
 
 
-def test_second_user_finds_the_pins_in_milliseconds() -> None:
+def test_a_second_user_finds_the_pins_and_loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     with Owner() as owner:
         first = bpf.load(NAME, owner)
-        start = time.perf_counter()
+        monkeypatch.setattr(bytecode.Bytecode, "load", None)
         second = bpf.load(NAME, owner)
-        assert time.perf_counter() - start < 0.05 * slowness()
         assert second.pins == first.pins
         assert second.slot != first.slot
         assert second.program("getpeername4") > 0
