@@ -318,6 +318,20 @@ def test_a_container_and_a_guest_dial_each_other_at_localhost(pod: Sandbox) -> N
     assert pod.command_guest(f"echo hello | busybox nc localhost {NATIVE}") == "hello\n"
 
 
+def test_a_container_goes_past_lo(pod: Sandbox) -> None:
+    version = pod.containerd.runtime.Version(PROTOCOL.Empty(), CALL_S).runtime_version.lstrip("v")
+    if version.startswith("1.6."):
+        pytest.skip(f"containerd {version} does not pass on the pod's cgroup")
+
+    def steered() -> int:
+        described = json.loads(pod.containerd.testbed("describe", pod.id, "--json"))
+        return int(described["counters"]["steered"]["packets"])
+
+    before = steered()
+    assert pod.asks_guest("localhost") == "hello\n"
+    assert steered() == before + 1
+
+
 def test_a_guest_has_the_addresses_of_its_pod(pod: Sandbox) -> None:
     assert len(pod.addresses) == 2
     for address, host in zip(pod.addresses, ("10.99.0.1", "fd99::1"), strict=True):
