@@ -3,12 +3,16 @@
 It is chained after a main plugin (CNI specification 1.0.0). It adds the guests' links to that
 plugin's result. In the network's configuration:
 
-    {"type": "testbed-cni", "guests": "/etc/testbed/guests", "capabilities": {"cgroupPath": true}}
+    {"type": "testbed-cni", "guests": "/etc/testbed/guests", "capabilities":
+        {"cgroupPath": true, "dns": true, "io.kubernetes.cri.pod-annotations": true}}
 
-`guests` is a manifest (its path, or the manifest itself in JSON), or a folder with a NAME.yaml for
-each pod that gets guests; other pods are left as they are. Optional are `datapath`, `osvKernel`,
-and `cgroup`, if the runtime does not have that capability. The supervisor process of the pod
-attaches the guests, and goes on when this process ends.
+`guests` is a manifest (its path, or the manifest itself in JSON) for all pods, or a folder with a
+NAME.yaml for each pod that gets guests (NAMESPACE/NAME.yaml outside of the namespace `default`);
+other pods are left as they are. NAME is the annotation `testbed/guests`, or the pod's name. The
+pod of the guests is called by the container's identifier, since a runtime may have several
+sandboxes of one pod. Optional are `datapath`, `osvKernel`, and `cgroup`, if the runtime does not
+have that capability. The supervisor process of the pod attaches the guests, and goes on when this
+process ends.
 """
 
 from __future__ import annotations
@@ -49,6 +53,8 @@ OTHERS = {
     "disableCheck",
 }
 """Keys that the specification or its conventions define for all plugins."""
+ANNOTATION, ANNOTATIONS = "testbed/guests", "io.kubernetes.cri.pod-annotations"
+"""A pod's annotation that chooses its guests, and the capability that hands annotations over."""
 NEEDED = {
     "ADD": ("CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"),
     "DEL": ("CNI_CONTAINERID", "CNI_IFNAME"),
@@ -118,17 +124,17 @@ class _Pod:
         self.container, self.netns = environment["CNI_CONTAINERID"], environment.get("CNI_NETNS")
         self.id = f"{self.container}/{environment['CNI_IFNAME']}@{configuration.get('name')}"
         words = (pair.partition("=") for pair in environment.get("CNI_ARGS", "").split(";"))
-        arguments = {key: value for key, _, value in words}
-        self.name = arguments.get("K8S_POD_NAME") or self.container
-        if arguments.get("K8S_POD_NAMESPACE", "default") != "default":
-            self.name += f".{arguments['K8S_POD_NAMESPACE']}"
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,80}", self.name):
-            raise _Refusal(ENVIRONMENT, f"{self.name!r} is no name of a pod")
+        self.arguments = {key: value for key, _, value in words}
+        self.capabilities = configuration.get("runtimeConfig", {})
+        self.namespace = self.arguments.get("K8S_POD_NAMESPACE") or "default"
+        for name in (self.container, self.namespace):
+            if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,80}", name):
+                raise _Refusal(ENVIRONMENT, f"{name!r} is no identifier")
 
     def add(self) -> object:
         """Attach the guests. Returns the result of the plugin before, with their links."""
         result = self._previous()
-        spec = self._guests(_resolv_conf(result.get("dns") or {}))
+        spec = self._guests(self._resolv_conf(result))
         if spec is None:
             return result
         from testbed.pods.sandbox import Sandbox
@@ -149,7 +155,7 @@ class _Pod:
     def delete(self) -> None:
         """Take the guests down. It is no error if there are none, or another call's."""
         if self._is_attached():
-            control.down(self.name)
+            control.down(self.container)
 
     def check(self) -> None:
         """Raises `Error` if guests or links of the result are missing."""
@@ -158,7 +164,7 @@ class _Pod:
             return
         if not self._is_attached():
             raise Error(f"no guests are attached to {self.netns}")
-        found = control.describe(self.name)
+        found = control.describe(self.container)
         existing = {link["name"] for link in found["links"] if link["netns"] == found["netns"]}
         listed = {i["name"] for i in result.get("interfaces", ()) if i.get("sandbox") == self.netns}
         if missing := listed - existing:
@@ -188,20 +194,32 @@ class _Pod:
         try:
             if isinstance(given, dict):
                 found = kubernetes.spec(given, "guests", Path("/"), best, resolv_conf)
-                return replace(found, name=self.name)
+                return replace(found, name=self.container)
             if not isinstance(given, str):
                 raise Error("guests is not a manifest", hint="a path, or a Pod in JSON")
             path = Path(given)
             if path.is_dir():
-                path /= f"{self.name}.yaml"
-                if not path.exists():
+                chosen = self._chosen(path)
+                if chosen is None:
                     return None
+                path = chosen
             specs = kubernetes.read(path, best, resolv_conf)
             if len(specs) > 1:
                 raise Error(f"{path} has {len(specs)} pods, for one namespace", hint="leave one")
         except Error as e:
             raise _Refusal(INVALID, e.message, e.hint or "") from e
-        return replace(specs[0], name=self.name)
+        return replace(specs[0], name=self.container)
+
+    def _chosen(self, folder: Path) -> Path | None:
+        """The pod's manifest in the folder. Raises `Error` if the annotated one does not exist."""
+        if self.namespace != "default":
+            folder /= self.namespace
+        # Looked up among those that are there: names may be longer than those of files.
+        there = {path.stem: path for path in folder.glob("*.yaml")}
+        annotated = self.capabilities.get(ANNOTATIONS, {}).get(ANNOTATION)
+        if annotated and annotated not in there:
+            raise Error(f"the annotation {ANNOTATION}: there is no {folder}/{annotated}.yaml")
+        return there.get(annotated or self.arguments.get("K8S_POD_NAME") or self.container)
 
     def _options(self) -> Options:
         from testbed.runtimes.interface import Options
@@ -213,38 +231,46 @@ class _Pod:
         """The pod's cgroup, by the configuration or the runtime; None if it is not known."""
         if configured := self.configuration.get("cgroup"):
             return Path(configured)
-        path = self.configuration.get("runtimeConfig", {}).get("cgroupPath")
+        path = self.capabilities.get("cgroupPath")
         return cgroups.mount_point() / str(path).lstrip("/") if path else None
+
+    def _resolv_conf(self, result: Mapping[str, Any]) -> str | None:
+        """resolv.conf by the runtime, else by the plugin before; None if they name no server."""
+        # The convention has these keys in lower case; containerd capitalizes them.
+        runtime = {k.lower(): v for k, v in (self.capabilities.get("dns") or {}).items()}
+        plugins = result.get("dns") or {}
+        if servers := runtime.get("servers"):
+            searches, options = runtime.get("searches"), runtime.get("options")
+        else:
+            servers, options = plugins.get("nameservers"), plugins.get("options")
+            searches = plugins.get("search") or list(filter(None, [plugins.get("domain")]))
+        if not servers:
+            return None
+        lines = [f"nameserver {address}" for address in servers]
+        lines += [
+            f"{key} {' '.join(words)}"
+            for key, words in (("search", searches), ("options", options))
+            if words
+        ]
+        return "".join(f"{line}\n" for line in lines)
 
     def _is_attached(self) -> bool:
         """Whether there are guests that an ADD of this container and network attached."""
         try:
-            sandbox = control.status(self.name)["sandbox"]
+            sandbox = control.status(self.container)["sandbox"]
         except Error:
             return False
         return bool(sandbox and sandbox["id"] == self.id)
 
     def _links(self) -> list[dict[str, Any]]:
         """Guests' links in the pod's namespace, in the format of a result's interfaces."""
-        found, ours = control.describe(self.name), tuple(f"{pod_link(f)}/" for f in Family)
+        found, ours = control.describe(self.container), tuple(f"{pod_link(f)}/" for f in Family)
         return [
             {"name": link["name"], "mac": link["mac"], "sandbox": self.netns}
             for link in found["links"]
             if link["netns"] == found["netns"]
             and any(address.startswith(ours) for address in link["addresses"])
         ]
-
-
-def _resolv_conf(dns: Mapping[str, Any]) -> str | None:
-    """resolv.conf by the `dns` of a plugin's result; None if that names no server."""
-    lines = [f"nameserver {address}" for address in dns.get("nameservers") or ()]
-    if not lines:
-        return None
-    if search := dns.get("search") or [name for name in [dns.get("domain")] if name]:
-        lines.append(f"search {' '.join(search)}")
-    if options := dns.get("options"):
-        lines.append(f"options {' '.join(options)}")
-    return "".join(f"{line}\n" for line in lines)
 
 
 def _log(text: str) -> None:

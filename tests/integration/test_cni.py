@@ -33,14 +33,14 @@ from testbed.pods import control
 from testbed.runtimes import container
 from tests.children import ending
 
+from . import chain
+from .chain import FOLDERS, OWN
 from .commands import there
 from .sockets import wait_until
 
 pytestmark = pytest.mark.root
 
-FOLDERS = ["/usr/lib/cni", "/opt/cni/bin"]
 PORT = 9000
-OWN = Path(sys.executable).with_name("testbed-cni")
 T = TypeVar("T")
 
 
@@ -130,13 +130,8 @@ def runtime(tmp_path: Path) -> Iterator[Runtime]:
 @pytest.fixture
 def chained(runtime: Runtime, tmp_path: Path) -> Runtime:
     """The same, with main plugins."""
-    needed = ("bridge", "host-local", "loopback")
-    if missing := [p for p in needed if shutil.which(p, path=":".join(FOLDERS)) is None]:
-        pytest.skip(f"no {', '.join(missing)}")
-    ranges = [[{"subnet": "10.99.0.0/24"}], [{"subnet": "fd99::/64"}]]
-    ipam = {"type": "host-local", "dataDir": str(tmp_path), "ranges": ranges}
-    bridge = {"type": "bridge", "bridge": "cni0", "isGateway": True, "ipam": ipam}
-    runtime.network["plugins"][:0] = [bridge, {"type": "loopback"}]
+    chain.programs()
+    runtime.network["plugins"][:0] = [chain.bridge(tmp_path), {"type": "loopback"}]
     return runtime
 
 
@@ -167,12 +162,12 @@ def test_guests_join_a_pod_of_other_plugins_and_leave_it(chained: Runtime) -> No
     names = [i["name"] for i in chained.cached["interfaces"]]
     assert (names[0], names[-2:]) == ("cni0", ["eth0", "g1"])
     chained.all("CHECK", **arguments)
-    wait_until(lambda: ready(chained, "web.shop"), "the guest serves")
+    wait_until(lambda: ready(chained, chained.container), "the guest serves")
     for family, address in ((Family.IPV4, "10.99.0.2"), (Family.IPV6, "fd99::2")):
         assert echoes(chained, family)
         dial(chained.host, address).close()
     chained.all("DEL", **arguments)
-    assert not there("web.shop")
+    assert not there(chained.container)
     assert set(netlink.links(chained.pod)) == {"lo"}
     chained.all("DEL", **arguments)
 
@@ -231,6 +226,46 @@ def test_a_pod_without_guests_passes(runtime: Runtime, tmp_path: Path) -> None:
     assert not there(runtime.container)
 
 
+@pytest.mark.parametrize(
+    ("pod", "annotated", "chosen"),
+    [
+        ("web", None, "web"),
+        ("web;K8S_POD_NAMESPACE=default", None, "web"),
+        ("web;K8S_POD_NAMESPACE=shop", None, "shop/web"),
+        ("web-1", "web", "web"),
+        ("web-1;K8S_POD_NAMESPACE=shop", "web", "shop/web"),
+        ("web", "shop/web", None),
+        ("web", "db", None),
+    ],
+)
+def test_manifests_are_chosen_by_namespace_and_annotation_or_name(
+    runtime: Runtime, tmp_path: Path, pod: str, annotated: str | None, chosen: str | None
+) -> None:
+    """Seen by the refusal of what was chosen, which is no manifest."""
+    (tmp_path / "shop").mkdir()
+    for name in ("web", "shop/web"):
+        (tmp_path / f"{name}.yaml").write_text("kind: None")
+    annotations = {"testbed/guests": annotated} if annotated else {}
+    own = {
+        "type": "testbed-cni",
+        "guests": str(tmp_path),
+        "runtimeConfig": {"io.kubernetes.cri.pod-annotations": annotations},
+    }
+    status, answer = runtime.call("ADD", own, {}, CNI_ARGS=f"K8S_POD_NAME={pod}")
+    assert (status, answer["code"]) == (1, 7)
+    expected = f"{tmp_path}/{chosen}.yaml" if chosen else f"there is no {tmp_path}/{annotated}.yaml"
+    assert expected in answer["msg"]
+
+
+@pytest.mark.parametrize("pod", ["other", 253 * "w", "web;K8S_POD_NAMESPACE=none"])
+def test_pods_that_have_no_manifest_in_the_folder_pass(
+    runtime: Runtime, tmp_path: Path, pod: str
+) -> None:
+    (tmp_path / "web.yaml").write_text(json.dumps(guest()))
+    own = {"type": "testbed-cni", "guests": str(tmp_path)}
+    assert runtime.call("ADD", own, {}, CNI_ARGS=f"K8S_POD_NAME={pod}") == (0, {})
+
+
 def test_a_check_finds_out_and_a_delete_cleans_up_after_a_killed_keeper(runtime: Runtime) -> None:
     own = runtime.network["plugins"][0]
     _, result = runtime.call("ADD", own, {"cniVersion": "1.0.0"})
@@ -241,8 +276,7 @@ def test_a_check_finds_out_and_a_delete_cleans_up_after_a_killed_keeper(runtime:
     status, refused = runtime.call("CHECK", own, result)
     assert (status, refused["code"]) == (1, 100)
     assert "keeper" in refused["msg"]
-    other = {"CNI_CONTAINERID": "another", "CNI_ARGS": f"K8S_POD_NAME={runtime.container}"}
-    assert runtime.call("DEL", own, **other) == (0, "")
+    assert runtime.call("DEL", own, CNI_IFNAME="eth1") == (0, "")
     assert there(runtime.container)
     assert runtime.call("DEL", own) == (0, "")
     assert not there(runtime.container)
@@ -255,7 +289,8 @@ def test_a_check_finds_out_and_a_delete_cleans_up_after_a_killed_keeper(runtime:
         ({"guest": 1}, {}, 2, "guest is 1"),
         ({}, {"CNI_COMMAND": "GET"}, 4, "CNI_COMMAND is 'GET'"),
         ({}, {"CNI_NETNS": ""}, 4, "CNI_NETNS is not set"),
-        ({}, {"CNI_ARGS": "K8S_POD_NAME=../x"}, 4, "'../x' is no name of a pod"),
+        ({}, {"CNI_CONTAINERID": "../x"}, 4, "'../x' is no identifier"),
+        ({}, {"CNI_ARGS": "K8S_POD_NAMESPACE=../x"}, 4, "'../x' is no identifier"),
         ({"prevResult": None}, {}, 7, "no prevResult"),
         ({"guests": "/none.yaml"}, {}, 7, "cannot read /none.yaml"),
         ({"guests": {"kind": "Pod"}}, {}, 7, "guests, apiVersion"),
@@ -374,10 +409,11 @@ def test_a_container_of_podman_s_has_guests_at_its_localhost(
     podman("run", "--detach", "--name", name, *where, "busybox", "sleep", "1000")
     pod = [sys.executable, "-m", "testbed.cli"]
     [there_is] = json.loads(podman.run(*pod, "ps", "--json"))
-    assert there_is["name"] == name
+    id = podman("inspect", "--format", "{{.Id}}", name).strip()
+    assert there_is["name"] == id
     for address in ("127.0.0.1", "::1"):
         ask = f"while ! echo hello | busybox nc -w 1 {address} {PORT}; do :; done"
         assert podman("exec", name, "busybox", "sh", "-c", ask) == "hello\n"
     podman("rm", "--force", "--time", "0", name)
     assert json.loads(podman.run(*pod, "ps", "--json")) == []
-    assert not there(name)
+    assert not there(id)

@@ -1,0 +1,406 @@
+"""Guests in pods of containerd, by the Container Runtime Interface, as kubelet calls it.
+
+a host of the test's own                      ┊  a pod
+  containerd                                  ┊
+  cni0, a bridge ── veth, by `bridge` ────────┊─ eth0
+                                              ┊  lo, a container of busybox
+                                  guest ─ g1 ─┊─ by `testbed-cni`
+
+containerd and all that it starts have mounts and cgroups of their own. Its image is made here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import grpc
+import pytest
+
+from testbed.host import cgroups, namespaces, process
+from testbed.host.facts import slowness
+from testbed.host.ledger import Owner
+from testbed.images import rootfs
+from testbed.runtimes import container
+from tests.children import ending
+
+from . import chain
+from .commands import there
+from .sockets import transfer, wait_until
+from .spdy import Forward
+
+pytestmark = pytest.mark.root
+
+IMAGE = "localhost/busybox:v1"
+CONFIG = """
+version = 2
+disabled_plugins = ["io.containerd.internal.v1.opt"] # it would make a folder in /opt
+[plugins."io.containerd.grpc.v1.cri"]
+sandbox_image = "{image}"
+restrict_oom_score_adj = true # also where root may not lower it
+[plugins."io.containerd.grpc.v1.cri".cni]
+bin_dir = "{work}/plugins"
+conf_dir = "{work}/networks"
+"""
+DNS = {"servers": ["10.99.0.1"], "searches": ["shop.example"], "options": ["ndots:2"]}
+PORT, SHELL, NATIVE, OUTSIDE = 9000, 9001, 8000, 7000
+"""Of the guest, where it echoes and where it runs commands; of the container; of the host."""
+CALL_S = 60 * slowness()
+BOOT = """
+for folder in /run /var/lib; do mount -t tmpfs none $folder; done
+mount -t bpf none /sys/fs/bpf
+ip netns add first && ip netns del first # the first one makes /run/netns a mount
+exec containerd -c "$0"
+"""
+PROTOCOL, SERVICES = grpc.protos_and_services("tests/integration/cri.proto")
+
+
+def guest(runtime: str) -> dict[str, Any]:
+    """A Pod with a guest that echoes, and does what it is told."""
+    nc = "busybox nc -ll"
+    container = {
+        "name": "guest",
+        "image": "host:sh",
+        "args": ["-c", f"{nc} -p {PORT} -e cat & exec {nc} -p {SHELL} -e sh"],
+        "ports": [{"containerPort": port} for port in (PORT, SHELL)],
+    }
+    spec = {"runtimeClassName": runtime, "containers": [container]}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "guests"}, "spec": spec}
+
+
+@dataclass
+class Containerd:
+    """A running containerd."""
+
+    pid: int
+    netns: str
+    cgroup: Path
+    """What pods have their cgroups in."""
+    runtime: Any
+    """Stub of the CRI's service of pods and containers."""
+
+    def run(self, *command: str | Path) -> str:
+        """Run a command where containerd runs."""
+        enter = ["nsenter", f"--target={self.pid}", "--net", "--mount"]
+        done = subprocess.run(
+            [*enter, *map(str, command)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def testbed(self, *command: str) -> str:
+        return self.run(sys.executable, "-m", "testbed.cli", *command)
+
+    def pods(self) -> list[dict[str, Any]]:
+        """Pods of ours, each with its guests."""
+        return list(json.loads(self.testbed("ps", "--json")))
+
+    def state(self) -> set[tuple[str, str]]:
+        """All that a pod could leave behind: (kind, line)."""
+        asked = {
+            "pod": self.testbed("ps"),
+            "namespace": self.run("ip", "netns", "list"),
+            "link": self.run("ip", "-brief", "link", "show", "type", "veth"),
+            "mount": self.run("cut", "-d ", "-f5", "/proc/self/mountinfo"),
+            "ledger": self.run("find", "/run", "-name", "*.ledger"),
+            "process": (self.cgroup.parent / "daemon/cgroup.procs").read_text(),
+        }
+        return {(kind, line) for kind, text in asked.items() for line in text.splitlines()}
+
+    def remove(self, pod: Any) -> None:
+        self.runtime.StopPodSandbox(pod, CALL_S)
+        self.runtime.RemovePodSandbox(pod, CALL_S)
+
+    def serve(self, address: str) -> socket.socket:
+        """A server on the host."""
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        server = namespaces.inside(
+            self.netns, lambda: socket.create_server((address, OUTSIDE), family=family)
+        )
+        server.settimeout(CALL_S)
+        return server
+
+    def dial(self, address: str, port: int) -> socket.socket:
+        return namespaces.inside(
+            self.netns, lambda: socket.create_connection((address, port), CALL_S)
+        )
+
+
+@dataclass
+class Sandbox:
+    """A pod with a container."""
+
+    containerd: Containerd
+    config: dict[str, Any]
+    cgroup: Path
+    id: str = ""
+    container: str = ""
+    addresses: list[str] = field(default_factory=list)
+
+    def start(self) -> None:
+        call, message = self.containerd.runtime, PROTOCOL
+        self.id = call.RunPodSandbox(message.RunPodSandboxRequest(config=self.config), CALL_S).id
+        status = call.PodSandboxStatus(message.PodSandbox(id=self.id), CALL_S).status.network
+        self.addresses = [status.ip, *(other.ip for other in status.additional_ips)]
+        box = {
+            "metadata": {"name": "box"},
+            "image": {"image": IMAGE},
+            "command": ["nc", "-ll", "-p", str(NATIVE), "-e", "cat"],
+        }
+        create = message.CreateContainerRequest(
+            pod_sandbox_id=self.id, config=box, sandbox_config=self.config
+        )
+        self.container = call.CreateContainer(create, CALL_S).id
+        call.StartContainer(message.Container(id=self.container), CALL_S)
+        wait_until(lambda: self.guests["ready"] is True, "the guest serves", 60)
+
+    def remove(self) -> None:
+        """As kubelet does: its cgroup goes last, and has to be empty."""
+        self.containerd.remove(PROTOCOL.PodSandbox(id=self.id))
+        self.cgroup.rmdir()
+
+    def execute(self, *command: str) -> str:
+        """Run a command in the container."""
+        request = PROTOCOL.ExecSyncRequest(container_id=self.container, cmd=command)
+        done = self.containerd.runtime.ExecSync(request, CALL_S)
+        assert done.exit_code == 0, done.stderr
+        return str(done.stdout.decode())
+
+    def command_guest(self, command: str) -> str:
+        """Run a command in the guest, over a connection from outside."""
+        with self.containerd.dial(self.addresses[0], SHELL) as shell:
+            shell.sendall(f"{command}\nexit\n".encode())
+            return shell.makefile().read()
+
+    def forward(self, port: int) -> Forward:
+        request = PROTOCOL.PortForwardRequest(pod_sandbox_id=self.id, port=[port])
+        url = self.containerd.runtime.PortForward(request, CALL_S).url
+        server = urlsplit(url)
+        assert server.hostname
+        assert server.port
+        return Forward(self.containerd.dial(server.hostname, server.port), server.path, port)
+
+    def asks_guest(self, address: str) -> str:
+        """What the guest echoes to the container."""
+        return self.execute("sh", "-c", f"echo hello | nc {address} {PORT}")
+
+    @property
+    def guests(self) -> dict[str, Any]:
+        """What `testbed ps` says of the pod."""
+        [found] = [pod for pod in self.containerd.pods() if pod["name"] == self.id]
+        return found
+
+
+def image_archive(work: Path) -> Path:
+    """Make the archive of an OCI image that holds busybox, and by itself only sleeps."""
+    layout, tagged = work / "image", f"{work}/image:v1"
+    for command in (
+        ("init", "--layout", layout),
+        ("new", "--image", tagged),
+        ("insert", "--image", tagged, rootfs.unpack("host:").path, "/"),
+        ("config", "--image", tagged, "--config.cmd", "/bin/sleep", "--config.cmd", "1000000"),
+    ):
+        subprocess.run(["umoci", *map(str, command)], check=True, capture_output=True)
+    with tarfile.open(work / "image.tar", "w") as archive:
+        archive.add(layout, ".")
+    return work / "image.tar"
+
+
+@pytest.fixture(scope="module")
+def containerd(owner: Owner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containerd]:
+    needed = ("containerd", "ctr", "runc", "umoci", "busybox")
+    if missing := [p for p in needed if shutil.which(p) is None]:
+        pytest.skip(f"no {', '.join(missing)}")
+    work = tmp_path_factory.mktemp("containerd")
+    configure(work)
+    netns, group = f"tb-{owner.id}-node", f"tb-{owner.id}-containerd"
+    namespaces.create(owner, netns).close()
+    container.own(owner, work, group)
+    cgroup = cgroups.create(owner, group)
+    for name in ("daemon", "pods"):
+        (cgroup / name).mkdir()
+    command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", BOOT]
+    daemon = process.spawn(
+        [*command, work / "config.toml"],
+        cgroup=cgroup / "daemon",
+        netns=netns,
+        output=work / "log",
+    )
+    with ending(daemon):
+        address = f"/proc/{daemon.pid}/root/run/containerd/containerd.sock"
+        with grpc.insecure_channel(f"unix:{address}") as channel:
+            running = Containerd(
+                daemon.pid, netns, cgroup / "pods", SERVICES.RuntimeServiceStub(channel)
+            )
+            running.runtime.Version(PROTOCOL.Empty(), CALL_S, wait_for_ready=True)
+            load = ("ctr", "-n", "k8s.io", "images", "import", "--base-name", "localhost/busybox")
+            running.run(*load, image_archive(work))
+            images = SERVICES.ImageServiceStub(channel)
+            image = PROTOCOL.ImageStatusRequest(image={"image": IMAGE})
+            wait_until(
+                lambda: images.ImageStatus(image, CALL_S).HasField("image"), "its image is known"
+            )
+            try:
+                yield running
+            finally:
+                for pod in running.runtime.ListPodSandbox(PROTOCOL.Empty(), CALL_S).items:
+                    running.remove(pod)
+                for left in running.pods():
+                    running.testbed("down", left["name"])
+
+
+def configure(work: Path) -> None:
+    """Write containerd's configuration, that of its network, and manifests of guests."""
+    (work / "config.toml").write_text(CONFIG.format(work=work, image=IMAGE))
+    for name in ("plugins", "networks", "guests/shop"):
+        (work / name).mkdir(parents=True)
+    for program in chain.programs():
+        (work / "plugins" / program.name).symlink_to(program)
+    capabilities = ("cgroupPath", "dns", "io.kubernetes.cri.pod-annotations")
+    own = {
+        "type": "testbed-cni",
+        "guests": str(work / "guests"),
+        "capabilities": dict.fromkeys(capabilities, True),
+    }
+    network = {"cniVersion": "1.0.0", "name": "net", "plugins": [chain.bridge(work / "ipam"), own]}
+    (work / "networks" / "net.conflist").write_text(json.dumps(network))
+    for runtime in ("standin", "linux"):
+        (work / f"guests/shop/{runtime}.yaml").write_text(json.dumps(guest(runtime)))
+
+
+def sandbox(containerd: Containerd, name: str, guests: str, attempt: int = 0) -> Sandbox:
+    """A pod as kubelet describes it. It is not started."""
+    uid = str(uuid.uuid4())
+    cgroup = containerd.cgroup / f"pod{uid}"
+    cgroup.mkdir()
+    config = {
+        "metadata": {"name": name, "uid": uid, "namespace": "shop", "attempt": attempt},
+        "hostname": name[:63],
+        "dns_config": DNS,
+        "labels": {
+            "io.kubernetes.pod.name": name,
+            "io.kubernetes.pod.namespace": "shop",
+            "io.kubernetes.pod.uid": uid,
+        },
+        "annotations": {"kubernetes.io/config.source": "api", "testbed/guests": guests},
+        "linux": {"cgroup_parent": f"/{cgroup.relative_to(cgroups.mount_point())}"},
+    }
+    return Sandbox(containerd, config, cgroup)
+
+
+@pytest.fixture(scope="module", params=["standin", "linux"])
+def pod(containerd: Containerd, request: pytest.FixtureRequest) -> Iterator[Sandbox]:
+    before = containerd.state()
+    pod = sandbox(containerd, "web", request.param)
+    pod.start()
+    yield pod
+    pod.remove()
+    assert containerd.state() - before == set()
+    assert not there(pod.id)
+
+
+def test_a_container_and_a_guest_dial_each_other_at_localhost(pod: Sandbox) -> None:
+    for address in ("localhost", "127.0.0.1", "::1"):
+        assert pod.asks_guest(address) == "hello\n"
+    assert pod.command_guest(f"echo hello | busybox nc localhost {NATIVE}") == "hello\n"
+
+
+def test_a_container_goes_past_lo(pod: Sandbox) -> None:
+    version = pod.containerd.runtime.Version(PROTOCOL.Empty(), CALL_S).runtime_version.lstrip("v")
+    if version.startswith("1.6."):
+        pytest.skip(f"containerd {version} does not pass on the pod's cgroup")
+
+    def steered() -> int:
+        described = json.loads(pod.containerd.testbed("describe", pod.id, "--json"))
+        return int(described["counters"]["steered"]["packets"])
+
+    before = steered()
+    assert pod.asks_guest("localhost") == "hello\n"
+    assert steered() == before + 1
+
+
+def test_a_guest_has_the_addresses_of_its_pod(pod: Sandbox) -> None:
+    assert len(pod.addresses) == 2
+    for address, host in zip(pod.addresses, ("10.99.0.1", "fd99::1"), strict=True):
+        with pod.containerd.dial(address, PORT) as connection:
+            assert transfer(connection, connection, b"hello") == b"hello"
+        with pod.containerd.serve(host) as server:
+            pod.command_guest(f"echo hello | busybox nc {host} {OUTSIDE} >/dev/null 2>&1 &")
+            connection, (seen, *_) = server.accept()
+            with connection:
+                assert connection.recv(5) == b"hello"
+        assert seen == address
+
+
+def test_a_guest_has_the_name_servers_of_its_pod(pod: Sandbox) -> None:
+    for text in (pod.command_guest("cat /etc/resolv.conf"), pod.execute("cat", "/etc/resolv.conf")):
+        assert set(text.splitlines()) == {
+            "nameserver 10.99.0.1",
+            "search shop.example",
+            "options ndots:2",
+        }
+
+
+@pytest.mark.parametrize("port", [NATIVE, PORT])
+def test_a_port_is_forwarded_until_both_sides_have_sent_all(pod: Sandbox, port: int) -> None:
+    data = random.Random(port).randbytes(100_000)
+    with pod.forward(port) as forward:
+        forward.send(data)
+        assert forward.receive(len(data)) == data
+        forward.send(b"the rest", last=True)
+        assert forward.receive() == b"the rest"
+
+
+def test_a_port_that_nobody_serves_is_an_error_of_forwarding(pod: Sandbox) -> None:
+    with pod.forward(1) as forward, pytest.raises(ConnectionError, match="connection refused"):
+        forward.receive()
+
+
+def test_guests_serve_while_their_supervisor_is_replaced(pod: Sandbox) -> None:
+    with pod.forward(PORT) as forward:
+        os.kill(pod.guests["keeper"], signal.SIGKILL)
+        wait_until(lambda: pod.guests["keeper"] is None, "it is dead")
+        forward.send(b"hello")
+        assert forward.receive(5) == b"hello"
+        pod.containerd.testbed("adopt", pod.id)
+        forward.send(b"again", last=True)
+        assert forward.receive() == b"again"
+    assert pod.asks_guest("localhost") == "hello\n"
+
+
+def test_a_pod_whose_guests_are_missing_does_not_start_and_leaves_nothing(
+    containerd: Containerd,
+) -> None:
+    before = containerd.state()
+    pod = sandbox(containerd, "web", "none")
+    with pytest.raises(grpc.RpcError, match=r"there is no .*/guests/shop/none\.yaml"):
+        pod.start()
+    pod.cgroup.rmdir()
+    assert containerd.state() - before == set()
+
+
+def test_a_second_sandbox_of_a_pod_with_the_longest_name_takes_the_place_of_the_first(
+    containerd: Containerd,
+) -> None:
+    before = containerd.state()
+    pods = [sandbox(containerd, 126 * "w." + "w", "standin", attempt) for attempt in range(2)]
+    for pod in pods:
+        pod.start()
+    for pod in pods:
+        assert pod.asks_guest("localhost") == "hello\n"
+        pod.remove()
+        assert not there(pod.id)
+    assert containerd.state() - before == set()
