@@ -17,8 +17,8 @@ import hashlib
 import json
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,19 @@ def unpack(image: str) -> Root:
         return Root(_of_tar(path))
     raise Error(
         f"no image {image!r}",
-        hint="a folder, a tar, oci:FOLDER, oci-archive:FILE, or "
-        "host:PROGRAM; nothing is pulled from registries",
+        hint=f"nothing is pulled; give one: --image {image}=oci-archive:FILE (or oci:FOLDER, a "
+        "folder, a tar, host:PROGRAM)",
     )
+
+
+def of_program(program: Path, extra: Mapping[str, Path], arguments: tuple[str, ...]) -> Root:
+    """Root file system with a program of this host, its libraries, busybox and further files.
+
+    `extra`: path inside → file of this host.
+    """
+    if missing := [path for path in (program, *extra.values()) if not path.is_file()]:
+        raise Error(f"no file {missing[0]}")
+    return replace(_of_host([program], extra), arguments=arguments)
 
 
 def is_of_host(image: str) -> bool:
@@ -112,8 +122,9 @@ def busybox() -> Path:
 # --- kinds ----------------------------------------------------------------------------------
 
 
-def _of_host(wanted: Iterable[Path]) -> Root:
+def _of_host(wanted: Iterable[Path], extra: Mapping[str, Path] = {}) -> Root:
     files = {"bin/busybox": busybox()}
+    files |= {inside.lstrip("/"): outside for inside, outside in extra.items()}
     for program in wanted:
         found = elf.read(program.resolve())
         files[f"usr/bin/{program.name}"] = program

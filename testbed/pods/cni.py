@@ -177,6 +177,7 @@ class _Pod:
         from dataclasses import replace
 
         from testbed.pods import kubernetes
+        from testbed.pods.kubernetes import conversion
 
         @functools.cache
         def best() -> Runtime:
@@ -187,7 +188,7 @@ class _Pod:
         given = self.configuration.get("guests")
         try:
             if isinstance(given, dict):
-                found = kubernetes.spec(given, "guests", Path("/"), best, resolv_conf)
+                found = conversion.spec(given, "guests", Path("/"), best, resolv_conf)
                 return replace(found, name=self.name)
             if not isinstance(given, str):
                 raise Error("guests is not a manifest", hint="a path, or a Pod in JSON")
@@ -196,7 +197,7 @@ class _Pod:
                 path /= f"{self.name}.yaml"
                 if not path.exists():
                     return None
-            specs = kubernetes.read(path, best, resolv_conf)
+            specs = kubernetes.read([path], best, resolv_conf)
             if len(specs) > 1:
                 raise Error(f"{path} has {len(specs)} pods, for one namespace", hint="leave one")
         except Error as e:

@@ -1,0 +1,139 @@
+"""Watches one process of a workload: runs its hooks and probes, from its start to its end.
+
+`Watched` (`workloads`) starts the process, and starts it again; `probes` asks.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from typing import TYPE_CHECKING
+
+from testbed.host import facts, process
+from testbed.model.manifest import Action, Probe
+from testbed.model.terms import Transport
+from testbed.pods.probes import Question
+
+if TYPE_CHECKING:
+    from testbed.pods.workloads import Watched
+
+HOOK_LIMIT_S = 30.0
+"""Time limit of a hook: Kubernetes' default `terminationGracePeriodSeconds`."""
+HOOK_RETRY_S = 2.0
+"""Time for which a `postStart` hook is tried again if it fails."""
+
+
+class Watch:
+    """Hook and probes of one process of a workload, from its start to its end."""
+
+    def __init__(self, watched: Watched, running: process.Running) -> None:
+        self._watched, self._running, self._program = watched, running, watched.program
+        self._began = time.monotonic()
+        self._startup = (
+            Question(self._program.startup, first_s=0) if self._program.startup else None
+        )
+        self._readiness: Question | None = None
+        self._liveness: Question | None = None
+
+    def to_the_end(self, *, is_new: bool) -> bool:
+        """Watch until the process ends (true) or all threads are to stop (false).
+
+        `is_new`: it was started just now, so the `postStart` hook runs first.
+        """
+        try:
+            fd = os.pidfd_open(self._running.pid)
+        except ProcessLookupError:
+            return True  # ended, and collected
+        events = [fd, self._watched.workloads.stop]
+        try:
+            if is_new and not self._post_start(events):
+                self._watched.end(self._running, "its postStart hook failed")
+            if not self._startup:
+                self._has_started()
+            while True:
+                questions = (self._startup, self._readiness, self._liveness)
+                due = [q.due for q in questions if q and q.due is not None]
+                wait_s = max(0.0, min(due) - time.monotonic()) if due else None
+                ended, _, _ = select.select(events, [], [], wait_s)
+                if ended:
+                    return self._watched.workloads.stop not in ended
+                self._ask()
+        finally:
+            os.close(fd)
+
+    def _post_start(self, events: list[int]) -> bool:
+        """Run the `postStart` hook, if there is one: whether it succeeds.
+
+        It is tried again for a moment, since the process may still be starting. (In Kubernetes,
+        too, a hook may run more than once.)
+        """
+        hook = self._program.post_start
+        if hook is None:
+            return True
+        if hook.sleep_s:
+            select.select(events, [], [], hook.sleep_s)
+            return True
+        while not self._watched.prober.do(hook, HOOK_LIMIT_S, ready=True):
+            if time.monotonic() > self._began + HOOK_RETRY_S * facts.slowness():
+                return False
+            if select.select(events, [], [], 0.1)[0]:
+                return True
+        return True
+
+    def _has_started(self) -> None:
+        """Begin with the probes of a workload that has started."""
+        self._startup, liveness = None, self._program.liveness
+        readiness = self._program.readiness or Probe(Action())
+        self._readiness = Question(readiness, first_s=0, eager=True)
+        self._liveness = Question(liveness, first_s=liveness.period_s) if liveness else None
+        self._watched.started.set()
+
+    def _ask(self) -> None:
+        """Run the probes that are due."""
+        watched, prober = self._watched, self._watched.prober
+        if self._startup and self._startup.is_due():
+            self._startup.answered(prober.ask(self._startup.probe, ready=True))
+            if self._startup.verdict:
+                self._has_started()
+            elif self._startup.verdict is False:
+                self._startup.due = None
+                watched.end(self._running, "its startup probe failed")
+        if self._readiness and self._readiness.is_due():
+            self._readiness.answered(
+                prober.ask(self._readiness.probe, watched.ready)
+                if self._program.readiness
+                else self._serves()
+            )
+            verdict = self._readiness.verdict
+            if verdict is not None and verdict != watched.ready:
+                watched.ready = verdict
+                watched.say("ready" if verdict else "no longer ready")
+            if watched.ready and not self._program.readiness:
+                self._readiness.due = None
+        if self._liveness and self._liveness.is_due():
+            self._liveness.answered(prober.ask(self._liveness.probe, watched.ready))
+            if self._liveness.verdict is False:
+                self._liveness.due = None
+                watched.end(self._running, "not alive")
+
+    def _serves(self) -> bool:
+        """Whether a workload without a readiness probe is ready: it serves the ports it lists.
+
+        As in Kubernetes, a port that is listed need not be served: it is not waited for longer than
+        a workload of this runtime takes to answer.
+        """
+        watched = self._watched
+        unserved = watched.prober.unserved(watched.ready)
+        if unserved is None:
+            return False
+        waited_s = time.monotonic() - self._began
+        if unserved and waited_s < watched.runtime.ready_limit_s * facts.slowness():
+            return False
+        watched.unserved = sorted(map(shown, unserved))
+        return True
+
+
+def shown(port: tuple[Transport, int]) -> str:
+    """A port as `ps` shows it: 80/tcp."""
+    return f"{port[1]}/{port[0]}"
