@@ -4,7 +4,9 @@
     /some/root.tar[.gz…]      a tar of one
     oci:FOLDER[:TAG]          an OCI image layout, unpacked by umoci
     oci-archive:FILE[:TAG]    a tar of one
-    host:PROGRAM[,PROGRAM…]   static busybox, and programs of this host with the libraries they need
+    host:PROGRAM[,PROGRAM…]   static busybox, and programs of this host with their libraries. The
+                              first is run. Without a first (host: and host:,bash) it is a shell,
+                              or what args say
     agent                     the same with the traffic agent
 
 Root file systems that are unpacked or put together are cached under the digest of their source.
@@ -63,7 +65,8 @@ def unpack(image: str) -> Root:
     """
     kind, colon, rest = image.partition(":")
     if is_of_host(image):
-        return _of_host(programs(image))
+        root, names = _of_host(programs(image)), image.removeprefix(HOST).split(",")
+        return root if names[0] else replace(root, entrypoint=(), arguments=("sh",))
     if colon and kind in ("oci", "oci-archive"):
         location, _, tag = rest.rpartition(":") if ":" in rest else (rest, "", "latest")
         layout = Path(location) if kind == "oci" else _of_tar(Path(location))
@@ -152,7 +155,7 @@ def _of_host(wanted: Iterable[Path], extra: Mapping[str, Path] = {}) -> Root:
 
     return Root(
         _cached((f"{at}\0{_digest(file)}" for at, file in files.items()), fill),
-        entrypoint=tuple(f"/usr/bin/{p.name}" for p in wanted)[:1] or ("sh",),
+        entrypoint=tuple(f"/usr/bin/{p.name}" for p in wanted)[:1],
     )
 
 

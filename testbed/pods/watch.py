@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 HOOK_LIMIT_S = 30.0
 """Time limit of a hook: Kubernetes' default `terminationGracePeriodSeconds`."""
-HOOK_RETRY_S = 2.0
-"""Time for which a `postStart` hook is tried again if it fails."""
+START_PERIOD_S = 0.02
+"""Period of looking whether a workload runs."""
 
 
 class Watch:
@@ -47,6 +47,8 @@ class Watch:
             return True  # ended, and collected
         events = [fd, self._watched.workloads.stop]
         try:
+            while not self._runs() and not select.select(events, [], [], START_PERIOD_S)[0]:
+                pass
             if is_new and not self._post_start(events):
                 self._watched.end(self._running, "its postStart hook failed")
             if not self._startup:
@@ -62,23 +64,17 @@ class Watch:
         finally:
             os.close(fd)
 
-    def _post_start(self, events: list[int]) -> bool:
-        """Run the `postStart` hook, if there is one: whether it succeeds.
+    def _runs(self) -> bool:
+        watched = self._watched
+        return watched.runtime.runs(watched.workloads.pod.place(watched.workload))
 
-        It is tried again for a moment, since the process may still be starting. (In Kubernetes,
-        too, a hook may run more than once.)
-        """
+    def _post_start(self, events: list[int]) -> bool:
+        """Run the `postStart` hook, if there is one: whether it succeeds."""
         hook = self._program.post_start
-        if hook is None:
-            return True
-        if hook.sleep_s:
+        if hook and hook.sleep_s:
             select.select(events, [], [], hook.sleep_s)
-            return True
-        while not self._watched.prober.do(hook, HOOK_LIMIT_S, ready=True):
-            if time.monotonic() > self._began + HOOK_RETRY_S * facts.slowness():
-                return False
-            if select.select(events, [], [], 0.1)[0]:
-                return True
+        elif hook and not select.select(events, [], [], 0)[0]:
+            return self._watched.prober.do(hook, HOOK_LIMIT_S, ready=True)
         return True
 
     def _has_started(self) -> None:

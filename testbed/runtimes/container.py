@@ -186,6 +186,13 @@ class Container:
             output=place.console,
         )
 
+    def runs(self, place: Placement) -> bool:
+        """runc writes state.json when it has made the container, and removes exec.fifo when the
+        program starts.
+        """
+        state = _state(place.scratch) / place.workload.name
+        return (state / "state.json").exists() and not (state / "exec.fifo").exists()
+
     def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
         tty = ["--tty"] if terminal else []
         return [*_command(place.scratch), "exec", *tty, place.workload.name]

@@ -117,6 +117,9 @@ class Prepared(Protocol):
     def start(self, place: Placement) -> subprocess.Popen[bytes]:
         """Start a workload's program or traffic agent. The caller waits until it is ready."""
 
+    def runs(self, place: Placement) -> bool:
+        """Whether a workload that was started runs by now; of a guest, whether its machine does."""
+
     def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
         """Prefix of a command line that runs a command inside the running workload.
 

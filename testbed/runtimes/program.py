@@ -52,6 +52,9 @@ class PlainProgram:
         refuse_isolation(workload)
         self._command(workload)
 
+    def runs(self, place: Placement) -> bool:
+        return True
+
     def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
         return join(place.cgroup, place.netns)
 

@@ -140,6 +140,9 @@ class Wasm:
             env={"PATH": rootfs.PATH, **dict(program.env)},
         )
 
+    def runs(self, place: Placement) -> bool:
+        return True
+
     def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
         raise Error(
             f"{place.workload.name!r} is a component: it runs nothing but itself",

@@ -411,8 +411,8 @@ def test_variables_tell_a_program_about_its_pod(tmp_path: Path) -> None:
         ("docker.io/library/nginx@sha256:12", "host:nginx"),
         ("registry.example:5000/team/app:2", "host:app"),  # what the file says, for all tags
         ("team/app:3", "team/app:3"),  # of another registry
-        ("busybox", "host:"),  # well-known
-        ("registry.k8s.io/busybox:1.27", "host:"),
+        ("busybox", "host:,printenv"),  # well-known
+        ("registry.k8s.io/busybox:1.27", "host:,printenv"),
         ("somebody/busybox", "somebody/busybox"),
     ],
 )

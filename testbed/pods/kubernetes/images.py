@@ -19,15 +19,15 @@ from testbed.model.errors import Error
 from testbed.model.terms import Runtime
 
 WELL_KNOWN = {
-    "alpine": "host:",
-    "busybox": "host:",
-    "debian": "host:bash",
+    "alpine": "host:,printenv",
+    "busybox": "host:,printenv",
+    "debian": "host:,bash,printenv",
     "nginx": "osv/web.toml",
     "nginx-slim": "osv/web.toml",
     "redis": "host:redis-server,redis-cli",
-    "ubuntu": "host:bash",
+    "ubuntu": "host:,bash,printenv",
 }
-"""Short names → images of containers."""
+"""Short names → images of containers. (Debian's busybox has no printenv.)"""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,9 @@ def of_user(pairs: Iterable[str], file: Path | None) -> Images:
 
 def _told(image: str, known: str) -> str:
     """What the user is told of an image that stands for a well-known name."""
-    what = known.removeprefix(rootfs.HOST) or "busybox"
+    what = known
+    if known.startswith(rootfs.HOST):
+        what = ", ".join(["busybox", *filter(None, known.removeprefix(rootfs.HOST).split(","))])
     return (
         f"{image} is not pulled: it is put together from this host's {what} "
         f"(--image {image}=… takes another)"

@@ -140,6 +140,9 @@ class VirtualMachines(ABC):
             output=place.console,
         )
 
+    def runs(self, place: Placement) -> bool:
+        return True
+
     def _image(self, workload: Workload) -> Image:
         """Image of the workload's program, with the command line that the manifest gives."""
         wanted = definition(workload)
