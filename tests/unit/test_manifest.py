@@ -177,6 +177,11 @@ def test_what_matters_to_clusters_alone_is_a_warning(tmp_path: Path) -> None:
             "tcp hostPort 8 is claimed twice",
         ),
         (with_field("ports: [{containerPort: 70000}]"), "to 65535, not 70000"),
+        (with_field("ports: {containerPort: 80}"), "containers.0.ports: a list was expected"),
+        (with_field("env: [a]"), "containers.0.env.0: a mapping was expected, not 'a'"),
+        (with_field("args: [1]"), "args.0: text (in quotes, if it looks like something else)"),
+        (with_field("resources: {limits: {memory: 1e400}}"), "a quantity like 500m"),
+        (with_field(f"stdin: {'[' * 900}{']' * 900}"), "is nested too deeply"),
         (
             with_field("resources: {limits: {memory: much}}"),
             "limits.memory: a quantity like 500m, 2 or 128Mi was expected, not 'much'",
@@ -294,8 +299,7 @@ def test_null_false_and_empty_mean_absent(tmp_path: Path) -> None:
     assert read_.manifest.workloads[0].program == Program("x")
 
 
-def test_what_kubectl_prints_is_a_manifest(tmp_path: Path) -> None:
-    """With the fields that a cluster adds, and a list around it."""
+def test_a_list_with_the_fields_that_a_cluster_adds_is_read(tmp_path: Path) -> None:
     one = pod("- {name: a, image: x}")
     one = one.replace("metadata: {", "metadata: {creationTimestamp: 2026-11-29T10:00:00Z, uid: u, ")
     items = "".join(

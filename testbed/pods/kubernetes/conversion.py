@@ -44,6 +44,13 @@ from testbed.pods.kubernetes.schema import (
 )
 
 ANNOTATION = "testbed/runtime"
+EXPECTED = {
+    "dict_type": "a mapping was expected",
+    "model_type": "a mapping was expected",
+    "string_type": "text (in quotes, if it looks like something else) was expected",
+    "tuple_type": "a list was expected",
+}
+"""Types of pydantic's errors → words of YAML."""
 
 
 def spec(
@@ -101,7 +108,7 @@ def spec(
 def _fault(fault: Any, where: str) -> str:
     """Text of an error of pydantic: FILE, document N, spec.containers.0.name: what was expected."""
     path = f", {'.'.join(map(str, fault['loc']))}" if fault["loc"] else ""
-    expected = fault["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    expected = EXPECTED.get(fault["type"]) or fault["msg"].removeprefix("Value error, ")
     given = fault["input"]
     shown = f", not {given!r}" if isinstance(given, str | int | float) else ""
     return f"{where}{path}: {expected}{shown}"

@@ -73,7 +73,7 @@ def extras(model: Model, path: str = "") -> Iterator[tuple[str, str | None]]:
         if name in model.harmless:
             yield f"{path}{name}", None
         elif value not in (False, "", [], {}):
-            yield f"{path}{name}", model.refused.get(name, f"{name} is not supported")
+            yield f"{path}{name}", model.refused.get(name, f"{name} is not supported; leave it out")
     for name, value in model:
         if name in unknown:
             continue
@@ -134,7 +134,9 @@ def _quantity(value: object) -> float:
     found = re.fullmatch(r"([0-9.]+(?:[eE][0-9]+)?)([A-Za-z]*)", str(value))
     try:
         if found and found[2] in SUFFIXES:
-            return float(found[1]) * SUFFIXES[found[2]]
+            number = float(found[1]) * SUFFIXES[found[2]]
+            if number < 2**63:
+                return number
     except ValueError:
         pass
     raise ValueError("a quantity like 500m, 2 or 128Mi was expected")
