@@ -98,6 +98,8 @@ class Program:
     cpus: float | None = None
     """Limit of CPU time, in CPUs. None: no limit."""
     mounts: tuple[Mount, ...] = ()
+    pids_of: str = ""
+    """Container whose PID namespace it shares. Empty: it has one of its own."""
     security: Security = Security()
     startup: Probe | None = None
     """Until it succeeds, there are no other probes, and the workload is not ready."""

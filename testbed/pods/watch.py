@@ -45,35 +45,41 @@ class Watch:
             fd = os.pidfd_open(self._running.pid)
         except ProcessLookupError:
             return True  # ended, and collected
-        events = [fd, self._watched.workloads.stop]
         try:
-            while not self._runs() and not select.select(events, [], [], START_PERIOD_S)[0]:
-                pass
-            if is_new and not self._post_start(events):
+            self._events = [fd, self._watched.workloads.stop]
+            while not self._runs():
+                if (ended := self._ended(START_PERIOD_S)) is not None:
+                    return ended
+            if is_new and not self._post_start():
                 self._watched.end(self._running, "its postStart hook failed")
+                return True
             if not self._startup:
                 self._has_started()
             while True:
                 questions = (self._startup, self._readiness, self._liveness)
                 due = [q.due for q in questions if q and q.due is not None]
                 wait_s = max(0.0, min(due) - time.monotonic()) if due else None
-                ended, _, _ = select.select(events, [], [], wait_s)
-                if ended:
-                    return self._watched.workloads.stop not in ended
+                if (ended := self._ended(wait_s)) is not None:
+                    return ended
                 self._ask()
         finally:
             os.close(fd)
+
+    def _ended(self, wait_s: float | None) -> bool | None:
+        """Wait for the end: true if the process ended, false if all threads are to stop."""
+        ended, _, _ = select.select(self._events, [], [], wait_s)
+        return self._watched.workloads.stop not in ended if ended else None
 
     def _runs(self) -> bool:
         watched = self._watched
         return watched.runtime.runs(watched.workloads.pod.place(watched.workload))
 
-    def _post_start(self, events: list[int]) -> bool:
+    def _post_start(self) -> bool:
         """Run the `postStart` hook, if there is one: whether it succeeds."""
         hook = self._program.post_start
         if hook and hook.sleep_s:
-            select.select(events, [], [], hook.sleep_s)
-        elif hook and not select.select(events, [], [], 0)[0]:
+            self._ended(hook.sleep_s)
+        elif hook:
             return self._watched.prober.do(hook, HOOK_LIMIT_S, ready=True)
         return True
 

@@ -281,7 +281,8 @@ def _config(place: Placement, root: Root) -> dict[str, Any]:
         "linux": {
             "cgroupsPath": f"/{group}",
             "namespaces": [
-                *({"type": kind} for kind in ("mount", "pid", "uts", "ipc")),
+                *({"type": kind} for kind in ("mount", "uts", "ipc")),
+                _pid_namespace(place.scratch, program.pids_of),
                 {"type": "network", "path": f"/run/netns/{place.netns}"},
             ],
             "maskedPaths": MASKED,
@@ -293,6 +294,17 @@ def _config(place: Placement, root: Root) -> dict[str, Any]:
             },
         },
     }
+
+
+def _pid_namespace(scratch: Path, holder: str) -> dict[str, str]:
+    """A new PID namespace, or that of another container. Raises `Error` if that does not run."""
+    if not holder:
+        return {"type": "pid"}
+    try:
+        pid = json.loads((_state(scratch) / holder / "state.json").read_bytes())["init_process_pid"]
+    except FileNotFoundError as e:
+        raise Error(f"the container {holder!r}, whose PID namespace is shared, does not run") from e
+    return {"type": "pid", "path": f"/proc/{pid}/ns/pid"}
 
 
 def _user(root: Root, security: Security) -> dict[str, Any]:

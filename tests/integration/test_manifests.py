@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -78,6 +79,25 @@ def test_a_container_may_what_its_security_context_says(manifest: Write, name: s
     assert "Read-only file system" in touched
     wait_until(lambda: "CapEff" in log(name, "more"), "the other has looked")
     assert log(name, "more").split() == ["CapEff:", f"{0xA80425FB & ~1 | 1 << 12:016x}"]
+
+
+def test_containers_of_a_pod_share_processes_if_it_says_so(manifest: Write, name: str) -> None:
+    file = manifest(
+        """
+        - {name: server, image: busybox, command: [sleep, "1234"]}
+        - {name: shell, image: busybox, command: [sh, -c, "sleep 0.1 & exec sleep 99"]}
+        """,
+        "shareProcessNamespace: true",
+        runtime="container",
+    )
+    run("up", file)
+    seen = run("exec", name, "-c", "shell", "--", "ps").stdout
+    [pid] = [line.split()[0] for line in seen.splitlines() if line.endswith("sleep 1234")]
+    run("exec", name, "-c", "shell", "--", "kill", "-KILL", pid)
+    wait_until(lambda: workload(name, "server")["restarts"] == 1, "it is started again")
+    os.kill(workload(name, "pause")["pid"], signal.SIGKILL)
+    wait_until(lambda: workload(name, "shell")["restarts"] >= 1, "all ended with the namespace")
+    wait_until(lambda: control.status(name)["ready"], "all are there again", 30)
 
 
 @pytest.mark.parametrize(

@@ -222,8 +222,8 @@ def test_what_matters_to_clusters_alone_is_a_warning(tmp_path: Path) -> None:
         (with_field('args: ["a\\0b"]'), "text without a NUL was expected"),
         (with_field("tty: true"), "a container has no terminal"),
         (
-            pod("- {name: a, image: x}", "shareProcessNamespace: true"),
-            "each container sees its",
+            pod("- {name: pause, image: x}", "shareProcessNamespace: true"),
+            "'pause' is the container that shareProcessNamespace adds",
         ),
         (
             pod("- {name: a, image: x}", "resources: {limits: {cpu: 1}}"),

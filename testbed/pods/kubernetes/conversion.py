@@ -51,6 +51,12 @@ EXPECTED = {
     "tuple_type": "a list was expected",
 }
 """Types of pydantic's errors → words of YAML."""
+PAUSE = Workload(
+    "pause",
+    Runtime.CONTAINER,
+    program=Program("host:", ("sh", "-c", "trap exit TERM; while :; do sleep 1000 & wait; done")),
+)
+"""Sidecar that holds the PID namespace of containers that share one, and reaps their orphans."""
 
 
 def spec(
@@ -88,6 +94,9 @@ def spec(
     try:
         sidecars = {c.name: workload(c) for c in pod.spec.init_containers if c.is_sidecar}
         init = [sidecars.get(c.name) or workload(c) for c in pod.spec.init_containers]
+        if pod.spec.share_process_namespace:
+            sidecars = {PAUSE.name: PAUSE} | sidecars
+            init.insert(0, PAUSE)
         mains = [workload(c) for c in pod.spec.containers]
         return Spec(
             name=pod.metadata.name,
@@ -120,6 +129,11 @@ def _fault(fault: Any, where: str) -> str:
 def _runtimes(pod: Pod, where: str, best: Callable[[], Runtime]) -> dict[str, Runtime]:
     """Runtimes of containers by name. Raises `Error` if one cannot run what it is asked to."""
     names = [c.name for c in (*pod.spec.init_containers, *pod.spec.containers)]
+    if pod.spec.share_process_namespace and PAUSE.name in names:
+        raise Error(
+            f"{where}: {PAUSE.name!r} is the container that shareProcessNamespace adds",
+            hint="rename yours",
+        )
     if twice := {name for name in names if names.count(name) > 1}:
         raise Error(f"{where}: two containers are named {twice.pop()!r}", hint="rename one")
     annotated = _annotated(pod, names, where)
@@ -199,6 +213,7 @@ def _workload(pod: Pod, container: Container, runtime: Runtime, image: str) -> W
         memory_bytes=int(container.resources.limits.memory or 0) or None,
         cpus=container.resources.limits.cpu or None,
         mounts=tuple(_mounts(pod, container)),
+        pids_of=PAUSE.name if pod.spec.share_process_namespace else "",
         security=_security(pod, container),
         startup=_probe(container.startup_probe, container),
         readiness=_probe(container.readiness_probe, container),

@@ -475,13 +475,13 @@ class PodSpec(Model):
         "hostNetwork": "a pod has a network of its own; leave it out",
         "hostPID": "a pod shares nothing with this machine; leave it out",
         "readinessGates": "nobody sets such conditions here; leave them out",
-        "shareProcessNamespace": "each container sees its own processes only; leave it out",
     }
     containers: Annotated[tuple[Container, ...], BeforeValidator(_some)]
     init_containers: tuple[InitContainer, ...] = ()
     volumes: tuple[Volume, ...] = ()
     security_context: PodSecurityContext = PodSecurityContext()
     resources: PodResources = PodResources()
+    share_process_namespace: bool = False
     restart_policy: Restart = Restart.ALWAYS
     runtime_class_name: RuntimeName | None = None
     service_account_name: str = "default"
