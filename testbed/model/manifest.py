@@ -124,10 +124,7 @@ def resolved(program: Program, fields: Mapping[str, str]) -> Program:
 
     def value(found: re.Match[str]) -> str:
         if not fields.get(found[1]):
-            raise Error(
-                f"the pod has no {found[1]}, which a variable asks for",
-                hint="apt-get install nftables",
-            )
+            raise Error(f"the pod has no {found[1]}, which a variable asks for")
         return fields[found[1]]
 
     return replace(

@@ -327,13 +327,16 @@ def _make_volumes(spec: Spec, scratch: Path) -> None:
 def _connected(spec: Spec, pod: Pod) -> Iterator[None]:
     """Connect the pod's guests with what is outside, if possible, and with its name server.
 
-    Raises `Error` if the pod has ports of the node, but is not on the node's network.
+    Raises `Error` if the pod has ports of the node, or a program that asks for its address, but is
+    not on the node's network.
     """
     why = "its namespace is somebody else's" if pod.sandbox else nft.unsupported()
     if why and spec.host_ports:
         raise Error(f"pod {spec.name!r} cannot have a hostPort: {why}")
     if pod.sandbox or not why:
         pod.connect(spec.host_ports)
+    for workload in (*spec.init, *spec.manifest.workloads):
+        pod.place(workload)  # finds the fields that variables ask for
     server = dns_relay.to_relay(spec.resolv_conf)
     dns = (Transport.UDP, dns_relay.PORT)
     if server is None or not spec.manifest.guests or dns in spec.manifest.owners:

@@ -79,7 +79,7 @@ class Workloads:
         for thread in self._threads:  # the first appends the others, and is joined before them
             thread.join()
         with ThreadPoolExecutor() as pool:
-            list(pool.map(Watched.before_end, self.watched))
+            list(pool.map(Watched.pre_stop, self.watched))
 
     def say(self, what: str) -> None:
         """Add an event, and write the status down."""
@@ -221,7 +221,7 @@ class Watched:
         if running := self.workloads.pod.processes.get(self.workload.name):
             self.end(running, "nobody needs it any more")
 
-    def before_end(self) -> None:
+    def pre_stop(self) -> None:
         """Run its `preStop` hook, if it runs."""
         if self.state == "running" and (hook := self.program.pre_stop):
             if hook.sleep_s:
@@ -290,6 +290,8 @@ class Watched:
             with pod.lock:
                 pod.processes[name] = running
         self._runs(running, "still runs" if left else "runs")
+        if self._retired.is_set():
+            self.retire()
         is_new = not left
         while True:
             if not Watch(self, running).to_the_end(is_new=is_new):
@@ -334,5 +336,5 @@ class Watched:
     def end(self, running: process.Running, why: str) -> None:
         """End its process, after its `preStop` hook."""
         self.say(f"{why}: it is ended")
-        self.before_end()
+        self.pre_stop()
         process.end(running)

@@ -136,6 +136,28 @@ def test_a_program_is_told_its_pods_address(manifest: Write, name: str) -> None:
     wait_until(lambda: log(name, "a") == f"{address} {address}\n", "it says its address")
 
 
+def test_a_pod_without_an_address_cannot_tell_it(
+    manifest: Write, name: str, tmp_path: Path
+) -> None:
+    """On a machine without nftables."""
+    for folder in map(Path, ("/usr/bin", "/usr/sbin")):
+        for program in folder.iterdir():
+            if program.name != "nft" and not (tmp_path / "bin" / program.name).is_symlink():
+                (tmp_path / "bin").mkdir(exist_ok=True)
+                (tmp_path / "bin" / program.name).symlink_to(program)
+    file = manifest("""
+        - name: a
+          image: host:sleep
+          args: ["99"]
+          env: [{name: IP, valueFrom: {fieldRef: {fieldPath: status.podIP}}}]
+    """)
+    env = {**os.environ, "PATH": str(tmp_path / "bin")}
+    refused = subprocess.run([*TESTBED, "up", file], env=env, capture_output=True, text=True)
+    assert refused.returncode == 3
+    assert "the pod has no status.podIP, which a variable asks for" in refused.stderr
+    assert name not in control.names()
+
+
 def test_nothing_is_asked_before_the_startup_probe_succeeds(
     manifest: Write, name: str, tmp_path: Path
 ) -> None:
