@@ -64,34 +64,7 @@ def _add_building(commands: Commands) -> None:
     )
     _pod(adopt, metavar="POD")
     for command in (up, attach):
-        command.add_argument(
-            "manifests",
-            type=Path,
-            nargs="+",
-            metavar="FILE",
-            help="v1 Pods, in YAML; - is standard input",
-        )
-        command.add_argument(
-            "--image",
-            action="append",
-            default=[],
-            metavar="NAME=IMAGE",
-            help="take this image for what a manifest calls NAME (a folder, a tar, oci:FOLDER, "
-            "oci-archive:FILE or host:PROGRAM); nothing is pulled",
-        )
-        command.add_argument(
-            "--image-map",
-            type=Path,
-            metavar="FILE",
-            help='the same from a TOML file with lines "NAME" = "IMAGE"',
-        )
-        command.add_argument(
-            "--datapath",
-            default="steer",
-            metavar="NAME",
-            help="datapath that makes localhost work (default: %(default)s)",
-        )
-        command.add_argument("--osv-kernel", type=Path, metavar="PATH", help="as for testbed run")
+        _add_manifests(command)
     for command in (up, attach, adopt):
         command.add_argument(
             "--wait",
@@ -99,6 +72,38 @@ def _add_building(commands: Commands) -> None:
             metavar="S",
             help="how long to wait for the pods to be ready (default: 60)",
         )
+
+
+def _add_manifests(command: argparse.ArgumentParser) -> None:
+    """Add the arguments that say which pods to build, and how."""
+    command.add_argument(
+        "manifests",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="v1 Pods, in YAML; - is standard input",
+    )
+    command.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="NAME=IMAGE",
+        help="take this image for what a manifest calls NAME (a folder, a tar, oci:FOLDER, "
+        "oci-archive:FILE or host:PROGRAM); nothing is pulled",
+    )
+    command.add_argument(
+        "--image-map",
+        type=Path,
+        metavar="FILE",
+        help='the same from a TOML file with lines "NAME" = "IMAGE"',
+    )
+    command.add_argument(
+        "--datapath",
+        default="steer",
+        metavar="NAME",
+        help="datapath that makes localhost work (default: %(default)s)",
+    )
+    command.add_argument("--osv-kernel", type=Path, metavar="PATH", help="as for testbed run")
 
 
 def _add_asking(commands: Commands) -> None:
