@@ -74,14 +74,7 @@ def _add_building(commands: Commands) -> None:
     )
     _pod(adopt, metavar="POD")
     for command in (up, attach):
-        command.add_argument("manifest", type=Path, metavar="FILE", help="v1 Pods, in YAML")
-        command.add_argument(
-            "--datapath",
-            default="steer",
-            metavar="NAME",
-            help="datapath that makes localhost work (default: %(default)s)",
-        )
-        command.add_argument("--osv-kernel", type=Path, metavar="PATH", help="as for testbed run")
+        _add_manifests(command)
     for command in (up, attach, adopt):
         command.add_argument(
             "--wait",
@@ -89,6 +82,38 @@ def _add_building(commands: Commands) -> None:
             metavar="S",
             help="how long to wait for the pods to be ready (default: 60)",
         )
+
+
+def _add_manifests(command: argparse.ArgumentParser) -> None:
+    """Add the arguments that say which pods to build, and how."""
+    command.add_argument(
+        "manifests",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="v1 Pods, in YAML; - is standard input",
+    )
+    command.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="NAME=IMAGE",
+        help="take this image for what a manifest calls NAME (a folder, a tar, oci:FOLDER, "
+        "oci-archive:FILE or host:PROGRAM); nothing is pulled",
+    )
+    command.add_argument(
+        "--image-map",
+        type=Path,
+        metavar="FILE",
+        help='the same from a TOML file with lines "NAME" = "IMAGE"',
+    )
+    command.add_argument(
+        "--datapath",
+        default="steer",
+        metavar="NAME",
+        help="datapath that makes localhost work (default: %(default)s)",
+    )
+    command.add_argument("--osv-kernel", type=Path, metavar="PATH", help="as for testbed run")
 
 
 def _add_asking(commands: Commands) -> None:
@@ -105,13 +130,21 @@ def _add_asking(commands: Commands) -> None:
     ):
         command = commands.add_parser(name, help=text)
         command.set_defaults(call=call)
-        _pod(command, metavar="POD", nargs="+" if call is _down else None)
+        _pod(command, metavar="POD", nargs={"down": "*", "detach": "+"}.get(name))
         if name in ("logs", "exec"):
             command.add_argument("-c", "--container", metavar="NAME", help="name of the workload")
         if name == "logs":
             command.add_argument("-f", "--follow", action="store_true")
         if name == "exec":
+            command.add_argument(
+                "-i", "--stdin", action="store_true", help="pass input on, as is always done"
+            )
+            command.add_argument(
+                "-t", "--tty", action="store_true", help="give the command a terminal"
+            )
             command.add_argument("words", nargs="+", metavar="COMMAND")
+        if name == "down":
+            command.add_argument("--all", action="store_true", help="all pods of this machine")
         if name == "describe":
             command.add_argument("--json", action="store_true")
 
@@ -152,16 +185,16 @@ def _ordered(arguments: argparse.Namespace, sandbox: Sandbox | None = None) -> l
     from testbed import runtimes
     from testbed.host import nft
     from testbed.pods import kubernetes
+    from testbed.pods.kubernetes.images import of_user
     from testbed.pods.supervisor import Order
     from testbed.runtimes.interface import Options
 
     options = Options(osv_kernel=arguments.osv_kernel)
     best = functools.cache(lambda: runtimes.best(replace(options, say=_say)))
-    specs = kubernetes.read(arguments.manifest, best)
+    images = of_user(arguments.image, arguments.image_map)
+    specs = kubernetes.read(arguments.manifests, best, images=images)
     if sandbox and len(specs) > 1:
-        raise Error(
-            f"{arguments.manifest} has {len(specs)} pods, for one namespace", hint="leave one"
-        )
+        raise Error(f"{len(specs)} pods, for one namespace", hint="give a manifest of one pod")
     for spec in specs:
         for warning in spec.warnings:
             _say(warning)
@@ -183,7 +216,7 @@ def _start(orders: list[Order], patience_s: float | None) -> int:
             starting.start(order)
         starting.wait_built()
         unready = starting.wait(60 * facts.slowness() if patience_s is None else patience_s)
-    for line in unready:
+    for line in (*unready, *starting.unserved()):
         _say(line)
     return 1 if unready else 0
 
@@ -240,8 +273,14 @@ def _down(arguments: argparse.Namespace) -> int:
 
     from testbed.pods import control
 
-    with ThreadPoolExecutor(len(arguments.pod)) as pool:
-        for name, _ in zip(arguments.pod, pool.map(control.down, arguments.pod), strict=True):
+    names = arguments.pod
+    if arguments.command == "down" and arguments.all == bool(names):
+        raise Error("down takes either names of pods or --all")
+    if not names and not (names := control.names()):
+        print("no pod is up")
+        return 0
+    with ThreadPoolExecutor(len(names)) as pool:
+        for name, _ in zip(names, pool.map(control.down, names), strict=True):
             print(f"pod {name} is down")
     return 0
 
@@ -265,7 +304,13 @@ def _exec(arguments: argparse.Namespace) -> int:
     workload = chosen[0]
     if "closed" in workload:
         raise Error(workload["closed"])
-    os.execvp(workload["enter"][0], [*workload["enter"], *arguments.words])
+    enter = workload["enter"]
+    if arguments.tty:
+        if sys.stdin.isatty():
+            enter = workload["enter_terminal"]
+        else:
+            _say("standard input is no terminal, and the command gets none")
+    os.execvp(enter[0], [*enter, *arguments.words])
 
 
 def _describe(arguments: argparse.Namespace) -> int:

@@ -4,7 +4,9 @@
     /some/root.tar[.gz…]      a tar of one
     oci:FOLDER[:TAG]          an OCI image layout, unpacked by umoci
     oci-archive:FILE[:TAG]    a tar of one
-    host:PROGRAM[,PROGRAM…]   static busybox, and programs of this host with the libraries they need
+    host:PROGRAM[,PROGRAM…]   static busybox, and programs of this host with their libraries. The
+                              first is run. Without a first (host: and host:,bash) it is a shell,
+                              or what args say
     agent                     the same with the traffic agent
 
 Root file systems that are unpacked or put together are cached under the digest of their source.
@@ -17,8 +19,8 @@ import hashlib
 import json
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,8 @@ def unpack(image: str) -> Root:
     """
     kind, colon, rest = image.partition(":")
     if is_of_host(image):
-        return _of_host(programs(image))
+        root, names = _of_host(programs(image)), image.removeprefix(HOST).split(",")
+        return root if names[0] else replace(root, entrypoint=(), arguments=("sh",))
     if colon and kind in ("oci", "oci-archive"):
         location, _, tag = rest.rpartition(":") if ":" in rest else (rest, "", "latest")
         layout = Path(location) if kind == "oci" else _of_tar(Path(location))
@@ -75,9 +78,19 @@ def unpack(image: str) -> Root:
         return Root(_of_tar(path))
     raise Error(
         f"no image {image!r}",
-        hint="a folder, a tar, oci:FOLDER, oci-archive:FILE, or "
-        "host:PROGRAM; nothing is pulled from registries",
+        hint=f"nothing is pulled; give one: --image {image}=oci-archive:FILE (or oci:FOLDER, a "
+        "folder, a tar, host:PROGRAM)",
     )
+
+
+def of_program(program: Path, extra: Mapping[str, Path], arguments: tuple[str, ...]) -> Root:
+    """Root file system with a program of this host, its libraries, busybox and further files.
+
+    `extra`: path inside → file of this host.
+    """
+    if missing := [path for path in (program, *extra.values()) if not path.is_file()]:
+        raise Error(f"no file {missing[0]}")
+    return replace(_of_host([program], extra), arguments=arguments)
 
 
 def is_of_host(image: str) -> bool:
@@ -112,8 +125,9 @@ def busybox() -> Path:
 # --- kinds ----------------------------------------------------------------------------------
 
 
-def _of_host(wanted: Iterable[Path]) -> Root:
+def _of_host(wanted: Iterable[Path], extra: Mapping[str, Path] = {}) -> Root:
     files = {"bin/busybox": busybox()}
+    files |= {inside.lstrip("/"): outside for inside, outside in extra.items()}
     for program in wanted:
         found = elf.read(program.resolve())
         files[f"usr/bin/{program.name}"] = program
@@ -141,7 +155,7 @@ def _of_host(wanted: Iterable[Path]) -> Root:
 
     return Root(
         _cached((f"{at}\0{_digest(file)}" for at, file in files.items()), fill),
-        entrypoint=tuple(f"/usr/bin/{p.name}" for p in wanted)[:1] or ("sh",),
+        entrypoint=tuple(f"/usr/bin/{p.name}" for p in wanted)[:1],
     )
 
 

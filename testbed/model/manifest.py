@@ -6,7 +6,7 @@ A manifest that contradicts itself is refused here, before anything is built.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from ipaddress import ip_address
@@ -17,15 +17,25 @@ from testbed.model.terms import Runtime, Transport
 
 
 @dataclass(frozen=True)
-class Probe:
-    """Kubernetes probe of a workload: a TCP port, an HTTP path at a port, or a command."""
+class Action:
+    """What a probe or a hook does: connect to a port, ask it by HTTP, run a command, or sleep."""
 
     port: int = 0
-    """The probe succeeds if this port accepts a TCP connection."""
+    """It succeeds if this port accepts a TCP connection."""
     path: str = ""
-    """The probe succeeds if an HTTP GET of this path gives a status from 200 to 399."""
+    """It succeeds if an HTTP GET of this path gives a status from 200 to 399."""
+    headers: tuple[tuple[str, str], ...] = ()
+    """Headers of that request."""
     command: tuple[str, ...] = ()
-    """The probe succeeds if this command, run inside the workload, ends with status 0."""
+    """It succeeds if this command, run inside the workload, ends with status 0."""
+    sleep_s: float = 0
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Kubernetes probe of a workload: what is done, how often, and what the answers mean."""
+
+    action: Action
     delay_s: float = 0
     """Time from the start of the workload to the first probe."""
     period_s: float = 10
@@ -34,6 +44,43 @@ class Probe:
     """Consecutive failures after which the workload counts as failed."""
     successes: int = 1
     """Consecutive successes after which the workload counts as working."""
+
+
+@dataclass(frozen=True)
+class Volume:
+    """Folder that the workloads of a pod share, empty when the pod is built (`emptyDir`)."""
+
+    name: str
+    mode: int = 0o777
+    group: int | None = None
+    """Group that owns it, and the files made in it."""
+
+
+@dataclass(frozen=True)
+class Mount:
+    """Volume of a pod in the file system of a workload."""
+
+    volume: str
+    path: str
+    read_only: bool = False
+
+
+@dataclass(frozen=True)
+class Security:
+    """What the program of a workload may do (Kubernetes' `securityContext`)."""
+
+    user: int | None = None
+    """None: the image's."""
+    group: int | None = None
+    groups: tuple[int, ...] = ()
+    non_root: bool = False
+    """Whether root is refused as its user."""
+    read_only_root: bool = False
+    escalation: bool = True
+    """Whether it may gain privileges by executing a program (setuid, file capabilities)."""
+    add: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
+    """Capabilities beyond the usual ones, and those of them that it lacks. `ALL` is all of them."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +98,42 @@ class Program:
     """Limit of memory. None: no limit."""
     cpus: float | None = None
     """Limit of CPU time, in CPUs. None: no limit."""
+    mounts: tuple[Mount, ...] = ()
+    pids_of: str = ""
+    """Container whose PID namespace it shares. Empty: it has one of its own."""
+    security: Security = Security()
+    startup: Probe | None = None
+    """Until it succeeds, there are no other probes, and the workload is not ready."""
     readiness: Probe | None = None
     liveness: Probe | None = None
+    post_start: Action | None = None
+    """Done after each start. The workload is ended if it fails."""
+    pre_stop: Action | None = None
+    """Done before the workload is ended."""
+
+
+def late(field: str) -> str:
+    """Text that stands for a field of the pod that is known when the pod is built (`resolved`)."""
+    return f"\0{field}\0"
+
+
+def resolved(program: Program, fields: Mapping[str, str]) -> Program:
+    """The program with the values of such fields. Raises `Error` for one without a value."""
+
+    def text(given: str) -> str:
+        return re.sub("\0(.+?)\0", value, given)
+
+    def value(found: re.Match[str]) -> str:
+        if not fields.get(found[1]):
+            raise Error(f"the pod has no {found[1]}, which a variable asks for")
+        return fields[found[1]]
+
+    return replace(
+        program,
+        command=tuple(map(text, program.command)),
+        args=tuple(map(text, program.args)),
+        env=tuple((name, text(given)) for name, given in program.env),
+    )
 
 
 @dataclass(frozen=True)
@@ -179,7 +260,11 @@ class Spec:
     name: str
     manifest: Manifest
     init: tuple[Workload, ...] = ()
-    """Init containers: they run one after the other, to their end, before the workloads start."""
+    """Init containers: they run one after the other, to their end, before the workloads start.
+
+    Those that are also workloads of the manifest are sidecars: when one has started, the next
+    container runs. They run as long as the pod does."""
+    volumes: tuple[Volume, ...] = ()
     restart: Restart = Restart.ALWAYS
     hostname: str = ""
     host_aliases: tuple[tuple[str, tuple[str, ...]], ...] = ()
@@ -188,6 +273,11 @@ class Spec:
     host_ports: tuple[HostPort, ...] = ()
     warnings: tuple[str, ...] = ()
     """What the manifest asks for and the testbed does not do, as text for the user."""
+
+    @property
+    def sidecars(self) -> tuple[Workload, ...]:
+        """Init containers that run as long as the pod does."""
+        return tuple(w for w in self.init if w in self.manifest.workloads)
 
     def on_taps(self, taps: Sequence[Tap]) -> Spec:
         """The same pod with its guests, in their order, on these taps, where somebody boots them.

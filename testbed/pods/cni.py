@@ -183,6 +183,7 @@ class _Pod:
         from dataclasses import replace
 
         from testbed.pods import kubernetes
+        from testbed.pods.kubernetes import conversion
 
         @functools.cache
         def best() -> Runtime:
@@ -193,7 +194,7 @@ class _Pod:
         given = self.configuration.get("guests")
         try:
             if isinstance(given, dict):
-                found = kubernetes.spec(given, "guests", Path("/"), best, resolv_conf)
+                found = conversion.spec(given, "guests", Path("/"), best, resolv_conf)
                 return replace(found, name=self.container)
             if not isinstance(given, str):
                 raise Error("guests is not a manifest", hint="a path, or a Pod in JSON")
@@ -203,7 +204,7 @@ class _Pod:
                 if chosen is None:
                     return None
                 path = chosen
-            specs = kubernetes.read(path, best, resolv_conf)
+            specs = kubernetes.read([path], best, resolv_conf)
             if len(specs) > 1:
                 raise Error(f"{path} has {len(specs)} pods, for one namespace", hint="leave one")
         except Error as e:

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,11 +23,12 @@ from testbed.model.addresses import (
     guest_link,
     loopback,
     native_view,
+    node_address,
     pod_address,
     pod_link,
 )
 from testbed.model.errors import Error
-from testbed.model.manifest import HostPort, Manifest, Workload
+from testbed.model.manifest import HostPort, Manifest, Workload, resolved
 from testbed.model.terms import Family, Runtime, Transport
 from testbed.pods.links import Links, port_name
 from testbed.pods.network import gateway, node
@@ -228,6 +230,9 @@ class Pod:
             cgroup = self.guest_cgroup
         cgroup = cgroup / workload.name
         cgroup.mkdir(exist_ok=True)
+        if workload.program:
+            program = resolved(workload.program, self._late_fields())
+            workload = replace(workload, program=program)
         return Placement(
             workload,
             n,
@@ -240,6 +245,16 @@ class Pod:
             not n or self.datapath.layout is not Layout.NO_LOOPBACK,
             self.links.queues(n) if n else 1,
         )
+
+    def _late_fields(self) -> dict[str, str]:
+        """Fields of the downward API that are known now (`manifest.late`)."""
+        addresses = [str(address) for address in self.addresses.values()]
+        nodes = [str(node_address(family)) for family in self.addresses if not self.sandbox]
+        return {
+            "status.podIP": "".join(addresses[:1]),
+            "status.podIPs": ",".join(addresses),
+            "status.hostIP": "".join(nodes[:1]),
+        }
 
     def stop_workload(self, name: str) -> None:
         """End one workload, and the connections of its peers in the pod with it."""

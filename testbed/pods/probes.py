@@ -1,4 +1,4 @@
-"""Readiness and liveness probes of a workload: runs them, schedules them, judges the answers."""
+"""Probes of a workload: runs them, schedules them, judges the answers. Runs its hooks likewise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from testbed.host import namespaces
 from testbed.host.sockets import served_ports
 from testbed.model.errors import Error
-from testbed.model.manifest import Probe, Workload
+from testbed.model.manifest import Action, Probe, Workload
 from testbed.model.terms import Family, Transport
 from testbed.pods.pod import Pod
 from testbed.runtimes.interface import Prepared
@@ -26,10 +26,10 @@ would repeat it only after a second."""
 class Question:
     """Schedule of a probe, and the verdict by its last answers (None: not yet known)."""
 
-    def __init__(self, probe: Probe, *, eager: bool = False) -> None:
+    def __init__(self, probe: Probe, *, first_s: float, eager: bool = False) -> None:
+        """`first_s`: time to the first answer. `eager`: ask often until the first success."""
         self.probe, self.eager = probe, eager
-        wait_s = probe.delay_s if eager else max(probe.delay_s, probe.period_s)
-        self.due: float | None = time.monotonic() + wait_s
+        self.due: float | None = time.monotonic() + max(probe.delay_s, first_s)
         self.verdict: bool | None = None
         self._streak = 0
         """Number of equal answers in a row; negative: failures."""
@@ -48,67 +48,82 @@ class Question:
 
 
 class Prober:
-    """Runs probes of one workload."""
+    """Runs probes and hooks of one workload."""
 
     def __init__(self, pod: Pod, workload: Workload, runtime: Prepared) -> None:
         self._pod, self._workload, self._runtime = pod, workload, runtime
 
     def ask(self, probe: Probe, ready: bool) -> bool:
         """Run a probe: whether it succeeds."""
+        return self.do(probe.action, probe.timeout_s, ready)
+
+    def do(self, action: Action, timeout_s: float, ready: bool) -> bool:
+        """Do what a probe or a hook does, other than sleeping: whether it succeeds."""
         try:
-            if probe.command:
-                command = [*self._runtime.enter(self._pod.place(self._workload)), *probe.command]
+            if action.command:
+                command = [*self._runtime.enter(self._pod.place(self._workload)), *action.command]
                 done = subprocess.run(
                     command,
-                    timeout=probe.timeout_s,
+                    timeout=timeout_s,
                     check=False,
                     stdin=subprocess.DEVNULL,
                     capture_output=True,
                 )
                 return done.returncode == 0
-            with self._connection(probe.port, probe.timeout_s, ready) as connection:
-                if not probe.path:
-                    return True
-                asking = http.client.HTTPConnection("localhost", timeout=probe.timeout_s)
-                asking.sock = connection
-                asking.request("GET", probe.path)
-                return 200 <= asking.getresponse().status < 400
+            with self._connection(action.port, timeout_s, ready) as connection:
+                return not action.path or 200 <= _status(connection, action) < 400
         except (Error, OSError, subprocess.TimeoutExpired, http.client.HTTPException):
             return False
 
     def _connection(self, port: int, timeout_s: float, ready: bool) -> socket.socket:
         """Connect to the workload's own address, in a family in which it listens.
 
-        Raises `OSError` if it listens in none.
+        Raises `OSError` if it listens in none: `ConnectionRefusedError` if it says so itself.
         """
         pod, name = self._pod, self._workload.name
         limit_s = timeout_s if ready else min(timeout_s, EAGER_CONNECT_S)
-        refused = OSError()
+        failed = OSError()
         for family in Family:
             to = (str(pod.address(name, family)), port)
             try:
                 dial = functools.partial(socket.create_connection, to, limit_s)
                 connection = namespaces.inside(pod.netns, dial)
             except OSError as e:
-                refused = e
+                failed = failed if isinstance(failed, ConnectionRefusedError) else e
             else:
                 connection.settimeout(timeout_s)
                 return connection
-        raise refused
+        raise failed
 
-    def listens(self, ready: bool) -> bool:
-        """Whether the workload serves all its ports.
+    def unserved(self, ready: bool) -> set[tuple[Transport, int]] | None:
+        """Ports of the workload that nobody serves. None: a virtual machine is not up yet.
 
         A virtual machine is asked by connecting; its UDP ports are not checked. Others' ports are
         read from the kernel's tables, which disturbs nobody.
         """
+        ports = set(self._workload.ports)
         if not self._runtime.uses_tap:
             place = self._pod.place(self._workload)
-            return set(self._workload.ports) <= namespaces.inside(place.netns, served_ports)
-        try:
-            for transport, port in self._workload.ports:
+            return ports - namespaces.inside(place.netns, served_ports)
+        unserved = set()
+        for transport, port in ports:
+            try:
                 if transport is Transport.TCP:
                     self._connection(port, 1, ready).close()
-        except OSError:
-            return False
-        return True
+            except ConnectionRefusedError:
+                unserved.add((transport, port))
+            except OSError:
+                return None
+        return unserved
+
+
+def _status(connection: socket.socket, action: Action) -> int:
+    """Status of the answer to an HTTP GET."""
+    asking = http.client.HTTPConnection("localhost", timeout=connection.gettimeout())
+    asking.sock = connection
+    has_host = any(name.lower() == "host" for name, _ in action.headers)
+    asking.putrequest("GET", action.path, skip_host=has_host)
+    for name, value in action.headers:
+        asking.putheader(name, value)
+    asking.endheaders()
+    return asking.getresponse().status

@@ -64,7 +64,8 @@ class Sandbox:
                 f"{self.cgroup} is no cgroup of version 2",
                 hint="see 0::PATH in /proc/PID/cgroup of a process of the pod",
             )
-        if natives := [w.name for w in (*spec.init, *spec.manifest.natives)]:
+        workloads = dict.fromkeys((*spec.init, *spec.manifest.workloads))
+        if natives := [w.name for w in workloads if not w.runtime.is_guest]:
             raise Error(
                 f"{', '.join(natives)} would be native to {self.netns}, where only guests "
                 "are started",

@@ -16,6 +16,7 @@ import os
 import pickle
 import signal
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +41,7 @@ from testbed.pods.reconciler import Reconciler
 from testbed.pods.sandbox import Sandbox
 from testbed.pods.server import Server
 from testbed.pods.workloads import Workloads
-from testbed.runtimes.interface import Options, Prepared
+from testbed.runtimes.interface import VOLUMES, Options, Prepared
 
 ORDER = "order"
 """Name of the file with the order, in a pod's folder."""
@@ -138,6 +139,15 @@ class Starting:
             if not w["ready"] and w["state"] != "completed"
         ]
 
+    def unserved(self) -> list[str]:
+        """A line of text for each port that a workload lists, and nobody serves."""
+        return [
+            f"{name}: {w['name']} lists port {port}, and nobody serves it"
+            for name in self._supervisors
+            for w in control.status(name)["workloads"]
+            for port in w["unserved"]
+        ]
+
     def __enter__(self) -> Self:
         return self
 
@@ -191,6 +201,7 @@ def supervise(order: Order, built: Callable[[], None]) -> None:
                 scratch = ledger.create_folder(owner, control.folder_name(owner.id))
                 (scratch / ORDER).write_bytes(pickle.dumps(order))
                 _write_etc(spec, scratch)
+                _make_volumes(spec, scratch)
                 try:
                     pod = Pod(
                         owner,
@@ -272,7 +283,7 @@ def _prepare(spec: Spec, options: Options) -> dict[Runtime, Prepared]:
     """Prepare all runtimes and compose all images, in parallel, before anything is built."""
     etc = {path: text.encode() for path, text in _etc(spec, guest=True).items()}
     options = replace(options, etc=etc)
-    workloads = (*spec.init, *spec.manifest.workloads)
+    workloads = dict.fromkeys((*spec.init, *spec.manifest.workloads))
     kinds = dict.fromkeys(w.runtime for w in workloads)
     with ThreadPoolExecutor() as pool:
         prepared = dict(
@@ -303,17 +314,34 @@ def _write_etc(spec: Spec, scratch: Path) -> None:
     (scratch / "hostname").write_text(f"{spec.hostname}\n")
 
 
+def _make_volumes(spec: Spec, scratch: Path) -> None:
+    """Make the folders of volumes, unless a killed supervisor process made them."""
+    for volume in spec.volumes:
+        folder = scratch / VOLUMES / volume.name
+        if folder.exists():
+            continue
+        folder.mkdir(parents=True)
+        mode = volume.mode
+        if volume.group is not None:
+            os.chown(folder, -1, volume.group)
+            mode |= stat.S_ISGID
+        folder.chmod(mode)
+
+
 @contextlib.contextmanager
 def _connected(spec: Spec, pod: Pod) -> Iterator[None]:
     """Connect the pod's guests with what is outside, if possible, and with its name server.
 
-    Raises `Error` if the pod has ports of the node, but is not on the node's network.
+    Raises `Error` if the pod has ports of the node, or a program that asks for its address, but is
+    not on the node's network.
     """
     why = "its namespace is somebody else's" if pod.sandbox else nft.unsupported()
     if why and spec.host_ports:
         raise Error(f"pod {spec.name!r} cannot have a hostPort: {why}")
     if pod.sandbox or not why:
         pod.connect(spec.host_ports)
+    for workload in (*spec.init, *spec.manifest.workloads):
+        pod.place(workload)  # finds the fields that variables ask for
     server = dns_relay.to_relay(spec.resolv_conf)
     dns = (Transport.UDP, dns_relay.PORT)
     if server is None or not spec.manifest.guests or dns in spec.manifest.owners:

@@ -7,11 +7,11 @@ change the pod's status is written down for a supervisor process that may take o
 from __future__ import annotations
 
 import os
-import select
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -20,11 +20,12 @@ from typing import Any, Self
 from testbed.host import cgroups, process
 from testbed.model.addresses import guest_link, loopback
 from testbed.model.errors import Error
-from testbed.model.manifest import Probe, Restart, Spec, Workload
+from testbed.model.manifest import Restart, Spec, Workload
 from testbed.model.terms import Family, Runtime
 from testbed.pods import control
 from testbed.pods.pod import Pod
-from testbed.pods.probes import Prober, Question
+from testbed.pods.probes import Prober
+from testbed.pods.watch import HOOK_LIMIT_S, Watch, shown
 from testbed.runtimes.interface import Prepared
 
 FIRST_DELAY_S, LAST_DELAY_S = 0.5, 60.0
@@ -53,8 +54,15 @@ class Workloads:
         self.stop, self._stopper = os.pipe()
         """A pipe, which becomes readable (end of file) when all threads are to stop."""
         before = {w["name"]: w for w in left["workloads"]} if left else {}
-        self.init = [Watched(self, w, before.get(w.name), is_init=True) for w in spec.init]
-        self.watched = [Watched(self, w, before.get(w.name)) for w in spec.manifest.workloads]
+        mains, sidecars = spec.manifest.workloads, spec.sidecars
+        self.init = [
+            Watched(self, w, before.get(w.name), is_init=True)
+            for w in spec.init
+            if w not in sidecars
+        ]
+        self.watched = [
+            Watched(self, w, before.get(w.name), is_sidecar=w in sidecars) for w in mains
+        ]
         self._writing = threading.Lock()
         self.say("taken over from a supervisor process that was killed" if left else "built")
         self._threads = [threading.Thread(target=self._start, name="start")]
@@ -70,6 +78,8 @@ class Workloads:
         os.close(self._stopper)
         for thread in self._threads:  # the first appends the others, and is joined before them
             thread.join()
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(Watched.pre_stop, self.watched))
 
     def say(self, what: str) -> None:
         """Add an event, and write the status down."""
@@ -88,18 +98,31 @@ class Workloads:
         thread.start()
 
     def _start(self) -> None:
-        for watched in self.init:
-            watched.run()
-            if watched.state != "completed":
-                if not self.stopping.is_set():
-                    self.say(f"nothing is started: {watched.workload.name} failed")
+        """Start everything: init containers and sidecars in their order, then the others."""
+        by_name = {w.workload.name: w for w in (*self.init, *self.watched)}
+        for watched in (by_name[workload.name] for workload in self.spec.init):
+            if watched.is_sidecar:
+                self.run_beside(watched.run, watched.workload.name)
+                watched.started.wait()
+            else:
+                watched.run()
+            if self.stopping.is_set():
                 return
-        self._threads += [
-            threading.Thread(target=w.run, name=w.workload.name) for w in self.watched
-        ]
-        for thread in self._threads[1:]:
-            thread.start()
+            if watched.state == "failed":
+                self.say(f"nothing more is started: {watched.workload.name} failed")
+                return
+        for watched in self.watched:
+            if not watched.is_sidecar:
+                self.run_beside(watched.run, watched.workload.name)
         self.pod.attach_deferred()
+
+    def end_sidecars(self) -> None:
+        """End the sidecars if all other workloads have ended for good."""
+        mains = [w for w in self.watched if not w.is_sidecar]
+        if all(w.state in ("completed", "failed") for w in mains):
+            for watched in self.watched:
+                if watched.is_sidecar:
+                    watched.retire()
 
     def status(self) -> dict[str, Any]:
         """Status of the pod as plain data, as `ps --json` prints it."""
@@ -129,14 +152,21 @@ class Watched:
         was: Mapping[str, Any] | None,
         *,
         is_init: bool = False,
+        is_sidecar: bool = False,
     ) -> None:
         """`was`: its last status under a supervisor process that was killed."""
         assert workload.program is not None
         self.workloads, self.workload, self.program = workloads, workload, workload.program
-        self.is_init = is_init
+        self.is_init, self.is_sidecar = is_init, is_sidecar
+        self.started = threading.Event()
+        """Set when it has started, by its startup probe, or will not any more."""
+        self._retired = threading.Event()
+        """Set if it is a sidecar that nobody needs any more."""
         self.state: str = was["state"] if was else "waiting"
         """waiting, running, restarting, completed or failed. The last two are final."""
         self.ready = False
+        self.unserved: list[str] = []
+        """Ports that it lists and, some time after its start, nobody served."""
         self.restarts: int = was["restarts"] if was else 0
         self.exit_status: int | None = was["exit_status"] if was else None
         """Exit status of the last run. A virtual machine's is 0, however its program ended."""
@@ -145,25 +175,37 @@ class Watched:
         self._started: int = was["started"] if was else 0
         """Start time of that process (`process.started_at`)."""
         self.runtime = workloads.prepared[workload.runtime]
-        self._prober = Prober(workloads.pod, workload, self.runtime)
+        self.prober = Prober(workloads.pod, workload, self.runtime)
 
     def run(self) -> None:
         """Run the workload until it has ended for good, or all threads are to stop."""
-        if self.state in ("completed", "failed"):
-            return
+        try:
+            if self.state not in ("completed", "failed"):
+                self._run()
+        finally:
+            self.started.set()
+            if not (self.is_init or self.is_sidecar or self.workloads.stopping.is_set()):
+                self.workloads.end_sidecars()
+
+    def _run(self) -> None:
         delay_s = FIRST_DELAY_S
-        policy = self.workloads.spec.restart
+        policy = Restart.ALWAYS if self.is_sidecar else self.workloads.spec.restart
         if self.is_init and policy is Restart.ALWAYS:
             policy = Restart.ON_FAILURE
         while not self.workloads.stopping.is_set():
+            if self._retired.is_set():
+                self.state = "completed"
+                return
             began = time.monotonic()
             code = self._run_once()
             if code is None:
                 return
             self.ready, self.exit_status = False, code
             last = policy is Restart.NEVER or (policy is Restart.ON_FAILURE and code == 0)
+            if self._retired.is_set():
+                last, code = True, 0
             self.state = ("failed" if code else "completed") if last else "restarting"
-            self._say(f"ended with status {code}")
+            self.say(f"ended with status {code}")
             if last:
                 return
             if time.monotonic() - began > LAST_DELAY_S:
@@ -172,6 +214,20 @@ class Watched:
                 return
             self.restarts += 1
             delay_s = min(2 * delay_s, LAST_DELAY_S)
+
+    def retire(self) -> None:
+        """End it for good, since it is a sidecar of workloads that have all ended."""
+        self._retired.set()
+        if running := self.workloads.pod.processes.get(self.workload.name):
+            self.end(running, "nobody needs it any more")
+
+    def pre_stop(self) -> None:
+        """Run its `preStop` hook, if it runs."""
+        if self.state == "running" and (hook := self.program.pre_stop):
+            if hook.sleep_s:
+                time.sleep(min(hook.sleep_s, HOOK_LIMIT_S))
+            elif not self.prober.do(hook, HOOK_LIMIT_S, ready=True):
+                self.say("its preStop hook failed")
 
     @property
     def is_settled(self) -> bool:
@@ -184,10 +240,12 @@ class Watched:
             self.workloads.pod.place(self.workload),
         )
         try:
-            enter = self.runtime.enter(place)
+            entrance: dict[str, Any] = {
+                "enter": self.runtime.enter(place),
+                "enter_terminal": self.runtime.enter(place, terminal=True),
+            }
         except Error as e:
-            enter = None
-            refusal = e
+            entrance = {"closed": str(e)}
         return {
             "name": self.workload.name,
             "runtime": self.workload.runtime,
@@ -199,13 +257,15 @@ class Watched:
             "pid": self._pid if self.state == "running" else None,
             "started": self._started,
             "addresses": [str(guest_link(f, n) if n else loopback(f)) for f in Family],
-            "ports": [f"{port}/{transport}" for transport, port in self.workload.ports],
+            "ports": [shown(port) for port in self.workload.ports],
+            "unserved": self.unserved,
             **({"queues": place.queues} if self.runtime.uses_tap else {}),
             "log": str(self.workloads.pod.console(self.workload.name)),
-            **({"enter": enter} if enter else {"closed": str(refusal)}),
+            **entrance,
         }
 
-    def _say(self, what: str) -> None:
+    def say(self, what: str) -> None:
+        """Add an event about it."""
         self.workloads.say(f"{self.workload.name}: {what}")
 
     def _run_once(self) -> int | None:
@@ -218,20 +278,23 @@ class Watched:
             left = self._left()
             running = left or self._start()
         except ProcessLookupError:
-            self._say("ended while nobody supervised the pod")
+            self.say("ended while nobody supervised the pod")
             if n := pod.number_of(name):
                 pod.attachment.guest_ended(n)
             pod.end_peers(name)
             return process.Orphan.UNKNOWN
         except (Error, OSError) as e:
-            self._say(f"cannot be started: {e}")
+            self.say(f"cannot be started: {e}")
             return 127
         if not self.is_init:
             with pod.lock:
                 pod.processes[name] = running
         self._runs(running, "still runs" if left else "runs")
+        if self._retired.is_set():
+            self.retire()
+        is_new = not left
         while True:
-            if not self._watch(running):
+            if not Watch(self, running).to_the_end(is_new=is_new):
                 return None
             if self.is_init or pod.processes.get(name) is running:
                 return running.wait()
@@ -239,13 +302,13 @@ class Watched:
             while (new := pod.processes.get(name)) is None:
                 if self.workloads.stopping.wait(0.01):
                     return None
-            running, self.ready = new, False
+            running, self.ready, is_new = new, False, True
             self._runs(running, "was started again on a new link")
 
     def _runs(self, running: process.Running, how: str) -> None:
         self._pid, self._started = running.pid, process.started_at(running.pid)
         self.state = "running"
-        self._say(f"{how}, pid {running.pid}")
+        self.say(f"{how}, pid {running.pid}")
 
     def _start(self) -> process.Running:
         return self.runtime.start(self.workloads.pod.place(self.workload))
@@ -264,45 +327,14 @@ class Watched:
             left = process.Orphan(was["pid"], was["started"])
             if name not in pod.cut_off:
                 return left
-            self._say("its link was lost")
+            self.say("its link was lost")
             process.end(left)
             raise ProcessLookupError(was["pid"])
         cgroups.empty(pod.place(self.workload).cgroup)
         return None
 
-    def _watch(self, running: process.Running) -> bool:
-        """Probe the workload until its process ends (true) or all threads are to stop (false)."""
-        try:
-            fd = os.pidfd_open(running.pid)
-        except ProcessLookupError:
-            return True  # ended, and collected
-        readiness = Question(self.program.readiness or Probe(), eager=True)
-        liveness = Question(self.program.liveness) if self.program.liveness else None
-        try:
-            while True:
-                due = [q.due for q in (readiness, liveness) if q and q.due is not None]
-                wait_s = max(0.0, min(due) - time.monotonic()) if due else None
-                ended, _, _ = select.select([fd, self.workloads.stop], [], [], wait_s)
-                if ended:
-                    return self.workloads.stop not in ended
-                if readiness.is_due():
-                    # Without a readiness probe, it is ready once it serves the ports it owns.
-                    given = self.program.readiness
-                    readiness.answered(
-                        self._prober.ask(given, self.ready)
-                        if given
-                        else self._prober.listens(self.ready)
-                    )
-                    if readiness.verdict is not None and readiness.verdict != self.ready:
-                        self.ready = readiness.verdict
-                        self._say("ready" if self.ready else "no longer ready")
-                    if self.ready and not given:
-                        readiness.due = None
-                if liveness and liveness.is_due():
-                    liveness.answered(self._prober.ask(liveness.probe, self.ready))
-                    if liveness.verdict is False:
-                        self._say("not alive: it is ended")
-                        liveness.due = None
-                        process.end(running)
-        finally:
-            os.close(fd)
+    def end(self, running: process.Running, why: str) -> None:
+        """End its process, after its `preStop` hook."""
+        self.say(f"{why}: it is ended")
+        self.pre_stop()
+        process.end(running)

@@ -15,12 +15,12 @@ from typing import Any
 
 from testbed.host import cgroups, process
 from testbed.host.ledger import Scope
-from testbed.images import rootfs
+from testbed.images import compose, rootfs
 from testbed.images.rootfs import Root
 from testbed.model.errors import Error
-from testbed.model.manifest import Program, Workload
+from testbed.model.manifest import Program, Security, Workload
 from testbed.model.terms import Family, Runtime
-from testbed.runtimes.interface import Description, Options, Placement
+from testbed.runtimes.interface import VOLUMES, Description, Options, Placement
 
 CAPABILITIES = [
     f"CAP_{name}"
@@ -42,6 +42,29 @@ CAPABILITIES = [
     )
 ]
 """Docker's default capabilities."""
+
+ADDABLE = frozenset(
+    f"CAP_{name}"
+    for name in (
+        "BLOCK_SUSPEND",
+        "IPC_LOCK",
+        "IPC_OWNER",
+        "LEASE",
+        "LINUX_IMMUTABLE",
+        "MAC_ADMIN",
+        "MAC_OVERRIDE",
+        "NET_ADMIN",
+        "NET_BROADCAST",
+        "SYS_NICE",
+        "SYS_PTRACE",
+        "SYS_RESOURCE",
+        "SYS_TIME",
+        "SYS_TTY_CONFIG",
+        "SYSLOG",
+        "WAKE_ALARM",
+    )
+)
+"""Capabilities that a container may get besides. Of the others, the system calls are refused."""
 
 FORBIDDEN = [
     "acct",
@@ -117,7 +140,13 @@ class Container:
         return "localhost"
 
     def compose(self, workload: Workload) -> None:
-        self._root(workload)
+        root, security = self._root(workload), _program(workload).security
+        _capabilities(workload.name, security)
+        if security.non_root and (root.uid if security.user is None else security.user) == 0:
+            raise Error(
+                f"{workload.name!r} is to run as another user than root, and its image says root",
+                hint="give it a securityContext.runAsUser",
+            )
 
     def start(self, place: Placement) -> subprocess.Popen[bytes]:
         """Start the container, after removing the rest of the one before.
@@ -157,13 +186,26 @@ class Container:
             output=place.console,
         )
 
-    def enter(self, place: Placement) -> list[str]:
-        return [*_command(place.scratch), "exec", place.workload.name]
+    def runs(self, place: Placement) -> bool:
+        """runc writes state.json when it has made the container, and removes exec.fifo when the
+        program starts.
+        """
+        state = _state(place.scratch) / place.workload.name
+        return (state / "state.json").exists() and not (state / "exec.fifo").exists()
+
+    def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
+        tty = ["--tty"] if terminal else []
+        return [*_command(place.scratch), "exec", *tty, place.workload.name]
 
     def _root(self, workload: Workload) -> Root:
         image = _program(workload).image
         if image not in self._roots:
-            self._roots[image] = rootfs.unpack(image)
+            if image.endswith(".toml"):
+                made = compose.load(Path(image))
+                root = rootfs.of_program(made.program, made.files, made.arguments)
+            else:
+                root = rootfs.unpack(image)
+            self._roots[image] = root
         return self._roots[image]
 
 
@@ -222,23 +264,25 @@ def _config(place: Placement, root: Root) -> dict[str, Any]:
     env = {"PATH": rootfs.PATH, "HOSTNAME": hostname, "HOME": "/root"}
     env |= dict(variable.split("=", 1) for variable in root.env) | dict(program.env)
     group = place.cgroup.relative_to(cgroups.mount_point()) / "container"
-    sets = ("bounding", "effective", "permitted")
+    sets, security = ("bounding", "effective", "permitted"), program.security
     return {
         "ociVersion": "1.0.2",
         "process": {
-            "user": {"uid": root.uid, "gid": root.gid, "additionalGids": list(root.groups)},
+            "user": _user(root, security),
             "args": command,
             "env": [f"{name}={value}" for name, value in env.items()],
             "cwd": program.working_dir or root.working_dir,
-            "capabilities": dict.fromkeys(sets, CAPABILITIES),
+            "capabilities": dict.fromkeys(sets, _capabilities(place.workload.name, security)),
+            "noNewPrivileges": not security.escalation,
         },
-        "root": {"path": "root"},
+        "root": {"path": "root", "readonly": security.read_only_root},
         "hostname": hostname,
         "mounts": _mounts(place),
         "linux": {
             "cgroupsPath": f"/{group}",
             "namespaces": [
-                *({"type": kind} for kind in ("mount", "pid", "uts", "ipc")),
+                *({"type": kind} for kind in ("mount", "uts", "ipc")),
+                _pid_namespace(place.scratch, program.pids_of),
                 {"type": "network", "path": f"/run/netns/{place.netns}"},
             ],
             "maskedPaths": MASKED,
@@ -250,6 +294,44 @@ def _config(place: Placement, root: Root) -> dict[str, Any]:
             },
         },
     }
+
+
+def _pid_namespace(scratch: Path, holder: str) -> dict[str, str]:
+    """A new PID namespace, or that of another container. Raises `Error` if that does not run."""
+    if not holder:
+        return {"type": "pid"}
+    try:
+        pid = json.loads((_state(scratch) / holder / "state.json").read_bytes())["init_process_pid"]
+    except FileNotFoundError as e:
+        raise Error(f"the container {holder!r}, whose PID namespace is shared, does not run") from e
+    return {"type": "pid", "path": f"/proc/{pid}/ns/pid"}
+
+
+def _user(root: Root, security: Security) -> dict[str, Any]:
+    """User and groups: those of the image, unless the manifest says others."""
+    uid, gid, groups = root.uid, root.gid, root.groups
+    if security.user is not None:
+        uid, gid, groups = security.user, 0, ()
+    if security.group is not None:
+        gid = security.group
+    return {"uid": uid, "gid": gid, "additionalGids": [*groups, *security.groups]}
+
+
+def _capabilities(name: str, security: Security) -> list[str]:
+    """Capabilities of a container. Raises `Error` for one that it cannot get."""
+    known = {*CAPABILITIES, *ADDABLE}
+    add, drop = (
+        {f"CAP_{c.removeprefix('CAP_')}" for c in s} for s in (security.add, security.drop)
+    )
+    if wrong := add - known - {"CAP_ALL"}:
+        shown = ", ".join(sorted(c.removeprefix("CAP_") for c in known))
+        raise Error(
+            f"{name!r} cannot get the capability {min(wrong).removeprefix('CAP_')}",
+            hint=f"one of {shown}, or ALL of them",
+        )
+    # As in Kubernetes: what is added by name is there, even if all are dropped.
+    usual = set() if "CAP_ALL" in drop else known if "CAP_ALL" in add else set(CAPABILITIES)
+    return sorted((usual | add - {"CAP_ALL"}) - (drop - {"CAP_ALL"}))
 
 
 def _mounts(place: Placement) -> list[dict[str, Any]]:
@@ -282,6 +364,15 @@ def _mounts(place: Placement) -> list[dict[str, Any]]:
         *(
             {"destination": inside, "type": "bind", "source": str(file), "options": ["bind"]}
             for file, inside in files.items()
+        ),
+        *(
+            {
+                "destination": mount.path,
+                "type": "bind",
+                "source": str(place.scratch / VOLUMES / mount.volume),
+                "options": ["bind", "ro" if mount.read_only else "rw"],
+            }
+            for mount in _program(place.workload).mounts
         ),
     ]
 

@@ -36,6 +36,9 @@ class Foreign:
         if workload.tap is None:
             raise Error(f"{workload.name!r} is booted by somebody else", hint="name its tap")
 
+    def runs(self, place: Placement) -> bool:
+        return True
+
     def start(self, place: Placement) -> subprocess.Popen[bytes]:
         return spawn(["sleep", "infinity"], cgroup=place.cgroup, output=place.console)
 

@@ -10,11 +10,14 @@ from typing import Protocol
 
 from testbed.images import compose
 from testbed.model.errors import Error
-from testbed.model.manifest import Workload
+from testbed.model.manifest import Security, Workload
 from testbed.model.terms import Family, Runtime
 
 ETC = (Path("/etc/hosts"), Path("/etc/resolv.conf"))
 """Files that a pod with a `Spec` gives to its workloads: one version to natives, one to guests."""
+
+VOLUMES = "volumes"
+"""Folder of the pod's scratch folder with a folder for each volume of its `Spec`."""
 
 
 class Absent(Error):
@@ -114,11 +117,26 @@ class Prepared(Protocol):
     def start(self, place: Placement) -> subprocess.Popen[bytes]:
         """Start a workload's program or traffic agent. The caller waits until it is ready."""
 
-    def enter(self, place: Placement) -> list[str]:
+    def runs(self, place: Placement) -> bool:
+        """Whether a workload that was started runs by now; of a guest, whether its machine does."""
+
+    def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
         """Prefix of a command line that runs a command inside the running workload.
 
-        Raises `Error` if the runtime cannot do so.
+        `terminal`: standard input is a terminal, and the command is to have one of its own. Raises
+        `Error` if the runtime cannot do so.
         """
+
+
+def refuse_isolation(workload: Workload) -> None:
+    """Raises `Error` if the program has volumes or a security context: it is no container."""
+    program = workload.program
+    if program and (program.mounts or program.security != Security()):
+        what = "volumeMounts" if program.mounts else "a securityContext"
+        raise Error(
+            f"{workload.name!r} has {what}, which {workload.runtime} cannot give it",
+            hint="take it out, or run it as a container",
+        )
 
 
 def refuse_limits(workload: Workload) -> None:

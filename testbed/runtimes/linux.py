@@ -40,7 +40,7 @@ class Linux(VirtualMachines):
     def dialed(self, family: Family) -> str:
         return "localhost"
 
-    def enter(self, place: Placement) -> list[str]:
+    def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
         raise Error(
             f"{place.workload.name!r} is a virtual machine: nothing can be started in it",
             hint="see its console: testbed logs",

@@ -57,7 +57,7 @@ class Osv(VirtualMachines):
         """OSv's resolver has one address per name, whatever the family. IPv6 has another name."""
         return "localhost" if family is Family.IPV4 else "ip6-localhost"
 
-    def enter(self, place: Placement) -> list[str]:
+    def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
         raise Error(
             f"{place.workload.name!r} is a unikernel: it runs nothing but its program",
             hint="see its console: testbed logs",

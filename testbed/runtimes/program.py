@@ -13,7 +13,7 @@ from testbed.images import compose, rootfs
 from testbed.model.errors import Error
 from testbed.model.manifest import Workload
 from testbed.model.terms import Family, Runtime
-from testbed.runtimes.interface import Description, Placement, refuse_limits
+from testbed.runtimes.interface import Description, Placement, refuse_isolation, refuse_limits
 
 
 def join(cgroup: Path, netns: str) -> list[str]:
@@ -49,9 +49,13 @@ class PlainProgram:
 
     def compose(self, workload: Workload) -> None:
         refuse_limits(workload)
+        refuse_isolation(workload)
         self._command(workload)
 
-    def enter(self, place: Placement) -> list[str]:
+    def runs(self, place: Placement) -> bool:
+        return True
+
+    def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
         return join(place.cgroup, place.netns)
 
     def start(self, place: Placement) -> subprocess.Popen[bytes]:

@@ -21,7 +21,13 @@ from testbed.images import rootfs
 from testbed.model.errors import Error
 from testbed.model.manifest import Program, Workload
 from testbed.model.terms import Family, Runtime
-from testbed.runtimes.interface import Description, Options, Placement, refuse_limits
+from testbed.runtimes.interface import (
+    Description,
+    Options,
+    Placement,
+    refuse_isolation,
+    refuse_limits,
+)
 
 _WORLD = """\
 package testbed:program;
@@ -107,6 +113,7 @@ class Wasm:
 
     def compose(self, workload: Workload) -> None:
         refuse_limits(workload)
+        refuse_isolation(workload)
         if workload.program and (workload.program.command or workload.program.working_dir):
             raise Error(
                 f"{workload.name!r}: a component has neither command nor workingDir",
@@ -133,7 +140,10 @@ class Wasm:
             env={"PATH": rootfs.PATH, **dict(program.env)},
         )
 
-    def enter(self, place: Placement) -> list[str]:
+    def runs(self, place: Placement) -> bool:
+        return True
+
+    def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
         raise Error(
             f"{place.workload.name!r} is a component: it runs nothing but itself",
             hint="see what it prints: testbed logs",

@@ -275,8 +275,8 @@ def test_a_pod_known_by_a_process_of_it_is_kept_after_the_keeper_s_death(
 def test_what_can_never_be_joined_is_refused(
     manifest: Callable[..., Path], theirs: Theirs, tmp_path: Path
 ) -> None:
-    [guests] = kubernetes.read(manifest(GUEST, runtime="standin"), lambda: Runtime.STANDIN)
-    [natives] = kubernetes.read(manifest(GUEST), lambda: Runtime.STANDIN)
+    [guests] = kubernetes.read([manifest(GUEST, runtime="standin")], lambda: Runtime.STANDIN)
+    [natives] = kubernetes.read([manifest(GUEST)], lambda: Runtime.STANDIN)
     joined = Sandbox(theirs.netns)
     for sandbox, spec, datapath, problem in (
         (Sandbox(Path("/etc/passwd")), guests, "steer", "/etc/passwd is no network namespace"),

@@ -17,7 +17,14 @@ from testbed.model.addresses import guest_mac
 from testbed.model.errors import Error
 from testbed.model.manifest import Workload
 from testbed.model.terms import Family, Runtime
-from testbed.runtimes.interface import Description, Options, Placement, Prepared, command_line
+from testbed.runtimes.interface import (
+    Description,
+    Options,
+    Placement,
+    Prepared,
+    command_line,
+    refuse_isolation,
+)
 from testbed.runtimes.vm import accelerator, qemu
 from testbed.runtimes.vm.qemu import Vm
 
@@ -50,6 +57,7 @@ def definition(workload: Workload) -> Definition:
     program = workload.program
     assert program is not None
     vcpus(workload)
+    refuse_isolation(workload)
     if program.env or program.working_dir:
         raise Error(
             f"guest {workload.name!r} cannot be given env or workingDir", hint="pass it in args"
@@ -131,6 +139,9 @@ class VirtualMachines(ABC):
             cpus=workload.cpus,
             output=place.console,
         )
+
+    def runs(self, place: Placement) -> bool:
+        return True
 
     def _image(self, workload: Workload) -> Image:
         """Image of the workload's program, with the command line that the manifest gives."""
