@@ -19,6 +19,7 @@ from testbed.model.manifest import (
     Restart,
     Security,
     Spec,
+    Tap,
     Volume,
     Workload,
     resolved,
@@ -101,6 +102,14 @@ def test_the_runtime_is_the_containers_then_the_pods_then_the_class(tmp_path: Pa
     ):
         [read_] = read(tmp_path, pod(text, spec, said))
         assert [w.runtime for w in read_.manifest.workloads] == expected
+
+
+def test_a_guest_on_a_tap_is_somebody_elses(tmp_path: Path) -> None:
+    text = "- {name: a, image: registry.example/a}\n- {name: b, image: x}"
+    [found] = read(tmp_path, pod(text, annotations="{testbed/tap.a: 'tap0,02:00:00:00:00:01'}"))
+    a, b = found.manifest.workloads
+    assert (a.runtime, a.tap) == (Runtime.FOREIGN, Tap("tap0", "02:00:00:00:00:01"))
+    assert (b.runtime, b.tap) == (Runtime.CONTAINER, None)
 
 
 def test_several_documents_are_several_pods(tmp_path: Path) -> None:
@@ -193,6 +202,8 @@ def test_what_matters_to_clusters_alone_is_a_warning(tmp_path: Path) -> None:
         ),
         (pod("- {name: a, image: x}", annotations="{testbed/runtime.b: osv}"), "no such container"),
         (pod("- {name: a, image: x}", annotations="{testbed/runtime: vm}"), "no runtime 'vm'"),
+        (pod("- {name: a, image: x}", annotations="{testbed/tap: tap0}"), "no such container"),
+        (pod("- {name: a, image: x}", annotations="{testbed/tap.a: ''}"), "tap '' is not a name"),
         (with_field("name: b"), "the key 'name' stands there twice"),
         (
             pod(

@@ -1,7 +1,8 @@
 """Converts a Pod of Kubernetes to a `Spec`.
 
 The runtime of a container is given by the annotation `testbed/runtime.NAME`, else by
-`testbed/runtime`, else by `runtimeClassName`; the default is `container`. `best` is the best
+`testbed/runtime`, else by `runtimeClassName`; the default is `container`. A container with the
+annotation `testbed/tap.NAME` is a guest that somebody else boots, on that tap. `best` is the best
 available runtime of guests, which the caller's function chooses when a manifest asks for it. The
 ports that a container lists are those that it owns at `localhost`. Images are not looked up here,
 but by their runtimes.
@@ -10,6 +11,7 @@ but by their runtimes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from testbed.model.manifest import (
     Program,
     Security,
     Spec,
+    Tap,
     Volume,
     Workload,
 )
@@ -43,7 +46,7 @@ from testbed.pods.kubernetes.schema import (
     extras,
 )
 
-ANNOTATION = "testbed/runtime"
+ANNOTATION, TAP = "testbed/runtime", "testbed/tap"
 EXPECTED = {
     "dict_type": "a mapping was expected",
     "model_type": "a mapping was expected",
@@ -82,14 +85,15 @@ def spec(
         if why:
             raise Error(f"{where}, {path}: {why}")
         warnings.append(f"{where}, {path} is not used")
-    runtimes = _runtimes(pod, where, best)
+    taps = {name: Tap.parse(text) for name, text in _annotated(pod, TAP, where).items()}
+    runtimes = _runtimes(pod, where, best) | dict.fromkeys(taps, Runtime.FOREIGN)
 
     def workload(container: Container) -> Workload:
         runtime = runtimes[container.name]
         image, told = images.find(container.image, runtime, folder)
         if told:
             warnings.append(f"{where}, container {container.name}: {told}")
-        return _workload(pod, container, runtime, image)
+        return replace(_workload(pod, container, runtime, image), tap=taps.get(container.name))
 
     try:
         sidecars = {c.name: workload(c) for c in pod.spec.init_containers if c.is_sidecar}
@@ -136,7 +140,11 @@ def _runtimes(pod: Pod, where: str, best: Callable[[], Runtime]) -> dict[str, Ru
         )
     if twice := {name for name in names if names.count(name) > 1}:
         raise Error(f"{where}: two containers are named {twice.pop()!r}", hint="rename one")
-    annotated = _annotated(pod, names, where)
+    annotated = _annotated(pod, ANNOTATION, where)
+    for name, value in annotated.items():
+        if value not in RUNTIMES:
+            at = f"{where}, metadata.annotations.{ANNOTATION}{name and f'.{name}'}"
+            raise Error(f"{at}: no runtime {value!r}", hint=f"choose from {', '.join(RUNTIMES)}")
     default = annotated.get("", pod.spec.runtime_class_name or Runtime.CONTAINER)
     wanted = {name: annotated.get(name, default) for name in names}
     chosen = {name: best() if r == BEST else Runtime(r) for name, r in wanted.items()}
@@ -148,21 +156,24 @@ def _runtimes(pod: Pod, where: str, best: Callable[[], Runtime]) -> dict[str, Ru
     return chosen
 
 
-def _annotated(pod: Pod, names: list[str], where: str) -> dict[str, str]:
-    """Name of a container, empty for all → runtime that an annotation says."""
+def _annotated(pod: Pod, annotation: str, where: str) -> dict[str, str]:
+    """Name of a container → value of the annotation. The empty name is for all, of a runtime.
+
+    Raises `Error` for an annotation of ours that is none of those, or about no container.
+    """
+    names = [c.name for c in (*pod.spec.init_containers, *pod.spec.containers)]
     annotated: dict[str, str] = {}
     for key, value in pod.metadata.annotations.items():
         if not key.startswith("testbed/"):
             continue
-        at = f"{where}, metadata.annotations.{key}"
-        name = key.removeprefix(ANNOTATION).removeprefix(".")
-        if key != ANNOTATION and (not key.startswith(f"{ANNOTATION}.") or name not in names):
+        asked, _, name = key.partition(".")
+        if key != ANNOTATION and (asked not in (ANNOTATION, TAP) or name not in names):
             raise Error(
-                f"{at}: no such container", hint=f"{ANNOTATION}.NAME, of {', '.join(names)}"
+                f"{where}, metadata.annotations.{key}: no such container",
+                hint=f"{annotation}.NAME, of {', '.join(names)}",
             )
-        if value not in RUNTIMES:
-            raise Error(f"{at}: no runtime {value!r}", hint=f"choose from {', '.join(RUNTIMES)}")
-        annotated[name] = value
+        if asked == annotation:
+            annotated[name] = value
     return annotated
 
 
