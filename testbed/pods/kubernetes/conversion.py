@@ -85,7 +85,7 @@ def spec(
         if why:
             raise Error(f"{where}, {path}: {why}")
         warnings.append(f"{where}, {path} is not used")
-    taps = {name: Tap.parse(text) for name, text in _annotated(pod, TAP, where).items()}
+    taps = _taps(pod, where)
     runtimes = _runtimes(pod, where, best) | dict.fromkeys(taps, Runtime.FOREIGN)
 
     def workload(container: Container) -> Workload:
@@ -175,6 +175,18 @@ def _annotated(pod: Pod, annotation: str, where: str) -> dict[str, str]:
         if asked == annotation:
             annotated[name] = value
     return annotated
+
+
+def _taps(pod: Pod, where: str) -> dict[str, Tap]:
+    """Taps of guests that somebody else boots, by the names of their containers."""
+    taps = {}
+    for name, text in _annotated(pod, TAP, where).items():
+        try:
+            taps[name] = Tap.parse(text)
+        except Error as e:
+            at = f"{where}, metadata.annotations.{TAP}.{name}"
+            raise Error(f"{at}: {e.message}", hint=e.hint) from e
+    return taps
 
 
 def _check_runtime(container: Container, runtime: Runtime, where: str) -> None:
