@@ -96,7 +96,7 @@ def data_before_accept(bed: Bed) -> None:
 @check("bind(2): INADDR_ANY, in6addr_any")
 def listen_wildcard(bed: Bed) -> None:
     """A server bound to the wildcard address is reached at localhost."""
-    listener = bed.serve(bed.wildcard)
+    listener = bed.serve(bed.family.wildcard)
     near = bed.dial()
     exchange(near, listener.accept()[0])
 
@@ -152,8 +152,7 @@ def listen_ipv6_only(bed: Bed) -> None:
     """A server at [::] with IPV6_V6ONLY serves IPv6, and refuses IPv4 at once."""
     listener = _serve_ipv6(bed, v6only=1)
     refused_at_once(bed)
-    near = bed.client.socket(Transport.TCP, Family.IPV6)
-    near.connect(bed.client.localhost(Family.IPV6), bed.port)
+    near = bed.dial(family=Family.IPV6)
     exchange(near, listener.accept()[0])
 
 
@@ -162,8 +161,7 @@ def listen_both_families(bed: Bed) -> None:
     """Two servers on one port, one a family, each get their own clients."""
     listeners = {Family.IPV4: bed.serve(), Family.IPV6: _serve_ipv6(bed, v6only=1)}
     for family, listener in listeners.items():
-        near = bed.client.socket(Transport.TCP, family)
-        near.connect(bed.client.localhost(family), bed.port)
+        near = bed.dial(family=family)
         far, _ = listener.accept()
         near.send("hello")
         got = far.receive(5)
@@ -550,7 +548,7 @@ def port_reused_after_close(bed: Bed) -> None:
     for turn in range(3):
         near = bed.open(bed.client)
         near.set("SO_REUSEADDR", 1)
-        near.bind(bed.wildcard, port)
+        near.bind(bed.family.wildcard, port)
         began = time.monotonic()
         near.connect(bed.target, bed.port)
         took_s = time.monotonic() - began

@@ -21,7 +21,7 @@ from testbed.conformance.check import (
     fails_with,
 )
 from testbed.conformance.sockets import Sock
-from testbed.conformance.steps import AT_ONCE_S
+from testbed.conformance.steps import AT_ONCE_S, bound_to_one_port
 from testbed.model.cells import Pair
 from testbed.model.terms import Family, Transport
 
@@ -167,7 +167,7 @@ def datagram_listen_loopback(bed: Bed) -> None:
 @check("bind(2): INADDR_ANY, in6addr_any", transports=UDP)
 def datagram_listen_wildcard(bed: Bed) -> None:
     """A server at the wildcard address answers from the address that was dialed."""
-    server = bed.serve(bed.wildcard)
+    server = bed.serve(bed.family.wildcard)
     client = bed.dial()
     client.send("x")
     server.send("y", to=server.receive().sender)
@@ -225,14 +225,7 @@ def datagram_client_bound_to_other_loopback(bed: Bed) -> None:
 @check("udp(7): a socket is its names", transports=UDP, pairs=EVERY - {Pair.NATIVE_NATIVE})
 def datagram_same_port_from_two_clients(bed: Bed) -> None:
     """One server answers two workloads that use the same source port, each its own."""
-    server = bed.serve()
-    clients = []
-    port = 0
-    for peer in (bed.client, bed.another_client()):
-        client = bed.open(peer)
-        client.bind(bed.wildcard, port)
-        port = port or client.own_name[1]
-        clients.append(client)
+    server, clients = bed.serve(), bound_to_one_port(bed)
     for client in clients:
         client.send(client.peer.name, to=(client.peer.localhost(bed.family), bed.port))
     for _ in clients:

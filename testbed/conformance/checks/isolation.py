@@ -55,7 +55,7 @@ def nothing_arrives(bed: Bed, server: Sock) -> Iterator[None]:
 def forge(bed: Bed, sources: list[Address], destinations: list[Address]) -> None:
     """Send datagrams from guest 1 with forged sources, and check that none arrives."""
     netns = bed.stage.guest_netns("guest1")
-    server = bed.serve(bed.wildcard)
+    server = bed.serve(bed.family.wildcard)
     with nothing_arrives(bed, server):
         frames.send(
             netns,
@@ -188,7 +188,7 @@ def pods_are_apart(bed: Bed) -> None:
     with stage.another(f"{stage.name}-b") as other:
 
         def listen() -> socket.socket:
-            return socket.create_server((bed.wildcard, bed.port), family=bed.family.domain)
+            return socket.create_server((bed.family.wildcard, bed.port), family=bed.family.domain)
 
         with namespaces.inside(other.netns, listen) as listener:
             listener.setblocking(False)

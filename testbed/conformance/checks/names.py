@@ -99,7 +99,7 @@ def guests_on_the_same_port_have_names_of_their_own(bed: Bed) -> None:
 )
 def native_cannot_take_a_guests_port(bed: Bed) -> None:
     """A native that binds a guest's port gets EADDRINUSE, whatever the address."""
-    for address in (bed.loopback, bed.wildcard):
+    for address in (bed.loopback, bed.family.wildcard):
         sock = bed.open(bed.client)
         with fails_with(errno.EADDRINUSE):
             sock.bind(address, bed.port)
