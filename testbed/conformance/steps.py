@@ -6,10 +6,7 @@ import errno
 import time
 
 from testbed.conformance.bed import Bed
-from testbed.conformance.check import (
-    expect,
-    fails_with,
-)
+from testbed.conformance.check import Unsupported, expect, fails_with
 from testbed.conformance.sockets import Sock
 from testbed.model.terms import Family
 
@@ -44,6 +41,12 @@ def two_clients_on_one_port(bed: Bed) -> list[tuple[Sock, Sock]]:
         near.connect(near.peer.localhost(bed.family), bed.port)
         ends.append((near, listener.accept()[0]))
     return ends
+
+
+def need_ipv6(bed: Bed) -> None:
+    """Raise `Unsupported` if the server's kernel has no IPv6."""
+    if Family.IPV6 not in bed.server.agent.hello().families:
+        raise Unsupported(f"{bed.server.name} has no IPv6: see ipv6-client-of-ipv4-guest")
 
 
 def refused_at_once(bed: Bed, port: int = 0, family: Family | None = None) -> None:

@@ -21,7 +21,7 @@ from testbed.conformance.check import (
     fails_with,
 )
 from testbed.conformance.sockets import Sock
-from testbed.conformance.steps import AT_ONCE_S, bound_to_one_port
+from testbed.conformance.steps import AT_ONCE_S, bound_to_one_port, need_ipv6
 from testbed.model.cells import Pair
 from testbed.model.terms import Family, Transport
 
@@ -101,8 +101,8 @@ def datagram_refused(bed: Bed) -> None:
     refused(bed)
 
 
-def refused(bed: Bed) -> None:
-    client = bed.dial()
+def refused(bed: Bed, family: Family | None = None) -> None:
+    client = bed.dial(family=family)
     client.send("anybody?")
     began = time.monotonic()
     with fails_with(errno.ECONNREFUSED):
@@ -159,6 +159,36 @@ def datagram_port_is_kept(bed: Bed) -> None:
 def datagram_listen_loopback(bed: Bed) -> None:
     """A native server bound to 127.0.0.1 or ::1 is reached, and answers."""
     server, client = bed.serve(bed.loopback), bed.dial()
+    client.send("x")
+    server.send("y", to=server.receive().sender)
+    expect(client.receive().text == b"y", "another answer")
+
+
+@check(
+    "bind(2): 127.0.0.2 is another address",
+    transports=UDP,
+    families=IPV4,
+    pairs=NATIVE_SERVER,
+)
+def datagram_listen_other_loopback(bed: Bed) -> None:
+    """A native server bound to 127.0.0.2 is not reached at localhost, which refuses."""
+    server = bed.serve("127.0.0.2")
+    refused(bed)
+    if not bed.client.is_guest:
+        client = bed.open(bed.client)
+        client.connect("127.0.0.2", bed.port)
+        client.send("x")
+        server.send("y", to=server.receive().sender)
+        expect(client.receive().text == b"y", "another answer")
+
+
+@check("bind(2): a socket is of one family", transports=UDP, families=IPV4)
+def datagram_listen_ipv4_only(bed: Bed) -> None:
+    """A server of IPv4 alone is not reached by IPv6, which refuses."""
+    need_ipv6(bed)
+    server = bed.serve()
+    refused(bed, Family.IPV6)
+    client = bed.dial()
     client.send("x")
     server.send("y", to=server.receive().sender)
     expect(client.receive().text == b"y", "another answer")
@@ -234,6 +264,32 @@ def datagram_same_port_from_two_clients(bed: Bed) -> None:
     for client in clients:
         got = client.receive()
         expect(got.text == client.peer.name.encode(), f"{client.peer.name} got {got.text!r}")
+
+
+@check("recvfrom(2), sendto(2): the source address; lima #3724", transports=UDP)
+def datagram_answers_to_their_own(bed: Bed) -> None:
+    """Sixteen sockets ask at once and are answered in another order, each its own answer alone."""
+    server, clients = bed.serve(), [bed.dial() for _ in range(16)]
+    for i, client in enumerate(clients):
+        client.send(f"{i}")
+    asked = [server.receive() for _ in clients]
+    for got in reversed(asked):
+        server.send(got.text.decode(), to=got.sender)
+    for i, client in enumerate(clients):
+        got = client.receive()
+        expect(got.text == f"{i}".encode(), f"client {i} was answered {got.text!r}")
+    expect(not _count(clients[0]), "a client was answered twice")
+
+
+@check("bind(2): port 0", transports=UDP, pairs=NATIVE_SERVER)
+def datagram_chosen_port(bed: Bed) -> None:
+    """A native server that leaves its port to the kernel is reached there, and answers."""
+    server = bed.open(bed.server)
+    server.bind(bed.loopback)
+    client = bed.dial(server.own_name[1])
+    client.send("x")
+    server.send("y", to=server.receive().sender)
+    expect(client.receive().text == b"y", "another answer")
 
 
 @check("udp(7): connect to who sent", transports=UDP)
