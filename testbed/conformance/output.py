@@ -24,8 +24,8 @@ def matrix(results: Sequence[Result]) -> Table:
     for r in results:
         cells.setdefault((r.check, r.datapath, r.guest), Counter())[r.status] += 1
     table = Table(title="What a program may rely on at localhost", title_justify="left")
-    table.add_column("check", no_wrap=True)
-    table.add_column("cases", justify="right", no_wrap=True)
+    table.add_column("check", overflow="fold")
+    table.add_column("cases", justify="right")
     heads = columns(results)
     counts = Counter(r.check for r in results)
     for datapath, guest in heads:

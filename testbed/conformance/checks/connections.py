@@ -52,7 +52,7 @@ def connect(bed: Bed) -> None:
     exchange(*bed.connected())
 
 
-@check("RFC 9293, 3.5.2: reset generation, case 1")
+@check("RFC 9293, 3.5.2: reset generation, case 1; WSL #12245")
 def refused(bed: Bed) -> None:
     """A port that nobody serves refuses at once."""
     refused_at_once(bed)
@@ -417,7 +417,7 @@ def simultaneous_open(bed: Bed) -> None:
 # --- using connections ----------------------------------------------------------------------
 
 
-@check("RFC 9293, 3.6: half-closed connections")
+@check("RFC 9293, 3.6: half-closed connections; lima #5264")
 def half_close(bed: Bed) -> None:
     """After the client's FIN the server still sends, and all of it arrives."""
     near, far = bed.connected()
