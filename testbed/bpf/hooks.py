@@ -156,10 +156,10 @@ def running_tc(netns: str, ip: IPRoute, ifindex: int) -> list[str]:
     return [
         *(namespaces.inside(netns, lambda: list(by_tcx())) if has_tcx() else ()),
         *(
-            f"{at}:{name}"
+            f"{at}:{options.get_attr('TCA_BPF_NAME')}"
             for at, hook in hooks.items()
             for filter in ip.get_filters(index=ifindex, parent=AT_CLSACT[hook])
-            if filter.get("kind") == "bpf" and (name := filter.get(("options", "bpf_name")))
+            if filter.get("kind") == "bpf" and (options := filter.get("options"))
         ),
     ]
 

@@ -61,6 +61,9 @@ def add(commands: Commands) -> None:
         "--junit", type=Path, metavar="FILE", help="also write the results as JUnit XML"
     )
     conformance.add_argument(
+        "--tap", type=Path, metavar="FILE", help="also write the results as TAP (version 14)"
+    )
+    conformance.add_argument(
         "--netns", type=Path, metavar="PATH", help="check an existing pod: its namespace ..."
     )
     conformance.add_argument(
@@ -128,6 +131,8 @@ def _show_conformance(results: Sequence[Result], arguments: argparse.Namespace) 
 
     if arguments.junit:
         arguments.junit.write_bytes(output.junit(results))
+    if arguments.tap:
+        arguments.tap.write_text(output.tap(results))
     if arguments.json:
         print(json.dumps(output.as_json(results), indent=1))
         return

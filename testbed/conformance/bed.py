@@ -74,11 +74,6 @@ class Bed:
         return self.client.localhost(self.family)
 
     @property
-    def wildcard(self) -> str:
-        """The address that stands for all of the host's."""
-        return "0.0.0.0" if self.family is Family.IPV4 else "::"
-
-    @property
     def loopback(self) -> Address:
         return loopback(self.family)
 
@@ -120,11 +115,13 @@ class Bed:
         at = peer.bind_address(self.family)
         peer.agent.serve(self.transport, self.family, self.port, at)
 
-    def dial(self, port: int = 0, *, peer: Peer | None = None) -> Sock:
+    def dial(
+        self, port: int = 0, *, peer: Peer | None = None, family: Family | None = None
+    ) -> Sock:
         """A socket of the client, or of another peer, connected to `localhost`."""
         peer = peer or self.client
-        sock = self.open(peer)
-        sock.connect(peer.localhost(self.family), port or self.port)
+        sock = self.open(peer, family)
+        sock.connect(peer.localhost(sock.family), port or self.port)
         return sock
 
     def connected(self) -> tuple[Sock, Sock]:

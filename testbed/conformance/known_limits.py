@@ -88,6 +88,8 @@ WASI: tuple[Impossible, ...] = (
                 "datagram-refused",
                 "datagram-refused-after-close",
                 "datagram-refusals-to-their-own",
+                "datagram-listen-other-loopback",
+                "datagram-listen-ipv4-only",
             }
         ),
         "WASI tells of a refused datagram when the next is sent, not to who waits for an answer",

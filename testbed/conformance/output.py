@@ -1,7 +1,8 @@
-"""Output of conformance results: a matrix for the terminal, JSON, JUnit XML."""
+"""Output of conformance results: a matrix for the terminal, JSON, JUnit XML, TAP."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,21 +19,26 @@ def columns(results: Iterable[Result]) -> list[tuple[str, str]]:
 
 
 def matrix(results: Sequence[Result]) -> Table:
-    """Table of checks by datapaths: how many cases passed, failed, or are unsupported."""
+    """Table of checks by datapaths: how many cases there are, and how many of each status."""
     cells: dict[tuple[str, str, str], Counter[Status]] = {}
     for r in results:
         cells.setdefault((r.check, r.datapath, r.guest), Counter())[r.status] += 1
-    table = Table("check", title="What a program may rely on at localhost", title_justify="left")
+    table = Table(title="What a program may rely on at localhost", title_justify="left")
+    table.add_column("check", overflow="fold")
+    table.add_column("cases", justify="right")
     heads = columns(results)
+    counts = Counter(r.check for r in results)
     for datapath, guest in heads:
         table.add_column(f"{datapath}\n{guest}", justify="right")
-    for name in dict.fromkeys(r.check for r in results):
-        table.add_row(name, *(_cell(cells.get((name, *head), Counter())) for head in heads))
+    for name, count in counts.items():
+        table.add_row(
+            name, f"{count}", *(_cell(cells.get((name, *head), Counter())) for head in heads)
+        )
     totals: dict[tuple[str, str], Counter[Status]] = {head: Counter() for head in heads}
     for r in results:
         totals[r.datapath, r.guest][r.status] += 1
     table.add_section()
-    table.add_row("all", *(_cell(totals[head]) for head in heads))
+    table.add_row("all", f"{len(results)}", *(_cell(totals[head]) for head in heads))
     return table
 
 
@@ -77,6 +83,21 @@ def check_as_json(check: Check) -> dict[str, str]:
 def as_json(results: Iterable[Result]) -> list[dict[str, Any]]:
     """Results as plain data, one object per case."""
     return [dict(vars(r)) for r in results]
+
+
+def tap(results: Sequence[Result]) -> str:
+    """Results as TAP, version 14 (testanything.org): one test point per case, skipped ones too."""
+    lines = ["TAP version 14", f"1..{len(results)}"]
+    for n, r in enumerate(results, 1):
+        said = "not ok" if r.status is Status.FAIL else "ok"
+        guest = f" ({r.guest})" if r.guest else ""
+        line = f"{said} {n} - {r.datapath}{guest} {r.check} {r.pair} {r.family} {r.transport}"
+        if r.status is Status.UNSUPPORTED:
+            line += f" # SKIP {' '.join(r.reason.split())}"
+        lines.append(line)
+        if r.status is Status.FAIL:
+            lines += ["  ---", f"  message: {json.dumps(r.reason)}", "  ..."]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def junit(results: Sequence[Result]) -> bytes:

@@ -96,7 +96,7 @@ class Peer:
         A guest's server is reached through the guest's link.
         """
         if self.is_guest:
-            return "0.0.0.0" if family is Family.IPV4 else "::"
+            return family.wildcard
         return str(loopback(family))
 
     def call(self, op: str, limit_s: float = CONTROL_SLACK_S, **keys: Any) -> dict[str, Any]:

@@ -6,11 +6,9 @@ import errno
 import time
 
 from testbed.conformance.bed import Bed
-from testbed.conformance.check import (
-    expect,
-    fails_with,
-)
+from testbed.conformance.check import Unsupported, expect, fails_with
 from testbed.conformance.sockets import Sock
+from testbed.model.terms import Family
 
 AT_ONCE_S = 0.5
 """Limit for an immediate answer. It is below 1 s, after which a lost SYN is sent again."""
@@ -25,22 +23,36 @@ def exchange(near: Sock, far: Sock, size: int = 1000) -> None:
         expect(got.intact, f"{b.peer.name} received other bytes than were sent")
 
 
+def bound_to_one_port(bed: Bed) -> list[Sock]:
+    """Sockets of two workloads, bound to the same port."""
+    clients, port = [], 0
+    for peer in (bed.client, bed.another_client()):
+        client = bed.open(peer)
+        client.bind(bed.family.wildcard, port)
+        port = client.own_name[1]
+        clients.append(client)
+    return clients
+
+
 def two_clients_on_one_port(bed: Bed) -> list[tuple[Sock, Sock]]:
     """Connect two workloads from the same port to the server: the ends at client and server."""
-    listener, ends, port = bed.serve(), [], 0
-    for peer in (bed.client, bed.another_client()):
-        near = bed.open(peer)
-        near.bind(bed.wildcard, port)
-        near.connect(peer.localhost(bed.family), bed.port)
-        port = port or near.own_name[1]
+    listener, ends = bed.serve(), []
+    for near in bound_to_one_port(bed):
+        near.connect(near.peer.localhost(bed.family), bed.port)
         ends.append((near, listener.accept()[0]))
     return ends
 
 
-def refused_at_once(bed: Bed, port: int = 0) -> None:
+def need_ipv6(bed: Bed) -> None:
+    """Raise `Unsupported` if the server's kernel has no IPv6."""
+    if Family.IPV6 not in bed.server.agent.hello().families:
+        raise Unsupported(f"{bed.server.name} has no IPv6: see ipv6-client-of-ipv4-guest")
+
+
+def refused_at_once(bed: Bed, port: int = 0, family: Family | None = None) -> None:
     """Check that a connection is refused within `AT_ONCE_S`."""
     began = time.monotonic()
     with fails_with(errno.ECONNREFUSED):
-        bed.dial(port)
+        bed.dial(port, family=family)
     took_s = time.monotonic() - began
     expect(took_s < AT_ONCE_S, f"refused only after {took_s:.2f} s")

@@ -19,6 +19,11 @@ class Family(StrEnum):
 
         return socket.AF_INET if self is Family.IPV4 else socket.AF_INET6
 
+    @property
+    def wildcard(self) -> str:
+        """The address that stands for all of a host's: 0.0.0.0 or ::."""
+        return "0.0.0.0" if self is Family.IPV4 else "::"
+
 
 class Transport(StrEnum):
     """Transport protocol."""

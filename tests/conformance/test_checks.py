@@ -7,10 +7,14 @@ from collections.abc import Iterable
 import pytest
 
 from testbed import datapaths
-from testbed.conformance import checks, known_limits
+from testbed.conformance import checks, known_limits, stage
 from testbed.conformance.check import EVERY, IPV4, Result, Status
 from testbed.conformance.checks import changes
 from testbed.datapaths.bridge import Bridge
+from testbed.datapaths.interface import Attachment, Wiring
+from testbed.datapaths.loopback import Loopback
+from testbed.host import namespaces, nft
+from testbed.host.ledger import Scope
 from testbed.model.cells import Pair
 from testbed.model.terms import Runtime
 
@@ -43,10 +47,12 @@ FOR_CAPTURE = (
     "listen-*",
     "client-*",
     "any-process",
+    "guests-unlisted-port",
     "listener-bound-to-lo",
     "reuseport",
     "syn-cookies",
     "half-close*",
+    "fin-at-once",
     "reset*",
     "linger",
     "urgent-data",
@@ -59,7 +65,7 @@ FOR_CAPTURE = (
     "server-restart",
     "every-address-answers",
     "datagram",
-    "datagram-[c-o]*",
+    "datagram-[a-o]*",
     "datagram-r*",
     "datagram-same-*",
     "forged-*",
@@ -79,6 +85,54 @@ class Pretender(Bridge):
     name = "pretender"
     localhost = True
     pairs = EVERY
+
+
+PORTS = f"{min(map(min, stage.PORTS.values()))}-{max(map(max, stage.PORTS.values()))}"
+NO_FIN = "chain c { type filter hook output priority 0; tcp flags & fin == fin drop; }"
+FAULTS = {
+    "fin-at-once": (NO_FIN, "native2 sees no end"),
+    "port-forward": (NO_FIN, "native2: receive: Connection timed out"),
+    "threads-of-connections": (
+        f"""
+        chain c {{
+            type filter hook output priority 0
+            tcp dport {PORTS} tcp flags & (syn | ack) == syn limit rate over 50/second \
+                reject with tcp reset
+        }}""",
+        "Connection refused",
+    ),
+    "datagram-answers-to-their-own": (
+        f"""
+        map first {{ type inet_service : inet_service; size 1000; flags dynamic; }}
+        chain c {{
+            type filter hook output priority 0
+            udp dport {PORTS} add @first {{ udp dport : udp sport }}
+            udp sport {PORTS} udp dport set udp sport map @first
+        }}""",
+        "client 0 was answered b'15'",
+    ),
+    "outside-reaches-the-wildcard-alone": (
+        f"""
+        chain c {{
+            type nat hook prerouting priority dstnat
+            tcp dport {PORTS} dnat ip to 127.0.0.1
+        }}""",
+        "a server at 127.0.0.1 was reached from",
+    ),
+}
+"""Check → rules of nftables in the pod's namespace that make a fault, and what the check says."""
+
+
+class Faulty(Loopback):
+    """The kernel's own loopback, spoiled by rules."""
+
+    def __init__(self, check: str, rules: str) -> None:
+        self.name, self.rules = f"faulty-{check}", rules
+
+    def attach(self, wiring: Wiring, owner: Scope) -> Attachment:
+        namespaces.set_sysctls(wiring.netns, {"net/ipv4/conf/all/route_localnet": 1})
+        nft.load(wiring.netns, f"table inet faulty {{\n{self.rules}\n}}")
+        return super().attach(wiring, owner)
 
 
 def failed(results: Iterable[Result]) -> list[str]:
@@ -225,3 +279,30 @@ def test_checks_fail_on_a_datapath_that_only_pretends(run: Run) -> None:
         assert outcome["connect", pair] is Status.FAIL
     assert outcome["native-cannot-take-a-guests-port", Pair.NATIVE_GUEST] is Status.FAIL
     assert outcome["connect", Pair.NATIVE_NATIVE] is Status.PASS
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("check", FAULTS)
+def test_a_check_finds_its_fault(run: Run, check: str) -> None:
+    rules, says = FAULTS[check]
+    (result,) = run(Faulty(check, rules), check, families=IPV4)
+    assert result.status is Status.FAIL
+    assert says in result.reason
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    "check",
+    [
+        "listen-chosen-port",
+        "guests-unlisted-port",
+        "listen-mapped",
+        "listen-ipv4-only",
+        "listen-other-loopback",
+        "datagram-chosen-port",
+        "datagram-listen-ipv4-only",
+        "datagram-listen-other-loopback",
+    ],
+)
+def test_a_proxy_answers_whatever_the_server_is_bound_to(run: Run, check: str) -> None:
+    assert failed(run("proxy", check, families=IPV4))

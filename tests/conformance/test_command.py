@@ -84,9 +84,9 @@ def test_interrupted_it_shows_what_was_found_until_then() -> None:
 
 
 @pytest.mark.root
-def test_json_and_junit_hold_every_case_also_of_a_pod_that_cannot_be_built(tmp_path: Path) -> None:
+def test_every_form_holds_every_case_also_of_a_pod_that_cannot_be_built(tmp_path: Path) -> None:
     """passt carries frames of virtual machines only."""
-    junit = tmp_path / "junit.xml"
+    junit, tap = tmp_path / "junit.xml", tmp_path / "results.tap"
     done = conformance(
         "--datapath",
         "loopback",
@@ -98,6 +98,8 @@ def test_json_and_junit_hold_every_case_also_of_a_pod_that_cannot_be_built(tmp_p
         "--json",
         "--junit",
         junit,
+        "--tap",
+        tap,
     )
     assert done.returncode == 0
     results = json.loads(done.stdout)
@@ -111,6 +113,13 @@ def test_json_and_junit_hold_every_case_also_of_a_pod_that_cannot_be_built(tmp_p
     suites = {s.get("name"): s for s in ET.parse(junit).getroot()}
     assert suites["loopback ()"].get("skipped") == "0"
     assert suites["passt (standin)"].get("skipped") == suites["passt (standin)"].get("tests") == "8"
+    points = tap.read_text().splitlines()
+    assert points[:3] == [
+        "TAP version 14",
+        "1..10",
+        "ok 1 - loopback connect native-native ipv4 tcp",
+    ]
+    assert sum("# SKIP passt carries frames" in point for point in points) == 8
 
 
 @pytest.mark.root
@@ -119,6 +128,7 @@ def test_the_matrix_has_a_row_per_check(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert "connect" in done.stdout
     assert "1 pass" in done.stdout
+    assert "cases" in done.stdout
 
 
 @pytest.fixture

@@ -373,8 +373,7 @@ def test_server_at_the_wildcard_is_for_everybody_and_tells_them_apart(
     pod: Pod, guest: Guest, family: Family, port: int
 ) -> None:
     loopback, link = addresses.loopback(family), pod.address("agent", family)
-    wildcard = "0.0.0.0" if family is Family.IPV4 else "::"
-    fd = listening(guest, family, wildcard, port)
+    fd = listening(guest, family, family.wildcard, port)
     for dialed, peer in ((loopback, loopback), (link, OUTSIDER[family])):
         with native(pod, family, Transport.TCP) as client:
             client.bind((str(peer), 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 import time
 from collections.abc import Iterator
 
@@ -18,10 +19,11 @@ from testbed.conformance.check import (
     expect,
     fails_with,
 )
-from testbed.conformance.sockets import Sock
+from testbed.conformance.sockets import TIMEOUT_S, Sock
 from testbed.conformance.steps import (
     AT_ONCE_S,
     exchange,
+    need_ipv6,
     refused_at_once,
     two_clients_on_one_port,
 )
@@ -50,7 +52,7 @@ def connect(bed: Bed) -> None:
     exchange(*bed.connected())
 
 
-@check("RFC 9293, 3.5.2: reset generation, case 1")
+@check("RFC 9293, 3.5.2: reset generation, case 1; WSL #12245")
 def refused(bed: Bed) -> None:
     """A port that nobody serves refuses at once."""
     refused_at_once(bed)
@@ -96,7 +98,7 @@ def data_before_accept(bed: Bed) -> None:
 @check("bind(2): INADDR_ANY, in6addr_any")
 def listen_wildcard(bed: Bed) -> None:
     """A server bound to the wildcard address is reached at localhost."""
-    listener = bed.serve(bed.wildcard)
+    listener = bed.serve(bed.family.wildcard)
     near = bed.dial()
     exchange(near, listener.accept()[0])
 
@@ -134,6 +136,39 @@ def guest_dials_loopback(bed: Bed) -> None:
     exchange(near, listener.accept()[0])
 
 
+@check("bind(2): port 0; libkrun #818", pairs=NATIVE_SERVER)
+def listen_chosen_port(bed: Bed) -> None:
+    """A native server that leaves its port to the kernel is reached there at localhost."""
+    listener = bed.open(bed.server)
+    listener.bind(bed.loopback)
+    listener.listen()
+    near = bed.dial(listener.own_name[1])
+    exchange(near, listener.accept()[0])
+
+
+@check("the manifest says whose a port is, all others are natives'", pairs=GUEST_SERVER)
+def guests_unlisted_port(bed: Bed) -> None:
+    """At a guest's port that no manifest lists, localhost refuses at once until a native serves."""
+    unlisted = bed.open(bed.server)
+    unlisted.bind(bed.family.wildcard)
+    unlisted.listen()
+    port = unlisted.own_name[1]
+    refused_at_once(bed, port)
+    listener = bed.serve(port=port, peer=bed.peer("native2"))
+    near = bed.dial(port)
+    exchange(near, listener.accept()[0])
+
+
+@check("RFC 3493, 3.7: IPv4-mapped addresses", families=IPV4, pairs=NATIVE_SERVER)
+def listen_mapped(bed: Bed) -> None:
+    """A native server bound to ::ffff:127.0.0.1 serves 127.0.0.1, and refuses ::1 at once."""
+    mapped = f"::ffff:{bed.loopback}"
+    listener = bed.serve(mapped, family=Family.IPV6, options={"IPV6_V6ONLY": 0})
+    near = bed.dial()
+    exchange(near, listener.accept()[0])
+    refused_at_once(bed, family=Family.IPV6)
+
+
 @check("RFC 3493, 3.7 and 5.3: IPv4-mapped addresses", families=IPV4)
 def listen_dual_stack(bed: Bed) -> None:
     """A dual-stack server at [::] serves IPv4 clients, and sees them as ::ffff:a.b.c.d."""
@@ -152,8 +187,17 @@ def listen_ipv6_only(bed: Bed) -> None:
     """A server at [::] with IPV6_V6ONLY serves IPv6, and refuses IPv4 at once."""
     listener = _serve_ipv6(bed, v6only=1)
     refused_at_once(bed)
-    near = bed.client.socket(Transport.TCP, Family.IPV6)
-    near.connect(bed.client.localhost(Family.IPV6), bed.port)
+    near = bed.dial(family=Family.IPV6)
+    exchange(near, listener.accept()[0])
+
+
+@check("bind(2): a socket is of one family", families=IPV4)
+def listen_ipv4_only(bed: Bed) -> None:
+    """A server of IPv4 alone refuses a client that dials localhost by IPv6 at once."""
+    need_ipv6(bed)
+    listener = bed.serve()
+    refused_at_once(bed, family=Family.IPV6)
+    near = bed.dial()
     exchange(near, listener.accept()[0])
 
 
@@ -162,8 +206,7 @@ def listen_both_families(bed: Bed) -> None:
     """Two servers on one port, one a family, each get their own clients."""
     listeners = {Family.IPV4: bed.serve(), Family.IPV6: _serve_ipv6(bed, v6only=1)}
     for family, listener in listeners.items():
-        near = bed.client.socket(Transport.TCP, family)
-        near.connect(bed.client.localhost(family), bed.port)
+        near = bed.dial(family=family)
         far, _ = listener.accept()
         near.send("hello")
         got = far.receive(5)
@@ -194,6 +237,23 @@ def other_loopback_address(bed: Bed) -> None:
     exchange(near, listener.accept()[0])
 
 
+@check("bind(2): 127.0.0.2 is another address", families=IPV4, pairs=NATIVE_SERVER)
+def listen_other_loopback(bed: Bed) -> None:
+    """A native server bound to 127.0.0.2 is not reached at localhost, nor at ::ffff:127.0.0.1."""
+    listener = bed.serve("127.0.0.2")
+    refused_at_once(bed)
+    mapped = bed.client.socket(Transport.TCP, Family.IPV6)
+    mapped.set("IPV6_V6ONLY", 0)
+    with fails_with(errno.ECONNREFUSED):
+        mapped.connect(f"::ffff:{bed.target}", bed.port)
+    if not bed.client.is_guest:
+        with fails_with(errno.ECONNREFUSED):
+            bed.open(bed.client).connect("127.0.0.3", bed.port)
+        near = bed.open(bed.client)
+        near.connect("127.0.0.2", bed.port)
+        exchange(near, listener.accept()[0])
+
+
 @check("bind(2) before connect(2)", pairs=NATIVE_CLIENT)
 def client_bound_to_loopback(bed: Bed) -> None:
     """A client bound to 127.0.0.1 or ::1 before it connects gets through."""
@@ -221,19 +281,44 @@ def client_bound_to_other_loopback(bed: Bed) -> None:
 @check("ip(7): the pod is one host, whichever program asks", pairs=NATIVE_CLIENT)
 def any_process(bed: Bed) -> None:
     """A process that merely entered the pod's namespace is served like all others."""
-    import socket
-
-    if bed.client.name != "native1":
-        raise Unsupported("its client is a plain process, not the component")
     listener = bed.serve()
-    where = (str(bed.loopback), bed.port)
-    near = namespaces.inside(bed.stage.netns, lambda: socket.create_connection(where, 3))
-    with near:
+    with _dial_from_elsewhere(bed, str(bed.loopback)) as near:
         far, _ = listener.accept()
         near.sendall(b"hello")
         expect(far.receive(5).text == b"hello", "what it sent did not arrive")
         far.send("there")
         expect(near.recv(5) == b"there", "what it was sent did not arrive")
+
+
+@check("kubectl port-forward; containerd #14074", pairs=NATIVE_CLIENT)
+def port_forward(bed: Bed) -> None:
+    """A runtime that enters the pod's namespace forwards a connection, its half-close as well.
+
+    The runtime is in none of the pod's cgroups. It dials 127.0.0.1, ::1 and the name `localhost`,
+    which this host's resolver may know in IPv4 only.
+    """
+    listener = bed.serve()
+    for host in (str(bed.loopback), *(["localhost"] if bed.family is Family.IPV4 else [])):
+        with _dial_from_elsewhere(bed, host) as near:
+            far, _ = listener.accept()
+            near.sendall(b"request")
+            near.shutdown(socket.SHUT_WR)
+            got = far.receive()
+            expect(got.ended and got.text == b"request", f"the server received {got.text!r}, {got}")
+            far.send(SIZE)
+            far.close()
+            with near.makefile("rb") as answer:
+                size = len(answer.read())
+            expect(size == SIZE, f"by {host} {size} of {SIZE} bytes came back")
+
+
+def _dial_from_elsewhere(bed: Bed, host: str) -> socket.socket:
+    """A connection of this process, which is not the pod's, from the pod's namespace."""
+    if bed.client.name != "native1":
+        raise Unsupported("its client is a plain process, not the component")
+    return namespaces.inside(
+        bed.stage.netns, lambda: socket.create_connection((host, bed.port), TIMEOUT_S)
+    )
 
 
 @check("socket(7): SO_BINDTODEVICE", pairs=NATIVE_CLIENT)
@@ -332,7 +417,7 @@ def simultaneous_open(bed: Bed) -> None:
 # --- using connections ----------------------------------------------------------------------
 
 
-@check("RFC 9293, 3.6: half-closed connections")
+@check("RFC 9293, 3.6: half-closed connections; lima #5264")
 def half_close(bed: Bed) -> None:
     """After the client's FIN the server still sends, and all of it arrives."""
     near, far = bed.connected()
@@ -357,6 +442,24 @@ def half_close_by_server(bed: Bed) -> None:
     near.close()
     got = far.receive()
     expect(got.bytes == SIZE and got.intact, f"{got.bytes} of {SIZE} bytes after the FIN")
+
+
+@check("RFC 9293, 3.6: FIN; cocoonstack/sandbox #158")
+def fin_at_once(bed: Bed) -> None:
+    """The end of a stream is seen at once, with bytes before it and without, both ways."""
+    for text in ("", "last"):
+        for first, second in (bed.connected(), bed.connected()[::-1]):
+            if text:
+                first.send(text)
+            second.ask_receive(SIZE, timeout_s=TIMEOUT_S)
+            began = time.monotonic()
+            try:
+                first.close()
+            finally:
+                answer = second.answer()
+            took_s = time.monotonic() - began
+            expect(bool(answer["ended"]), f"{second.peer.name} sees no end: {answer['errno']}")
+            expect(took_s < AT_ONCE_S, f"{second.peer.name} sees the end after {took_s:.2f} s")
 
 
 @check("RFC 9293, 3.6: close delivers")
@@ -550,7 +653,7 @@ def port_reused_after_close(bed: Bed) -> None:
     for turn in range(3):
         near = bed.open(bed.client)
         near.set("SO_REUSEADDR", 1)
-        near.bind(bed.wildcard, port)
+        near.bind(bed.family.wildcard, port)
         began = time.monotonic()
         near.connect(bed.target, bed.port)
         took_s = time.monotonic() - began

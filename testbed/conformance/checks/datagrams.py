@@ -21,7 +21,7 @@ from testbed.conformance.check import (
     fails_with,
 )
 from testbed.conformance.sockets import Sock
-from testbed.conformance.steps import AT_ONCE_S
+from testbed.conformance.steps import AT_ONCE_S, bound_to_one_port, need_ipv6
 from testbed.model.cells import Pair
 from testbed.model.terms import Family, Transport
 
@@ -101,8 +101,8 @@ def datagram_refused(bed: Bed) -> None:
     refused(bed)
 
 
-def refused(bed: Bed) -> None:
-    client = bed.dial()
+def refused(bed: Bed, family: Family | None = None) -> None:
+    client = bed.dial(family=family)
     client.send("anybody?")
     began = time.monotonic()
     with fails_with(errno.ECONNREFUSED):
@@ -164,10 +164,40 @@ def datagram_listen_loopback(bed: Bed) -> None:
     expect(client.receive().text == b"y", "another answer")
 
 
+@check(
+    "bind(2): 127.0.0.2 is another address",
+    transports=UDP,
+    families=IPV4,
+    pairs=NATIVE_SERVER,
+)
+def datagram_listen_other_loopback(bed: Bed) -> None:
+    """A native server bound to 127.0.0.2 is not reached at localhost, which refuses."""
+    server = bed.serve("127.0.0.2")
+    refused(bed)
+    if not bed.client.is_guest:
+        client = bed.open(bed.client)
+        client.connect("127.0.0.2", bed.port)
+        client.send("x")
+        server.send("y", to=server.receive().sender)
+        expect(client.receive().text == b"y", "another answer")
+
+
+@check("bind(2): a socket is of one family", transports=UDP, families=IPV4)
+def datagram_listen_ipv4_only(bed: Bed) -> None:
+    """A server of IPv4 alone is not reached by IPv6, which refuses."""
+    need_ipv6(bed)
+    server = bed.serve()
+    refused(bed, Family.IPV6)
+    client = bed.dial()
+    client.send("x")
+    server.send("y", to=server.receive().sender)
+    expect(client.receive().text == b"y", "another answer")
+
+
 @check("bind(2): INADDR_ANY, in6addr_any", transports=UDP)
 def datagram_listen_wildcard(bed: Bed) -> None:
     """A server at the wildcard address answers from the address that was dialed."""
-    server = bed.serve(bed.wildcard)
+    server = bed.serve(bed.family.wildcard)
     client = bed.dial()
     client.send("x")
     server.send("y", to=server.receive().sender)
@@ -225,14 +255,7 @@ def datagram_client_bound_to_other_loopback(bed: Bed) -> None:
 @check("udp(7): a socket is its names", transports=UDP, pairs=EVERY - {Pair.NATIVE_NATIVE})
 def datagram_same_port_from_two_clients(bed: Bed) -> None:
     """One server answers two workloads that use the same source port, each its own."""
-    server = bed.serve()
-    clients = []
-    port = 0
-    for peer in (bed.client, bed.another_client()):
-        client = bed.open(peer)
-        client.bind(bed.wildcard, port)
-        port = port or client.own_name[1]
-        clients.append(client)
+    server, clients = bed.serve(), bound_to_one_port(bed)
     for client in clients:
         client.send(client.peer.name, to=(client.peer.localhost(bed.family), bed.port))
     for _ in clients:
@@ -241,6 +264,32 @@ def datagram_same_port_from_two_clients(bed: Bed) -> None:
     for client in clients:
         got = client.receive()
         expect(got.text == client.peer.name.encode(), f"{client.peer.name} got {got.text!r}")
+
+
+@check("recvfrom(2), sendto(2): the source address; lima #3724", transports=UDP)
+def datagram_answers_to_their_own(bed: Bed) -> None:
+    """Sixteen sockets ask at once and are answered in another order, each its own answer alone."""
+    server, clients = bed.serve(), [bed.dial() for _ in range(16)]
+    for i, client in enumerate(clients):
+        client.send(f"{i}")
+    asked = [server.receive() for _ in clients]
+    for got in reversed(asked):
+        server.send(got.text.decode(), to=got.sender)
+    for i, client in enumerate(clients):
+        got = client.receive()
+        expect(got.text == f"{i}".encode(), f"client {i} was answered {got.text!r}")
+    expect(not _count(clients[0]), "a client was answered twice")
+
+
+@check("bind(2): port 0", transports=UDP, pairs=NATIVE_SERVER)
+def datagram_chosen_port(bed: Bed) -> None:
+    """A native server that leaves its port to the kernel is reached there, and answers."""
+    server = bed.open(bed.server)
+    server.bind(bed.loopback)
+    client = bed.dial(server.own_name[1])
+    client.send("x")
+    server.send("y", to=server.receive().sender)
+    expect(client.receive().text == b"y", "another answer")
 
 
 @check("udp(7): connect to who sent", transports=UDP)

@@ -5,18 +5,26 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from ipaddress import ip_address
 
 from pyroute2 import IPRoute
 
 from testbed.conformance import frames
 from testbed.conformance.bed import Bed
-from testbed.conformance.check import FROM_GUEST, NATIVE_SERVER, UDP, check, expect
-from testbed.conformance.sockets import Sock
+from testbed.conformance.check import (
+    FROM_GUEST,
+    NATIVE_CLIENT,
+    NATIVE_SERVER,
+    UDP,
+    Unsupported,
+    check,
+    expect,
+)
+from testbed.conformance.sockets import TIMEOUT_S, Peer, Sock
 from testbed.conformance.steps import exchange, refused_at_once
 from testbed.datapaths.interface import Layout
-from testbed.host import namespaces, netlink
+from testbed.host import namespaces, netlink, nft
 from testbed.model.addresses import (
     ALIAS_MAC,
     POD_MAC,
@@ -30,6 +38,7 @@ from testbed.model.addresses import (
 )
 from testbed.model.terms import Family, Transport
 from testbed.model.trials import percentile
+from testbed.pods.network import node
 
 PATIENCE_S = 0.15
 FLOOD_FACTOR = 10.0
@@ -55,7 +64,7 @@ def nothing_arrives(bed: Bed, server: Sock) -> Iterator[None]:
 def forge(bed: Bed, sources: list[Address], destinations: list[Address]) -> None:
     """Send datagrams from guest 1 with forged sources, and check that none arrives."""
     netns = bed.stage.guest_netns("guest1")
-    server = bed.serve(bed.wildcard)
+    server = bed.serve(bed.family.wildcard)
     with nothing_arrives(bed, server):
         frames.send(
             netns,
@@ -163,6 +172,44 @@ def outside_to_alias(bed: Bed) -> None:
     from_outside(bed, [alias(bed.family), native_source(bed.family), pod_link(bed.family)])
 
 
+@check("bind(2): what is bound decides who is served, in a guest too", pairs=NATIVE_CLIENT)
+def outside_reaches_the_wildcard_alone(bed: Bed) -> None:
+    """At the pod's address a server at the wildcard is served outside, one at loopback is not."""
+    if why := nft.unsupported():
+        raise Unsupported(why)
+    with connected_pod(bed) as (server, address):
+
+        def dial() -> socket.socket:
+            return socket.create_connection((str(address), bed.port), TIMEOUT_S)
+
+        hidden = bed.serve(bed.loopback, peer=server)
+        with suppress(OSError), namespaces.inside(node.NETNS, dial):
+            _, name = hidden.accept(timeout_s=PATIENCE_S)
+            expect(False, f"a server at {bed.loopback} was reached from {name}")
+        hidden.close()
+        listener = bed.serve(bed.family.wildcard, peer=server)
+        with namespaces.inside(node.NETNS, dial) as near:
+            far, _ = listener.accept()
+            near.sendall(b"hello")
+            expect(far.receive(5).text == b"hello", "what was sent from outside did not arrive")
+
+
+@contextmanager
+def connected_pod(bed: Bed) -> Iterator[tuple[Peer, Address]]:
+    """Another pod that is connected with the node's network: its server, and its address there."""
+    stage = bed.own_pod
+    with stage.another(f"{stage.name}-c") as pod:
+        pod.connect([])
+        pod.start_workload(bed.server_name)
+        pod.attach_deferred()
+        pod.wait_ready(bed.server_name)
+        server = Peer(bed.server_name, pod.agent(bed.server_name))
+        try:
+            yield server, pod.addresses[bed.family]
+        finally:
+            server.close()
+
+
 @check("RFC 826, RFC 4861: who answers for the alias", pairs=FROM_GUEST)
 def alias_claimed_by_guest(bed: Bed) -> None:
     """A guest that claims the alias by ARP or ND does not get another's connections."""
@@ -188,7 +235,7 @@ def pods_are_apart(bed: Bed) -> None:
     with stage.another(f"{stage.name}-b") as other:
 
         def listen() -> socket.socket:
-            return socket.create_server((bed.wildcard, bed.port), family=bed.family.domain)
+            return socket.create_server((bed.family.wildcard, bed.port), family=bed.family.domain)
 
         with namespaces.inside(other.netns, listen) as listener:
             listener.setblocking(False)

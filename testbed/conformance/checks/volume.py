@@ -9,6 +9,7 @@ from testbed.conformance.sockets import connect_many
 SEQUENTIAL = 10_000
 CONCURRENT = 2_000
 BULK_BYTES = 1 << 30
+THREADS = 16
 EMULATED_SHARE = 16
 """Divisor of these amounts for emulated guests."""
 
@@ -26,6 +27,26 @@ def sequential_connections(bed: Bed) -> None:
     result = bed.client.agent.run(
         bed.transport, bed.family, str(bed.target), bed.port, "crr", 64, bytes=count * 64
     )
+    expect(not result.errors and not result.corrupt, f"{result.errors} of {count} failed")
+    expect(result.transactions == count, f"{result.transactions} of {count} connections")
+
+
+@check("connections that begin at once; libkrun #511")
+def threads_of_connections(bed: Bed) -> None:
+    """Sixteen threads make 500 short connections each at the same time, without one failure."""
+    each = amount(bed, 500)
+    bed.serve_by_agent()
+    result = bed.client.agent.run(
+        bed.transport,
+        bed.family,
+        str(bed.target),
+        bed.port,
+        "crr",
+        64,
+        streams=THREADS,
+        bytes=each * 64,
+    )
+    count = THREADS * each
     expect(not result.errors and not result.corrupt, f"{result.errors} of {count} failed")
     expect(result.transactions == count, f"{result.transactions} of {count} connections")
 
