@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from testbed.cli.common import Commands
+from testbed.cli.common import Commands, called
 from testbed.model.errors import Error
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def _add_building(commands: Commands) -> None:
         "attach",
         help="add a manifest's guests to a pod that somebody else made",
         epilog="Adds links, eBPF programs and guests to the namespace, and changes nothing else. "
-        "'testbed detach POD' removes them.",
+        + called("'testbed detach POD' removes them."),
     )
     adopt = commands.add_parser(
         "adopt", help="start a new supervisor (keeper) for a pod whose supervisor was killed"
@@ -215,10 +215,9 @@ def _ps(arguments: argparse.Namespace) -> int:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
     for pod in found:
         if pod["keeper"] is None:
-            _say(
-                f"the keeper of pod {pod['name']} was killed, and the pod is as it was then; "
-                f"testbed adopt {pod['name']}"
-            )
+            name = pod["name"]
+            again = called(f"testbed adopt {name}")
+            _say(f"the keeper of pod {name} was killed, and the pod is as it was then; {again}")
     return 0
 
 

@@ -34,7 +34,7 @@ from testbed.reports.words import (
     shown_columns,
     size_of,
     unit_of,
-    warning_of,
+    warnings_of,
 )
 from testbed.results.analysis import CPU, Summary
 from testbed.results.order import grouped
@@ -96,7 +96,7 @@ def _page(results: Results, pictures: Sequence[Path]) -> str:
     parts = [
         f"<h1>{escape(campaign.name)}</h1>",
         f"<p>{escape(_lead(campaign))}</p>",
-        f'<p class="warning">{escape(warning)}</p>' if (warning := warning_of(campaign)) else "",
+        *(f'<p class="warning">{escape(warning)}</p>' for warning in warnings_of(campaign)),
         *_section(
             "Results",
             _legend(campaign),
