@@ -121,7 +121,8 @@ def save(
 def surround(drawing: Drawing, bare: bool = False) -> None:
     """Add title, key and footer; the figure grows by their height."""
     figure, title, keys, paragraphs, functional = drawing
-    footer = [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, 152)]
+    whole = [paragraph.replace(" %", "\N{NO-BREAK SPACE}%") for paragraph in paragraphs]
+    footer = [line for paragraph in whole for line in textwrap.wrap(paragraph, 152)]
     key_lines = math.ceil(len(keys) / 8)
     title_in, key_in = 0.0 if bare else 0.17, 0.03 + 0.17 * key_lines
     foot_in = 0.0 if bare else (len(footer) + 0.8) * FOOTER_PT * 1.25 / 72
