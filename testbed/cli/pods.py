@@ -158,7 +158,7 @@ def _ordered(arguments: argparse.Namespace, sandbox: Sandbox | None = None) -> l
 
 
 def _say(line: str) -> None:
-    print(f"testbed: {line}", file=sys.stderr)
+    print(f"testbed: {called(line)}", file=sys.stderr)
 
 
 def _start(orders: list[Order], patience_s: float | None) -> int:
@@ -215,9 +215,10 @@ def _ps(arguments: argparse.Namespace) -> int:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
     for pod in found:
         if pod["keeper"] is None:
-            name = pod["name"]
-            again = called(f"testbed adopt {name}")
-            _say(f"the keeper of pod {name} was killed, and the pod is as it was then; {again}")
+            _say(
+                f"the keeper of pod {pod['name']} was killed, and the pod is as it was then; "
+                f"testbed adopt {pod['name']}"
+            )
     return 0
 
 
