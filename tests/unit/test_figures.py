@@ -23,7 +23,7 @@ from testbed.model.cells import Cell, Pair
 from testbed.model.metrics import Metric
 from testbed.model.terms import Family
 from testbed.model.trials import Status, Trial
-from testbed.reports.figures import curves, draw, forest, slots, stacks
+from testbed.reports.figures import bars, curves, draw, forest, slots, stacks
 from testbed.reports.figures.style import RC, Drawing, surround
 from testbed.results import store
 from testbed.results.analysis import block_values
@@ -215,6 +215,17 @@ def test_groups_whose_bars_are_far_apart_have_scales_of_their_own(wide: Results)
     assert titles == ["IPv4", "another scale", "IPv6", "another scale"]
     tops = [axes.get_ylim()[1] for axes in panels]
     assert tops[0] == tops[2] > 50 * tops[1] == 50 * tops[3]
+
+
+def test_a_family_without_rows_of_a_group_has_an_empty_panel(wide: Results) -> None:
+    rows = [
+        row
+        for row in wide.summaries
+        if row.cell.metric is Metric.THROUGHPUT and row.cell.guests == 1
+        if row.cell.pair is Pair.NATIVE_GUEST or row.cell.id.startswith("steer/native-native/ipv4")
+    ]
+    panels = bars.bars_figure(rows, wide).panels.axes
+    assert [len(axes.patches) for axes in panels] == [1, 6, 0, 6]
 
 
 def test_a_very_long_bar_leaves_the_others_readable() -> None:

@@ -54,12 +54,9 @@ def bars_figure(rows: Sequence[Summary], results: Results) -> Drawing:
     families = present(Family, (row.cell.family for row in rows))
     parts = _parts(rows)
     groups = [
-        (
-            "another scale" if n else names(family),
-            [row for row in part if row.cell.family is family],
-        )
+        (names(family) if part is parts[0] else "another scale", _of_family(part, family))
         for family in families
-        for n, part in enumerate(parts)
+        for part in parts
     ]
     scale = unit_of(rows[0].cell.metric).scale
     means = (of.mean / scale for of in _shown(rows))

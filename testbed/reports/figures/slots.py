@@ -48,7 +48,7 @@ def slots_of(rows: Iterable[Summary | Breakdown], results: Results, share: float
     least = dict.fromkeys(pairs, 0)
     for _ in range(3):  # more gaps make slots narrower, and then labels need more of them
         count = sum(max(len(bars[pair]), least[pair]) + 1 for pair in pairs)
-        slot_in = share * PANELS_IN / count
+        slot_in = share * PANELS_IN / max(1, count)
         least = {pair: math.ceil(_label_in(pair) / slot_in) - 1 for pair in pairs}
     slots: list[tuple[str, str] | None] = []
     for pair, datapaths in bars.items():
@@ -72,7 +72,7 @@ def set_slots(axes: Axes, slots: Slots, named: bool) -> None:
     axes.grid(axis="y")
     ticks = {at: slot[1] for at, slot in enumerate(slots) if slot and named}
     axes.set_xticks(list(ticks), list(ticks.values()), rotation=90, fontsize=SMALL_PT)
-    below_pt = 72 * max((text_in(name, SMALL_PT) for name in ticks.values()), default=-4 / 72) + 8
+    below_pt = 8 + 72 * max(text_in(name, SMALL_PT) for name in ticks.values()) if ticks else 4
     for pair in dict.fromkeys(slot[0] for slot in slots if slot):
         own = [at for at, slot in enumerate(slots) if slot and slot[0] == pair]
         axes.annotate(
