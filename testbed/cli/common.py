@@ -108,13 +108,15 @@ def progress() -> Iterator[Callable[[Progress], None]]:
             nonlocal said
             if now.stays or now.text != said:
                 said = said if now.stays else now.text
-                print(f"[{now.done}/{now.total}] {now.text}{_left(now.left_s)}", file=sys.stderr)
+                left = f", {_left(now.left_s)}" if now.left_s is not None else ""
+                print(f"[{now.done}/{now.total}] {now.text}{left}", file=sys.stderr)
 
         yield say
         return
-    columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"))
+    texts = TextColumn("{task.fields[left]}"), TextColumn("{task.description}")
+    columns = BarColumn(20), MofNCompleteColumn(), *texts
     with Display(*columns, console=console) as display:
-        task = display.add_task("starting", total=None)
+        task = display.add_task("starting", total=None, left="")
 
         def show(now: Progress) -> None:
             if now.stays:
@@ -124,7 +126,8 @@ def progress() -> Iterator[Callable[[Progress], None]]:
                 task,
                 completed=now.done,
                 total=now.total,
-                description=f"{now.text}{_left(now.left_s)}",
+                left=_left(now.left_s),
+                description=now.text,
             )
 
         yield show
@@ -134,4 +137,4 @@ def _left(seconds: float | None) -> str:
     if seconds is None:
         return ""
     minutes, rest = divmod(round(seconds), 60)
-    return f", {minutes}:{rest:02} left"
+    return f"{minutes}:{rest:02} left"
