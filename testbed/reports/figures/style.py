@@ -102,6 +102,8 @@ def save(
     """
     files = {kind: folder / f"{name}.{kind}" for kind in kinds}
     surround(drawing, bare)
+    drawing.panels.draw_without_rendering()  # lays the panels out
+    drawing.panels.set_layout_engine("none")  # once, or a file would depend on those before it
     try:
         folder.mkdir(exist_ok=True)
         if pdf := files.get("pdf"):
