@@ -28,13 +28,11 @@ from testbed.images import kernels
 from testbed.model.cells import Cell, Pair
 from testbed.model.errors import Error
 from testbed.model.metrics import Metric
-from testbed.model.terms import Family, Transport
+from testbed.model.terms import UNPACED, Family, Transport
 from testbed.runtimes.vm import accelerator
 
 KERNEL_FLOOR = (5, 10)
 """First Linux with bpf_redirect_peer (used by `capture`) and with getpeername hooks."""
-UNPACED = ("cubic", "reno")
-"""TCP congestion controls that do not pace, and that every Linux has."""
 MEMORY_MIB = 1024
 """Memory for two guests and the processes around them."""
 DISK_MIB = 1024

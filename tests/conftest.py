@@ -57,7 +57,11 @@ class Scheduling(LoadFileScheduling):  # type: ignore[misc]
 
 
 def pytest_configure() -> None:
-    """Restore SIGINT: a shell script that starts the tests in its background has them ignore it."""
+    """Restore SIGINT: a shell script that starts the tests in its background has them ignore it.
+
+    Commands in messages are the same, whether `./bootstrap` started the tests or not.
+    """
+    os.environ.pop("TESTBED_BOOTSTRAP", None)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

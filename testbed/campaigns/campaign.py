@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from testbed import datapaths, paths
+from testbed.campaigns.pace import Pace
 from testbed.campaigns.places import HERE, Place, Share, events_of
 from testbed.campaigns.protocol import Event, Job
 from testbed.campaigns.schedule import Blocks, order_blocks
@@ -24,6 +25,7 @@ from testbed.model.cells import Cell
 from testbed.model.errors import Error
 from testbed.model.trials import Status, Trial
 from testbed.plan import Claim, Plan
+from testbed.reports.words import pacing_warning
 from testbed.results import store
 from testbed.results.analysis import summarise, widest
 from testbed.results.store import Campaign, Store, frame
@@ -48,6 +50,8 @@ class Progress:
     total: int
     left_s: float | None
     """Estimate of the remaining time in seconds; None before the first trial."""
+    stays: bool = False
+    """Whether the text is to be read afterwards, too, and not only until the next one."""
 
 
 Report = Callable[[Progress], None]
@@ -66,7 +70,9 @@ def start(
     Raises `Error` if the directory has a campaign already, or if no worker can run.
     """
     if (path / "campaign.json").exists():
-        raise Error(f"{path}: there is a campaign already", f"continue it: --resume {path}")
+        raise Error(
+            f"{path}: there is a campaign already", f"continue it: testbed run --resume {path}"
+        )
     if plan.blocks < len(places):
         raise Error(
             f"{plan.blocks} blocks cannot be dealt out to {len(places)} hosts",
@@ -190,30 +196,27 @@ def _run(shares: list[Share], open_store: Callable[[Event], Store], report: Repo
         for number, ids in share.job.blocks
         for order, id in enumerate(ids)
     }
-    total, text, began = len(left), "starting", time.monotonic()
+    total, text = len(left), "starting"
+    pace = Pace(shares[0].job.warmup_s + shares[0].job.duration_s)
     try:
         with closing(events_of(shares)) as events:
             for share, event in events:
-                prefix = f"{share.name}: " if share.name else ""
                 match event["event"]:
                     case "ready":
                         campaign = campaign or open_store(event)
                         _record_host(campaign, share, event)
-                        began = time.monotonic()
-                        why = f": {event['why']}" if event["why"] else ""
-                        text = f"{prefix}guests are {event['guest']['runtime']}{why}"
+                        pace.ready(share.name, time.monotonic())
                     case "step":
-                        text = f"{prefix}{event['text']}"
+                        text = f"{_prefix(share)}{event['text']}"
                     case "trial" if campaign:
                         trial = replace(Trial.from_json(event["trial"]), host=share.name)
                         campaign.append(trial)
+                        pace.ended(trial, time.monotonic())
                         left.pop((trial.block, trial.cell), None)
-                    case "failed":
-                        text = f"failed: {share.error}"
-                    case "kept":
-                        text = f"{prefix}left standing: {', '.join(event['pods'])}"
                 done = total - len(left)
-                left_s = (time.monotonic() - began) / done * len(left) if done else None
+                left_s = pace.left_s([(of.name, *place) for place, (of, _) in left.items()])
+                for note in _notes(share, event):
+                    report(Progress(note, done, total, left_s, stays=True))
                 report(Progress(text, done, total, left_s))
         failed = [share for share in shares if share.error]
         if campaign is None or len(failed) == len(shares):
@@ -228,6 +231,25 @@ def _run(shares: list[Share], open_store: Callable[[Event], Store], report: Repo
         if campaign:
             campaign.close()
         raise
+
+
+def _prefix(share: Share) -> str:
+    return f"{share.name}: " if share.name else ""
+
+
+def _notes(share: Share, event: Event) -> Iterator[str]:
+    """What a user should know of an event after the campaign, too."""
+    prefix = _prefix(share)
+    match event["event"]:
+        case "ready":
+            why = f": {event['why']}" if event["why"] else ""
+            yield f"{prefix}guests are {event['guest']['runtime']}{why}"
+            if warning := pacing_warning(event["machine"]["congestion_control"]):
+                yield f"{prefix}{warning}"
+        case "failed":
+            yield f"failed: {share.error}"
+        case "kept":
+            yield f"{prefix}left standing: {', '.join(event['pods'])}"
 
 
 def _all_failed(shares: list[Share]) -> Error:

@@ -163,11 +163,14 @@ def _attend(share: Share, say: Callable[[str], None]) -> Iterator[Event]:
             status = worker.wait()
             worker.stdout.close()
     if status:
+        again = f"testbed run --resume {share.job.directory}"
         last = log.read_text(errors="replace").strip().rpartition("\n")[2] or "it said nothing"
         if status < 0 and share.name:
-            raise Error(f"lost the link to {share.name}", "continue with --resume")
+            raise Error(f"lost the link to {share.name}", f"continue with {again}")
         where = f"the worker on {share.name}" if share.name else "the worker"
-        raise Error(f"{where} ended with status {status}: {last}", f"see {log}, then --resume")
+        raise Error(
+            f"{where} ended with status {status}: {last}", f"see {log}; then go on with {again}"
+        )
 
 
 def _beat(orders: IO[str], stop: threading.Event) -> None:

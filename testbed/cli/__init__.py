@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 
-from testbed.cli import conformance, hosts, images, pods, results, run
+from testbed.cli import common, conformance, hosts, images, pods, results, run
 from testbed.model.errors import Error
 
 
@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
         prog="testbed",
         description="One localhost for the containers, unikernels and WASM workloads of a pod: "
         "build such pods, measure them, draw the figures.",
-        epilog="Start with 'testbed doctor', then 'testbed run --plan quick'.",
+        epilog=common.called("Start with 'testbed doctor', then 'testbed run --plan quick'."),
     )
     top.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     except Error as e:
         if arguments.debug:
             raise
-        print(f"testbed: {e}", file=sys.stderr)
+        hint = f"; {common.called(e.hint)}" if e.hint else ""
+        print(f"testbed: {e.message}{hint}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
         print("testbed: interrupted", file=sys.stderr)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -75,10 +77,23 @@ def _guest(text: str) -> str:
     raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {known})")
 
 
+def called(text: str) -> str:
+    """The text with its commands `testbed …` as the user has to type them.
+
+    A clone that was bootstrapped has no `testbed` on the user's PATH; `./bootstrap` says in the
+    environment how it was called.
+    """
+    bootstrap = os.environ.get("TESTBED_BOOTSTRAP")
+    if not bootstrap:
+        return text
+    return re.sub(r"\btestbed (?=[a-z])", lambda found: f"{bootstrap} {found[0]}", text)
+
+
 @contextmanager
 def progress() -> Iterator[Callable[[Progress], None]]:
     """Display of progress on standard error: one changing line on a terminal, else many lines.
 
+    A text that stays is a line of its own above the changing one.
     Yields the function that shows a `Progress`.
     """
     from rich.console import Console
@@ -91,22 +106,28 @@ def progress() -> Iterator[Callable[[Progress], None]]:
 
         def say(now: Progress) -> None:
             nonlocal said
-            if now.text != said:
-                said = now.text
-                print(f"[{now.done}/{now.total}] {said}{_left(now.left_s)}", file=sys.stderr)
+            if now.stays or now.text != said:
+                said = said if now.stays else now.text
+                left = f", {_left(now.left_s)}" if now.left_s is not None else ""
+                print(f"[{now.done}/{now.total}] {now.text}{left}", file=sys.stderr)
 
         yield say
         return
-    columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"))
+    texts = TextColumn("{task.fields[left]}"), TextColumn("{task.description}")
+    columns = BarColumn(20), MofNCompleteColumn(), *texts
     with Display(*columns, console=console) as display:
-        task = display.add_task("starting", total=None)
+        task = display.add_task("starting", total=None, left="")
 
         def show(now: Progress) -> None:
+            if now.stays:
+                display.console.print(now.text, markup=False, highlight=False)
+                return
             display.update(
                 task,
                 completed=now.done,
                 total=now.total,
-                description=f"{now.text}{_left(now.left_s)}",
+                left=_left(now.left_s),
+                description=now.text,
             )
 
         yield show
@@ -116,4 +137,4 @@ def _left(seconds: float | None) -> str:
     if seconds is None:
         return ""
     minutes, rest = divmod(round(seconds), 60)
-    return f", {minutes}:{rest:02} left"
+    return f"{minutes}:{rest:02} left"

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from testbed.cli.common import Commands
+from testbed.cli.common import Commands, called
 from testbed.model.errors import Error
 from testbed.model.manifest import Tap
 
@@ -42,7 +42,7 @@ def _add_building(commands: Commands) -> None:
         "attach",
         help="add a manifest's guests to a pod that somebody else made",
         epilog="Adds links, eBPF programs and guests to the namespace, and changes nothing else. "
-        "'testbed detach POD' removes them.",
+        + called("'testbed detach POD' removes them."),
     )
     adopt = commands.add_parser(
         "adopt", help="start a new supervisor (keeper) for a pod whose supervisor was killed"
@@ -204,7 +204,7 @@ def _ordered(arguments: argparse.Namespace, sandbox: Sandbox | None = None) -> l
 
 
 def _say(line: str) -> None:
-    print(f"testbed: {line}", file=sys.stderr)
+    print(f"testbed: {called(line)}", file=sys.stderr)
 
 
 def _start(orders: list[Order], patience_s: float | None) -> int:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from testbed import paths
-from testbed.cli.common import Commands
+from testbed.cli.common import Commands, called
+from testbed.model.errors import Error
 
 if TYPE_CHECKING:
     from testbed.results.results import Results
@@ -45,18 +46,27 @@ def _figures(arguments: argparse.Namespace) -> int:
 
 def _add_table(commands: Commands) -> None:
     table = commands.add_parser(
-        "table", help="print the table of a stored campaign (needs no root)"
+        "table", help="print the tables of stored campaigns (needs no root)"
     )
     table.set_defaults(call=_table)
-    table.add_argument("directory", type=Path, metavar="DIR")
+    table.add_argument("directories", type=Path, nargs="+", metavar="DIR")
     table.add_argument("--json", action="store_true")
 
 
 def _table(arguments: argparse.Namespace) -> int:
     from testbed.results.results import read
 
-    print_table(read(arguments.directory), arguments.json)
-    return 0
+    directories, failures = arguments.directories, []
+    for directory in directories:
+        try:
+            print_table(read(directory), arguments.json)
+        except Error as e:  # results/* has more in it than campaigns
+            failures.append(e)
+    if len(failures) == len(directories):
+        raise failures[0]
+    for failure in failures:
+        print(f"testbed: {failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 def _add_report(commands: Commands) -> None:
@@ -84,7 +94,7 @@ def _add_keep(commands: Commands) -> None:
     keep = commands.add_parser(
         "keep",
         help="archive a stored campaign as a reference, compressed for git",
-        epilog="'testbed compare results/reference/NAME DIR' compares a later one with it.",
+        epilog=called("'testbed compare results/reference/NAME DIR' compares a later one with it."),
     )
     keep.set_defaults(call=_keep)
     keep.add_argument("directory", type=Path, metavar="DIR")
@@ -107,7 +117,7 @@ def _add_claims(commands: Commands) -> None:
     claims = commands.add_parser(
         "claims",
         help="judge the claims of a stored campaign's plan by its results",
-        epilog="Exit status: 0 all claims hold, 1 some do not hold, 3 unclear.",
+        epilog="Exit status: 0 all claims hold, 1 some do not hold, 3 unclear, or no claims.",
     )
     claims.set_defaults(call=_claims)
     claims.add_argument("directory", type=Path, metavar="DIR")
@@ -122,6 +132,8 @@ def _claims(arguments: argparse.Namespace) -> int:
     found = claims.judge(campaign)
     if arguments.json:
         print(json.dumps(claims.data(found), indent=1))
+    elif not found:
+        print(f"the plan {campaign.campaign.name} claims nothing: there is nothing to judge")
     else:
         from rich.console import Console
 

@@ -21,7 +21,7 @@ def add(commands: Commands) -> None:
     run = commands.add_parser(
         "run",
         help="run a plan: build pods, measure, draw figures, take everything down",
-        epilog="Continue an interrupted run with --resume DIR.",
+        epilog=common.called("Continue an interrupted run with testbed run --resume DIR."),
     )
     run.set_defaults(call=_run)
     run.add_argument(
@@ -91,19 +91,18 @@ def _run(arguments: argparse.Namespace) -> int:
                 choice = campaign.Choice(arguments.guest, arguments.osv_kernel, arguments.keep)
                 finished = campaign.start(chosen, path, choice, arguments.seed, report, places)
     except KeyboardInterrupt:
-        print(
-            f"testbed: interrupted, and all is taken down; go on with --resume {path}",
-            file=sys.stderr,
-        )
+        again = common.called(f"testbed run --resume {path}")
+        print(f"testbed: interrupted, and all is taken down; go on with {again}", file=sys.stderr)
         return 130
     with finished:
         finished.derive()
         results = Results(finished)
         drawn = draw.draw(results)
     print_table(results, arguments.json)
+    pictures = [file for file in drawn if file.suffix == ".png"]
     print(
-        f"\nfigures: {' '.join(str(f) for f in drawn if f.suffix == '.png')}"
-        f"\nall of it in one file: testbed report {path}",
+        f"\n{len(pictures)} figures, as PNG and PDF: {path / 'figures'}"
+        f"\nall of it in one file: {common.called(f'testbed report {path}')}",
         file=sys.stderr,
     )
     return 1 if any(t.status == "failed" for t in results.trials) else 0

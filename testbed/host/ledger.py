@@ -257,7 +257,7 @@ def clean(only: Path | None = None) -> Iterator[str]:
     if failures:
         raise Error(
             f"left behind: {'; '.join(failures)}",
-            hint="if another version of testbed made it, clean with that one",
+            hint="if it was made by another version, clean with that one",
         )
 
 

@@ -32,6 +32,10 @@ class Transport(StrEnum):
     UDP = "udp"
 
 
+UNPACED = ("cubic", "reno")
+"""TCP congestion controls that do not pace, and that every Linux has."""
+
+
 class Open(StrEnum):
     """An enumeration that other Python distributions extend by entry points.
 

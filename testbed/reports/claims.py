@@ -135,7 +135,7 @@ def table(found: Sequence[Found], guest: str) -> Group:
         )
     counted = [f"{n} {v}" for v in Verdict if (n := sum(row.verdict is v for row in found))]
     legend = "Pseudomedians of ratios within a block, with 95 % intervals by signed ranks."
-    return Group(shown, Text(f"{', '.join(counted) or 'no claims'}. {legend}"))
+    return Group(shown, Text(f"{', '.join(counted)}. {legend}"))
 
 
 _COLORS = {

@@ -34,7 +34,7 @@ from testbed.reports.words import (
     shown_columns,
     size_of,
     unit_of,
-    warning_of,
+    warnings_of,
 )
 from testbed.results.analysis import CPU, Summary
 from testbed.results.order import grouped
@@ -96,12 +96,12 @@ def _page(results: Results, pictures: Sequence[Path]) -> str:
     parts = [
         f"<h1>{escape(campaign.name)}</h1>",
         f"<p>{escape(_lead(campaign))}</p>",
-        f'<p class="warning">{escape(warning)}</p>' if (warning := warning_of(campaign)) else "",
+        *(f'<p class="warning">{escape(warning)}</p>' for warning in warnings_of(campaign)),
         *_section(
             "Results",
             _legend(campaign),
             *(f"<p>{escape(line)}</p>" for line in (*meanings_of(rows), *controls_of(rows))),
-            _results(rows, campaign.guest),
+            _results(rows, campaign),
         ),
         *_claims(results),
         *_section("Figures", "", *(_picture(path) for path in pictures)),
@@ -142,8 +142,8 @@ def _legend(campaign: Campaign) -> str:
     interval = "95 % t-interval on logarithms" if campaign.blocks > 1 else "no interval from one"
     return (
         f"Geometric means over blocks ({interval}). A ratio is to the reference datapath within a "
-        "block; bold where its interval excludes 1. A click on a heading sorts; the box filters by "
-        "words."
+        "block; bold where its interval excludes 1 and no guest is emulated. A click on a heading "
+        "sorts; the box filters by words."
     )
 
 
@@ -174,7 +174,7 @@ def _entry(entry: Entry) -> str:
     return f"<td{shown}>{escape(entry.text)}</td>"
 
 
-def _results(rows: Sequence[Summary], guest: str) -> str:
+def _results(rows: Sequence[Summary], campaign: Campaign) -> str:
     titles = {(metric, quantity): title for metric, quantity, title in shown_columns()}
     heads = (
         "pair",
@@ -194,16 +194,17 @@ def _results(rows: Sequence[Summary], guest: str) -> str:
         "blocks",
         "note",
     )
-    return _table("results", heads, (_result(row, guest, titles) for row in rows))
+    return _table("results", heads, (_result(row, campaign, titles) for row in rows))
 
 
-def _result(row: Summary, guest: str, titles: Mapping[Any, str]) -> list[Entry]:
+def _result(row: Summary, campaign: Campaign, titles: Mapping[Any, str]) -> list[Entry]:
     cell, unit = row.cell, unit_of(row.cell.metric)
     note = " ".join(filter(None, (row.reason, row.no_ratio)))
     own = row.reference == cell.datapath
-    conclusive = not own and (row.ratio.low > 1 or row.ratio.high < 1)
+    excludes_1 = row.ratio.low > 1 or row.ratio.high < 1
+    conclusive = excludes_1 and not own and not campaign.is_functional(cell)
     return [
-        Entry(cell.label(guest)),
+        Entry(cell.label(campaign.guest)),
         Entry(names(cell.family)),
         Entry(names(cell.transport)),
         Entry(cell.datapath),

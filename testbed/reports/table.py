@@ -31,7 +31,7 @@ from testbed.reports.words import (
     size_of,
     superscript,
     unit_of,
-    warning_of,
+    warnings_of,
 )
 from testbed.results.analysis import Summary
 from testbed.results.order import grouped
@@ -119,7 +119,7 @@ def _entry(row: Summary, wide: bool, sized: bool, notes: dict[str, int]) -> Text
 
 def _headline(campaign: Campaign) -> Text:
     text = Text(f"{campaign.name}: {blocks_of(campaign)}, guest {guest_of(campaign)}")
-    return text.append(f"\n{warning_of(campaign)}", style="bold yellow")
+    return text.append("".join(f"\n{w}" for w in warnings_of(campaign)), style="bold yellow")
 
 
 def _legend(campaign: Campaign, rows: Iterable[Summary]) -> str:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from testbed.model.cells import SLOW_US, UDP_LOSS, Cell
 from testbed.model.metrics import TAIL, Metric
-from testbed.model.terms import Transport
+from testbed.model.terms import UNPACED, Transport
 from testbed.model.trials import Status
 from testbed.results.analysis import EXCEEDANCES, Summary, controls
 from testbed.results.statistics import Estimate
@@ -69,7 +69,22 @@ def interval(of: Estimate, scale: float, wide: bool) -> str:
     return f"{mean} ±{side:.0f}%" if side < 999.5 else f"{mean} >±999%"
 
 
-def warning_of(campaign: Campaign) -> str:
+def warnings_of(campaign: Campaign) -> list[str]:
+    """What makes the campaign's numbers no speed claim, or too small: a line each."""
+    return list(filter(None, (_emulated(campaign), pacing_warning(campaign.congestion_control))))
+
+
+def pacing_warning(congestion_control: str) -> str:
+    """The warning that TCP's congestion control may pace, which slows streams; or empty."""
+    if congestion_control in (*UNPACED, "unknown"):
+        return ""
+    return (
+        f"TCP's congestion control is {congestion_control}, not cubic: if it paces, as bbr does, "
+        "throughput over TCP is too low; sysctl net.ipv4.tcp_congestion_control=cubic"
+    )
+
+
+def _emulated(campaign: Campaign) -> str:
     """The warning that guests are emulated, with their names if others are not; or empty."""
     guests = {campaign.guest: campaign.functional} if campaign.guest else {}
     guests |= {name: is_["accelerator"] == "tcg" for name, is_ in campaign.guests.items()}

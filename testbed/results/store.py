@@ -132,7 +132,7 @@ class Store:
             except (ValueError, TypeError, KeyError, AttributeError, Error) as e:
                 raise Error(
                     f"{self._log_path} line {number}: not a trial ({e})",
-                    "delete that line; its trial is run again on --resume",
+                    f"delete that line; its trial is run again by testbed run --resume {self.path}",
                 ) from e
             trials.append(trial)
         return trials
@@ -215,7 +215,9 @@ def create(path: Path, campaign: Campaign) -> Store:
     log = _lock(path)
     try:
         if (path / "campaign.json").exists():
-            raise Error(f"{path}: there is a campaign already", f"continue it: --resume {path}")
+            raise Error(
+                f"{path}: there is a campaign already", f"continue it: testbed run --resume {path}"
+            )
         with _replacing(path / "campaign.json") as beside:
             text = json.dumps({"format": FORMAT, **asdict(campaign)}, indent=1, ensure_ascii=False)
             beside.write_text(text + "\n")
@@ -369,5 +371,5 @@ def _explained(path: Path, resume: Path | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        hint = f"then go on with --resume {resume}" if resume else None
+        hint = f"then go on with testbed run --resume {resume}" if resume else None
         raise Error(f"{path}: {e.strerror or e}", hint) from e

@@ -82,7 +82,7 @@ def test_a_campaign_that_fills_the_disk_ends_with_a_line_and_is_resumed_with_not
     done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     last, *trials = done.stdout.splitlines()
-    assert "No space left on device; then go on with --resume" in last
+    assert "No space left on device; then go on with testbed run --resume" in last
     assert {trial["block"] for trial in map(json.loads, trials)} == set(range(6))
 
 

@@ -242,7 +242,8 @@ def test_a_new_campaign_is_not_written_over_another(finished: Path, plan: Path) 
     done = command(*run(plan, finished))
     assert done.returncode == 3
     assert last_line(done) == (
-        f"testbed: {finished}: there is a campaign already; continue it: --resume {finished}"
+        f"testbed: {finished}: there is a campaign already; "
+        f"continue it: testbed run --resume {finished}"
     )
 
 
@@ -276,7 +277,7 @@ def test_what_a_killed_worker_left_is_cleaned_and_the_campaign_is_resumed(
         said = campaign.finish()
         assert campaign.process.returncode == 3
     assert said.startswith("testbed: the worker ended with status -9")
-    assert said.endswith("then --resume")
+    assert said.endswith(f"then testbed run --resume {tmp_path / 'out'}")
     assert left_by(mark)
     assert f"removed netns tb-{mark}-block" in clean()
     assert left_by(mark) == []
@@ -296,7 +297,7 @@ def test_an_interrupted_campaign_leaves_nothing(plan: Path, tmp_path: Path, whom
             os.kill(campaign.process.pid, signal.SIGINT)
         said = campaign.finish()
         assert campaign.process.returncode == 130
-    assert said.endswith(f"go on with --resume {tmp_path / 'out'}")
+    assert said.endswith(f"go on with testbed run --resume {tmp_path / 'out'}")
     assert left_by(mark) == []
     assert (tmp_path / "out" / "worker.log").read_text() == ""
 

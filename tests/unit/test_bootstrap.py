@@ -35,7 +35,7 @@ def clone(tmp_path: Path) -> Path:
     config = venv / "pyvenv.cfg"
     config.write_text(config.read_text().replace(" --without-pip", ""))
     pip = venv / "bin/pip"
-    pip.write_text('#!/bin/sh\necho "pip $*" >&2\n')
+    pip.write_text('#!/bin/sh\necho "pip $*" | tee "$0.asked"\necho chatter >&2\n')
     pip.chmod(0o755)
     return tmp_path
 
@@ -78,17 +78,34 @@ def test_the_command_runs_where_the_caller_is_with_venv_first(clone: Path) -> No
     assert ran.stderr == ""
 
 
+def test_a_first_run_says_a_line_for_each_step_and_nothing_else(clone: Path) -> None:
+    said = bootstrap(clone, "true").stderr.splitlines()
+    assert said[0] == "bootstrap: installing the project and its dependencies into .venv"
+    assert all(line.startswith("bootstrap: ") for line in said)
+
+
+def test_commands_are_told_how_bootstrap_was_called(clone: Path) -> None:
+    bootstrap(clone)
+    told = bootstrap(clone, "sh", "-c", 'echo "$TESTBED_BOOTSTRAP"').stdout
+    assert told == f"{clone}/bootstrap\n"
+
+
 def test_changed_dependencies_are_installed(clone: Path) -> None:
     bootstrap(clone)
     with (clone / "pyproject.toml").open("a") as file:
         file.write("\n")
-    assert f"--editable {clone}[dev]" in bootstrap(clone).stderr
+    asked = clone / ".venv/bin/pip.asked"
+    asked.unlink()
+    assert bootstrap(clone).stderr.count("installing") == 1
+    assert f"--editable {clone}[dev]" in asked.read_text()
     assert "installing" not in bootstrap(clone).stderr
 
 
 def test_a_failed_installation_is_tried_again(clone: Path) -> None:
-    (clone / ".venv/bin/pip").write_text("#!/bin/sh\nexit 1\n")
-    assert bootstrap(clone, "true").returncode == 1
+    (clone / ".venv/bin/pip").write_text("#!/bin/sh\necho no such thing >&2\nexit 1\n")
+    failed = bootstrap(clone, "true")
+    assert failed.returncode == 1
+    assert failed.stderr.endswith("no such thing\n")
     assert "installing the project" in bootstrap(clone, "true").stderr
 
 
@@ -140,12 +157,17 @@ def test_of_several_names_the_first_that_apt_knows_is_installed(clone: Path) -> 
     (clone / "packages.txt").write_text(f"{names}  /nowhere/*  # why\nother  /nowhere/*  # why\n")
     ubuntu = clone / "bin"
     ubuntu.mkdir()
-    for name, script in (("apt-cache", f'test "$2" = {running}'), ("apt-get", 'echo "$*" >&2')):
+    scripts = {
+        "apt-cache": f'test "$2" = {running}',
+        "apt-get": f'echo "$*" | tee -a {clone}/asked; echo "debconf: chatter" >&2',
+    }
+    for name, script in scripts.items():
         (ubuntu / name).write_text(f"#!/bin/sh\n{script}\n")
         (ubuntu / name).chmod(0o755)
     ran = bootstrap(clone, "true", path=f"{ubuntu}:{os.environ['PATH']}")
     assert f"bootstrap: installing system packages: {running} other\n" in ran.stderr
-    assert f"--no-install-recommends {running} other\n" in ran.stderr
+    assert f"--no-install-recommends {running} other\n" in (clone / "asked").read_text()
+    assert "chatter" not in ran.stderr
 
 
 def test_packages_of_another_machine_are_left_out(clone: Path, tmp_path: Path) -> None:

@@ -91,6 +91,16 @@ def test_a_page_is_the_same_from_the_same_data(page: Path, tmp_path: Path) -> No
     assert again.read_bytes() == page.read_bytes()
 
 
+@pytest.mark.parametrize(("accelerator", "bold"), [("kvm", 2), ("tcg", 0)])
+def test_no_ratio_of_an_emulated_guest_is_bold(campaign: Path, accelerator: str, bold: int) -> None:
+    file = campaign / "campaign.json"
+    text = file.read_text().replace('"accelerator": "none"', f'"accelerator": "{accelerator}"')
+    file.write_text(text)
+    html.write(Results(store.open(campaign)), campaign / "report.html")
+    rows = re.findall("<tr>.*</tr>", (campaign / "report.html").read_text())
+    assert sum('class="number bold"' in row for row in rows) == bold
+
+
 def test_a_search_for_a_rate_is_shown_attempt_by_attempt(campaign: Path) -> None:
     cell = "bridge/native-guest/ipv4/udp/throughput/1400x1"
     searched = ((4e8, 3e8, 0.25), (2.5e8, 2.499e8, 0.0004))

@@ -13,12 +13,15 @@ import pytest
 from rich.console import Console
 
 from testbed import datapaths, plan
+from testbed.campaigns import campaign
+from testbed.campaigns.places import Share
+from testbed.campaigns.protocol import Job
 from testbed.model.cells import Cell, Pair
 from testbed.model.errors import Error
 from testbed.model.metrics import Metric
 from testbed.model.terms import Family
 from testbed.model.trials import Status, Trial
-from testbed.reports import table, words
+from testbed.reports import html, table, words
 from testbed.reports.figures import draw, forest, stacks
 from testbed.results import analysis, statistics, store
 from testbed.results.results import Results
@@ -153,6 +156,29 @@ def test_the_99_9th_percentile_stands_where_there_are_samples_for_it(little: sto
     assert "nan" not in text
 
 
+def test_a_congestion_control_that_may_pace_is_warned_of(tmp_path: Path) -> None:
+    for name, paces in (("bbr", True), ("cubic", False), ("unknown", False)):
+        with store.create(tmp_path / name, replace(CAMPAIGN, congestion_control=name)) as made:
+            html.write(Results(made), tmp_path / f"{name}.html")
+            said = " ".join(printed(made, 120).split())
+        page = (tmp_path / f"{name}.html").read_text()
+        for text in (said, page.replace("&#x27;", "'")):
+            assert (f"TCP's congestion control is {name}, not cubic" in text) is paces
+
+
+def test_a_campaign_notes_its_guests_and_a_congestion_control_that_may_pace() -> None:
+    share = Share("one", None, Job((), 0, 1, "best", ""))
+    ready = {
+        "event": "ready",
+        "guest": {"runtime": "linux"},
+        "why": "no OSv here",
+        "machine": {"congestion_control": "bbr"},
+    }
+    guests, warning = campaign._notes(share, ready)
+    assert guests == "one: guests are linux: no OSv here"
+    assert warning.startswith("one: TCP's congestion control is bbr, not cubic")
+
+
 def test_figures_come_out_the_same_bytes_from_stored_data(little: store.Store) -> None:
     little.close()
     stored = store.open(little.path)
@@ -165,6 +191,11 @@ def test_figures_come_out_the_same_bytes_from_stored_data(little: store.Store) -
     first = [f.read_bytes() for f in files]
     assert all(b.startswith((b"\x89PNG", b"%PDF")) for b in first)
     assert [f.read_bytes() for f in draw.draw(Results(stored))] == first
+    for kind in ("png", "pdf"):  # no file depends on those that are saved before it
+        alone = draw.draw(Results(stored), kinds=(kind,))
+        assert [f.read_bytes() for f in alone] == [
+            content for file, content in zip(files, first, strict=True) if file.suffix == f".{kind}"
+        ]
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.93, 1.07), (0.66, 1.55), (0.56, 1.75), (0.3, 4.0)])
@@ -285,7 +316,7 @@ def test_starts_memory_and_scaling_have_figures_and_guests_that_cells_name_their
                 value = (sum(of.values()) or 1e9) * (1 + block / 50)
                 made.append(Trial(cell.id, block, 0, Status.OK, value=value, parts=of))
         names = [f.name for f in draw.draw(Results(made)) if f.suffix == ".png"]
-        warning = words.warning_of(made.campaign)
+        warnings = words.warnings_of(made.campaign)
     assert names == [
         "throughput-tcp-standin.png",
         "scaling-tcp-standin.png",
@@ -293,5 +324,5 @@ def test_starts_memory_and_scaling_have_figures_and_guests_that_cells_name_their
         "memory-tcp.png",
         "ratios-tcp-standin.png",
     ]
-    assert warning == "osv: emulated guest: functional, not a speed claim"
+    assert warnings == ["osv: emulated guest: functional, not a speed claim"]
     assert not any(made.campaign.is_functional(cell) for cell in cells)

@@ -66,7 +66,7 @@ def test_what_goes_in_comes_out(tmp_path: Path) -> None:
 
 def test_a_second_campaign_is_not_written_over_the_first(tmp_path: Path) -> None:
     store.create(tmp_path, CAMPAIGN).close()
-    with pytest.raises(Error, match="there is a campaign already; continue it: --resume"):
+    with pytest.raises(Error, match="campaign already; continue it: testbed run --resume"):
         store.create(tmp_path, CAMPAIGN)
 
 
@@ -165,7 +165,7 @@ def test_a_full_disk_is_one_line_and_leaves_whole_lines(tmp_path: Path) -> None:
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, hard))
             with pytest.raises(
-                Error, match=r"trials.jsonl: File too large; then go on with --resume"
+                Error, match=r"trials.jsonl: File too large; then go on with testbed run --resume"
             ):
                 made.append(replace(OK, block=1))
         finally:

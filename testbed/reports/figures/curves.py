@@ -19,6 +19,7 @@ from testbed.reports.figures.style import (
     WIDTH_IN,
     Drawing,
     captioned,
+    keys_of,
     line_key,
     line_of,
     mark_of,
@@ -43,7 +44,10 @@ def curves_figure(rows: Sequence[Summary], results: Results) -> Drawing:
     families = present(Family, (row.cell.family for row in rows))
     pairs = present(Pair, (row.cell.pair for row in rows))
     figure = Figure(figsize=(WIDTH_IN, 0.45 + 1.3 * len(families)))
-    how = "All blocks with the same weight; marks: median and 99th percentile."
+    how = (
+        "Each percentile, as those in the table, is the geometric mean over blocks of the block's "
+        "own; marks: median and 99th percentile."
+    )
     panels = figure.subplots(len(families), len(pairs), sharex=True, sharey=True, squeeze=False)
     ends = []
     for line, family in zip(panels, families, strict=True):
@@ -70,24 +74,22 @@ def curves_figure(rows: Sequence[Summary], results: Results) -> Drawing:
                 ha="right",
                 bbox={"fc": "white", "ec": "none", "pad": 1},
             )
-    for axes in panels[-1]:
-        axes.set_xlabel("round trip, µs")
+    panels[-1][len(pairs) // 2].set_xlabel("round trip, µs")
     corner = panels[0][0]
     corner.set_ylim(0, 1.04)
     corner.set_xscale("log")
     corner.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     if ends:
         corner.set_xlim(min(low for low, _ in ends) / 1.3, max(high for _, high in ends) * 1.3)
-    return captioned(figure, title_of(rows[0].cell), rows, line_key, results, how)
+    keys = keys_of((row for row in rows if row.status is Status.OK), line_key, results)
+    return captioned(figure, title_of(rows[0].cell), rows, keys, results, how)
 
 
 def _curve(axes: Axes, style: Look, blocks: Sequence[Histogram]) -> tuple[float, float]:
-    """Draw the curve of one datapath. Returns the 0.1th and the 99.9th percentile in µs."""
+    """Draw the curve of one datapath. Returns its ends in µs."""
     points = distribution(blocks)
-    x, y = [points[0][0], *(x for x, _ in points)], [0.0, *(y for _, y in points)]
-    axes.plot(x, y, drawstyle="steps-post", color=style.color, ls=line_of(style), lw=1.2)
-    p01, p50, p99, p999 = (
-        next((x for x, y in points if y >= p), points[-1][0]) for p in (0.001, 0.5, 0.99, 0.999)
-    )
-    axes.plot([p50, p99], [0.5, 0.99], ls="none", color=style.color, zorder=3, **mark_of(style))
-    return p01, p999
+    x, y = zip(*points, strict=True)
+    axes.plot(x, y, color=style.color, ls=line_of(style), lw=1.2)
+    marked = [point for point in points if point[1] in (0.5, 0.99)]
+    axes.plot(*zip(*marked, strict=True), ls="none", color=style.color, zorder=3, **mark_of(style))
+    return x[0], x[-1]

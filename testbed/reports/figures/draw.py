@@ -16,14 +16,12 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-from testbed.reports.figures.forest import forest
+from testbed.reports.figures.forest import forest, meaning_of_marks
 from testbed.reports.figures.style import (
     RC,
     Drawing,
     Ratio,
     circumstances,
-    keys_of,
-    point_key,
     save,
 )
 from testbed.results.results import Results
@@ -90,14 +88,14 @@ def draw_comparison(
     with mpl.rc_context(RC):
         figure = forest(shown, after, band)
         how = (
-            "Ratio of geometric means, later by earlier, with 95 % Welch t-intervals; filled: the "
-            f"interval excludes 1. Gray: the band of equivalence, {band:.0%}."
+            "Ratio of geometric means, later by earlier, with 95 % Welch t-intervals"
+            f"{meaning_of_marks(shown, after)}. Gray: the band of equivalence, {band:.0%}."
         )
         paragraphs = [f"Earlier: {circumstances(before)}", f"Later: {circumstances(after)}", how]
         drawing = Drawing(
             figure,
             f"{after.path.name} against {before.path.name}",
-            keys_of(shown, point_key, after),
+            [],
             paragraphs,
             before.campaign.functional or after.campaign.functional,
         )

@@ -20,11 +20,8 @@ from testbed.reports.figures.style import (
     WIDTH_IN,
     Drawing,
     Ratio,
-    absences,
     circumstances,
     functional,
-    keys_of,
-    point_key,
 )
 from testbed.reports.words import columns_of, names, size_of
 from testbed.results.analysis import Summary
@@ -49,22 +46,48 @@ def figures(results: Results) -> Iterator[tuple[str, Drawing]]:
 def ratios(rows: Sequence[Summary], results: Results) -> Drawing:
     """All ratios to reference datapaths in one figure."""
     shown = [row for row in rows if row.ratio.blocks]
-    figure = forest(shown, results)
     divisors = dict.fromkeys((r.cell.datapath, r.reference) for r in shown)
+    divided = ", ".join(f"{one} by {other}" for one, other in divisors)
     how = (
-        "Geometric means of ratios within a block, 95 % t-intervals; filled: the interval excludes "
-        "1. Divided: " + ", ".join(f"{one} by {other}" for one, other in divisors) + "."
+        "Geometric means of ratios within a block, 95 % t-intervals"
+        f"{meaning_of_marks(shown, results)}. Divided: {divided}."
     )
-    missing = {f"No ratio of {r.cell.datapath}: {r.no_ratio}": None for r in rows if r.no_ratio}
-    absent = [*absences(rows), *missing]
-    guest = rows[0].cell.guest
     return Drawing(
-        figure,
+        forest(shown, results),
         f"Ratio to the reference datapath, {names(rows[0].cell.transport)}",
-        keys_of(shown, point_key, results),
-        [f"{circumstances(results, guest)} {how}", *absent],
+        [],
+        [f"{circumstances(results, rows[0].cell.guest)} {how}", *_without(rows, results)],
         functional(results, rows),
     )
+
+
+def meaning_of_marks(rows: Iterable[Ratio], results: Results) -> str:
+    """What filled marks mean, for a footer; empty if all guests are emulated: none is filled."""
+    if all(results.campaign.is_functional(row.cell) for row in rows):
+        return ""
+    return "; filled: the interval excludes 1"
+
+
+def _without(rows: Sequence[Summary], results: Results) -> list[str]:
+    """Which rows have no ratio, and why: a line for each datapath and reason.
+
+    A pair is named alone if all its rows of that datapath have no ratio; else metrics are, too.
+    """
+    guest = results.campaign.guest
+    divided = {(row.cell.datapath, row.cell.pair) for row in rows if row.ratio.blocks}
+    found: dict[tuple[str, str], dict[str, None]] = {}
+    for row in rows:
+        if not row.ratio.blocks:
+            cell = row.cell
+            what = cell.label(guest)
+            if (cell.datapath, cell.pair) in divided:
+                what += f" {names(cell.family)} {cell.metric} {size_of(cell)}"
+            reason = row.no_ratio or row.reason or "no block has both"
+            found.setdefault((cell.datapath, reason), {})[what] = None
+    return [
+        f"No ratio of {datapath} for {'; '.join(of)}: {reason}."
+        for (datapath, reason), of in found.items()
+    ]
 
 
 def forest(rows: Sequence[Ratio], results: Results, band: float = 0.0) -> Figure:
@@ -94,7 +117,8 @@ def forest(rows: Sequence[Ratio], results: Results, band: float = 0.0) -> Figure
         for row in rows:
             if (row.cell.metric, row.quantity) == (metric, quantity) and row.ratio.blocks:
                 style = results.look(row.cell.datapath)
-                _interval_line(axes, row, style, heights[line_of(row)], (low, high))
+                claims = not results.campaign.is_functional(row.cell)
+                _interval_line(axes, row, style, heights[line_of(row)], (low, high), claims)
     corner = panels[0]
     corner.set_ylim(at + 0.8, 0.2)
     corner.set_yticks(list(heights.values()), [label for _, label in heights], fontsize=SMALL_PT)
@@ -115,23 +139,34 @@ def forest(rows: Sequence[Ratio], results: Results, band: float = 0.0) -> Figure
         )
     corner.set_xscale("log")
     corner.set_xlim(low, high)
-    for steps in _NEAR if high / low < 4 else _FAR:
-        ticks = [x for x in steps if low < x < high]
-        if len(ticks) * len(columns) <= _TICKS:
-            break
+    ticks = _ticks(low, high, PANELS_IN / len(columns))
     corner.set_xticks(ticks, [f"{x:g}" for x in ticks], minor=False)
     corner.xaxis.set_minor_locator(NullLocator())
     return figure
 
 
-_NEAR = (0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2), (0.5, 0.7, 1, 1.5, 2)
-_FAR = (0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 100), (0.01, 0.1, 1, 10, 100)
-"""Ticks of an axis of ratios, for narrow and for other axes; the second lists are for small panels.
+PANELS_IN = 0.8 * WIDTH_IN
+"""Width of all panels together, beside the labels of lines."""
+TICK_IN = 0.3
+"""Least distance of ticks, so that their labels have room."""
+_TICKS = (
+    *(1, 0.1, 10, 0.01, 100),
+    *(0.5, 2, 0.2, 5, 0.05, 20, 0.02, 50),
+    *(0.3, 3, 0.7, 1.5, 0.8, 1.2, 0.9, 1.1, 0.95, 1.05),
+)
+"""Ticks of an axis of ratios, the more important ones first."""
 
-A narrow axis spans less than a factor of 4, and could contain no other tick of `_FAR` than 1.
-"""
-_TICKS = 24
-"""Number of ticks whose labels have room, over all panels."""
+
+def _ticks(low: float, high: float, width_in: float) -> list[float]:
+    """Ticks of a logarithmic axis of this width: all of `_TICKS` that have room."""
+    chosen: list[float] = []
+    for tick in _TICKS:
+        room = (abs(math.log(tick / other)) for other in chosen)
+        if low < tick < high and all(
+            gap / math.log(high / low) * width_in >= TICK_IN for gap in room
+        ):
+            chosen.append(tick)
+    return sorted(chosen)
 
 
 def _span(ratios: Iterable[Estimate], band: float) -> tuple[float, float]:
@@ -144,16 +179,19 @@ def _span(ratios: Iterable[Estimate], band: float) -> tuple[float, float]:
 
 
 def _interval_line(
-    axes: Axes, row: Ratio, style: Look, at: float, span: tuple[float, float]
+    axes: Axes, row: Ratio, style: Look, at: float, span: tuple[float, float], claims: bool
 ) -> None:
-    """Draw one ratio: mark and whisker, with an arrow head if the whisker leaves the panel."""
+    """Draw one ratio: mark and whisker, with an arrow head if the whisker leaves the panel.
+
+    The mark is filled if the interval excludes 1 and the row `claims` anything about speed.
+    """
     mean, low, high, _ = astuple(row.ratio)
     if not math.isnan(low):
         axes.plot([max(low, span[0]), min(high, span[1])], [at, at], color="black", lw=0.7)
         for end, beyond, head in ((span[0], low < span[0], "<"), (span[1], high > span[1], ">")):
             if beyond:
                 axes.plot(end, at, head, color="black", ms=2.5, clip_on=False)
-    conclusive = low > 1 or high < 1
+    conclusive = claims and (low > 1 or high < 1)
     axes.plot(
         mean,
         at,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple
 from typing import Any, NamedTuple
 
@@ -14,17 +13,16 @@ from matplotlib.patheffects import withStroke
 
 from testbed.model.metrics import Metric
 from testbed.model.terms import Family, Runtime
-from testbed.reports.figures.bars import slots_of
 from testbed.reports.figures.select import is_crowd, kind_of, traffic
+from testbed.reports.figures.slots import grid_of, set_height, set_slots, write_value
 from testbed.reports.figures.style import (
-    SMALL_PT,
-    WIDTH_IN,
+    WHISKERS,
     Drawing,
     circumstances,
     functional,
-    title_of,
+    whisker,
 )
-from testbed.reports.words import names, unit_of
+from testbed.reports.words import names, number, size_of, unit_of
 from testbed.results.analysis import Breakdown
 from testbed.results.order import grouped, present
 from testbed.results.results import Results
@@ -41,14 +39,14 @@ class Part(NamedTuple):
 PARTS = {
     "softirq": Part("#333333", "", "softirq"),
     "system": Part("#888888", "////", "system"),
-    "user": Part("#ffffff", "..", "user"),
+    "user": Part("#ffffff", "", "user"),
     "guest": Part("#cccccc", "", "guests' QEMU"),
 }
 """Kinds of CPU time, from the bottom of the bars up. They are grey: colors mean datapaths."""
 STEPS = {
     "image": Part("#333333", "", "image"),
     "links": Part("#777777", "////", "links"),
-    "datapath": Part("#ffffff", "..", "datapath"),
+    "datapath": Part("#ffffff", "", "datapath"),
     "launch": Part("#aaaaaa", "\\\\\\\\", "launch"),
     "boot": Part("#dddddd", "", "boot"),
     "answer": Part("#ffffff", "xxxx", "answer"),
@@ -57,6 +55,14 @@ OWNERS = {
     "processes": Part("#cccccc", "", "processes"),
     "kernel": Part("#555555", "////", "kernel"),
 }
+
+
+_UNITS = {
+    Metric.THROUGHPUT: "gigabyte",
+    Metric.LATENCY: "million round trips",
+    Metric.CONNECTIONS: "million connections",
+}
+"""Units of traffic that CPU time is divided by."""
 
 
 def figures(results: Results) -> Iterator[tuple[str, Drawing]]:
@@ -74,27 +80,20 @@ def figures(results: Results) -> Iterator[tuple[str, Drawing]]:
 def spent_figure(rows: Sequence[Breakdown], results: Results) -> Drawing:
     """Host CPU time of traffic, as bars of its parts by pair and datapath, a panel per family."""
     cell = rows[0].cell
-    families = present(Family, (row.cell.family for row in rows))
-    slots, guest = slots_of(rows, results), cell.guest or results.campaign.guest
-    figure = Figure(figsize=(WIDTH_IN, 2.4))
-    per = "gigabyte" if cell.metric is Metric.THROUGHPUT else "million transactions"
+    per = _UNITS.get(cell.metric, "million transactions")
     how = (
-        "Bars: geometric means over blocks of all that the host's CPUs did during traffic, by the "
-        "traffic; whiskers: 95 % t-intervals of the whole."
+        "Bars, and numbers above them: geometric means over blocks of all that the host's CPUs did "
+        f"during traffic, by the traffic; {WHISKERS}."
     )
-    panels = figure.subplots(1, len(families), squeeze=False, sharey=True)[0]
-    for axes, family in zip(panels, families, strict=True):
-        axes.set_title(names(family), loc="left", fontweight="bold")
-        labels = [slot and (slot[0].label(guest), slot[1]) for slot in slots]
-        shown = [row for row in rows if row.cell.family is family]
-        at = [slots.index((row.cell.pair, row.cell.datapath)) for row in shown]
-        _stacks(axes, shown, at, labels, PARTS)
-    _fit(panels[0], rows)
-    panels[0].set_ylabel(f"CPU seconds per {per}")
+    panels = {
+        names(family): [row for row in rows if row.cell.family is family]
+        for family in present(Family, (row.cell.family for row in rows))
+    }
+    figure = _draw_panels(panels, results, PARTS, "CPU seconds", alike=True)
     return Drawing(
         figure,
-        f"Host CPU: {title_of(cell)}",
-        _keys(PARTS),
+        f"Host CPU time per {per}, {names(cell.transport)}, {size_of(cell)} messages",
+        _keys(PARTS, rows),
         [f"{circumstances(results, cell.guest)} {how}"],
         functional(results, rows),
     )
@@ -103,17 +102,16 @@ def spent_figure(rows: Sequence[Breakdown], results: Results) -> Drawing:
 def built_figure(rows: Sequence[Breakdown], results: Results) -> Drawing:
     """Time or memory of building pods, as bars of its parts by pair and datapath.
 
-    Pods with virtual machines have panels of their own.
+    Pods with virtual machines have panels and a scale of their own.
     """
-    metric, unit = rows[0].cell.metric, unit_of(rows[0].cell.metric)
-    starts = metric is Metric.STARTUP
+    starts = rows[0].cell.metric is Metric.STARTUP
     parts = STEPS if starts else OWNERS
     title = (
         "From nothing to the first answer at localhost"
         if starts
         else "Memory of a pod after its first answer"
     )
-    how = "Bars: geometric means over blocks; whiskers: 95 % t-intervals of the whole. " + (
+    how = (f"Bars, and numbers above them: geometric means over blocks; {WHISKERS}. ") + (
         "Images and programs are in the cache; launch: until the program, or the virtual "
         "machine, runs; boot: until it answers at its own address; answer: the first request "
         "to localhost."
@@ -121,21 +119,18 @@ def built_figure(rows: Sequence[Breakdown], results: Results) -> Drawing:
         else "Processes: proportional set size; kernel: what its memory grew by."
     )
     groups = grouped(rows, lambda r: (r.cell.family, _boots(r, results)))
-    places = sorted(groups)
-    slots = [_labels(groups[place], results) for place in places]
-    figure = Figure(figsize=(WIDTH_IN, 2.4))
-    panels = figure.subplots(
-        1, len(places), squeeze=False, width_ratios=[len(labels) + 1 for labels in slots]
-    )[0]
-    for axes, place, labels in zip(panels, places, slots, strict=True):
-        shown, kind = groups[place], "virtual machines" if place[1] else "no virtual machines"
-        axes.set_title(f"{names(place[0])}, {kind}", loc="left", fontweight="bold")
-        at = [labels.index((r.cell.label(results.campaign.guest), r.cell.datapath)) for r in shown]
-        _stacks(axes, shown, at, labels, parts)
-        _fit(axes, shown, unit.scale)
-    panels[0].set_ylabel(unit.name)
+    panels = {
+        f"{names(family)}, {'' if boots else 'no '}virtual machines": groups[family, boots]
+        for family, boots in sorted(groups)
+    }
+    unit = unit_of(rows[0].cell.metric)
+    figure = _draw_panels(panels, results, parts, unit.name, alike=False)
     return Drawing(
-        figure, title, _keys(parts), [f"{circumstances(results)} {how}"], functional(results, rows)
+        figure,
+        title,
+        _keys(parts, rows),
+        [f"{circumstances(results)} {how}"],
+        functional(results, rows),
     )
 
 
@@ -145,78 +140,56 @@ def _boots(row: Breakdown, results: Results) -> bool:
     return row.cell.pair.guests > 0 and guest is not Runtime.STANDIN
 
 
-def _labels(rows: Sequence[Breakdown], results: Results) -> list[tuple[str, str] | None]:
-    """Positions along the x axis: (pair, datapath), with None (a gap) between pairs."""
-    of_pair = grouped(rows, lambda r: r.cell.label(results.campaign.guest))
-    labels: list[tuple[str, str] | None] = []
-    for pair, of in of_pair.items():
-        datapaths = sorted({row.cell.datapath for row in of}, key=results.rank)
-        labels += [None, *((pair, datapath) for datapath in datapaths)]
-    return labels[1:]
-
-
-def _keys(parts: Mapping[str, Part]) -> list[tuple[Any, str]]:
+def _keys(parts: Mapping[str, Part], rows: Iterable[Breakdown]) -> list[tuple[Any, str]]:
+    """Entries of the key, for the parts that some of the rows have."""
+    rows = list(rows)
     return [
         (Patch(fc=part.color, hatch=part.hatch * 2, ec="black"), part.name)
-        for part in parts.values()
+        for name, part in parts.items()
+        if any(row.shares.get(name) for row in rows)
     ]
 
 
-def _stacks(
-    axes: Axes,
-    rows: Sequence[Breakdown],
-    at: Sequence[int],
-    labels: Sequence[tuple[str, str] | None],
+def _draw_panels(
+    panels: Mapping[str, Sequence[Breakdown]],
+    results: Results,
     parts: Mapping[str, Part],
-) -> None:
-    """Draw bars of parts at positions along the x axis, whose labels are (group, bar)."""
-    axes.set_xlim(-1.2, len(labels) + 0.2)
-    axes.grid(axis="y")
-    ticks = {at: label[1] for at, label in enumerate(labels) if label}
-    axes.set_xticks(list(ticks), list(ticks.values()), rotation=90, fontsize=SMALL_PT)
-    for group in dict.fromkeys(label[0] for label in labels if label):
-        middle = [at for at, label in enumerate(labels) if label and label[0] == group]
-        axes.text(
-            sum(middle) / len(middle),
-            1.0,
-            group.replace("→", "\n→ "),
-            transform=axes.get_xaxis_transform(),
-            ha="center",
-            va="top",
-            fontsize=SMALL_PT,
-            bbox={"fc": "white", "ec": "none", "pad": 0.6},
-            zorder=4,
-        )
-    for row, place in zip(rows, at, strict=True):
-        _stack(
-            axes,
-            row,
-            place,
-            parts,
-            unit_of(row.cell.metric).scale if row.cell.metric.of_building else 1,
-        )
+    unit: str,
+    alike: bool,
+) -> Figure:
+    """Draw a panel for each title; with `alike`, all panels have the same scale."""
+    every = [row for rows in panels.values() for row in rows]
+    means = (row.total.mean / _scale(row) for row in every)
+    grid = grid_of(list(panels.items()), 1, means, 2.3, results)
+    for axes, rows, slots in zip(grid.panels, panels.values(), grid.slots, strict=True):
+        set_slots(axes, slots, named=True)
+        set_height(axes, [row.total for row in (every if alike else rows)], _scale(rows[0]))
+        for row in rows:
+            at = slots.index((row.cell.label(results.campaign.guest), row.cell.datapath))
+            _stack(axes, row, at, parts, grid.upright)
+    for axes in grid.lefts:
+        axes.set_ylabel(unit)
+    return grid.figure
 
 
-def _fit(axes: Axes, rows: Sequence[Breakdown], scale: float = 1) -> None:
-    tops = [max(c.total.mean, min(c.total.high, 1.5 * c.total.mean)) for c in rows]
-    axes.set_ylim(0, 1.25 * max(tops) / scale)
+def _scale(row: Breakdown) -> float:
+    return unit_of(row.cell.metric).scale if row.cell.metric.of_building else 1
 
 
-def _stack(axes: Axes, row: Breakdown, at: int, parts: Mapping[str, Part], scale: float) -> None:
+def _stack(axes: Axes, row: Breakdown, at: int, parts: Mapping[str, Part], upright: bool) -> None:
     """Draw one bar of its parts, with the interval of the whole."""
-    mean, low, high = (x / scale for x in astuple(row.total)[:3])
+    mean, low, high = (x / _scale(row) for x in astuple(row.total)[:3])
     bottom = 0.0
     for name, part in parts.items():
         height = mean * row.shares[name]
         axes.bar(at, height, 0.86, bottom, color=part.color, hatch=part.hatch, edgecolor="black")
         bottom += height
-    if not math.isnan(low):
-        axes.errorbar(
-            at,
-            mean,
-            [[mean - low], [high - mean]],
-            color="black",
-            lw=0.8,
-            capsize=1.5,
-            path_effects=[withStroke(linewidth=2.2, foreground="white")],
-        )
+    whisker(
+        axes,
+        at,
+        mean,
+        low,
+        high,
+        path_effects=[withStroke(linewidth=2.2, foreground="white")],
+    )
+    write_value(axes, at, number(mean, mean), upright)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -51,8 +52,19 @@ RC: Any = {
 WIDTH_IN = 7.1
 """Text width of a two-column page."""
 FOOTER_PT = 6
+LABEL_PT = 6
 SMALL_PT = 5.5
 """Size of labels in panels."""
+CHARACTER_EM = 0.6
+"""Mean width of a character, as a share of the size of the font; digits have 0.64, a point 0.32."""
+
+
+WHISKERS = "whiskers: 95 % t-intervals; an arrow: it goes on"
+
+
+def text_in(text: str, size_pt: float) -> float:
+    """About how wide a line of text is, in inches."""
+    return len(text) * CHARACTER_EM * size_pt / 72
 
 
 class Ratio(Row, Protocol):
@@ -68,6 +80,7 @@ class Drawing(NamedTuple):
     panels: Figure
     title: str
     keys: Sequence[tuple[Any, str]]
+    """Entries of the key: (mark, name); none if the panels say it themselves."""
     paragraphs: Sequence[str]
     """The footer: circumstances, how to read the figure, what is missing and why."""
     functional: bool
@@ -88,7 +101,9 @@ def save(
     figures have no title and footer, for a paper that has its own captions.
     """
     files = {kind: folder / f"{name}.{kind}" for kind in kinds}
-    _surround(drawing, bare)
+    surround(drawing, bare)
+    drawing.panels.draw_without_rendering()  # lays the panels out
+    drawing.panels.set_layout_engine("none")  # once, or a file would depend on those before it
     try:
         folder.mkdir(exist_ok=True)
         if pdf := files.get("pdf"):
@@ -105,10 +120,11 @@ def save(
     return list(files.values())
 
 
-def _surround(drawing: Drawing, bare: bool) -> None:
+def surround(drawing: Drawing, bare: bool = False) -> None:
     """Add title, key and footer; the figure grows by their height."""
     figure, title, keys, paragraphs, functional = drawing
-    footer = [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, 152)]
+    whole = [paragraph.replace(" %", "\N{NO-BREAK SPACE}%") for paragraph in paragraphs]
+    footer = [line for paragraph in whole for line in textwrap.wrap(paragraph, 152)]
     key_lines = math.ceil(len(keys) / 8)
     title_in, key_in = 0.0 if bare else 0.17, 0.03 + 0.17 * key_lines
     foot_in = 0.0 if bare else (len(footer) + 0.8) * FOOTER_PT * 1.25 / 72
@@ -116,18 +132,19 @@ def _surround(drawing: Drawing, bare: bool) -> None:
     height = panels_in + title_in + key_in + foot_in
     figure.set_size_inches(width, height)
     figure.set_layout_engine("constrained", rect=(0, foot_in / height, 1, panels_in / height))
-    figure.legend(
-        [mark for mark, _ in keys],
-        [name for _, name in keys],
-        loc="upper left",
-        bbox_to_anchor=(0.0, 1 - title_in / height),
-        ncols=math.ceil(len(keys) / key_lines),
-        frameon=False,
-        handlelength=2.8,
-        columnspacing=1.2,
-        borderpad=0.3,
-        labelspacing=0.3,
-    )
+    if keys:
+        figure.legend(
+            [mark for mark, _ in keys],
+            [name for _, name in keys],
+            loc="upper left",
+            bbox_to_anchor=(0.0, 1 - title_in / height),
+            ncols=math.ceil(len(keys) / key_lines),
+            frameon=False,
+            handlelength=2.8,
+            columnspacing=1.2,
+            borderpad=0.3,
+            labelspacing=0.3,
+        )
     if bare:
         return
     top = 1 - 0.05 / height
@@ -145,6 +162,22 @@ def _surround(drawing: Drawing, bare: bool) -> None:
     )
 
 
+def whisker(
+    axes: Axes, at: float, mean: float, low: float, high: float, color: str = "black", **line: Any
+) -> None:
+    """Draw an upright interval. An arrow stands where it, or its mean, leaves the panel.
+
+    The limits of the y axis must be set before. `line` are arguments of matplotlib's `plot`.
+    """
+    bottom, top = axes.get_ylim()
+    marks = [(top, "^")] if max(mean, high) > top else [(high, "_")]
+    marks += [(bottom, "v")] if low < bottom else [(low, "_")]
+    marks = [(end, mark) for end, mark in marks if end <= top]  # not NaN, and not above the panel
+    axes.plot([at] * len(marks), [end for end, _ in marks], color=color, lw=0.8, **line)
+    for end, mark in marks:
+        axes.plot(at, end, mark, color=color, ms=3, mew=0.8, clip_on=False, **line)
+
+
 def keys_of(
     rows: Iterable[Ratio], key: Callable[[Look], Any], results: Results
 ) -> list[tuple[Any, str]]:
@@ -157,23 +190,18 @@ def captioned(
     figure: Figure,
     title: str,
     rows: Sequence[Summary],
-    key: Callable[[Look], Any],
+    keys: Sequence[tuple[Any, str]],
     results: Results,
     how: str,
 ) -> Drawing:
-    """A figure of rows with title, key of datapaths, and footer; `how` says how to read it."""
+    """A figure of rows with title, key, and footer; `how` says how to read it."""
     return Drawing(
         figure,
         title,
-        keys_of(rows, key, results),
+        keys,
         [f"{circumstances(results, rows[0].cell.guest)} {how}", *absences(rows)],
         functional(results, rows),
     )
-
-
-def point_key(look: Look) -> Line2D:
-    """Mark of a datapath in the key of a figure with points."""
-    return Line2D([], [], ls="none", color=look.color, **mark_of(look))
 
 
 def line_key(look: Look) -> Line2D:

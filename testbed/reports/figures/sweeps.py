@@ -5,9 +5,8 @@ There is one line per datapath. The parameters are found from the campaign's cel
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -19,12 +18,17 @@ from testbed.model.metrics import TAIL
 from testbed.model.terms import Family, Transport
 from testbed.reports.figures.select import Axis, along, is_crowd, of_guest, swept
 from testbed.reports.figures.style import (
+    RC,
+    WHISKERS,
     WIDTH_IN,
     Drawing,
     captioned,
+    keys_of,
     line_key,
     line_of,
     mark_of,
+    text_in,
+    whisker,
 )
 from testbed.reports.words import columns_of, names, unit_of
 from testbed.results.analysis import Summary
@@ -64,7 +68,7 @@ def sweep(rows: Sequence[Summary], axis: Axis, results: Results) -> Drawing:
     fixed = [f"{cell.size_bytes} B"] if axis.field != "size_bytes" else []
     fixed += [f"{cell.streams} streams"] if axis.field != "streams" and cell.streams > 1 else []
     title = ", ".join([f"{cell.metric.capitalize()} by {axis.name}", names(cell.transport), *fixed])
-    how = "Geometric means over blocks; whiskers: 95 % t-intervals."
+    how = f"Geometric means over blocks; {WHISKERS}."
     if axis.field == "rate_per_s":
         how += " Each request is timed from when it was due."
     panels = figure.subplots(len(downs), len(pairs), sharex=True, sharey="row", squeeze=False)
@@ -75,24 +79,26 @@ def sweep(rows: Sequence[Summary], axis: Axis, results: Results) -> Drawing:
         for axes, pair in zip(across, pairs, strict=True):
             place = (family, quantity, pair)
             group = [r for r in rows if (r.cell.family, r.quantity, r.cell.pair) == place]
-            for datapath, line in grouped(group, lambda r: r.cell.datapath).items():
-                _sweep_line(axes, line, axis, results.look(datapath), unit.scale)
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.grid(visible=True)
+            _set_y(axes, [r for r in rows if (r.cell.family, r.quantity) == place[:2]], unit.scale)
+            for datapath, line in grouped(group, lambda r: r.cell.datapath).items():
+                _sweep_line(axes, line, axis, results.look(datapath), unit.scale)
     for axes, pair in zip(panels[0], pairs, strict=True):
         axes.set_title(replace(cell, pair=pair).label(results.campaign.guest))
     for axes in panels[-1]:
-        _set_x(axes, rows, axis)
-    for across, down in zip(panels, downs, strict=True):
-        _set_y(across[0], [r for r in rows if (r.cell.family, r.quantity) == down], unit.scale)
-    return captioned(figure, title, rows, line_key, results, how)
+        _set_x(axes, rows, axis, WIDTH_IN / len(pairs) - 0.6)
+    keys = keys_of((row for row in rows if row.estimate.blocks), line_key, results)
+    return captioned(figure, title, rows, keys, results, how)
 
 
-def _set_x(axes: Axes, rows: Sequence[Summary], axis: Axis) -> None:
+def _set_x(axes: Axes, rows: Sequence[Summary], axis: Axis, width_in: float) -> None:
     ticks = sorted({getattr(row.cell, axis.field) for row in rows})
+    labels = [f"{tick}" for tick in ticks]
+    fit = text_in(" ".join(labels), RC["font.size"]) < width_in
     axes.set_xlabel(axis.label)
-    axes.set_xticks(ticks, [f"{tick}" for tick in ticks], rotation=30 if max(ticks) > 999 else 0)
+    axes.set_xticks(ticks, labels, rotation=0 if fit else 90)
     axes.xaxis.set_minor_locator(NullLocator())
 
 
@@ -136,18 +142,19 @@ def scaling(rows: Sequence[Summary], results: Results) -> Drawing | None:
             if not group:
                 axes.set_axis_off()
                 continue
+            _set_y(axes, group, unit.scale)
             for datapath, of in grouped(group, lambda r: r.cell.datapath).items():
                 _sweep_line(axes, of, axis, results.look(datapath), unit.scale)
-            _set_x(axes, group, axis)
+            _set_x(axes, group, axis, WIDTH_IN / len(acrosses) - 0.6)
             axes.set_xlabel(axis.label if axes is line[len(acrosses) // 2] else "")
-            _set_y(axes, group, unit.scale)
     cell = shown[0].cell
     title = f"Scaling, {cell.label(results.campaign.guest)}, {names(cell.family, cell.transport)}"
     how = (
         "Rates are those of all together, times those of all round trips, memory is per pod. "
-        "Geometric means over blocks; whiskers: 95 % t-intervals."
+        f"Geometric means over blocks; {WHISKERS}."
     )
-    return captioned(figure, title, shown, line_key, results, how)
+    keys = keys_of((row for row in shown if row.estimate.blocks), line_key, results)
+    return captioned(figure, title, shown, keys, results, how)
 
 
 def _sweep_line(axes: Axes, rows: Sequence[Summary], axis: Axis, style: Look, scale: float) -> None:
@@ -157,6 +164,5 @@ def _sweep_line(axes: Axes, rows: Sequence[Summary], axis: Axis, style: Look, sc
     mean = [row.estimate.mean / scale for row in rows]
     axes.plot(x, mean, color=style.color, ls=line_of(style), lw=1.2, **mark_of(style))
     for row, at in zip(rows, x, strict=True):
-        if not math.isnan(row.estimate.low):
-            ends = [row.estimate.low / scale, row.estimate.high / scale]
-            axes.plot([at, at], ends, color=style.color, lw=0.8)
+        mean, low, high = (value / scale for value in astuple(row.estimate)[:3])
+        whisker(axes, at, mean, low, high, color=style.color)
