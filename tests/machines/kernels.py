@@ -3,7 +3,7 @@
 A row is a kernel, the Debian suite whose compiler makes the bytecode, and the set-up of the
 machine. Its steps are `testbed doctor`, the tests of the eBPF programs, measuring cells, and
 conformance checks. The table of docs/machines.md shows the results. A row that is green is not run
-again, unless a commit changes the files that its steps run.
+again, unless a commit changes the files on which it depends whether a kernel and compiler will do.
 """
 
 from __future__ import annotations
@@ -32,21 +32,16 @@ PAGE = roots.REPOSITORY / "docs/machines.md"
 BEGIN, END = "<!-- kernels: nox -s kernels -->", "<!-- end of kernels -->"
 
 TESTED = (
-    "agent",
     "bpf",
-    "experiments",
-    "testbed",
+    "testbed/bpf",
+    "testbed/datapaths",
+    "testbed/host",
     "tests/bpf",
-    "tests/hostile",
-    "tests/integration/conftest.py",
-    "tests/integration/sockets.py",
-    "tests/children.py",
-    "tests/conftest.py",
-    "bootstrap",
-    "packages.txt",
-    "pyproject.toml",
+    "tests/hostile/test_process.py",
 )
-"""Files and folders that the steps run."""
+"""Files and folders on which it depends whether a kernel and a compiler will do: the programs, what
+attaches them, and what tests both. Everything else is the same on every kernel.
+"""
 
 COMPILERS = ("bookworm", "trixie")
 """Debian suites whose compiler is tried with each kernel."""
