@@ -47,8 +47,7 @@ def spawn(
     if cpus:
         enter += ["taskset", "--cpu-list", ",".join(map(str, cpus))]
     if binds:
-        mounts = " && ".join(shlex.join(["mount", "--bind", str(f), at]) for f, at in binds.items())
-        enter += ["unshare", "--mount", "sh", "-c", f'{mounts} && exec "$@"', "sh"]
+        enter += seeing(binds)
     program = shutil.which(argv[0])
     if program is None:
         raise Error(f"no program {argv[0]}", hint="./bootstrap")
@@ -67,6 +66,12 @@ def spawn(
     finally:
         if output:
             sink.close()  # type: ignore[union-attr]
+
+
+def seeing(binds: Mapping[Path, str]) -> list[str]:
+    """Prefix of a command line whose command sees files of the host at other paths."""
+    mounts = " && ".join(shlex.join(["mount", "--bind", str(f), at]) for f, at in binds.items())
+    return ["unshare", "--mount", "sh", "-c", f'{mounts} && exec "$@"', "sh"]
 
 
 def run(

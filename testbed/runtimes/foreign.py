@@ -42,7 +42,7 @@ class Foreign:
     def start(self, place: Placement) -> subprocess.Popen[bytes]:
         return spawn(["sleep", "infinity"], cgroup=place.cgroup, output=place.console)
 
-    def enter(self, place: Placement) -> list[str]:
+    def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
         raise Error(
             f"somebody else runs {place.workload.name!r}", hint="use the tools of its runtime"
         )

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 from testbed import agent
-from testbed.host.process import spawn
+from testbed.host.process import seeing, spawn
 from testbed.images import compose, rootfs
 from testbed.model.errors import Error
 from testbed.model.manifest import Workload
@@ -56,7 +56,8 @@ class PlainProgram:
         return True
 
     def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
-        return join(place.cgroup, place.netns)
+        binds = {**place.etc, **self._files(place.workload)}
+        return [*join(place.cgroup, place.netns), *seeing(binds)]
 
     def start(self, place: Placement) -> subprocess.Popen[bytes]:
         if program := place.workload.program:

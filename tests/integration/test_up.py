@@ -16,6 +16,8 @@ import pytest
 
 from testbed.host import ledger, namespaces
 from testbed.host.facts import slowness
+from testbed.model.addresses import alias
+from testbed.model.terms import Family
 from testbed.pods import control
 from tests.children import ending
 
@@ -99,6 +101,15 @@ def test_logs_and_exec(manifest: Callable[..., Path], name: str) -> None:
     assert entered == f"net:[{namespace}]\n"
     assert run("exec", name, "-c", "talker", "--", "sh", "-c", "exit 7", status=7)
     assert "it has talker" in run("logs", name, "-c", "nobody", status=3).stderr
+
+
+def test_what_is_executed_in_a_stand_in_sees_its_files(
+    manifest: Callable[..., Path], name: str
+) -> None:
+    run("up", manifest('- {name: guest, image: "host:sleep", args: ["1000"]}', runtime="standin"))
+    seen = run("exec", name, "--", "cat", "/etc/hosts").stdout
+    assert f"{alias(Family.IPV4)} localhost" in seen
+    assert f"{alias(Family.IPV4)} {name}" in seen
 
 
 def test_what_ends_is_started_again_as_the_policy_says(
