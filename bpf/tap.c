@@ -13,8 +13,8 @@
  *   from the guest:  tap_ingress > t1 > g1      source: the guest's > guest n's link address
  *   to the guest:    g1 > inner_ingress > tap   destination: the reverse
  *
- * Nothing is known of a guest at first, unless user space was told. What it sends teaches the
- * programs its addresses.
+ * Of a guest is known at first what user space was told, or guesses. What the guest sends teaches
+ * the programs the rest.
  */
 
 #include <uapi/linux/bpf.h>
@@ -27,11 +27,14 @@
 #include "packet.h"
 #include "state.h"
 
+enum guessed { GUESSED_MAC = 1, GUESSED_IP4 = 2, GUESSED_IP6 = 4 };
+
 struct tap {
 	__be32 ip4, ip6[4];   /* the guest's; 0: not known */
 	u8 mac[ETH_ALEN];     /* the guest's; 0: not known */
 	u8 pod_mac[ETH_ALEN]; /* of the pod's own interface on the guest link */
 	u32 tap_ifindex, inner_ifindex;
+	u32 guessed, padding; /* bits of `enum guessed`: what is not certain */
 	struct count from_guest, to_guest;
 	struct count refused;	  /* dropped: not from the guest's address, or malformed */
 	struct count unreachable; /* dropped: nothing is known yet of the guest */
@@ -81,17 +84,31 @@ static __always_inline void learn_mac(struct __sk_buff *skb, struct tap *tap)
 {
 	struct ethhdr eth;
 
-	if (is_zero_mac(tap->mac) && !read(skb, 0, &eth, sizeof(eth)))
-		__builtin_memcpy(tap->mac, eth.h_source, ETH_ALEN);
+	if (!is_zero_mac(tap->mac) && !(tap->guessed & GUESSED_MAC))
+		return;
+	if (read(skb, 0, &eth, sizeof(eth)))
+		return;
+	__builtin_memcpy(tap->mac, eth.h_source, ETH_ALEN);
+	tap->guessed &= ~GUESSED_MAC;
+}
+
+static __always_inline void learn4(struct tap *tap, __be32 address)
+{
+	if (tap->ip4 && !(tap->guessed & GUESSED_IP4))
+		return;
+	tap->ip4 = address;
+	tap->guessed &= ~GUESSED_IP4;
 }
 
 /* Takes the packet's source for the guest's address, if none is known. */
 static __always_inline void learn_source(struct tap *tap, const struct packet *p)
 {
-	if (p->v6 && is_zero6(tap->ip6))
+	if (!p->v6) {
+		learn4(tap, p->addresses[0]);
+	} else if (is_zero6(tap->ip6) || tap->guessed & GUESSED_IP6) {
 		__builtin_memcpy(tap->ip6, p->addresses, sizeof(tap->ip6));
-	else if (!p->v6 && !tap->ip4)
-		tap->ip4 = p->addresses[0];
+		tap->guessed &= ~GUESSED_IP6;
+	}
 }
 
 static __always_inline bool is_from_guest(const struct tap *tap, const struct packet *p)
@@ -126,11 +143,13 @@ static __always_inline int take_arp(struct __sk_buff *skb, struct tap *tap)
 {
 	struct neighbor says;
 	struct arp arp;
+	__be32 sender;
 
 	if (parse_arp(skb, &arp, &says))
 		return TC_ACT_OK;
-	if (says.own_mac && says.claimed.kind == OTHER && !tap->ip4)
-		__builtin_memcpy(&tap->ip4, arp.sender, sizeof(tap->ip4));
+	__builtin_memcpy(&sender, arp.sender, sizeof(sender));
+	if (says.own_mac && says.claimed.kind == OTHER)
+		learn4(tap, sender);
 	if (!is_inside(says.asked))
 		return TC_ACT_OK;
 	if (answer_arp(skb, &arp, 0) ||

@@ -71,6 +71,12 @@ def add(commands: Commands) -> None:
         metavar="ADDRESS[:PORT]",
         help="... and the control connection of the traffic agent in its guest",
     )
+    conformance.add_argument(
+        "--cgroup",
+        type=Path,
+        metavar="PATH",
+        help="cgroup (v2) of that pod's processes, to which the natives are to belong",
+    )
 
 
 def _conformance(arguments: argparse.Namespace) -> int:
@@ -95,6 +101,8 @@ def _conformance(arguments: argparse.Namespace) -> int:
     foreign = arguments.netns is not None
     if foreign != (arguments.control is not None):
         raise Error("a pod that is there already needs both --netns and --control")
+    if arguments.cgroup and not (foreign and (arguments.cgroup / "cgroup.procs").exists()):
+        raise Error(f"{arguments.cgroup} is no cgroup of a pod that is there already")
     localhost = [name for name in datapaths.names() if datapaths.get(name).localhost]
     choice = runner.Choice(
         tuple(arguments.datapath or (["foreign"] if foreign else localhost)),
@@ -105,6 +113,7 @@ def _conformance(arguments: argparse.Namespace) -> int:
         arguments.osv_kernel,
         netns=arguments.netns,
         control=arguments.control or "",
+        cgroup=arguments.cgroup and arguments.cgroup.absolute(),
     )
     results: list[Result] = []
     revision = paths.revision() if arguments.keep else ""  # before anybody edits the clone

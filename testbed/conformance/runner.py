@@ -40,6 +40,7 @@ class Choice:
     netns: Path | None = None
     """Namespace of an existing pod to check. None: build pods."""
     control: str = ""
+    cgroup: Path | None = None
     """Address of the traffic agent of the guest in that pod."""
 
 
@@ -70,7 +71,9 @@ def run(choice: Choice) -> Iterator[Result | Progress]:
                     f"no {choice.native} is brought to a pod that is there already",
                     hint="leave out --native",
                 )
-            stage = ForeignStage(owner, choice.netns, choice.control, choice.datapaths[0])
+            stage = ForeignStage(
+                owner, choice.netns, choice.control, choice.cgroup, choice.datapaths[0]
+            )
             yield from through(stage, cases(chosen, stage.pairs, choice.families))
             return
         guest, why = runtimes.choose(choice.guest, options)

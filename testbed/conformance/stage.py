@@ -162,8 +162,12 @@ class ForeignStage:
     emulated = False
     pairs = EVERY - {Pair.GUEST_GUEST}
 
-    def __init__(self, owner: Owner, netns: Path, control: str, datapath: str) -> None:
-        """`control` is the guest agent's ADDRESS or ADDRESS:PORT ([…]:PORT for IPv6)."""
+    def __init__(
+        self, owner: Owner, netns: Path, control: str, cgroup: Path | None, datapath: str
+    ) -> None:
+        """`control`: the guest agent's ADDRESS or ADDRESS:PORT ([…]:PORT for IPv6). `cgroup`: that
+        of the pod's processes, in which natives are started; None: they are in none of the pod's.
+        """
         if not netns.exists():
             raise Error(f"no network namespace {netns}", hint="give a path such as /run/netns/NAME")
         self.datapath = datapath
@@ -177,7 +181,7 @@ class ForeignStage:
             "guest1": (host.strip("[]"), int(port)),
         }
         program = runtimes.prepare(Runtime.PROCESS, interface.Options())
-        cgroup = cgroups.create(owner, f"tb-{owner.id}-foreign")
+        cgroup = cgroups.create(owner, f"tb-{owner.id}-foreign", cgroup)
         for name in ("native1", "native2"):
             workload = Workload(name, Runtime.PROCESS, control_port=self._control[name][1])
             program.start(Placement(workload, 0, self.netns, "", cgroup, Path(os.devnull), Path()))

@@ -24,9 +24,9 @@ def mount_point() -> Path:
     raise Error("no writable cgroup2 is mounted", hint="mount -t cgroup2 none /sys/fs/cgroup")
 
 
-def create(owner: Scope, name: str) -> Path:
-    """Make a cgroup below the mount point. Undoing it kills the processes in it."""
-    path = mount_point() / name
+def create(owner: Scope, name: str, parent: Path | None = None) -> Path:
+    """Make a cgroup below another, or the mount point. Undoing it kills the processes in it."""
+    path = (parent or mount_point()) / name
     owner.defer(remove_cgroup, path=str(path))
     path.mkdir(parents=True, exist_ok=True)
     return path

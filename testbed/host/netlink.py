@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Collection
+from ipaddress import ip_address
 from typing import Any
 
 from pyroute2 import IPRoute
@@ -21,6 +23,7 @@ from testbed.model.terms import Family
 
 IFA_F_NODAD = 0x02
 NUD_PERMANENT = 0x80
+RT_SCOPE_UNIVERSE = 0
 
 
 def links(netns: str) -> dict[str, int]:
@@ -44,6 +47,19 @@ def remove_link(netns: str, ifname: str) -> None:
     except NetlinkError as e:  # it went with its other end meanwhile
         if e.code != errno.ENODEV:
             raise
+
+
+def outside_addresses(ip: IPRoute, without: Collection[str]) -> list[tuple[int, Address]]:
+    """Addresses that are valid outside the machine: (index of the link, address).
+
+    Those of `lo` and of the links `without` are left out.
+    """
+    ours = {index for name in ("lo", *without) for index in ip.link_lookup(ifname=name)}
+    return [
+        (each["index"], ip_address(each.get("local") or each.get("address")))
+        for each in ip.get_addr(scope=RT_SCOPE_UNIVERSE)
+        if each["index"] not in ours
+    ]
 
 
 def add_address(ip: IPRoute, ifindex: int, address: Address, prefix_length: int) -> None:

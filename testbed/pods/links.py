@@ -161,7 +161,7 @@ class Links:
                 if not bridge:
                     netlink.add_route(self.ip, port, guest_link(family, n))
         if self.taps.taps:
-            self.taps.build({n: self._inner(n) for n in self.taps.taps})
+            self.taps.build({n: self._inner(n) for n in self.taps.taps}, self.own_names())
         return self._names() - existing.keys()
 
     def _inner(self, n: int) -> tuple[int, str]:

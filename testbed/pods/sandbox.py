@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from ipaddress import ip_address, ip_interface, ip_network
+from ipaddress import ip_interface, ip_network
 from pathlib import Path
 
 from pyroute2 import IPRoute
@@ -24,7 +24,6 @@ from testbed.model.errors import Error
 from testbed.model.manifest import Spec
 from testbed.model.terms import Family
 
-RT_SCOPE_UNIVERSE = 0
 IPV6_OFF = "net/ipv6/conf/lo/disable_ipv6"
 OURS = [
     ip_network(text, strict=False)
@@ -94,13 +93,8 @@ class Sandbox:
     @staticmethod
     def addresses(ip: IPRoute, links: Collection[str]) -> dict[Family, list[Address]]:
         """Addresses of the namespace that are known outside: at links that are none of ours."""
-        found: dict[Family, list[Address]] = {family: [] for family in Family}
-        ours = {LO_IFINDEX, *(index for name in links for index in ip.link_lookup(ifname=name))}
-        for each in ip.get_addr(scope=RT_SCOPE_UNIVERSE):
-            if each["index"] not in ours:
-                address = ip_address(each.get("local") or each.get("address"))
-                found[Family(f"ipv{address.version}")].append(address)
-        return found
+        found = [address for _, address in netlink.outside_addresses(ip, links)]
+        return {f: [a for a in found if f"ipv{a.version}" == f] for f in Family}
 
     @staticmethod
     def prepare_link(netns: str, ifname: str) -> None:

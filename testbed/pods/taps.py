@@ -10,7 +10,7 @@ the pod's inside.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
@@ -18,15 +18,17 @@ from typing import Any, NamedTuple
 
 from testbed import bpf
 from testbed.bpf import ProgramSet
-from testbed.host import netlink
+from testbed.host import namespaces, netlink
 from testbed.host.ledger import Scope
 from testbed.model.addresses import Address
 from testbed.model.errors import Error
 from testbed.model.manifest import Tap
 
 AT_TAP, AT_INNER = "tap_ingress", "inner_ingress"
-ROW = "=4s16s6s6sII8Q"
+ROW = "=4s16s6s6s4I8Q"
 """`struct tap` of the programs."""
+GUESSED = {"mac": 1, "ip4": 2, "ip6": 4}
+"""`enum guessed` of the programs."""
 COUNTS = ("from_guest", "to_guest", "refused", "unreachable")
 
 
@@ -39,6 +41,8 @@ class Row(NamedTuple):
     pod_mac: bytes
     tap_ifindex: int
     inner_ifindex: int
+    guessed: int
+    padding: int
     from_guest: int
     from_guest_bytes: int
     to_guest: int
@@ -70,6 +74,7 @@ class Taps:
         if taps and not bpf.has_tcx():
             raise Error("guests that somebody else boots need tcx", hint="use Linux 6.6 or later")
         self.taps, self._owner, self._netns = taps, owner, netns
+        self._ours: Collection[str] = ()
         self._connected: dict[int, tuple[int, int]] = {}
         """n → indices of the tap and of the inner link, once they are connected."""
         for n in taps if owner.continues else ():
@@ -88,11 +93,13 @@ class Taps:
             if existing.get(tap.name, 0) != self._connected.get(n, (0, 0))[0]
         }
 
-    def build(self, inner: Mapping[int, tuple[int, str]]) -> None:
+    def build(self, inner: Mapping[int, tuple[int, str]], ours: Collection[str]) -> None:
         """Connect those taps that are there.
 
         `inner`: n → index of its inner link, and the MAC that the pod has on the guest's link.
+        `ours`: names of our links in the namespace.
         """
+        self._ours = ours
         existing = netlink.links(self._netns)
         for n, (inner_ifindex, pod_mac) in inner.items():
             ifindex = existing.get(self.taps[n].name, 0)
@@ -122,7 +129,7 @@ class Taps:
         try:
             known = self._row(n)
             if known.tap_ifindex != ifindex:  # another guest
-                known = _told(self.taps[n])
+                known = self._guessed(_told(self.taps[n]))
             row: tuple[Any, ...] = known._replace(
                 pod_mac=pod_mac, tap_ifindex=ifindex, inner_ifindex=inner_ifindex
             )
@@ -137,6 +144,21 @@ class Taps:
                     bpf.attach_tcx(self._netns, ifindex, bpf.INGRESS, entry)
         finally:
             programs.close()
+
+    def _guessed(self, row: Row) -> Row:
+        """The row with the pod's own addresses for those that the user does not say.
+
+        urunc, Kata and others give these to their machine, with the MAC of the pod's link.
+        """
+        if len(self.taps) > 1:
+            return row
+        with namespaces.open_socket(self._netns) as ip:
+            found = netlink.outside_addresses(ip, self._ours)
+            guess: dict[str, Any] = {f"ip{a.version}": a.packed for _, a in reversed(found)}
+            if found:
+                guess["mac"] = _packed(ip.get_links(found[0][0])[0].get("address"))
+        guess = {name: value for name, value in guess.items() if not any(getattr(row, name))}
+        return row._replace(**guess, guessed=sum(GUESSED[name] for name in guess))
 
     def _load(self) -> ProgramSet:
         """The programs, loaded at the first call."""
@@ -189,7 +211,7 @@ def _told(tap: Tap) -> Row:
     """The row of a guest of which nothing is known but what the user says."""
     told = {address.version: address.packed for address in tap.addresses}
     ip4, ip6 = told.get(4, bytes(4)), told.get(6, bytes(16))
-    return Row(ip4, ip6, _packed(tap.mac), bytes(6), 0, 0, *[0] * 8)
+    return Row(ip4, ip6, _packed(tap.mac), bytes(6), *[0] * 12)
 
 
 def _packed(mac: str) -> bytes:

@@ -14,7 +14,7 @@ TESTBED = (sys.executable, "-m", "testbed.cli")
 
 def run(*words: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
     done = subprocess.run([*TESTBED, *map(str, words)], capture_output=True, text=True, check=False)
-    assert done.returncode == status, done.stderr
+    assert done.returncode == status, done.stderr + done.stdout
     return done
 
 

@@ -8,6 +8,7 @@ the address plan but `localhost` in its hosts file.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -20,14 +21,15 @@ from pathlib import Path
 
 import pytest
 
-from testbed import bpf
+from testbed import agent, bpf
+from testbed.conformance.stage import PORTS
 from testbed.host import cgroups, namespaces, netlink
 from testbed.host.ledger import Owner
 from testbed.host.process import run as execute
 from testbed.host.process import spawn
 from testbed.images import compose, kernels
 from testbed.images.compose import Definition
-from testbed.model.addresses import alias, loopback, native_view
+from testbed.model.addresses import CONTROL_PORT, alias, guest_link, loopback, native_view
 from testbed.model.errors import Error
 from testbed.model.manifest import Tap
 from testbed.model.terms import Family, Transport
@@ -261,13 +263,14 @@ def test_a_tap_may_come_late_and_a_machine_be_another(
                 client.connect((str(loopback(Family.IPV4)), PORT))
 
 
-def test_a_machine_that_says_nothing_is_reached_at_what_is_told(
+def test_a_machine_that_says_nothing_is_reached_at_what_is_told_or_what_the_pod_has(
     manifest: Callable[..., Path], name: str, theirs: Theirs
 ) -> None:
+    """Behind a bridge, the pod's own stack has no addresses."""
     guest = theirs.boot()
     theirs.ip(guest, *["link", "set", "eth0", "arp", "off"])
-    told = ",".join(("tap0", theirs.mac(guest), *POD.values()))
-    attach(manifest, theirs, tap=told)
+    told = [theirs.mac(guest), *POD.values()] if theirs.pattern == "bridge" else []
+    attach(manifest, theirs, tap=",".join(("tap0", *told)))
     for family in Family:
         talk((theirs.pod, str(loopback(family))), (guest, PORT), family, Transport.TCP)
 
@@ -318,6 +321,49 @@ def test_a_guest_that_a_killed_keeper_left_is_taken_over(
     talk((theirs.pod, "127.0.0.1"), (guest, PORT), Family.IPV4, Transport.TCP)
     run("detach", name)
     assert "ingress:tap_ingress" not in theirs.programs("tap0")
+
+
+@pytest.mark.parametrize("theirs", ["mirred"], indirect=True)
+def test_the_conformance_suite_runs_against_it(name: str, theirs: Theirs, tmp_path: Path) -> None:
+    """The natives are in the pod's cgroup, so they take the fast path."""
+    guest, ports = theirs.boot(), PORTS["guest1"]
+    listed = [
+        {"containerPort": port, "protocol": str(transport).upper()}
+        for port in ports
+        for transport in Transport
+    ]
+    container = {
+        "name": "guest",
+        "image": "somebody-elses",
+        "ports": listed,
+        "readinessProbe": {"tcpSocket": {"port": CONTROL_PORT}},
+    }
+    metadata = {"name": name, "annotations": {"testbed/tap.guest": "tap0"}}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata}
+    file = tmp_path / "pod.yaml"
+    file.write_text(json.dumps({**pod, "spec": {"containers": [container]}}))
+    cgroup = cgroups.create(theirs.owner, f"tb-{theirs.owner.id}")
+    hosts = {compose.hosts_file(patched=True): "/etc/hosts"}
+    own = cgroups.create(theirs.owner, f"tb-{theirs.owner.id}-vm")
+    with ending(spawn([agent.build()], cgroup=own, netns=guest, binds=hosts)):
+        run("attach", "--netns", theirs.path, "--cgroup", cgroup, file)
+        checks = (
+            w
+            for check in ("connect", "refused", "datagram", "half-close", "port-forward")
+            for w in ("--check", check)
+        )
+        where = (
+            "--netns",
+            theirs.path,
+            "--cgroup",
+            cgroup,
+            "--control",
+            str(guest_link(Family.IPV4, 1)),
+        )
+        found = json.loads(run("conformance", "--json", *where, *checks).stdout)
+    assert {result["status"] for result in found} == {"pass"}
+    assert {result["pair"] for result in found} >= {"native-guest", "guest-native", "guest-self"}
+    assert control.describe(name)["counters"]["steered"]["packets"] > 0
 
 
 @pytest.mark.parametrize("theirs", ["mirred"], indirect=True)
