@@ -13,6 +13,8 @@
  *   from the guest:  tap_ingress > t1 > g1      source: the guest's > guest n's link address
  *   to the guest:    g1 > inner_ingress > tap   destination: the reverse
  *
+ * tap_egress drops what others send to the guest from addresses of the pod's inside.
+ *
  * Of a guest is known at first what user space was told, or guesses. What the guest sends teaches
  * the programs the rest.
  */
@@ -29,6 +31,11 @@
 
 enum guessed { GUESSED_MAC = 1, GUESSED_IP4 = 2, GUESSED_IP6 = 4 };
 
+/* skb->mark of what these programs send to the guest. Others have no packets with addresses of the
+ * pod's inside for it.
+ */
+#define MARK_TO_GUEST 0x77000002
+
 struct tap {
 	__be32 ip4, ip6[4];   /* the guest's; 0: not known */
 	u8 mac[ETH_ALEN];     /* the guest's; 0: not known */
@@ -36,7 +43,7 @@ struct tap {
 	u32 tap_ifindex, inner_ifindex;
 	u32 guessed, padding; /* bits of `enum guessed`: what is not certain */
 	struct count from_guest, to_guest;
-	struct count refused;	  /* dropped: not from the guest's address, or malformed */
+	struct count refused; /* dropped: with an address that is not the sender's, or malformed */
 	struct count unreachable; /* dropped: nothing is known yet of the guest */
 };
 
@@ -80,16 +87,18 @@ static __always_inline bool is_zero6(const __be32 *words)
 	return !(words[0] | words[1] | words[2] | words[3]);
 }
 
-static __always_inline void learn_mac(struct __sk_buff *skb, struct tap *tap)
+/* Whether a frame has the guest's MAC address, which is that of its first frame. */
+static __always_inline bool has_guests_mac(struct __sk_buff *skb, struct tap *tap)
 {
 	struct ethhdr eth;
 
-	if (!is_zero_mac(tap->mac) && !(tap->guessed & GUESSED_MAC))
-		return;
 	if (read(skb, 0, &eth, sizeof(eth)))
-		return;
-	__builtin_memcpy(tap->mac, eth.h_source, ETH_ALEN);
-	tap->guessed &= ~GUESSED_MAC;
+		return false;
+	if (is_zero_mac(tap->mac) || tap->guessed & GUESSED_MAC) {
+		__builtin_memcpy(tap->mac, eth.h_source, ETH_ALEN);
+		tap->guessed &= ~GUESSED_MAC;
+	}
+	return same_mac(tap->mac, eth.h_source);
 }
 
 static __always_inline void learn4(struct tap *tap, __be32 address)
@@ -100,7 +109,9 @@ static __always_inline void learn4(struct tap *tap, __be32 address)
 	tap->guessed &= ~GUESSED_IP4;
 }
 
-/* Takes the packet's source for the guest's address, if none is known. */
+/* Takes the packet's source for the guest's address, if none is known. A link-local address is one
+ * until the guest has another.
+ */
 static __always_inline void learn_source(struct tap *tap, const struct packet *p)
 {
 	if (!p->v6) {
@@ -108,6 +119,8 @@ static __always_inline void learn_source(struct tap *tap, const struct packet *p
 	} else if (is_zero6(tap->ip6) || tap->guessed & GUESSED_IP6) {
 		__builtin_memcpy(tap->ip6, p->addresses, sizeof(tap->ip6));
 		tap->guessed &= ~GUESSED_IP6;
+		if (p->source.kind != OTHER)
+			tap->guessed |= GUESSED_IP6;
 	}
 }
 
@@ -135,6 +148,7 @@ static __always_inline int send_back(struct __sk_buff *skb, struct tap *tap, int
 
 	if (failed || store_macs(skb, tap->mac, alias_mac))
 		return refuse(skb, &tap->refused);
+	skb->mark = MARK_TO_GUEST;
 	return bpf_redirect(skb->ifindex, 0);
 }
 
@@ -168,10 +182,12 @@ static __always_inline int tap_ingress(struct __sk_buff *skb)
 	struct neighbor says = {};
 	struct packet p = {};
 	__be32 to[8] = {};
+	bool own_mac;
 
-	if (!tap)
+	/* A tap that was moved away or renamed still has this program, but is not the guest's. */
+	if (!tap || tap->tap_ifindex != skb->ifindex || skb->vlan_present)
 		return TC_ACT_OK;
-	learn_mac(skb, tap);
+	own_mac = has_guests_mac(skb, tap);
 	if (skb->protocol == bpf_htons(ETH_P_ARP))
 		return take_arp(skb, tap);
 	if (!is_ip(skb) || parse_ip(skb, &p))
@@ -181,7 +197,7 @@ static __always_inline int tap_ingress(struct __sk_buff *skb)
 	hide_headers(skb, &p);
 	p.source = hide_address(skb, source_of(&p));
 	p.destination = hide_address(skb, destination_of(&p));
-	if (p.source.kind == OTHER)
+	if (own_mac && p.source.kind == OTHER)
 		learn_source(tap, &p);
 	if (is_nd(&p) && p.icmp_type == ND_SOLICITATION && !parse_nd(skb, &p, &says) &&
 	    is_inside(says.asked))
@@ -189,7 +205,9 @@ static __always_inline int tap_ingress(struct __sk_buff *skb)
 	if (!is_inside(p.destination))
 		return TC_ACT_OK;
 	if (p.source.kind == LINK_LOCAL || p.source.kind == LINK_LOCAL_OTHER)
-		learn_source(tap, &p); /* it has no other address of this family */
+		learn_source(tap, &p);
+	else if (p.source.kind != OTHER)
+		return refuse(skb, &tap->refused);
 	if (p.fault != FAULT_NONE || !is_from_guest(tap, &p))
 		return refuse(skb, &tap->refused);
 	if (p.v6) {
@@ -236,8 +254,43 @@ static __always_inline int inner_ingress(struct __sk_buff *skb)
 	add_count(&tap->to_guest, 1, skb->len - ETH_HLEN);
 	if (rewrite_words(skb, &p, to, 0) || store_macs(skb, tap->mac, alias_mac))
 		return refuse(skb, &tap->refused);
+	skb->mark = MARK_TO_GUEST;
 	return bpf_redirect(tap->tap_ifindex, 0);
 }
 
+/* Egress of the tap: nobody else passes for one of the pod's inside. */
+static __always_inline int tap_egress(struct __sk_buff *skb)
+{
+	struct tap *tap = tap_of(skb);
+	struct neighbor says = {};
+	struct packet p = {};
+	struct arp arp;
+
+	if (!tap || tap->tap_ifindex != skb->ifindex)
+		return TC_ACT_OK;
+	if (skb->mark == MARK_TO_GUEST) {
+		skb->mark = 0;
+		return TC_ACT_OK;
+	}
+	if (skb->protocol == bpf_htons(ETH_P_ARP)) {
+		if (parse_arp(skb, &arp, &says))
+			return TC_ACT_OK;
+	} else {
+		if (!is_ip(skb) || parse_ip(skb, &p))
+			return TC_ACT_OK;
+		if (!p.is_later_fragment)
+			p.fault = parse_l4(skb, &p);
+		p.source = source_of(&p);
+		says.claimed = p.source;
+		if (is_nd(&p) && parse_nd(skb, &p, &says))
+			return refuse(skb, &tap->refused);
+	}
+	if (is_inside(says.claimed) || is_reserved(says.claimed) || is_inside(p.source) ||
+	    is_reserved(p.source))
+		return refuse(skb, &tap->refused);
+	return TC_ACT_OK;
+}
+
 TC_PROGRAM(tap_ingress)
+TC_PROGRAM(tap_egress)
 TC_PROGRAM(inner_ingress)

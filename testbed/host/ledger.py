@@ -56,6 +56,8 @@ class _Ledger:
         self.path, self._file = path, file
         self._numbers = 0
         self._lock = threading.Lock()
+        self.standing: set[int] = set()
+        """Numbers of the entries that are not struck."""
         self.left: list[Deferred] = []
         """Entries that a dead owner left, in the order in which they were made."""
 
@@ -63,12 +65,14 @@ class _Ledger:
         with self._lock:
             self._numbers += 1
             entry = Deferred(self, self._numbers, call, arguments)
+            self.standing.add(entry.number)
             self._write({"n": entry.number, "call": call, "arguments": arguments})
         return entry
 
     def strike(self, entry: Deferred) -> None:
         with self._lock:
             self._write({"struck": entry.number})
+            self.standing.discard(entry.number)
 
     def remove(self) -> None:
         self.path.unlink()
@@ -92,6 +96,7 @@ class _Ledger:
                 self._numbers = line["n"]
                 left[line["n"]] = Deferred(self, line["n"], line["call"], line["arguments"])
         self.left = list(left.values())
+        self.standing |= left.keys()
 
     def _write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
@@ -212,7 +217,8 @@ class Owner(Scope):
 
     def undo(self) -> None:
         super().undo()
-        if not self._leaves_standing:
+        # Entries still stand if they failed in a part that was undone before.
+        if not self._leaves_standing and not self._ledger.standing:
             self._ledger.remove()
 
     def leave_standing(self) -> None:

@@ -7,8 +7,9 @@ import fcntl
 import functools
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -182,17 +183,41 @@ def _in_thread(call: Callable[[], T]) -> T:
 
 
 def set_sysctls(netns: str, values: Mapping[str, int | str]) -> None:
-    """Write sysctls (`net/…`, with slashes) of a namespace. Skips IPv6's on a kernel without it."""
+    """Write sysctls (`net/…`, with slashes) of a namespace, in this order.
+
+    Skips IPv6's on a kernel without it, and those of links that are gone or have no IPv6.
+    """
     has_ipv6 = Family.IPV6 in facts.families()
 
     def write() -> None:
         for key, value in values.items():
+            path = Path("/proc/sys", key)
             if has_ipv6 or not key.startswith("net/ipv6/"):
-                Path("/proc/sys", key).write_text(str(value))
+                with _no_link(path):
+                    path.write_text(str(value))
 
     inside(netns, write)
 
 
 def sysctls(netns: str, *keys: str) -> dict[str, str]:
-    """Read sysctls (`net/…`, with slashes) of a namespace."""
-    return inside(netns, lambda: {key: Path("/proc/sys", key).read_text().strip() for key in keys})
+    """Read sysctls (`net/…`, with slashes) of a namespace, but those of links that are gone."""
+
+    def read() -> dict[str, str]:
+        found = {}
+        for key in keys:
+            path = Path("/proc/sys", key)
+            with _no_link(path):
+                found[key] = path.read_text().strip()
+        return found
+
+    return inside(netns, read)
+
+
+@contextmanager
+def _no_link(path: Path) -> Iterator[None]:
+    """It is no error if this sysctl is missing because its link, or the link's IPv6, is."""
+    try:
+        yield
+    except FileNotFoundError:
+        if path.parent.exists():
+            raise

@@ -34,6 +34,13 @@ NATIVE_VIEW_NET6 = "fd77:0:0:127::/64"
 """IPv6 prefix that the pod's namespace routes to `lo` (all of 127.0.0.0/8 is local anyway)."""
 
 
+LINK_NETS = {
+    Family.IPV4: ("169.254.77.0/24", "169.254.78.0/24", "169.254.79.0/24"),
+    Family.IPV6: ("fd77::/64",),
+}
+"""Networks with all addresses of the guest link. KubeVirt uses others of 169.254.64.0/20."""
+
+
 def loopback(family: Family) -> Address:
     """The loopback address: 127.0.0.1 or ::1."""
     return ip_address(_LOOPBACK[family])

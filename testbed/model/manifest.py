@@ -211,6 +211,9 @@ class Manifest:
                         f"{other!r} and {w.name!r} both claim {transport} port {port}",
                         hint="give one of them another port",
                     )
+        taps = [tap.name for tap in self.taps.values()]
+        if twice := {name for name in taps if taps.count(name) > 1}:
+            raise Error(f"two guests are on the tap {twice.pop()!r}", hint="name one for each")
         if len(self.guests) > MAX_GUESTS:
             raise Error(f"{len(self.guests)} guests in one pod", hint=f"at most {MAX_GUESTS}")
 

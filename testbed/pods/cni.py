@@ -257,10 +257,9 @@ class _Pod:
 
     def _is_attached(self) -> bool:
         """Whether there are guests that an ADD of this container and network attached."""
-        try:
-            sandbox = control.status(self.container)["sandbox"]
-        except Error:
+        if self.container not in control.names():
             return False
+        sandbox = control.status(self.container)["sandbox"]
         return bool(sandbox and sandbox["id"] == self.id)
 
     def _links(self) -> list[dict[str, Any]]:

@@ -88,6 +88,9 @@ class Links:
 
     def make_namespaces(self) -> None:
         """Make or join the namespaces. Raises `Error` if a guest cannot have such links."""
+        taps = {tap.name for tap in self.taps.taps.values()}
+        if ours := taps & {"lo", *self.own_names()}:
+            raise Error(f"{ours.pop()!r} is no tap, but a link of the pod's own")
         if self.layout is Layout.SOCKET:
             if self.standins:
                 raise Error(

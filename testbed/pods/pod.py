@@ -148,7 +148,7 @@ class Pod:
     def missing_programs(self) -> set[str]:
         """Names of the datapath's programs that somebody else removed."""
         with self.lock:
-            return self.attachment.missing_programs()
+            return self.attachment.missing_programs() | self.links.taps.missing_programs()
 
     def mend(self) -> set[str]:
         """Make again what is missing, connect new taps, and restart guests that lost their tap.

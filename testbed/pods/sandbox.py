@@ -19,7 +19,7 @@ from testbed.datapaths.interface import Datapath, Layout
 from testbed.host import facts, namespaces, netlink
 from testbed.host.ledger import Scope
 from testbed.model import addresses
-from testbed.model.addresses import LINK_PREFIX, Address
+from testbed.model.addresses import LINK_NETS, Address
 from testbed.model.errors import Error
 from testbed.model.manifest import Spec
 from testbed.model.terms import Family
@@ -28,7 +28,7 @@ IPV6_OFF = "net/ipv6/conf/lo/disable_ipv6"
 OURS = [
     ip_network(text, strict=False)
     for text in (
-        *(f"{addresses.alias(family)}/{LINK_PREFIX[family]}" for family in Family),
+        *(net for family in Family for net in LINK_NETS[family]),
         f"{addresses.native_view(Family.IPV4, 0)}/24",
         addresses.NATIVE_VIEW_NET6,
     )

@@ -24,7 +24,9 @@ from testbed.model.addresses import Address
 from testbed.model.errors import Error
 from testbed.model.manifest import Tap
 
-AT_TAP, AT_INNER = "tap_ingress", "inner_ingress"
+AT_TAP = {"tap_ingress": bpf.INGRESS, "tap_egress": bpf.EGRESS}
+AT_INNER = "inner_ingress"
+"""Programs at a tap, and at the other end of the guest's link."""
 ROW = "=4s16s6s6s4I8Q"
 """`struct tap` of the programs."""
 GUESSED = {"mac": 1, "ip4": 2, "ip6": 4}
@@ -78,8 +80,9 @@ class Taps:
         self._connected: dict[int, tuple[int, int]] = {}
         """n → indices of the tap and of the inner link, once they are connected."""
         for n in taps if owner.continues else ():
-            row = self._row(n)
-            if row.tap_ifindex and row.inner_ifindex in netlink.links(netns).values():
+            row, links = self._row(n), netlink.links(netns)
+            is_there = links.get(taps[n].name) == row.tap_ifindex
+            if is_there and row.inner_ifindex in links.values():
                 self._connect(n, row.tap_ifindex, row.inner_ifindex, row.pod_mac)
 
     def changed(self) -> set[str]:
@@ -103,9 +106,23 @@ class Taps:
         existing = netlink.links(self._netns)
         for n, (inner_ifindex, pod_mac) in inner.items():
             ifindex = existing.get(self.taps[n].name, 0)
-            if self._connected.get(n) == (ifindex, inner_ifindex):
+            if self._connected.get(n) == (ifindex, inner_ifindex) and not self._lacks(n):
                 continue
             self._connect(n, ifindex, inner_ifindex, _packed(pod_mac))
+
+    def missing_programs(self) -> set[str]:
+        """Names of programs that somebody else removed."""
+        return {name for n in self._connected for name in self._lacks(n)}
+
+    def _lacks(self, n: int) -> set[str]:
+        """Names of the programs that the tap and the link of a guest lack, if both are there."""
+        tap, inner = self._connected[n]
+        places = {(tap, hook): name for name, hook in AT_TAP.items()}
+        places[inner, bpf.INGRESS] = AT_INNER
+        links = netlink.links(self._netns).values()
+        places = {place: name for place, name in places.items() if place[0] in links}
+        attached = bpf.attached_tc(self._netns, places)
+        return {name for place, name in places.items() if place not in attached}
 
     def data(self) -> list[dict[str, Any]]:
         """What is known of each guest, and what was counted of its packets."""
@@ -129,7 +146,9 @@ class Taps:
         try:
             known = self._row(n)
             if known.tap_ifindex != ifindex:  # another guest
-                known = self._guessed(_told(self.taps[n]))
+                if known.tap_ifindex:
+                    disconnect(self._netns, known.tap_ifindex)
+                known = self._guessed(_told(self.taps[n]), ifindex)
             row: tuple[Any, ...] = known._replace(
                 pod_mac=pod_mac, tap_ifindex=ifindex, inner_ifindex=inner_ifindex
             )
@@ -140,23 +159,27 @@ class Taps:
             if ifindex:
                 self._connected[n] = ifindex, inner_ifindex
                 self._owner.defer(disconnect, netns=self._netns, ifindex=ifindex)
-                with programs.entry(AT_TAP, classid, 0) as entry:
-                    bpf.attach_tcx(self._netns, ifindex, bpf.INGRESS, entry)
+                for number, (name, hook) in enumerate(AT_TAP.items()):
+                    with programs.entry(name, classid, number) as entry:
+                        bpf.attach_tcx(self._netns, ifindex, hook, entry)
         finally:
             programs.close()
 
-    def _guessed(self, row: Row) -> Row:
+    def _guessed(self, row: Row, tap_ifindex: int) -> Row:
         """The row with the pod's own addresses for those that the user does not say.
 
-        urunc, Kata and others give these to their machine, with the MAC of the pod's link.
+        urunc, Kata and others give these to their machine, with the MAC of the pod's link. Raises
+        `Error` if the tap has such an address, and so is no tap.
         """
-        if len(self.taps) > 1:
-            return row
         with namespaces.open_socket(self._netns) as ip:
             found = netlink.outside_addresses(ip, self._ours)
+            if tap_ifindex in dict(found):
+                raise Error("a tap has an address of the pod", hint="name a guest's tap")
             guess: dict[str, Any] = {f"ip{a.version}": a.packed for _, a in reversed(found)}
             if found:
                 guess["mac"] = _packed(ip.get_links(found[0][0])[0].get("address"))
+        if len(self.taps) > 1:
+            return row
         guess = {name: value for name, value in guess.items() if not any(getattr(row, name))}
         return row._replace(**guess, guessed=sum(GUESSED[name] for name in guess))
 
@@ -172,8 +195,8 @@ class Taps:
             self._owner.defer(clear, **rows)
             if not self._owner.continues:
                 clear(**rows)
-            self._programs.make_calls(self._owner, 1)
-            self._programs.set_calls(self._programs, [AT_TAP])
+            self._programs.make_calls(self._owner, len(AT_TAP))
+            self._programs.set_calls(self._programs, AT_TAP)
         return self._programs
 
     def _row(self, n: int) -> Row:
@@ -189,8 +212,9 @@ class Taps:
 
 
 def disconnect(netns: str, ifindex: int) -> None:
-    """Detach the program from a tap. A missing tap is no error."""
-    bpf.detach_tcx(netns, ifindex, bpf.INGRESS, AT_TAP)
+    """Detach the programs from a tap. A missing tap is no error."""
+    for name, hook in AT_TAP.items():
+        bpf.detach_tcx(netns, ifindex, hook, name)
 
 
 def clear(pins: str, slot: int, guests: Iterable[int]) -> None:

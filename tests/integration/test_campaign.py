@@ -277,7 +277,7 @@ def test_what_a_killed_worker_left_is_cleaned_and_the_campaign_is_resumed(
         said = campaign.finish()
         assert campaign.process.returncode == 3
     assert said.startswith("testbed: the worker ended with status -9")
-    assert said.endswith(f"then testbed run --resume {tmp_path / 'out'}")
+    assert said.endswith(f"then go on with testbed run --resume {tmp_path / 'out'}")
     assert left_by(mark)
     assert f"removed netns tb-{mark}-block" in clean()
     assert left_by(mark) == []

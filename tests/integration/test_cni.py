@@ -293,7 +293,7 @@ def test_a_check_finds_out_and_a_delete_cleans_up_after_a_killed_keeper(runtime:
         ({}, {"CNI_ARGS": "K8S_POD_NAMESPACE=../x"}, 4, "'../x' is no identifier"),
         ({"prevResult": None}, {}, 7, "no prevResult"),
         ({"guests": "/none.yaml"}, {}, 7, "cannot read /none.yaml"),
-        ({"guests": {"kind": "Pod"}}, {}, 7, "guests, apiVersion"),
+        ({"guests": {"kind": "Pod"}}, {}, 7, "guests: 'kind: Pod'"),
         ({"datapath": "dnat"}, {}, 100, "dnat needs a pod that it has for itself"),
         ({}, {"CNI_NETNS": "/etc/passwd"}, 100, "/etc/passwd is no network namespace"),
         ({"runtimeConfig": {"cgroupPath": "/none"}}, {}, 100, "none is no cgroup"),

@@ -37,7 +37,7 @@ NOBODY = "http://127.0.0.1:9"
 Up = Callable[[str], str]
 
 
-@pytest.fixture(scope="module", params=[r for r in Runtime if r.is_guest])
+@pytest.fixture(scope="module", params=[r for r in Runtime if r.boots])
 def best(request: pytest.FixtureRequest) -> Runtime:
     """A runtime, to be the best guest that is there."""
     return Runtime(request.param)

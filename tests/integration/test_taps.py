@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -20,6 +21,9 @@ from ipaddress import ip_address, ip_interface
 from pathlib import Path
 
 import pytest
+from scapy.layers.inet import IP, UDP
+from scapy.layers.inet6 import IPv6
+from scapy.layers.l2 import Ether
 
 from testbed import agent, bpf
 from testbed.conformance.stage import PORTS
@@ -29,7 +33,16 @@ from testbed.host.process import run as execute
 from testbed.host.process import spawn
 from testbed.images import compose, kernels
 from testbed.images.compose import Definition
-from testbed.model.addresses import CONTROL_PORT, alias, guest_link, loopback, native_view
+from testbed.model.addresses import (
+    CONTROL_PORT,
+    alias,
+    guest_link,
+    guest_view,
+    loopback,
+    native_source,
+    native_view,
+    pod_link,
+)
 from testbed.model.errors import Error
 from testbed.model.manifest import Tap
 from testbed.model.terms import Family, Transport
@@ -39,7 +52,7 @@ from testbed.runtimes.vm.qemu import Vm
 from tests.children import ending
 
 from .commands import run, there
-from .sockets import PATIENCE_S, wait_until
+from .sockets import PATIENCE_S, send_frames, wait_until
 
 pytestmark = [
     pytest.mark.root,
@@ -154,6 +167,7 @@ def theirs(request: pytest.FixtureRequest) -> Iterator[Theirs]:
                 _add(made, made.pod, POD[family], family)
         if made.pattern == "bridge":
             made.ip(made.pod, *["link", "add", "k6t-eth0", "up", "type", "bridge"])
+            made.ip(made.pod, *["addr", "add", "169.254.75.10/32", "dev", "k6t-eth0"])
             made.ip(made.pod, *["link", "set", "eth0", "master", "k6t-eth0"])
         yield made
 
@@ -215,7 +229,7 @@ def test_it_shares_localhost_and_keeps_its_own_network(
     guest = theirs.boot()
     before = theirs.programs("tap0")
     attach(manifest, theirs, "--datapath", datapath)
-    assert len(theirs.programs("tap0")) == len(before) + 1
+    assert len(theirs.programs("tap0")) == len(before) + 2
     for family in Family:
         for transport in Transport:
             to_alias = guest, str(alias(family))
@@ -307,6 +321,86 @@ def test_it_is_heard_from_its_own_address_alone(
     assert tap["refused"]["packets"] > 0
     assert POD[family] in tap["addresses"]
     assert OTHER[family] not in tap["addresses"]
+
+
+@FAMILIES
+def test_nobody_outside_passes_for_one_inside(
+    manifest: Callable[..., Path], name: str, theirs: Theirs, family: Family
+) -> None:
+    """Frames reach the machine past the pod's own stack."""
+    guest = theirs.boot()
+    attach(manifest, theirs)
+    talk((guest, str(alias(family))), (theirs.pod, NATIVE_PORT), family, Transport.UDP)
+    layer = IP if family is Family.IPV4 else IPv6
+    inside = (alias, native_source, pod_link, partial(guest_view, n=1), partial(guest_link, n=2))
+    frames = [
+        bytes(
+            Ether(dst=theirs.mac(guest), src=theirs.mac(theirs.outside))
+            / layer(src=source, dst=POD[family])
+            / UDP(dport=PORT)
+            / text
+        )
+        for source, text in (
+            *((str(address(family)), b"bad") for address in inside),
+            (OUTSIDE[family], b"good"),
+        )
+    ]
+    with served(guest, family, Transport.UDP, PORT) as server:
+        send_frames(theirs.outside, "eth0", *frames)
+        assert server.recv(100) == b"good"
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.recv(100)
+
+
+def test_a_tap_that_was_renamed_is_no_longer_the_guests(
+    manifest: Callable[..., Path], name: str, theirs: Theirs
+) -> None:
+    old = theirs.boot()
+    attach(manifest, theirs)
+    to = str(alias(Family.IPV4))
+    talk((old, to), (theirs.pod, NATIVE_PORT), Family.IPV4, Transport.UDP)
+    theirs.ip(theirs.pod, *["link", "set", "tap0", "down", "name", "old0"])
+    theirs.ip(theirs.pod, *["link", "set", "old0", "up"])
+    new = theirs.boot()
+    wait_until(lambda: "ingress:tap_ingress" in theirs.programs("tap0"), "it is connected")
+    wait_until(lambda: "ingress:tap_ingress" not in theirs.programs("old0"), "the other is not")
+    talk((new, to), (theirs.pod, NATIVE_PORT), Family.IPV4, Transport.UDP)
+    with (
+        served(theirs.pod, Family.IPV4, Transport.UDP, NATIVE_PORT) as server,
+        opened(old, Family.IPV4, Transport.UDP) as client,
+    ):
+        client.sendto(b"?", (to, NATIVE_PORT))
+        server.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            server.recv(1)
+
+
+def test_programs_that_somebody_removes_are_attached_again(
+    manifest: Callable[..., Path], name: str, theirs: Theirs
+) -> None:
+    guest = theirs.boot()
+    attach(manifest, theirs)
+    talk((guest, "169.254.77.1"), (theirs.pod, NATIVE_PORT), Family.IPV4, Transport.TCP)
+    index = netlink.links(theirs.pod)["tap0"]
+    bpf.detach_tcx(theirs.pod, index, bpf.INGRESS, "tap_ingress")
+    theirs.tc(*["qdisc", "del", "dev", "t1", "clsact"])
+    wait_until(lambda: "ingress:tap_ingress" in theirs.programs("tap0"), "the tap's", 10)
+    wait_until(lambda: "ingress:inner_ingress" in theirs.programs("t1"), "the link's", 10)
+    talk((theirs.pod, "127.0.0.1"), (guest, PORT), Family.IPV4, Transport.TCP)
+
+
+@pytest.mark.parametrize("taps", [["lo"], ["g1"], ["eth0"], ["tap0", "tap0"]])
+@pytest.mark.parametrize("theirs", ["mirred"], indirect=True)
+def test_what_is_no_tap_is_refused(
+    manifest: Callable[..., Path], name: str, theirs: Theirs, taps: list[str]
+) -> None:
+    guests = "".join(GUEST.replace("name: guest", f"name: guest{n}") for n in range(len(taps)))
+    if len(taps) > 1:
+        guests = re.sub("ports:.*?readiness", "readiness", guests, flags=re.DOTALL)
+    options = [word for tap in taps for word in ("--tap", tap)]
+    run("attach", "--netns", theirs.path, *options, manifest(guests, runtime="standin"), status=3)
+    assert not there(name)
 
 
 def test_a_guest_that_a_killed_keeper_left_is_taken_over(

@@ -11,15 +11,14 @@ connection tracking, whose table a busy pod would fill.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from testbed.host import facts, namespaces, netlink, nft
 from testbed.host.ledger import Scope
 from testbed.model.addresses import (
-    LINK_PREFIX,
+    LINK_NETS,
     NATIVE_VIEW_NET6,
     Address,
-    alias,
     guest_link,
     native_view,
 )
@@ -29,10 +28,11 @@ from testbed.model.terms import Family, Transport
 TABLE, GUARD = "testbed-gateway", "testbed-guard"
 
 _IP = {Family.IPV4: "ip", Family.IPV6: "ip6"}
-_LINKS = {f: f"{alias(f)}/{LINK_PREFIX[f]}" for f in Family}
+_LINKS = {family: ", ".join(LINK_NETS[family]) for family in Family}
+_LOOPBACK = {Family.IPV4: "127.0.0.0/8", Family.IPV6: "::1"}
 _INSIDE = {
-    Family.IPV4: f"127.0.0.0/8, {_LINKS[Family.IPV4]}",
-    Family.IPV6: f"::1, {_LINKS[Family.IPV6]}, {NATIVE_VIEW_NET6}",
+    Family.IPV4: f"{_LOOPBACK[Family.IPV4]}, {_LINKS[Family.IPV4]}",
+    Family.IPV6: f"{_LOOPBACK[Family.IPV6]}, {_LINKS[Family.IPV6]}, {NATIVE_VIEW_NET6}",
 }
 """Addresses that are valid only within a pod."""
 _GUESTS = {
@@ -62,7 +62,7 @@ def guard(owner: Scope, netns: str, links: Collection[str]) -> None:
         f"table inet {GUARD} {{",
         "chain from_outside {",
         "type filter hook prerouting priority raw - 10",
-        f"iifname {_names(links)} accept",
+        f"iifname {_names(('lo', *links))} accept",
         *drops,
         "}",
         "}",
@@ -92,32 +92,31 @@ def open(
     `links`: names of guests' links. `addresses`: the pod's on the other interfaces. `owners`:
     (transport, port) → n of the guest that serves it. `families`: n of a guest → its IP versions.
     `needs_conntrack`: see `Attachment`; else connections to `localhost` are not tracked. `foreign`:
-    the namespace is somebody else's, and gets back what it had; else all goes with it. Raises
-    `Error` if the kernel lacks such rules.
+    the namespace is somebody else's, and gets back what it had; else all goes with it. A family
+    that was not forwarded before is not forwarded between the other interfaces that are there now.
+    Raises `Error` if the kernel lacks such rules.
     """
-    changes = _forwarding(netns)
     left = [entry.arguments for entry in owner.left(close)]
     before: dict[str, str] = next((a["before"] for a in left if a["netns"] == netns), {})
+    before = before or _sysctls(netns)
     if foreign:
-        before = before or namespaces.sysctls(netns, *changes)
         owner.defer(close, netns=netns, before=before)
-    names = _names(links)
+    inside, others = _names(("lo", *links)), _links_in(before) - {"lo", *links}
     text = [
         f"table inet {TABLE}",  # else the deletion fails
         f"delete table inet {TABLE}",
         f"table inet {TABLE} {{",
         *(
-            _of_family(names, family, of_pod, owners, families)
+            _of_family(inside, family, of_pod, owners, families)
             for family, of_pod in addresses.items()
-            if of_pod
         ),
         "chain through { type filter hook forward priority filter",
         # What a bridge forwards, and br_netfilter shows here.
         'meta iifkind "bridge" meta oifkind "bridge" accept',
         *(
-            f"meta nfproto {family} iifname != {names} oifname != {names} drop"
+            f"meta nfproto {family} iifname {_names(others)} oifname {_names(others)} drop"
             for family in Family
-            if before.get(f"net/{family}/conf/all/forwarding") != "1"
+            if others and (not foreign or before.get(f"net/{family}/conf/all/forwarding") != "1")
         ),
         "}",
     ]
@@ -134,73 +133,104 @@ def open(
             for hook in ("prerouting", "output")
         ]
     nft.load(netns, "\n".join((*text, "}")))
-    namespaces.set_sysctls(netns, changes)
+    _forward(netns)
 
 
 def close(netns: str, before: Mapping[str, str]) -> None:
     """Undo `open` in a foreign namespace, as far as it and its links still exist."""
     if (namespaces.NETNS / netns).exists():
+        new = netlink.links(netns).keys() - _links_in(before)
+        of_new = {
+            key.replace("/default/", f"/{link}/"): value
+            for key, value in before.items()
+            for link in new
+            if "/default/" in key
+        }
+        namespaces.set_sysctls(netns, {**before, **of_new})
         nft.load(netns, f"table inet {TABLE}\ndelete table inet {TABLE}")
-        there = {"all", "default", *netlink.links(netns)}
-        namespaces.set_sysctls(netns, {k: v for k, v in before.items() if k.split("/")[3] in there})
 
 
-def _forwarding(netns: str) -> dict[str, int | str]:
-    """The sysctls that let a namespace forward, and their values.
+def _sysctls(netns: str) -> dict[str, str]:
+    """All sysctls that `_forward` changes, in the order in which they are to be set back.
 
-    The first of each family sets many of the others. A link that forwards goes on using router
-    advertisements if accept_ra is 2.
+    What is set for all links changes those of each, so it comes first.
     """
     each = ("default", *netlink.links(netns))
-    values: dict[str, int | str] = {
-        f"net/{family}/conf/{link}/forwarding": 1
-        for family in facts.families()
-        for link in ("all", *each)
-    }
-    values["net/ipv4/conf/all/accept_redirects"] = 0
-    values |= {f"net/ipv4/conf/{link}/send_redirects": 0 for link in ("all", *each)}
+    keys = [f"net/{family}/conf/all/forwarding" for family in facts.families()]
+    keys += [f"net/{family}/conf/{link}/forwarding" for family in facts.families() for link in each]
+    keys += ["net/ipv4/conf/all/accept_redirects"]
+    keys += [f"net/ipv4/conf/{link}/send_redirects" for link in ("all", *each)]
     if Family.IPV6 in facts.families():
-        asked = namespaces.sysctls(netns, *(f"net/ipv6/conf/{link}/accept_ra" for link in each))
-        values |= {key: 2 for key, value in asked.items() if value == "1"}
-    return values
+        keys += [f"net/ipv6/conf/{link}/accept_ra" for link in each]
+    return namespaces.sysctls(netns, *keys)
 
 
-def _names(links: Collection[str]) -> str:
-    """`lo` and these links, as a set of nft's."""
-    return "{ " + ", ".join(f'"{name}"' for name in ("lo", *sorted(links))) + " }"
+def _forward(netns: str) -> None:
+    """Let a namespace forward.
+
+    With IPv6 it is enough if that is set for all: the links stay a host's, which take router
+    advertisements. What they have taken would be forgotten, unless accept_ra is 2 at that moment.
+    """
+    now = _sysctls(netns)
+    of_ra = [key for key in now if key.endswith("/accept_ra")]
+    of_links = {key: value for key, value in now.items() if key.startswith("net/ipv6/")}
+    namespaces.set_sysctls(netns, dict.fromkeys(of_ra, 2))
+    of_links["net/ipv6/conf/all/forwarding"] = "1"
+    namespaces.set_sysctls(netns, of_links)
+    of_ipv4 = [key for key in now if key.startswith("net/ipv4/")]
+    values = {key: int(key.endswith("/forwarding")) for key in of_ipv4}
+    namespaces.set_sysctls(netns, values)
+
+
+def _links_in(sysctls: Iterable[str]) -> set[str]:
+    """Names of the links that such sysctls are about."""
+    return {key.split("/")[3] for key in sysctls} - {"all", "default"}
+
+
+def _names(links: Iterable[str]) -> str:
+    """These links as a set of nft's."""
+    return "{ " + ", ".join(f'"{name}"' for name in sorted(links)) + " }"
 
 
 def _of_family(
-    names: str,
+    inside: str,
     family: Family,
     of_pod: Sequence[Address],
     owners: Mapping[tuple[Transport, int], int],
     families: Mapping[int, Collection[Family]],
 ) -> str:
-    ip, version = _IP[family], family[3]
+    ip, version, guests = _IP[family], family[3], f"{{ {_LINKS[family]} }}"
     served = (
         f"{transport} . {port} : {guest_link(family, n)}"
         for (transport, port), n in owners.items()
         if family in families[n]
     )
-    pod = f"{ip} daddr {{ {', '.join(map(str, of_pod))} }}"
-    to_owner = f"{pod} dnat {ip} to meta l4proto . th dport map @owners{version}"
-    # With the pod's address as source, answers pass the gateway, too.
-    from_guest_to_pod = f"{ip} saddr {_LINKS[family]} ct original {pod} snat {ip} to {of_pod[0]}"
-    return (
-        nft.elements(f"map owners{version}", f"inet_proto . inet_service : {family}_addr", served)
-        + f"""
-chain to_owner{version} {{
-    type nat hook prerouting priority dstnat
-    {to_owner}
-}}
-chain to_owner_from_here{version} {{
-    type nat hook output priority -100
-    {to_owner}
-}}
+    outside = f"""
 chain from_guest{version} {{
     type nat hook postrouting priority srcnat
-    oifname != {names} {ip} saddr {_LINKS[family]} masquerade
+    oifname != {inside} {ip} saddr {guests} masquerade
+}}
+"""
+    if not of_pod:
+        return outside
+    pod = f"{ip} daddr {{ {', '.join(map(str, of_pod))} }}"
+    to_owner = f"dnat {ip} to meta l4proto . th dport map @owners{version}"
+    # With the pod's address as source, answers pass the gateway, too.
+    from_guest_to_pod = f"{ip} saddr {guests} ct original {pod} snat {ip} to {of_pod[0]}"
+    # Rules of others come first (+ 5). What is sent from a loopback address goes by `lo`.
+    return (
+        nft.elements(f"map owners{version}", f"inet_proto . inet_service : {family}_addr", served)
+        + f"""{outside}
+chain to_owner{version} {{
+    type nat hook prerouting priority dstnat + 5
+    {pod} {to_owner}
+}}
+chain to_owner_from_here{version} {{
+    type nat hook output priority -95
+    {ip} saddr != {_LOOPBACK[family]} {pod} {to_owner}
+}}
+chain from_guest_to_pod{version} {{
+    type nat hook postrouting priority srcnat
     {from_guest_to_pod}
 }}
 chain from_guest_to_native{version} {{
