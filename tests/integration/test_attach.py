@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from scapy.layers.inet6 import ICMPv6ND_RA, ICMPv6NDOptPrefixInfo, IPv6
+from scapy.layers.l2 import Ether
 
 from testbed import bpf, datapaths
 from testbed.datapaths.ebpf import loopback_side
@@ -25,7 +27,7 @@ from testbed.pods.sandbox import Sandbox
 from tests.children import ending
 
 from .commands import run, there, workload
-from .sockets import wait_until
+from .sockets import send_frames, wait_until
 
 pytestmark = pytest.mark.root
 
@@ -101,8 +103,10 @@ def theirs(tmp_path: Path) -> Iterator[Theirs]:
         yield theirs
 
 
-def dial(netns: str, to: str, port: int, limit_s: float = 5) -> socket.socket:
-    return namespaces.inside(netns, lambda: socket.create_connection((to, port), limit_s))
+def dial(netns: str, to: str, port: int, limit_s: float = 5, source: str = "") -> socket.socket:
+    return namespaces.inside(
+        netns, lambda: socket.create_connection((to, port), limit_s, (source, 0))
+    )
 
 
 def echoes(connection: socket.socket) -> bool:
@@ -199,9 +203,10 @@ def test_guests_are_whole_members_of_the_pod(
     for n in range(2):
         for family in Family:
             for network in (near, far):
-                pod = network.pod[family]
+                pod, loop = network.pod[family], str(loopback(family))
                 for netns in (network.netns, theirs.name, guest):
                     assert echoes(dial(netns, pod, PORT))
+                assert echoes(dial(theirs.name, pod, PORT, source=loop))
                 with theirs.serve(family, "", NATIVE_PORT):
                     dial(guest, pod, NATIVE_PORT).close()
                 with network.serve(family) as server:
@@ -220,6 +225,43 @@ def test_guests_are_whole_members_of_the_pod(
             run("adopt", name)
     run("detach", name)
     assert theirs.state() == before
+
+
+def test_what_a_router_advertised_is_kept_and_taken_further(
+    manifest: Callable[..., Path], name: str, theirs: Theirs
+) -> None:
+    near = outside(theirs, 1)
+    namespaces.set_sysctls(theirs.name, {"net/ipv6/conf/eth11/accept_ra": 1})
+
+    def advertise(prefix: str) -> None:
+        information = ICMPv6NDOptPrefixInfo(prefix=prefix, prefixlen=64)
+        packet = IPv6(src="fe80::77", dst="ff02::1", hlim=255) / ICMPv6ND_RA() / information
+        head = Ether(src="02:00:00:00:00:77", dst="33:33:00:00:00:01")
+        send_frames(near.netns, "eth0", bytes(head / packet))
+
+    def routes() -> str:
+        return theirs.run("ip", "-6", "route")
+
+    advertise("fd05::")
+    wait_until(lambda: "default via fe80::77" in routes(), "the first is taken")
+    run("attach", "--netns", theirs.netns, manifest(GUEST, runtime="standin"))
+    assert "default via fe80::77" in routes()
+    advertise("fd06::")
+    wait_until(lambda: "fd06::/64" in routes(), "the second is taken")
+    run("detach", name)
+    assert "default via fe80::77" in routes()
+
+
+def test_a_link_that_loses_its_ipv6_keeps_nothing_from_being_undone(
+    manifest: Callable[..., Path], name: str, theirs: Theirs
+) -> None:
+    forwarding = "net/ipv4/conf/all/forwarding"
+    namespaces.set_sysctls(theirs.name, {forwarding: 0})
+    run("attach", "--netns", theirs.netns, manifest(GUEST, runtime="standin"))
+    theirs.run(*["ip", "link", "set", "eth0", "mtu", "1000"])
+    run("detach", name)
+    assert namespaces.sysctls(theirs.name, forwarding) == {forwarding: "0"}
+    assert theirs.run("nft", "list", "ruleset") == ""
 
 
 def test_processes_of_a_cgroup_that_is_named_go_past_lo(

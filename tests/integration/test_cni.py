@@ -282,6 +282,20 @@ def test_a_check_finds_out_and_a_delete_cleans_up_after_a_killed_keeper(runtime:
     assert not there(runtime.container)
 
 
+def test_a_delete_that_gets_no_answer_is_an_error(runtime: Runtime) -> None:
+    """So the runtime asks again."""
+    own = runtime.network["plugins"][0]
+    runtime.call("ADD", own, {"cniVersion": "1.0.0"})
+    keeper = runtime.on_host(lambda: control.status(runtime.container))["keeper"]
+    os.kill(keeper, signal.SIGSTOP)
+    try:
+        assert runtime.call("DEL", own)[0] == 1
+    finally:
+        os.kill(keeper, signal.SIGCONT)
+    assert runtime.call("DEL", own) == (0, "")
+    assert not there(runtime.container)
+
+
 @pytest.mark.parametrize(
     ("change", "environment", "code", "words"),
     [

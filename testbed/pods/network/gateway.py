@@ -121,17 +121,7 @@ def open(
         "}",
     ]
     if not needs_conntrack:
-        here = _GUESTS if foreign else _INSIDE  # others may have rules for natives' connections
-        text += [
-            f"chain {hook}_untracked {{ type filter hook {hook} priority raw; "
-            + "; ".join(
-                f"{_IP[f]} {one} {{ {here[f]} }} {_IP[f]} {other} {{ {_INSIDE[f]} }} notrack"
-                for f in Family
-                for one, other in (("saddr", "daddr"), ("daddr", "saddr"))[: 1 + foreign]
-            )
-            + "; }"
-            for hook in ("prerouting", "output")
-        ]
+        text += _untracked(foreign=foreign)
     nft.load(netns, "\n".join((*text, "}")))
     _forward(netns)
 
@@ -180,6 +170,24 @@ def _forward(netns: str) -> None:
     of_ipv4 = [key for key in now if key.startswith("net/ipv4/")]
     values = {key: int(key.endswith("/forwarding")) for key in of_ipv4}
     namespaces.set_sysctls(netns, values)
+
+
+def _untracked(*, foreign: bool) -> list[str]:
+    """Chains that keep `localhost` out of connection tracking.
+
+    In a foreign namespace that is traffic of guests alone: others may have rules for natives'.
+    """
+    here = _GUESTS if foreign else _INSIDE
+    return [
+        f"chain {hook}_untracked {{ type filter hook {hook} priority raw; "
+        + "; ".join(
+            f"{_IP[f]} {one} {{ {here[f]} }} {_IP[f]} {other} {{ {_INSIDE[f]} }} notrack"
+            for f in Family
+            for one, other in (("saddr", "daddr"), ("daddr", "saddr"))[: 1 + foreign]
+        )
+        + "; }"
+        for hook in ("prerouting", "output")
+    ]
 
 
 def _links_in(sysctls: Iterable[str]) -> set[str]:
