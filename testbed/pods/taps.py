@@ -148,7 +148,7 @@ class Taps:
             if known.tap_ifindex != ifindex:  # another guest
                 if known.tap_ifindex:
                     disconnect(self._netns, known.tap_ifindex)
-                known = self._guessed(_told(self.taps[n]), ifindex)
+                known = self._guessed(self.taps[n], ifindex)
             row: tuple[Any, ...] = known._replace(
                 pod_mac=pod_mac, tap_ifindex=ifindex, inner_ifindex=inner_ifindex
             )
@@ -165,16 +165,17 @@ class Taps:
         finally:
             programs.close()
 
-    def _guessed(self, row: Row, tap_ifindex: int) -> Row:
-        """The row with the pod's own addresses for those that the user does not say.
+    def _guessed(self, tap: Tap, ifindex: int) -> Row:
+        """The row of a new guest: the pod's own addresses for those that the user does not say.
 
         urunc, Kata and others give these to their machine, with the MAC of the pod's link. Raises
         `Error` if the tap has such an address, and so is no tap.
         """
+        row = _told(tap)
         with namespaces.open_socket(self._netns) as ip:
             found = netlink.outside_addresses(ip, self._ours)
-            if tap_ifindex in dict(found):
-                raise Error("a tap has an address of the pod", hint="name a guest's tap")
+            if ifindex in dict(found):
+                raise Error(f"{tap.name!r} is no guest's tap: it has an address of the pod")
             guess: dict[str, Any] = {f"ip{a.version}": a.packed for _, a in reversed(found)}
             if found:
                 guess["mac"] = _packed(ip.get_links(found[0][0])[0].get("address"))
