@@ -53,9 +53,9 @@ KVM_CREATE_VM = 0xAE01
 machine = fcntl.ioctl(open("/dev/kvm"), KVM_CREATE_VM)
 time.sleep(1e6)
 """
-"""A machine that exists all the time. Linux patches its scheduler when the first is made and when the
-last has gone (preempt_notifier_inc), and an emulated CPU may trap on the patch: "int3" in __schedule,
-and the kernel panics.
+"""A machine that exists all the time. Linux patches its scheduler when the first is made and when
+the last has gone (preempt_notifier_inc), and an emulated CPU may trap on the patch: the kernel
+panics of "int3" in __schedule.
 """
 
 
