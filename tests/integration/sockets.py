@@ -78,21 +78,11 @@ class Bench:
 
     def open(self, n: int, family: Family, transport: Transport) -> socket.socket:
         """A socket of a workload."""
-        kind = socket.SOCK_STREAM if transport is Transport.TCP else socket.SOCK_DGRAM
-        opened = namespaces.inside(self.netns(n), lambda: socket.socket(family.domain, kind))
-        opened.settimeout(PATIENCE_S)
-        return opened
+        return opened(self.netns(n), family, transport)
 
     def serve(self, n: int, family: Family, transport: Transport, host: str = "") -> socket.socket:
         """A socket bound to the workload's port, that listens if it can."""
-        server = self.open(n, family, transport)
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family is Family.IPV6:
-            server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        server.bind((host, PORTS[n]))
-        if transport is Transport.TCP:
-            server.listen()
-        return server
+        return served(self.netns(n), family, transport, PORTS[n], host)
 
     @contextmanager
     def connected(
@@ -181,6 +171,42 @@ class Bench:
     def checksum_errors(self) -> dict[int, dict[str, int]]:
         """What each workload's stack counted as wrong (nstat's *InCsumErrors)."""
         return {n: namespaces.inside(self.netns(n), _checksum_errors) for n in PORTS}
+
+
+def opened(netns: str, family: Family, transport: Transport) -> socket.socket:
+    """A socket in a namespace."""
+    kind = socket.SOCK_STREAM if transport is Transport.TCP else socket.SOCK_DGRAM
+    made = namespaces.inside(netns, lambda: socket.socket(family.domain, kind))
+    made.settimeout(PATIENCE_S)
+    return made
+
+
+def served(
+    netns: str, family: Family, transport: Transport, port: int, host: str = ""
+) -> socket.socket:
+    """A socket in a namespace that is bound in its family alone, and listens if it can."""
+    server = opened(netns, family, transport)
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family is Family.IPV6:
+        server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    server.bind((host, port))
+    if transport is Transport.TCP:
+        server.listen()
+    return server
+
+
+def dial(netns: str, to: str, port: int, limit_s: float = 5, source: str = "") -> socket.socket:
+    """A TCP connection from a namespace."""
+    return namespaces.inside(
+        netns, lambda: socket.create_connection((to, port), limit_s, (source, 0))
+    )
+
+
+def echoes(connection: socket.socket) -> bool:
+    """Whether the other end answers with what it is told. The connection is closed then."""
+    with connection:
+        connection.sendall(b"hello")
+        return connection.recv(5) == b"hello"
 
 
 def localhost(n: int, family: Family) -> str:

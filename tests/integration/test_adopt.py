@@ -21,7 +21,7 @@ from testbed.pods import control
 from tests.children import ending
 
 from .commands import run, there, workload
-from .sockets import wait_until
+from .sockets import dial, wait_until
 
 pytestmark = pytest.mark.root
 
@@ -83,8 +83,7 @@ def connected(pod: str) -> Iterator[list[Client]]:
 
 def by_lo(pod: str, family: Family) -> socket.socket:
     """A connection to the guest from a process of the namespace that is not of the pod's cgroup."""
-    to = (str(loopback(family)), GUEST)
-    return namespaces.inside(control.status(pod)["netns"], lambda: socket.create_connection(to, 5))
+    return dial(control.status(pod)["netns"], str(loopback(family)), GUEST)
 
 
 def echoes(connection: socket.socket) -> bool:

@@ -27,7 +27,7 @@ from testbed.pods.sandbox import Sandbox
 from tests.children import ending
 
 from .commands import run, there, workload
-from .sockets import send_frames, wait_until
+from .sockets import dial, echoes, send_frames, wait_until
 
 pytestmark = pytest.mark.root
 
@@ -101,18 +101,6 @@ def theirs(tmp_path: Path) -> Iterator[Theirs]:
         namespaces.set_sysctls(theirs.name, SETTINGS)
         theirs.run("ip", "addr", "add", "10.1.2.3/24", "dev", "eth0")
         yield theirs
-
-
-def dial(netns: str, to: str, port: int, limit_s: float = 5, source: str = "") -> socket.socket:
-    return namespaces.inside(
-        netns, lambda: socket.create_connection((to, port), limit_s, (source, 0))
-    )
-
-
-def echoes(connection: socket.socket) -> bool:
-    with connection:
-        connection.sendall(b"hello")
-        return connection.recv(5) == b"hello"
 
 
 def dials(netns: str, family: Family, native: socket.socket) -> bool:

@@ -13,7 +13,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -36,7 +35,7 @@ from tests.children import ending
 from . import chain
 from .chain import FOLDERS, OWN
 from .commands import there
-from .sockets import wait_until
+from .sockets import dial, echoes, wait_until
 
 pytestmark = pytest.mark.root
 
@@ -135,16 +134,9 @@ def chained(runtime: Runtime, tmp_path: Path) -> Runtime:
     return runtime
 
 
-def dial(netns: str, address: str, limit_s: float = 1) -> socket.socket:
-    """Connect to the guest's port from inside a namespace."""
-    return namespaces.inside(netns, lambda: socket.create_connection((address, PORT), limit_s))
-
-
-def echoes(runtime: Runtime, family: Family) -> bool:
+def answers(runtime: Runtime, family: Family) -> bool:
     """Whether the guest answers a process of the pod at `localhost`."""
-    with dial(runtime.pod, str(loopback(family)), 5) as connection:
-        connection.sendall(b"hello")
-        return connection.recv(5) == b"hello"
+    return echoes(dial(runtime.pod, str(loopback(family)), PORT))
 
 
 def ready(runtime: Runtime, name: str) -> bool:
@@ -164,8 +156,8 @@ def test_guests_join_a_pod_of_other_plugins_and_leave_it(chained: Runtime) -> No
     chained.all("CHECK", **arguments)
     wait_until(lambda: ready(chained, chained.container), "the guest serves")
     for family, address in ((Family.IPV4, "10.99.0.2"), (Family.IPV6, "fd99::2")):
-        assert echoes(chained, family)
-        dial(chained.host, address).close()
+        assert answers(chained, family)
+        dial(chained.host, address, PORT, 1).close()
     chained.all("DEL", **arguments)
     assert not there(chained.container)
     assert set(netlink.links(chained.pod)) == {"lo"}
@@ -182,9 +174,9 @@ def test_nobody_on_the_pods_network_reaches_an_address_inside_it(chained: Runtim
         inside = guest_link(family, 1)
         with namespaces.open_socket(chained.host) as ip:
             ip.route("add", dst=f"{inside}/{inside.max_prefixlen}", gateway=pod)
-        assert echoes(chained, family)
+        assert answers(chained, family)
         with pytest.raises(TimeoutError):
-            dial(chained.host, str(inside))
+            dial(chained.host, str(inside), PORT, 1)
 
 
 def test_what_the_plugin_before_made_goes_through_unchanged(runtime: Runtime) -> None:

@@ -39,7 +39,7 @@ from tests.children import ending
 
 from . import chain
 from .commands import there
-from .sockets import transfer, wait_until
+from .sockets import dial, transfer, wait_until
 from .spdy import Forward
 
 pytestmark = pytest.mark.root
@@ -134,9 +134,7 @@ class Containerd:
         return server
 
     def dial(self, address: str, port: int) -> socket.socket:
-        return namespaces.inside(
-            self.netns, lambda: socket.create_connection((address, port), CALL_S)
-        )
+        return dial(self.netns, address, port, CALL_S)
 
 
 @dataclass

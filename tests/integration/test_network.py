@@ -25,7 +25,7 @@ from testbed.pods.network import node
 from testbed.pods.pod import Pod
 
 from .conftest import Build
-from .sockets import MANIFEST, PAIRS, PATIENCE_S, PORTS, Bench, send_frames
+from .sockets import MANIFEST, PAIRS, PORTS, Bench, opened, send_frames, served
 from .test_baselines import connected
 
 pytestmark = [
@@ -62,14 +62,6 @@ def peer(build: Build) -> Pod:
     return pod
 
 
-def opened(netns: str, family: Family, transport: Transport) -> socket.socket:
-    kind = socket.SOCK_STREAM if transport is Transport.TCP else socket.SOCK_DGRAM
-    made = namespaces.inside(netns, lambda: socket.socket(family.domain, kind))
-    made.settimeout(PATIENCE_S)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    return made
-
-
 def source_seen(client: socket.socket, server: socket.socket, to: Address, port: int) -> str:
     """Whom the server sees; question and answer have come through."""
     with client, server:
@@ -94,10 +86,7 @@ def source_seen(client: socket.socket, server: socket.socket, to: Address, port:
 def test_every_workload_reaches_out_with_the_pods_address(
     bench: Bench, peer: Pod, n: int, family: Family, transport: Transport
 ) -> None:
-    server = opened(peer.netns, family, transport)
-    server.bind(("", PEERS_PORT))
-    if transport is Transport.TCP:
-        server.listen()
+    server = served(peer.netns, family, transport, PEERS_PORT)
     client = bench.open(n, family, transport)
     seen = source_seen(client, server, peer.addresses[family], PEERS_PORT)
     assert seen == str(bench.pod.addresses[family])

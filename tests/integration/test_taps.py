@@ -52,7 +52,7 @@ from testbed.runtimes.vm.qemu import Vm
 from tests.children import ending
 
 from .commands import run, there
-from .sockets import PATIENCE_S, send_frames, wait_until
+from .sockets import opened, send_frames, served, wait_until
 
 pytestmark = [
     pytest.mark.root,
@@ -170,22 +170,6 @@ def theirs(request: pytest.FixtureRequest) -> Iterator[Theirs]:
             made.ip(made.pod, *["addr", "add", "169.254.75.10/32", "dev", "k6t-eth0"])
             made.ip(made.pod, *["link", "set", "eth0", "master", "k6t-eth0"])
         yield made
-
-
-def opened(netns: str, family: Family, transport: Transport) -> socket.socket:
-    kind = socket.SOCK_STREAM if transport is Transport.TCP else socket.SOCK_DGRAM
-    made = namespaces.inside(netns, lambda: socket.socket(family.domain, kind))
-    made.settimeout(PATIENCE_S)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    return made
-
-
-def served(netns: str, family: Family, transport: Transport, port: int) -> socket.socket:
-    server = opened(netns, family, transport)
-    server.bind(("", port))
-    if transport is Transport.TCP:
-        server.listen()
-    return server
 
 
 def talk(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from testbed.conformance.bed import Bed
 from testbed.conformance.check import (
@@ -444,6 +445,16 @@ def half_close_by_server(bed: Bed) -> None:
     expect(got.bytes == SIZE and got.intact, f"{got.bytes} of {SIZE} bytes after the FIN")
 
 
+def _timed_answer(waiting: Sock, act: Callable[[], None]) -> tuple[dict[str, Any], float]:
+    """What a socket that waits is told once something is done, and after how many seconds."""
+    began = time.monotonic()
+    try:
+        act()
+    finally:
+        answer = waiting.answer()
+    return answer, time.monotonic() - began
+
+
 @check("RFC 9293, 3.6: FIN; cocoonstack/sandbox #158")
 def fin_at_once(bed: Bed) -> None:
     """The end of a stream is seen at once, with bytes before it and without, both ways."""
@@ -452,12 +463,7 @@ def fin_at_once(bed: Bed) -> None:
             if text:
                 first.send(text)
             second.ask_receive(SIZE, timeout_s=TIMEOUT_S)
-            began = time.monotonic()
-            try:
-                first.close()
-            finally:
-                answer = second.answer()
-            took_s = time.monotonic() - began
+            answer, took_s = _timed_answer(second, first.close)
             expect(bool(answer["ended"]), f"{second.peer.name} sees no end: {answer['errno']}")
             expect(took_s < AT_ONCE_S, f"{second.peer.name} sees the end after {took_s:.2f} s")
 
@@ -486,12 +492,7 @@ def reset_wakes_reader(bed: Bed) -> None:
     """A receive that waits ends with ECONNRESET at once when the other end resets."""
     near, far = bed.connected()
     near.ask_receive(1, timeout_s=3)
-    began = time.monotonic()
-    try:
-        far.reset()
-    finally:
-        answer = near.answer()
-    took_s = time.monotonic() - began
+    answer, took_s = _timed_answer(near, far.reset)
     expect(answer["errno"] == errno.ECONNRESET, f"it ended with errno {answer['errno']}")
     expect(took_s < AT_ONCE_S, f"it took {took_s:.2f} s")
 

@@ -22,33 +22,13 @@ def amount(bed: Bed, whole: int) -> int:
 @check("no connection is lost to chance")
 def sequential_connections(bed: Bed) -> None:
     """10,000 connections, one after the other, without one failure."""
-    count = amount(bed, SEQUENTIAL)
-    bed.serve_by_agent()
-    result = bed.client.agent.run(
-        bed.transport, bed.family, str(bed.target), bed.port, "crr", 64, bytes=count * 64
-    )
-    expect(not result.errors and not result.corrupt, f"{result.errors} of {count} failed")
-    expect(result.transactions == count, f"{result.transactions} of {count} connections")
+    _connections(bed, amount(bed, SEQUENTIAL))
 
 
 @check("connections that begin at once; libkrun #511")
 def threads_of_connections(bed: Bed) -> None:
     """Sixteen threads make 500 short connections each at the same time, without one failure."""
-    each = amount(bed, 500)
-    bed.serve_by_agent()
-    result = bed.client.agent.run(
-        bed.transport,
-        bed.family,
-        str(bed.target),
-        bed.port,
-        "crr",
-        64,
-        streams=THREADS,
-        bytes=each * 64,
-    )
-    count = THREADS * each
-    expect(not result.errors and not result.corrupt, f"{result.errors} of {count} failed")
-    expect(result.transactions == count, f"{result.transactions} of {count} connections")
+    _connections(bed, amount(bed, 500), threads=THREADS)
 
 
 @check("no connection is lost to crowding")
@@ -65,6 +45,24 @@ def concurrent_connections(bed: Bed) -> None:
         fars[f"{i:4}".encode()].send(f"{i:4}")
         got = nears[i].receive(4)
         expect(got.text == f"{i:4}".encode(), f"connection {i} was answered {got.text!r}")
+
+
+def _connections(bed: Bed, each: int, threads: int = 1) -> None:
+    """Connections one after the other, with a question and an answer of 64 bytes each."""
+    count = threads * each
+    bed.serve_by_agent()
+    result = bed.client.agent.run(
+        bed.transport,
+        bed.family,
+        str(bed.target),
+        bed.port,
+        "crr",
+        64,
+        streams=threads,
+        bytes=each * 64,
+    )
+    expect(not result.errors and not result.corrupt, f"{result.errors} of {count} failed")
+    expect(result.transactions == count, f"{result.transactions} of {count} connections")
 
 
 def _bulk(bed: Bed, direction: str) -> None:
