@@ -339,20 +339,30 @@ static __always_inline void hide_headers(struct __sk_buff *skb, struct packet *p
 	p->fault = hide(skb, p->fault);
 }
 
-/* Parses an IPv4 or IPv6 packet (is_ip()). The addresses are classified whatever `fault` is; they
- * are OTHER only if the IP header is not valid. A fragment that does not come from `guest` leaves no
- * trace, nor does, if 0, one from outside the pod. What decides later is hidden from the verifier.
+/* Parses an IPv4 or IPv6 packet (is_ip()), but for the ports of later fragments. The addresses are
+ * classified whatever `fault` is. Returns nonzero if the IP header is not valid: then they are OTHER.
+ * What decides later is hidden from the verifier.
  */
-static __always_inline void parse(struct __sk_buff *skb, struct packet *p, u8 slot, u8 hook,
-				  u8 guest)
+static __always_inline int parse_headers(struct __sk_buff *skb, struct packet *p)
 {
 	if (parse_ip(skb, p))
-		return;
+		return -1;
 	if (!p->is_later_fragment)
 		p->fault = parse_l4(skb, p);
 	hide_headers(skb, p);
 	p->source = hide_address(skb, source_of(p));
 	p->destination = hide_address(skb, destination_of(p));
+	return 0;
+}
+
+/* The same, with the ports of later fragments. A fragment that does not come from `guest` leaves no
+ * trace, nor does, if 0, one from outside the pod.
+ */
+static __always_inline void parse(struct __sk_buff *skb, struct packet *p, u8 slot, u8 hook,
+				  u8 guest)
+{
+	if (parse_headers(skb, p))
+		return;
 	if (p->is_fragment &&
 	    (guest ? p->source.kind == LINK && p->source.n == guest
 		   : hook == HOOK_LO || is_reserved(p->source) || is_reserved(p->destination))) {

@@ -166,11 +166,11 @@ static __always_inline int take_arp(struct __sk_buff *skb, struct tap *tap)
 		learn4(tap, sender);
 	if (!is_inside(says.asked))
 		return TC_ACT_OK;
-	if (answer_arp(skb, &arp, 0) ||
-	    bpf_skb_store_bytes(skb, ETH_HLEN + offsetof(struct arp, target_mac), tap->mac,
-				ETH_ALEN, 0))
-		return refuse(skb, &tap->refused);
-	return send_back(skb, tap, 0);
+	return send_back(skb, tap,
+			 answer_arp(skb, &arp, 0) ||
+				 bpf_skb_store_bytes(skb,
+						     ETH_HLEN + offsetof(struct arp, target_mac),
+						     tap->mac, ETH_ALEN, 0));
 }
 
 /* Ingress of the tap: takes what is for the pod's inside. */
@@ -181,7 +181,7 @@ static __always_inline int tap_ingress(struct __sk_buff *skb)
 	u8 n = skb->tc_classid, guest_mac[ETH_ALEN] = GUEST_MAC(n);
 	struct neighbor says = {};
 	struct packet p = {};
-	__be32 to[8] = {};
+	__be32 to[8];
 	bool own_mac;
 
 	/* A tap that was moved away or renamed still has this program, but is not the guest's. */
@@ -190,13 +190,8 @@ static __always_inline int tap_ingress(struct __sk_buff *skb)
 	own_mac = has_guests_mac(skb, tap);
 	if (skb->protocol == bpf_htons(ETH_P_ARP))
 		return take_arp(skb, tap);
-	if (!is_ip(skb) || parse_ip(skb, &p))
+	if (!is_ip(skb) || parse_headers(skb, &p))
 		return TC_ACT_OK;
-	if (!p.is_later_fragment)
-		p.fault = parse_l4(skb, &p);
-	hide_headers(skb, &p);
-	p.source = hide_address(skb, source_of(&p));
-	p.destination = hide_address(skb, destination_of(&p));
 	if (own_mac && p.source.kind == OTHER)
 		learn_source(tap, &p);
 	if (is_nd(&p) && p.icmp_type == ND_SOLICITATION && !parse_nd(skb, &p, &says) &&
@@ -210,13 +205,11 @@ static __always_inline int tap_ingress(struct __sk_buff *skb)
 		return refuse(skb, &tap->refused);
 	if (p.fault != FAULT_NONE || !is_from_guest(tap, &p))
 		return refuse(skb, &tap->refused);
-	if (p.v6) {
+	__builtin_memcpy(to, p.addresses, sizeof(to));
+	if (p.v6)
 		render6(address_of(LINK, n), to);
-		__builtin_memcpy(to + 4, p.addresses + 4, 16);
-	} else {
+	else
 		to[0] = render4(address_of(LINK, n));
-		to[1] = p.addresses[1];
-	}
 	add_count(&tap->from_guest, 1, skb->len - ETH_HLEN);
 	if (rewrite_words(skb, &p, to, 0) ||
 	    store_macs(skb, p.destination.kind == POD_LINK ? tap->pod_mac : alias_mac, guest_mac))
@@ -230,27 +223,21 @@ static __always_inline int inner_ingress(struct __sk_buff *skb)
 	const u8 alias_mac[ETH_ALEN] = ALIAS_MAC;
 	struct tap *tap = tap_of(skb);
 	struct packet p = {};
-	__be32 to[8] = {};
+	__be32 to[8];
 
-	if (!tap || !is_ip(skb) || parse_ip(skb, &p))
+	if (!tap || !is_ip(skb) || parse_headers(skb, &p))
 		return TC_ACT_SHOT;
-	if (!p.is_later_fragment)
-		p.fault = parse_l4(skb, &p);
-	hide_headers(skb, &p);
-	p.destination = hide_address(skb, destination_of(&p));
 	if (p.destination.kind != LINK)
 		return TC_ACT_SHOT; /* multicast of the pod's own kernel */
 	if (p.fault != FAULT_NONE)
 		return refuse(skb, &tap->refused);
 	if (is_zero_mac(tap->mac) || (p.v6 ? is_zero6(tap->ip6) : !tap->ip4))
 		return refuse(skb, &tap->unreachable);
-	if (p.v6) {
-		__builtin_memcpy(to, p.addresses, 16);
-		__builtin_memcpy(to + 4, tap->ip6, 16);
-	} else {
-		to[0] = p.addresses[0];
+	__builtin_memcpy(to, p.addresses, sizeof(to));
+	if (p.v6)
+		__builtin_memcpy(to + 4, tap->ip6, sizeof(tap->ip6));
+	else
 		to[1] = tap->ip4;
-	}
 	add_count(&tap->to_guest, 1, skb->len - ETH_HLEN);
 	if (rewrite_words(skb, &p, to, 0) || store_macs(skb, tap->mac, alias_mac))
 		return refuse(skb, &tap->refused);
@@ -276,11 +263,8 @@ static __always_inline int tap_egress(struct __sk_buff *skb)
 		if (parse_arp(skb, &arp, &says))
 			return TC_ACT_OK;
 	} else {
-		if (!is_ip(skb) || parse_ip(skb, &p))
+		if (!is_ip(skb) || parse_headers(skb, &p))
 			return TC_ACT_OK;
-		if (!p.is_later_fragment)
-			p.fault = parse_l4(skb, &p);
-		p.source = source_of(&p);
 		says.claimed = p.source;
 		if (is_nd(&p) && parse_nd(skb, &p, &says))
 			return refuse(skb, &tap->refused);
