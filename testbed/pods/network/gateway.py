@@ -96,9 +96,9 @@ def open(
     that was not forwarded before is not forwarded between the other interfaces that are there now.
     Raises `Error` if the kernel lacks such rules.
     """
+    now = _sysctls(netns)
     left = [entry.arguments for entry in owner.left(close)]
-    before: dict[str, str] = next((a["before"] for a in left if a["netns"] == netns), {})
-    before = before or _sysctls(netns)
+    before: dict[str, str] = next((a["before"] for a in left if a["netns"] == netns), now)
     if foreign:
         owner.defer(close, netns=netns, before=before)
     inside, others = _names(("lo", *links)), _links_in(before) - {"lo", *links}
@@ -123,7 +123,7 @@ def open(
     if not needs_conntrack:
         text += _untracked(foreign=foreign)
     nft.load(netns, "\n".join((*text, "}")))
-    _forward(netns)
+    _forward(netns, now)
 
 
 def close(netns: str, before: Mapping[str, str]) -> None:
@@ -155,13 +155,12 @@ def _sysctls(netns: str) -> dict[str, str]:
     return namespaces.sysctls(netns, *keys)
 
 
-def _forward(netns: str) -> None:
-    """Let a namespace forward.
+def _forward(netns: str, now: Mapping[str, str]) -> None:
+    """Let a namespace forward whose `_sysctls` are `now`.
 
     With IPv6 it is enough if that is set for all: the links stay a host's, which take router
     advertisements. What they have taken would be forgotten, unless accept_ra is 2 at that moment.
     """
-    now = _sysctls(netns)
     of_ra = [key for key in now if key.endswith("/accept_ra")]
     of_links = {key: value for key, value in now.items() if key.startswith("net/ipv6/")}
     namespaces.set_sysctls(netns, dict.fromkeys(of_ra, 2))
