@@ -87,8 +87,8 @@ static __always_inline bool is_zero6(const __be32 *words)
 	return !(words[0] | words[1] | words[2] | words[3]);
 }
 
-/* Whether a frame has the guest's MAC address, which is that of its first frame. */
-static __always_inline bool has_guests_mac(struct __sk_buff *skb, struct tap *tap)
+/* Learns the MAC address of the first frame. Whether this frame has it. */
+static __always_inline bool learn_mac(struct __sk_buff *skb, struct tap *tap)
 {
 	struct ethhdr eth;
 
@@ -181,13 +181,12 @@ static __always_inline int tap_ingress(struct __sk_buff *skb)
 	u8 n = skb->tc_classid, guest_mac[ETH_ALEN] = GUEST_MAC(n);
 	struct neighbor says = {};
 	struct packet p = {};
-	__be32 to[8];
 	bool own_mac;
 
 	/* A tap that was moved away or renamed still has this program, but is not the guest's. */
 	if (!tap || tap->tap_ifindex != skb->ifindex || skb->vlan_present)
 		return TC_ACT_OK;
-	own_mac = has_guests_mac(skb, tap);
+	own_mac = learn_mac(skb, tap);
 	if (skb->protocol == bpf_htons(ETH_P_ARP))
 		return take_arp(skb, tap);
 	if (!is_ip(skb) || parse_headers(skb, &p))
@@ -205,13 +204,8 @@ static __always_inline int tap_ingress(struct __sk_buff *skb)
 		return refuse(skb, &tap->refused);
 	if (p.fault != FAULT_NONE || !is_from_guest(tap, &p))
 		return refuse(skb, &tap->refused);
-	__builtin_memcpy(to, p.addresses, sizeof(to));
-	if (p.v6)
-		render6(address_of(LINK, n), to);
-	else
-		to[0] = render4(address_of(LINK, n));
 	add_count(&tap->from_guest, 1, skb->len - ETH_HLEN);
-	if (rewrite_words(skb, &p, to, 0) ||
+	if (rewrite(skb, &p, address_of(LINK, n), p.destination, 0) ||
 	    store_macs(skb, p.destination.kind == POD_LINK ? tap->pod_mac : alias_mac, guest_mac))
 		return refuse(skb, &tap->refused);
 	return bpf_redirect(tap->inner_ifindex, 0);

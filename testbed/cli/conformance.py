@@ -61,7 +61,10 @@ def add(commands: Commands) -> None:
         "--junit", type=Path, metavar="FILE", help="also write the results as JUnit XML"
     )
     conformance.add_argument(
-        "--tap", type=Path, metavar="FILE", help="also write the results as TAP (version 14)"
+        "--tap",
+        type=Path,
+        metavar="FILE",
+        help="also write the results as TAP (Test Anything Protocol, version 14)",
     )
     conformance.add_argument(
         "--netns", type=Path, metavar="PATH", help="check an existing pod: its namespace ..."

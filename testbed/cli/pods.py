@@ -41,7 +41,8 @@ def _add_building(commands: Commands) -> None:
     attach = commands.add_parser(
         "attach",
         help="add a manifest's guests to a pod that somebody else made",
-        epilog="Adds links, eBPF programs and guests to the namespace, and changes nothing else. "
+        epilog="Adds links, eBPF programs, guests, and rules by which these have the pod's "
+        "addresses outside. Until they are removed, the namespace forwards for them. "
         + called("'testbed detach POD' removes them."),
     )
     adopt = commands.add_parser(

@@ -40,8 +40,9 @@ class Choice:
     netns: Path | None = None
     """Namespace of an existing pod to check. None: build pods."""
     control: str = ""
-    cgroup: Path | None = None
     """Address of the traffic agent of the guest in that pod."""
+    cgroup: Path | None = None
+    """Cgroup of that pod's processes, in which natives are started. None: in none of the pod's."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def remove_link(netns: str, ifname: str) -> None:
 
 
 def outside_addresses(ip: IPRoute, without: Collection[str]) -> list[tuple[int, Address]]:
-    """Addresses that are valid outside the machine: (index of the link, address).
+    """Addresses of global scope: (index of the link, address).
 
     Those of `lo` and of the links `without` are left out.
     """

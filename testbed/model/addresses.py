@@ -85,6 +85,12 @@ def native_view(family: Family, n: int) -> Address:
     return ip_address(_NATIVE_VIEW[family]) + n
 
 
+GUEST_NETS = {
+    Family.IPV4: (f"{_NATIVE_VIEW[Family.IPV4]}/24", *LINK_NETS[Family.IPV4]),
+    Family.IPV6: (NATIVE_VIEW_NET6, *LINK_NETS[Family.IPV6]),
+}
+"""Networks with all addresses of the plan that are valid only within a pod, but loopback."""
+
 MAX_PODS = 65000
 """Largest number of pods that have addresses on one node."""
 

@@ -278,6 +278,11 @@ class Spec:
     """What the manifest asks for and the testbed does not do, as text for the user."""
 
     @property
+    def workloads(self) -> tuple[Workload, ...]:
+        """All workloads, each once: init containers, then those of the manifest."""
+        return tuple(dict.fromkeys((*self.init, *self.manifest.workloads)))
+
+    @property
     def sidecars(self) -> tuple[Workload, ...]:
         """Init containers that run as long as the pod does."""
         return tuple(w for w in self.init if w in self.manifest.workloads)

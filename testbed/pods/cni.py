@@ -245,15 +245,9 @@ class _Pod:
         else:
             servers, options = plugins.get("nameservers"), plugins.get("options")
             searches = plugins.get("search") or list(filter(None, [plugins.get("domain")]))
-        if not servers:
-            return None
-        lines = [f"nameserver {address}" for address in servers]
-        lines += [
-            f"{key} {' '.join(words)}"
-            for key, words in (("search", searches), ("options", options))
-            if words
-        ]
-        return "".join(f"{line}\n" for line in lines)
+        from testbed.pods.network import resolv_conf
+
+        return resolv_conf.text(servers, searches or (), options or ()) if servers else None
 
     def _is_attached(self) -> bool:
         """Whether there are guests that an ADD of this container and network attached."""

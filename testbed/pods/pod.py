@@ -170,7 +170,10 @@ class Pod:
         return mended | changed
 
     def _guests_of(self, missing: set[str]) -> set[str]:
-        """Names of virtual machines whose taps are missing. They have to be started again."""
+        """Names of virtual machines whose taps are among these links, which vanished or are new.
+
+        They have to be started again.
+        """
         return {
             guest.name
             for n, guest in self.manifest.guests.items()

@@ -1,7 +1,8 @@
 """A pod's network namespace that somebody else made, for guests to join (in CRI: a pod sandbox).
 
-Its maker runs the natives in it, and has given it links. None of that is changed. If something in
-it does not go together with the datapath, the pod is refused before anything is made.
+Its maker runs the natives in it, and has given it links. They are left alone; sysctls that
+`network.gateway` changes are written back in the end. If something in it does not go together with
+the datapath, the pod is refused before anything is made.
 """
 
 from __future__ import annotations
@@ -19,20 +20,13 @@ from testbed.datapaths.interface import Datapath, Layout
 from testbed.host import facts, namespaces, netlink
 from testbed.host.ledger import Scope
 from testbed.model import addresses
-from testbed.model.addresses import LINK_NETS, Address
+from testbed.model.addresses import Address
 from testbed.model.errors import Error
 from testbed.model.manifest import Spec
 from testbed.model.terms import Family
 
 IPV6_OFF = "net/ipv6/conf/lo/disable_ipv6"
-OURS = [
-    ip_network(text, strict=False)
-    for text in (
-        *(net for family in Family for net in LINK_NETS[family]),
-        f"{addresses.native_view(Family.IPV4, 0)}/24",
-        addresses.NATIVE_VIEW_NET6,
-    )
-]
+OURS = [ip_network(net) for family in Family for net in addresses.GUEST_NETS[family]]
 """Networks that the address plan needs for itself."""
 
 
@@ -63,7 +57,7 @@ class Sandbox:
                 f"{self.cgroup} is no cgroup of version 2",
                 hint="see 0::PATH in /proc/PID/cgroup of a process of the pod",
             )
-        workloads = dict.fromkeys((*spec.init, *spec.manifest.workloads))
+        workloads = spec.workloads
         if natives := [w.name for w in workloads if not w.runtime.is_guest]:
             raise Error(
                 f"{', '.join(natives)} would be native to {self.netns}, where only guests "

@@ -283,13 +283,12 @@ def _prepare(spec: Spec, options: Options) -> dict[Runtime, Prepared]:
     """Prepare all runtimes and compose all images, in parallel, before anything is built."""
     etc = {path: text.encode() for path, text in _etc(spec, guest=True).items()}
     options = replace(options, etc=etc)
-    workloads = dict.fromkeys((*spec.init, *spec.manifest.workloads))
-    kinds = dict.fromkeys(w.runtime for w in workloads)
+    kinds = dict.fromkeys(w.runtime for w in spec.workloads)
     with ThreadPoolExecutor() as pool:
         prepared = dict(
             zip(kinds, pool.map(lambda r: runtimes.prepare(r, options), kinds), strict=True)
         )
-        list(pool.map(lambda w: prepared[w.runtime].compose(w), workloads))
+        list(pool.map(lambda w: prepared[w.runtime].compose(w), spec.workloads))
     return prepared
 
 
@@ -340,7 +339,7 @@ def _connected(spec: Spec, pod: Pod) -> Iterator[None]:
         raise Error(f"pod {spec.name!r} cannot have a hostPort: {why}")
     if pod.sandbox or not why:
         pod.connect(spec.host_ports)
-    for workload in (*spec.init, *spec.manifest.workloads):
+    for workload in spec.workloads:
         pod.place(workload)  # finds the fields that variables ask for
     server = dns_relay.to_relay(spec.resolv_conf)
     dns = (Transport.UDP, dns_relay.PORT)

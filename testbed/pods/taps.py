@@ -11,7 +11,7 @@ the pod's inside.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ GUESSED = {"mac": 1, "ip4": 2, "ip6": 4}
 COUNTS = ("from_guest", "to_guest", "refused", "unreachable")
 
 
-class Row(NamedTuple):
+class TapRow(NamedTuple):
     """A row of the map `taps`. What is zero is not known."""
 
     ip4: bytes
@@ -77,6 +77,7 @@ class Taps:
             raise Error("guests that somebody else boots need tcx", hint="use Linux 6.6 or later")
         self.taps, self._owner, self._netns = taps, owner, netns
         self._ours: Collection[str] = ()
+        self._programs: ProgramSet | None = None
         self._connected: dict[int, tuple[int, int]] = {}
         """n → indices of the tap and of the inner link, once they are connected."""
         for n in taps if owner.continues else ():
@@ -142,8 +143,7 @@ class Taps:
     def _connect(self, n: int, ifindex: int, inner_ifindex: int, pod_mac: bytes) -> None:
         """Connect a tap with an inner link, or only prepare that if there is no tap (0)."""
         self._connected.pop(n, None)
-        programs = self._load()
-        try:
+        with closing(self._load()) as programs:
             known = self._row(n)
             if known.tap_ifindex != ifindex:  # another guest
                 if known.tap_ifindex:
@@ -162,10 +162,8 @@ class Taps:
                 for number, (name, hook) in enumerate(AT_TAP.items()):
                     with programs.entry(name, classid, number) as entry:
                         bpf.attach_tcx(self._netns, ifindex, hook, entry)
-        finally:
-            programs.close()
 
-    def _guessed(self, tap: Tap, ifindex: int) -> Row:
+    def _guessed(self, tap: Tap, ifindex: int) -> TapRow:
         """The row of a new guest: the pod's own addresses for those that the user does not say.
 
         urunc, Kata and others give these to their machine, with the MAC of the pod's link. Raises
@@ -186,7 +184,7 @@ class Taps:
 
     def _load(self) -> ProgramSet:
         """The programs, loaded at the first call."""
-        if not hasattr(self, "_programs"):
+        if self._programs is None:
             self._programs = bpf.load("tap", self._owner)
             rows: dict[str, Any] = {
                 "pins": str(self._programs.pins),
@@ -200,16 +198,14 @@ class Taps:
             self._programs.set_calls(self._programs, AT_TAP)
         return self._programs
 
-    def _row(self, n: int) -> Row:
+    def _row(self, n: int) -> TapRow:
         """The row of a guest; what the user says of it, if it has none."""
-        programs = self._load()
-        try:
-            row: tuple[Any, ...] = _rows(programs)[programs.slot << 8 | n,]
-            return Row(*row)
-        except KeyError:
-            return _told(self.taps[n])
-        finally:
-            programs.close()
+        with closing(self._load()) as programs:
+            try:
+                row: tuple[Any, ...] = _rows(programs)[programs.slot << 8 | n,]
+            except KeyError:
+                return _told(self.taps[n])
+        return TapRow(*row)
 
 
 def disconnect(netns: str, ifindex: int) -> None:
@@ -221,22 +217,21 @@ def disconnect(netns: str, ifindex: int) -> None:
 def clear(pins: str, slot: int, guests: Iterable[int]) -> None:
     """Remove a pod's rows. Missing programs and rows are no error."""
     if Path(pins, "users").exists():
-        programs = ProgramSet(Path(pins), slot)
-        for n in guests:
-            with suppress(KeyError):
-                del _rows(programs)[slot << 8 | n,]
-        programs.close()
+        with closing(ProgramSet(Path(pins), slot)) as programs:
+            for n in guests:
+                with suppress(KeyError):
+                    del _rows(programs)[slot << 8 | n,]
 
 
 def _rows(programs: ProgramSet) -> bpf.Map:
     return programs.map("taps", "=I", ROW)
 
 
-def _told(tap: Tap) -> Row:
+def _told(tap: Tap) -> TapRow:
     """The row of a guest of which nothing is known but what the user says."""
     told = {address.version: address.packed for address in tap.addresses}
     ip4, ip6 = told.get(4, bytes(4)), told.get(6, bytes(16))
-    return Row(ip4, ip6, _packed(tap.mac), bytes(6), *[0] * 12)
+    return TapRow(ip4, ip6, _packed(tap.mac), bytes(6), *[0] * 12)
 
 
 def _packed(mac: str) -> bytes:

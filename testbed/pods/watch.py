@@ -54,7 +54,7 @@ class Watch:
                 self._watched.end(self._running, "its postStart hook failed")
                 return True
             if not self._startup:
-                self._has_started()
+                self._begin_probes()
             while True:
                 questions = (self._startup, self._readiness, self._liveness)
                 due = [q.due for q in questions if q and q.due is not None]
@@ -83,13 +83,13 @@ class Watch:
             return self._watched.prober.do(hook, HOOK_LIMIT_S, ready=True)
         return True
 
-    def _has_started(self) -> None:
+    def _begin_probes(self) -> None:
         """Begin with the probes of a workload that has started."""
         self._startup, liveness = None, self._program.liveness
         readiness = self._program.readiness or Probe(Action())
         self._readiness = Question(readiness, first_s=0, eager=True)
         self._liveness = Question(liveness, first_s=liveness.period_s) if liveness else None
-        self._watched.started.set()
+        self._watched.has_started.set()
 
     def _ask(self) -> None:
         """Run the probes that are due."""
@@ -97,7 +97,7 @@ class Watch:
         if self._startup and self._startup.is_due():
             self._startup.answered(prober.ask(self._startup.probe, ready=True))
             if self._startup.verdict:
-                self._has_started()
+                self._begin_probes()
             elif self._startup.verdict is False:
                 self._startup.due = None
                 watched.end(self._running, "its startup probe failed")

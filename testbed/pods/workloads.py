@@ -103,7 +103,7 @@ class Workloads:
         for watched in (by_name[workload.name] for workload in self.spec.init):
             if watched.is_sidecar:
                 self.run_beside(watched.run, watched.workload.name)
-                watched.started.wait()
+                watched.has_started.wait()
             else:
                 watched.run()
             if self.stopping.is_set():
@@ -158,7 +158,7 @@ class Watched:
         assert workload.program is not None
         self.workloads, self.workload, self.program = workloads, workload, workload.program
         self.is_init, self.is_sidecar = is_init, is_sidecar
-        self.started = threading.Event()
+        self.has_started = threading.Event()
         """Set when it has started, by its startup probe, or will not any more."""
         self._retired = threading.Event()
         """Set if it is a sidecar that nobody needs any more."""
@@ -172,7 +172,7 @@ class Watched:
         """Exit status of the last run. A virtual machine's is 0, however its program ended."""
         self._was = was
         self._pid: int | None = was["pid"] if was else None
-        self._started: int = was["started"] if was else 0
+        self._started_at: int = was["started"] if was else 0
         """Start time of that process (`process.started_at`)."""
         self.runtime = workloads.prepared[workload.runtime]
         self.prober = Prober(workloads.pod, workload, self.runtime)
@@ -183,7 +183,7 @@ class Watched:
             if self.state not in ("completed", "failed"):
                 self._run()
         finally:
-            self.started.set()
+            self.has_started.set()
             if not (self.is_init or self.is_sidecar or self.workloads.stopping.is_set()):
                 self.workloads.end_sidecars()
 
@@ -255,7 +255,7 @@ class Watched:
             "restarts": self.restarts,
             "exit_status": self.exit_status,
             "pid": self._pid if self.state == "running" else None,
-            "started": self._started,
+            "started": self._started_at,
             "addresses": [str(guest_link(f, n) if n else loopback(f)) for f in Family],
             "ports": [shown(port) for port in self.workload.ports],
             "unserved": self.unserved,
@@ -289,7 +289,7 @@ class Watched:
         if not self.is_init:
             with pod.lock:
                 pod.processes[name] = running
-        self._runs(running, "still runs" if left else "runs")
+        self._record_start(running, "still runs" if left else "runs")
         if self._retired.is_set():
             self.retire()
         is_new = not left
@@ -303,10 +303,10 @@ class Watched:
                 if self.workloads.stopping.wait(0.01):
                     return None
             running, self.ready, is_new = new, False, True
-            self._runs(running, "was started again on a new link")
+            self._record_start(running, "was started again on a new link")
 
-    def _runs(self, running: process.Running, how: str) -> None:
-        self._pid, self._started = running.pid, process.started_at(running.pid)
+    def _record_start(self, running: process.Running, how: str) -> None:
+        self._pid, self._started_at = running.pid, process.started_at(running.pid)
         self.state = "running"
         self.say(f"{how}, pid {running.pid}")
 

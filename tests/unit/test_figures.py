@@ -30,6 +30,8 @@ from testbed.results.analysis import block_values
 from testbed.results.results import Results
 from testbed.results.statistics import Estimate, estimate
 
+from . import test_report
+
 TOLERANCE_PX = 0.5
 PAIRS = ("native-native", "native-guest", "guest-native", "wasm-container")
 NAMES = ("loopback", "direct", "capture", "steer", "broadcast", "tun")
@@ -64,28 +66,17 @@ PLAN = plan.parse(
     """,
     "wide.toml",
 )
-CAMPAIGN = store.Campaign(
+CAMPAIGN = replace(
+    test_report.CAMPAIGN,
     name="wide",
-    plan={},
     cells=tuple(cell.id for cell in PLAN.cells),
-    blocks=3,
-    seed=1,
     references={name: "direct" for name in NAMES if name != "loopback"},
-    guest="osv",
-    guest_kernel="OSv master",
-    accelerator="tcg",
-    kernel="6.18",
-    cpu="a CPU",
-    governor="none",
-    host="here",
-    revision="0" * 40,
     looks={name: vars(datapaths.get(name).look) for name in NAMES},
 )
 PARTS = {
     Metric.STARTUP: dict.fromkeys(stacks.STEPS, 1.0),
     Metric.MEMORY: dict.fromkeys(stacks.OWNERS, 1e6),
 }
-SCALE = {Metric.THROUGHPUT: 1e9, Metric.LATENCY: 100.0, Metric.CONNECTIONS: 1e3}
 
 
 def trial(cell: Cell, block: int) -> Trial:
@@ -99,7 +90,7 @@ def trial(cell: Cell, block: int) -> Trial:
     if cell.metric.of_building:
         parts = {part: factor * value for part, value in PARTS[cell.metric].items()}
         return replace(made, value=sum(parts.values()), parts=parts)
-    value = SCALE[cell.metric] * factor
+    value = test_report.SCALE[cell.metric] * factor
     return replace(
         made,
         value=value,

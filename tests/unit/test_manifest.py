@@ -204,6 +204,21 @@ def test_what_matters_to_clusters_alone_is_a_warning(tmp_path: Path) -> None:
         (pod("- {name: a, image: x}", annotations="{testbed/runtime: vm}"), "no runtime 'vm'"),
         (pod("- {name: a, image: x}", annotations="{testbed/tap: tap0}"), "no such container"),
         (pod("- {name: a, image: x}", annotations="{testbed/tap.a: ''}"), "tap '' is not a name"),
+        (
+            pod(
+                "- {name: a, image: x}",
+                "initContainers: [{name: i, image: x}]",
+                "{testbed/tap.i: tap0}",
+            ),
+            "init container 'i' cannot be a guest",
+        ),
+        (
+            pod(
+                "- {name: a, image: x, livenessProbe: {exec: {command: [ls]}}}",
+                annotations="{testbed/tap.a: tap0}",
+            ),
+            "nothing can be started in it",
+        ),
         (with_field("name: b"), "the key 'name' stands there twice"),
         (
             pod(
@@ -462,3 +477,17 @@ def test_a_fault_of_an_image_map_is_named(
     file.write_text(text)
     with pytest.raises(Error, match=re.escape(fault)):
         of_user(pairs, file)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "not a name"),
+        ("tap0,10.1.1.1,10.1.1.2", "at most one MAC"),
+        ("tap0,10.1.1.300", "10.1.1.300"),
+        ("tap0,02:00:00:00:00:01,02:00:00:00:00:02", "at most one MAC"),
+    ],
+)
+def test_a_tap_that_is_none_is_refused(text: str, problem: str) -> None:
+    with pytest.raises(Error, match=problem):
+        Tap.parse(text)

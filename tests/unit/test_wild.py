@@ -22,7 +22,7 @@ def found(file: Path) -> str:
         [spec] = kubernetes.read([file], lambda: Runtime.LINUX)
     except Error as e:
         return f"refused: {str(e).removeprefix(f'{file}, document 1').lstrip(',: ')}"
-    programs = [w.program for w in (*spec.init, *spec.manifest.workloads) if w.program]
+    programs = [w.program for w in spec.workloads if w.program]
     unknown = [p.image for p in programs if not p.image.startswith(("host:", "/"))]
     return f"needs an image: {unknown[0]}" if unknown else STARTS
 

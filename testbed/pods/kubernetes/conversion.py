@@ -10,7 +10,7 @@ but by their runtimes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from testbed.pods.kubernetes.schema import (
     Probe,
     extras,
 )
+from testbed.pods.network.resolv_conf import text as resolv_conf_text
 
 ANNOTATION, TAP = "testbed/runtime", "testbed/tap"
 EXPECTED = {
@@ -86,7 +87,7 @@ def spec(
             raise Error(f"{where}, {path}: {why}")
         warnings.append(f"{where}, {path} is not used")
     taps = _taps(pod, where)
-    runtimes = _runtimes(pod, where, best) | dict.fromkeys(taps, Runtime.FOREIGN)
+    runtimes = _runtimes(pod, where, best, taps)
 
     def workload(container: Container) -> Workload:
         runtime = runtimes[container.name]
@@ -130,8 +131,13 @@ def _fault(fault: Any, where: str) -> str:
 # --- runtimes -------------------------------------------------------------------------------
 
 
-def _runtimes(pod: Pod, where: str, best: Callable[[], Runtime]) -> dict[str, Runtime]:
-    """Runtimes of containers by name. Raises `Error` if one cannot run what it is asked to."""
+def _runtimes(
+    pod: Pod, where: str, best: Callable[[], Runtime], taps: Collection[str]
+) -> dict[str, Runtime]:
+    """Runtimes of containers by name. Raises `Error` if one cannot run what it is asked to.
+
+    `taps`: names of those that somebody else boots.
+    """
     names = [c.name for c in (*pod.spec.init_containers, *pod.spec.containers)]
     if pod.spec.share_process_namespace and PAUSE.name in names:
         raise Error(
@@ -147,6 +153,7 @@ def _runtimes(pod: Pod, where: str, best: Callable[[], Runtime]) -> dict[str, Ru
             raise Error(f"{at}: no runtime {value!r}", hint=f"choose from {', '.join(RUNTIMES)}")
     default = annotated.get("", pod.spec.runtime_class_name or Runtime.CONTAINER)
     wanted = {name: annotated.get(name, default) for name in names}
+    wanted |= dict.fromkeys(taps, Runtime.FOREIGN)
     chosen = {name: best() if r == BEST else Runtime(r) for name, r in wanted.items()}
     for container in (*pod.spec.init_containers, *pod.spec.containers):
         _check_runtime(container, chosen[container.name], where)
@@ -192,10 +199,9 @@ def _taps(pod: Pod, where: str) -> dict[str, Tap]:
 def _check_runtime(container: Container, runtime: Runtime, where: str) -> None:
     """Raises `Error` if a container asks for something that its runtime cannot do."""
     hooks = (container.lifecycle.post_start, container.lifecycle.pre_stop)
-    is_virtual = runtime in (Runtime.OSV, Runtime.LINUX)
-    if (is_virtual or runtime is Runtime.WASM) and any(
-        asked and asked.exec for asked in (*_probes(container), *hooks)
-    ):
+    closed = (Runtime.OSV, Runtime.LINUX, Runtime.WASM, Runtime.FOREIGN)
+    asked = (*_probes(container), *hooks)
+    if runtime in closed and any(each and each.exec for each in asked):
         raise Error(
             f"{where}: {container.name!r} ({runtime}) has an exec probe or hook, and nothing can "
             "be started in it",
@@ -343,15 +349,11 @@ def _host_ports(spec: PodSpec) -> tuple[HostPort, ...]:
 def _resolv_conf(spec: PodSpec, given: str | None) -> str:
     """resolv.conf of the pod: the given text, unless dnsPolicy is None, then dnsConfig's lines."""
     config = spec.dns_config
-    lines = [f"nameserver {address}" for address in config.nameservers]
-    if config.searches:
-        lines.append(f"search {' '.join(config.searches)}")
-    if config.options:
-        words = (o.name if o.value is None else f"{o.name}:{o.value}" for o in config.options)
-        lines.append(f"options {' '.join(words)}")
-    if spec.dns_policy != "None":
-        if given is None:
-            own = Path("/etc/resolv.conf")
-            given = own.read_text() if own.exists() else ""
-        lines[:0] = given.splitlines()
-    return "".join(f"{line}\n" for line in lines)
+    options = [o.name if o.value is None else f"{o.name}:{o.value}" for o in config.options]
+    text = resolv_conf_text(map(str, config.nameservers), config.searches, options)
+    if spec.dns_policy == "None":
+        return text
+    if given is None:
+        own = Path("/etc/resolv.conf")
+        given = own.read_text() if own.exists() else ""
+    return "".join(f"{line}\n" for line in given.splitlines()) + text

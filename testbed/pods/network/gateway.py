@@ -2,8 +2,8 @@
 
 The rules are in the pod's namespace, for an uplink that exists already. Packets of guests to the
 outside get the pod's address as source. Packets to a port that a guest owns, from outside or from
-the pod itself, go to that guest, with their source unchanged. From outside, only packets to the
-pod's own address are accepted. Those with an address of the pod's inside are dropped (`guard`).
+the pod itself, go to that guest, with their source unchanged. Between other interfaces nothing is
+forwarded, and packets from outside with an address of the pod's inside are dropped (`guard`).
 
 Traffic of `localhost` is not translated here. That of eBPF datapaths is even excluded from
 connection tracking, whose table a busy pod would fill.
@@ -16,11 +16,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from testbed.host import facts, namespaces, netlink, nft
 from testbed.host.ledger import Scope
 from testbed.model.addresses import (
+    GUEST_NETS,
     LINK_NETS,
     NATIVE_VIEW_NET6,
     Address,
     guest_link,
-    native_view,
 )
 from testbed.model.errors import Error
 from testbed.model.terms import Family, Transport
@@ -35,11 +35,7 @@ _INSIDE = {
     Family.IPV6: f"{_LOOPBACK[Family.IPV6]}, {_LINKS[Family.IPV6]}, {NATIVE_VIEW_NET6}",
 }
 """Addresses that are valid only within a pod."""
-_GUESTS = {
-    Family.IPV4: f"{native_view(Family.IPV4, 0)}/24, {_LINKS[Family.IPV4]}",
-    Family.IPV6: f"{_LINKS[Family.IPV6]}, {NATIVE_VIEW_NET6}",
-}
-"""Those of guests, and the alias."""
+_GUESTS = {family: ", ".join(GUEST_NETS[family]) for family in Family}
 
 
 def guard(owner: Scope, netns: str, links: Collection[str]) -> None:

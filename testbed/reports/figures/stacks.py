@@ -118,10 +118,10 @@ def built_figure(rows: Sequence[Breakdown], results: Results) -> Drawing:
         if starts
         else "Processes: proportional set size; kernel: what its memory grew by."
     )
-    groups = grouped(rows, lambda r: (r.cell.family, _boots(r, results)))
+    groups = grouped(rows, lambda r: (r.cell.family, _has_virtual_machine(r, results)))
     panels = {
-        f"{names(family)}, {'' if boots else 'no '}virtual machines": groups[family, boots]
-        for family, boots in sorted(groups)
+        f"{names(family)}, {'' if virtual else 'no '}virtual machines": groups[family, virtual]
+        for family, virtual in sorted(groups)
     }
     unit = unit_of(rows[0].cell.metric)
     figure = _draw_panels(panels, results, parts, unit.name, alike=False)
@@ -134,7 +134,7 @@ def built_figure(rows: Sequence[Breakdown], results: Results) -> Drawing:
     )
 
 
-def _boots(row: Breakdown, results: Results) -> bool:
+def _has_virtual_machine(row: Breakdown, results: Results) -> bool:
     """Whether there is a virtual machine, which takes much more than everything else."""
     guest = Runtime(row.cell.guest or results.campaign.guest)
     return row.cell.pair.guests > 0 and guest is not Runtime.STANDIN
