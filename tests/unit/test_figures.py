@@ -29,8 +29,7 @@ from testbed.results import store
 from testbed.results.analysis import block_values
 from testbed.results.results import Results
 from testbed.results.statistics import Estimate, estimate
-
-from . import test_report
+from tests.unit import test_report
 
 TOLERANCE_PX = 0.5
 PAIRS = ("native-native", "native-guest", "guest-native", "wasm-container")
