@@ -9,11 +9,13 @@
  *
  *   guest ---- tap          t1 ---- g1    the link of guest 1
  *              tap_ingress  inner_ingress
+ *              tap_egress   inner_egress
  *
  *   from the guest:  tap_ingress > t1 > g1      source: the guest's > guest n's link address
  *   to the guest:    g1 > inner_ingress > tap   destination: the reverse
  *
- * tap_egress drops what others send to the guest from addresses of the pod's inside.
+ * tap_egress drops what others send to the guest from addresses of the pod's inside, inner_egress
+ * all that did not come by tap_ingress: a process of the pod's namespace may send there, too.
  *
  * Of a guest is known at first what user space was told, or guesses. What the guest sends teaches
  * the programs the rest.
@@ -31,10 +33,11 @@
 
 enum guessed { GUESSED_MAC = 1, GUESSED_IP4 = 2, GUESSED_IP6 = 4 };
 
-/* skb->mark of what these programs send to the guest. Others have no packets with addresses of the
- * pod's inside for it.
+/* skb->mark of what these programs redirect. Nobody else sends by the guest's link, or to the guest
+ * from addresses of the pod's inside.
  */
-#define MARK_TO_GUEST 0x77000002
+#define MARK_TO_GUEST	0x77000002
+#define MARK_FROM_GUEST 0x77000003
 
 struct tap {
 	__be32 ip4, ip6[4];   /* the guest's; 0: not known */
@@ -144,7 +147,7 @@ static __always_inline int store_macs(struct __sk_buff *skb, const u8 *to, const
 /* Sends an answer of neighbor.h back to the guest, whose MAC is not that of the address plan. */
 static __always_inline int send_back(struct __sk_buff *skb, struct tap *tap, int failed)
 {
-	const u8 alias_mac[ETH_ALEN] = ALIAS_MAC;
+	u8 alias_mac[ETH_ALEN] = ALIAS_MAC;
 
 	if (failed || store_macs(skb, tap->mac, alias_mac))
 		return refuse(skb, &tap->refused);
@@ -176,9 +179,8 @@ static __always_inline int take_arp(struct __sk_buff *skb, struct tap *tap)
 /* Ingress of the tap: takes what is for the pod's inside. */
 static __always_inline int tap_ingress(struct __sk_buff *skb)
 {
-	const u8 alias_mac[ETH_ALEN] = ALIAS_MAC;
 	struct tap *tap = tap_of(skb);
-	u8 n = skb->tc_classid, guest_mac[ETH_ALEN] = GUEST_MAC(n);
+	u8 n = skb->tc_classid, from_mac[ETH_ALEN] = GUEST_MAC(n), to_mac[ETH_ALEN] = ALIAS_MAC;
 	struct neighbor says = {};
 	struct packet p = {};
 	bool own_mac;
@@ -205,16 +207,19 @@ static __always_inline int tap_ingress(struct __sk_buff *skb)
 	if (p.fault != FAULT_NONE || !is_from_guest(tap, &p))
 		return refuse(skb, &tap->refused);
 	add_count(&tap->from_guest, 1, skb->len - ETH_HLEN);
+	if (p.destination.kind == POD_LINK)
+		__builtin_memcpy(to_mac, tap->pod_mac, ETH_ALEN);
 	if (rewrite(skb, &p, address_of(LINK, n), p.destination, 0) ||
-	    store_macs(skb, p.destination.kind == POD_LINK ? tap->pod_mac : alias_mac, guest_mac))
+	    store_macs(skb, to_mac, from_mac))
 		return refuse(skb, &tap->refused);
+	skb->mark = MARK_FROM_GUEST;
 	return bpf_redirect(tap->inner_ifindex, 0);
 }
 
 /* Ingress of the other end of the guest's link: brings all that is for the guest to its tap. */
 static __always_inline int inner_ingress(struct __sk_buff *skb)
 {
-	const u8 alias_mac[ETH_ALEN] = ALIAS_MAC;
+	u8 alias_mac[ETH_ALEN] = ALIAS_MAC;
 	struct tap *tap = tap_of(skb);
 	struct packet p = {};
 	__be32 to[8];
@@ -239,6 +244,17 @@ static __always_inline int inner_ingress(struct __sk_buff *skb)
 	return bpf_redirect(tap->tap_ifindex, 0);
 }
 
+/* Egress of the other end of the guest's link: passes what tap_ingress redirected. */
+static __always_inline int inner_egress(struct __sk_buff *skb)
+{
+	struct tap *tap = tap_of(skb);
+
+	if (skb->mark != MARK_FROM_GUEST)
+		return tap ? refuse(skb, &tap->refused) : TC_ACT_SHOT;
+	skb->mark = 0;
+	return TC_ACT_OK;
+}
+
 /* Egress of the tap: nobody else passes for one of the pod's inside. */
 static __always_inline int tap_egress(struct __sk_buff *skb)
 {
@@ -253,6 +269,9 @@ static __always_inline int tap_egress(struct __sk_buff *skb)
 		skb->mark = 0;
 		return TC_ACT_OK;
 	}
+	/* The kernel takes off one tag, a guest several that mean no VLAN. */
+	if (skb->protocol == bpf_htons(ETH_P_8021Q) || skb->protocol == bpf_htons(ETH_P_8021AD))
+		return refuse(skb, &tap->refused);
 	if (skb->protocol == bpf_htons(ETH_P_ARP)) {
 		if (parse_arp(skb, &arp, &says))
 			return TC_ACT_OK;
@@ -272,3 +291,4 @@ static __always_inline int tap_egress(struct __sk_buff *skb)
 TC_PROGRAM(tap_ingress)
 TC_PROGRAM(tap_egress)
 TC_PROGRAM(inner_ingress)
+TC_PROGRAM(inner_egress)

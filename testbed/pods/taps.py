@@ -25,7 +25,7 @@ from testbed.model.errors import Error
 from testbed.model.manifest import Tap
 
 AT_TAP = {"tap_ingress": bpf.INGRESS, "tap_egress": bpf.EGRESS}
-AT_INNER = "inner_ingress"
+AT_INNER = {"inner_ingress": bpf.INGRESS, "inner_egress": bpf.EGRESS}
 """Programs at a tap, and at the other end of the guest's link."""
 ROW = "=4s16s6s6s4I8Q"
 """`struct tap` of the programs."""
@@ -118,8 +118,11 @@ class Taps:
     def _lacks(self, n: int) -> set[str]:
         """Names of the programs that the tap and the link of a guest lack, if both are there."""
         tap, inner = self._connected[n]
-        places = {(tap, hook): name for name, hook in AT_TAP.items()}
-        places[inner, bpf.INGRESS] = AT_INNER
+        places = {
+            (link, hook): name
+            for link, programs in ((tap, AT_TAP), (inner, AT_INNER))
+            for name, hook in programs.items()
+        }
         links = netlink.links(self._netns).values()
         places = {place: name for place, name in places.items() if place[0] in links}
         attached = bpf.attached_tc(self._netns, places)
@@ -154,8 +157,9 @@ class Taps:
             )
             _rows(programs)[programs.slot << 8 | n,] = row
             classid = programs.slot << 8 | n
-            place = self._netns, inner_ifindex, bpf.INGRESS
-            bpf.attach_tc(self._owner, *place, programs.program(AT_INNER), AT_INNER, classid)
+            for name, hook in AT_INNER.items():
+                place = self._netns, inner_ifindex, hook
+                bpf.attach_tc(self._owner, *place, programs.program(name), name, classid)
             if ifindex:
                 self._connected[n] = ifindex, inner_ifindex
                 self._owner.defer(disconnect, netns=self._netns, ifindex=ifindex)

@@ -327,12 +327,30 @@ def test_nobody_outside_passes_for_one_inside(
             (OUTSIDE[family], b"good"),
         )
     ]
+    twice = bytes.fromhex("8100 0000 8100 0000")  # tags that mean no VLAN
+    frames[:0] = [frame[:12] + twice + frame[12:] for frame in frames[: len(inside)]]
     with served(guest, family, Transport.UDP, PORT) as server:
         send_frames(theirs.outside, "eth0", *frames)
         assert server.recv(100) == b"good"
         server.setblocking(False)
         with pytest.raises(BlockingIOError):
             server.recv(100)
+
+
+def test_a_process_of_the_namespace_sends_nothing_for_the_guest(
+    manifest: Callable[..., Path], name: str, theirs: Theirs
+) -> None:
+    """Nor by the other end of its link, so it makes no guest that is down pass for up."""
+    theirs.boot()
+    attach(manifest, theirs)
+    theirs.ip(theirs.pod, *["link", "del", "tap0"])
+    wait_until(lambda: not control.describe(name)["taps"][0]["connected"], "it is gone")
+    with opened(theirs.pod, Family.IPV4, Transport.UDP) as process:
+        process.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"t1\0")
+        process.sendto(b"?", (str(alias(Family.IPV4)), NATIVE_PORT))
+    with opened(theirs.pod, Family.IPV4, Transport.TCP) as client:
+        with pytest.raises(ConnectionRefusedError):
+            client.connect((str(loopback(Family.IPV4)), PORT))
 
 
 def test_a_tap_that_was_renamed_is_no_longer_the_guests(
