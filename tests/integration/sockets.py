@@ -82,7 +82,7 @@ class Bench:
 
     def serve(self, n: int, family: Family, transport: Transport, host: str = "") -> socket.socket:
         """A socket bound to the workload's port, that listens if it can."""
-        return served(self.netns(n), family, transport, PORTS[n], host)
+        return bound(self.open(n, family, transport), family, transport, PORTS[n], host)
 
     @contextmanager
     def connected(
@@ -185,7 +185,13 @@ def served(
     netns: str, family: Family, transport: Transport, port: int, host: str = ""
 ) -> socket.socket:
     """A socket in a namespace that is bound in its family alone, and listens if it can."""
-    server = opened(netns, family, transport)
+    return bound(opened(netns, family, transport), family, transport, port, host)
+
+
+def bound(
+    server: socket.socket, family: Family, transport: Transport, port: int, host: str = ""
+) -> socket.socket:
+    """That socket, bound in its family alone, which listens if it can."""
     server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if family is Family.IPV6:
         server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
