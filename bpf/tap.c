@@ -14,8 +14,9 @@
  *   from the guest:  tap_ingress > t1 > g1      source: the guest's > guest n's link address
  *   to the guest:    g1 > inner_ingress > tap   destination: the reverse
  *
- * tap_egress drops what others send to the guest from addresses of the pod's inside, inner_egress
- * all that did not come by tap_ingress: a process of the pod's namespace may send there, too.
+ * tap_egress drops what others send to the guest from addresses of the pod's inside, or about them,
+ * inner_egress all that did not come by tap_ingress: a process of the pod's namespace may send there,
+ * too.
  *
  * Of a guest is known at first what user space was told, or guesses. What the guest sends teaches
  * the programs the rest.
@@ -255,6 +256,21 @@ static __always_inline int inner_egress(struct __sk_buff *skb)
 	return TC_ACT_OK;
 }
 
+/* Whether it is an ICMP error about a packet that went to one of the pod's inside. */
+static __always_inline bool is_error_about_inside(struct __sk_buff *skb, const struct packet *p)
+{
+	u32 quoted = p->l4 + ICMP_HEADER_SIZE;
+	__be32 to[4] = {};
+
+	if (!p->is_icmp_error)
+		return false;
+	if (p->v6)
+		return !read(skb, quoted + offsetof(struct ipv6hdr, daddr), to, sizeof(to)) &&
+		       is_inside(classify6(to));
+	return !read(skb, quoted + offsetof(struct iphdr, daddr), to, sizeof(to[0])) &&
+	       is_inside(classify4(to[0]));
+}
+
 /* Egress of the tap: nobody else passes for one of the pod's inside. */
 static __always_inline int tap_egress(struct __sk_buff *skb)
 {
@@ -283,7 +299,7 @@ static __always_inline int tap_egress(struct __sk_buff *skb)
 			return refuse(skb, &tap->refused);
 	}
 	if (is_inside(says.claimed) || is_reserved(says.claimed) || is_inside(p.source) ||
-	    is_reserved(p.source))
+	    is_reserved(p.source) || is_error_about_inside(skb, &p))
 		return refuse(skb, &tap->refused);
 	return TC_ACT_OK;
 }

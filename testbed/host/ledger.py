@@ -17,8 +17,8 @@ import importlib
 import json
 import os
 import secrets
-import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -314,5 +314,12 @@ def create_folder(owner: Scope, name: str) -> Path:
 
 def remove_folder(path: str) -> None:
     """Remove a folder and its contents. A missing folder is no error."""
-    if Path(path).exists():
-        shutil.rmtree(path)
+    remove_tree(Path(path))
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder, however deep it is. A missing folder is no error."""
+    command = ["rm", "--recursive", "--force", "--one-file-system", "--", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Error(f"{path} cannot be removed: {done.stderr.strip().splitlines()[-1]}")

@@ -6,6 +6,7 @@ import functools
 import http.client
 import socket
 import subprocess
+import threading
 import time
 
 from testbed.host import namespaces
@@ -67,11 +68,20 @@ class Prober:
                     timeout=timeout_s,
                     check=False,
                     stdin=subprocess.DEVNULL,
-                    capture_output=True,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
                 )
                 return done.returncode == 0
             with self._connection(action.port, timeout_s, ready) as connection:
-                return not action.path or 200 <= _status(connection, action) < 400
+                if not action.path:
+                    return True
+                # The connection's own limit begins anew with each byte that comes.
+                limit = threading.Timer(timeout_s, connection.shutdown, [socket.SHUT_RDWR])
+                limit.start()
+                try:
+                    return 200 <= _status(connection, action) < 400
+                finally:
+                    limit.cancel()
         except (Error, OSError, subprocess.TimeoutExpired, http.client.HTTPException):
             return False
 

@@ -283,7 +283,7 @@ class Watched:
                 pod.attachment.guest_ended(n)
             pod.end_peers(name)
             return process.Orphan.UNKNOWN
-        except (Error, OSError) as e:
+        except Exception as e:  # whatever it is, the thread goes on, and tries again
             self.say(f"cannot be started: {e}")
             return 127
         if not self.is_init:

@@ -6,6 +6,7 @@ above the image's files, which is new at every start.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from testbed.host import cgroups, process
+from testbed.host import cgroups, ledger, process
 from testbed.host.ledger import Scope
 from testbed.images import compose, rootfs
 from testbed.images.rootfs import Root
@@ -50,7 +51,6 @@ ADDABLE = frozenset(
         "IPC_LOCK",
         "IPC_OWNER",
         "LEASE",
-        "LINUX_IMMUTABLE",
         "MAC_ADMIN",
         "MAC_OVERRIDE",
         "NET_ADMIN",
@@ -76,6 +76,9 @@ FORBIDDEN = [
     "fspick",
     "fsmount",
     "init_module",
+    "io_uring_enter",
+    "io_uring_register",
+    "io_uring_setup",
     "ioperm",
     "iopl",
     "kexec_file_load",
@@ -102,6 +105,20 @@ FORBIDDEN = [
     "vhangup",
 ]
 """System calls that are refused with EPERM, since no workload needs them. Others are allowed."""
+NEW_NAMESPACES = [
+    0x00020000,  # CLONE_NEWNS
+    0x02000000,  # CLONE_NEWCGROUP
+    0x04000000,  # CLONE_NEWUTS
+    0x08000000,  # CLONE_NEWIPC
+    0x10000000,  # CLONE_NEWUSER
+    0x20000000,  # CLONE_NEWPID
+    0x40000000,  # CLONE_NEWNET
+]
+"""Flags of clone(2) that are refused, since in namespaces of its own a container has all
+capabilities. The flags of clone3(2) cannot be seen: programs that are told that it does not exist
+call clone(2)."""
+AF_VSOCK = 40
+"""The family of sockets that lead to the host's virtual machines."""
 
 MASKED = [
     "/proc/acpi",
@@ -156,7 +173,7 @@ class Container:
         root, bundle, id = self._root(place.workload), _bundle(place), place.workload.name
         if (_state(place.scratch) / id).exists():
             _runc(place.scratch, "delete", "--force", id)
-        shutil.rmtree(bundle, ignore_errors=True)
+        ledger.remove_tree(bundle)
         layers = {name: bundle / name for name in ("upper", "work", "root")}
         for layer in layers.values():
             layer.mkdir(parents=True)
@@ -288,12 +305,28 @@ def _config(place: Placement, root: Root) -> dict[str, Any]:
             "maskedPaths": MASKED,
             "readonlyPaths": READ_ONLY,
             "resources": _resources(program.memory_bytes, program.cpus),
-            "seccomp": {
-                "defaultAction": "SCMP_ACT_ALLOW",
-                "syscalls": [{"names": FORBIDDEN, "action": "SCMP_ACT_ERRNO", "errnoRet": 1}],
-            },
+            "seccomp": {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": _refused_calls()},
         },
     }
+
+
+def _refused_calls() -> list[dict[str, Any]]:
+    """The rules of seccomp."""
+    forbidden: dict[str, Any] = {"names": FORBIDDEN}
+    clone: list[dict[str, Any]] = [
+        {
+            "names": ["clone"],
+            "args": [{"index": 0, "value": flag, "valueTwo": flag, "op": "SCMP_CMP_MASKED_EQ"}],
+        }
+        for flag in NEW_NAMESPACES
+    ]
+    vsock: dict[str, Any] = {
+        "names": ["socket"],
+        "args": [{"index": 0, "value": AF_VSOCK, "op": "SCMP_CMP_EQ"}],
+    }
+    rules = [{**rule, "errnoRet": errno.EPERM} for rule in (forbidden, *clone, vsock)]
+    rules.append({"names": ["clone3"], "errnoRet": errno.ENOSYS})
+    return [{**rule, "action": "SCMP_ACT_ERRNO"} for rule in rules]
 
 
 def _pid_namespace(scratch: Path, holder: str) -> dict[str, str]:
@@ -362,7 +395,12 @@ def _mounts(place: Placement) -> list[dict[str, Any]]:
         {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": safe},
         {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": [*safe, "ro"]},
         *(
-            {"destination": inside, "type": "bind", "source": str(file), "options": ["bind"]}
+            {
+                "destination": inside,
+                "type": "bind",
+                "source": str(file),
+                "options": ["bind", "ro" if file == hostname else "rw"],
+            }
             for file, inside in files.items()
         ),
         *(

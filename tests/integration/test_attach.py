@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -215,6 +216,13 @@ def test_guests_are_whole_members_of_the_pod(
     assert theirs.state() == before
 
 
+def advertisement(prefix: str) -> bytes:
+    """A router's, as a frame."""
+    information = ICMPv6NDOptPrefixInfo(prefix=prefix, prefixlen=64)
+    packet = IPv6(src="fe80::77", dst="ff02::1", hlim=255) / ICMPv6ND_RA() / information
+    return bytes(Ether(src="02:00:00:00:00:77", dst="33:33:00:00:00:01") / packet)
+
+
 def test_what_a_router_advertised_is_kept_and_taken_further(
     manifest: Callable[..., Path], name: str, theirs: Theirs
 ) -> None:
@@ -222,10 +230,7 @@ def test_what_a_router_advertised_is_kept_and_taken_further(
     namespaces.set_sysctls(theirs.name, {"net/ipv6/conf/eth11/accept_ra": 1})
 
     def advertise(prefix: str) -> None:
-        information = ICMPv6NDOptPrefixInfo(prefix=prefix, prefixlen=64)
-        packet = IPv6(src="fe80::77", dst="ff02::1", hlim=255) / ICMPv6ND_RA() / information
-        head = Ether(src="02:00:00:00:00:77", dst="33:33:00:00:00:01")
-        send_frames(near.netns, "eth0", bytes(head / packet))
+        send_frames(near.netns, "eth0", advertisement(prefix))
 
     def routes() -> str:
         return theirs.run("ip", "-6", "route")
@@ -238,6 +243,27 @@ def test_what_a_router_advertised_is_kept_and_taken_further(
     wait_until(lambda: "fd06::/64" in routes(), "the second is taken")
     run("detach", name)
     assert "default via fe80::77" in routes()
+
+
+def test_a_link_that_takes_no_advertisements_takes_none_while_guests_join(
+    manifest: Callable[..., Path], name: str, theirs: Theirs
+) -> None:
+    near = outside(theirs, 1)
+    namespaces.set_sysctls(theirs.name, {"net/ipv6/conf/eth11/accept_ra": 0})
+    joined = threading.Event()
+
+    def flood() -> None:
+        while not joined.is_set():
+            send_frames(near.netns, "eth0", *[advertisement("fd05::")] * 100)
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    try:
+        run("attach", "--netns", theirs.netns, manifest(GUEST, runtime="standin"))
+    finally:
+        joined.set()
+        thread.join()
+    assert "proto ra" not in theirs.run("ip", "-6", "route")
 
 
 def test_a_link_that_loses_its_ipv6_keeps_nothing_from_being_undone(

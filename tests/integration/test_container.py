@@ -176,3 +176,58 @@ def test_what_it_left_running_ends_with_it(pod: Pod, runtime: Prepared) -> None:
     with ending(runtime.start(true)) as again:
         again.wait(10)
     assert again.returncode == 0
+
+
+FORBIDDEN_CALLS = """
+#include <errno.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+static void tell(const char *call, long result)
+{
+    printf("%s %ld %s\\n", call, result, strerror(result < 0 ? errno : 0));
+}
+
+int main(void)
+{
+    static char empty[256];
+    tell("clone", syscall(SYS_clone, CLONE_NEWUSER | SIGCHLD, 0, 0, 0, 0));
+    tell("clone3", syscall(SYS_clone3, empty, 88));
+    tell("unshare", unshare(CLONE_NEWUSER));
+    tell("io_uring_setup", syscall(SYS_io_uring_setup, 8, empty));
+    tell("AF_VSOCK", socket(AF_VSOCK, SOCK_STREAM, 0));
+    return 0;
+}
+"""
+
+
+def test_it_makes_no_namespaces_and_reaches_no_virtual_machines(run: Run, tmp_path: Path) -> None:
+    """In a user namespace of its own it would have all capabilities."""
+    for folder in ("proc", "dev", "sys", "etc"):
+        (tmp_path / folder).mkdir()
+    command = ["cc", "-D_GNU_SOURCE", "-static", "-x", "c", "-", "-o", str(tmp_path / "try")]
+    subprocess.run(command, input=FORBIDDEN_CALLS, text=True, check=True)
+    assert run(Program(str(tmp_path), command=("/try",))).splitlines() == [
+        "clone -1 Operation not permitted",
+        "clone3 -1 Function not implemented",
+        "unshare -1 Operation not permitted",
+        "io_uring_setup -1 Operation not permitted",
+        "AF_VSOCK -1 Operation not permitted",
+    ]
+
+
+def test_it_changes_no_name_of_the_pod(run: Run) -> None:
+    assert "Read-only" in run(shell("echo other > /etc/hostname"), status=1)
+    assert run(shell("cat /etc/hostname")) == "shop\n"
+
+
+def test_a_tree_too_deep_for_names_is_removed(run: Run) -> None:
+    """Before, the next start failed, and so did the pod's end."""
+    dig = "i=0; while [ $i -lt 1500 ]; do mkdir d && cd d || exit 1; i=$((i+1)); done"
+    assert run(shell(dig)) == ""
+    assert run(shell("test ! -e /d")) == ""

@@ -14,15 +14,15 @@ import re
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import ip_address, ip_interface
 from pathlib import Path
 
 import pytest
-from scapy.layers.inet import IP, UDP
-from scapy.layers.inet6 import IPv6
+from scapy.layers.inet import ICMP, IP, UDP
+from scapy.layers.inet6 import ICMPv6DestUnreach, IPv6
 from scapy.layers.l2 import Ether
 
 from testbed import agent, bpf
@@ -335,6 +335,38 @@ def test_nobody_outside_passes_for_one_inside(
         server.setblocking(False)
         with pytest.raises(BlockingIOError):
             server.recv(100)
+
+
+@FAMILIES
+def test_nobody_outside_tells_errors_about_flows_inside(
+    manifest: Callable[..., Path], name: str, theirs: Theirs, family: Family
+) -> None:
+    """Their quotations are all by which a guest knows the socket."""
+    guest, inside, port = theirs.boot(), str(alias(family)), NATIVE_PORT
+    attach(manifest, theirs)
+    talk((guest, inside), (theirs.pod, port), family, Transport.UDP)
+    with ExitStack() as stack:
+        about = {}
+        for to in (inside, OUTSIDE[family]):
+            about[to] = stack.enter_context(opened(guest, family, Transport.UDP))
+            about[to].connect((to, port))
+        layer, unreachable = (
+            (IP, ICMP(type=3, code=3))
+            if family is Family.IPV4
+            else (IPv6, ICMPv6DestUnreach(code=4))
+        )
+        for to, client in about.items():
+            error = (
+                Ether(dst=theirs.mac(guest), src=theirs.mac(theirs.outside))
+                / layer(src=OUTSIDE[family], dst=POD[family])
+                / unreachable
+                / layer(src=POD[family], dst=to)
+                / UDP(sport=client.getsockname()[1], dport=port)
+            )
+            send_frames(theirs.outside, "eth0", bytes(error))
+        with pytest.raises(ConnectionRefusedError):
+            about[OUTSIDE[family]].recv(1)
+        assert about[inside].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
 
 
 def test_a_process_of_the_namespace_sends_nothing_for_the_guest(

@@ -417,7 +417,7 @@ def test_variables_tell_a_program_about_its_pod(tmp_path: Path) -> None:
                                                           containerName: a}}}
           - {name: GONE, valueFrom: {configMapKeyRef: {name: b, key: c, optional: true}}}
     """
-    manifest = pod(text).replace("metadata: {", "metadata: {labels: {tier: db}, ")
+    manifest = pod(text).replace("metadata: {", "metadata: {labels: {tier: $(POD)}, ")
     [read_] = read(tmp_path, manifest)
     program = read_.manifest.workloads[0].program
     assert program is not None
@@ -425,7 +425,7 @@ def test_variables_tell_a_program_about_its_pod(tmp_path: Path) -> None:
     assert known.args == ("10.77.0.9",)
     assert dict(known.env) == {
         "POD": "shop",
-        "TIER": "db",
+        "TIER": "$(POD)",  # only what `value` says is expanded
         "IP": "10.77.0.9",
         "CPU": "100",
         "MEMORY": str(64 << 20),

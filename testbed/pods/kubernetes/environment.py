@@ -22,7 +22,7 @@ def variables(pod: Pod, container: Container) -> dict[str, str]:
     for variable in container.env:
         value = _value(pod, container, variable)
         if value is not None:
-            env[variable.name] = expanded(value, env)
+            env[variable.name] = value if variable.value_from else expanded(value, env)
     return env
 
 

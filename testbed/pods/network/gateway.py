@@ -157,7 +157,7 @@ def _forward(netns: str, now: Mapping[str, str]) -> None:
     With IPv6 it is enough if that is set for all: the links stay a host's, which take router
     advertisements. What they have taken would be forgotten, unless accept_ra is 2 at that moment.
     """
-    of_ra = [key for key in now if key.endswith("/accept_ra")]
+    of_ra = [key for key, value in now.items() if key.endswith("/accept_ra") and value != "0"]
     of_links = {key: value for key, value in now.items() if key.startswith("net/ipv6/")}
     namespaces.set_sysctls(netns, dict.fromkeys(of_ra, 2))
     of_links["net/ipv6/conf/all/forwarding"] = "1"
