@@ -123,7 +123,7 @@ def _parse(path: Path) -> Elf:
             }
             return Elf(
                 path=path,
-                machine=MACHINES.get(elf["e_machine"], str(elf["e_machine"])),
+                machine=_machine(elf),
                 kind=elf["e_type"],
                 interpreter=interpreter,
                 needed=strings["needed"],
@@ -135,6 +135,12 @@ def _parse(path: Path) -> Elf:
         raise Error(f"cannot read {path}: {e.strerror}") from e
     except (ELFError, UnicodeDecodeError, ValueError) as e:
         raise Error(f"{path} is not an ELF file ({e})") from e
+
+
+def _machine(elf: ELFFile) -> str:
+    name = MACHINES.get(elf["e_machine"], str(elf["e_machine"]))
+    # x32 is for x86-64, but of 32 bits: ld.so skips that, too.
+    return f"{name} (32 bits)" if name in ("x86_64", "aarch64") and elf.elfclass == 32 else name
 
 
 def _split(paths: Iterable[str]) -> tuple[str, ...]:

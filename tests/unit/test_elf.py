@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import struct
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from testbed.images import elf
 from testbed.model.errors import Error
 
+X86_64 = 62
 RISCV = 243
 """EM_RISCV (elf(5)): a machine that this one is not."""
 
@@ -102,6 +104,15 @@ def test_library_of_another_machine_is_passed_over(tmp_path: Path, library: Path
     )
     as_machine(library, RISCV)
     with pytest.raises(Error, match=r"libouter\.so\.2 is for riscv"):
+        elf.closure(elf.read(program), provided={"libc.so.6"})
+
+
+def test_library_of_half_the_bits_is_passed_over(tmp_path: Path, library: Path) -> None:
+    """In the cache of ldconfig, Debian's libc6-x32 is before libc6."""
+    program = cc(tmp_path, "main", MAIN, "-pie", f"-Wl,-rpath,{library.parent}", str(library))
+    x32 = (b"\x7fELF", 1, 1, 1, 0, 3, X86_64, 1, 0, 0, 0, 0, 52, 0, 0, 0, 0, 0)
+    library.write_bytes(struct.pack("<4s4B8xHHIIIIIHHHHHH", *x32))
+    with pytest.raises(Error, match=r"libouter\.so\.2 is for x86_64 \(32 bits\)"):
         elf.closure(elf.read(program), provided={"libc.so.6"})
 
 
