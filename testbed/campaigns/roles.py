@@ -27,10 +27,11 @@ def unsupported(datapath: Datapath, cell: Cell, guest: Prepared) -> str | None:
     if cell.pair.guests and cell.family not in guest.families:
         kernel = guest.description.kernel or guest.description.runtime
         return f"the guest's kernel ({kernel}) has no {cell.family.replace('ip', 'IP')}"
+    runtime = guest.description.runtime
     if datapath.layout is Layout.SOCKET and not guest.uses_tap:
-        return f"{datapath.name} carries frames of a virtual machine, which a stand-in is not"
-    if datapath.layout is Layout.NO_LOOPBACK and guest.description.runtime is Runtime.OSV:
-        return "OSv has its loopback in the kernel, which would have to be changed"
+        return f"{datapath.name} carries frames of a virtual machine, which no {runtime} is"
+    if datapath.layout is Layout.NO_LOOPBACK and runtime in (Runtime.OSV, Runtime.GVISOR):
+        return f"{runtime} has its loopback in its kernel, which would have to be changed"
     if cell.metric is Metric.CONNECTIONS and cell.pair.startswith("wasm"):
         return "WASI has no close by reset: what was measured would be how many ports there are"
     return datapath.unsupported(cell)

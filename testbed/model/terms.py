@@ -68,6 +68,7 @@ class Runtime(Open):
     CONTAINER = "container"
     WASM = "wasm"
     STANDIN = "standin"
+    GVISOR = "gvisor"
     LINUX = "linux"
     OSV = "osv"
     FOREIGN = "foreign"

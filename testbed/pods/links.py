@@ -190,15 +190,9 @@ class Links:
         """
         ip, name = self.link_ip, port_name(n)
         if netns := self.standins.get(n):
-            guest_ip = self._ips[netns]
             peer = {"ifname": "eth0", "net_ns_fd": netns, "address": guest_mac(n)}
             port = netlink.create_link(ip, name, kind="veth", peer=peer)
-            eth0 = netlink.links(netns)["eth0"]
-            for family in Family:
-                netlink.add_address(guest_ip, eth0, guest_link(family, n), LINK_PREFIX[family])
-            guest_ip.link("set", index=eth0, state="up")
-            for family in Family:
-                netlink.add_default_route(guest_ip, eth0, pod_link(family))
+            self.address_standin(n)
             if self.layout is Layout.NO_LOOPBACK:
                 self._take_loopback(netns)
         elif n in self.taps.taps:
@@ -216,6 +210,19 @@ class Links:
             for family in Family:
                 netlink.add_address(ip, port, pod_link(family), pod_link(family).max_prefixlen)
         return port
+
+    def address_standin(self, n: int) -> None:
+        """Give guest n's link its addresses and routes, if a namespace is in the guest's place.
+
+        What runs there may have taken them away, as gVisor does.
+        """
+        if netns := self.standins.get(n):
+            ip, eth0 = self._ips[netns], netlink.links(netns)["eth0"]
+            for family in Family:
+                netlink.add_address(ip, eth0, guest_link(family, n), LINK_PREFIX[family])
+            ip.link("set", index=eth0, state="up")
+            for family in Family:
+                netlink.add_default_route(ip, eth0, pod_link(family))
 
     def queues(self, n: int) -> int:
         """Pairs of queues of guest n's link. More than one need a tap with IFF_MULTI_QUEUE."""

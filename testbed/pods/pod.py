@@ -219,9 +219,15 @@ class Pod:
         with self.lock:
             if name in self.processes:  # it has ended, maybe not noticed by the reconciler yet
                 self.workload_ended(name)
-        running = self._runtimes[workload.runtime].start(self.place(workload))
+        running = self.run(workload)
         with self.lock:
             self.processes[name] = running
+
+    def run(self, workload: Workload) -> process.Running:
+        """Start the process of a workload of the manifest, or of another native one."""
+        if n := self.number_of(workload.name):
+            self.links.address_standin(n)
+        return self._runtimes[workload.runtime].start(self.place(workload))
 
     def place(self, workload: Workload) -> Placement:
         """Placement of a workload of the manifest, or of another native one."""

@@ -106,13 +106,13 @@ class Prober:
         raise failed
 
     def unserved(self, ready: bool) -> set[tuple[Transport, int]] | None:
-        """Ports of the workload that nobody serves. None: a virtual machine is not up yet.
+        """Ports of the workload that nobody serves. None: a guest is not up yet.
 
-        A virtual machine is asked by connecting; its UDP ports are not checked. Others' ports are
-        read from the kernel's tables, which disturbs nobody.
+        Ports are read from the kernel's tables, which disturbs nobody. A guest whose sockets are in
+        none of them is asked by connecting; its UDP ports are not checked.
         """
         ports = set(self._workload.ports)
-        if not self._runtime.uses_tap:
+        if self._runtime.kernel_has_sockets:
             place = self._pod.place(self._workload)
             return ports - namespaces.inside(place.netns, served_ports)
         unserved = set()

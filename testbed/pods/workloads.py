@@ -276,7 +276,7 @@ class Watched:
         pod, name = self.workloads.pod, self.workload.name
         try:
             left = self._left()
-            running = left or self._start()
+            running = left or pod.run(self.workload)
         except ProcessLookupError:
             self.say("ended while nobody supervised the pod")
             if n := pod.number_of(name):
@@ -309,9 +309,6 @@ class Watched:
         self._pid, self._started_at = running.pid, process.started_at(running.pid)
         self.state = "running"
         self.say(f"{how}, pid {running.pid}")
-
-    def _start(self) -> process.Running:
-        return self.runtime.start(self.workloads.pod.place(self.workload))
 
     def _left(self) -> process.Running | None:
         """The process that a killed supervisor process left, if it started one.

@@ -25,6 +25,7 @@ class Foreign:
 
     families = frozenset(Family)
     uses_tap = True
+    kernel_has_sockets = False
     multiqueue = False
     ready_limit_s = 60.0
     description = Description(Runtime.FOREIGN)

@@ -99,6 +99,8 @@ class Prepared(Protocol):
     families: frozenset[Family]
     """IP versions of its network stack."""
     uses_tap: bool
+    kernel_has_sockets: bool
+    """Whether its sockets are of this machine's kernel, which then knows what is served."""
     multiqueue: bool
     """Whether the driver of its network device serves several pairs of queues."""
     ready_limit_s: float

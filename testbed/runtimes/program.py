@@ -37,6 +37,7 @@ class PlainProgram:
 
     families = frozenset(Family)
     uses_tap = multiqueue = False
+    kernel_has_sockets = True
     ready_limit_s = 5.0
 
     def __init__(self, runtime: Runtime, hosts: Path) -> None:

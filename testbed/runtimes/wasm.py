@@ -102,6 +102,7 @@ class Wasm:
 
     families = frozenset(Family)
     uses_tap = multiqueue = False
+    kernel_has_sockets = True
     ready_limit_s = 10.0
 
     def __init__(self, version: str) -> None:

@@ -81,6 +81,7 @@ class VirtualMachines(ABC):
     """Prepared runtime of a kernel on QEMU, with an image of the agent and one per program."""
 
     uses_tap = True
+    kernel_has_sockets = False
     families: frozenset[Family]
     multiqueue: bool
     ready_limit_s: float

@@ -1,0 +1,85 @@
+"""Runtime `gvisor`: a container in a sandbox with a network stack of its own, run by runsc.
+
+gVisor's stack is no Linux, and needs no hardware. It takes over the link and the addresses that the
+guest's namespace has when the sandbox starts.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from testbed.host import ledger, process
+from testbed.model.errors import Error
+from testbed.model.manifest import Workload
+from testbed.model.terms import Runtime
+from testbed.runtimes.interface import Absent, Description, Options, Placement, refuse_limits
+from testbed.runtimes.oci import Bundles, namespaces
+from testbed.runtimes.program import join
+
+# runsc refuses the network namespace of the host. It knows that by a file in this folder, which with
+# newer kernels others have, too.
+_HIDE = 'mount -t tmpfs tmpfs /proc/sys/net/core && exec "$@"'
+
+
+def prepare(options: Options) -> Gvisor:
+    """Find runsc. Raises `Absent` without it."""
+    if shutil.which("runsc") is None:
+        raise Absent("no runsc, to run gVisor", hint="apt-get install runsc")
+    version = process.run(["runsc", "--version"], "runsc does not run").split()[2]
+    return Gvisor(version)
+
+
+class Gvisor(Bundles):
+    """Prepared runtime of gVisor's sandboxes."""
+
+    kernel_has_sockets = False
+    ready_limit_s = 15.0
+
+    def __init__(self, version: str) -> None:
+        super().__init__()
+        self.description = Description(Runtime.GVISOR, kernel=f"gVisor {version}")
+
+    def compose(self, workload: Workload) -> None:
+        refuse_limits(workload)
+        super().compose(workload)
+
+    def start(self, place: Placement) -> subprocess.Popen[bytes]:
+        """Start the sandbox, after removing what is left of the one before."""
+        if not place.loopback:
+            raise Error(
+                "gVisor has its loopback in its own kernel", hint="another datapath or guest"
+            )
+        ledger.remove_tree(_state(place))
+        bundle, seeing = self._make_bundle(place, self._config(place))
+        run = [*_runsc(place), "--network=sandbox", "run", "--bundle", str(bundle)]
+        return process.spawn(
+            [*seeing, "sh", "-c", _HIDE, "sh", *run, place.workload.name],
+            cgroup=place.cgroup,
+            netns=place.netns,
+            cpus=place.workload.cpus,
+            output=place.console,
+        )
+
+    def runs(self, place: Placement) -> bool:
+        states = [json.loads(file.read_bytes()) for file in _state(place).glob("*.state")]
+        return any(state["status"] == "running" for state in states)
+
+    def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
+        # runsc listens to itself in the guest's namespace.
+        return [*join(place.cgroup, place.netns), *_runsc(place), "exec", place.workload.name]
+
+    def _config(self, place: Placement) -> dict[str, Any]:
+        return {**super()._config(place), "linux": {"namespaces": namespaces(place.netns)}}
+
+
+def _state(place: Placement) -> Path:
+    return place.scratch / "runsc" / place.workload.name
+
+
+def _runsc(place: Placement) -> list[str]:
+    """The sandbox is in the guest's cgroup, so runsc makes none."""
+    return ["runsc", "--root", str(_state(place)), "--ignore-cgroups"]

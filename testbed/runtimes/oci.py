@@ -1,0 +1,229 @@
+"""OCI bundles: the common part of runtimes that run images of containers, `container` and `gvisor`.
+
+A bundle is a folder with config.json and a root file system: an overlay above the image's files,
+which is new at every start.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from testbed.host import ledger
+from testbed.images import compose, rootfs
+from testbed.images.rootfs import Root
+from testbed.model.errors import Error
+from testbed.model.manifest import Program, Security, Workload
+from testbed.model.terms import Family
+from testbed.runtimes.interface import VOLUMES, Placement
+
+CAPABILITIES = [
+    f"CAP_{name}"
+    for name in (
+        "CHOWN",
+        "DAC_OVERRIDE",
+        "FSETID",
+        "FOWNER",
+        "MKNOD",
+        "NET_RAW",
+        "SETGID",
+        "SETUID",
+        "SETFCAP",
+        "SETPCAP",
+        "NET_BIND_SERVICE",
+        "SYS_CHROOT",
+        "KILL",
+        "AUDIT_WRITE",
+    )
+]
+"""Docker's default capabilities."""
+
+ADDABLE = frozenset(
+    f"CAP_{name}"
+    for name in (
+        "BLOCK_SUSPEND",
+        "IPC_LOCK",
+        "IPC_OWNER",
+        "LEASE",
+        "MAC_ADMIN",
+        "MAC_OVERRIDE",
+        "NET_ADMIN",
+        "NET_BROADCAST",
+        "SYS_NICE",
+        "SYS_PTRACE",
+        "SYS_RESOURCE",
+        "SYS_TIME",
+        "SYS_TTY_CONFIG",
+        "SYSLOG",
+        "WAKE_ALARM",
+    )
+)
+"""Capabilities that a container may get besides. Of the others, the system calls are refused."""
+
+
+class Bundles:
+    """What prepared runtimes of OCI bundles have in common."""
+
+    families = frozenset(Family)
+    uses_tap = multiqueue = False
+    kernel_has_sockets = True
+
+    def __init__(self) -> None:
+        self._roots: dict[str, Root] = {}
+
+    def dialed(self, family: Family) -> str:
+        return "localhost"
+
+    def compose(self, workload: Workload) -> None:
+        root, security = self._root(workload), program_of(workload).security
+        _capabilities(workload.name, security)
+        if security.non_root and (root.uid if security.user is None else security.user) == 0:
+            raise Error(
+                f"{workload.name!r} is to run as another user than root, and its image says root",
+                hint="give it a securityContext.runAsUser",
+            )
+
+    def _make_bundle(self, place: Placement, config: dict[str, Any]) -> tuple[Path, list[str]]:
+        """Make the bundle anew, with these contents of config.json (`_config`).
+
+        Returns it, and the prefix of a command line that runs a command which sees its root. The
+        overlay is mounted in a mount namespace of that command, and goes with it.
+        """
+        root, bundle = self._root(place.workload), place.scratch / "bundles" / place.workload.name
+        ledger.remove_tree(bundle)
+        layers = {name: bundle / name for name in ("upper", "work", "root")}
+        for layer in layers.values():
+            layer.mkdir(parents=True)
+        layers["root"].chmod(0o755)
+        (bundle / "config.json").write_text(json.dumps(config))
+        options = f"lowerdir={root.path},upperdir={layers['upper']},workdir={layers['work']}"
+        script = 'mount -t overlay overlay -o "$0" "$1" && shift && exec "$@"'
+        return bundle, ["unshare", "--mount", "sh", "-c", script, options, str(layers["root"])]
+
+    def _config(self, place: Placement) -> dict[str, Any]:
+        """What config.json holds in any case (OCI runtime specification 1.0.2)."""
+        root, program = self._root(place.workload), program_of(place.workload)
+        arguments = program.args or (() if program.command else root.arguments)
+        command = [*(program.command or root.entrypoint), *arguments]
+        if not command:
+            raise Error(
+                f"the image of {place.workload.name!r} has no command", hint="give the workload one"
+            )
+        file = place.scratch / "hostname"
+        hostname = file.read_text().strip() if file.exists() else place.workload.name
+        env = {"PATH": rootfs.PATH, "HOSTNAME": hostname, "HOME": "/root"}
+        env |= dict(variable.split("=", 1) for variable in root.env) | dict(program.env)
+        sets, security = ("bounding", "effective", "permitted"), program.security
+        return {
+            "ociVersion": "1.0.2",
+            "process": {
+                "user": _user(root, security),
+                "args": command,
+                "env": [f"{name}={value}" for name, value in env.items()],
+                "cwd": program.working_dir or root.working_dir,
+                "capabilities": dict.fromkeys(sets, _capabilities(place.workload.name, security)),
+                "noNewPrivileges": not security.escalation,
+            },
+            "root": {"path": "root", "readonly": security.read_only_root},
+            "hostname": hostname,
+            "mounts": _mounts(place),
+        }
+
+    def _root(self, workload: Workload) -> Root:
+        image = program_of(workload).image
+        if image not in self._roots:
+            if image.endswith(".toml"):
+                made = compose.load(Path(image))
+                root = rootfs.of_program(made.program, made.files, made.arguments)
+            else:
+                root = rootfs.unpack(image)
+            self._roots[image] = root
+        return self._roots[image]
+
+
+def program_of(workload: Workload) -> Program:
+    """The workload's program, or the traffic agent."""
+    port = str(workload.control_port)
+    return workload.program or Program(rootfs.AGENT, args=("--control-port", port))
+
+
+def namespaces(netns: str) -> list[dict[str, str]]:
+    """Namespaces of a container in config.json, all but that of PIDs."""
+    new = [{"type": kind} for kind in ("mount", "uts", "ipc")]
+    return [*new, {"type": "network", "path": f"/run/netns/{netns}"}]
+
+
+def _user(root: Root, security: Security) -> dict[str, Any]:
+    """User and groups: those of the image, unless the manifest says others."""
+    uid, gid, groups = root.uid, root.gid, root.groups
+    if security.user is not None:
+        uid, gid, groups = security.user, 0, ()
+    if security.group is not None:
+        gid = security.group
+    return {"uid": uid, "gid": gid, "additionalGids": [*groups, *security.groups]}
+
+
+def _capabilities(name: str, security: Security) -> list[str]:
+    """Capabilities of a container. Raises `Error` for one that it cannot get."""
+    known = {*CAPABILITIES, *ADDABLE}
+    add, drop = (
+        {f"CAP_{c.removeprefix('CAP_')}" for c in s} for s in (security.add, security.drop)
+    )
+    if wrong := add - known - {"CAP_ALL"}:
+        shown = ", ".join(sorted(c.removeprefix("CAP_") for c in known))
+        raise Error(
+            f"{name!r} cannot get the capability {min(wrong).removeprefix('CAP_')}",
+            hint=f"one of {shown}, or ALL of them",
+        )
+    # As in Kubernetes: what is added by name is there, even if all are dropped.
+    usual = set() if "CAP_ALL" in drop else known if "CAP_ALL" in add else set(CAPABILITIES)
+    return sorted((usual | add - {"CAP_ALL"}) - (drop - {"CAP_ALL"}))
+
+
+def _mounts(place: Placement) -> list[dict[str, Any]]:
+    safe = ["nosuid", "noexec", "nodev"]
+    files = dict(place.etc)
+    if (hostname := place.scratch / "hostname").exists():
+        files[hostname] = "/etc/hostname"
+    return [
+        {"destination": "/proc", "type": "proc", "source": "proc", "options": safe},
+        {
+            "destination": "/dev",
+            "type": "tmpfs",
+            "source": "tmpfs",
+            "options": ["nosuid", "strictatime", "mode=755", "size=65536k"],
+        },
+        {
+            "destination": "/dev/pts",
+            "type": "devpts",
+            "source": "devpts",
+            "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+        },
+        {
+            "destination": "/dev/shm",
+            "type": "tmpfs",
+            "source": "shm",
+            "options": [*safe, "mode=1777", "size=65536k"],
+        },
+        {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": safe},
+        {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": [*safe, "ro"]},
+        *(
+            {
+                "destination": inside,
+                "type": "bind",
+                "source": str(file),
+                "options": ["bind", "ro" if file == hostname else "rw"],
+            }
+            for file, inside in files.items()
+        ),
+        *(
+            {
+                "destination": mount.path,
+                "type": "bind",
+                "source": str(place.scratch / VOLUMES / mount.volume),
+                "options": ["bind", "ro" if mount.read_only else "rw"],
+            }
+            for mount in program_of(place.workload).mounts
+        ),
+    ]
