@@ -25,7 +25,7 @@ PAGE = paths.ROOT / "docs/conformance.md"
 README = paths.ROOT / "README.md"
 BEGIN, END = "<!-- conformance: testbed conformance --pages -->", "<!-- end of conformance -->"
 
-GUESTS = (Runtime.STANDIN, Runtime.LINUX, Runtime.OSV)
+GUESTS = (Runtime.STANDIN, Runtime.GVISOR, Runtime.LINUX, Runtime.OSV)
 """Guests, in the order of columns."""
 
 INTRODUCTION = """\
@@ -227,7 +227,8 @@ def _workloads(run: Run) -> str:
     if run.guest == Runtime.OSV:
         guest = f"OSv {run.kernel.split()[0]}"
     else:
-        guest = {"": "processes", "standin": "stand-ins", "linux": "Linux"}[run.guest]
+        names = {"standin": "stand-ins", "gvisor": "gVisor", "linux": "Linux"}
+        guest = {"": "processes", **names}[run.guest]
     return f"WASM, {guest}" if run.native == Runtime.WASM else guest
 
 

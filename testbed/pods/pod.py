@@ -151,7 +151,7 @@ class Pod:
             return self.attachment.missing_programs() | self.links.taps.missing_programs()
 
     def mend(self) -> set[str]:
-        """Make again what is missing, connect new taps, and restart guests that lost their tap.
+        """Make again what is missing, connect new taps, and restart guests that lost their link.
 
         Returns the names of the links. If it raises, the next call does what is left to do.
         """
@@ -170,14 +170,14 @@ class Pod:
         return mended | changed
 
     def _guests_of(self, missing: set[str]) -> set[str]:
-        """Names of virtual machines whose taps are among these links, which vanished or are new.
+        """Names of guests that hold one of these links, which vanished or are new.
 
-        They have to be started again.
+        They have to be started again. A stand-in's sockets do not depend on its link.
         """
         return {
             guest.name
             for n, guest in self.manifest.guests.items()
-            if n not in self.links.standins and self.links.tap(n) in missing
+            if self.links.tap(n) in missing and not self._runtimes[guest.runtime].kernel_has_sockets
         }
 
     # --- workloads --------------------------------------------------------------------------

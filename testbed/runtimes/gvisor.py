@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from testbed.host import ledger, process
+from testbed.images import compose
 from testbed.model.errors import Error
 from testbed.model.manifest import Workload
 from testbed.model.terms import Runtime
@@ -20,8 +21,8 @@ from testbed.runtimes.interface import Absent, Description, Options, Placement, 
 from testbed.runtimes.oci import Bundles, namespaces
 from testbed.runtimes.program import join
 
-# runsc refuses the network namespace of the host. It knows that by a file in this folder, which with
-# newer kernels others have, too.
+# runsc refuses the network namespace of the host. It knows that by a file in this folder, which
+# others have, too, with newer kernels.
 _HIDE = 'mount -t tmpfs tmpfs /proc/sys/net/core && exec "$@"'
 
 
@@ -30,7 +31,7 @@ def prepare(options: Options) -> Gvisor:
     if shutil.which("runsc") is None:
         raise Absent("no runsc, to run gVisor", hint="apt-get install runsc")
     version = process.run(["runsc", "--version"], "runsc does not run").split()[2]
-    return Gvisor(version)
+    return Gvisor(version, compose.hosts_file(patched=options.hosts_patch))
 
 
 class Gvisor(Bundles):
@@ -39,8 +40,9 @@ class Gvisor(Bundles):
     kernel_has_sockets = False
     ready_limit_s = 15.0
 
-    def __init__(self, version: str) -> None:
+    def __init__(self, version: str, hosts: Path) -> None:
         super().__init__()
+        self._hosts = hosts
         self.description = Description(Runtime.GVISOR, kernel=f"gVisor {version}")
 
     def compose(self, workload: Workload) -> None:
@@ -71,6 +73,9 @@ class Gvisor(Bundles):
     def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
         # runsc listens to itself in the guest's namespace.
         return [*join(place.cgroup, place.netns), *_runsc(place), "exec", place.workload.name]
+
+    def _etc(self, place: Placement) -> dict[Path, str]:
+        return place.etc if place.workload.program else {self._hosts: "/etc/hosts"}
 
     def _config(self, place: Placement) -> dict[str, Any]:
         return {**super()._config(place), "linux": {"namespaces": namespaces(place.netns)}}

@@ -7,6 +7,7 @@ which is new at every start.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,12 @@ class Bundles:
             },
             "root": {"path": "root", "readonly": security.read_only_root},
             "hostname": hostname,
-            "mounts": _mounts(place),
+            "mounts": _mounts(place, self._etc(place)),
         }
+
+    def _etc(self, place: Placement) -> dict[Path, str]:
+        """Files of the pod → paths at which the workload sees them."""
+        return place.etc
 
     def _root(self, workload: Workload) -> Root:
         image = program_of(workload).image
@@ -181,9 +186,9 @@ def _capabilities(name: str, security: Security) -> list[str]:
     return sorted((usual | add - {"CAP_ALL"}) - (drop - {"CAP_ALL"}))
 
 
-def _mounts(place: Placement) -> list[dict[str, Any]]:
+def _mounts(place: Placement, etc: Mapping[Path, str]) -> list[dict[str, Any]]:
     safe = ["nosuid", "noexec", "nodev"]
-    files = dict(place.etc)
+    files = dict(etc)
     if (hostname := place.scratch / "hostname").exists():
         files[hostname] = "/etc/hostname"
     return [

@@ -1,4 +1,4 @@
-"""Whole cells with guests: stand-ins, the best guest that is here, and OSv's kernels by flavor.
+"""Whole cells with guests: stand-ins, the best guest that is here, gVisor, OSv's kernels by flavor.
 
 The traffic agent dials the name `localhost` from within, so the hosts patch is in use: without it
 the same cell fails.
@@ -115,11 +115,11 @@ def test_a_cell_of_every_kind_is_measured(
     assert measured(measure, standins, prepared[Runtime.STANDIN]) == "ok"
 
 
-# --- virtual machines -----------------------------------------------------------------------
+# --- guests with a stack of their own --------------------------------------------------
 
 
 class Guests(NamedTuple):
-    """Two guests of a kind, and a native."""
+    """Two guests of a kind that has a network stack of its own, and a native."""
 
     kind: Prepared
     pod: Pod
@@ -133,8 +133,14 @@ def best() -> Prepared:
 
 
 @pytest.fixture(scope="module")
-def guests(start: Start, best: Prepared) -> Guests:
-    return Guests(best, start("best", best, GUESTS_PAIRS))
+def gvisor() -> Prepared:
+    return runtimes.prepare(Runtime.GVISOR, Options())
+
+
+@pytest.fixture(scope="module", params=["best", "gvisor"])
+def guests(start: Start, request: pytest.FixtureRequest) -> Guests:
+    kind = request.getfixturevalue(request.param)
+    return Guests(kind, start(request.param, kind, GUESTS_PAIRS))
 
 
 def osv(flavor: str) -> Osv:
@@ -147,7 +153,7 @@ def osv(flavor: str) -> Osv:
 
 @FAMILIES
 @pytest.mark.parametrize("pair", GUESTS_PAIRS, ids=str)
-def test_the_best_guest_runs_whole_cells(guests: Guests, pair: Pair, family: Family) -> None:
+def test_a_guest_runs_whole_cells(guests: Guests, pair: Pair, family: Family) -> None:
     if family not in guests.kind.families:
         pytest.skip(f"{guests.kind.description.kernel} has no {family}")
     for transport, metric in KINDS:
@@ -187,13 +193,12 @@ def test_cells_of_a_family_that_the_kernel_lacks_are_unsupported_with_the_reason
 # --- the hosts patch ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["standin", "best"])
+@pytest.mark.parametrize("kind", ["standin", "best", "gvisor"])
 def test_without_the_hosts_patch_the_same_cells_fail(
     start: Start, kind: str, request: pytest.FixtureRequest
 ) -> None:
-    runtime = (
-        request.getfixturevalue("best").description.runtime if kind == "best" else Runtime.STANDIN
-    )
+    best = kind == "best"
+    runtime = request.getfixturevalue("best").description.runtime if best else Runtime(kind)
     stock = runtimes.prepare(runtime, Options(hosts_patch=False))
     pod = start(f"stock-{kind}", stock, {Pair.NATIVE_GUEST, Pair.GUEST_NATIVE})
     for family in stock.families:
@@ -208,10 +213,10 @@ def test_without_the_hosts_patch_the_same_cells_fail(
 # --- exceptions -----------------------------------------------------------------------------
 
 
-def test_natives_blocked_on_a_machine_that_is_killed_get_an_error_and_the_next_one_works(
+def test_natives_blocked_on_a_guest_that_is_killed_get_an_error_and_the_next_one_works(
     guests: Guests,
 ) -> None:
-    """A virtual machine that is killed sends neither FIN nor RST."""
+    """It sends neither FIN nor RST."""
     pod = guests.pod
     connected = []
     with pod.agent("guest1") as agent:
@@ -229,7 +234,7 @@ def test_natives_blocked_on_a_machine_that_is_killed_get_an_error_and_the_next_o
     works_both_ways(guests)
 
 
-def test_a_machine_whose_tap_vanishes_gets_another_one_and_works(guests: Guests) -> None:
+def test_a_guest_whose_link_vanishes_gets_another_one_and_works(guests: Guests) -> None:
     pod = guests.pod
     pod.revive()
     before = pod.processes["guest1"].pid

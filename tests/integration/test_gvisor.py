@@ -1,0 +1,69 @@
+"""gVisor as a guest of a pod: a container with a network stack of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from testbed.pods import control
+
+from .commands import run
+from .sockets import wait_until
+
+pytestmark = pytest.mark.root
+
+WEB = """
+- name: web
+  image: "host:"
+  command: [sh, -c, "echo $WHO > index.html; id -u; exec httpd -f -p 8080"]
+  workingDir: /files
+  env: [{name: WHO, value: Ada}]
+  securityContext: {runAsUser: 7}
+  ports: [{containerPort: 8080}]
+  volumeMounts: [{name: files, mountPath: /files}]
+  readinessProbe: {exec: {command: [test, -s, /files/index.html]}, periodSeconds: 1}
+"""
+CLIENT = """
+- name: client
+  image: "host:"
+  command: [httpd, -f, -p, "8081", -h, /etc]
+  ports: [{containerPort: 8081}]
+"""
+VOLUMES = "volumes: [{name: files, emptyDir: {}}]"
+
+Get = Callable[[str, str], str]
+
+
+@pytest.fixture
+def get(manifest: Callable[..., Path], name: str, tmp_path: Path) -> Get:
+    """Answers to HTTP requests of a workload of a pod with both."""
+    file = manifest(WEB + CLIENT, VOLUMES, runtime="container")
+    annotation = "  annotations: {testbed/runtime.web: gvisor}\nspec:"
+    file.write_text(file.read_text().replace("spec:", annotation, 1))
+    run("up", file)
+    return lambda who, url: run("exec", name, "-c", who, "--", "wget", "-qO-", url).stdout
+
+
+def test_it_is_a_container_of_the_pod(get: Get, name: str) -> None:
+    for host in ("127.0.0.1", "[::1]"):
+        assert get("client", f"http://{host}:8080/") == "Ada\n"
+    for host in ("localhost", "ip6-localhost"):
+        assert "127.0.0.1" in get("web", f"http://{host}:8081/hosts")
+    assert run("logs", name, "-c", "web").stdout == "7\n"
+    assert web(name)["ready"]
+    assert not web(name)["unserved"]
+
+
+def test_it_comes_again_when_it_ends(get: Get, name: str) -> None:
+    """It takes the addresses of its link from the kernel: they are there again."""
+    run("exec", name, "-c", "web", "--", "sh", "-c", "(sleep 1; kill 1) > /dev/null 2>&1 &")
+    wait_until(lambda: web(name)["restarts"] == 1 and web(name)["ready"], "it is ready again", 15)
+    assert get("client", "http://localhost:8080/") == "Ada\n"
+
+
+def web(name: str) -> dict[str, Any]:
+    workloads: list[dict[str, Any]] = control.status(name)["workloads"]
+    return next(each for each in workloads if each["name"] == "web")
