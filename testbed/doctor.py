@@ -21,14 +21,15 @@ from typing import Any
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from testbed import bpf, datapaths
+from testbed import bpf, datapaths, runtimes
 from testbed.host import cache, cgroups, facts, namespaces, netlink
 from testbed.host.ledger import Owner
 from testbed.images import kernels
 from testbed.model.cells import Cell, Pair
 from testbed.model.errors import Error
 from testbed.model.metrics import Metric
-from testbed.model.terms import UNPACED, Family, Transport
+from testbed.model.terms import UNPACED, Family, Runtime, Transport
+from testbed.runtimes.interface import Options
 from testbed.runtimes.vm import accelerator
 
 KERNEL_FLOOR = (5, 10)
@@ -199,6 +200,11 @@ def _congestion() -> Finding:
 
 def guests() -> Iterator[Finding]:
     """Checks of what guests need: QEMU, kernels, KVM. Without these, stand-ins replace guests."""
+    try:
+        gvisor = runtimes.prepare(Runtime.GVISOR, Options())
+        yield Finding("gVisor", State.FINE, f"runsc {gvisor.description.kernel.split()[1]}")
+    except Error as e:
+        yield Finding("gVisor", State.DEGRADED, e.message, f"no guests of that kind; {e.hint}")
     try:
         yield Finding("QEMU", State.FINE, accelerator.version())
     except Error as e:

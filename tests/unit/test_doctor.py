@@ -84,10 +84,11 @@ def test_without_a_compiler_the_main_job_is_refused_with_what_to_type() -> None:
 
 @pytest.mark.usefixtures("empty_path")
 def test_without_qemu_there_are_only_standins() -> None:
-    (finding,) = doctor.guests()
-    assert finding.state is State.DEGRADED
-    assert "stand-ins only" in finding.hint
-    assert doctor.ready([finding])
+    gvisor, qemu = doctor.guests()
+    assert [gvisor.state, qemu.state] == [State.DEGRADED] * 2
+    assert "apt-get install runsc" in gvisor.hint
+    assert "stand-ins only" in qemu.hint
+    assert doctor.ready([gvisor, qemu])
 
 
 def test_a_datapath_that_lacks_two_programs_is_one_finding(
