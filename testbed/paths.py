@@ -7,6 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 AGENT = ROOT / "agent"
 BPF = ROOT / "bpf"
+DEPLOY = ROOT / "deploy"
 EXPERIMENTS = ROOT / "experiments"
 OSV = ROOT / "osv"
 PAPER = ROOT / "paper"

@@ -29,6 +29,7 @@ def add(commands: Commands) -> None:
     _add_asking(commands)
     _add_top(commands)
     _add_trace(commands)
+    _add_noded(commands)
 
 
 def _add_building(commands: Commands) -> None:
@@ -437,4 +438,34 @@ def _top(arguments: argparse.Namespace) -> int:
             now = top.snapshot(chosen())
             live.update(top.table(top.rates(before, now)), refresh=True)
             before = now
+    return 0
+
+
+def _add_noded(commands: Commands) -> None:
+    noded = commands.add_parser(
+        "noded",
+        help="run the node daemon, which carries out the calls of the CNI plugin testbed-cni",
+        epilog="deploy/testbed-noded.service starts it by systemd. Pods and their supervisors go "
+        "on when it ends; it adopts those whose supervisor was killed.",
+    )
+    noded.set_defaults(call=_noded)
+    noded.add_argument(
+        "--plugin",
+        type=Path,
+        metavar="DIR",
+        help="first put the plugin there: the container runtime's folder, often /opt/cni/bin",
+    )
+    noded.add_argument(
+        "--datapath",
+        default="steer",
+        help="hold the programs of this one ready (default: steer)",
+    )
+
+
+def _noded(arguments: argparse.Namespace) -> int:
+    from testbed.pods import noded
+
+    if arguments.plugin:
+        print(f"{noded.plugin(arguments.plugin)} is there", flush=True)
+    noded.serve(arguments.datapath, lambda: print("calls are answered", flush=True))
     return 0

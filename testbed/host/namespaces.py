@@ -35,6 +35,11 @@ T = TypeVar("T")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+def own() -> int:
+    """Number of this thread's network namespace: the inode that stands for it."""
+    return Path("/proc/thread-self/ns/net").stat().st_ino
+
+
 def create(owner: Scope, name: str) -> IPRoute:
     """Make a namespace (`make`), written down in the owner's ledger."""
     owner.defer(remove_netns, name=name)

@@ -1,6 +1,6 @@
-"""The CNI plugin `testbed-cni`: adds guests to a pod that a container runtime is making.
+"""Calls of the CNI plugin `testbed-cni`: add guests to a pod that a container runtime is making.
 
-It is chained after a main plugin (CNI specification 1.0.0). It adds the guests' links to that
+It is chained after a main plugin (CNI specification 1.1.0). It adds the guests' links to that
 plugin's result. In the network's configuration:
 
     {"type": "testbed-cni", "guests": "/etc/testbed/guests", "capabilities":
@@ -11,15 +11,14 @@ NAME.yaml for each pod that gets guests (NAMESPACE/NAME.yaml outside of the name
 other pods are left as they are. NAME is the annotation `testbed/guests`, or the pod's name. The
 pod of the guests is called by the container's identifier, since a runtime may have several
 sandboxes of one pod. Optional are `datapath`, `osvKernel`, and `cgroup`, if the runtime does not
-have that capability. The supervisor process of the pod attaches the guests, and goes on when this
-process ends.
+have that capability. The supervisor process of the pod attaches the guests, and goes on when the
+call's process ends, which is a child of the node daemon (`noded`).
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 import sys
 from collections.abc import Mapping
@@ -36,8 +35,9 @@ if TYPE_CHECKING:
     from testbed.model.manifest import Spec
     from testbed.runtimes.interface import Options
 
-VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0")
-"""Supported versions of the specification. Earlier ones have another format of results."""
+VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
+"""Supported versions of the specification. Earlier ones have another format of results. The plugin
+itself answers VERSION, by a list of its own."""
 OWN = {"guests", "datapath", "osvKernel", "cgroup"}
 OTHERS = {
     "cniVersion",
@@ -59,8 +59,11 @@ NEEDED = {
     "ADD": ("CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"),
     "DEL": ("CNI_CONTAINERID", "CNI_IFNAME"),
     "CHECK": ("CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"),
-    "VERSION": (),
+    "GC": (),
+    "STATUS": (),
 }
+ATTACHMENTS = "cni.dev/valid-attachments"
+"""Key of the attachments that a GC leaves."""
 INCOMPATIBLE, UNSUPPORTED, ENVIRONMENT, DECODING, INVALID, FAILED = 1, 2, 4, 6, 7, 100
 """Error codes of the specification. Those from 100 are the plugin's own."""
 
@@ -72,25 +75,23 @@ class _Refusal(Exception):
         self.answer = {"code": code, "msg": message, **({"details": details} if details else {})}
 
 
-def main() -> int:
-    """Run `testbed-cni`: configuration on standard input, result on standard output."""
-    version, text = VERSIONS[-1], sys.stdin.read()
-    answer: object
+def answer(environment: Mapping[str, str], text: str) -> tuple[object, int]:
+    """Carry out a call: the answer to print as JSON, or None, and the exit status.
+
+    `environment` are the variables that the specification defines, `text` the configuration.
+    """
+    version = VERSIONS[-1]
     try:
         try:
             configuration = json.loads(text)
             version = configuration.get("cniVersion", "")
         except (ValueError, AttributeError) as e:
             raise _Refusal(DECODING, "the configuration is no JSON object", str(e)) from e
-        answer, status = _answer(os.environ, configuration), 0
+        return _answer(environment, configuration), 0
     except _Refusal as e:
-        answer, status = {"cniVersion": version, **e.answer}, 1
+        return {"cniVersion": version, **e.answer}, 1
     except Error as e:
-        refused = _Refusal(FAILED, e.message, e.hint or "").answer
-        answer, status = {"cniVersion": version, **refused}, 1
-    if answer is not None:
-        print(json.dumps(answer))
-    return status
+        return {"cniVersion": version, **_Refusal(FAILED, e.message, e.hint or "").answer}, 1
 
 
 def _answer(environment: Mapping[str, str], configuration: dict[str, Any]) -> object:
@@ -99,8 +100,6 @@ def _answer(environment: Mapping[str, str], configuration: dict[str, Any]) -> ob
     if command not in NEEDED:
         raise _Refusal(ENVIRONMENT, f"CNI_COMMAND is {command!r}", f"one of {', '.join(NEEDED)}")
     version = configuration.get("cniVersion")
-    if command == "VERSION":
-        return {"cniVersion": version or VERSIONS[-1], "supportedVersions": VERSIONS}
     if version not in VERSIONS:
         raise _Refusal(INCOMPATIBLE, f"cniVersion {version!r}", f"one of {', '.join(VERSIONS)}")
     if missing := [name for name in NEEDED[command] if not environment.get(name)]:
@@ -112,8 +111,31 @@ def _answer(environment: Mapping[str, str], configuration: dict[str, Any]) -> ob
             f"{unknown[0]} is {configuration[unknown[0]]!r}",
             f"keys are {', '.join(sorted(OWN))}",
         )
+    if command == "STATUS":  # whoever is asked is there
+        return None
+    if command == "GC":
+        _collect(configuration)
+        return None
     pod = _Pod(environment, configuration)
     return {"ADD": pod.add, "DEL": pod.delete, "CHECK": pod.check}[command]()
+
+
+def _collect(configuration: dict[str, Any]) -> None:
+    """Take down the guests of all attachments to this network, but those that are still valid."""
+    network = configuration.get("name")
+    valid = {
+        _id(each.get("containerID"), each.get("ifname"), network)
+        for each in configuration.get(ATTACHMENTS, ())
+    }
+    for status in control.all():
+        id = (status["sandbox"] or {}).get("id", "")
+        if id.endswith(f"@{network}") and id not in valid:
+            control.down(status["name"])
+
+
+def _id(container: str, ifname: str, network: str | None) -> str:
+    """Identifier of an attachment."""
+    return f"{container}/{ifname}@{network}"
 
 
 class _Pod:
@@ -122,7 +144,7 @@ class _Pod:
     def __init__(self, environment: Mapping[str, str], configuration: dict[str, Any]) -> None:
         self.configuration = configuration
         self.container, self.netns = environment["CNI_CONTAINERID"], environment.get("CNI_NETNS")
-        self.id = f"{self.container}/{environment['CNI_IFNAME']}@{configuration.get('name')}"
+        self.id = _id(self.container, environment["CNI_IFNAME"], configuration.get("name"))
         words = (pair.partition("=") for pair in environment.get("CNI_ARGS", "").split(";"))
         self.arguments = {key: value for key, _, value in words}
         self.capabilities = configuration.get("runtimeConfig", {})
@@ -268,9 +290,5 @@ class _Pod:
 
 
 def _log(text: str) -> None:
-    """Write to the container runtime's log. Standard output is for the result alone."""
-    print(f"testbed-cni: {text}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    """Write to the log of the node daemon."""
+    print(f"testbed-cni: {text}", file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from testbed.host import cgroups, process
+from testbed.host import cgroups, namespaces, process
 from testbed.model.addresses import guest_link, loopback
 from testbed.model.errors import Error
 from testbed.model.manifest import Restart, Spec, Workload
@@ -137,6 +137,7 @@ class Workloads:
             "since": self.began,
             "keeper": os.getpid(),
             "netns": self.pod.netns,
+            "host_netns": namespaces.own(),
             "sandbox": sandbox and {key: str(value or "") for key, value in vars(sandbox).items()},
             "workloads": [w.status() for w in (*self.init, *self.watched)],
         }

@@ -1,16 +1,44 @@
-"""A chain of CNI plugins: Debian's `bridge`, with addresses by `host-local`, and our own."""
+"""A chain of CNI plugins: Debian's `bridge`, with addresses by `host-local`, and our own with its
+node daemon.
+"""
 
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from testbed.host import cache as caches
+from testbed.pods import noded
+from tests.children import ending
+
 FOLDERS = ["/usr/lib/cni", "/opt/cni/bin"]
-OWN = Path(sys.executable).with_name("testbed-cni")
+NODED = (sys.executable, "-m", "testbed.cli", "noded")
+
+
+@cache
+def own() -> Path:
+    """Our plugin."""
+    folder = caches.cache_folder() / "plugins"
+    folder.mkdir(parents=True, exist_ok=True)
+    return noded.plugin(folder)
+
+
+@contextmanager
+def daemon(enter: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """The node daemon, started by a prefix of a command line that enters a host."""
+    starting = subprocess.Popen([*enter, *NODED], stdout=subprocess.PIPE, text=True)
+    with ending(starting):
+        assert starting.stdout
+        assert starting.stdout.readline() == "calls are answered\n"
+        yield starting
 
 
 def programs() -> list[Path]:
@@ -19,7 +47,7 @@ def programs() -> list[Path]:
     found = {name: shutil.which(name, path=":".join(FOLDERS)) for name in needed}
     if missing := [name for name, path in found.items() if path is None]:
         pytest.skip(f"no {', '.join(missing)}")
-    return [OWN, *(Path(path) for path in found.values() if path)]
+    return [own(), *(Path(path) for path in found.values() if path)]
 
 
 def bridge(data: Path) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,16 +23,15 @@ from typing import Any, TypeVar
 import pytest
 
 from testbed.host import cgroups, namespaces, netlink
-from testbed.host.facts import slowness
 from testbed.host.ledger import Owner
 from testbed.model.addresses import guest_link, loopback
 from testbed.model.terms import Family
-from testbed.pods import control
+from testbed.pods import cni, control
 from testbed.runtimes import container
 from tests.children import ending
 
 from . import chain
-from .chain import FOLDERS, OWN
+from .chain import FOLDERS
 from .commands import there
 from .sockets import dial, echoes, wait_until
 
@@ -66,10 +64,17 @@ class Runtime:
     container: str = field(default_factory=lambda: secrets.token_hex(16))
     cached: dict[str, Any] | None = None
     """The result of the last ADD."""
+    daemon: subprocess.Popen[str] = field(init=False)
+    """The node daemon of our plugin."""
 
     @property
     def netns(self) -> str:
         return str(namespaces.NETNS / self.pod)
+
+    @property
+    def enter(self) -> list[str]:
+        """Prefix of a command line that runs a command on the host."""
+        return ["nsenter", f"--net={namespaces.NETNS / self.host}"]
 
     def on_host(self, call: Callable[[], T]) -> T:
         return namespaces.inside(self.host, call)
@@ -79,7 +84,9 @@ class Runtime:
     ) -> tuple[int, Any]:
         """Execute one plugin: its exit status, and what it printed."""
         name = plugin["type"]
-        program = OWN if name == "testbed-cni" else shutil.which(name, path=":".join(FOLDERS))
+        program = (
+            chain.own() if name == "testbed-cni" else shutil.which(name, path=":".join(FOLDERS))
+        )
         given = {"cniVersion": self.network["cniVersion"], "name": self.network["name"], **plugin}
         if previous is not None:
             given["prevResult"] = previous
@@ -92,7 +99,7 @@ class Runtime:
             "PATH": os.environ["PATH"],
         }
         done = subprocess.run(
-            ["nsenter", f"--net={namespaces.NETNS / self.host}", str(program)],
+            [*self.enter, str(program)],
             input=json.dumps(given),
             env=variables | environment,
             check=False,
@@ -122,8 +129,9 @@ def runtime(tmp_path: Path) -> Iterator[Runtime]:
         for netns in (host, pod):
             namespaces.create(owner, netns).close()
         runtime = Runtime(host, pod, {"cniVersion": "1.0.0", "name": "net", "plugins": [own]})
-        yield runtime
-        runtime.call("DEL", own)
+        with chain.daemon(runtime.enter) as runtime.daemon:
+            yield runtime
+            runtime.call("DEL", own)
 
 
 @pytest.fixture
@@ -258,20 +266,80 @@ def test_pods_that_have_no_manifest_in_the_folder_pass(
     assert runtime.call("ADD", own, {}, CNI_ARGS=f"K8S_POD_NAME={pod}") == (0, {})
 
 
-def test_a_check_finds_out_and_a_delete_cleans_up_after_a_killed_keeper(runtime: Runtime) -> None:
+def test_a_pod_whose_supervisor_is_killed_gets_another(runtime: Runtime) -> None:
     own = runtime.network["plugins"][0]
     _, result = runtime.call("ADD", own, {"cniVersion": "1.0.0"})
+
+    def supervisor() -> int | None:
+        pid: int | None = runtime.on_host(lambda: control.status(runtime.container))["keeper"]
+        return pid
+
+    killed = supervisor()
+    assert killed
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: supervisor() not in (None, killed), "another is there", 10)
     assert runtime.call("CHECK", own, result) == (0, "")
-    keeper = runtime.on_host(lambda: control.status(runtime.container))["keeper"]
-    os.kill(keeper, signal.SIGKILL)
-    wait_until(lambda: runtime.call("CHECK", own, result)[0] == 1, "it is dead")
-    status, refused = runtime.call("CHECK", own, result)
-    assert (status, refused["code"]) == (1, 100)
-    assert "keeper" in refused["msg"]
     assert runtime.call("DEL", own, CNI_IFNAME="eth1") == (0, "")
     assert there(runtime.container)
     assert runtime.call("DEL", own) == (0, "")
     assert not there(runtime.container)
+
+
+def test_without_the_daemon_pods_without_guests_pass_and_others_are_refused(
+    runtime: Runtime, tmp_path: Path
+) -> None:
+    """Also while their daemon is restarted: pods go on."""
+    before = {"cniVersion": "1.0.0", "interfaces": [{"name": "eth0"}]}
+    every = runtime.network["plugins"][0]
+    (tmp_path / "shop").mkdir()
+    for name in ("web", "shop/db"):
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(guest()))
+    some = {**every, "guests": str(tmp_path)}
+    chosen = {"runtimeConfig": {"io.kubernetes.cri.pod-annotations": {"testbed/guests": "web"}}}
+    status, result = runtime.call("ADD", every, before)
+    assert status == 0, result
+    runtime.daemon.terminate()
+    runtime.daemon.wait()
+    for command, answer in (("ADD", before), ("CHECK", "")):
+        for pod in ("other", "db", "web;K8S_POD_NAMESPACE=shop"):
+            arguments = f"K8S_POD_NAME={pod}"
+            assert runtime.call(command, some, before, CNI_ARGS=arguments) == (0, answer)
+        for plugin, pod in (
+            (every, "other"),
+            (some, "web"),
+            (some, "web;K8S_POD_NAMESPACE=default"),
+            (some, "db;K8S_POD_NAMESPACE=shop"),
+            (some | chosen, "other"),
+        ):
+            arguments = f"K8S_POD_NAME={pod}"
+            status, refused = runtime.call(command, plugin, before, CNI_ARGS=arguments)
+            assert (status, refused["code"]) == (1, 50)
+            assert "systemctl start testbed-noded" in refused["msg"]
+    assert runtime.call("STATUS", some)[1]["code"] == 50
+    assert runtime.call("DEL", every)[1]["code"] == 50
+    assert runtime.call("DEL", some, CNI_CONTAINERID="other") == (0, "")
+    assert runtime.on_host(lambda: control.status(runtime.container))["keeper"]
+    with chain.daemon(runtime.enter):
+        assert runtime.call("CHECK", every, result) == (0, "")
+        assert runtime.call("DEL", every) == (0, "")
+
+
+def test_garbage_is_collected(runtime: Runtime) -> None:
+    runtime.network["cniVersion"] = "1.1.0"
+    own = runtime.network["plugins"][0]
+    assert runtime.call("STATUS", own) == (0, "")
+    assert runtime.call("ADD", own, {"cniVersion": "1.1.0"})[0] == 0
+    valid = [{"containerID": runtime.container, "ifname": "eth0"}]
+    for attachments, left in ((valid, True), ([], False)):
+        assert runtime.call("GC", {**own, "cni.dev/valid-attachments": attachments}) == (0, "")
+        assert bool(there(runtime.container)) == left
+
+
+def test_a_second_daemon_is_refused(runtime: Runtime) -> None:
+    done = subprocess.run(
+        [*runtime.enter, *chain.NODED], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (3, "testbed: a node daemon runs already\n")
 
 
 def test_a_delete_that_gets_no_answer_is_an_error(runtime: Runtime) -> None:
@@ -316,26 +384,25 @@ def test_errors_are_as_the_specification_has_them(
     assert words in error["msg"]
 
 
-def test_what_is_no_json_is_refused() -> None:
-    done = subprocess.run([OWN], input="{", capture_output=True, text=True, check=False)
-    assert (done.returncode, json.loads(done.stdout)["code"]) == (1, 6)
-
-
-def test_versions_are_told_fast() -> None:
-    times_s = []
-    for _ in range(5):
-        began = time.monotonic()
+def test_what_is_no_json_is_refused(runtime: Runtime) -> None:
+    for _ in range(2):  # by the daemon, and without
         done = subprocess.run(
-            [OWN],
-            input='{"cniVersion": "1.0.0"}',
+            [*runtime.enter, chain.own()],
+            input="{",
+            env={"CNI_COMMAND": "ADD", "PATH": os.environ["PATH"]},
             capture_output=True,
             text=True,
-            check=True,
-            env={"CNI_COMMAND": "VERSION"},
+            check=False,
         )
-        times_s.append(time.monotonic() - began)
-        assert "1.0.0" in json.loads(done.stdout)["supportedVersions"]
-    assert min(times_s) < 0.2 * slowness()
+        assert (done.returncode, json.loads(done.stdout)["code"]) == (1, 6)
+        runtime.daemon.terminate()
+        runtime.daemon.wait()
+
+
+def test_versions_are_told_without_input() -> None:
+    variables = {"CNI_COMMAND": "VERSION"}
+    told = subprocess.check_output([chain.own()], stdin=subprocess.DEVNULL, env=variables)
+    assert json.loads(told)["supportedVersions"] == list(cni.VERSIONS)
 
 
 PODMAN_CONF = """
@@ -386,7 +453,7 @@ def podman(owner: Owner, tmp_path: Path) -> Iterator[Podman]:
     version = subprocess.check_output(["podman", "--version"], text=True).split()[-1]
     if (major := int(version.partition(".")[0])) > 4:
         pytest.skip(f"podman {major} calls no CNI plugins")
-    folders = [str(OWN.parent), *FOLDERS]
+    folders = [str(chain.own().parent), *FOLDERS]
     (tmp_path / "containers.conf").write_text(
         PODMAN_CONF.format(folders=json.dumps(folders), work=tmp_path)
     )
@@ -399,8 +466,9 @@ def podman(owner: Owner, tmp_path: Path) -> Iterator[Podman]:
         assert host.stdout
         assert host.stdout.readline() == "ready\n"
         podman = Podman(tmp_path, host.pid, cgroup)
-        yield podman
-        podman("rm", "--all", "--force", "--time", "0")
+        with chain.daemon(["nsenter", f"--target={host.pid}", "--net", "--mount"]):
+            yield podman
+            podman("rm", "--all", "--force", "--time", "0")
 
 
 def test_a_container_of_podman_s_has_guests_at_its_localhost(
