@@ -49,11 +49,12 @@ def become(session: nox.Session, tool: str, *args: str) -> None:
 
 def check_c(session: nox.Session) -> None:
     """Check the format of all C, and that agent and eBPF programs compile without warnings."""
-    folders = ("agent", "bpf", "osv", "tests")
+    folders = ("agent", "bpf", "deploy", "osv", "tests")
     sources = [str(p) for d in folders for p in sorted((ROOT / d).rglob("*.[ch]"))]
     run(session, "clang-format", "--dry-run", "--Werror", *sources)
     strict = ("-std=gnu17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only")
-    session.run("cc", *strict, *map(str, sorted((ROOT / "agent").glob("*.c"))), external=True)
+    programs = [str(file) for name in ("agent", "deploy") for file in (ROOT / name).glob("*.c")]
+    session.run("cc", *strict, *programs, external=True)
     run(session, "python", "-m", "tests.bpf.syntax")
 
 

@@ -26,7 +26,7 @@
 #define JSMN_PARENT_LINKS
 #include <jsmn.h>
 
-#define SOCKET "testbed/noded" /* in the abstract namespace (unix(7)) */
+#define SOCKET	 "testbed/noded" /* in the abstract namespace (unix(7)) */
 #define VERSIONS "\"0.3.0\", \"0.3.1\", \"0.4.0\", \"1.0.0\", \"1.1.0\""
 
 /* Error codes of the specification (CNI 1.1.0). */
@@ -94,8 +94,8 @@ static int connect_daemon(void)
 	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 
 	memcpy(address.sun_path + 1, SOCKET, sizeof(SOCKET) - 1);
-	if (fd < 0 || connect(fd, (void *)&address,
-			      offsetof(struct sockaddr_un, sun_path) + sizeof(SOCKET)))
+	if (fd < 0 ||
+	    connect(fd, (void *)&address, offsetof(struct sockaddr_un, sun_path) + sizeof(SOCKET)))
 		return -1;
 	/* Abstract sockets have no permissions: anybody may listen there. */
 	if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) || peer.uid)
@@ -162,7 +162,8 @@ static struct text argument(const char *key)
 		size_t length = strcspn(at, ";");
 
 		if (length > strlen(key) && !memcmp(at, key, strlen(key)) && at[strlen(key)] == '=')
-			return (struct text){(char *)at + strlen(key) + 1, length - strlen(key) - 1};
+			return (struct text){(char *)at + strlen(key) + 1,
+					     length - strlen(key) - 1};
 		at += length + (at[length] == ';');
 	}
 	return (struct text){"", 0};
@@ -181,10 +182,12 @@ static bool gets_guests(void)
 	if (guests < 0 || conf.tokens[guests].type != JSMN_STRING)
 		return true;
 	folder = &conf.tokens[guests];
-	snprintf(path, sizeof(path), "%.*s", folder->end - folder->start, conf.bytes + folder->start);
+	snprintf(path, sizeof(path), "%.*s", folder->end - folder->start,
+		 conf.bytes + folder->start);
 	if (!stat(path, &found) && !S_ISDIR(found.st_mode))
 		return true;
-	annotated = value_of(value_of(runtime, "io.kubernetes.cri.pod-annotations"), "testbed/guests");
+	annotated =
+		value_of(value_of(runtime, "io.kubernetes.cri.pod-annotations"), "testbed/guests");
 	if (annotated >= 0)
 		return true;
 	if (!name.length && container)
@@ -218,7 +221,8 @@ static int answer_alone(const char *command)
 	int previous = value_of(0, "prevResult");
 
 	if (!strcmp(command, "STATUS"))
-		return fail(UNAVAILABLE, "the node daemon does not run; systemctl start testbed-noded");
+		return fail(UNAVAILABLE,
+			    "the node daemon does not run; systemctl start testbed-noded");
 	if (!strcmp(command, "DEL") ? has_guests() : gets_guests())
 		return fail(UNAVAILABLE, "this pod has guests, and the node daemon does not run; "
 					 "systemctl start testbed-noded");
@@ -235,7 +239,8 @@ int main(void)
 	int daemon;
 
 	if (!command)
-		return fail(ENVIRONMENT, "CNI_COMMAND is not set: container runtimes call this program");
+		return fail(ENVIRONMENT,
+			    "CNI_COMMAND is not set: container runtimes call this program");
 	if (!strcmp(command, "VERSION")) {
 		puts("{\"cniVersion\": \"1.1.0\", \"supportedVersions\": [" VERSIONS "]}");
 		return 0;

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -18,7 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from testbed import datapaths, plan
+from testbed import datapaths, paths, plan
 from testbed.model.cells import Cell, Pair
 from testbed.model.metrics import Metric
 from testbed.model.terms import Family
@@ -29,6 +32,7 @@ from testbed.results import store
 from testbed.results.analysis import block_values
 from testbed.results.results import Results
 from testbed.results.statistics import Estimate, estimate
+from tests.children import ending
 from tests.unit import test_report
 
 TOLERANCE_PX = 0.5
@@ -290,3 +294,20 @@ def test_an_axis_of_ratios_has_three_ticks_or_more_with_room_between(
     assert 3 <= len(ticks) <= 1.4 / forest.TICK_IN + 1
     assert 1 in ticks
     assert ticks == sorted(ticks)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody tells a process so")
+def test_processes_that_draw_end_with_the_main_one(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "testbed.cli", "figures", paths.REFERENCE / "proof"]
+    with ending(subprocess.Popen([*command, "--out", tmp_path])) as drawing:
+        children = Path(f"/proc/{drawing.pid}/task/{drawing.pid}/children")
+        deadline = time.monotonic() + 30
+        while len(found := children.read_text().split()) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.2)
+        drawing.kill()
+        drawing.wait()
+        while any(Path(f"/proc/{pid}").exists() for pid in found):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)

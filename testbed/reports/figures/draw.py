@@ -6,7 +6,10 @@ numbers come from `testbed.results.analysis`.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextvars import ContextVar
@@ -30,6 +33,9 @@ KINDS = ("bars", "curves", "stacks", "sweeps", "forest")
 """Modules of this package, whose `figures(results)` yields (name, drawing)."""
 ORDER = ("throughput", "latency", "connections", "scaling", "startup", "memory", "ratios")
 """First words of names, in the order of figures. Figures with other words come after these."""
+
+PR_SET_PDEATHSIG = 1
+"""linux/prctl.h."""
 
 Maker = Callable[[Results], Iterable[tuple[str, Drawing]]]
 
@@ -57,11 +63,19 @@ def draw(
     _ = results.summaries  # once, before there are many processes
     target = folder or results.path / "figures"
     count = min(len(makers), len(os.sched_getaffinity(0)))
-    with ProcessPoolExecutor(
-        count, get_context("fork"), _SHARED.set, ((results, target, kinds, bare),)
-    ) as processes:
+    shared = (results, target, kinds, bare)
+    with ProcessPoolExecutor(count, get_context("fork"), _begin, (shared,)) as processes:
         found = [files for each in processes.map(_draw_kind, makers) for files in each]
     return [file for _, files in sorted(found, key=_place) for file in files]
+
+
+def _begin(shared: tuple[Results, Path, Collection[str], bool]) -> None:
+    """Prepare a process of the pool."""
+    _SHARED.set(shared)
+    if (
+        sys.platform == "linux"
+    ):  # else it would wait for work for ever if the main process is killed
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _draw_kind(make: Maker) -> list[tuple[str, list[Path]]]:
