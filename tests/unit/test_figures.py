@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -298,8 +299,9 @@ def test_an_axis_of_ratios_has_three_ticks_or_more_with_room_between(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody tells a process so")
 def test_processes_that_draw_end_with_the_main_one(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "testbed.cli", "figures", paths.REFERENCE / "proof"]
-    with ending(subprocess.Popen([*command, "--out", tmp_path])) as drawing:
+    campaign = shutil.copytree(paths.REFERENCE / "proof", tmp_path / "proof")
+    command = [sys.executable, "-m", "testbed.cli", "figures", str(campaign)]
+    with ending(subprocess.Popen(command)) as drawing:
         children = Path(f"/proc/{drawing.pid}/task/{drawing.pid}/children")
         deadline = time.monotonic() + 30
         while len(found := children.read_text().split()) < 2:
