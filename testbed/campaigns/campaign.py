@@ -119,7 +119,11 @@ def resume(path: Path, keep: bool, report: Report, places: Sequence[Place] = HER
     with ExitStack() as stack:
         appended = stack.enter_context(store.resume(path))  # takes the lock before workers start
         if blocks:
-            _run(_deal(job, blocks, places, begun), lambda _: appended, report)
+            before, shares = len(stored.done()), _deal(job, blocks, places, begun)
+            lacking = sum(len(ids) for share in shares for _, ids in share.job.blocks)
+            text = f"{lacking} trials are lacking of {before + lacking}"
+            report(Progress(text, before, before + lacking, None, stays=True))
+            _run(shares, lambda _: appended, report, before)
         finished = _refine(appended, plan, job, places, report, began)
         stack.pop_all()
         return finished
@@ -184,9 +188,12 @@ def _deal(job: Job, blocks: Blocks, places: Sequence[Place], begun: dict[int, st
     ]
 
 
-def _run(shares: list[Share], open_store: Callable[[Event], Store], report: Report) -> Store:
+def _run(
+    shares: list[Share], open_store: Callable[[Event], Store], report: Report, before: int = 0
+) -> Store:
     """Run all shares in parallel, each by a worker, and store their trials.
 
+    `before`: number of trials that are stored already. Progress counts them.
     The cells that a failed worker had not finished fail. Raises `Error` if all workers fail.
     """
     campaign: Store | None = None
@@ -196,7 +203,7 @@ def _run(shares: list[Share], open_store: Callable[[Event], Store], report: Repo
         for number, ids in share.job.blocks
         for order, id in enumerate(ids)
     }
-    total, text = len(left), "starting"
+    total, text = before + len(left), "starting"
     pace = Pace(shares[0].job.warmup_s + shares[0].job.duration_s)
     try:
         with closing(events_of(shares)) as events:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from testbed.cli.common import Commands, add_hosts, chosen
+from testbed.cli.common import Commands, add_hosts, called, chosen
 from testbed.model.errors import Error
 
 
@@ -39,9 +39,16 @@ def _doctor(arguments: argparse.Namespace) -> int:
         findings.append(finding)
         if not arguments.json:
             print(finding, flush=True)
+    ready = doctor.ready(findings)
     if arguments.json:
         print(json.dumps([vars(f) for f in findings], indent=1))
-    return 0 if doctor.ready(findings) else 1
+    else:
+        print(
+            called("ready: 'testbed run --plan quick'; what is degraded costs what its line says")
+            if ready
+            else "not ready: what is missing has to be there first"
+        )
+    return 0 if ready else 1
 
 
 def _doctor_of_hosts(arguments: argparse.Namespace) -> int:

@@ -220,6 +220,8 @@ def _start(orders: list[Order], patience_s: float | None) -> int:
         unready = starting.wait(60 * facts.slowness() if patience_s is None else patience_s)
     for line in (*unready, *starting.unserved()):
         _say(line)
+    for order in orders:
+        print(f"pod {order.spec.name} is up")
     return 1 if unready else 0
 
 
