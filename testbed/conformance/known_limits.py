@@ -54,6 +54,13 @@ DATAPATHS: dict[str, tuple[Impossible, ...]] = {
 }
 
 GUESTS: dict[str, tuple[Impossible, ...]] = {
+    "gvisor": (
+        Impossible(
+            frozenset({"concurrent-connections"}),
+            "gVisor lets about 1,000 connections wait to be accepted, and more time out",
+            pairs=frozenset({Pair.NATIVE_GUEST, Pair.GUEST_GUEST, Pair.GUEST_SELF}),
+        ),
+    ),
     "osv": (
         Impossible(
             frozenset({"keepalive"}),
