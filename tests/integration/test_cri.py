@@ -278,7 +278,7 @@ def configure(work: Path) -> None:
     }
     network = {"cniVersion": "1.0.0", "name": "net", "plugins": [chain.bridge(work / "ipam"), own]}
     (work / "networks" / "net.conflist").write_text(json.dumps(network))
-    for runtime in ("standin", "linux"):
+    for runtime in ("standin", "gvisor", "linux"):
         (work / f"guests/shop/{runtime}.yaml").write_text(json.dumps(guest(runtime)))
 
 
@@ -302,7 +302,7 @@ def sandbox(containerd: Containerd, name: str, guests: str, attempt: int = 0) ->
     return Sandbox(containerd, config, cgroup)
 
 
-@pytest.fixture(scope="module", params=["standin", "linux"])
+@pytest.fixture(scope="module", params=["standin", "gvisor", "linux"])
 def pod(containerd: Containerd, request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     before = containerd.state()
     pod = sandbox(containerd, "web", request.param)
