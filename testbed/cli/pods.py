@@ -180,7 +180,7 @@ def _attach(arguments: argparse.Namespace) -> int:
 def _adopt(arguments: argparse.Namespace) -> int:
     from testbed.pods import supervisor
 
-    return _start([supervisor.of_orphan(arguments.pod)], arguments.wait)
+    return _start([supervisor.of_orphan(arguments.pod)], arguments.wait, adopts=True)
 
 
 def _ordered(arguments: argparse.Namespace, sandbox: Sandbox | None = None) -> list[Order]:
@@ -209,13 +209,13 @@ def _say(line: str) -> None:
     print(f"testbed: {called(line)}", file=sys.stderr)
 
 
-def _start(orders: list[Order], patience_s: float | None) -> int:
+def _start(orders: list[Order], patience_s: float | None, *, adopts: bool = False) -> int:
     from testbed.host import facts
     from testbed.pods import supervisor
 
     with supervisor.Starting() as starting:
         for order in orders:
-            starting.start(order)
+            starting.start(order, adopts=adopts)
         starting.wait_built()
         unready = starting.wait(60 * facts.slowness() if patience_s is None else patience_s)
     for line in (*unready, *starting.unserved()):

@@ -121,16 +121,26 @@ def _answer(environment: Mapping[str, str], configuration: dict[str, Any]) -> ob
 
 
 def _collect(configuration: dict[str, Any]) -> None:
-    """Take down the guests of all attachments to this network, but those that are still valid."""
-    network = configuration.get("name")
+    """Take down the guests of all attachments to this network, but those that are still valid.
+
+    Raises `Error` if some could not be taken down, after it has tried all.
+    """
+    if ATTACHMENTS not in configuration:
+        raise _Refusal(INVALID, f"there is no {ATTACHMENTS}")
+    network, failures = configuration.get("name"), []
     valid = {
         _id(each.get("containerID"), each.get("ifname"), network)
-        for each in configuration.get(ATTACHMENTS, ())
+        for each in configuration[ATTACHMENTS] or ()
     }
-    for status in control.all():
-        id = (status["sandbox"] or {}).get("id", "")
-        if id.endswith(f"@{network}") and id not in valid:
-            control.down(status["name"])
+    for name in control.names():
+        try:
+            id = (control.status(name)["sandbox"] or {}).get("id", "")
+            if id.endswith(f"@{network}") and id not in valid:
+                control.down(name)
+        except Error as e:
+            failures.append(str(e))
+    if failures:
+        raise Error("; ".join(failures))
 
 
 def _id(container: str, ifname: str, network: str | None) -> str:
@@ -172,7 +182,8 @@ class _Pod:
         with Starting() as starting:
             starting.start(order)
             starting.wait_built()
-        return result | {"interfaces": [*result.get("interfaces", ()), *self._links()]}
+            interfaces = [*(result.get("interfaces") or ()), *self._links()]
+        return result | {"interfaces": interfaces}
 
     def delete(self) -> None:
         """Take the guests down. It is no error if there are none, or another call's."""
@@ -188,7 +199,9 @@ class _Pod:
             raise Error(f"no guests are attached to {self.netns}")
         found = control.describe(self.container)
         existing = {link["name"] for link in found["links"] if link["netns"] == found["netns"]}
-        listed = {i["name"] for i in result.get("interfaces", ()) if i.get("sandbox") == self.netns}
+        listed = {
+            i["name"] for i in result.get("interfaces") or () if i.get("sandbox") == self.netns
+        }
         if missing := listed - existing:
             raise Error(f"{', '.join(sorted(missing))} of {self.netns} is gone")
 

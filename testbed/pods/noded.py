@@ -9,6 +9,7 @@ another, which takes its pod over.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import importlib
 import json
@@ -19,18 +20,17 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
 from testbed import bpf, datapaths, paths
-from testbed.host import compiler, namespaces
+from testbed.host import compiler, ledger, namespaces
 from testbed.host.ledger import Owner
 from testbed.model.errors import Error
 from testbed.model.terms import Runtime
 from testbed.pods import cni, control, supervisor
 
-SOCKET = "\0testbed/noded"
 CHECK_S = 2.0
 """Time between looks for pods whose supervisor was killed."""
 ADOPTION_S = 30.0
@@ -65,36 +65,52 @@ def serve(datapath: str, ready: Callable[[], None]) -> None:
     `datapath` is that whose programs are held ready. Raises `Error` if a daemon runs already.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
+    ledger.ROOT.mkdir(mode=0o700, exist_ok=True)  # nobody else connects, or listens there
+    path = ledger.ROOT / f"noded-{namespaces.own()}.sock"
+    locked = path.with_suffix(".lock")
+    with locked.open("w") as lock, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
         try:
-            server.bind(SOCKET)
-        except OSError as e:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
             raise Error("a node daemon runs already") from e
-        for module in CALLS_NEED:
-            importlib.import_module(module)
-        gc.freeze()
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for
-        ending, alive = os.pipe()
-        inherited = [server.fileno(), alive]
-        _fork(inherited, partial(_hold, datapath, ending))
-        os.close(ending)
-        server.listen(128)
-        ready()
-        again: dict[Path, float] = {}
-        """Ledger of an orphan → when it may be adopted again."""
-        while True:
+        path.unlink(missing_ok=True)
+        server.bind(str(path))
+        try:
+            _serve(server, lock.fileno(), datapath, ready)
+        finally:
+            path.unlink(missing_ok=True)
+            locked.unlink(missing_ok=True)
+
+
+def _serve(server: socket.socket, lock: int, datapath: str, ready: Callable[[], None]) -> None:
+    for module in CALLS_NEED:
+        importlib.import_module(module)
+    gc.freeze()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for
+    ending, alive = os.pipe()
+    inherited = (server.fileno(), lock, alive)
+    _fork(inherited, partial(_hold, datapath, ending))
+    os.close(ending)
+    server.listen(128)
+    ready()
+    again: dict[Path, float] = {}
+    """Ledger of an orphan → when it may be adopted again."""
+    while True:
+        try:
             if select.select([server], [], [], CHECK_S)[0]:
                 asking, _ = server.accept()
                 with asking:
-                    if control.trusted(asking):
-                        _fork(inherited, partial(_answer, asking))
+                    _fork(inherited, partial(_answer, asking))
             for orphan in _orphans():
                 if time.monotonic() > again.get(orphan.ledger, 0):
                     again[orphan.ledger] = time.monotonic() + ADOPTION_S
                     _fork(inherited, partial(_adopt, orphan))
+        except Exception as e:  # whatever it is, other calls are answered
+            _log(repr(e))
+            time.sleep(0.1)
 
 
-def _fork(inherited: list[int], work: Callable[[], None]) -> None:
+def _fork(inherited: Iterable[int], work: Callable[[], None]) -> None:
     """Do something in a child process, which has none of the daemon's descriptors."""
     if os.fork():
         return
@@ -118,24 +134,38 @@ def _fork(inherited: list[int], work: Callable[[], None]) -> None:
 def _hold(datapath: str, ending: int) -> None:
     """Hold a datapath's programs loaded, so that no call has to, until the daemon ends."""
     with Owner() as owner:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which may be for all of the unit
         for programs in datapaths.get(datapath).programs:
             bpf.load(programs, owner)
         os.read(ending, 1)
 
 
 def _answer(asking: socket.socket) -> None:
-    """Carry out one call, and send what the plugin prints."""
+    """Carry out one call, and send what the plugin prints.
+
+    If the plugin was killed, its runtime may have asked for DEL in vain, before there was a pod. So
+    an ADD is taken back then.
+    """
+    os.register_at_fork(after_in_child=asking.close)  # supervisors live longer than the call
     asking.settimeout(ASK_LIMIT_S)
     with asking.makefile("rb") as file:
         asked = file.read().decode(errors="replace")
     variables, _, configuration = asked.partition("\0\0")
     environment = dict(v.split("=", 1) for v in variables.split("\0") if "=" in v)
     answer, status = cni.answer(environment, configuration)
+    if environment.get("CNI_COMMAND") == "ADD" and status == 0 and _hung_up(asking):
+        cni.answer(environment | {"CNI_COMMAND": "DEL"}, configuration)
+        return
     printed = "" if answer is None else json.dumps(answer) + "\n"
     asking.settimeout(None)
-    with contextlib.suppress(BrokenPipeError):  # the plugin was killed
+    with contextlib.suppress(BrokenPipeError):
         asking.sendall(f"{status}{printed}".encode())
-        asking.shutdown(socket.SHUT_RDWR)  # a pod's supervisor, a child of this one, has it, too
+
+
+def _hung_up(asking: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(asking, 0)  # POLLHUP and POLLERR are told in any case
+    return bool(poll.poll(0))
 
 
 def _orphans() -> list[control.Orphan]:
@@ -144,15 +174,19 @@ def _orphans() -> list[control.Orphan]:
     return [
         orphan
         for orphan in control.orphans().values()
-        if orphan.status["host_netns"] == here and (orphan.status["sandbox"] or {}).get("id")
+        if orphan.status.get("host_netns") == here and (orphan.status["sandbox"] or {}).get("id")
     ]
 
 
 def _adopt(orphan: control.Orphan) -> None:
-    """Start another supervisor for a pod."""
+    """Start another supervisor for a pod, or take it down if its namespace is gone."""
     name = orphan.status["name"]
+    if not namespaces.is_namespace(Path(orphan.status["sandbox"]["netns"])):
+        control.down(name)
+        _log(f"{name} and its supervisor were gone; what was left of its guests is removed")
+        return
     with supervisor.Starting() as starting:
-        starting.start(supervisor.of_orphan(name))
+        starting.start(supervisor.of_orphan(name), adopts=True)
         starting.wait_built()
     _log(f"the supervisor of {name} was killed; another has the pod")
 

@@ -65,9 +65,10 @@ def of_orphan(pod: str) -> Order:
     return found
 
 
-def detach(order: Order) -> tuple[int, int]:
+def detach(order: Order, *, adopts: bool = False) -> tuple[int, int]:
     """Start the supervisor process of a pod, which outlives this process: (pid, descriptor).
 
+    `adopts`: only if there is an orphan to take over (`supervise`).
     One line of JSON comes from the descriptor when the pod is built: `{}`, or `{"error": …}`. If
     the process gets SIGTERM before, nothing is left when the descriptor is at its end.
     """
@@ -89,7 +90,7 @@ def detach(order: Order) -> tuple[int, int]:
             output.close()
 
         try:
-            supervise(order, tell)
+            supervise(order, tell, adopts=adopts)
         except Error as e:
             tell(error=e.message, hint=e.hint)
         except Exception as e:
@@ -108,9 +109,9 @@ class Starting:
         self._supervisors: dict[str, tuple[int, int]] = {}
         """Pod → pid and descriptor (`detach`)."""
 
-    def start(self, order: Order) -> None:
-        """Start building a pod."""
-        self._supervisors[order.spec.name] = detach(order)
+    def start(self, order: Order, *, adopts: bool = False) -> None:
+        """Start building a pod, or taking over an orphan."""
+        self._supervisors[order.spec.name] = detach(order, adopts=adopts)
 
     def wait_built(self) -> None:
         """Wait until all are built. Raises `Error` if one cannot be built."""
@@ -176,12 +177,13 @@ def _read_all(fd: int) -> bytes:
         return file.read()
 
 
-def supervise(order: Order, built: Callable[[], None]) -> None:
+def supervise(order: Order, built: Callable[[], None], *, adopts: bool = False) -> None:
     """Build a pod, call `built`, and supervise it until it is asked to end, or until SIGTERM.
 
-    Everything is taken down at the end, also after an error. An orphan of that name is taken over.
-    Raises `Error` if the pod cannot be built, or the orphan is not what was ordered; then the
-    orphan stays as it was.
+    Everything is taken down at the end, also after an error. An orphan of that name is taken over;
+    with `adopts`, nothing is built without one: it may have been taken down meanwhile. Raises
+    `Error` if the pod cannot be built, or the orphan is not what was ordered; then the orphan stays
+    as it was.
     """
     asker, spec, datapath = None, order.spec, datapaths.get(order.datapath)
     try:
@@ -194,6 +196,8 @@ def supervise(order: Order, built: Callable[[], None]) -> None:
                     hint="testbed attach",
                 )
             left = control.orphans().get(spec.name)
+            if adopts and not left:
+                raise Error(f"no pod {spec.name!r} is left to take over")
             if left:
                 _check_left(left, order, datapath)
             prepared = _prepare(spec, order.options)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from testbed.model.errors import Error
 from testbed.model.manifest import Workload
 from testbed.model.terms import Runtime
 from testbed.runtimes.interface import Absent, Description, Options, Placement, refuse_limits
-from testbed.runtimes.oci import Bundles, namespaces
+from testbed.runtimes.oci import Bundles, namespaces, program_of
 from testbed.runtimes.program import join
 
 # runsc refuses the network namespace of the host. It knows that by a file in this folder, which
@@ -47,6 +48,11 @@ class Gvisor(Bundles):
 
     def compose(self, workload: Workload) -> None:
         refuse_limits(workload)
+        if program_of(workload).pids_of:
+            raise Error(
+                f"{workload.name!r} shares no PIDs: gVisor has a kernel of its own",
+                hint="leave out shareProcessNamespace",
+            )
         super().compose(workload)
 
     def start(self, place: Placement) -> subprocess.Popen[bytes]:
@@ -67,12 +73,19 @@ class Gvisor(Bundles):
         )
 
     def runs(self, place: Placement) -> bool:
-        states = [json.loads(file.read_bytes()) for file in _state(place).glob("*.state")]
-        return any(state["status"] == "running" for state in states)
+        for file in _state(place).glob("*.state"):
+            with suppress(OSError, ValueError):  # runsc is writing it, or removing it
+                return bool(json.loads(file.read_bytes())["status"] == "running")
+        return False
 
     def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
-        # runsc listens to itself in the guest's namespace.
-        return [*join(place.cgroup, place.netns), *_runsc(place), "exec", place.workload.name]
+        # runsc listens to itself in the guest's namespace, and takes root for the user.
+        user = self._config(place)["process"]["user"]
+        options = ["-user", f"{user['uid']}:{user['gid']}"]
+        for group in user["additionalGids"]:
+            options += ["-additional-gids", str(group)]
+        inside = join(place.cgroup, place.netns)
+        return [*inside, *_runsc(place), "exec", *options, place.workload.name]
 
     def _etc(self, place: Placement) -> dict[Path, str]:
         return place.etc if place.workload.program else {self._hosts: "/etc/hosts"}
@@ -86,5 +99,7 @@ def _state(place: Placement) -> Path:
 
 
 def _runsc(place: Placement) -> list[str]:
-    """The sandbox is in the guest's cgroup, so runsc makes none."""
-    return ["runsc", "--root", str(_state(place)), "--ignore-cgroups"]
+    """The sandbox is in the guest's cgroup, so runsc makes none. Capabilities alone decide who has
+    raw sockets.
+    """
+    return ["runsc", "--root", str(_state(place)), "--ignore-cgroups", "--net-raw"]

@@ -83,10 +83,17 @@ class Runtime:
         self, command: str, plugin: dict[str, Any], previous: Any = None, **environment: str
     ) -> tuple[int, Any]:
         """Execute one plugin: its exit status, and what it printed."""
+        with ending(self.begin(command, plugin, previous, **environment)) as called:
+            printed, errors = called.communicate()
+        return called.returncode, json.loads(printed) if printed else errors
+
+    def begin(
+        self, command: str, plugin: dict[str, Any], previous: Any = None, **environment: str
+    ) -> subprocess.Popen[str]:
+        """Start one plugin."""
         name = plugin["type"]
-        program = (
-            chain.own() if name == "testbed-cni" else shutil.which(name, path=":".join(FOLDERS))
-        )
+        own = name == "testbed-cni"
+        program = chain.own() if own else shutil.which(name, path=":".join(FOLDERS))
         given = {"cniVersion": self.network["cniVersion"], "name": self.network["name"], **plugin}
         if previous is not None:
             given["prevResult"] = previous
@@ -98,15 +105,19 @@ class Runtime:
             "CNI_PATH": ":".join(FOLDERS),
             "PATH": os.environ["PATH"],
         }
-        done = subprocess.run(
+        begun = subprocess.Popen(
             [*self.enter, str(program)],
-            input=json.dumps(given),
             env=variables | environment,
-            check=False,
             text=True,
-            capture_output=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
-        return done.returncode, json.loads(done.stdout) if done.stdout else done.stderr
+        assert begun.stdin
+        begun.stdin.write(json.dumps(given))
+        begun.stdin.close()
+        begun.stdin = None
+        return begun
 
     def all(self, command: str, **environment: str) -> None:
         """Execute the list: ADD in its order, each with the result of the one before; CHECK with
@@ -313,10 +324,14 @@ def test_without_the_daemon_pods_without_guests_pass_and_others_are_refused(
         ):
             arguments = f"K8S_POD_NAME={pod}"
             status, refused = runtime.call(command, plugin, before, CNI_ARGS=arguments)
-            assert (status, refused["code"]) == (1, 50)
+            assert (status, refused["code"], refused["cniVersion"]) == (1, 11, "1.0.0")
             assert "systemctl start testbed-noded" in refused["msg"]
+    for unsure in ("/none", str(tmp_path).replace("/", r"\/"), 7):
+        assert runtime.call("ADD", {**every, "guests": unsure}, before)[0] == 1
+    assert runtime.call("ADD", some, CNI_ARGS="K8S_POD_NAME=other")[1]["code"] == 7
     assert runtime.call("STATUS", some)[1]["code"] == 50
-    assert runtime.call("DEL", every)[1]["code"] == 50
+    assert runtime.call("GC", some)[1]["code"] == 11
+    assert runtime.call("DEL", every)[1]["code"] == 11
     assert runtime.call("DEL", some, CNI_CONTAINERID="other") == (0, "")
     assert runtime.on_host(lambda: control.status(runtime.container))["keeper"]
     with chain.daemon(runtime.enter):
@@ -324,13 +339,51 @@ def test_without_the_daemon_pods_without_guests_pass_and_others_are_refused(
         assert runtime.call("DEL", every) == (0, "")
 
 
+def test_guests_that_nobody_supervises_are_not_forgotten(runtime: Runtime) -> None:
+    """Daemon and supervisor are killed, and then the namespace goes."""
+    own = runtime.network["plugins"][0]
+    assert runtime.call("ADD", own, {})[0] == 0
+    supervisor = runtime.on_host(lambda: control.status(runtime.container))["keeper"]
+    for pid in (runtime.daemon.pid, supervisor):
+        os.kill(pid, signal.SIGKILL)
+    runtime.daemon.wait()
+    wait_until(lambda: runtime.call("DEL", own)[0] == 1, "DEL sees the guests")
+    namespaces.remove_netns(runtime.pod)
+    with chain.daemon(runtime.enter):
+        wait_until(lambda: not there(runtime.container), "the daemon removes them", 10)
+        assert runtime.call("DEL", own) == (0, "")
+
+
+def test_an_add_whose_plugin_was_killed_is_taken_back(runtime: Runtime, tmp_path: Path) -> None:
+    """Its runtime asked for DEL while the manifest was being read."""
+    slow = tmp_path / "slow.yaml"
+    os.mkfifo(slow)
+    own = {**runtime.network["plugins"][0], "guests": str(slow)}
+    with ending(runtime.begin("ADD", own, {})) as plugin:
+        with slow.open("w") as writing:  # opens when the call reads it
+            plugin.kill()
+            plugin.wait()
+            assert runtime.call("DEL", own) == (0, "")
+            writing.write(json.dumps(guest()))
+    wait_until(lambda: bool(there(runtime.container)), "it is built")
+    wait_until(lambda: not there(runtime.container), "it is taken back", 10)
+
+
+def test_results_without_interfaces_get_some(runtime: Runtime) -> None:
+    """As Go writes an empty list."""
+    status, result = runtime.call("ADD", runtime.network["plugins"][0], {"interfaces": None})
+    assert status == 0
+    assert [each["name"] for each in result["interfaces"]] == ["g1"]
+
+
 def test_garbage_is_collected(runtime: Runtime) -> None:
     runtime.network["cniVersion"] = "1.1.0"
     own = runtime.network["plugins"][0]
     assert runtime.call("STATUS", own) == (0, "")
     assert runtime.call("ADD", own, {"cniVersion": "1.1.0"})[0] == 0
+    assert runtime.call("GC", own)[1]["code"] == 7
     valid = [{"containerID": runtime.container, "ifname": "eth0"}]
-    for attachments, left in ((valid, True), ([], False)):
+    for attachments, left in ((valid, True), (None, False)):
         assert runtime.call("GC", {**own, "cni.dev/valid-attachments": attachments}) == (0, "")
         assert bool(there(runtime.container)) == left
 

@@ -53,6 +53,7 @@ def test_it_is_a_container_of_the_pod(get: Get, name: str) -> None:
     for host in ("localhost", "ip6-localhost"):
         assert "127.0.0.1" in get("web", f"http://{host}:8081/hosts")
     assert run("logs", name, "-c", "web").stdout == "7\n"
+    assert run("exec", name, "-c", "web", "--", "id", "-u").stdout == "7\n"
     assert web(name)["ready"]
     assert not web(name)["unserved"]
 

@@ -80,7 +80,12 @@ def test_globs_select_cells_and_one_that_matches_nothing_is_refused() -> None:
         ("64", "64\nrate_per_s = -1", "rate_per_s", "an integer of at least 0"),
         ('"latency"', '"throughput"\nrate_per_s = 9', "metric", "latency with a rate_per_s"),
         ('"capture"', '"capture~twin"', "datapath", "capture~again or capture~slow"),
-        ("64", '64\nguest = "process"', "guest", "one of standin, linux, osv, found 'process'"),
+        (
+            "64",
+            '64\nguest = "process"',
+            "guest",
+            "one of standin, gvisor, linux, osv, found 'process'",
+        ),
         ("64", "64\nguests = 251", "guests", "an integer of at least 1 and at most 250"),
         ("64", "64\npods = 0", "pods", "at least 1 and at most 200"),
         ('"native-guest"', '"guest-self"\nguests = 2', "pair", "guest-native with guests"),
