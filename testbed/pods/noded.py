@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 
 from testbed import bpf, datapaths, paths
-from testbed.host import compiler, ledger, namespaces
+from testbed.host import cgroups, compiler, ledger, namespaces, nft
 from testbed.host.ledger import Owner
 from testbed.model.errors import Error
 from testbed.model.terms import Runtime
@@ -85,6 +85,8 @@ def serve(datapath: str, ready: Callable[[], None]) -> None:
 def _serve(server: socket.socket, lock: int, datapath: str, ready: Callable[[], None]) -> None:
     for module in CALLS_NEED:
         importlib.import_module(module)
+    for fact in (nft.unsupported, cgroups.mount_point, bpf.has_tcx):
+        fact()  # it is remembered
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for
     ending, alive = os.pipe()

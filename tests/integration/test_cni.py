@@ -64,6 +64,8 @@ class Runtime:
     container: str = field(default_factory=lambda: secrets.token_hex(16))
     cached: dict[str, Any] | None = None
     """The result of the last ADD."""
+    through: list[str] = field(default_factory=list)
+    """Command that executes our plugin in its place."""
     daemon: subprocess.Popen[str] = field(init=False)
     """The node daemon of our plugin."""
 
@@ -106,7 +108,7 @@ class Runtime:
             "PATH": os.environ["PATH"],
         }
         begun = subprocess.Popen(
-            [*self.enter, str(program)],
+            [*self.enter, *((own and self.through) or [str(program)])],
             env=variables | environment,
             text=True,
             stdin=subprocess.PIPE,
@@ -386,6 +388,17 @@ def test_garbage_is_collected(runtime: Runtime) -> None:
     for attachments, left in ((valid, True), (None, False)):
         assert runtime.call("GC", {**own, "cni.dev/valid-attachments": attachments}) == (0, "")
         assert bool(there(runtime.container)) == left
+
+
+def test_who_shares_only_the_network_with_the_host_cannot_call_the_daemon(runtime: Runtime) -> None:
+    """As a container of the host's network, be it root: a call runs programs of the host."""
+    own = runtime.network["plugins"][0]
+    hide = "mount -t tmpfs none /run/testbed && exec " + str(chain.own())
+    runtime.through = ["unshare", "--mount", "sh", "-c", hide]
+    status, refused = runtime.call("ADD", own, {})
+    assert (status, refused["code"]) == (1, 11)
+    runtime.through = []
+    assert runtime.call("ADD", own, {})[0] == 0
 
 
 def test_a_second_daemon_is_refused(runtime: Runtime) -> None:
