@@ -296,15 +296,21 @@ def _download_linux(folder: Path) -> None:
     depends = _apt("apt-cache", "depends", "--important", wanted)
     if (package := re.search(r"Depends: (linux-image-\S+)", depends)) is None:
         raise Error(f"apt does not know {wanted}", hint="apt-get update")
+    # Since Linux 6.17, image and modules are packages of their own.
+    depends = _apt("apt-cache", "depends", "--important", package[1])
+    parts = re.findall(r"Depends: (linux-(?:binary|modules)-\S+)", depends)
     options = (f"Acquire::http::Timeout={_TIMEOUT_S}", "Acquire::Retries=0")
     quick = [word for option in (*options, "APT::Sandbox::User=root") for word in ("-o", option)]
 
     def make(unpacked: Path) -> None:
         unpacked.mkdir()
-        _apt("apt-get", *quick, "--quiet", "download", package[1], cwd=unpacked)
-        (deb,) = unpacked.glob("*.deb")
-        _apt("dpkg-deb", "--extract", str(deb), str(unpacked))
-        deb.unlink()
+        _apt("apt-get", *quick, "--quiet", "download", package[1], *parts, cwd=unpacked)
+        for deb in list(unpacked.glob("*.deb")):
+            _apt("dpkg-deb", "--extract", str(deb), str(unpacked))
+            deb.unlink()
+        for image in list(unpacked.glob("usr/lib/modules/*/vmlinuz")):
+            (unpacked / "boot").mkdir(exist_ok=True)
+            image.rename(unpacked / "boot" / f"vmlinuz-{image.parent.name}")
 
     cache.made(folder / package[1], make, anew=True)
 
