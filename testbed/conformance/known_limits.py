@@ -1,7 +1,8 @@
 """Known limits of datapaths, guests and WASI: cases that cannot pass, with the reason.
 
 If such a case fails, it counts as unsupported; if it passes, it counts as passed. Any other failure
-is a fault. The limits of guests were also seen with `bridge`, where no program changes packets.
+is a fault. The limits of guests were also seen with `bridge`, where no program changes packets, or
+within the guest.
 """
 
 from __future__ import annotations
@@ -59,6 +60,15 @@ GUESTS: dict[str, tuple[Impossible, ...]] = {
             frozenset({"concurrent-connections"}),
             "gVisor lets about 1,000 connections wait to be accepted, and more time out",
             pairs=frozenset({Pair.NATIVE_GUEST, Pair.GUEST_GUEST, Pair.GUEST_SELF}),
+        ),
+        Impossible(
+            frozenset({"urgent-data"}),
+            "gVisor tells nobody of urgent data, over its own loopback neither",
+        ),
+        Impossible(
+            frozenset({"linger"}),
+            "in gVisor, close with SO_LINGER takes all of its time, over its own loopback, too",
+            pairs=frozenset({Pair.GUEST_NATIVE, Pair.GUEST_GUEST, Pair.GUEST_SELF}),
         ),
     ),
     "osv": (
