@@ -214,10 +214,12 @@ class Links:
     def address_standin(self, n: int) -> None:
         """Give guest n's link its addresses and routes, if a namespace is in the guest's place.
 
-        What runs there may have taken them away, as gVisor does.
+        What runs there may have taken them away, as gVisor does. With them, the kernel refuses what
+        comes while nothing runs there.
         """
-        if netns := self.standins.get(n):
-            ip, eth0 = self._ips[netns], netlink.links(netns)["eth0"]
+        netns = self.standins.get(n)
+        if netns and (eth0 := netlink.links(netns).get("eth0")):
+            ip = self._ips[netns]
             for family in Family:
                 netlink.add_address(ip, eth0, guest_link(family, n), LINK_PREFIX[family])
             ip.link("set", index=eth0, state="up")

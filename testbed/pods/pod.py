@@ -284,6 +284,7 @@ class Pod:
         that one's connections.
         """
         if n := self.number_of(name):
+            self.links.address_standin(n)
             self.attachment.guest_ended(n)
         self.end_peers(name)
 
