@@ -21,7 +21,9 @@ from testbed.campaigns import protocol, roles, trial, worker
 from testbed.host.facts import slowness
 from testbed.host.ledger import Owner
 from testbed.images import kernels
+from testbed.model import addresses
 from testbed.model.cells import Cell, Pair
+from testbed.model.errors import Error
 from testbed.model.metrics import Metric
 from testbed.model.terms import Family, Runtime, Transport
 from testbed.model.trials import Status
@@ -213,7 +215,7 @@ def test_without_the_hosts_patch_the_same_cells_fail(
 # --- exceptions -----------------------------------------------------------------------------
 
 
-def test_natives_blocked_on_a_guest_that_is_killed_get_an_error_and_the_next_one_works(
+def test_peers_of_a_guest_that_is_killed_get_an_error_and_the_next_one_works(
     guests: Guests,
 ) -> None:
     """It sends neither FIN nor RST."""
@@ -231,6 +233,11 @@ def test_natives_blocked_on_a_guest_that_is_killed_get_an_error_and_the_next_one
             with client, pytest.raises(ConnectionAbortedError):
                 client.recv(100)
         assert time.monotonic() - began < slowness()
+    with pod.agent("guest2") as other:
+        for family in guests.kind.families:
+            to = str(addresses.alias(family))
+            with pytest.raises(Error, match="Connection refused"):
+                other.run(Transport.TCP, family, to, GUESTS_PORT, "rr", 1, bytes=1)
     works_both_ways(guests)
 
 

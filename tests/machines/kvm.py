@@ -29,7 +29,7 @@ from testbed.runtimes.vm import accelerator
 from tests.machines import linux, roots, vm
 from tests.machines.kernels import warm
 
-KILLED = "test_natives_blocked_on_a_guest_that_is_killed_get_an_error_and_the_next_one_works"
+KILLED = "test_peers_of_a_guest_that_is_killed_get_an_error_and_the_next_one_works"
 TESTS = (
     "tests/integration/kvm.py",
     "tests/integration/test_multiqueue.py",
