@@ -307,7 +307,8 @@ def test_down_takes_all_pods_of_a_machine(manifest: Write, name: str) -> None:
     """
     command = ["unshare", "--net", "--mount", "sh", "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines() == [f"pod {name} is down", "no pod is up"], done.stderr
+    told = [f"pod {name} is up", f"pod {name} is down", "no pod is up"]
+    assert done.stdout.splitlines() == told, done.stderr
     refused = run("down", "--all", name, status=3)
     assert "either names of pods or --all" in refused.stderr
 
