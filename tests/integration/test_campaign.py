@@ -158,7 +158,10 @@ def running(plan: Path, out: Path, *arguments: str) -> Iterator[Running]:
 
 def left_by(mark: str) -> list[str]:
     """Namespaces, cgroups, pins, ledgers that bear an owner's mark."""
-    pins = bpf.PINS.rglob("*") if bpf.PINS.exists() else ()
+    # Unlike Path.rglob, os.walk goes on when a folder that others made vanishes.
+    pins = (
+        Path(at, name) for at, folders, files in os.walk(bpf.PINS) for name in (*folders, *files)
+    )
     return [
         path.name
         for paths in (NETNS.iterdir(), cgroups.mount_point().iterdir(), pins, ROOT.iterdir())
