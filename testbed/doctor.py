@@ -199,10 +199,13 @@ def _congestion() -> Finding:
 
 
 def guests() -> Iterator[Finding]:
-    """Checks of what guests need: QEMU, kernels, KVM. Without these, stand-ins replace guests."""
+    """Checks of what guests need: runsc for gVisor; QEMU, kernels and KVM for virtual machines.
+
+    Without the latter, stand-ins replace guests.
+    """
     try:
         gvisor = runtimes.prepare(Runtime.GVISOR, Options())
-        yield Finding("gVisor", State.FINE, f"runsc {gvisor.description.kernel.split()[1]}")
+        yield Finding("gVisor", State.FINE, gvisor.description.kernel)
     except Error as e:
         yield Finding("gVisor", State.DEGRADED, e.message, f"no guests of that kind; {e.hint}")
     try:

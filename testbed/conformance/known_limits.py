@@ -63,11 +63,11 @@ GUESTS: dict[str, tuple[Impossible, ...]] = {
         ),
         Impossible(
             frozenset({"urgent-data"}),
-            "gVisor tells nobody of urgent data, over its own loopback neither",
+            "gVisor reports no urgent data, even over its own loopback",
         ),
         Impossible(
             frozenset({"linger"}),
-            "in gVisor, close with SO_LINGER takes all of its time, over its own loopback, too",
+            "gVisor's close with SO_LINGER waits its full time, even over its own loopback",
             pairs=frozenset({Pair.GUEST_NATIVE, Pair.GUEST_GUEST, Pair.GUEST_SELF}),
         ),
     ),

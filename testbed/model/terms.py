@@ -79,6 +79,11 @@ class Runtime(Open):
         return self not in (Runtime.PROCESS, Runtime.CONTAINER, Runtime.WASM)
 
     @property
+    def is_machine(self) -> bool:
+        """Whether it is a guest in a virtual machine."""
+        return self in (Runtime.LINUX, Runtime.OSV, Runtime.FOREIGN)
+
+    @property
     def boots(self) -> bool:
         """Whether it is a guest that is booted here, not by somebody else."""
         return self.is_guest and self is not Runtime.FOREIGN

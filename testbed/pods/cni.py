@@ -22,18 +22,22 @@ import json
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from testbed import runtimes
 from testbed.host import cgroups
 from testbed.model.addresses import pod_link
 from testbed.model.errors import Error
+from testbed.model.manifest import Spec
 from testbed.model.terms import Family, Runtime
-from testbed.pods import control
-
-if TYPE_CHECKING:
-    from testbed.model.manifest import Spec
-    from testbed.runtimes.interface import Options
+from testbed.pods import control, kubernetes
+from testbed.pods.kubernetes import conversion
+from testbed.pods.network.resolv_conf import text as resolv_conf_of
+from testbed.pods.sandbox import Sandbox
+from testbed.pods.supervisor import Order, Starting
+from testbed.runtimes.interface import Options
 
 VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 """Supported versions of the specification. Earlier ones have another format of results. The plugin
@@ -169,9 +173,6 @@ class _Pod:
         spec = self._guests(self._resolv_conf(result))
         if spec is None:
             return result
-        from testbed.pods.sandbox import Sandbox
-        from testbed.pods.supervisor import Order, Starting
-
         assert self.netns
         order = Order(
             spec,
@@ -215,15 +216,9 @@ class _Pod:
 
     def _guests(self, resolv_conf: str | None = None) -> Spec | None:
         """The pod's manifest, by the configuration; None if it gets no guests."""
-        from dataclasses import replace
-
-        from testbed.pods import kubernetes
-        from testbed.pods.kubernetes import conversion
 
         @functools.cache
         def best() -> Runtime:
-            from testbed import runtimes
-
             return runtimes.best(replace(self._options(), say=_log))
 
         given = self.configuration.get("guests")
@@ -258,8 +253,6 @@ class _Pod:
         return there.get(annotated or self.arguments.get("K8S_POD_NAME") or self.container)
 
     def _options(self) -> Options:
-        from testbed.runtimes.interface import Options
-
         kernel = self.configuration.get("osvKernel")
         return Options(osv_kernel=Path(kernel) if kernel else None)
 
@@ -280,9 +273,7 @@ class _Pod:
         else:
             servers, options = plugins.get("nameservers"), plugins.get("options")
             searches = plugins.get("search") or list(filter(None, [plugins.get("domain")]))
-        from testbed.pods.network import resolv_conf
-
-        return resolv_conf.text(servers, searches or (), options or ()) if servers else None
+        return resolv_conf_of(servers, searches or (), options or ()) if servers else None
 
     def _is_attached(self) -> bool:
         """Whether there are guests that an ADD of this container and network attached."""

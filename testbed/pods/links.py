@@ -74,12 +74,12 @@ class Links:
         self.netns, self.layout = netns, layout
         self.link_netns = f"{netns}-links" if layout is Layout.BRIDGE else netns
         """Name of the namespace with guests' ports and the bridge."""
-        self.standins = {
+        self.guest_netns = {
             n: f"{netns}-g{n}"
             for n, guest in manifest.guests.items()
             if not runtimes[guest.runtime].uses_tap
         }
-        """Namespaces of stand-ins, by their guests' numbers."""
+        """Namespaces of guests without a tap (stand-ins, gVisor), by the guests' numbers."""
         self.taps = Taps(owner, netns, manifest.taps)
         self._owner, self._pod, self._manifest = owner, pod, manifest
         self._runtimes, self._sandbox = runtimes, sandbox
@@ -92,13 +92,13 @@ class Links:
         if ours := taps & {"lo", *self.own_names()}:
             raise Error(f"{ours.pop()!r} is no tap, but a link of the pod's own")
         if self.layout is Layout.SOCKET:
-            if self.standins:
+            if self.guest_netns:
                 raise Error(
                     "this datapath carries frames of virtual machines only",
-                    hint="choose guests other than stand-ins",
+                    hint="choose guests of osv or linux",
                 )
             self._sockets = ledger.create_folder(self._owner, f"{self.netns}-sockets")
-        for netns in dict.fromkeys((self.netns, self.link_netns, *self.standins.values())):
+        for netns in dict.fromkeys((self.netns, self.link_netns, *self.guest_netns.values())):
             if self._sandbox and netns == self.netns:
                 self._ips[netns] = self._sandbox.join(self._owner, netns, self.own_names())
             else:
@@ -189,10 +189,10 @@ class Links:
         In the pod's namespace each port has the pod's link address.
         """
         ip, name = self.link_ip, port_name(n)
-        if netns := self.standins.get(n):
+        if netns := self.guest_netns.get(n):
             peer = {"ifname": "eth0", "net_ns_fd": netns, "address": guest_mac(n)}
             port = netlink.create_link(ip, name, kind="veth", peer=peer)
-            self.address_standin(n)
+            self.address_guest(n)
             if self.layout is Layout.NO_LOOPBACK:
                 self._take_loopback(netns)
         elif n in self.taps.taps:
@@ -211,13 +211,13 @@ class Links:
                 netlink.add_address(ip, port, pod_link(family), pod_link(family).max_prefixlen)
         return port
 
-    def address_standin(self, n: int) -> None:
+    def address_guest(self, n: int) -> None:
         """Give guest n's link its addresses and routes, if a namespace is in the guest's place.
 
         What runs there may have taken them away, as gVisor does. With them, the kernel refuses what
         comes while nothing runs there.
         """
-        netns = self.standins.get(n)
+        netns = self.guest_netns.get(n)
         if netns and (eth0 := netlink.links(netns).get("eth0")):
             ip = self._ips[netns]
             for family in Family:

@@ -37,14 +37,6 @@ ADOPTION_S = 30.0
 """Time between attempts to adopt such a pod."""
 ASK_LIMIT_S = 5.0
 """Time in which the plugin has to send all of a call."""
-CALLS_NEED = (
-    "pyroute2.netns",
-    "testbed.pods.kubernetes.conversion",
-    "testbed.pods.network.resolv_conf",
-    *(f"testbed.runtimes.{runtime}" for runtime in Runtime),
-    *(f"testbed.datapaths.{name}" for name in datapaths.names()),
-)
-"""Modules that calls import when they need them."""
 
 
 def plugin(folder: Path) -> Path:
@@ -83,8 +75,9 @@ def serve(datapath: str, ready: Callable[[], None]) -> None:
 
 
 def _serve(server: socket.socket, lock: int, datapath: str, ready: Callable[[], None]) -> None:
-    for module in CALLS_NEED:
-        importlib.import_module(module)
+    datapaths.names()  # imports all
+    for runtime in Runtime:
+        importlib.import_module(f"testbed.runtimes.{runtime}")
     for fact in (nft.unsupported, cgroups.mount_point, bpf.has_tcx):
         fact()  # it is remembered
     gc.freeze()
@@ -95,17 +88,21 @@ def _serve(server: socket.socket, lock: int, datapath: str, ready: Callable[[], 
     os.close(ending)
     server.listen(128)
     ready()
+    next_check = 0.0
     again: dict[Path, float] = {}
     """Ledger of an orphan → when it may be adopted again."""
     while True:
         try:
-            if select.select([server], [], [], CHECK_S)[0]:
+            if select.select([server], [], [], max(0, next_check - time.monotonic()))[0]:
                 asking, _ = server.accept()
                 with asking:
                     _fork(inherited, partial(_answer, asking))
+            if (now := time.monotonic()) < next_check:
+                continue
+            next_check = now + CHECK_S
             for orphan in _orphans():
-                if time.monotonic() > again.get(orphan.ledger, 0):
-                    again[orphan.ledger] = time.monotonic() + ADOPTION_S
+                if now > again.get(orphan.ledger, 0):
+                    again[orphan.ledger] = now + ADOPTION_S
                     _fork(inherited, partial(_adopt, orphan))
         except Exception as e:  # whatever it is, other calls are answered
             _log(repr(e))
@@ -134,7 +131,7 @@ def _fork(inherited: Iterable[int], work: Callable[[], None]) -> None:
 
 
 def _hold(datapath: str, ending: int) -> None:
-    """Hold a datapath's programs loaded, so that no call has to, until the daemon ends."""
+    """Keep a datapath's programs loaded until the daemon ends, so that no call has to load them."""
     with Owner() as owner:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which may be for all of the unit
         for programs in datapaths.get(datapath).programs:

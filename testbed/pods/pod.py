@@ -216,17 +216,15 @@ class Pod:
     def start_workload(self, name: str) -> None:
         """Start one workload, also after its end."""
         _, workload = self._find(name)
-        with self.lock:
-            if name in self.processes:  # it has ended, maybe not noticed by the reconciler yet
-                self.workload_ended(name)
         running = self.run(workload)
         with self.lock:
             self.processes[name] = running
 
     def run(self, workload: Workload) -> process.Running:
-        """Start the process of a workload of the manifest, or of another native one."""
-        if n := self.number_of(workload.name):
-            self.links.address_standin(n)
+        """Start the process of a workload, once the end of the one before is handled."""
+        with self.lock:
+            if workload.name in self.processes:  # ended, maybe not noticed by the reconciler yet
+                self.workload_ended(workload.name)
         return self._runtimes[workload.runtime].start(self.place(workload))
 
     def place(self, workload: Workload) -> Placement:
@@ -235,7 +233,7 @@ class Pod:
         if not n:
             netns, cgroup = self.netns, self.cgroup
         else:
-            netns = self.links.standins.get(n, self.links.link_netns)
+            netns = self.links.guest_netns.get(n, self.links.link_netns)
             cgroup = self.guest_cgroup
         cgroup = cgroup / workload.name
         cgroup.mkdir(exist_ok=True)
@@ -284,7 +282,7 @@ class Pod:
         that one's connections.
         """
         if n := self.number_of(name):
-            self.links.address_standin(n)
+            self.links.address_guest(n)
             self.attachment.guest_ended(n)
         self.end_peers(name)
 

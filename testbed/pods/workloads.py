@@ -280,9 +280,8 @@ class Watched:
             running = left or pod.run(self.workload)
         except ProcessLookupError:
             self.say("ended while nobody supervised the pod")
-            if n := pod.number_of(name):
-                pod.attachment.guest_ended(n)
-            pod.end_peers(name)
+            with pod.lock:
+                pod.workload_ended(name)
             return process.Orphan.UNKNOWN
         except Exception as e:  # whatever it is, the thread goes on, and tries again
             self.say(f"cannot be started: {e}")

@@ -19,7 +19,7 @@ from testbed.host.ledger import Scope
 from testbed.model.errors import Error
 from testbed.model.terms import Runtime
 from testbed.runtimes.interface import Description, Options, Placement
-from testbed.runtimes.oci import Bundles, namespaces, program_of
+from testbed.runtimes.oci import Bundles, namespaces_of, program_of
 
 FORBIDDEN = [
     "acct",
@@ -108,7 +108,7 @@ class Container(Bundles):
         id = place.workload.name
         if (_state(place.scratch) / id).exists():
             _runc(place.scratch, "delete", "--force", id)
-        bundle, seeing = self._make_bundle(place, self._config(place))
+        bundle, seeing = self._make_bundle(place)
         monitor = place.cgroup / "monitor"
         monitor.mkdir(exist_ok=True)
         return process.spawn(
@@ -137,7 +137,7 @@ class Container(Bundles):
             "linux": {
                 "cgroupsPath": f"/{group}",
                 "namespaces": [
-                    *namespaces(place.netns),
+                    *namespaces_of(place.netns),
                     _pid_namespace(place.scratch, program.pids_of),
                 ],
                 "maskedPaths": MASKED,

@@ -19,11 +19,11 @@ from testbed.model.errors import Error
 from testbed.model.manifest import Workload
 from testbed.model.terms import Runtime
 from testbed.runtimes.interface import Absent, Description, Options, Placement, refuse_limits
-from testbed.runtimes.oci import Bundles, namespaces, program_of
+from testbed.runtimes.oci import Bundles, namespaces_of, program_of
 from testbed.runtimes.program import join
 
-# runsc refuses the network namespace of the host. It knows that by a file in this folder, which
-# others have, too, with newer kernels.
+# runsc refuses to run in the host's network namespace, which it recognizes by rmem_default in this
+# folder. Newer kernels show that file in every namespace.
 _HIDE = 'mount -t tmpfs tmpfs /proc/sys/net/core && exec "$@"'
 
 
@@ -62,7 +62,7 @@ class Gvisor(Bundles):
                 "gVisor has its loopback in its own kernel", hint="another datapath or guest"
             )
         ledger.remove_tree(_state(place))
-        bundle, seeing = self._make_bundle(place, self._config(place))
+        bundle, seeing = self._make_bundle(place)
         run = [*_runsc(place), "--network=sandbox", "run", "--bundle", str(bundle)]
         return process.spawn(
             [*seeing, "sh", "-c", _HIDE, "sh", *run, place.workload.name],
@@ -79,8 +79,9 @@ class Gvisor(Bundles):
         return False
 
     def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
-        # runsc listens to itself in the guest's namespace, and takes root for the user.
-        user = self._config(place)["process"]["user"]
+        # runsc's control socket may be in the guest's network namespace. Without -user, exec runs
+        # as root.
+        user = self._user(place.workload)
         options = ["-user", f"{user['uid']}:{user['gid']}"]
         for group in user["additionalGids"]:
             options += ["-additional-gids", str(group)]
@@ -91,7 +92,7 @@ class Gvisor(Bundles):
         return place.etc if place.workload.program else {self._hosts: "/etc/hosts"}
 
     def _config(self, place: Placement) -> dict[str, Any]:
-        return {**super()._config(place), "linux": {"namespaces": namespaces(place.netns)}}
+        return {**super()._config(place), "linux": {"namespaces": namespaces_of(place.netns)}}
 
 
 def _state(place: Placement) -> Path:
@@ -99,7 +100,8 @@ def _state(place: Placement) -> Path:
 
 
 def _runsc(place: Placement) -> list[str]:
-    """The sandbox is in the guest's cgroup, so runsc makes none. Capabilities alone decide who has
-    raw sockets.
+    """Command line of runsc, without that of a command.
+
+    It makes no cgroups, as it is in the guest's already. config.json alone decides on CAP_NET_RAW.
     """
     return ["runsc", "--root", str(_state(place)), "--ignore-cgroups", "--net-raw"]

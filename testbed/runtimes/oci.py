@@ -60,7 +60,8 @@ ADDABLE = frozenset(
         "WAKE_ALARM",
     )
 )
-"""Capabilities that a container may get besides. Of the others, the system calls are refused."""
+"""Capabilities that a container may get besides. Of the others, the system calls are refused, or
+(LINUX_IMMUTABLE) files could be made that nobody removes."""
 
 
 class Bundles:
@@ -77,16 +78,16 @@ class Bundles:
         return "localhost"
 
     def compose(self, workload: Workload) -> None:
-        root, security = self._root(workload), program_of(workload).security
+        security = program_of(workload).security
         _capabilities(workload.name, security)
-        if security.non_root and (root.uid if security.user is None else security.user) == 0:
+        if security.non_root and self._user(workload)["uid"] == 0:
             raise Error(
                 f"{workload.name!r} is to run as another user than root, and its image says root",
                 hint="give it a securityContext.runAsUser",
             )
 
-    def _make_bundle(self, place: Placement, config: dict[str, Any]) -> tuple[Path, list[str]]:
-        """Make the bundle anew, with these contents of config.json (`_config`).
+    def _make_bundle(self, place: Placement) -> tuple[Path, list[str]]:
+        """Make the bundle of a workload anew.
 
         Returns it, and the prefix of a command line that runs a command which sees its root. The
         overlay is mounted in a mount namespace of that command, and goes with it.
@@ -97,13 +98,13 @@ class Bundles:
         for layer in layers.values():
             layer.mkdir(parents=True)
         layers["root"].chmod(0o755)
-        (bundle / "config.json").write_text(json.dumps(config))
+        (bundle / "config.json").write_text(json.dumps(self._config(place)))
         options = f"lowerdir={root.path},upperdir={layers['upper']},workdir={layers['work']}"
         script = 'mount -t overlay overlay -o "$0" "$1" && shift && exec "$@"'
         return bundle, ["unshare", "--mount", "sh", "-c", script, options, str(layers["root"])]
 
     def _config(self, place: Placement) -> dict[str, Any]:
-        """What config.json holds in any case (OCI runtime specification 1.0.2)."""
+        """Contents of config.json (OCI runtime specification 1.0.2); runtimes add to these."""
         root, program = self._root(place.workload), program_of(place.workload)
         arguments = program.args or (() if program.command else root.arguments)
         command = [*(program.command or root.entrypoint), *arguments]
@@ -119,7 +120,7 @@ class Bundles:
         return {
             "ociVersion": "1.0.2",
             "process": {
-                "user": _user(root, security),
+                "user": self._user(place.workload),
                 "args": command,
                 "env": [f"{name}={value}" for name, value in env.items()],
                 "cwd": program.working_dir or root.working_dir,
@@ -134,6 +135,16 @@ class Bundles:
     def _etc(self, place: Placement) -> dict[Path, str]:
         """Files of the pod → paths at which the workload sees them."""
         return place.etc
+
+    def _user(self, workload: Workload) -> dict[str, Any]:
+        """User and groups: those of the image, unless the manifest says others."""
+        root, security = self._root(workload), program_of(workload).security
+        uid, gid, groups = root.uid, root.gid, root.groups
+        if security.user is not None:
+            uid, gid, groups = security.user, 0, ()
+        if security.group is not None:
+            gid = security.group
+        return {"uid": uid, "gid": gid, "additionalGids": [*groups, *security.groups]}
 
     def _root(self, workload: Workload) -> Root:
         image = program_of(workload).image
@@ -153,20 +164,10 @@ def program_of(workload: Workload) -> Program:
     return workload.program or Program(rootfs.AGENT, args=("--control-port", port))
 
 
-def namespaces(netns: str) -> list[dict[str, str]]:
+def namespaces_of(netns: str) -> list[dict[str, str]]:
     """Namespaces of a container in config.json, all but that of PIDs."""
     new = [{"type": kind} for kind in ("mount", "uts", "ipc")]
     return [*new, {"type": "network", "path": f"/run/netns/{netns}"}]
-
-
-def _user(root: Root, security: Security) -> dict[str, Any]:
-    """User and groups: those of the image, unless the manifest says others."""
-    uid, gid, groups = root.uid, root.gid, root.groups
-    if security.user is not None:
-        uid, gid, groups = security.user, 0, ()
-    if security.group is not None:
-        gid = security.group
-    return {"uid": uid, "gid": gid, "additionalGids": [*groups, *security.groups]}
 
 
 def _capabilities(name: str, security: Security) -> list[str]:

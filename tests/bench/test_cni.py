@@ -83,13 +83,6 @@ class Node:
             list(pool.map(lambda pod: self.call("DEL", plugin, pod), pods))
         return took_s
 
-    @property
-    def bridge(self) -> dict[str, Any]:
-        return chain.bridge(self.folder)
-
-    def own(self, guests: object) -> dict[str, Any]:
-        return {"type": "testbed-cni", "guests": guests}
-
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
@@ -103,31 +96,29 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
             yield Node(host, pods, tmp_path_factory.mktemp("ipam"))
 
 
-def test_a_pod_without_guests(ratio: Ratio, node: Node, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("what", "guests", "count", "rounds", "goal_s"),
+    [
+        ("a pod without guests", None, 1, ROUNDS, BARE_GOAL_S),
+        ("a pod with a stand-in", GUEST, 1, ROUNDS, GUEST_GOAL_S),
+        (f"{MANY} pods with stand-ins at once", GUEST, MANY, 3, MANY_GOAL_S),
+    ],
+)
+def test_adding(
+    ratio: Ratio,
+    node: Node,
+    tmp_path: Path,
+    what: str,
+    guests: dict[str, Any] | None,
+    count: int,
+    rounds: int,
+    goal_s: float,
+) -> None:
+    own = {"type": "testbed-cni", "guests": guests or str(tmp_path)}
     ratio(
-        "ADD: a pod without guests",
-        lambda: node.adds(node.own(str(tmp_path))),
-        lambda: node.adds(node.bridge),
-        rounds=ROUNDS,
-        goal_s=BARE_GOAL_S,
-    )
-
-
-def test_a_pod_with_a_stand_in(ratio: Ratio, node: Node) -> None:
-    ratio(
-        "ADD: a pod with a stand-in",
-        lambda: node.adds(node.own(GUEST)),
-        lambda: node.adds(node.bridge),
-        rounds=ROUNDS,
-        goal_s=GUEST_GOAL_S,
-    )
-
-
-def test_twenty_at_once(ratio: Ratio, node: Node) -> None:
-    ratio(
-        "ADD: 20 pods with stand-ins at once",
-        lambda: node.adds(node.own(GUEST), MANY),
-        lambda: node.adds(node.bridge, MANY),
-        rounds=3,
-        goal_s=MANY_GOAL_S,
+        f"ADD: {what}",
+        lambda: node.adds(own, count),
+        lambda: node.adds(chain.bridge(node.folder), count),
+        rounds=rounds,
+        goal_s=goal_s,
     )

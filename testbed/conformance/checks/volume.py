@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from testbed.agent import Direction, Mode, Result
 from testbed.conformance.bed import Bed
 from testbed.conformance.check import BOTH, check, expect
 from testbed.conformance.sockets import connect_many
@@ -47,37 +48,34 @@ def concurrent_connections(bed: Bed) -> None:
         expect(got.text == f"{i:4}".encode(), f"connection {i} was answered {got.text!r}")
 
 
+def _by_agents(
+    bed: Bed,
+    mode: Mode,
+    size_bytes: int,
+    *,
+    bytes: int,
+    streams: int = 1,
+    direction: Direction = "up",
+) -> Result:
+    """Traffic from the client's agent to the server's (`Agent.run`)."""
+    bed.serve_by_agent()
+    to = (bed.transport, bed.family, str(bed.target), bed.port)
+    return bed.client.agent.run(
+        *to, mode, size_bytes, bytes=bytes, streams=streams, direction=direction
+    )
+
+
 def _connections(bed: Bed, each: int, threads: int = 1) -> None:
     """Connections one after the other, with a question and an answer of 64 bytes each."""
     count = threads * each
-    bed.serve_by_agent()
-    result = bed.client.agent.run(
-        bed.transport,
-        bed.family,
-        str(bed.target),
-        bed.port,
-        "crr",
-        64,
-        streams=threads,
-        bytes=each * 64,
-    )
+    result = _by_agents(bed, "crr", 64, streams=threads, bytes=each * 64)
     expect(not result.errors and not result.corrupt, f"{result.errors} of {count} failed")
     expect(result.transactions == count, f"{result.transactions} of {count} connections")
 
 
-def _bulk(bed: Bed, direction: str) -> None:
+def _bulk(bed: Bed, direction: Direction) -> None:
     size = amount(bed, BULK_BYTES)
-    bed.serve_by_agent()
-    result = bed.client.agent.run(
-        bed.transport,
-        bed.family,
-        str(bed.target),
-        bed.port,
-        "stream",
-        65_536,
-        direction="up" if direction == "up" else "down",
-        bytes=size,
-    )
+    result = _by_agents(bed, "stream", 65_536, direction=direction, bytes=size)
     expect(result.bytes == size, f"{result.bytes} of {size} bytes arrived")
     expect(not result.corrupt, f"{result.corrupt} pieces are not what was sent")
 
@@ -97,16 +95,6 @@ def bulk_down(bed: Bed) -> None:
 @check("connections side by side share nothing but the link", transports=BOTH)
 def requests_side_by_side(bed: Bed) -> None:
     """Eight clients at once, each answered with its own bytes, none lost."""
-    bed.serve_by_agent()
-    result = bed.client.agent.run(
-        bed.transport,
-        bed.family,
-        str(bed.target),
-        bed.port,
-        "rr",
-        1000,
-        streams=8,
-        bytes=amount(bed, 400_000),
-    )
+    result = _by_agents(bed, "rr", 1000, streams=8, bytes=amount(bed, 400_000))
     expect(not result.corrupt, f"{result.corrupt} answers were another's")
     expect(not result.lost, f"{result.lost} requests were lost")

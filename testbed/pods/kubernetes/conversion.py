@@ -199,9 +199,9 @@ def _taps(pod: Pod, where: str) -> dict[str, Tap]:
 def _check_runtime(container: Container, runtime: Runtime, where: str) -> None:
     """Raises `Error` if a container asks for something that its runtime cannot do."""
     hooks = (container.lifecycle.post_start, container.lifecycle.pre_stop)
-    closed = (Runtime.OSV, Runtime.LINUX, Runtime.WASM, Runtime.FOREIGN)
+    is_closed = runtime.is_machine or runtime is Runtime.WASM
     asked = (*_probes(container), *hooks)
-    if runtime in closed and any(each and each.exec for each in asked):
+    if is_closed and any(each and each.exec for each in asked):
         raise Error(
             f"{where}: {container.name!r} ({runtime}) has an exec probe or hook, and nothing can "
             "be started in it",

@@ -137,7 +137,7 @@ def built_figure(rows: Sequence[Breakdown], results: Results) -> Drawing:
 def _has_virtual_machine(row: Breakdown, results: Results) -> bool:
     """Whether there is a virtual machine, which takes much more than everything else."""
     guest = Runtime(row.cell.guest or results.campaign.guest)
-    return row.cell.pair.guests > 0 and guest is not Runtime.STANDIN
+    return row.cell.pair.guests > 0 and guest.is_machine
 
 
 def _keys(parts: Mapping[str, Part], rows: Iterable[Breakdown]) -> list[tuple[Any, str]]:
