@@ -220,9 +220,11 @@ def _start(orders: list[Order], patience_s: float | None, *, adopts: bool = Fals
         unready = starting.wait(60 * facts.slowness() if patience_s is None else patience_s)
     for line in (*unready, *starting.unserved()):
         _say(line)
+    if unready:
+        return 1
     for order in orders:
         print(f"pod {order.spec.name} is up")
-    return 1 if unready else 0
+    return 0
 
 
 def _ps(arguments: argparse.Namespace) -> int:

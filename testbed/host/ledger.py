@@ -323,5 +323,5 @@ def remove_tree(path: Path) -> None:
     By rm(1), since shutil.rmtree fails in trees that are too deep. Raises `Error`.
     """
     if path.exists():
-        command = ["rm", "--recursive", "--force", "--one-file-system", "--", path]
+        command = ["rm", "--recursive", "--force", "--one-file-system", "--", str(path)]
         process.run(command, f"{path} cannot be removed")

@@ -78,9 +78,9 @@ class Bundles:
         return "localhost"
 
     def compose(self, workload: Workload) -> None:
-        security = program_of(workload).security
+        user, security = self._user(workload), program_of(workload).security
         _capabilities(workload.name, security)
-        if security.non_root and self._user(workload)["uid"] == 0:
+        if security.non_root and user["uid"] == 0:
             raise Error(
                 f"{workload.name!r} is to run as another user than root, and its image says root",
                 hint="give it a securityContext.runAsUser",
