@@ -256,18 +256,35 @@ static __always_inline int inner_egress(struct __sk_buff *skb)
 	return TC_ACT_OK;
 }
 
-/* Whether it is an ICMP error about a packet that went to one of the pod's inside. */
-static __always_inline bool is_error_about_inside(struct __sk_buff *skb, const struct packet *p)
+/* Whether it is a message of ICMPv6 that is no error, behind a hop-by-hop header of the usual size:
+ * multicast listener discovery has that (RFC 3810, 5).
+ */
+static __always_inline bool is_multicast_report(struct __sk_buff *skb, const struct packet *p)
+{
+	u8 header[9];
+
+	return p->l4_protocol == IPPROTO_HOPOPTS && !read(skb, p->l4, header, sizeof(header)) &&
+	       header[0] == IPPROTO_ICMPV6 && !header[1] && !is_icmp_error(true, header[8]);
+}
+
+/* Whether it may be an ICMP error about a packet that went to one of the pod's inside: it is one, or
+ * does not show what it is about.
+ */
+static __always_inline bool may_be_about_inside(struct __sk_buff *skb, const struct packet *p)
 {
 	u32 quoted = p->l4 + ICMP_HEADER_SIZE;
 	__be32 to[4] = {};
 
+	if (p->v6 && is_extension(p->l4_protocol))
+		return !is_multicast_report(skb, p);
 	if (!p->is_icmp_error)
 		return false;
+	if (p->is_fragment)
+		return true;
 	if (p->v6)
-		return !read(skb, quoted + offsetof(struct ipv6hdr, daddr), to, sizeof(to)) &&
+		return read(skb, quoted + offsetof(struct ipv6hdr, daddr), to, sizeof(to)) ||
 		       is_inside(classify6(to));
-	return !read(skb, quoted + offsetof(struct iphdr, daddr), to, sizeof(to[0])) &&
+	return read(skb, quoted + offsetof(struct iphdr, daddr), to, sizeof(to[0])) ||
 	       is_inside(classify4(to[0]));
 }
 
@@ -299,7 +316,7 @@ static __always_inline int tap_egress(struct __sk_buff *skb)
 			return refuse(skb, &tap->refused);
 	}
 	if (is_inside(says.claimed) || is_reserved(says.claimed) || is_inside(p.source) ||
-	    is_reserved(p.source) || is_error_about_inside(skb, &p))
+	    is_reserved(p.source) || may_be_about_inside(skb, &p))
 		return refuse(skb, &tap->refused);
 	return TC_ACT_OK;
 }

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 from testbed import bpf, datapaths, paths
 from testbed.host import cgroups, compiler, ledger, namespaces, nft
@@ -60,11 +61,7 @@ def serve(datapath: str, ready: Callable[[], None]) -> None:
     ledger.ROOT.mkdir(mode=0o700, exist_ok=True)  # nobody else connects, or listens there
     path = ledger.ROOT / f"noded-{namespaces.own()}.sock"
     locked = path.with_suffix(".lock")
-    with locked.open("w") as lock, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise Error("a node daemon runs already") from e
+    with _lock(locked) as lock, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
         path.unlink(missing_ok=True)
         server.bind(str(path))
         try:
@@ -72,6 +69,21 @@ def serve(datapath: str, ready: Callable[[], None]) -> None:
         finally:
             path.unlink(missing_ok=True)
             locked.unlink(missing_ok=True)
+
+
+def _lock(path: Path) -> IO[str]:
+    """Lock a file, which the last holder may be removing. Raises `Error` if another has it."""
+    while True:
+        file = path.open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            file.close()
+            raise Error("a node daemon runs already") from e
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()
 
 
 def _serve(server: socket.socket, lock: int, datapath: str, ready: Callable[[], None]) -> None:
@@ -153,7 +165,9 @@ def _answer(asking: socket.socket) -> None:
     environment = dict(v.split("=", 1) for v in variables.split("\0") if "=" in v)
     answer, status = cni.answer(environment, configuration)
     if environment.get("CNI_COMMAND") == "ADD" and status == 0 and _hung_up(asking):
-        cni.answer(environment | {"CNI_COMMAND": "DEL"}, configuration)
+        answer, status = cni.answer(environment | {"CNI_COMMAND": "DEL"}, configuration)
+        if status:
+            _log(f"an ADD cannot be taken back: {json.dumps(answer)}")
         return
     printed = "" if answer is None else json.dumps(answer) + "\n"
     asking.settimeout(None)
@@ -173,7 +187,8 @@ def _orphans() -> list[control.Orphan]:
     return [
         orphan
         for orphan in control.orphans().values()
-        if orphan.status.get("host_netns") == here and (orphan.status["sandbox"] or {}).get("id")
+        if orphan.status.get("host_netns") == here
+        and (orphan.status.get("sandbox") or {}).get("id")
     ]
 
 

@@ -8,6 +8,8 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from testbed.host import namespaces
 from testbed.host.sockets import served_ports
@@ -75,13 +77,8 @@ class Prober:
             with self._connection(action.port, timeout_s, ready) as connection:
                 if not action.path:
                     return True
-                # The connection's own limit begins anew with each byte that comes.
-                limit = threading.Timer(timeout_s, connection.shutdown, [socket.SHUT_RDWR])
-                limit.start()
-                try:
+                with _shut_after(connection, timeout_s):
                     return 200 <= _status(connection, action) < 400
-                finally:
-                    limit.cancel()
         except (Error, OSError, subprocess.TimeoutExpired, http.client.HTTPException):
             return False
 
@@ -125,6 +122,23 @@ class Prober:
             except OSError:
                 return None
         return unserved
+
+
+@contextmanager
+def _shut_after(connection: socket.socket, limit_s: float) -> Iterator[None]:
+    """Shut a connection down after a time. Its own limit begins anew with each byte that comes."""
+
+    def shut() -> None:
+        with suppress(OSError):  # it is closed already
+            connection.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(limit_s, shut)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
 
 
 def _status(connection: socket.socket, action: Action) -> int:

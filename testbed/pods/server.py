@@ -40,8 +40,8 @@ class Server:
             asker, _ = server.accept()
             try:
                 asker.settimeout(control.TIMEOUT_S)
-                line = asker.makefile("rb").readline()
-                if not control.trusted(asker) or not line:
+                line = control.trusted(asker) and asker.makefile("rb").readline()
+                if not line:
                     asker.close()
                     continue
                 question = json.loads(line)["ask"]

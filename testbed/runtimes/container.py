@@ -191,7 +191,10 @@ def _refused_calls() -> list[dict[str, Any]]:
     ]
     vsock: dict[str, Any] = {
         "names": ["socket"],
-        "args": [{"index": 0, "value": AF_VSOCK, "op": "SCMP_CMP_EQ"}],
+        # The kernel looks at 32 bits, seccomp at 64.
+        "args": [
+            {"index": 0, "value": 2**32 - 1, "valueTwo": AF_VSOCK, "op": "SCMP_CMP_MASKED_EQ"}
+        ],
     }
     rules = [{**rule, "errnoRet": errno.EPERM} for rule in (forbidden, *clone, vsock)]
     rules.append({"names": ["clone3"], "errnoRet": errno.ENOSYS})

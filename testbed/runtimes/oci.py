@@ -116,11 +116,13 @@ class Bundles:
         hostname = file.read_text().strip() if file.exists() else place.workload.name
         env = {"PATH": rootfs.PATH, "HOSTNAME": hostname, "HOME": "/root"}
         env |= dict(variable.split("=", 1) for variable in root.env) | dict(program.env)
-        sets, security = ("bounding", "effective", "permitted"), program.security
+        user, security = self._user(place.workload), program.security
+        # Another user than root has none in effect. runc sees to that by itself, gVisor does not.
+        sets = ("bounding",) if user["uid"] else ("bounding", "effective", "permitted")
         return {
             "ociVersion": "1.0.2",
             "process": {
-                "user": self._user(place.workload),
+                "user": user,
                 "args": command,
                 "env": [f"{name}={value}" for name, value in env.items()],
                 "cwd": program.working_dir or root.working_dir,

@@ -201,6 +201,7 @@ int main(void)
     tell("unshare", unshare(CLONE_NEWUSER));
     tell("io_uring_setup", syscall(SYS_io_uring_setup, 8, empty));
     tell("AF_VSOCK", socket(AF_VSOCK, SOCK_STREAM, 0));
+    tell("AF_VSOCK+", syscall(SYS_socket, 1L << 32 | AF_VSOCK, SOCK_STREAM, 0));
     return 0;
 }
 """
@@ -218,6 +219,7 @@ def test_it_makes_no_namespaces_and_reaches_no_virtual_machines(run: Run, tmp_pa
         "unshare -1 Operation not permitted",
         "io_uring_setup -1 Operation not permitted",
         "AF_VSOCK -1 Operation not permitted",
+        "AF_VSOCK+ -1 Operation not permitted",
     ]
 
 

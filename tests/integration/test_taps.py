@@ -19,11 +19,19 @@ from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import ip_address, ip_interface
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scapy.layers.inet import ICMP, IP, UDP
-from scapy.layers.inet6 import ICMPv6DestUnreach, IPv6
+from scapy.layers.inet6 import (
+    ICMPv6DestUnreach,
+    IPv6,
+    IPv6ExtHdrDestOpt,
+    IPv6ExtHdrFragment,
+    IPv6ExtHdrHopByHop,
+)
 from scapy.layers.l2 import Ether
+from scapy.packet import Packet
 
 from testbed import agent, bpf
 from testbed.conformance.stage import PORTS
@@ -337,6 +345,29 @@ def test_nobody_outside_passes_for_one_inside(
             server.recv(100)
 
 
+def unreachable(family: Family, to: str, source_port: int, port: int) -> list[Packet]:
+    """Packets that say that this port of another is unreachable: plain, in fragments, and, for
+    IPv6, behind an extension header.
+    """
+    ends: dict[str, Any] = {"src": OUTSIDE[family], "dst": POD[family]}
+    if family is Family.IPV4:
+        error = IP(**ends) / ICMP(type=3, code=3) / IP(src=POD[family], dst=to)
+        whole = bytes(error / UDP(sport=source_port, dport=port))
+        message = whole[20:]
+        first = IP(**ends, proto=1, id=7, flags="MF") / message[:8]
+        return [IP(whole), first, IP(**ends, proto=1, id=7, frag=1) / message[8:]]
+    error6 = IPv6(**ends) / ICMPv6DestUnreach(code=4) / IPv6(src=POD[family], dst=to)
+    whole = bytes(error6 / UDP(sport=source_port, dport=port))
+    message = whole[40:]
+    return [
+        IPv6(whole),
+        IPv6(**ends) / IPv6ExtHdrFragment(nh=58, id=7, m=1) / message[:8],
+        IPv6(**ends) / IPv6ExtHdrFragment(nh=58, id=7, offset=1) / message[8:],
+        IPv6(**ends) / IPv6ExtHdrDestOpt(nh=58) / message,
+        IPv6(**ends) / IPv6ExtHdrHopByHop(nh=58) / message,
+    ]
+
+
 @FAMILIES
 def test_nobody_outside_tells_errors_about_flows_inside(
     manifest: Callable[..., Path], name: str, theirs: Theirs, family: Family
@@ -350,20 +381,11 @@ def test_nobody_outside_tells_errors_about_flows_inside(
         for to in (inside, OUTSIDE[family]):
             about[to] = stack.enter_context(opened(guest, family, Transport.UDP))
             about[to].connect((to, port))
-        layer, unreachable = (
-            (IP, ICMP(type=3, code=3))
-            if family is Family.IPV4
-            else (IPv6, ICMPv6DestUnreach(code=4))
-        )
+        head = Ether(dst=theirs.mac(guest), src=theirs.mac(theirs.outside))
         for to, client in about.items():
-            error = (
-                Ether(dst=theirs.mac(guest), src=theirs.mac(theirs.outside))
-                / layer(src=OUTSIDE[family], dst=POD[family])
-                / unreachable
-                / layer(src=POD[family], dst=to)
-                / UDP(sport=client.getsockname()[1], dport=port)
-            )
-            send_frames(theirs.outside, "eth0", bytes(error))
+            errors = unreachable(family, to, client.getsockname()[1], port)
+            shown = errors if to == inside else errors[:1]
+            send_frames(theirs.outside, "eth0", *(bytes(head / error) for error in shown))
         with pytest.raises(ConnectionRefusedError):
             about[OUTSIDE[family]].recv(1)
         assert about[inside].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
