@@ -3,7 +3,7 @@
  * The CNI plugin `testbed-cni`: hands calls for pods with guests to the node daemon, `testbed
  * noded`, and prints its answers. All that such a call does is done there (testbed/pods/cni.py).
  *
- * It is executed for every pod of a node. So it is small and static, and answers by itself for pods
+ * It is executed for every pod of a host. So it is small and static, and answers by itself for pods
  * that get no guests, whether the daemon runs or not.
  *
  * The request: the variables CNI_*, each ended by a null byte, another null byte, the configuration.

@@ -274,7 +274,7 @@ def _accelerator(kernel: Path) -> Finding:
         "accelerator",
         State.DEGRADED,
         f"TCG: {found.why}",
-        "guests prove function, not speed; speed needs a machine with KVM",
+        "guests prove function, not speed; speed needs a machine whose KVM boots them",
     )
 
 

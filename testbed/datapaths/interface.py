@@ -33,7 +33,7 @@ class Layout(StrEnum):
 
 @dataclass(frozen=True)
 class Port:
-    """The host's end of guest n's link: a tap, a veth for a stand-in, or a Unix socket."""
+    """The host's end of guest n's link: a tap, a veth to its namespace, or a Unix socket."""
 
     n: int
     ifname: str

@@ -128,7 +128,7 @@ class Workloads:
         """Status of the pod as plain data, as `ps --json` prints it."""
         sandbox = self.pod.sandbox
         return {
-            "name": self.spec.name,
+            "name": self.spec.name,  # first: deploy/testbed-cni.c looks for it there
             "ready": all(w.ready or w.state == "completed" for w in self.watched),
             "settled": all(w.is_settled for w in self.watched)
             or any(w.state == "failed" for w in self.init),

@@ -45,7 +45,7 @@ class Placement:
     n: int
     """Number of the guest; 0 for a native workload."""
     netns: str
-    """Namespace to run in: the pod's, a stand-in's own, or the one that holds a guest's tap."""
+    """Namespace to run in: the pod's, a guest's own, or the one that holds a guest's tap."""
     tap: str
     """The guest's tap; empty if it has none."""
     cgroup: Path
@@ -99,6 +99,7 @@ class Prepared(Protocol):
     families: frozenset[Family]
     """IP versions of its network stack."""
     uses_tap: bool
+    """Whether it takes a tap. A guest that does not has a namespace of its own."""
     kernel_has_sockets: bool
     """Whether its sockets are of this machine's kernel, which then knows what is served."""
     multiqueue: bool

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +13,7 @@ import pytest
 
 from testbed.host import namespaces
 from testbed.host.ledger import Owner
+from tests.children import ending
 from tests.integration import chain
 
 from .gate import Ratio
@@ -25,53 +22,24 @@ pytestmark = [pytest.mark.root, pytest.mark.bench]
 
 BARE_GOAL_S, GUEST_GOAL_S, MANY_GOAL_S = 0.02, 0.1, 2.0
 ROUNDS, MANY = 9, 20
-GUEST = {
-    "apiVersion": "v1",
-    "kind": "Pod",
-    "metadata": {"name": "guests"},
-    "spec": {
-        "runtimeClassName": "standin",
-        "containers": [
-            {
-                "name": "guest",
-                "image": "host:busybox",
-                "ports": [{"containerPort": 9000}],
-                "args": ["nc", "-ll", "-p", "9000", "-e", "cat"],
-            }
-        ],
-    },
-}
 
 
 @dataclass(frozen=True)
 class Node:
     """A host with a daemon, and namespaces of pods."""
 
-    netns: str
+    enter: list[str]
+    """Prefix of a command line that runs a command there."""
     pods: list[str]
     folder: Path
 
     def call(self, command: str, plugin: dict[str, Any], pod: int = 0) -> None:
         """Call a plugin for a pod."""
-        folders = [str(chain.own().parent), *chain.FOLDERS]
-        program = shutil.which(plugin["type"], path=":".join(folders))
         given = {"cniVersion": "1.0.0", "name": "net", "prevResult": {"interfaces": []}, **plugin}
-        variables = {
-            "CNI_COMMAND": command,
-            "CNI_CONTAINERID": self.pods[pod],
-            "CNI_NETNS": str(namespaces.NETNS / self.pods[pod]),
-            "CNI_IFNAME": "eth0",
-            "CNI_PATH": ":".join(folders),
-            "PATH": os.environ["PATH"],
-        }
-        subprocess.run(
-            ["nsenter", f"--net={namespaces.NETNS / self.netns}", str(program)],
-            input=json.dumps(given),
-            env=variables,
-            check=True,
-            text=True,
-            capture_output=True,
-        )
+        of_pod = {"container": self.pods[pod], "netns": str(namespaces.NETNS / self.pods[pod])}
+        with ending(chain.begin(self.enter, command, given, **of_pod)) as called:
+            printed, _ = called.communicate()
+        assert called.returncode == 0, printed
 
     def adds(self, plugin: dict[str, Any], count: int = 1) -> float:
         """Time of so many ADDs at once, in seconds. They are deleted afterwards."""
@@ -92,16 +60,17 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
         for netns in (host, *pods):
             with namespaces.create(owner, netns) as ip:
                 ip.link("set", index=1, state="up")
-        with chain.daemon(["nsenter", f"--net={namespaces.NETNS / host}"]):
-            yield Node(host, pods, tmp_path_factory.mktemp("ipam"))
+        enter = ["nsenter", f"--net={namespaces.NETNS / host}"]
+        with chain.daemon(enter):
+            yield Node(enter, pods, tmp_path_factory.mktemp("ipam"))
 
 
 @pytest.mark.parametrize(
     ("what", "guests", "count", "rounds", "goal_s"),
     [
         ("a pod without guests", None, 1, ROUNDS, BARE_GOAL_S),
-        ("a pod with a stand-in", GUEST, 1, ROUNDS, GUEST_GOAL_S),
-        (f"{MANY} pods with stand-ins at once", GUEST, MANY, 3, MANY_GOAL_S),
+        ("a pod with a stand-in", chain.guest(), 1, ROUNDS, GUEST_GOAL_S),
+        (f"{MANY} pods with stand-ins at once", chain.guest(), MANY, 3, MANY_GOAL_S),
     ],
 )
 def test_adding(

@@ -4,10 +4,12 @@ node daemon.
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -39,6 +41,59 @@ def daemon(enter: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
         assert starting.stdout
         assert starting.stdout.readline() == "calls are answered\n"
         yield starting
+
+
+def begin(
+    enter: Sequence[str],
+    command: str,
+    plugin: Mapping[str, Any],
+    *,
+    container: str,
+    netns: str,
+    through: Sequence[str] = (),
+    **environment: str,
+) -> subprocess.Popen[str]:
+    """Execute a plugin, as libcni does, for a container in a namespace.
+
+    `enter`: prefix of a command line that runs a command on the host. `plugin`: its configuration,
+    with `cniVersion` and `name`. `through`: command that executes our plugin in its place.
+    `environment` changes the variables of the specification.
+    """
+    is_own = plugin["type"] == "testbed-cni"
+    program = own() if is_own else shutil.which(plugin["type"], path=":".join(FOLDERS))
+    variables = {
+        "CNI_COMMAND": command,
+        "CNI_CONTAINERID": container,
+        "CNI_NETNS": netns,
+        "CNI_IFNAME": "eth0",
+        "CNI_PATH": ":".join(FOLDERS),
+        "PATH": os.environ["PATH"],
+    }
+    begun = subprocess.Popen(
+        [*enter, *((is_own and through) or [str(program)])],
+        env=variables | environment,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert begun.stdin
+    begun.stdin.write(json.dumps(plugin))
+    begun.stdin.close()
+    begun.stdin = None  # for communicate()
+    return begun
+
+
+def guest(port: int = 9000) -> dict[str, Any]:
+    """A Pod with a guest that echoes."""
+    container = {
+        "name": "guest",
+        "image": "host:busybox",
+        "ports": [{"containerPort": port}],
+        "args": ["nc", "-ll", "-p", str(port), "-e", "cat"],
+    }
+    spec = {"runtimeClassName": "standin", "containers": [container]}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "guests"}, "spec": spec}
 
 
 def programs() -> list[Path]:

@@ -31,7 +31,7 @@ from testbed.runtimes import container
 from tests.children import ending
 
 from . import chain
-from .chain import FOLDERS
+from .chain import FOLDERS, guest
 from .commands import there
 from .sockets import dial, echoes, wait_until
 
@@ -39,18 +39,6 @@ pytestmark = pytest.mark.root
 
 PORT = 9000
 T = TypeVar("T")
-
-
-def guest(port: int = PORT) -> dict[str, Any]:
-    """A Pod with a guest that echoes."""
-    container = {
-        "name": "guest",
-        "image": "host:busybox",
-        "ports": [{"containerPort": port}],
-        "args": ["nc", "-ll", "-p", str(port), "-e", "cat"],
-    }
-    spec = {"runtimeClassName": "standin", "containers": [container]}
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "guests"}, "spec": spec}
 
 
 @dataclass
@@ -93,33 +81,18 @@ class Runtime:
         self, command: str, plugin: dict[str, Any], previous: Any = None, **environment: str
     ) -> subprocess.Popen[str]:
         """Start one plugin."""
-        name = plugin["type"]
-        own = name == "testbed-cni"
-        program = chain.own() if own else shutil.which(name, path=":".join(FOLDERS))
         given = {"cniVersion": self.network["cniVersion"], "name": self.network["name"], **plugin}
         if previous is not None:
             given["prevResult"] = previous
-        variables = {
-            "CNI_COMMAND": command,
-            "CNI_CONTAINERID": self.container,
-            "CNI_NETNS": self.netns,
-            "CNI_IFNAME": "eth0",
-            "CNI_PATH": ":".join(FOLDERS),
-            "PATH": os.environ["PATH"],
-        }
-        begun = subprocess.Popen(
-            [*self.enter, *((own and self.through) or [str(program)])],
-            env=variables | environment,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+        return chain.begin(
+            self.enter,
+            command,
+            given,
+            container=self.container,
+            netns=self.netns,
+            through=self.through,
+            **environment,
         )
-        assert begun.stdin
-        begun.stdin.write(json.dumps(given))
-        begun.stdin.close()
-        begun.stdin = None
-        return begun
 
     def all(self, command: str, **environment: str) -> None:
         """Execute the list: ADD in its order, each with the result of the one before; CHECK with

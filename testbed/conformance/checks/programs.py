@@ -1,6 +1,6 @@
 """Checks with unmodified programs such as curl, nginx and PostgreSQL, natively and in stand-ins.
 
-A virtual machine runs only the traffic agent, so these checks are unsupported there. If this host
+Other guests run only the traffic agent, so these checks are unsupported there. If this host
 lacks a program, the reason says how to install it.
 """
 
