@@ -29,7 +29,6 @@
  * testbed/model/addresses.py.
  */
 #define _GNU_SOURCE
-#include <dlfcn.h>
 #include <errno.h>
 #include <netdb.h>
 #include <netinet/in.h>
@@ -40,20 +39,13 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "kernel.h"
+
 static const struct in6_addr loopback[] = LOOPBACK, alias[] = ALIAS,
 			     native_source[] = NATIVE_SOURCE,
 			     native_source_odd[] = NATIVE_SOURCE_ODD, pod_link[] = POD_LINK;
 /* The last byte of these is the guest's number. */
 static const struct in6_addr guest_link[] = GUEST_LINK, guest_view[] = GUEST_VIEW;
-
-/* The kernel's own function, which comes after this library in OSv's search order. */
-#define KERNEL(name)                                                                               \
-	({                                                                                         \
-		static __typeof__(&name) function;                                                 \
-		if (!function)                                                                     \
-			function = dlsym(RTLD_NEXT, #name);                                        \
-		function;                                                                          \
-	})
 
 /* --- addresses -------------------------------------------------------------------------------- */
 

@@ -213,7 +213,7 @@ def _start(orders: list[Order], patience_s: float | None, *, adopts: bool = Fals
     from testbed.host import facts
     from testbed.pods import supervisor
 
-    with supervisor.Starting() as starting:
+    with supervisor.Starting(_say) as starting:
         for order in orders:
             starting.start(order, adopts=adopts)
         starting.wait_built()

@@ -1,10 +1,11 @@
 """Composes images of guests: a ROFS disk for OSv, an initramfs for Linux.
 
-A definition (`osv/*.toml`) names a program, its arguments and extra files. Added are: the libraries
-that the program needs; the hosts patch (`osv/hosts`), by which the guest's `localhost` is the
-pod's; for OSv the shim (`shim`), which does the same for 127.0.0.1 and ::1; and the files that the
-system itself needs. Images are deterministic: the same input gives the same bytes, without any
-time. The cache has them by their SHA-256. Kernels are not compiled, and guests are started by
+A definition (`osv/*.toml`) names a program, its arguments and extra files. An image for OSv has the
+program and the libraries that it needs, one for Linux the root file system that a container has
+(`rootfs`). Added are: the hosts patch (`osv/hosts`), by which the guest's `localhost` is the pod's;
+for OSv the shim (`shim`), which does the same for 127.0.0.1 and ::1; and the files that the system
+itself needs. Images are deterministic: the same input gives the same bytes, without any time. The
+cache has them by their SHA-256. Kernels are not compiled, and guests are started by
 `testbed.runtimes`.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import lzma
 import re
+import shlex
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -24,9 +26,10 @@ from elftools.elf.elffile import ELFFile
 from pydantic import Field
 
 from testbed import agent, paths, schema
-from testbed.host import cache
+from testbed.host import cache, compiler
 from testbed.images import cpio, elf, kernels, rofs, rootfs, shim
 from testbed.images.rofs import Directory, Node, Symlink, Tree
+from testbed.images.rootfs import Process, Root
 from testbed.model.addresses import Address, alias
 from testbed.model.errors import Error
 from testbed.model.terms import Family
@@ -63,32 +66,9 @@ none /sys sysfs defaults 0 0
 none /tmp ramfs defaults 0 0
 """
 
-# The kernel passes on command-line words that it does not know: NAME=VALUE as environment, what
-# follows "--" as arguments. The program is not PID 1, so that its end does not panic the kernel.
-_LINUX_INIT = b"""\
-#!/bin/busybox sh
-/bin/busybox mount -t proc proc /proc
-/bin/busybox mount -t sysfs sys /sys
-/bin/busybox mount -t devtmpfs dev /dev
-/bin/busybox --install -s /bin
-while read -r module; do insmod "/lib/modules/$module.ko"; done < /etc/modules
-echo 0 > /proc/sys/net/ipv6/conf/eth0/accept_dad
-echo 0 > /proc/sys/net/ipv6/conf/eth0/accept_ra
-for address in $guest_addresses; do ip address add "$address" dev eth0; done
-if [ "$guest_loopback" = none ]
-then echo 1 >/proc/sys/net/ipv4/conf/eth0/route_localnet
-else ip link set lo up
-fi
-ip link set eth0 up
-for gateway in $guest_gateways; do
-    case $gateway in *:*) family=-6 ;; *) family=-4 ;; esac
-    ip $family route add default via "$gateway"
-done
-echo "guest ready: $*"
-"$@"
-echo "guest ends: status $?"
-poweroff -f
-"""
+_LINUX_FILES = paths.OSV / "linux"
+"""Init of Linux guests, and the sources of `as`, which runs the program as its user."""
+_LINUX_FLAGS = ("-std=gnu17", "-O2", "-static")
 
 
 @dataclass(frozen=True)
@@ -101,11 +81,18 @@ class Definition:
     """Path in the guest → file of this machine."""
     shim: bool = True
     """Whether an OSv guest gets the shim, by which 127.0.0.1 and ::1 are the pod's."""
+    root: Path | None = None
+    """Root file system that has the program, all of which an OSv guest gets."""
 
     @property
-    def command(self) -> tuple[str, ...]:
-        """The command line within the guest."""
-        return (f"/{self.program.name}", *self.arguments)
+    def path(self) -> str:
+        """Path of the program in an OSv guest."""
+        return f"/{self.program.relative_to(self.root) if self.root else self.program.name}"
+
+    @property
+    def process(self) -> Process:
+        """The process within an OSv guest."""
+        return Process((self.path,), self.arguments)
 
 
 @dataclass(frozen=True)
@@ -117,8 +104,8 @@ class Image:
     size_bytes: int
     files: tuple[str, ...]
     """Paths in the guest."""
-    command: tuple[str, ...]
-    """Command line of the program in the guest."""
+    process: Process
+    """The process in the guest."""
 
 
 class _File(Table):
@@ -165,6 +152,30 @@ def check_alias(addresses: Iterable[Address]) -> None:
             )
 
 
+def named(image: str) -> Definition | None:
+    """Definition that the image of a manifest names: a path, or a name in osv/. None: neither."""
+    path = Path(image) if image.endswith(".toml") else paths.OSV / f"{image}.toml"
+    return load(path) if image.endswith(".toml") or path.is_file() else None
+
+
+def root_of(definition: Definition) -> Root:
+    """Root file system with the program of a definition, its files, and busybox."""
+    return rootfs.of_program(definition.program, definition.files, definition.arguments)
+
+
+def in_root(root: Path, process: Process) -> Definition:
+    """Definition of the program that a process in a root file system runs.
+
+    Raises `Error` if the root file system has none.
+    """
+    command, *arguments = process.command
+    search = dict(each.split("=", 1) for each in process.env).get("PATH", rootfs.PATH)
+    program = rootfs.find(root, command, search)
+    if program is None:
+        raise Error(f"the image has no program {command}", hint="give the workload another command")
+    return Definition(program, tuple(arguments), root=root)
+
+
 def compose_osv(
     definition: Definition, *, hosts_patch: bool = True, etc: Mapping[str, bytes] = {}
 ) -> Image:
@@ -175,32 +186,44 @@ def compose_osv(
     Raises `Error` if the program cannot run on OSv or a file is missing.
     """
     tree = {**osv_tree(definition, hosts_patch=hosts_patch), **etc}
-    return _store(tree, "img", definition.command)
+    return _store(rofs.pack(tree), "img", tree, definition.process)
 
 
 def compose_linux(
-    definition: Definition,
+    root: Root,
     kernel: kernels.LinuxKernel,
     *,
     hosts_patch: bool = True,
     etc: Mapping[str, bytes] = {},
 ) -> Image:
-    """Compose an initramfs for Linux: busybox, program with *all* libraries, hosts, modules.
+    """Compose an initramfs for Linux: a root file system, and what a guest's system needs.
 
-    `etc`: see `compose_osv`.
-
-    Raises `Error` if the program cannot run there or a file is missing.
+    Its process is that of `root`, which has to have a command. `etc`: see `compose_osv`. Raises
+    `Error` if a file is missing.
     """
-    tree = {**linux_tree(definition, kernel, hosts_patch=hosts_patch), **etc}
-    return _store(tree, "cpio", definition.command)
+    tree = {**_linux_tree(root.process, kernel, hosts_patch), **etc}
+    files = {f"/{path}" for path in rootfs.files(root.path)}
+    return _store(
+        cpio.pack_folder(root.path) + cpio.pack(tree), "cpio", {*files, *tree}, root.process
+    )
 
 
 def osv_tree(definition: Definition, *, hosts_patch: bool = True) -> Tree:
     """Files of an OSv image. Libraries go to /usr/lib, since OSv searches only / and /usr/lib."""
     program = elf.read_program(definition.program)
-    tree = _program_tree(definition, elf.closure(program, OSV_PROVIDES), hosts_patch)
-    if definition.shim:
-        tree[definition.command[0]] = shim.bind(program)
+    if definition.root:
+        tree = _folder_tree(definition.root)
+    else:
+        tree = {definition.path: _contents(definition.program)}
+        for soname, path in elf.closure(program, OSV_PROVIDES).items():
+            tree[f"/usr/lib/{Path(soname).name}"] = _contents(path)
+    tree["/etc/hosts"] = _contents(hosts_file(patched=hosts_patch))
+    for inside, outside in definition.files.items():
+        if inside in tree:
+            raise Error(f"extra file {inside} is in every image already", hint="rename it")
+        tree[inside] = _contents(outside)
+    if definition.shim and shim.reaches(program):
+        tree[definition.path] = shim.bind(program)
         tree[f"/usr/lib/{shim.SONAME}"] = shim.build().read_bytes()
     tree["/etc/fstab"] = _OSV_FSTAB
     for mount_point in ("/dev", "/proc", "/sys", "/tmp"):
@@ -208,28 +231,57 @@ def osv_tree(definition: Definition, *, hosts_patch: bool = True) -> Tree:
     return tree
 
 
-def linux_tree(
-    definition: Definition, kernel: kernels.LinuxKernel, *, hosts_patch: bool = True
-) -> Tree:
-    """Files of a Linux guest's initramfs."""
+def lacking(definition: Definition, kernel: Path) -> list[str]:
+    """Symbols that a program or its libraries need, and neither they nor OSv's kernel have.
+
+    A program that calls such a function ends; it may never do so. They are not looked for in a
+    root file system, which may have any libraries.
+    """
     program = elf.read_program(definition.program)
-    if program.interpreter is None:
-        raise Error(f"{program.path} has no interpreter (ld.so)")
-    interpreter = Path(program.interpreter)  # libc needs it as a library, too: added once, below
-    libraries = elf.closure(program, {interpreter.name})
-    tree = _program_tree(definition, libraries, hosts_patch)
-    tree["/bin/busybox"] = _contents(rootfs.busybox())
-    tree[str(interpreter)] = _contents(interpreter)
-    for name, text in rootfs.FILES.items():
-        tree.setdefault(f"/{name}", text.encode())
-    tree["/init"] = _LINUX_INIT
-    modules = _modules(kernel, LINUX_MODULES)
-    tree["/etc/modules"] = "".join(f"{name}\n" for name in modules).encode()
-    for name, module in modules.items():
-        tree[f"/lib/modules/{name}.ko"] = module
-    for mount_point in ("/dev", "/proc", "/sys", "/tmp"):
-        tree.setdefault(mount_point, Directory())
+    if definition.root or program.interpreter is None:
+        return []
+    files = [definition.program, *elf.closure(program, OSV_PROVIDES).values()]
+    return sorted(elf.imported(files) - elf.exported([*files, kernel]))
+
+
+def _folder_tree(root: Path) -> dict[str, Node]:
+    """Files of a root file system, with links in /usr/lib to libraries in its other folders."""
+    tree: dict[str, Node] = {}
+    for name in rootfs.files(root):
+        path = root / name
+        if path.is_symlink():
+            tree[f"/{name}"] = Symlink(str(path.readlink()))
+        elif path.is_file():
+            tree[f"/{name}"] = _contents(path)
+        elif path.is_dir():
+            tree[f"/{name}"] = Directory()
+    for folder in (rootfs.inside(root, each) for each in elf.DEFAULT_FOLDERS):
+        for library in sorted((*folder.glob("*.so*"), *folder.glob("*-linux-*/*.so*"))):
+            tree.setdefault(f"/usr/lib/{library.name}", Symlink(f"/{library.relative_to(root)}"))
     return tree
+
+
+def _linux_tree(process: Process, kernel: kernels.LinuxKernel, hosts_patch: bool) -> Tree:
+    """Files of a Linux guest beside its root file system: all but /etc in a folder of their own.
+
+    The process is in a script, as the kernel's command line is short and has no quotes.
+    """
+    modules = _modules(kernel, LINUX_MODULES)
+    groups = ",".join(map(str, (process.gid, *process.groups)))
+    command = [
+        *("/.guest/busybox", "env", "-i", *process.env),
+        *("/.guest/as", str(process.uid), groups, process.working_dir, *process.command),
+    ]
+    return {
+        "/etc/hosts": _contents(hosts_file(patched=hosts_patch)),
+        "/dev": Directory(),
+        "/.guest/init": _contents(_LINUX_FILES / "init"),
+        "/.guest/busybox": _contents(rootfs.busybox()),
+        "/.guest/as": _contents(compiler.build("as", "as", _LINUX_FILES, _LINUX_FLAGS)),
+        "/.guest/program": f'#!/.guest/busybox sh\nexec {shlex.join(command)} "$@"\n'.encode(),
+        "/.guest/modules/list": "".join(f"{name}\n" for name in modules).encode(),
+        **{f"/.guest/modules/{name}.ko": module for name, module in modules.items()},
+    }
 
 
 def build(definition: Path, output: Path, *, hosts_patch: bool = True) -> Image:
@@ -266,22 +318,6 @@ def _describe(node: Node) -> dict[str, Any]:
     if isinstance(node, Symlink):
         return {"type": "symlink", "target": node.target}
     return {"type": "file", "size_bytes": len(node), "sha256": hashlib.sha256(node).hexdigest()}
-
-
-def _program_tree(
-    definition: Definition, libraries: dict[str, Path], hosts_patch: bool
-) -> dict[str, Node]:
-    tree: dict[str, Node] = {
-        definition.command[0]: _contents(definition.program),
-        "/etc/hosts": _contents(hosts_file(patched=hosts_patch)),
-    }
-    for soname, path in libraries.items():
-        tree[f"/usr/lib/{Path(soname).name}"] = _contents(path)
-    for inside, outside in definition.files.items():
-        if inside in tree:
-            raise Error(f"extra file {inside} is in every image already", hint="rename it")
-        tree[inside] = _contents(outside)
-    return tree
 
 
 def _contents(path: Path) -> bytes:
@@ -323,9 +359,8 @@ def _modules(kernel: kernels.LinuxKernel, wanted: Iterable[str]) -> dict[str, by
     return ordered
 
 
-def _store(tree: Tree, kind: str, command: tuple[str, ...]) -> Image:
-    """Pack the tree, and store it in the cache under its SHA-256, atomically."""
-    data = cpio.pack(tree) if kind == "cpio" else rofs.pack(tree)
+def _store(data: bytes, kind: str, files: Iterable[str], process: Process) -> Image:
+    """Store an image in the cache under its SHA-256, atomically."""
     sha256 = hashlib.sha256(data).hexdigest()
     path = cache.cache_folder() / "images" / f"{sha256}.{kind}"
 
@@ -335,4 +370,4 @@ def _store(tree: Tree, kind: str, command: tuple[str, ...]) -> Image:
 
     damaged = path.exists() and path.stat().st_size != len(data)
     cache.made(path, write, anew=damaged)
-    return Image(path, sha256, len(data), tuple(sorted(tree)), command)
+    return Image(path, sha256, len(data), tuple(sorted(files)), process)

@@ -5,33 +5,30 @@ Source: Linux, Documentation/driver-api/early-userspace/buffer-format.rst.
 
 from __future__ import annotations
 
+import os
 import stat
 import struct
+from pathlib import Path
 from typing import Any
 
-from testbed.images import rofs
+from testbed.images import rofs, rootfs
 from testbed.images.rofs import Directory, Node, Symlink, Tree
 from testbed.model.errors import Error
 
 MAGIC = b"070701"
 HEADER = struct.Struct("6s" + "8s" * 13)
 END = "TRAILER!!!"
+BLOCK = 512
+"""Size in bytes of the blocks of which an archive has a whole number."""
 
 
 def pack(tree: Tree) -> bytes:
     """Pack an initramfs. All files are executable, owned by root and dated 1970.
 
-    /dev/console is added, since the kernel opens it for /init before anything is mounted.
+    /dev/console is added, since the kernel opens it for init before anything is mounted.
     """
-    archive = bytearray()
-
-    def add(name: str, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)) -> None:
-        encoded = name.encode() + b"\0"
-        fields = (len(archive), mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(encoded), 0)
-        archive.extend(MAGIC + b"".join(b"%08X" % value for value in fields))
-        for part in (encoded, data):
-            archive.extend(part)
-            archive.extend(bytes(-len(archive) % 4))
+    archive = Archive()
+    add = archive.add
 
     def walk(directory: Any, prefix: str) -> None:
         for name, node in sorted(directory.items()):
@@ -46,16 +43,65 @@ def pack(tree: Tree) -> bytes:
 
     walk(rofs.nested(tree), "")
     add("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
-    add(END, 0)
-    return bytes(archive.ljust(-(-len(archive) // 512) * 512, b"\0"))
+    return archive.end()
+
+
+def pack_folder(root: Path) -> bytes:
+    """Pack a folder, with owners and permissions, dated 1970. Hard links become files.
+
+    An initramfs may have several archives, one behind the other.
+    """
+    archive = Archive()
+    for name in rootfs.files(root):
+        found = (root / name).lstat()
+        data = b""
+        if stat.S_ISREG(found.st_mode):
+            data = (root / name).read_bytes()
+        elif stat.S_ISLNK(found.st_mode):
+            data = os.fsencode((root / name).readlink())
+        device = (os.major(found.st_rdev), os.minor(found.st_rdev))
+        archive.add(name, found.st_mode, data, device, (found.st_uid, found.st_gid))
+    return archive.end()
+
+
+class Archive:
+    """A cpio archive that is being written."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def add(
+        self,
+        name: str,
+        mode: int,
+        data: bytes = b"",
+        device: tuple[int, int] = (0, 0),
+        owner: tuple[int, int] = (0, 0),
+    ) -> None:
+        """Add a file. `data` of a symbolic link is its target."""
+        encoded = os.fsencode(name) + b"\0"
+        sizes = (len(data), 0, 0, *device, len(encoded), 0)
+        fields = (len(self._data), mode, *owner, 1, 0, *sizes)
+        self._data.extend(MAGIC + b"".join(b"%08X" % value for value in fields))
+        for part in (encoded, data):
+            self._data.extend(part)
+            self._data.extend(bytes(-len(self._data) % 4))
+
+    def end(self) -> bytes:
+        """Return the whole archive, in blocks."""
+        self.add(END, 0)
+        return bytes(self._data + bytes(-len(self._data) % BLOCK))
 
 
 def unpack(archive: bytes) -> dict[str, Node]:
-    """Unpack an initramfs, without device files. Raises `Error` if it is damaged."""
+    """Unpack an initramfs, without device files. Raises `Error` if it is damaged.
+
+    Files of a later archive replace those of an earlier one.
+    """
     tree: dict[str, Node] = {}
-    offset = 0
+    offset, ended = 0, False
     try:
-        while True:
+        while not ended or offset < len(archive):
             magic, *fields = HEADER.unpack_from(archive, offset)
             if magic != MAGIC:
                 raise ValueError(f"no header at byte {offset}")
@@ -68,13 +114,15 @@ def unpack(archive: bytes) -> dict[str, Node]:
             if len(data) != size:
                 raise ValueError(f"{name} is cut off")
             offset += size + -(offset + size) % 4
-            if name == END:
-                return tree
-            if stat.S_ISDIR(mode):
+            ended = name == END
+            if ended:
+                offset += -offset % BLOCK
+            elif stat.S_ISDIR(mode):
                 tree[f"/{name}"] = Directory()
             elif stat.S_ISLNK(mode):
                 tree[f"/{name}"] = Symlink(data.decode())
             elif stat.S_ISREG(mode):
                 tree[f"/{name}"] = data
+        return tree
     except (struct.error, ValueError) as e:
         raise Error(f"initramfs is damaged: {e}") from e

@@ -1,7 +1,6 @@
 """Reads ELF files: checks whether a guest can run a program, and finds its shared libraries.
 
-A guest's program has to be a position-independent, dynamically linked executable for the wanted
-machine. Libraries are found as ld.so(8) does: RPATH, RUNPATH, the cache of ldconfig, the default
+Libraries are found as ld.so(8) does: RPATH, RUNPATH, the cache of ldconfig, the default
 folders. LD_LIBRARY_PATH is ignored, since an image must not depend on the shell in which it is
 composed. Nothing is written here.
 """
@@ -18,9 +17,10 @@ from pathlib import Path
 from elftools.common.exceptions import ELFError
 from elftools.elf.dynamic import DynamicSegment
 from elftools.elf.elffile import ELFFile
+from elftools.elf.enums import ENUM_DT_FLAGS_1
 from elftools.elf.segments import InterpSegment, NoteSegment
 
-from testbed.host import architecture
+from testbed.host import architecture, process
 from testbed.model.errors import Error
 
 MACHINES = {
@@ -51,6 +51,8 @@ class Elf:
     rpath: tuple[str, ...] = ()
     """Applies to libraries of libraries, too. Ignored if there is a RUNPATH."""
     runpath: tuple[str, ...] = ()
+    is_pie: bool = False
+    """Whether it is marked as a program (DF_1_PIE): all that tells a static one from a library."""
     is_go: bool = False
     """Whether Go's compiler made it, which leaves a note in the file."""
 
@@ -65,22 +67,12 @@ def read(path: Path, machine: str | None = None) -> Elf:
 
 
 def read_program(path: Path, machine: str | None = None) -> Elf:
-    """Read a program that a guest can run: dynamically linked and position independent.
-
-    OSv loads programs into its own address space, where one that is linked to a fixed address
-    would overlap the kernel. Programs reach OSv by calls of its libc, so a static one cannot run.
-    Raises `Error` for other files.
-    """
+    """Read a program: as `read`, and raises `Error` if it is an object file or a shared library."""
     elf = read(path, machine)
     if elf.kind not in ("ET_EXEC", "ET_DYN"):
         raise Error(f"{path} is an object file, not a program", hint="link it")
-    if elf.interpreter is None:
-        raise Error(
-            f"{path} is statically linked, or a shared library",
-            hint="link it as a dynamic program: cc -pie, no -static",
-        )
-    if elf.kind != "ET_DYN":
-        raise Error(f"{path} is not position independent", hint="compile with -fPIE, link -pie")
+    if elf.kind == "ET_DYN" and elf.interpreter is None and not elf.is_pie:
+        raise Error(f"{path} is a shared library, not a program", hint="link it with -pie")
     return elf
 
 
@@ -105,6 +97,27 @@ def closure(program: Elf, provided: Iterable[str] = ()) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
+def imported(files: Iterable[Path]) -> set[str]:
+    """Symbols that ELF files need of others, without those that may be missing (weak)."""
+    lines = (line.split() for line in _nm("--undefined-only", files))
+    return {_plain(words[1]) for words in lines if words[:1] == ["U"]}
+
+
+def exported(files: Iterable[Path]) -> set[str]:
+    """Symbols that ELF files have for others."""
+    lines = (line.split() for line in _nm("--defined-only", files))
+    return {_plain(words[-1]) for words in lines if len(words) == 3}
+
+
+def _nm(kind: str, files: Iterable[Path]) -> list[str]:
+    return process.run(["nm", "--dynamic", kind, *files], "cannot read symbols").splitlines()
+
+
+def _plain(symbol: str) -> str:
+    """A symbol without its version."""
+    return symbol.partition("@")[0]
+
+
 def _parse(path: Path) -> Elf:
     try:
         with path.open("rb") as file:
@@ -121,6 +134,7 @@ def _parse(path: Path) -> Elf:
                 kind: tuple(getattr(t, kind) for t in tags if t.entry.d_tag == f"DT_{kind.upper()}")
                 for kind in ("needed", "rpath", "runpath")
             }
+            flags = [tag.entry.d_val for tag in tags if tag.entry.d_tag == "DT_FLAGS_1"]
             return Elf(
                 path=path,
                 machine=_machine(elf),
@@ -129,6 +143,7 @@ def _parse(path: Path) -> Elf:
                 needed=strings["needed"],
                 rpath=_split(strings["rpath"]),
                 runpath=_split(strings["runpath"]),
+                is_pie=any(each & ENUM_DT_FLAGS_1["DF_1_PIE"] for each in flags),
                 is_go=is_go,
             )
     except OSError as e:

@@ -4,6 +4,7 @@
     /some/root.tar[.gz…]      a tar of one
     oci:FOLDER[:TAG]          an OCI image layout, unpacked by umoci
     oci-archive:FILE[:TAG]    a tar of one
+    docker-archive:FILE[:NAME]  what `docker save` writes, converted by skopeo
     host:PROGRAM[,PROGRAM…]   static busybox, and programs of this host with their libraries. The
                               first is run. Without a first (host: and host:,bash) it is a shell,
                               or what args say
@@ -30,7 +31,11 @@ from testbed.images import elf
 from testbed.model.errors import Error
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+MAX_LINKS = 40
+"""Symbolic links that a path leads through, at most, as in Linux."""
 HOST = "host:"
+LOCATED = ("oci", "oci-archive", "docker-archive")
+"""Kinds of images that are followed by a path."""
 AGENT = "agent"
 
 FILES = {
@@ -44,10 +49,9 @@ _HOST_FOLDERS = ("dev", "proc", "root", "run", "sys", "tmp", "var/log", "var/run
 
 
 @dataclass(frozen=True)
-class Root:
-    """A root file system, and its image's defaults for a process in it."""
+class Process:
+    """A process as an image describes it."""
 
-    path: Path
     entrypoint: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
     env: tuple[str, ...] = ()
@@ -56,6 +60,19 @@ class Root:
     uid: int = 0
     gid: int = 0
     groups: tuple[int, ...] = ()
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """Its command line."""
+        return (*self.entrypoint, *self.arguments)
+
+
+@dataclass(frozen=True)
+class Root:
+    """A root file system, and the process that its image describes."""
+
+    path: Path
+    process: Process = Process()
 
 
 def unpack(image: str) -> Root:
@@ -66,11 +83,14 @@ def unpack(image: str) -> Root:
     kind, colon, rest = image.partition(":")
     if is_of_host(image):
         root, names = _of_host(programs(image)), image.removeprefix(HOST).split(",")
-        return root if names[0] else replace(root, entrypoint=(), arguments=("sh",))
+        return root if names[0] else replace(root, process=Process(arguments=("sh",)))
     if colon and kind in ("oci", "oci-archive"):
         location, _, tag = rest.rpartition(":") if ":" in rest else (rest, "", "latest")
         layout = Path(location) if kind == "oci" else _of_tar(Path(location))
         return _of_layout(layout, tag, image)
+    if colon and kind == "docker-archive":
+        location, _, name = rest.partition(":")
+        return _of_layout(_of_docker(Path(location), name), "latest", image)
     path = Path(image)
     if path.is_dir():
         return Root(path)
@@ -90,7 +110,44 @@ def of_program(program: Path, extra: Mapping[str, Path], arguments: tuple[str, .
     """
     if missing := [path for path in (program, *extra.values()) if not path.is_file()]:
         raise Error(f"no file {missing[0]}")
-    return replace(_of_host([program], extra), arguments=arguments)
+    made = _of_host([program], extra)
+    return replace(made, process=replace(made.process, arguments=arguments))
+
+
+def files(root: Path) -> list[str]:
+    """Paths of all that is in a root file system, without the root, folders before their contents.
+
+    The order does not depend on the file system.
+    """
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*"))
+
+
+def inside(root: Path, path: str) -> Path:
+    """File of this machine that a path in a root file system leads to, by the links there."""
+    found, left, links = root, path.split("/")[::-1], 0
+    while left:
+        part = left.pop()
+        if part == "..":
+            found = root if found == root else found.parent
+        elif part not in ("", "."):
+            found /= part
+        if found.is_symlink():
+            links += 1
+            if links > MAX_LINKS:
+                raise Error(f"too many symbolic links at {path} in {root}")
+            target = str(found.readlink())
+            found = root if target.startswith("/") else found.parent
+            left += target.split("/")[::-1]
+    return found
+
+
+def find(root: Path, command: str, search: str) -> Path | None:
+    """File of this machine that is run for a command in a root file system. None: there is none.
+
+    `search`: the variable PATH.
+    """
+    names = [command] if "/" in command else [f"{folder}/{command}" for folder in search.split(":")]
+    return next((file for name in names if (file := inside(root, name)).is_file()), None)
 
 
 def is_of_host(image: str) -> bool:
@@ -155,7 +212,7 @@ def _of_host(wanted: Iterable[Path], extra: Mapping[str, Path] = {}) -> Root:
 
     return Root(
         _cached((f"{at}\0{_digest(file)}" for at, file in files.items()), fill),
-        entrypoint=tuple(f"/usr/bin/{p.name}" for p in wanted)[:1],
+        Process(tuple(f"/usr/bin/{p.name}" for p in wanted)[:1]),
     )
 
 
@@ -171,6 +228,23 @@ def _of_tar(path: Path) -> Path:
         )
 
     return _cached([_digest(path)], fill)
+
+
+def _of_docker(path: Path, name: str) -> Path:
+    """Convert an archive of Docker to an OCI image layout, with the image's tag `latest`."""
+    if not path.is_file():
+        raise Error(f"no file {path}")
+    if shutil.which("skopeo") is None:
+        raise Error(f"no skopeo, to read {path}", hint="apt-get install skopeo")
+
+    def fill(folder: Path) -> None:
+        archive = ":".join(filter(None, ("docker-archive", str(path), name)))
+        process.run(
+            ["skopeo", "--insecure-policy", "copy", archive, f"oci:{folder}:latest"],
+            f"skopeo cannot read {archive}",
+        )
+
+    return _cached([_digest(path), name], fill)
 
 
 def _of_layout(layout: Path, tag: str, image: str) -> Root:
@@ -200,8 +274,7 @@ def _of_layout(layout: Path, tag: str, image: str) -> Root:
     bundle = _cached([tags[tag]], fill) / "bundle"
     config_process = json.loads((bundle / "config.json").read_bytes())["process"]
     user = config_process.get("user", {})
-    return Root(
-        path=bundle / "rootfs",
+    described = Process(
         entrypoint=tuple(config.get("Entrypoint") or ()),
         arguments=tuple(config.get("Cmd") or ()),
         env=tuple(config.get("Env") or ()),
@@ -210,6 +283,7 @@ def _of_layout(layout: Path, tag: str, image: str) -> Root:
         gid=user.get("gid", 0),
         groups=tuple(user.get("additionalGids") or ()),
     )
+    return Root(bundle / "rootfs", described)
 
 
 def _blob(layout: Path, digest: str) -> Any:

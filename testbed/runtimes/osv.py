@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from testbed.images import compose, kernels
+from testbed.images import compose, elf, kernels, rootfs, shim
 from testbed.images.compose import Definition, Image
 from testbed.images.kernels import OsvKernel
+from testbed.images.rootfs import Process
 from testbed.model.errors import Error
+from testbed.model.manifest import Workload
 from testbed.model.terms import Family, Runtime
-from testbed.runtimes.interface import Absent, Options, Placement
+from testbed.runtimes.interface import Absent, Options, Placement, process_of, refuse_isolation
 from testbed.runtimes.vm import qemu
-from testbed.runtimes.vm.guest import VirtualMachines
+from testbed.runtimes.vm.guest import VirtualMachines, definition
 from testbed.runtimes.vm.qemu import Vm
+
+ABORTED = 128 + signal.SIGABRT
+CRASHES = {"failed looking up symbol": 127, "mmu::vm_fault": 128 + signal.SIGSEGV}
+"""What the console says before the machine ends → exit status as a shell has it; else `ABORTED`."""
+
+
+SHOWN = 5
+"""Symbols that a warning names."""
 
 
 def prepare(options: Options) -> Osv:
@@ -63,13 +75,42 @@ class Osv(VirtualMachines):
             hint="see its console: testbed logs",
         )
 
-    def _compose(
-        self, definition: Definition, *, hosts_patch: bool, etc: Mapping[str, bytes] = {}
-    ) -> Image:
-        return compose.compose_osv(definition, hosts_patch=hosts_patch, etc=etc)
+    def _compose(self, workload: Workload, *, hosts_patch: bool, etc: Mapping[str, bytes]) -> Image:
+        refuse_isolation(workload)
+        if workload.program is None:
+            wanted = compose.load(compose.AGENT)
+            process = wanted.process
+        elif defined := definition(workload):
+            wanted = defined
+            process = process_of(workload, wanted.process)
+        else:
+            root = rootfs.unpack(workload.program.image)
+            described = process_of(workload, root.process)
+            wanted = compose.in_root(root.path, described)
+            process = replace(described, entrypoint=(wanted.path,), arguments=wanted.arguments)
+        image = compose.compose_osv(wanted, hosts_patch=hosts_patch, etc=etc)
+        if workload.program:
+            self._warn(workload.name, wanted)
+        return replace(image, process=process)
+
+    def _warn(self, name: str, wanted: Definition) -> None:
+        """Tell what a program will lack in OSv."""
+        if wanted.shim and (caveat := shim.caveat(elf.read(wanted.program))):
+            self._options.say(f"{name}: {caveat}")
+        if lacking := compose.lacking(wanted, self.kernel.path):
+            shown = ", ".join(lacking[:SHOWN]) + (", …" if len(lacking) > SHOWN else "")
+            self._options.say(
+                f"{name}: ends if it calls one of {len(lacking)} functions that OSv lacks: {shown}"
+            )
 
     def _command(self, vm: Vm, image: Image, arguments: Sequence[str]) -> list[str]:
         return command(vm, self.kernel, image, arguments)
+
+    def _status(self, console: str) -> int:
+        """The shim tells the status; without it, a program that does not crash ends with 0."""
+        if "[backtrace]" in console:
+            return next((status for said, status in CRASHES.items() if said in console), ABORTED)
+        return super()._status(console)
 
 
 def command(
@@ -94,15 +135,17 @@ def command(
     if ready:
         extra += ["-chardev", f"file,id=ready,path={qemu.value(ready)}"]
         extra += ["-device", "isa-debugcon,iobase=0x3f0,chardev=ready"]
-    line = boot_line(machine, kernel.families, (*image.command, *arguments))
+    process = replace(image.process, arguments=(*image.process.arguments, *arguments))
+    line = boot_line(machine, kernel.families, process)
     return qemu.command(machine, kernel.path, line, nic=kernel.virtio_net, extra=extra)
 
 
-def boot_line(machine: Vm, families: frozenset[Family], words: Sequence[str]) -> str:
+def boot_line(machine: Vm, families: frozenset[Family], process: Process) -> str:
     """OSv's kernel command line: its own options, then the program and arguments in quotes.
 
-    OSv wants the mask of an IPv4 address dotted, of an IPv6 address as a prefix length. Raises
-    `Error` for a word with `$`, after which OSv reads a variable even in quotes.
+    OSv's options have no quotes, but spaces in them can be escaped. It wants the mask of an IPv4
+    address dotted, of an IPv6 address as a prefix length. Raises `Error` for a word with `$`, after
+    which OSv reads a variable even in quotes.
     """
     options = ["--rootfs=rofs", "--power-off-on-abort"]
     for address in machine.addresses:
@@ -111,11 +154,22 @@ def boot_line(machine: Vm, families: frozenset[Family], words: Sequence[str]) ->
             options.append(f"--ip=eth0,{address.ip},{mask}")
     gateways = (g for g in machine.gateways if Family(f"ipv{g.version}") in families)
     options += (f"--defaultgw={gateway}" for gateway in gateways)
-    return " ".join((*options, *map(_quoted, words)))
+    options += (_escaped(f"--env={variable}") for variable in process.env)
+    if process.working_dir != "/":
+        options.append(_escaped(f"--cwd={process.working_dir}"))
+    return " ".join((*options, *map(_quoted, process.command)))
+
+
+def _escaped(option: str) -> str:
+    return _checked(option).replace("\\", "\\\\").replace(" ", "\\ ")
 
 
 def _quoted(word: str) -> str:
-    if "$" in word or not word.isprintable():
-        raise Error(f"OSv cannot be given the argument {word!r}", hint="put it into a file")
-    escaped = word.replace("\\", "\\\\").replace('"', '\\"')
+    escaped = _checked(word).replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
+
+
+def _checked(word: str) -> str:
+    if "$" in word or not word.isprintable():
+        raise Error(f"OSv cannot be given {word!r}", hint="put it into a file")
+    return word

@@ -56,6 +56,9 @@ class PlainProgram:
     def runs(self, place: Placement) -> bool:
         return True
 
+    def exit_status(self, place: Placement, code: int) -> int:
+        return code
+
     def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
         binds = {**place.etc, **self._files(place.workload)}
         return [*join(place.cgroup, place.netns), *seeing(binds)]

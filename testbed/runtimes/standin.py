@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from testbed.images import compose, rootfs
+from testbed.images import compose
+from testbed.images.compose import Definition
+from testbed.images.rootfs import Process
 from testbed.model.manifest import Workload
 from testbed.model.terms import Runtime
-from testbed.runtimes.interface import Options, command_line
+from testbed.runtimes.interface import Options, process_of
 from testbed.runtimes.program import PlainProgram
-from testbed.runtimes.vm.guest import definition
 
 
 def prepare(options: Options) -> Standin:
@@ -26,17 +27,16 @@ class Standin(PlainProgram):
     """A program of this host, or of an image definition with its files."""
 
     def _command(self, workload: Workload) -> list[str]:
-        if _is_of_host(workload):
+        image = self._definition(workload)
+        if image is None:
             return super()._command(workload)
-        image = definition(workload)
-        return list(command_line(workload, (str(image.program), *image.arguments)))
+        process = Process((str(image.program),), image.arguments)
+        return list(process_of(workload, process).command)
 
     def _files(self, workload: Workload) -> dict[Path, str]:
-        if _is_of_host(workload):
-            return {}
-        return {file: inside for inside, file in definition(workload).files.items()}
+        image = self._definition(workload)
+        return {file: inside for inside, file in image.files.items()} if image else {}
 
-
-def _is_of_host(workload: Workload) -> bool:
-    assert workload.program is not None
-    return rootfs.is_of_host(workload.program.image)
+    def _definition(self, workload: Workload) -> Definition | None:
+        assert workload.program is not None
+        return compose.named(workload.program.image)

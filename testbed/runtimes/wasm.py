@@ -144,6 +144,9 @@ class Wasm:
     def runs(self, place: Placement) -> bool:
         return True
 
+    def exit_status(self, place: Placement, code: int) -> int:
+        return code
+
     def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
         raise Error(
             f"{place.workload.name!r} is a component: it runs nothing but itself",

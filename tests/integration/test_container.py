@@ -20,6 +20,8 @@ from testbed.pods.pod import Pod
 from testbed.runtimes.interface import Options, Prepared
 from tests.children import ending
 
+from . import oci
+
 pytestmark = pytest.mark.root
 
 Run = Callable[..., str]
@@ -113,42 +115,31 @@ def test_its_sockets_belong_to_the_pods_natives(run: Run) -> None:
     assert path.endswith("/natives/box/container")
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_an_oci_image_says_what_runs(run: Run, tmp_path: Path, packed: bool) -> None:
+@pytest.mark.parametrize("kind", ["oci", "oci-archive", "docker-archive"])
+def test_an_image_says_what_runs(run: Run, tmp_path: Path, kind: str) -> None:
     layout = tmp_path / "layout"
     root = tmp_path / "root"
     (root / "bin").mkdir(parents=True)
     subprocess.run(["cp", "/bin/busybox", root / "bin/sh"], check=True)
-    image = f"{layout}:v1"
-    for command in (
-        ["init", "--layout", str(layout)],
-        ["new", "--image", image],
-        ["insert", "--image", image, str(root), "/"],
-        [
-            "config",
-            "--image",
-            image,
-            "--config.entrypoint",
-            "/bin/sh",
-            "--config.entrypoint",
-            "-c",
-            "--config.cmd",
-            "echo $GREETING from $(pwd)",
-            "--config.env",
-            "GREETING=hello",
-            "--config.workingdir",
-            "/srv",
-        ],
-    ):
-        subprocess.run(["umoci", *command], check=True, capture_output=True)
-    name = f"oci:{image}"
-    if packed:
+    name = oci.image(
+        layout,
+        root,
+        *("entrypoint=/bin/sh", "entrypoint=-c", "cmd=echo $GREETING from $(pwd)"),
+        *("env=GREETING=hello", "workingdir=/srv"),
+    )
+    if kind == "oci-archive":
         with tarfile.open(tmp_path / "image.tar", "w") as tar:
             tar.add(layout, ".")
         name = f"oci-archive:{tmp_path}/image.tar:v1"
+    if kind == "docker-archive":
+        archive = f"docker-archive:{tmp_path}/image.tar:example/greeter:v1"
+        copy = ["skopeo", "--insecure-policy", "copy", name, archive]
+        subprocess.run(copy, check=True, capture_output=True)
+        name = archive
     assert run(Program(name)) == "hello from /srv\n"
     assert run(Program(name, args=("echo $0 $GREETING",))) == "/bin/sh hello\n"
-    with pytest.raises(Error, match="has no tag 'v2'; it has v1"):
+    missing = "skopeo cannot read" if kind == "docker-archive" else "has no tag 'v2'; it has v1"
+    with pytest.raises(Error, match=missing):
         run(Program(name.removesuffix("v1") + "v2"))
 
 

@@ -38,7 +38,7 @@ from testbed.images import rootfs
 from testbed.runtimes import container
 from tests.children import ending
 
-from . import chain
+from . import chain, oci
 from .commands import there
 from .sockets import dial, transfer, wait_until
 from .spdy import Forward
@@ -205,14 +205,8 @@ class Sandbox:
 
 def image_archive(work: Path) -> Path:
     """Make the archive of an OCI image that holds busybox, and by itself only sleeps."""
-    layout, tagged = work / "image", f"{work}/image:v1"
-    for command in (
-        ("init", "--layout", layout),
-        ("new", "--image", tagged),
-        ("insert", "--image", tagged, rootfs.unpack("host:").path, "/"),
-        ("config", "--image", tagged, "--config.cmd", "/bin/sleep", "--config.cmd", "1000000"),
-    ):
-        subprocess.run(["umoci", *map(str, command)], check=True, capture_output=True)
+    layout, sleep = work / "image", ("cmd=/bin/sleep", "cmd=1000000")
+    oci.image(layout, rootfs.unpack("host:").path, *sleep)
     with tarfile.open(work / "image.tar", "w") as archive:
         archive.add(layout, ".")
     return work / "image.tar"

@@ -15,7 +15,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from ipaddress import ip_address, ip_interface
 from pathlib import Path
@@ -39,8 +39,8 @@ from testbed.host import cgroups, namespaces, netlink
 from testbed.host.ledger import Owner
 from testbed.host.process import run as execute
 from testbed.host.process import spawn
-from testbed.images import compose, kernels
-from testbed.images.compose import Definition
+from testbed.images import compose, kernels, rootfs
+from testbed.images.rootfs import Process
 from testbed.model.addresses import (
     CONTROL_PORT,
     alias,
@@ -527,10 +527,9 @@ def test_a_virtual_machine_of_somebody_elses(
     theirs.tie()
     dials = f"busybox nc localhost {NATIVE_PORT}"
     script = f"busybox nc -ll -p {PORT} -e cat & exec busybox nc -ll -p {OTHER_PORT} -e {dials}"
-    kernel = kernels.linux_kernel()
-    image = compose.compose_linux(
-        Definition(Path("/bin/sh"), ("-c", script)), kernel, hosts_patch=True
-    )
+    kernel, root = kernels.linux_kernel(), rootfs.unpack("host:")
+    process = Process(("/bin/sh",), ("-c", script), (f"PATH={rootfs.PATH}",))
+    image = compose.compose_linux(replace(root, process=process), kernel)
     machine = Vm(
         "tcg",
         "tap0",

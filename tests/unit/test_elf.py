@@ -133,20 +133,23 @@ def test_program_of_another_machine_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (("-static",), "statically linked"),
-        (("-static-pie",), "statically linked"),
-        (("-no-pie",), "not position independent"),
-        (("-shared", "-fPIC"), "or a shared library"),
+        (("-shared", "-fPIC"), "is a shared library"),
         (("-c",), "an object file"),
     ],
 )
-def test_program_that_no_guest_can_run_is_refused(
+def test_a_file_that_is_no_program_is_refused(
     tmp_path: Path, options: tuple[str, ...], complaint: str
 ) -> None:
     program = cc(tmp_path, "main", "int main(void) { return 0; }", *options)
     with pytest.raises(Error, match=complaint) as error:
         elf.read_program(program)
     assert error.value.hint
+
+
+@pytest.mark.parametrize("option", ["-pie", "-no-pie", "-static", "-static-pie"])
+def test_a_program_is_taken_however_it_is_linked(tmp_path: Path, option: str) -> None:
+    program = elf.read_program(cc(tmp_path, "main", "int main(void) { return 0; }", option))
+    assert (program.interpreter is None) is ("static" in option)
 
 
 def test_file_that_is_no_elf_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import lzma
 import os
+import re
+import shlex
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +22,7 @@ from testbed.images import compose, cpio, elf, rofs
 from testbed.images.compose import Definition
 from testbed.images.kernels import LinuxKernel, OsvKernel
 from testbed.images.rofs import Directory, Node, Symlink
+from testbed.images.rootfs import Process, Root
 from testbed.model.addresses import alias, guest_mac, loopback
 from testbed.model.errors import Error
 from testbed.model.terms import Family
@@ -95,7 +99,7 @@ def test_hosts_files_are_as_osv_reads_them() -> None:
 
 def test_osv_image_holds_the_program_and_what_osv_lacks(program: Path) -> None:
     image = compose.compose_osv(Definition(program, ("-x",), shim=False))
-    assert image.command == ("/main", "-x")
+    assert image.process.command == ("/main", "-x")
     assert set(image.files) == {
         "/main",
         "/usr/lib/libown.so.1",
@@ -138,6 +142,15 @@ def test_image_that_was_cut_off_in_the_cache_is_made_again(program: Path) -> Non
     assert [p.name for p in image.path.parent.iterdir()] == [image.path.name]
 
 
+def test_what_osv_lacks_for_a_program_is_told(program: Path, tmp_path: Path) -> None:
+    library = tmp_path / "libown.so.1"
+    libc = elf.closure(elf.read(program))["libc.so.6"]
+    assert compose.lacking(Definition(program), libc) == []
+    command = ["cc", "-xc", "-", "-shared", "-fPIC", "-Wl,-soname,libown.so.1", "-o", str(library)]
+    subprocess.run(command, input="int another;", text=True, check=True)
+    assert compose.lacking(Definition(program), libc) == ["own"]
+
+
 def test_without_the_patch_only_the_hosts_file_differs(program: Path) -> None:
     with_patch = compose.osv_tree(Definition(program))
     without = compose.osv_tree(Definition(program), hosts_patch=False)
@@ -148,23 +161,24 @@ def test_without_the_patch_only_the_hosts_file_differs(program: Path) -> None:
 def test_linux_image_holds_all_libraries_and_modules_in_order(
     program: Path, linux_kernel: LinuxKernel
 ) -> None:
-    tree = compose.linux_tree(Definition(program), linux_kernel)
-    assert {"/init", "/bin/busybox", "/main", "/usr/lib/libown.so.1", "/usr/lib/libc.so.6"} <= set(
-        tree
-    )
-    assert elf.read(program).interpreter in tree
-    assert tree["/etc/modules"] == b"virtio\nvirtio_pci\nfailover\nnet_failover\nvirtio_net\n"
-    assert "/lib/modules/unrelated.ko" not in tree
-    first = compose.compose_linux(Definition(program), linux_kernel)
-    assert first == compose.compose_linux(Definition(program), linux_kernel)
+    root = compose.root_of(Definition(program))
+    image = compose.compose_linux(root, linux_kernel)
+    tree = cpio.unpack(image.path.read_bytes())
+    libraries = {"/usr/lib/libown.so.1", "/usr/lib/libc.so.6", elf.read(program).interpreter}
+    assert {"/.guest/init", "/bin/busybox", "/usr/bin/main", *libraries} <= tree.keys()
+    modules = b"virtio\nvirtio_pci\nfailover\nnet_failover\nvirtio_net\n"
+    assert tree["/.guest/modules/list"] == modules
+    assert "/.guest/modules/unrelated.ko" not in tree
+    assert image == compose.compose_linux(root, linux_kernel)
 
 
 def test_compressed_modules_are_unpacked(program: Path, linux_kernel: LinuxKernel) -> None:
-    plain = compose.compose_linux(Definition(program), linux_kernel)
+    root = compose.root_of(Definition(program))
+    plain = compose.compose_linux(root, linux_kernel)
     for module in linux_kernel.modules.glob("*.ko"):
         (module.parent / f"{module.name}.xz").write_bytes(lzma.compress(module.read_bytes()))
         module.unlink()
-    assert compose.compose_linux(Definition(program), linux_kernel) == plain
+    assert compose.compose_linux(root, linux_kernel) == plain
 
 
 def test_initramfs_is_read_alike_by_us_and_by_cpio() -> None:
@@ -185,6 +199,36 @@ def test_initramfs_is_read_alike_by_us_and_by_cpio() -> None:
     assert listed.index("dev") < listed.index("dev/console")
 
 
+def test_a_linux_image_keeps_what_a_root_file_system_has(
+    linux_kernel: LinuxKernel, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    (root / "usr/bin").mkdir(parents=True)
+    (root / "bin").symlink_to("usr/bin")
+    (root / "usr/bin/prog").write_bytes(b"prog")
+    (root / "usr/bin/prog").chmod(0o4711)
+    os.chown(root / "usr/bin/prog", 12, 34, follow_symlinks=False)
+    (root / "usr/bin/prog").chmod(0o4711)
+    os.mknod(root / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    process = Process(("prog",), ("it's",), ("A=x y\nz",), "/data", 12, 34, (56,))
+    image = compose.compose_linux(Root(root, process), linux_kernel)
+    tree = cpio.unpack(image.path.read_bytes())
+    assert {"/bin", "/usr/bin/prog", "/null", "/etc/hosts", "/.guest/as"} <= {*image.files}
+    assert (tree["/bin"], tree["/usr/bin/prog"]) == (Symlink("usr/bin"), b"prog")
+    script = tree["/.guest/program"]
+    assert isinstance(script, bytes)
+    *_, words = script.decode().split("\n", 1)[1].partition("exec ")
+    assert shlex.split(words) == [
+        *("/.guest/busybox", "env", "-i", "A=x y\nz"),
+        *("/.guest/as", "12", "34,56", "/data", "prog", "it's", "$@"),
+    ]
+    listed = subprocess.run(
+        ["busybox", "cpio", "-tv"], input=cpio.pack_folder(root), capture_output=True, check=True
+    ).stdout.decode()
+    assert re.search(r"^-rws--x--x +12/34 +4 1970-\S+ \S+ usr/bin/prog$", listed, re.MULTILINE)
+    assert re.search(r"^crw-r--r-- .* null$", listed, re.MULTILINE)
+
+
 @pytest.mark.parametrize("cut", [0, 100, 600])
 def test_damaged_initramfs_is_refused(cut: int) -> None:
     archive = cpio.pack({"/init": b"x" * 1000})
@@ -203,7 +247,8 @@ def test_inspect_tells_what_is_in_an_image(
     assert data["localhost"] == [str(alias(family)) for family in Family]
     assert data["files"]["/main"]["size_bytes"] == program.stat().st_size
     assert data["files"]["/tmp"] == {"type": "directory"}
-    other = compose.inspect(compose.compose_linux(Definition(program), linux_kernel).path)
+    root = compose.root_of(Definition(program))
+    other = compose.inspect(compose.compose_linux(root, linux_kernel).path)
     assert other["format"] == "cpio"
     assert other["localhost"] == data["localhost"]
     with pytest.raises(Error, match="no MBR"):
@@ -216,7 +261,7 @@ def test_definition_brings_arguments_and_files(program: Path, tmp_path: Path) ->
         'program = "main"\narguments = ["--port", "80"]\n[files]\n"/etc/app.conf" = "own.toml"\n'
     )
     loaded = compose.load(definition)
-    assert loaded.command == ("/main", "--port", "80")
+    assert loaded.process.command == ("/main", "--port", "80")
     assert compose.osv_tree(loaded)["/etc/app.conf"] == definition.read_bytes()
 
 
@@ -302,16 +347,23 @@ def test_osv_is_told_addresses_of_the_families_that_it_speaks(
 
 
 def test_osv_words_are_quoted_and_variables_refused(machine: Vm) -> None:
-    line = osv.boot_line(machine, frozenset(Family), ["/a", 'b "c"', "d;e", "\\"])
+    line = osv.boot_line(machine, frozenset(Family), Process(("/a",), ('b "c"', "d;e", "\\")))
     assert line.endswith('"/a" "b \\"c\\"" "d;e" "\\\\"')
     for word in ("$HOME", "a\nb"):
-        with pytest.raises(Error, match="OSv cannot be given"):
-            osv.boot_line(machine, frozenset(Family), [word])
+        for process in (Process((word,)), Process(env=(f"A={word}",)), Process(working_dir=word)):
+            with pytest.raises(Error, match="OSv cannot be given"):
+                osv.boot_line(machine, frozenset(Family), process)
+
+
+def test_osv_is_told_variables_and_the_folder(machine: Vm) -> None:
+    process = Process(("/a",), ("b",), ("A=1 \\2", "B="), "/data")
+    line = osv.boot_line(machine, frozenset(Family), process)
+    assert line.endswith(r' --env=A=1\ \\2 --env=B= --cwd=/data "/a" "b"')
 
 
 def test_linux_is_told_addresses_and_words(machine: Vm) -> None:
     assert linux.boot_line(machine, ["/a", "b c"]) == (
-        f"console={architecture.native().console} quiet panic=-1 "
+        f"console={architecture.native().console} quiet panic=-1 rdinit=/.guest/init "
         '"guest_addresses=169.254.78.1/20 fd77::78:1/64" '
         '"guest_gateways=169.254.77.3 fd77::3" -- "/a" "b c"'
     )

@@ -27,7 +27,7 @@ from testbed.model.manifest import (
 from testbed.model.terms import Runtime, Transport
 from testbed.pods import kubernetes
 from testbed.pods.kubernetes.images import of_user
-from testbed.runtimes.vm.guest import definition, vcpus
+from testbed.runtimes.vm.guest import vcpus
 
 
 def read(tmp_path: Path, text: str) -> list[Spec]:
@@ -148,7 +148,7 @@ def test_a_guest_has_cpus_as_its_limit_says(
 def test_half_a_cpu_is_refused_to_a_guest() -> None:
     workload = Workload("a", Runtime.LINUX, program=Program("host:sleep", cpus=0.5))
     with pytest.raises(Error, match=r"guest 'a' cannot have 0\.5 CPUs; .*limits\.cpu"):
-        definition(workload)
+        vcpus(workload)
 
 
 def test_what_matters_to_clusters_alone_is_a_warning(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,10 @@ from testbed.images.compose import Definition
 from testbed.model.errors import Error
 
 CALLS = {
+    "__libc_start_main",
+    "_Exit",
+    "_exit",
+    "exit",
     "accept",
     "accept4",
     "bind",
@@ -129,21 +134,30 @@ def test_the_agents_own_image_proves_the_hosts_patch_and_not_the_shim() -> None:
     assert f"/usr/lib/{shim.SONAME}" not in compose.osv_tree(definition)
 
 
-def test_go_program_is_refused_with_the_shim_and_taken_without(tmp_path: Path) -> None:
-    note = r""" __asm__(".section .note.go.buildid,\"a\",@note\n.balign 4\n"
-        ".long 4,4,4\n.asciz \"Go\\0\"\n.ascii \"abcd\"\n.text");
-        int main(void) { return 0; }"""
-    program = compiled(tmp_path, note)
-    assert elf.read(program).is_go
-    with pytest.raises(Error, match="is a Go program.*shim = false"):
-        compose.osv_tree(Definition(program))
-    compose.osv_tree(Definition(program, shim=False))
+GO = r""" __asm__(".section .note.go.buildid,\"a\",@note\n.balign 4\n"
+    ".long 4,4,4\n.asciz \"Go\\0\"\n.ascii \"abcd\"\n.text");
+    int main(void) { return 0; }"""
 
 
-def test_static_program_is_refused(tmp_path: Path) -> None:
-    program = compiled(tmp_path, "int main(void) { return 0; }", "-static")
-    with pytest.raises(Error, match="statically linked"):
-        compose.osv_tree(Definition(program))
+@pytest.mark.parametrize(
+    ("source", "options", "caveat"),
+    [
+        (GO, (), "crash in OSv: build it with CGO_ENABLED=0"),
+        (GO, ("-static",), "the shim does not reach a static program"),
+        ("int main(void) { return 0; }", ("-static",), "does not reach a static program"),
+        ("int main(void) { return 0; }", ("-static-pie",), "does not reach a static program"),
+        ("int main(void) { return 0; }", ("-no-pie",), ""),
+    ],
+)
+def test_a_program_that_the_shim_does_not_reach_is_taken_as_it_is(
+    tmp_path: Path, source: str, options: Sequence[str], caveat: str
+) -> None:
+    program = compiled(tmp_path, source, *options)
+    tree = compose.osv_tree(Definition(program))
+    assert (f"/usr/lib/{shim.SONAME}" in tree) is not bool(caveat)
+    assert (tree["/program"] == program.read_bytes()) is bool(caveat)
+    told = shim.caveat(elf.read(program))
+    assert caveat in told if caveat else not told
 
 
 @pytest.mark.parametrize("name", ["redis", "nginx", "iperf3", "curl"])

@@ -99,7 +99,7 @@ def located(image: str, folder: Path) -> str:
     A word without `/` and `.` is not a path.
     """
     kind, colon, rest = image.partition(":")
-    if colon and kind in ("oci", "oci-archive"):
+    if colon and kind in rootfs.LOCATED:
         return f"{kind}:{folder.absolute() / rest}"
     path = folder.absolute() / image
     return str(path) if re.search(r"[/.]", image) and path.exists() else image

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
 
-from testbed import paths
 from testbed.host import process
 from testbed.images import compose, rootfs
 from testbed.images.compose import Definition, Image
 from testbed.images.kernels import LinuxKernel, OsvKernel
 from testbed.model.addresses import guest_mac
 from testbed.model.errors import Error
-from testbed.model.manifest import Workload
+from testbed.model.manifest import Program, Workload
 from testbed.model.terms import Family, Runtime
 from testbed.runtimes.interface import (
     Description,
     Options,
     Placement,
     Prepared,
-    command_line,
-    refuse_isolation,
 )
 from testbed.runtimes.vm import accelerator, qemu
 from testbed.runtimes.vm.qemu import Vm
@@ -48,33 +45,29 @@ def queues(runtime: Prepared, workload: Workload) -> int:
     return vcpus(workload) if runtime.multiqueue else 1
 
 
-def definition(workload: Workload) -> Definition:
-    """Image definition of a guest's program.
+def definition(workload: Workload) -> Definition | None:
+    """Image definition of a guest's program. None if its image is none of these.
 
-    The manifest names a definition of osv/ or its path, or `host:PROGRAM`. Raises `Error` if there
-    is none, or the program asks for something that guests cannot be given.
+    The manifest names a definition of osv/ or its path, or `host:PROGRAM`.
     """
     program = workload.program
     assert program is not None
-    vcpus(workload)
-    refuse_isolation(workload)
-    if program.env or program.working_dir:
-        raise Error(
-            f"guest {workload.name!r} cannot be given env or workingDir", hint="pass it in args"
-        )
     if program.image.startswith(rootfs.HOST):
         found = rootfs.programs(program.image)
         if len(found) != 1:
             raise Error(f"guest {workload.name!r} has {len(found)} programs", hint="give it one")
         return Definition(program=found[0])
-    named = program.image.endswith(".toml")
-    return compose.load(Path(program.image) if named else paths.OSV / f"{program.image}.toml")
+    return compose.named(program.image)
 
 
 def memory_mib(workload: Workload) -> int:
     """Memory of a guest: its limit, or enough for thousands of connections."""
     limit = workload.program.memory_bytes if workload.program else None
     return (limit or 256 << 20) >> 20
+
+
+LAST_WORDS_BYTES = 4096
+"""Length of the end of a console in which the guest's exit status is looked for."""
 
 
 class VirtualMachines(ABC):
@@ -96,8 +89,8 @@ class VirtualMachines(ABC):
     ) -> None:
         """`version` and `offloads` are text for the description of the runtime."""
         self._options = options
-        self._composed: dict[Definition, Image] = {}
-        self.image = self._compose(compose.load(compose.AGENT), hosts_patch=options.hosts_patch)
+        self._images: dict[tuple[Program | None, bool], Image] = {}
+        agent = self._image(Workload("", runtime))
         self.accelerator = accelerator.accelerator(kernel.path).name
         self.vhost = self.accelerator == "kvm" and accelerator.vhost_net()
         self.description = Description(
@@ -105,11 +98,12 @@ class VirtualMachines(ABC):
             kernel=version,
             accelerator=self.accelerator,
             vhost=self.vhost,
-            digests={"kernel": kernel.sha256, "image": self.image.sha256},
+            digests={"kernel": kernel.sha256, "image": agent.sha256},
             offloads=offloads,
         )
 
     def compose(self, workload: Workload) -> None:
+        vcpus(workload)
         self._image(workload)
 
     def start(self, place: Placement) -> subprocess.Popen[bytes]:
@@ -128,13 +122,10 @@ class VirtualMachines(ABC):
             vcpus=vcpus(workload),
             queues=place.queues,
         )
-        image, arguments = self.image, ["--control-port", str(workload.control_port)]
-        if workload.program:
-            image, arguments = self._image(workload), []
-        elif not place.loopback:
-            image = self._compose(compose.load(compose.AGENT), hosts_patch=False)
+        port = ["--control-port", str(workload.control_port)]
+        image = self._image(workload, loopback=place.loopback)
         return process.spawn(
-            self._command(vm, image, arguments),
+            self._command(vm, image, [] if workload.program else port),
             cgroup=place.cgroup,
             netns=place.netns,
             cpus=workload.cpus,
@@ -144,22 +135,31 @@ class VirtualMachines(ABC):
     def runs(self, place: Placement) -> bool:
         return True
 
-    def _image(self, workload: Workload) -> Image:
-        """Image of the workload's program, with the command line that the manifest gives."""
-        wanted = definition(workload)
-        if wanted not in self._composed:
-            self._composed[wanted] = self._compose(
-                wanted, hosts_patch=self._options.hosts_patch, etc=self._options.etc
-            )
-        image = self._composed[wanted]
-        return replace(image, command=command_line(workload, image.command))
+    def exit_status(self, place: Placement, code: int) -> int:
+        """What the console tells, if the machine ended as it should (`code` is 0)."""
+        with place.console.open("rb") as console:
+            console.seek(max(0, console.seek(0, os.SEEK_END) - LAST_WORDS_BYTES))
+            last = console.read().decode(errors="replace")
+        return code or self._status(last)
+
+    def _image(self, workload: Workload, *, loopback: bool = True) -> Image:
+        """Image of the workload's program, or of the agent, which may lack the hosts patch."""
+        patched = self._options.hosts_patch and (loopback or workload.program is not None)
+        key = (workload.program, patched)
+        if key not in self._images:
+            etc = self._options.etc if workload.program else {}
+            self._images[key] = self._compose(workload, hosts_patch=patched, etc=etc)
+        return self._images[key]
 
     @abstractmethod
-    def _compose(
-        self, definition: Definition, *, hosts_patch: bool, etc: Mapping[str, bytes] = {}
-    ) -> Image:
-        """Compose an image for this kernel."""
+    def _compose(self, workload: Workload, *, hosts_patch: bool, etc: Mapping[str, bytes]) -> Image:
+        """Compose an image of the workload's program, or of the agent, for this kernel."""
 
     @abstractmethod
     def _command(self, vm: Vm, image: Image, arguments: Sequence[str]) -> list[str]:
         """QEMU's command line (argv). `arguments` follow those of the image."""
+
+    def _status(self, console: str) -> int:
+        """Exit status of the program of a guest that has ended, from its console's last lines."""
+        told = re.findall(r"^guest ends: status (\d+)\r?$", console, re.MULTILINE)
+        return int(told[-1]) if told else 0

@@ -1,0 +1,245 @@
+"""Guests in virtual machines: they run OCI images, and end with the status of their program."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from testbed.images import kernels, rootfs
+from testbed.model.addresses import loopback
+from testbed.model.terms import Family
+from testbed.pods import control
+
+from . import oci
+from .commands import run, workload
+from .sockets import wait_until
+
+pytestmark = pytest.mark.root
+
+Write = Callable[..., Path]
+
+SERVER = r"""
+#include <netinet/in.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+int own(void);
+
+int main(int argc, char **argv)
+{
+    struct sockaddr_in name = { .sin_family = AF_INET, .sin_port = htons(atoi(argv[argc - 1])) };
+    int listener = socket(AF_INET, SOCK_STREAM, 0), n = own();
+
+    if (bind(listener, (struct sockaddr *)&name, sizeof(name)) || listen(listener, 9))
+        return 1;
+    for (;;) {
+        int fd = accept(listener, NULL, NULL);
+
+        dprintf(fd, "%d %s %s %s %d:%d\n", n, getenv("WHO"), getenv("WHERE"), getcwd(NULL, 0),
+                getuid(), getgid());
+        close(fd);
+    }
+}
+"""
+ENDS = r"""
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+int main(int argc, char **argv)
+{
+    if (!strcmp(argv[1], "exit"))
+        exit(3);
+    if (!strcmp(argv[1], "quick"))
+        _exit(4);
+    if (!strcmp(argv[1], "abort"))
+        abort();
+    if (!strcmp(argv[1], "crash"))
+        *(volatile int *)NULL = 0;
+    return atoi(argv[1]);
+}
+"""
+
+NAMES_C = r"""
+#include <netdb.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <netinet/in.h>
+#include <unistd.h>
+
+int main(int argc, char **argv)
+{
+    struct addrinfo *list, wanted = { .ai_family = AF_INET, .ai_socktype = SOCK_STREAM };
+    struct sockaddr_in name = { .sin_family = AF_INET, .sin_port = htons(atoi(argv[2])) };
+    int listener = socket(AF_INET, SOCK_STREAM, 0), client = socket(AF_INET, SOCK_STREAM, 0);
+    char got[9] = "";
+
+    if (bind(listener, (struct sockaddr *)&name, sizeof(name)) || listen(listener, 9) ||
+        getaddrinfo("localhost", argv[1], &wanted, &list) ||
+        connect(client, list->ai_addr, list->ai_addrlen) || read(client, got, 8) < 0)
+        return 1;
+    for (;;) {
+        int fd = accept(listener, NULL, NULL);
+
+        dprintf(fd, "got %s\n", got);
+        close(fd);
+    }
+}
+"""
+NAMES_GO = r"""
+package main
+
+import ("fmt"; "io"; "net"; "os")
+
+func main() {
+    listener, _ := net.Listen("tcp4", ":" + os.Args[2])
+    client, err := net.Dial("tcp", "localhost:" + os.Args[1])
+    if err != nil { os.Exit(1) }
+    got, _ := io.ReadAll(client)
+    for {
+        connection, _ := listener.Accept()
+        fmt.Fprintf(connection, "got %s\n", got)
+        connection.Close()
+    }
+}
+"""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A runtime of virtual machines."""
+
+    runtime: str
+    has_users: bool
+
+
+@pytest.fixture(params=["linux", "ipv6", "master"])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kind:
+    """Linux, or OSv with a kernel of a flavor."""
+    if request.param == "linux":
+        return Kind("linux", has_users=True)
+    kernel = kernels.find_osv(flavor=request.param, download=False)
+    if kernel is None or kernel.flavor != request.param:
+        pytest.skip(f"no OSv kernel of flavor {request.param} in the cache")
+    monkeypatch.setenv("TESTBED_OSV_KERNEL", str(kernel.path))
+    return Kind("osv", has_users=False)
+
+
+def compiled(source: str, program: Path, *options: str | Path) -> Path:
+    command = ["cc", "-xc", "-", "-xnone", "-o", program, *options]
+    subprocess.run(command, input=source, text=True, check=True)
+    return program
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> str:
+    """An image with folders as Debian has them, that runs a server in /data as another user."""
+    shared = ("-shared", "-fPIC", "-Wl,-soname,libown.so")
+    library = compiled("int own(void) { return 7; }", tmp_path / "libown.so", *shared)
+    found = f"-Wl,-rpath,{tmp_path}"
+    program = compiled(SERVER, tmp_path / "server", "-pie", "-fPIE", library, found)
+    root = tmp_path / "root"
+    shutil.copytree(rootfs.of_program(program, {}, ()).path, root, symlinks=True)
+    shutil.rmtree(root / "bin")
+    (root / "bin").symlink_to("usr/bin")
+    folder = root / f"usr/lib/{platform.machine()}-linux-gnu"
+    folder.mkdir()
+    (root / "usr/lib/libown.so").rename(folder / "libown.so")
+    (root / "data").mkdir()
+    (root / "init").write_text("not for guests\n")
+    return oci.image(
+        tmp_path / "layout",
+        root,
+        *("entrypoint=server", "cmd=8080", "env=WHO=Ada", "env=WHERE=image"),
+        *("workingdir=/data", "user=7:8"),
+    )
+
+
+def test_an_oci_image_is_a_guest_of_the_pod(
+    manifest: Write, name: str, image: str, kind: Kind
+) -> None:
+    file = manifest(
+        f"""
+        - {{name: plain, image: '{image}', ports: [{{containerPort: 8080}}]}}
+        - name: changed
+          image: '{image}'
+          args: [one, two, '8082']
+          env: [{{name: WHERE, value: "the man'ifest"}}]
+          workingDir: /tmp
+          ports: [{{containerPort: 8082}}]
+          {"securityContext: {runAsUser: 9}" if kind.has_users else ""}
+        - {{name: client, image: 'host:', command: [sleep, '999']}}
+        """,
+        runtime=kind.runtime,
+    )
+    client = "  annotations: {testbed/runtime.client: container}\nspec:"
+    file.write_text(file.read_text().replace("spec:", client, 1))
+    run("up", file)
+    users = ("7:8", "9:0") if kind.has_users else ("0:0", "0:0")
+    for port, told in (
+        (8080, f"7 Ada image /data {users[0]}"),
+        (8082, f"7 Ada the man'ifest /tmp {users[1]}"),
+    ):
+        ask = ("nc", "-w", "5", str(loopback(Family.IPV4)), str(port))
+        assert run("exec", name, "-c", "client", "--", *ask).stdout == f"{told}\n"
+
+
+def test_a_guest_ends_with_the_status_of_its_program(
+    manifest: Write, name: str, kind: Kind, tmp_path: Path
+) -> None:
+    program = compiled(ENDS, tmp_path / "ends", "-pie", "-fPIE")
+    statuses = {"0": 0, "5": 5, "exit": 3, "quick": 4, "abort": 134, "crash": 139}
+    containers = "\n".join(
+        f"- {{name: of-{word}, image: 'host:{program}', args: ['{word}']}}" for word in statuses
+    )
+    run("up", manifest(containers, "restartPolicy: OnFailure", runtime=kind.runtime))
+    for word, status in statuses.items():
+        wait_until(partial(ended, name, f"of-{word}"), f"{word} ends", 90)
+        assert workload(name, f"of-{word}")["exit_status"] == status
+    wait_until(lambda: workload(name, "of-5")["restarts"], "it is started again", 60)
+    assert workload(name, "of-0")["state"] == "completed"
+    assert "of-5: ended with status 5" in " ".join(control.describe(name)["events"])
+
+
+def static_programs(folder: Path) -> Iterator[Path]:
+    """Programs that call no libc by a library: of C, and of Go if its compiler is here."""
+    yield compiled(NAMES_C, folder / "c-static", "-static")
+    yield compiled(NAMES_C, folder / "c-static-pie", "-static-pie")
+    if go := shutil.which("go"):
+        (folder / "go.go").write_text(NAMES_GO)
+        env = {**os.environ, "HOME": str(folder), "CGO_ENABLED": "0"}
+        subprocess.run([go, "build", "-o", folder / "go", folder / "go.go"], env=env, check=True)
+        yield folder / "go"
+
+
+def test_a_static_program_dials_localhost_by_name_and_is_dialed(
+    manifest: Write, name: str, kind: Kind, tmp_path: Path
+) -> None:
+    programs = dict(enumerate(static_programs(tmp_path), 8001))
+    serves = "nc -ll -p 8000 -e echo -n native"
+    containers = [f"- {{name: client, image: 'host:', command: [sh, -c, '{serves}']}}"] + [
+        f"- {{name: {program.name}, image: 'host:{program}', args: ['8000', '{port}'],"
+        f" ports: [{{containerPort: {port}}}]}}"
+        for port, program in programs.items()
+    ]
+    file = manifest("\n".join(containers), runtime=kind.runtime)
+    client = "  annotations: {testbed/runtime.client: container}\nspec:"
+    file.write_text(file.read_text().replace("spec:", client, 1))
+    told = run("up", file).stderr
+    for port, program in programs.items():
+        ask = ("nc", "-w", "5", str(loopback(Family.IPV4)), str(port))
+        assert run("exec", name, "-c", "client", "--", *ask).stdout == "got native\n"
+        assert (f"{program.name}: the shim does not reach" in told) is (kind.runtime == "osv")
+
+
+def ended(pod: str, guest: str) -> bool:
+    return workload(pod, guest)["exit_status"] is not None
