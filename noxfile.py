@@ -85,7 +85,8 @@ def paper(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Test all but speed; without root, only what needs none (-- arguments for pytest)."""
     groups(session, "tests", "tex")
-    run(session, "pytest", "-m", "not bench", "-n2", "--dist=loadfile", *session.posargs)
+    several = ("-n3", "--dist=loadfile", "--no-loadscope-reorder")
+    run(session, "pytest", "-m", "not bench", *several, *session.posargs)
 
 
 @nox.session

@@ -22,13 +22,12 @@ from typing import Any
 
 import pytest
 from pyroute2.nftables.main import NFTables
-from xdist.scheduler import LoadFileScheduling
 
 from testbed.host import architecture
 from testbed.host.facts import slowness
 from testbed.host.ledger import ROOT
 
-pytest_plugins = ["tests.bench.gate", "tests.limits", "tests.skips"]
+pytest_plugins = ["tests.bench.gate", "tests.limits", "tests.processes", "tests.skips"]
 
 KERNEL_PATIENCE_S = 10 * slowness()
 """Time for the kernel to free namespaces and programs after the call that removed them."""
@@ -45,17 +44,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--soak-seed", type=int, help="to have the same operations again")
 
 
-class Scheduling(LoadFileScheduling):  # type: ignore[misc]
-    """Distributes tests over processes by file, with all tests that clean the host in one process.
-
-    Otherwise `testbed clean` in one test could remove what a test in another process left.
-    """
-
-    def _split_scope(self, nodeid: str) -> str:
-        folder = Path(nodeid.partition("::")[0]).parent.name
-        return "host" if folder in ("integration", "bpf") else super()._split_scope(nodeid)
-
-
 def pytest_configure() -> None:
     """Restore SIGINT: a shell script that starts the tests in its background has them ignore it.
 
@@ -66,10 +54,6 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
-    return Scheduling(config, log)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if os.geteuid() != 0:
         for item in items:
@@ -78,27 +62,44 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 BEFORE = pytest.StashKey[AbstractSet[object]]()
+LEFT = pytest.StashKey[list[str]]()
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    if not hasattr(session.config, "workerinput"):  # with xdist, only the controller checks
-        session.config.stash[BEFORE] = snapshot()
+    session.config.stash[BEFORE] = snapshot()
+    session.config.stash[LEFT] = []
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A process that ran tests has ended (pytest-xdist)."""
+    node.config.stash[LEFT] += getattr(node, "workeroutput", {}).get("left", [])
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if BEFORE not in session.config.stash:
+    config = session.config
+    if BEFORE not in config.stash:
         return
     for name in ("last_value", "last_traceback", "last_exc"):  # their frames hold programs
         vars(sys).pop(name, None)
+    shared = ("bpf ", "cgroup ") if hasattr(config, "workerinput") else ()
+    """Kinds of things that other processes' tests have, too: looked for at the end of them all."""
+
+    def left() -> list[str]:
+        found = snapshot() - config.stash[BEFORE] - others()
+        return sorted(thing for thing in found if not thing.startswith(shared))
+
     deadline = time.monotonic() + KERNEL_PATIENCE_S
-    while left := snapshot() - session.config.stash[BEFORE] - others():
-        if time.monotonic() > deadline:
-            print("\nleft behind:", *sorted(left), sep="\n  ")
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
-            break
+    while left() and time.monotonic() < deadline:
         gc.collect()  # an eBPF program stays loaded as long as a Python object holds it
         time.sleep(0.1)
+    config.stash[LEFT] += left()
+    if hasattr(config, "workerinput"):
+        config.workeroutput["left"] = config.stash[LEFT]  # type: ignore[attr-defined]
+    elif config.stash[LEFT]:
+        print("\nleft behind:", *config.stash[LEFT], sep="\n  ")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def snapshot() -> set[str]:
@@ -116,31 +117,41 @@ def snapshot() -> set[str]:
 
 
 def others() -> set[str]:
-    """Things of other running testbeds: by the id in their names; pins and eBPF objects have none.
+    """Things of other running testbeds, by the id in their names. Pins and programs have none.
 
-    Ledgers of hosts that tests make are not visible here, but their eBPF programs are.
+    Ledgers of hosts that tests make are not visible here, but their programs are. Nor are those of
+    another run of tests, but its cgroups and programs are.
     """
     ours = {os.getpid(), *(pid for pid, _ in children())}
     locks = Path("/proc/locks").read_text().replace("-> ", "").splitlines()  # "->": waiting
     fields = [line.split() for line in locks]
     foreign = {inode.rpartition(":")[2] for *_, pid, inode, _, _ in fields if int(pid) not in ours}
     ids = {p.stem for p in ROOT.glob("*.ledger") if str(p.stat().st_ino) in foreign}
-    working = bool(ids) or any(
-        is_worker(p) for p in Path("/proc").glob("[0-9]*") if int(p.name) not in ours
-    )
+    processes = [p for p in Path("/proc").glob("[0-9]*") if int(p.name) not in ours]
+    hidden: tuple[str, ...] = ()
+    if ids or any("testbed.campaigns.worker" in words(p / "cmdline") for p in processes):
+        hidden = ("pin ", "bpf ")
+    if any(is_of_another_run(p) for p in processes):
+        hidden = ("pin ", "bpf ", "cgroup ")
     return {
-        thing
-        for thing in snapshot()
-        if any(id in thing for id in ids) or (working and thing.startswith(("pin ", "bpf ")))
+        thing for thing in snapshot() if any(id in thing for id in ids) or thing.startswith(hidden)
     }
 
 
-def is_worker(process: Path) -> bool:
-    """Whether a process is a campaign's worker."""
+def is_of_another_run(process: Path) -> bool:
+    """Whether a process belongs to another run of tests."""
+    from tests.processes import RUN  # a plugin that is imported here first is not rewritten
+
+    runs = {word for word in words(process / "environ") if word.startswith(f"{RUN}=")}
+    return bool(runs - {f"{RUN}={os.environ[RUN]}"})
+
+
+def words(file: Path) -> list[str]:
+    """Command line or environment of a process; empty if it just ended."""
     try:
-        return b"testbed.campaigns.worker" in (process / "cmdline").read_bytes().split(b"\0")
+        return file.read_text(errors="replace").split("\0")
     except OSError:
-        return False  # it just ended
+        return []
 
 
 def mounts(kind: str) -> list[Path]:

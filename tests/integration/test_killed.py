@@ -151,6 +151,7 @@ def strays() -> set[str]:
     return found
 
 
+@pytest.mark.alone
 def test_after_a_kill_at_any_moment_clean_leaves_nothing(
     tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:

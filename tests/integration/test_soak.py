@@ -153,6 +153,7 @@ def names(pytestconfig: pytest.Config) -> Iterator[list[str]]:
         control.down(name)
 
 
+@pytest.mark.alone
 def test_pods_stand_whatever_happens_and_leave_nothing(
     names: list[str], tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
