@@ -1,8 +1,8 @@
 """A pod's network namespace that somebody else made, for guests to join (in CRI: a pod sandbox).
 
-Its maker runs the natives in it, and has given it links. They are left alone; sysctls that
-`network.gateway` changes are written back in the end. If something in it does not go together with
-the datapath, the pod is refused before anything is made.
+Its maker runs the natives in it, and has given it links. They are left alone; sysctls that are
+changed, here and in `network.gateway`, are written back in the end. If something in it does not go
+together with the datapath, the pod is refused before anything is made.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pyroute2 import IPRoute
 from testbed import bpf
 from testbed.datapaths.ebpf.loopback_side import LO_IFINDEX
 from testbed.datapaths.interface import Datapath, Layout
-from testbed.host import facts, namespaces, netlink
+from testbed.host import namespaces, netlink
 from testbed.host.ledger import Scope
 from testbed.model import addresses
 from testbed.model.addresses import Address
@@ -73,13 +73,16 @@ class Sandbox:
     def join(self, owner: Scope, name: str, links: Collection[str]) -> IPRoute:
         """Give the namespace a name of ours, and return an rtnetlink socket in it.
 
-        `links` are the names of links that will be made in it. Raises `Error` if something in the
-        namespace conflicts.
+        `links` are the names of links that will be made in it. IPv6 is switched on at `lo`: pods of
+        clusters without IPv6 may lack it. Raises `Error` if something in the namespace conflicts.
         """
         ip = namespaces.hold(owner, name, self.netns)
         if not owner.continues and (obstacle := next(self._obstacles(ip, name, links), None)):
             ip.close()
             raise Error(f"{self.netns}: {obstacle[0]}", hint=obstacle[1])
+        if namespaces.sysctls(name, IPV6_OFF).get(IPV6_OFF) == "1":
+            owner.defer(turn_ipv6_off, netns=name)
+            namespaces.set_sysctls(name, {IPV6_OFF: 0})
         for ifname in links:
             owner.defer(netlink.remove_link, netns=name, ifname=ifname)
         return ip
@@ -103,8 +106,6 @@ class Sandbox:
         enter, other = f"nsenter --net={self.netns}", "guests may be attached to it already"
         if ip.get_links(1)[0]["state"] != "up":
             yield "lo is down", f"{enter} ip link set lo up"
-        if Family.IPV6 in facts.families() and namespaces.sysctls(name, IPV6_OFF)[IPV6_OFF] != "0":
-            yield "IPv6 is disabled on lo", f"{enter} sysctl -w {IPV6_OFF}=0"
         for address in ip.get_addr():
             found = ip_interface(f"{address.get('address')}/{address['prefixlen']}")
             if any(found in our for our in OURS):
@@ -123,3 +124,9 @@ class Sandbox:
                 "there are programs on lo",
                 "have whoever attached them detach them (bpftool net)",
             )
+
+
+def turn_ipv6_off(netns: str) -> None:
+    """Switch IPv6 off at `lo`, as it was before guests joined, if the namespace still exists."""
+    if (namespaces.NETNS / netns).exists():
+        namespaces.set_sysctls(netns, {IPV6_OFF: 1})
