@@ -12,6 +12,7 @@ import hashlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -92,7 +93,7 @@ class Run:
 def prepare(options: Options) -> Wasm:
     """Find wasmtime. Raises `Error` without it."""
     try:
-        return Wasm(metadata.version("wasmtime"))
+        return Wasm(metadata.version("wasmtime"), options.say)
     except metadata.PackageNotFoundError as e:
         raise Error("no wasmtime, to run components", hint="./bootstrap") from e
 
@@ -105,8 +106,8 @@ class Wasm:
     kernel_has_sockets = True
     ready_limit_s = 10.0
 
-    def __init__(self, version: str) -> None:
-        self.version = version
+    def __init__(self, version: str, say: Callable[[str], None]) -> None:
+        self.version, self._say = version, say
         self.description = Description(Runtime.WASM, kernel=f"wasmtime {version}")
 
     def dialed(self, family: Family) -> str:
@@ -171,6 +172,7 @@ class Wasm:
         compiled = cache.cache_folder() / "wasm" / f"{digest.hexdigest()}.cwasm"
 
         def make(new: Path) -> None:
+            self._say(f"compiling {source.name}, once")
             component = _of_python(source, files, new.parent) if is_python else source
             new.write_bytes(_machine_code(component))
 

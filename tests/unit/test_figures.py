@@ -207,7 +207,7 @@ def test_panels_of_a_stack_have_no_slot_without_a_bar(wide: Results) -> None:
 def test_groups_whose_bars_are_far_apart_have_scales_of_their_own(wide: Results) -> None:
     panels = drawn("bars", wide)["throughput-tcp"].panels.axes
     titles = [axes.get_title(loc="left") for axes in panels]
-    assert titles == ["IPv4", "another scale", "IPv6", "another scale"]
+    assert titles == ["IPv4", "IPv4, other scale", "IPv6", "IPv6, other scale"]
     tops = [axes.get_ylim()[1] for axes in panels]
     assert tops[0] == tops[2] > 50 * tops[1] == 50 * tops[3]
 

@@ -54,7 +54,7 @@ def bars_figure(rows: Sequence[Summary], results: Results) -> Drawing:
     families = present(Family, (row.cell.family for row in rows))
     parts = _parts(rows)
     groups = [
-        (names(family) if part is parts[0] else "another scale", _of_family(part, family))
+        (names(family) + ("" if part is parts[0] else ", other scale"), _of_family(part, family))
         for family in families
         for part in parts
     ]

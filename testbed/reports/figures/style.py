@@ -24,8 +24,19 @@ from PIL.PngImagePlugin import PngInfo
 from testbed.model.cells import Cell
 from testbed.model.errors import Error
 from testbed.model.looks import Look
+from testbed.model.metrics import Metric
+from testbed.model.terms import Transport
 from testbed.model.trials import Status
-from testbed.reports.words import FUNCTIONAL, Row, absence, blocks_of, guest_of, names, size_of
+from testbed.reports.words import (
+    FUNCTIONAL,
+    Row,
+    absence,
+    blocks_of,
+    guest_of,
+    names,
+    pacing_warning,
+    size_of,
+)
 from testbed.results.analysis import Breakdown, Summary
 from testbed.results.results import Results
 from testbed.results.statistics import Estimate
@@ -195,11 +206,16 @@ def captioned(
     how: str,
 ) -> Drawing:
     """A figure of rows with title, key, and footer; `how` says how to read it."""
+    cell = rows[0].cell
+    footer = [f"{circumstances(results, cell.guest)} {how}", *absences(rows)]
+    if cell.transport is Transport.TCP and cell.metric is not Metric.LATENCY:
+        paced, _, _ = pacing_warning(results.campaign.congestion_control).partition(";")
+        footer += [f"{paced}."] if paced else []
     return Drawing(
         figure,
         title,
         keys,
-        [f"{circumstances(results, rows[0].cell.guest)} {how}", *absences(rows)],
+        footer,
         functional(results, rows),
     )
 
