@@ -1,4 +1,5 @@
 /* Runs a program in a Linux guest as the user and in the folder that its image or manifest says.
+ * The user owns its output, as in a container.
  *
  * usage: as UID GID[,GROUP...] FOLDER COMMAND [ARGUMENT...]
  */
@@ -7,7 +8,6 @@
 #include <errno.h>
 #include <grp.h>
 #include <stdlib.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 enum { MAX_GROUPS = 64, CANNOT_RUN = 126, NOT_FOUND = 127 }; /* as a shell says it */
@@ -16,19 +16,22 @@ int main(int argc, char **argv)
 {
 	gid_t groups[MAX_GROUPS];
 	size_t n = 0;
+	uid_t user;
 
 	if (argc < 5)
 		errx(CANNOT_RUN, "usage: as UID GID[,GROUP...] FOLDER COMMAND [ARGUMENT...]");
-	for (char *next = argv[2]; n < MAX_GROUPS; next++) {
+	user = strtoul(argv[1], NULL, 10);
+	for (char *next = argv[2];; next++) {
+		if (n == MAX_GROUPS)
+			errx(CANNOT_RUN, "more than %d groups", MAX_GROUPS);
 		groups[n++] = strtoul(next, &next, 10);
 		if (*next != ',')
 			break;
 	}
-	if (mkdir(argv[3], 0755) && errno != EEXIST)
-		err(CANNOT_RUN, "%s", argv[3]);
 	if (chdir(argv[3]))
 		err(CANNOT_RUN, "%s", argv[3]);
-	if (setgroups(n, groups) || setgid(groups[0]) || setuid(strtoul(argv[1], NULL, 10)))
+	if (fchown(STDOUT_FILENO, user, groups[0]) || setgroups(n, groups) || setgid(groups[0]) ||
+	    setuid(user))
 		err(CANNOT_RUN, "user %s", argv[1]);
 	execvp(argv[4], argv + 4);
 	err(errno == ENOENT ? NOT_FOUND : CANNOT_RUN, "%s", argv[4]);

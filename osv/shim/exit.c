@@ -27,7 +27,7 @@ static void tell(int status)
 	if (atomic_flag_test_and_set(&told))
 		return;
 	console = open("/dev/console", O_WRONLY);
-	dprintf(console, "guest ends: status %d\n", status & 0xff);
+	dprintf(console, "\nguest ends: status %d\n", status & 0xff);
 	close(console);
 }
 

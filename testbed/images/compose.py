@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import lzma
+import posixpath
 import re
 import shlex
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ class Definition:
 
     @property
     def path(self) -> str:
-        """Path of the program in an OSv guest."""
+        """Path of the program's file in an OSv guest."""
         return f"/{self.program.relative_to(self.root) if self.root else self.program.name}"
 
     @property
@@ -115,6 +116,7 @@ class _File(Table):
     package: str = Field("", description="the name of a Debian package")
     arguments: list[str] = Field([], description="a list of words")
     files: dict[str, str] = Field({}, description="a table: path in the guest = path here")
+    folders: list[str] = Field([], description="a list of patterns of paths, as /usr/lib/python3.*")
     shim: bool = Field(True, description="true or false")
 
 
@@ -129,10 +131,17 @@ def load(path: Path) -> Definition:
             f"no {program}, which {path.name} runs",
             hint=f"apt-get install {package}; all that examples/ need: ./bootstrap --examples",
         )
+    files = {inside: beside / outside for inside, outside in given.files.items()}
+    for folder in given.folders:
+        found = [each for each in Path("/").glob(folder.lstrip("/")) if each.is_dir()]
+        if not found:
+            raise Error(f"{title} {path}: there is no folder {folder}")
+        within = (file for each in found for file in each.rglob("*") if file.is_file())
+        files = {**{str(file): file for file in within}, **files}
     return Definition(
         program=agent.build() if program == "agent" else beside / program,
         arguments=tuple(given.arguments),
-        files={inside: beside / outside for inside, outside in given.files.items()},
+        files=files,
         shim=given.shim,
     )
 
@@ -163,30 +172,44 @@ def root_of(definition: Definition) -> Root:
     return rootfs.of_program(definition.program, definition.files, definition.arguments)
 
 
-def in_root(root: Path, process: Process) -> Definition:
-    """Definition of the program that a process in a root file system runs.
+def in_root(root: Path, process: Process) -> tuple[Definition, Process]:
+    """Definition of the program that a process in a root file system runs, and that process.
 
-    Raises `Error` if the root file system has none.
+    Its command has a path, as OSv looks for none; that may be a link, by which some programs know
+    what they are to do. Raises `Error` if the root file system has no such program.
     """
     command, *arguments = process.command
-    search = dict(each.split("=", 1) for each in process.env).get("PATH", rootfs.PATH)
-    program = rootfs.find(root, command, search)
-    if program is None:
-        raise Error(f"the image has no program {command}", hint="give the workload another command")
-    return Definition(program, tuple(arguments), root=root)
+    folders = dict(each.split("=", 1) for each in process.env).get("PATH", rootfs.PATH).split(":")
+    paths = [posixpath.join(process.working_dir, command)]
+    if "/" not in command:
+        paths = [posixpath.join("/", folder, command) for folder in folders]
+    for path in paths:
+        if (program := rootfs.inside(root, path)).is_file():
+            found = replace(process, entrypoint=(path,), arguments=tuple(arguments))
+            return Definition(program, root=root), found
+    raise Error(f"the image has no program {command}", hint="give the workload another command")
 
 
 def compose_osv(
-    definition: Definition, *, hosts_patch: bool = True, etc: Mapping[str, bytes] = {}
+    definition: Definition,
+    process: Process | None = None,
+    *,
+    hosts_patch: bool = True,
+    etc: Mapping[str, bytes] = {},
 ) -> Image:
     """Compose a disk for OSv: MBR and ROFS with program, libraries, shim, hosts, mount points.
 
-    `etc` are files that a pod gives to all its guests, by path. They override files of the image.
+    `process`: if it is another than that of the definition. `etc` are files that a pod gives to all
+    its guests, by path. They override files of the image.
 
     Raises `Error` if the program cannot run on OSv or a file is missing.
     """
-    tree = {**osv_tree(definition, hosts_patch=hosts_patch), **etc}
-    return _store(rofs.pack(tree), "img", tree, definition.process)
+    ours = {_place(definition.root, path): data for path, data in etc.items()}
+    tree = {**osv_tree(definition, hosts_patch=hosts_patch), **ours}
+    process = process or definition.process
+    if process.working_dir != "/":
+        tree.setdefault(_place(definition.root, process.working_dir), Directory())
+    return _store(rofs.pack(tree), "img", tree, process)
 
 
 def compose_linux(
@@ -201,7 +224,10 @@ def compose_linux(
     Its process is that of `root`, which has to have a command. `etc`: see `compose_osv`. Raises
     `Error` if a file is missing.
     """
-    tree = {**_linux_tree(root.process, kernel, hosts_patch), **etc}
+    tree = {
+        _place(root.path, path): node
+        for path, node in {**_linux_tree(root.process, kernel, hosts_patch), **etc}.items()
+    }
     files = {f"/{path}" for path in rootfs.files(root.path)}
     return _store(
         cpio.pack_folder(root.path) + cpio.pack(tree), "cpio", {*files, *tree}, root.process
@@ -211,24 +237,36 @@ def compose_linux(
 def osv_tree(definition: Definition, *, hosts_patch: bool = True) -> Tree:
     """Files of an OSv image. Libraries go to /usr/lib, since OSv searches only / and /usr/lib."""
     program = elf.read_program(definition.program)
-    if definition.root:
-        tree = _folder_tree(definition.root)
+    root = definition.root
+    if root:
+        tree = _folder_tree(root)
     else:
         tree = {definition.path: _contents(definition.program)}
-        for soname, path in elf.closure(program, OSV_PROVIDES).items():
-            tree[f"/usr/lib/{Path(soname).name}"] = _contents(path)
-    tree["/etc/hosts"] = _contents(hosts_file(patched=hosts_patch))
+        for soname, path in _libraries(definition).items():
+            tree[f"/usr/lib/{soname}"] = _contents(path)
+    tree[_place(root, "/etc/hosts")] = _contents(hosts_file(patched=hosts_patch))
     for inside, outside in definition.files.items():
         if inside in tree:
             raise Error(f"extra file {inside} is in every image already", hint="rename it")
         tree[inside] = _contents(outside)
     if definition.shim and shim.reaches(program):
         tree[definition.path] = shim.bind(program)
-        tree[f"/usr/lib/{shim.SONAME}"] = shim.build().read_bytes()
-    tree["/etc/fstab"] = _OSV_FSTAB
+        tree[_place(root, f"/usr/lib/{shim.SONAME}")] = shim.build().read_bytes()
+    tree[_place(root, "/etc/fstab")] = _OSV_FSTAB
     for mount_point in ("/dev", "/proc", "/sys", "/tmp"):
         tree.setdefault(mount_point, Directory())
     return tree
+
+
+def _place(root: Path | None, path: str) -> str:
+    """Where a file of ours is in an image of a root file system, whose folders may be links."""
+    folder, name = posixpath.split(path)
+    return f"/{(rootfs.inside(root, folder) / name).relative_to(root)}" if root else path
+
+
+def _libraries(definition: Definition) -> dict[str, Path]:
+    """Name → file of the libraries that an OSv image needs."""
+    return rootfs.libraries([definition.program, *definition.files.values()], OSV_PROVIDES)
 
 
 def lacking(definition: Definition, kernel: Path) -> list[str]:
@@ -240,7 +278,7 @@ def lacking(definition: Definition, kernel: Path) -> list[str]:
     program = elf.read_program(definition.program)
     if definition.root or program.interpreter is None:
         return []
-    files = [definition.program, *elf.closure(program, OSV_PROVIDES).values()]
+    files = [definition.program, *_libraries(definition).values()]
     return sorted(elf.imported(files) - elf.exported([*files, kernel]))
 
 
@@ -255,9 +293,12 @@ def _folder_tree(root: Path) -> dict[str, Node]:
             tree[f"/{name}"] = _contents(path)
         elif path.is_dir():
             tree[f"/{name}"] = Directory()
+    searched = rootfs.inside(root, "/usr/lib")
     for folder in (rootfs.inside(root, each) for each in elf.DEFAULT_FOLDERS):
-        for library in sorted((*folder.glob("*.so*"), *folder.glob("*-linux-*/*.so*"))):
-            tree.setdefault(f"/usr/lib/{library.name}", Symlink(f"/{library.relative_to(root)}"))
+        of_debian = (each for each in sorted(folder.glob("*-linux-*")) if not each.is_symlink())
+        for library in (path for each in (folder, *of_debian) for path in each.glob("*.so*")):
+            link = f"/{(searched / library.name).relative_to(root)}"
+            tree.setdefault(link, Symlink(f"/{library.relative_to(root)}"))
     return tree
 
 
@@ -268,17 +309,23 @@ def _linux_tree(process: Process, kernel: kernels.LinuxKernel, hosts_patch: bool
     """
     modules = _modules(kernel, LINUX_MODULES)
     groups = ",".join(map(str, (process.gid, *process.groups)))
+    folder = process.working_dir
     command = [
-        *("/.guest/busybox", "env", "-i", *process.env),
-        *("/.guest/as", str(process.uid), groups, process.working_dir, *process.command),
+        *("/.guest/busybox", "env", "-i", "--", *process.env),
+        *("/.guest/as", str(process.uid), groups, folder, *process.command),
     ]
+    script = f"""\
+#!/.guest/busybox sh
+/.guest/busybox mkdir -p -- {shlex.quote(folder)}
+exec {shlex.join(command)} "$@"
+"""
     return {
         "/etc/hosts": _contents(hosts_file(patched=hosts_patch)),
         "/dev": Directory(),
         "/.guest/init": _contents(_LINUX_FILES / "init"),
         "/.guest/busybox": _contents(rootfs.busybox()),
         "/.guest/as": _contents(compiler.build("as", "as", _LINUX_FILES, _LINUX_FLAGS)),
-        "/.guest/program": f'#!/.guest/busybox sh\nexec {shlex.join(command)} "$@"\n'.encode(),
+        "/.guest/program": script.encode(),
         "/.guest/modules/list": "".join(f"{name}\n" for name in modules).encode(),
         **{f"/.guest/modules/{name}.ko": module for name, module in modules.items()},
     }

@@ -18,6 +18,8 @@ from testbed.model.errors import Error
 MAGIC = b"070701"
 HEADER = struct.Struct("6s" + "8s" * 13)
 END = "TRAILER!!!"
+MAX_BYTES = 2 << 30
+"""Largest root file system in an initramfs."""
 BLOCK = 512
 """Size in bytes of the blocks of which an archive has a whole number."""
 
@@ -49,10 +51,17 @@ def pack(tree: Tree) -> bytes:
 def pack_folder(root: Path) -> bytes:
     """Pack a folder, with owners and permissions, dated 1970. Hard links become files.
 
-    An initramfs may have several archives, one behind the other.
+    An initramfs may have several archives, one behind the other. Raises `Error` if it is too large.
     """
-    archive = Archive()
-    for name in rootfs.files(root):
+    archive, names = Archive(), rootfs.files(root)
+    size = sum((root / name).lstat().st_size for name in names)
+    if size > MAX_BYTES:
+        raise Error(
+            f"the root file system has {size >> 20} MiB, more than the {MAX_BYTES >> 20} that a "
+            "guest's memory may hold",
+            hint="take a smaller image, or run it as a container",
+        )
+    for name in names:
         found = (root / name).lstat()
         data = b""
         if stat.S_ISREG(found.st_mode):
@@ -68,7 +77,7 @@ class Archive:
     """A cpio archive that is being written."""
 
     def __init__(self) -> None:
-        self._data = bytearray()
+        self._data, self._files = bytearray(), 0
 
     def add(
         self,
@@ -79,9 +88,10 @@ class Archive:
         owner: tuple[int, int] = (0, 0),
     ) -> None:
         """Add a file. `data` of a symbolic link is its target."""
+        self._files += 1
         encoded = os.fsencode(name) + b"\0"
         sizes = (len(data), 0, 0, *device, len(encoded), 0)
-        fields = (len(self._data), mode, *owner, 1, 0, *sizes)
+        fields = (self._files, mode, *owner, 1, 0, *sizes)
         self._data.extend(MAGIC + b"".join(b"%08X" % value for value in fields))
         for part in (encoded, data):
             self._data.extend(part)
@@ -108,7 +118,7 @@ def unpack(archive: bytes) -> dict[str, Node]:
             values = [int(value, 16) for value in fields]
             mode, size, name_size = values[1], values[6], values[11]
             offset += HEADER.size
-            name = archive[offset : offset + name_size - 1].decode()
+            name = os.fsdecode(archive[offset : offset + name_size - 1])
             offset += name_size + -(offset + name_size) % 4
             data = archive[offset : offset + size]
             if len(data) != size:
@@ -120,7 +130,7 @@ def unpack(archive: bytes) -> dict[str, Node]:
             elif stat.S_ISDIR(mode):
                 tree[f"/{name}"] = Directory()
             elif stat.S_ISLNK(mode):
-                tree[f"/{name}"] = Symlink(data.decode())
+                tree[f"/{name}"] = Symlink(os.fsdecode(data))
             elif stat.S_ISREG(mode):
                 tree[f"/{name}"] = data
         return tree

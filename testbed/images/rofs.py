@@ -11,6 +11,7 @@ files an image has.
 
 from __future__ import annotations
 
+import os
 import struct
 from collections import deque
 from collections.abc import Mapping
@@ -81,7 +82,7 @@ def _parts(path: str) -> list[str]:
     if root or not parts or any(p in ("", ".", "..") or "\0" in p for p in parts):
         raise Error(f"{path!r} is not an absolute, plain path")
     for part in parts:
-        if len(part.encode()) > NAME_MAX:
+        if len(os.fsencode(part)) > NAME_MAX:
             raise Error(f"{path}: name is longer than {NAME_MAX} bytes")
     return parts
 
@@ -102,11 +103,11 @@ def pack(tree: Tree) -> bytes:
             inodes.append((_DIRECTORY, len(entries), len(node)))
             for name, child in sorted(node.items()):
                 queue.append(child)
-                encoded = name.encode()
+                encoded = os.fsencode(name)
                 entries.append(_ENTRY.pack(len(inodes) + len(queue), len(encoded)) + encoded)
         elif isinstance(node, Symlink):
             inodes.append((_LINK, len(symlinks), 1))
-            target = node.target.encode()
+            target = os.fsencode(node.target)
             symlinks.append(_SYMLINK.pack(len(target)) + target)
         else:
             inodes.append((_FILE, next_block if node else 0, len(node)))
@@ -186,7 +187,7 @@ def _partition(disk: bytes) -> memoryview:
 def _text(area: memoryview, offset: int, length: int) -> str:
     if offset + length > len(area):
         raise struct.error(f"a name of {length} bytes goes beyond the end")
-    return str(area[offset : offset + length], "utf-8")
+    return os.fsdecode(area[offset : offset + length].tobytes())
 
 
 def _walk(

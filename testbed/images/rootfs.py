@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
@@ -114,6 +115,17 @@ def of_program(program: Path, extra: Mapping[str, Path], arguments: tuple[str, .
     return replace(made, process=replace(made.process, arguments=arguments))
 
 
+def libraries(files: Iterable[Path], provided: Iterable[str] = ()) -> dict[str, Path]:
+    """Name → file of libraries that a program and its modules need. The first file is the program.
+
+    `provided`: see `elf.closure`.
+    """
+    first, *others = files
+    modules = [first, *(file for file in others if re.search(r"\.so(\.\d+)*$", file.name))]
+    found = (elf.closure(elf.read(module), provided) for module in modules)
+    return {Path(name).name: path for each in found for name, path in each.items()}
+
+
 def files(root: Path) -> list[str]:
     """Paths of all that is in a root file system, without the root, folders before their contents.
 
@@ -131,23 +143,14 @@ def inside(root: Path, path: str) -> Path:
             found = root if found == root else found.parent
         elif part not in ("", "."):
             found /= part
-        if found.is_symlink():
-            links += 1
-            if links > MAX_LINKS:
-                raise Error(f"too many symbolic links at {path} in {root}")
-            target = str(found.readlink())
-            found = root if target.startswith("/") else found.parent
-            left += target.split("/")[::-1]
+            if found.is_symlink():
+                links += 1
+                if links > MAX_LINKS:
+                    raise Error(f"too many symbolic links at {path} in {root}")
+                target = str(found.readlink())
+                found = root if target.startswith("/") else found.parent
+                left += target.split("/")[::-1]
     return found
-
-
-def find(root: Path, command: str, search: str) -> Path | None:
-    """File of this machine that is run for a command in a root file system. None: there is none.
-
-    `search`: the variable PATH.
-    """
-    names = [command] if "/" in command else [f"{folder}/{command}" for folder in search.split(":")]
-    return next((file for name in names if (file := inside(root, name)).is_file()), None)
 
 
 def is_of_host(image: str) -> bool:
@@ -161,7 +164,7 @@ def programs(image: str) -> tuple[Path, ...]:
         return (agent.build(),)
     found = []
     for name in filter(None, image.removeprefix(HOST).split(",")):
-        path = shutil.which(name)
+        path = shutil.which(name, path=PATH) or shutil.which(name)
         if path is None:
             raise Error(
                 f"image {image!r}: this host has no program {name}",
@@ -190,8 +193,8 @@ def _of_host(wanted: Iterable[Path], extra: Mapping[str, Path] = {}) -> Root:
         files[f"usr/bin/{program.name}"] = program
         if found.interpreter:
             files[found.interpreter.lstrip("/")] = Path(found.interpreter)
-        for soname, library in elf.closure(found).items():
-            files[f"usr/lib/{Path(soname).name}"] = library
+        for name, library in libraries((program.resolve(), *extra.values())).items():
+            files[f"usr/lib/{name}"] = library
 
     def fill(folder: Path) -> None:
         for name in _HOST_FOLDERS:
@@ -277,7 +280,7 @@ def _of_layout(layout: Path, tag: str, image: str) -> Root:
     described = Process(
         entrypoint=tuple(config.get("Entrypoint") or ()),
         arguments=tuple(config.get("Cmd") or ()),
-        env=tuple(config.get("Env") or ()),
+        env=tuple(each for each in config.get("Env") or () if "=" in each),
         working_dir=config_process.get("cwd") or "/",
         uid=user.get("uid", 0),
         gid=user.get("gid", 0),

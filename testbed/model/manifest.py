@@ -117,6 +117,11 @@ def late(field: str) -> str:
     return f"\0{field}\0"
 
 
+def without_late(text: str) -> str:
+    """A text without such fields."""
+    return re.sub("\0(.+?)\0", "", text)
+
+
 def resolved(program: Program, fields: Mapping[str, str]) -> Program:
     """The program with the values of such fields. Raises `Error` for one without a value."""
 

@@ -46,8 +46,10 @@ from testbed.runtimes.interface import VOLUMES, Options, Prepared
 
 ORDER = "order"
 """Name of the file with the order, in a pod's folder."""
-KERNELS = re.compile(r"\s*(\[ *\d+\.\d+\] .*|guest (ready|ends): .*)?\s*$")
-"""Lines of a guest's console that are not of its program."""
+KERNELS = re.compile(r"\[ *\d+\.\d+\] |guest (ready|ends): |$")
+"""Beginning of a line of a guest's console that is not of its program."""
+LAST_WORDS_BYTES = 8192
+"""Length of the end of a log in which a workload's last words are looked for."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,14 @@ def detach(order: Order, *, adopts: bool = False) -> tuple[int, int]:
 
         def tell(**answer: object) -> None:
             output.write(json.dumps(answer) + "\n")
-            if "say" not in answer:
-                output.close()
+            output.close()
+
+        def say(line: str) -> None:
+            if not output.closed:  # nobody listens after the pod is built
+                output.write(json.dumps({"say": line}) + "\n")
 
         try:
-            supervise(order, tell, lambda line: tell(say=line), adopts=adopts)
+            supervise(order, tell, say, adopts=adopts)
         except Error as e:
             tell(error=e.message, hint=e.hint)
         except Exception as e:
@@ -144,7 +149,7 @@ class Starting:
             unready = {name for name in unready if not control.status(name)["settled"]}
             time.sleep(0.01 if unready else 0)
         return [
-            f"{name}: {w['name']} is not ready ({_state(w)}{_last_words(Path(w['log']))}); see "
+            f"{name}: {w['name']} is not ready ({_state(w)}{_last_words(w)}); see "
             f"'testbed logs {name} -c {w['name']}'"
             for name in self._supervisors
             for w in control.status(name)["workloads"]
@@ -179,17 +184,19 @@ def _state(workload: Mapping[str, Any]) -> str:
     return f"{workload['state']}, exit status {status}" if status else workload["state"]
 
 
-def _last_words(log: Path) -> str:
-    """The last line that a workload printed, after a colon; empty if it printed nothing.
-
-    Of a guest, the last one before its kernel's.
-    """
+def _last_words(workload: Mapping[str, Any]) -> str:
+    """The last line that a workload printed, after a colon; empty if it printed nothing."""
     try:
-        text = log.read_text(errors="replace")
+        with Path(workload["log"]).open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - LAST_WORDS_BYTES))
+            text = log.read().decode(errors="replace")
     except FileNotFoundError:
         return ""
-    lines = reversed(text.partition("\n[backtrace]")[0].split("\n"))
-    return next((f": {line.strip()}" for line in lines if not KERNELS.match(line)), "")
+    of_kernel = re.compile("$")
+    if "queues" in workload:  # it is a virtual machine
+        text, of_kernel = text.rpartition("\n[backtrace]")[0] or text, KERNELS
+    lines = (line.strip() for line in reversed(text.split("\n")))
+    return next((f": {line}" for line in lines if not of_kernel.match(line)), "")
 
 
 def supervise(

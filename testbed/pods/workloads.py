@@ -257,7 +257,11 @@ class Watched:
             "exit_status": self.exit_status,
             "pid": self._pid if self.state == "running" else None,
             "started": self._started_at,
-            "addresses": [str(guest_link(f, n) if n else loopback(f)) for f in Family],
+            "addresses": [
+                str(guest_link(f, n) if n else loopback(f))
+                for f in Family
+                if f in self.runtime.families
+            ],
             "ports": [shown(port) for port in self.workload.ports],
             "unserved": self.unserved,
             **({"queues": place.queues} if self.runtime.uses_tap else {}),

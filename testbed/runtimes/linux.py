@@ -66,10 +66,11 @@ def command(
 ) -> list[str]:
     """QEMU's command line (argv). `arguments` follow those of the image's process.
 
-    While the machine boots, its memory has the image twice.
+    The machine has memory for the image besides that for its program: while it boots, it has it
+    twice, and the root file system may have half of the memory.
     """
     image_mib = -(-image.size_bytes // 2**20)
-    machine = replace(machine, memory_mib=machine.memory_mib + 2 * image_mib)
+    machine = replace(machine, memory_mib=machine.memory_mib + 3 * image_mib)
     line = boot_line(machine, arguments)
     return qemu.command(machine, kernel.path, line, extra=("-initrd", str(image.path)))
 

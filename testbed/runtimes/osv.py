@@ -12,17 +12,16 @@ from testbed.images.compose import Definition, Image
 from testbed.images.kernels import OsvKernel
 from testbed.images.rootfs import Process
 from testbed.model.errors import Error
-from testbed.model.manifest import Workload
+from testbed.model.manifest import Workload, without_late
 from testbed.model.terms import Family, Runtime
 from testbed.runtimes.interface import Absent, Options, Placement, process_of, refuse_isolation
 from testbed.runtimes.vm import qemu
-from testbed.runtimes.vm.guest import VirtualMachines, definition
+from testbed.runtimes.vm.guest import KILLED, VirtualMachines, definition
 from testbed.runtimes.vm.qemu import Vm
 
 ABORTED = 128 + signal.SIGABRT
 CRASHES = {"failed looking up symbol": 127, "mmu::vm_fault": 128 + signal.SIGSEGV}
 """What the console says before the machine ends → exit status as a shell has it; else `ABORTED`."""
-
 
 SHOWN = 5
 """Symbols that a warning names."""
@@ -86,12 +85,12 @@ class Osv(VirtualMachines):
         else:
             root = rootfs.unpack(workload.program.image)
             described = process_of(workload, root.process)
-            wanted = compose.in_root(root.path, described)
-            process = replace(described, entrypoint=(wanted.path,), arguments=wanted.arguments)
-        image = compose.compose_osv(wanted, hosts_patch=hosts_patch, etc=etc)
+            wanted, process = compose.in_root(root.path, described)
+        for word in (*process.command, *process.env, process.working_dir):
+            _checked(without_late(word))
         if workload.program:
             self._warn(workload.name, wanted)
-        return replace(image, process=process)
+        return compose.compose_osv(wanted, process, hosts_patch=hosts_patch, etc=etc)
 
     def _warn(self, name: str, wanted: Definition) -> None:
         """Tell what a program will lack in OSv."""
@@ -106,11 +105,15 @@ class Osv(VirtualMachines):
     def _command(self, vm: Vm, image: Image, arguments: Sequence[str]) -> list[str]:
         return command(vm, self.kernel, image, arguments)
 
-    def _status(self, console: str) -> int:
+    def _untold_status(self, workload: Workload, console: str) -> int:
         """The shim tells the status; without it, a program that does not crash ends with 0."""
-        if "[backtrace]" in console:
+        if "\n[backtrace]" in console:
             return next((status for said, status in CRASHES.items() if said in console), ABORTED)
-        return super()._status(console)
+        return KILLED if _has_shim(self._image(workload)) else 0
+
+
+def _has_shim(image: Image) -> bool:
+    return any(file.endswith(f"/{shim.SONAME}") for file in image.files)
 
 
 def command(

@@ -35,7 +35,8 @@ class Standin(PlainProgram):
 
     def _files(self, workload: Workload) -> dict[Path, str]:
         image = self._definition(workload)
-        return {file: inside for inside, file in image.files.items()} if image else {}
+        files = image.files.items() if image else ()
+        return {file: inside for inside, file in files if str(file) != inside}
 
     def _definition(self, workload: Workload) -> Definition | None:
         assert workload.program is not None

@@ -19,7 +19,7 @@ from testbed.model.terms import Family
 from testbed.pods import control
 
 from . import oci
-from .commands import run, workload
+from .commands import TESTBED, run, workload
 from .sockets import wait_until
 
 pytestmark = pytest.mark.root
@@ -51,12 +51,15 @@ int main(int argc, char **argv)
 }
 """
 ENDS = r"""
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 int main(int argc, char **argv)
 {
+    printf("no newline");
+    fflush(stdout);
     if (!strcmp(argv[1], "exit"))
         exit(3);
     if (!strcmp(argv[1], "quick"))
@@ -120,6 +123,7 @@ class Kind:
 
     runtime: str
     has_users: bool
+    families: int = 2
 
 
 @pytest.fixture(params=["linux", "ipv6", "master"])
@@ -131,7 +135,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kin
     if kernel is None or kernel.flavor != request.param:
         pytest.skip(f"no OSv kernel of flavor {request.param} in the cache")
     monkeypatch.setenv("TESTBED_OSV_KERNEL", str(kernel.path))
-    return Kind("osv", has_users=False)
+    return Kind("osv", has_users=False, families=len(kernel.families))
 
 
 def compiled(source: str, program: Path, *options: str | Path) -> Path:
@@ -174,7 +178,7 @@ def test_an_oci_image_is_a_guest_of_the_pod(
           image: '{image}'
           args: [one, two, '8082']
           env: [{{name: WHERE, value: "the man'ifest"}}]
-          workingDir: /tmp
+          workingDir: /srv/a/b
           ports: [{{containerPort: 8082}}]
           {"securityContext: {runAsUser: 9}" if kind.has_users else ""}
         - {{name: client, image: 'host:', command: [sleep, '999']}}
@@ -184,10 +188,11 @@ def test_an_oci_image_is_a_guest_of_the_pod(
     client = "  annotations: {testbed/runtime.client: container}\nspec:"
     file.write_text(file.read_text().replace("spec:", client, 1))
     run("up", file)
+    assert len(workload(name, "plain")["addresses"]) == kind.families
     users = ("7:8", "9:0") if kind.has_users else ("0:0", "0:0")
     for port, told in (
         (8080, f"7 Ada image /data {users[0]}"),
-        (8082, f"7 Ada the man'ifest /tmp {users[1]}"),
+        (8082, f"7 Ada the man'ifest /srv/a/b {users[1]}"),
     ):
         ask = ("nc", "-w", "5", str(loopback(Family.IPV4)), str(port))
         assert run("exec", name, "-c", "client", "--", *ask).stdout == f"{told}\n"
@@ -239,6 +244,43 @@ def test_a_static_program_dials_localhost_by_name_and_is_dialed(
         ask = ("nc", "-w", "5", str(loopback(Family.IPV4)), str(port))
         assert run("exec", name, "-c", "client", "--", *ask).stdout == "got native\n"
         assert (f"{program.name}: the shim does not reach" in told) is (kind.runtime == "osv")
+
+
+@pytest.mark.parametrize("kind", ["ipv6", "master"], indirect=True)
+def test_python_serves_with_its_library(manifest: Write, name: str, kind: Kind) -> None:
+    """A program at a fixed address, in Debian 12, and modules that it opens."""
+    file = manifest(
+        """
+        - {name: python, image: python, ports: [{containerPort: 8080}]}
+        - {name: client, image: 'host:', command: [sleep, '999']}
+        """,
+        runtime=kind.runtime,
+    )
+    client = "  annotations: {testbed/runtime.client: container}\nspec:"
+    file.write_text(file.read_text().replace("spec:", client, 1))
+    run("up", file)
+    command = [*TESTBED, "exec", name, "-c", "client", "--", "wget", "-qO-"]
+
+    def answers() -> bool:
+        asked = [*command, f"http://{loopback(Family.IPV4)}:8080/etc/hosts"]
+        return "localhost" in subprocess.run(asked, capture_output=True, text=True).stdout
+
+    wait_until(answers, "it serves", 90)
+
+
+def test_a_guest_that_tells_no_status_has_failed(manifest: Write, name: str) -> None:
+    file = manifest(
+        """
+        - {name: panics, image: 'host:', args: [sh, -c, echo c > /proc/sysrq-trigger]}
+        - {name: writes, image: 'host:', args: [sh, -c, echo a > /dev/stdout && cat && exit 6]}
+        """,
+        "restartPolicy: Never",
+        runtime="linux",
+    )
+    run("up", file)
+    for guest, status in (("panics", 137), ("writes", 6)):
+        wait_until(partial(ended, name, guest), f"{guest} ends", 60)
+        assert workload(name, guest)["exit_status"] == status
 
 
 def ended(pod: str, guest: str) -> bool:

@@ -142,6 +142,23 @@ def test_image_that_was_cut_off_in_the_cache_is_made_again(program: Path) -> Non
     assert [p.name for p in image.path.parent.iterdir()] == [image.path.name]
 
 
+def test_a_definition_brings_folders_and_the_libraries_of_modules(
+    program: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "lib-1/deep").mkdir(parents=True)
+    (tmp_path / "lib-1/deep/text").write_text("text")
+    (tmp_path / "lib-1/module.so").write_bytes(program.read_bytes())
+    definition = tmp_path / "own.toml"
+    words = f'program = "/usr/bin/env"\nshim = false\nfolders = ["{tmp_path}/lib-*"]\n'
+    definition.write_text(words)
+    tree = compose.osv_tree(compose.load(definition))
+    assert tree[f"{tmp_path}/lib-1/deep/text"] == b"text"
+    assert "/usr/lib/libown.so.1" in tree
+    definition.write_text(words.replace("lib-*", "none-*"))
+    with pytest.raises(Error, match="there is no folder .*none-"):
+        compose.load(definition)
+
+
 def test_what_osv_lacks_for_a_program_is_told(program: Path, tmp_path: Path) -> None:
     library = tmp_path / "libown.so.1"
     libc = elf.closure(elf.read(program))["libc.so.6"]
@@ -217,9 +234,10 @@ def test_a_linux_image_keeps_what_a_root_file_system_has(
     assert (tree["/bin"], tree["/usr/bin/prog"]) == (Symlink("usr/bin"), b"prog")
     script = tree["/.guest/program"]
     assert isinstance(script, bytes)
-    *_, words = script.decode().split("\n", 1)[1].partition("exec ")
+    before, _, words = script.decode().partition("exec ")
+    assert "mkdir -p -- /data\n" in before
     assert shlex.split(words) == [
-        *("/.guest/busybox", "env", "-i", "A=x y\nz"),
+        *("/.guest/busybox", "env", "-i", "--", "A=x y\nz"),
         *("/.guest/as", "12", "34,56", "/data", "prog", "it's", "$@"),
     ]
     listed = subprocess.run(
@@ -227,6 +245,46 @@ def test_a_linux_image_keeps_what_a_root_file_system_has(
     ).stdout.decode()
     assert re.search(r"^-rws--x--x +12/34 +4 1970-\S+ \S+ usr/bin/prog$", listed, re.MULTILINE)
     assert re.search(r"^crw-r--r-- .* null$", listed, re.MULTILINE)
+
+
+def test_a_root_file_system_that_is_too_large_is_refused(
+    linux_kernel: LinuxKernel, tmp_path: Path
+) -> None:
+    with (tmp_path / "lastlog").open("wb") as sparse:
+        sparse.truncate(cpio.MAX_BYTES + 1)
+    with pytest.raises(Error, match="more than the 2048 that a guest's memory may hold"):
+        compose.compose_linux(Root(tmp_path, Process(("a",))), linux_kernel)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_osv_gets_a_whole_root_file_system(program: Path, tmp_path: Path, merged: bool) -> None:
+    """Links within it stay within it, whatever they say."""
+    root = tmp_path / "root"
+    (root / "usr/lib/x86_64-linux-gnu").mkdir(parents=True)
+    (root / "usr/lib/x86_64-linux-gnu/libown.so.1").write_bytes(b"own")
+    (root / "usr/lib/a-linux-b").symlink_to("/usr/lib")
+    (root / "lib").symlink_to("usr/lib" if merged else "/usr/lib")
+    (root / "private").mkdir()
+    (root / "etc").symlink_to("private/etc")
+    (root / "private/etc").mkdir()
+    (root / "app/bin").mkdir(parents=True)
+    (root / "app/bin/program-1").write_bytes(program.read_bytes())
+    (root / "app/program").symlink_to("/app/bin/program-1")
+    (root / os.fsdecode(b"app/n\xe9")).write_bytes(b"")
+    for command in ("./program", "program"):
+        env = ("PATH=/nowhere:/app",)
+        described = Process((command, "-x"), (), env, "/app")
+        definition, process = compose.in_root(root, described)
+        assert process.command == ("/app/./program" if "/" in command else "/app/program", "-x")
+        image = compose.compose_osv(definition)
+        tree = rofs.unpack(image.path.read_bytes())
+        assert tree["/app/program"] == Symlink("/app/bin/program-1")
+        assert tree["/app/bin/program-1"] != program.read_bytes()  # it has the shim
+        assert tree["/usr/lib/libown.so.1"] == Symlink("/usr/lib/x86_64-linux-gnu/libown.so.1")
+        assert "/private/etc/hosts" in tree
+        assert not any("libc" in name for name in tree)
+    with pytest.raises(Error, match="the image has no program gone"):
+        compose.in_root(root, Process(("gone",)))
 
 
 @pytest.mark.parametrize("cut", [0, 100, 600])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from testbed.host import process
 from testbed.images import compose, rootfs
@@ -66,6 +68,8 @@ def memory_mib(workload: Workload) -> int:
     return (limit or 256 << 20) >> 20
 
 
+KILLED = 128 + signal.SIGKILL
+"""Exit status, as a shell has it, of a guest that ended before its program did."""
 LAST_WORDS_BYTES = 4096
 """Length of the end of a console in which the guest's exit status is looked for."""
 
@@ -90,6 +94,8 @@ class VirtualMachines(ABC):
         """`version` and `offloads` are text for the description of the runtime."""
         self._options = options
         self._images: dict[tuple[Program | None, bool], Image] = {}
+        self._told_before: dict[Path, int] = {}
+        """Console → its size when the guest was started last."""
         agent = self._image(Workload("", runtime))
         self.accelerator = accelerator.accelerator(kernel.path).name
         self.vhost = self.accelerator == "kvm" and accelerator.vhost_net()
@@ -122,6 +128,8 @@ class VirtualMachines(ABC):
             vcpus=vcpus(workload),
             queues=place.queues,
         )
+        console = place.console
+        self._told_before[console] = console.stat().st_size if console.exists() else 0
         port = ["--control-port", str(workload.control_port)]
         image = self._image(workload, loopback=place.loopback)
         return process.spawn(
@@ -136,11 +144,15 @@ class VirtualMachines(ABC):
         return True
 
     def exit_status(self, place: Placement, code: int) -> int:
-        """What the console tells, if the machine ended as it should (`code` is 0)."""
+        """What the console tells since the start, if the machine ended well (`code` is 0)."""
         with place.console.open("rb") as console:
-            console.seek(max(0, console.seek(0, os.SEEK_END) - LAST_WORDS_BYTES))
+            end = console.seek(0, os.SEEK_END)
+            begin = self._told_before.get(place.console, 0)
+            console.seek(max(begin, end - LAST_WORDS_BYTES))
             last = console.read().decode(errors="replace")
-        return code or self._status(last)
+        if told := re.findall(r"^guest ends: status (\d{1,3})\r?$", last, re.MULTILINE):
+            return code or int(told[-1])
+        return code or self._untold_status(place.workload, last)
 
     def _image(self, workload: Workload, *, loopback: bool = True) -> Image:
         """Image of the workload's program, or of the agent, which may lack the hosts patch."""
@@ -159,7 +171,6 @@ class VirtualMachines(ABC):
     def _command(self, vm: Vm, image: Image, arguments: Sequence[str]) -> list[str]:
         """QEMU's command line (argv). `arguments` follow those of the image."""
 
-    def _status(self, console: str) -> int:
-        """Exit status of the program of a guest that has ended, from its console's last lines."""
-        told = re.findall(r"^guest ends: status (\d+)\r?$", console, re.MULTILINE)
-        return int(told[-1]) if told else 0
+    def _untold_status(self, workload: Workload, console: str) -> int:
+        """Exit status of a guest that ended and told none, from its console's last lines."""
+        return KILLED
