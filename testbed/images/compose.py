@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import lzma
+import os
 import posixpath
 import re
 import shlex
 import shutil
+import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
@@ -56,6 +59,9 @@ OSV_PROVIDES = frozenset(
 )
 """Sonames of libraries that OSv's kernel contains (its `core/elf.cc`; of libgcc_s.so.1 it has only
 the symbols). The last is that of x86-64 (`kernels.OSV_MACHINE`)."""
+
+KEPT_S = 7 * 24 * 3600
+"""Time for which an image stays in the cache after it was composed last."""
 
 LINUX_MODULES = ("virtio_pci", "virtio_net")
 
@@ -407,7 +413,7 @@ def _modules(kernel: kernels.LinuxKernel, wanted: Iterable[str]) -> dict[str, by
 
 
 def _store(data: bytes, kind: str, files: Iterable[str], process: Process) -> Image:
-    """Store an image in the cache under its SHA-256, atomically."""
+    """Store an image in the cache under its SHA-256, atomically, and remove those long unused."""
     sha256 = hashlib.sha256(data).hexdigest()
     path = cache.cache_folder() / "images" / f"{sha256}.{kind}"
 
@@ -417,4 +423,9 @@ def _store(data: bytes, kind: str, files: Iterable[str], process: Process) -> Im
 
     damaged = path.exists() and path.stat().st_size != len(data)
     cache.made(path, write, anew=damaged)
+    os.utime(path)
+    for other in path.parent.glob("*.*"):
+        with suppress(FileNotFoundError):  # another process removes them, too
+            if other.stat().st_mtime < time.time() - KEPT_S:
+                other.unlink()
     return Image(path, sha256, len(data), tuple(sorted(files)), process)

@@ -168,6 +168,16 @@ def test_what_osv_lacks_for_a_program_is_told(program: Path, tmp_path: Path) -> 
     assert compose.lacking(Definition(program), libc) == ["own"]
 
 
+def test_images_that_nobody_used_for_long_are_removed(program: Path) -> None:
+    old, kept = (
+        compose.compose_osv(Definition(program, (), files, False)).path
+        for files in ({"/a": program}, {"/b": program})
+    )
+    os.utime(old, (0, 0))
+    compose.compose_osv(Definition(program, (), {"/b": program}, False))
+    assert (old.exists(), kept.exists()) == (False, True)
+
+
 def test_without_the_patch_only_the_hosts_file_differs(program: Path) -> None:
     with_patch = compose.osv_tree(Definition(program))
     without = compose.osv_tree(Definition(program), hosts_patch=False)

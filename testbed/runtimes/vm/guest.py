@@ -158,7 +158,7 @@ class VirtualMachines(ABC):
         """Image of the workload's program, or of the agent, which may lack the hosts patch."""
         patched = self._options.hosts_patch and (loopback or workload.program is not None)
         key = (workload.program, patched)
-        if key not in self._images:
+        if key not in self._images or not self._images[key].path.exists():
             etc = self._options.etc if workload.program else {}
             self._images[key] = self._compose(workload, hosts_patch=patched, etc=etc)
         return self._images[key]
