@@ -89,6 +89,10 @@ def called(text: str) -> str:
     return re.sub(r"\btestbed (?=[a-z])", lambda found: f"{bootstrap} {found[0]}", text)
 
 
+BESIDE = 44
+"""Columns of a line of progress beside its text: a bar, counts and the time left."""
+
+
 @contextmanager
 def progress() -> Iterator[Callable[[Progress], None]]:
     """Display of progress on standard error: one changing line on a terminal, else many lines.
@@ -122,12 +126,13 @@ def progress() -> Iterator[Callable[[Progress], None]]:
             if now.stays:
                 display.console.print(now.text, markup=False, highlight=False)
                 return
+            text = now.text[: max(console.width - BESIDE, 0)]
             display.update(
                 task,
                 completed=now.done,
                 total=now.total,
                 left=_left(now.left_s),
-                description=now.text,
+                description=text if text == now.text else f"{text[:-1]}…",
             )
 
         yield show

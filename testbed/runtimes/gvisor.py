@@ -81,9 +81,9 @@ class Gvisor(Bundles):
     def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
         # runsc's control socket may be in the guest's network namespace. Without -user, exec runs
         # as root.
-        is_as = self._process(place.workload)
-        options = ["-user", f"{is_as.uid}:{is_as.gid}"]
-        for group in is_as.groups:
+        described = self._process(place.workload)
+        options = ["-user", f"{described.uid}:{described.gid}"]
+        for group in described.groups:
             options += ["-additional-gids", str(group)]
         inside = join(place.cgroup, place.netns)
         return [*inside, *_runsc(place), "exec", *options, place.workload.name]
