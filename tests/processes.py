@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from xdist.scheduler import LoadFileScheduling
 
 CLONE_NEWNS, CLONE_NEWNET = 0x20000, 0x40000000
 OWN = {"/run/testbed": "tmpfs", "/run/netns": "tmpfs", "/sys/fs/bpf": "bpf"}
@@ -102,7 +101,3 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
         fcntl.flock(running, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
         fcntl.flock(turn, fcntl.LOCK_UN)
         return (yield)
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    return LoadFileScheduling(config, log)

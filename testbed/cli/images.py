@@ -8,6 +8,7 @@ from pathlib import Path
 
 from testbed import paths
 from testbed.cli.common import Commands
+from testbed.model.errors import Error
 
 
 def add(commands: Commands) -> None:
@@ -28,9 +29,13 @@ def add(commands: Commands) -> None:
 def _image_build(arguments: argparse.Namespace) -> int:
     from testbed.images import compose
 
-    name = arguments.definition
-    path = Path(name) if name.endswith(".toml") else paths.OSV / f"{name}.toml"
-    image = compose.build(path, arguments.output, hosts_patch=not arguments.stock_hosts)
+    definition = compose.named(arguments.definition)
+    if definition is None:
+        raise Error(
+            f"no image definition {arguments.definition!r}",
+            hint=f"a name in {paths.OSV}, or FILE.toml; OCI images are named in manifests instead",
+        )
+    image = compose.build(definition, arguments.output, hosts_patch=not arguments.stock_hosts)
     print(f"{arguments.output}: {image.size_bytes} bytes, sha256 {image.sha256}")
     return 0
 

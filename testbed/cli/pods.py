@@ -100,8 +100,9 @@ def _add_manifests(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=IMAGE",
-        help="take this image for what a manifest calls NAME (a folder, a tar, oci:FOLDER, "
-        "oci-archive:FILE or host:PROGRAM); nothing is pulled",
+        help="take this image for what a manifest calls NAME (docker-archive:FILE, "
+        "oci-archive:FILE, oci:FOLDER, a folder or tar of a root file system, or host:PROGRAM); "
+        "nothing is pulled",
     )
     command.add_argument(
         "--image-map",
@@ -268,7 +269,7 @@ def _ps(arguments: argparse.Namespace) -> int:
     for pod in found:
         if pod["keeper"] is None:
             _say(
-                f"the keeper of pod {pod['name']} was killed, and the pod is as it was then; "
+                f"the supervisor of pod {pod['name']} was killed, and the pod is as it was then; "
                 f"testbed adopt {pod['name']}"
             )
     return 0

@@ -1,7 +1,4 @@
-"""Compiles C programs of the testbed with `cc`, once per content.
-
-Users are `testbed.agent` and `testbed.images.shim`. `testbed.bpf` compiles eBPF programs itself.
-"""
+"""Compiles C programs of the testbed with `cc`, once per content (not eBPF: `testbed.bpf`)."""
 
 from __future__ import annotations
 

@@ -2,10 +2,10 @@
 
 A definition (`osv/*.toml`) names a program, its arguments and extra files. An image for OSv has the
 program and the libraries that it needs, one for Linux the root file system that a container has
-(`rootfs`). Added are: the hosts patch (`osv/hosts`), by which the guest's `localhost` is the pod's;
-for OSv the shim (`shim`), which does the same for 127.0.0.1 and ::1; and the files that the system
-itself needs. Images are deterministic: the same input gives the same bytes, without any time. The
-cache has them by their SHA-256. Kernels are not compiled, and guests are started by
+(`rootfs`). This module adds the hosts patch (`osv/hosts`), by which the guest's `localhost` is the
+pod's; for OSv the shim (`shim`), which does the same for 127.0.0.1 and ::1; and the files that the
+system itself needs. Images are deterministic: the same input gives the same bytes, without any
+time. The cache has them by their SHA-256. Kernels are not compiled, and guests are started by
 `testbed.runtimes`.
 """
 
@@ -139,9 +139,13 @@ def load(path: Path) -> Definition:
         )
     files = {inside: beside / outside for inside, outside in given.files.items()}
     for folder in given.folders:
-        found = [each for each in Path("/").glob(folder.lstrip("/")) if each.is_dir()]
-        if not found:
-            raise Error(f"{title} {path}: there is no folder {folder}")
+        pattern = folder.strip("/")
+        found = [each for each in Path("/").glob(pattern) if each.is_dir()] if pattern else []
+        if not (found and folder.startswith("/")):
+            raise Error(
+                f"{title} {path}: there is no folder {folder}",
+                hint="patterns begin with /, as /usr/lib/python3.*",
+            )
         within = (file for each in found for file in each.rglob("*") if file.is_file())
         files = {**{str(file): file for file in within}, **files}
     return Definition(
@@ -173,9 +177,11 @@ def named(image: str) -> Definition | None:
     return load(path) if image.endswith(".toml") or path.is_file() else None
 
 
-def root_of(definition: Definition) -> Root:
-    """Root file system with the program of a definition, its files, and busybox."""
-    return rootfs.of_program(definition.program, definition.files, definition.arguments)
+def root(image: str) -> Root:
+    """Root file system of an image: of `rootfs`, or the program of a definition and its files."""
+    if definition := named(image):
+        return rootfs.of_program(definition.program, definition.files, definition.arguments)
+    return rootfs.unpack(image)
 
 
 def in_root(root: Path, process: Process) -> tuple[Definition, Process]:
@@ -191,6 +197,11 @@ def in_root(root: Path, process: Process) -> tuple[Definition, Process]:
         paths = [posixpath.join("/", folder, command) for folder in folders]
     for path in paths:
         if (program := rootfs.inside(root, path)).is_file():
+            if not elf.is_elf(program):
+                raise Error(
+                    f"{path} is a script, and OSv runs none",
+                    hint="as command, give the container the program that the script starts",
+                )
             found = replace(process, entrypoint=(path,), arguments=tuple(arguments))
             return Definition(program, root=root), found
     raise Error(f"the image has no program {command}", hint="give the workload another command")
@@ -300,7 +311,8 @@ def _folder_tree(root: Path) -> dict[str, Node]:
         elif path.is_dir():
             tree[f"/{name}"] = Directory()
     searched = rootfs.inside(root, "/usr/lib")
-    for folder in (rootfs.inside(root, each) for each in elf.DEFAULT_FOLDERS):
+    folders = ("/usr/local/lib", *elf.DEFAULT_FOLDERS)
+    for folder in (rootfs.inside(root, each) for each in folders):
         of_debian = (each for each in sorted(folder.glob("*-linux-*")) if not each.is_symlink())
         for library in (path for each in (folder, *of_debian) for path in each.glob("*.so*")):
             link = f"/{(searched / library.name).relative_to(root)}"
@@ -314,6 +326,7 @@ def _linux_tree(process: Process, kernel: kernels.LinuxKernel, hosts_patch: bool
     The process is in a script, as the kernel's command line is short and has no quotes.
     """
     modules = _modules(kernel, LINUX_MODULES)
+    starter = compiler.build("`as` of Linux guests", "as", _LINUX_FILES, _LINUX_FLAGS)
     groups = ",".join(map(str, (process.gid, *process.groups)))
     folder = process.working_dir
     command = [
@@ -330,16 +343,16 @@ exec {shlex.join(command)} "$@"
         "/dev": Directory(),
         "/.guest/init": _contents(_LINUX_FILES / "init"),
         "/.guest/busybox": _contents(rootfs.busybox()),
-        "/.guest/as": _contents(compiler.build("as", "as", _LINUX_FILES, _LINUX_FLAGS)),
+        "/.guest/as": _contents(starter),
         "/.guest/program": script.encode(),
         "/.guest/modules/list": "".join(f"{name}\n" for name in modules).encode(),
         **{f"/.guest/modules/{name}.ko": module for name, module in modules.items()},
     }
 
 
-def build(definition: Path, output: Path, *, hosts_patch: bool = True) -> Image:
+def build(definition: Definition, output: Path, *, hosts_patch: bool = True) -> Image:
     """Compose an OSv image, and copy it to `output`."""
-    image = compose_osv(load(definition), hosts_patch=hosts_patch)
+    image = compose_osv(definition, hosts_patch=hosts_patch)
     shutil.copyfile(image.path, output)
     return image
 

@@ -66,9 +66,15 @@ def read(path: Path, machine: str | None = None) -> Elf:
     return elf
 
 
-def read_program(path: Path, machine: str | None = None) -> Elf:
+def is_elf(path: Path) -> bool:
+    """Whether a file says that it is an ELF file."""
+    with path.open("rb") as file:
+        return file.read(4) == b"\x7fELF"
+
+
+def read_program(path: Path) -> Elf:
     """Read a program: as `read`, and raises `Error` if it is an object file or a shared library."""
-    elf = read(path, machine)
+    elf = read(path)
     if elf.kind not in ("ET_EXEC", "ET_DYN"):
         raise Error(f"{path} is an object file, not a program", hint="link it")
     if elf.kind == "ET_DYN" and elf.interpreter is None and not elf.is_pie:

@@ -68,11 +68,6 @@ class OsvKernel:
     source: str
     """Text that says where it was found."""
 
-    @property
-    def commit(self) -> str | None:
-        """Abbreviated git commit of OSv; None for a kernel built at a release tag."""
-        return self.version.rpartition("-g")[2] if "-g" in self.version else None
-
 
 @dataclass(frozen=True)
 class LinuxKernel:
@@ -104,18 +99,17 @@ def find_osv(
 ) -> OsvKernel | None:
     """Find the OSv kernel to use. Downloads it if there is none.
 
-    Places, in order: `explicit` (a kernel, or an OSv tree), TESTBED_OSV_KERNEL (likewise),
-    TESTBED_OSV_TREE, the cache, the published kernels. For the last two, `flavor` chooses the
-    kernel; by default it is the first of `FLAVORS` that is there.
+    Places, in order: `explicit` (a kernel, or an OSv tree), TESTBED_OSV_KERNEL (likewise), the
+    cache, the published kernels. For the last two, `flavor` chooses the kernel; by default it is
+    the first of `FLAVORS` that is there.
 
     Returns None if there is no kernel and it cannot be downloaded, or this machine cannot run it
     (`check_osv`). Raises `Error` if a file that the user names is no OSv kernel.
     """
     if explicit is not None:
         return read_osv(_in_tree(explicit), f"{explicit} (--osv-kernel)")
-    for variable in ("TESTBED_OSV_KERNEL", "TESTBED_OSV_TREE"):
-        if value := os.environ.get(variable):
-            return read_osv(_in_tree(Path(value)), f"{value} ({variable})")
+    if value := os.environ.get("TESTBED_OSV_KERNEL"):
+        return read_osv(_in_tree(Path(value)), f"{value} (TESTBED_OSV_KERNEL)")
     if architecture.native().name != OSV_MACHINE:
         return None
     flavors = FLAVORS if flavor is None else (flavor,)

@@ -2,9 +2,9 @@
 
     /some/root                a folder
     /some/root.tar[.gz…]      a tar of one
-    oci:FOLDER[:TAG]          an OCI image layout, unpacked by umoci
+    oci:FOLDER[:TAG]          an OCI image layout, read by skopeo and unpacked by umoci
     oci-archive:FILE[:TAG]    a tar of one
-    docker-archive:FILE[:NAME]  what `docker save` writes, converted by skopeo
+    docker-archive:FILE[:NAME]  what `docker save` writes
     host:PROGRAM[,PROGRAM…]   static busybox, and programs of this host with their libraries. The
                               first is run. Without a first (host: and host:,bash) it is a shell,
                               or what args say
@@ -85,13 +85,8 @@ def unpack(image: str) -> Root:
     if is_of_host(image):
         root, names = _of_host(programs(image)), image.removeprefix(HOST).split(",")
         return root if names[0] else replace(root, process=Process(arguments=("sh",)))
-    if colon and kind in ("oci", "oci-archive"):
-        location, _, tag = rest.rpartition(":") if ":" in rest else (rest, "", "latest")
-        layout = Path(location) if kind == "oci" else _of_tar(Path(location))
-        return _of_layout(layout, tag, image)
-    if colon and kind == "docker-archive":
-        location, _, name = rest.partition(":")
-        return _of_layout(_of_docker(Path(location), name), "latest", image)
+    if colon and kind in LOCATED:
+        return _of_layout(_copied(kind, rest), image)
     path = Path(image)
     if path.is_dir():
         return Root(path)
@@ -99,8 +94,8 @@ def unpack(image: str) -> Root:
         return Root(_of_tar(path))
     raise Error(
         f"no image {image!r}",
-        hint=f"nothing is pulled; give one: --image {image}=oci-archive:FILE (or oci:FOLDER, a "
-        "folder, a tar, host:PROGRAM)",
+        hint=f"nothing is pulled: skopeo copy docker://{image} docker-archive:image.tar, then "
+        f"--image {image}=docker-archive:image.tar",
     )
 
 
@@ -229,52 +224,57 @@ def _of_tar(path: Path) -> Path:
             ["tar", *options, "--file", path, "-C", folder],
             f"{path} is no tar that can be unpacked",
         )
+        for kind, sign in (("docker-archive", "manifest.json"), ("oci-archive", "oci-layout")):
+            if (folder / sign).exists():
+                raise Error(f"{path} is an archive of images", hint=f"name it {kind}:{path}")
 
     return _cached([_digest(path)], fill)
 
 
-def _of_docker(path: Path, name: str) -> Path:
-    """Convert an archive of Docker to an OCI image layout, with the image's tag `latest`."""
-    if not path.is_file():
-        raise Error(f"no file {path}")
+def _copied(kind: str, rest: str) -> Path:
+    """Copy an image to an OCI image layout, with the tag `latest`.
+
+    Of an image for several platforms, it is the one for this machine.
+    """
+    location, _, _ = rest.partition(":")
+    file = Path(location, "index.json") if kind == "oci" else Path(location)
+    if not file.is_file():
+        raise Error(f"no file {file}")
     if shutil.which("skopeo") is None:
-        raise Error(f"no skopeo, to read {path}", hint="apt-get install skopeo")
+        raise Error(f"no skopeo, to read {location}", hint="apt-get install skopeo")
 
     def fill(folder: Path) -> None:
-        archive = ":".join(filter(None, ("docker-archive", str(path), name)))
         process.run(
-            ["skopeo", "--insecure-policy", "copy", archive, f"oci:{folder}:latest"],
-            f"skopeo cannot read {archive}",
+            ["skopeo", "--insecure-policy", "copy", f"{kind}:{rest}", f"oci:{folder}:latest"],
+            f"skopeo cannot read {kind}:{rest}",
+            hint=f"skopeo inspect {kind}:{rest}",
         )
 
-    return _cached([_digest(path), name], fill)
+    return _cached([kind, rest, _digest(file)], fill)
 
 
-def _of_layout(layout: Path, tag: str, image: str) -> Root:
-    """Unpack an OCI image layout with umoci.
+def _of_layout(layout: Path, image: str) -> Root:
+    """Unpack an OCI image layout of one image with umoci.
 
     Entry point and arguments come from the image: umoci's config.json has them in one list.
     """
     try:
-        manifests = json.loads((layout / "index.json").read_bytes())["manifests"]
-        name = "org.opencontainers.image.ref.name"
-        tags = {m.get("annotations", {}).get(name, "latest"): m["digest"] for m in manifests}
-        if tag not in tags:
-            raise Error(f"{image!r} has no tag {tag!r}", hint=f"it has {', '.join(tags)}")
-        config = _blob(layout, _blob(layout, tags[tag])["config"]["digest"]).get("config", {})
+        [manifest] = json.loads((layout / "index.json").read_bytes())["manifests"]
+        config = _blob(layout, _blob(layout, manifest["digest"])["config"]["digest"])
+        config = config.get("config") or {}
     except (OSError, ValueError, KeyError) as e:
-        raise Error(f"{image!r} is no OCI image layout: {e!r}") from e
+        raise Error(f"{image!r} is no image of a container: {e!r}") from e
     if shutil.which("umoci") is None:
         raise Error(f"no umoci, to unpack {image!r}", hint="apt-get install umoci")
 
     def fill(folder: Path) -> None:
         bundle = folder / "bundle"
         process.run(
-            ["umoci", "unpack", "--image", f"{layout}:{tag}", bundle],
+            ["umoci", "unpack", "--image", f"{layout}:latest", bundle],
             f"umoci cannot unpack {image!r}",
         )
 
-    bundle = _cached([tags[tag]], fill) / "bundle"
+    bundle = _cached([manifest["digest"]], fill) / "bundle"
     config_process = json.loads((bundle / "config.json").read_bytes())["process"]
     user = config_process.get("user", {})
     described = Process(

@@ -144,7 +144,7 @@ def _is_orphan(pod: str) -> Error:
     """The error for an orphan. Raises `Error` if there is no such pod at all."""
     orphan(pod)
     return Error(
-        f"the keeper of pod {pod!r} was killed, and the pod goes on without",
+        f"the supervisor of pod {pod!r} was killed, and the pod goes on without",
         hint=f"testbed adopt {pod}, or testbed down {pod}",
     )
 

@@ -147,10 +147,11 @@ def refuse_isolation(workload: Workload, *, has_users: bool = False) -> None:
     if has_users:
         security = replace(security, user=None, group=None, groups=(), non_root=False)
     if program.mounts or security != Security():
-        what = "volumeMounts" if program.mounts else "a securityContext"
+        context = "more than users and groups in its securityContext"
+        what = "volumeMounts" if program.mounts else context if has_users else "a securityContext"
         raise Error(
             f"{workload.name!r} has {what}, which {workload.runtime} cannot give it",
-            hint="take it out, or run it as a container",
+            hint="take it out (a securityContext also of the pod), or run it as a container",
         )
 
 

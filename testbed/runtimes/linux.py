@@ -51,8 +51,7 @@ class Linux(VirtualMachines):
     def _compose(self, workload: Workload, *, hosts_patch: bool, etc: Mapping[str, bytes]) -> Image:
         refuse_isolation(workload, has_users=True)
         name = workload.program.image if workload.program else rootfs.AGENT
-        definition = compose.named(name)
-        root = compose.root_of(definition) if definition else rootfs.unpack(name)
+        root = compose.root(name)
         process = process_of(workload, root.process, PATH=rootfs.PATH, HOME="/root")
         root = replace(root, process=process)
         return compose.compose_linux(root, self.kernel, hosts_patch=hosts_patch, etc=etc)
@@ -79,21 +78,15 @@ def boot_line(machine: Vm, words: Sequence[str]) -> str:
     """Linux's kernel command line. After a panic the machine ends.
 
     The image's init gets options that the kernel does not know as environment, and the words after
-    `--` as arguments. Raises `Error` for a word that cannot be quoted.
+    `--` as arguments.
     """
     return " ".join(
         (
             f"console={architecture.native().console} quiet panic=-1 rdinit=/.guest/init",
-            _quoted(f"guest_addresses={' '.join(map(str, machine.addresses))}"),
-            _quoted(f"guest_gateways={' '.join(map(str, machine.gateways))}"),
+            f'"guest_addresses={" ".join(map(str, machine.addresses))}"',
+            f'"guest_gateways={" ".join(map(str, machine.gateways))}"',
             *(() if machine.loopback else ("guest_loopback=none",)),
             "--",
-            *map(_quoted, words),
+            *(f'"{word}"' for word in words),
         )
     )
-
-
-def _quoted(word: str) -> str:
-    if '"' in word or not word.isprintable():
-        raise Error(f"a Linux guest cannot be given {word!r}", hint="put it into a file")
-    return f'"{word}"'

@@ -141,10 +141,7 @@ class Bundles:
     def _root(self, workload: Workload) -> Root:
         image = program_of(workload).image
         if image not in self._roots:
-            named = image.endswith(".toml")
-            self._roots[image] = (
-                compose.root_of(compose.load(Path(image))) if named else rootfs.unpack(image)
-            )
+            self._roots[image] = compose.root(image)
         return self._roots[image]
 
 

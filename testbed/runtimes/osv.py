@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from testbed.images import compose, elf, kernels, rootfs, shim
 from testbed.images.compose import Definition, Image
@@ -121,12 +120,10 @@ def command(
     kernel: OsvKernel,
     image: Image,
     arguments: Sequence[str] = (),
-    ready: Path | None = None,
 ) -> list[str]:
     """QEMU's command line (argv). Addresses of families that the kernel lacks are left out.
 
-    `arguments` follow those of the image. The file `ready` gets the byte `{` when the guest's
-    network is set up. OSv does not report when a program listens.
+    `arguments` follow those of the image.
     """
     disk = qemu.value(image.path)
     extra = [
@@ -135,9 +132,6 @@ def command(
         "-device",
         "virtio-blk-pci,drive=disk",
     ]
-    if ready:
-        extra += ["-chardev", f"file,id=ready,path={qemu.value(ready)}"]
-        extra += ["-device", "isa-debugcon,iobase=0x3f0,chardev=ready"]
     process = replace(image.process, arguments=(*image.process.arguments, *arguments))
     line = boot_line(machine, kernel.families, process)
     return qemu.command(machine, kernel.path, line, nic=kernel.virtio_net, extra=extra)
@@ -174,5 +168,5 @@ def _quoted(word: str) -> str:
 
 def _checked(word: str) -> str:
     if "$" in word or not word.isprintable():
-        raise Error(f"OSv cannot be given {word!r}", hint="put it into a file")
+        raise Error(f"OSv takes no '$' and no line break: {word!r}", hint="put it into a file")
     return word

@@ -132,7 +132,7 @@ def test_a_new_keeper_starts_what_ended_meanwhile_and_sees_what_ends_later(
     guest, native = (workload(name, w)["pid"] for w in ("guest", "native"))
     kill_keeper(name)
     os.kill(guest, signal.SIGKILL)
-    assert f"keeper of pod {name} was killed" in run("ps").stderr
+    assert f"supervisor of pod {name} was killed" in run("ps").stderr
     run("adopt", name)
     assert (workload(name, "guest")["restarts"], workload(name, "native")["restarts"]) == (1, 0)
     assert any("guest: ended while nobody" in event for event in control.describe(name)["events"])

@@ -55,8 +55,7 @@ def environment(best: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Mapp
     for there in cache.cache_folder().iterdir():
         if there.name != "kernels":
             (folder / there.name).symlink_to(there)
-    unset = ("TESTBED_OSV_KERNEL", "TESTBED_OSV_TREE")
-    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    environment = {n: value for n, value in os.environ.items() if n != "TESTBED_OSV_KERNEL"}
     environment |= {"XDG_CACHE_HOME": str(folder.parent), "https_proxy": NOBODY}
     if best is Runtime.LINUX:
         linux = kernels.linux_kernel().path.parents[2]

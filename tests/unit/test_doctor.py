@@ -33,7 +33,6 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernel of a guest is there."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("TESTBED_OSV_KERNEL", raising=False)
-    monkeypatch.delenv("TESTBED_OSV_TREE", raising=False)
 
 
 @pytest.fixture

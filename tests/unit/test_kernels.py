@@ -26,7 +26,7 @@ from testbed.model.terms import Family
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, and an environment that names no kernel and no proxy."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for name in ("TESTBED_OSV_KERNEL", "TESTBED_OSV_TREE", "http_proxy", "HTTP_PROXY", "no_proxy"):
+    for name in ("TESTBED_OSV_KERNEL", "http_proxy", "HTTP_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path / "cache"
 
@@ -51,7 +51,6 @@ def in_cache(cache: Path, flavor: str) -> Path:
 def test_what_the_kernel_says_of_itself_is_told(tmp_path: Path) -> None:
     kernel = kernels.read_osv(make_kernel(tmp_path / "k", flavor="ipv6"), "here")
     assert (kernel.flavor, kernel.version) == ("ipv6", "v0.57.0-398-g0e34e4dc")
-    assert kernel.commit == "0e34e4dc"
     assert kernel.families == set(Family)
     assert "guest_csum=off" in kernel.virtio_net
     assert not kernel.listed
@@ -60,7 +59,7 @@ def test_what_the_kernel_says_of_itself_is_told(tmp_path: Path) -> None:
 
 def test_release_has_no_commit_and_master_no_ipv6(tmp_path: Path) -> None:
     kernel = kernels.read_osv(make_kernel(tmp_path / "k", version="v0.57.0"), "here")
-    assert (kernel.version, kernel.commit) == ("v0.57.0", None)
+    assert kernel.version == "v0.57.0"
     assert kernel.families == {Family.IPV4}
     assert kernel.virtio_net == ()
 
@@ -72,7 +71,7 @@ def test_real_kernel_is_known_for_what_it_is(flavor: str, monkeypatch: pytest.Mo
     if kernel is None:
         pytest.skip(f"no OSv kernel of flavor {flavor} here")
     assert kernel.flavor == flavor
-    assert kernel.commit
+    assert kernel.version
 
 
 def test_order_is_option_environment_tree_cache(
@@ -87,7 +86,7 @@ def test_order_is_option_environment_tree_cache(
     assert getattr(find(flavor="master"), "path", None) == master
 
     built = make_kernel(tmp_path / "osv/build/release.x64/loader.elf")
-    monkeypatch.setenv("TESTBED_OSV_TREE", str(tmp_path / "osv"))
+    monkeypatch.setenv("TESTBED_OSV_KERNEL", str(tmp_path / "osv"))
     assert getattr(find(), "path", None) == built
     stripped = make_kernel(tmp_path / "osv/build/release.x64/loader-stripped.elf")
     assert getattr(find(), "path", None) == stripped

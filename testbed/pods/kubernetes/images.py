@@ -46,7 +46,7 @@ class Images:
         there = located(image, folder)
         if there != image or runtime is Runtime.WASM:
             return there, ""
-        if runtime is Runtime.CONTAINER and short in WELL_KNOWN:
+        if runtime in (Runtime.CONTAINER, Runtime.GVISOR) and short in WELL_KNOWN:
             known = WELL_KNOWN[short]
             return located(known, paths.ROOT), _told(image, known)
         if runtime.is_guest and short != image and (paths.OSV / f"{short}.toml").exists():

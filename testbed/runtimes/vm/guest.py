@@ -70,7 +70,7 @@ def memory_mib(workload: Workload) -> int:
 
 KILLED = 128 + signal.SIGKILL
 """Exit status, as a shell has it, of a guest that ended before its program did."""
-LAST_WORDS_BYTES = 4096
+STATUS_WITHIN_BYTES = 4096
 """Length of the end of a console in which the guest's exit status is looked for."""
 
 
@@ -148,7 +148,7 @@ class VirtualMachines(ABC):
         with place.console.open("rb") as console:
             end = console.seek(0, os.SEEK_END)
             begin = self._told_before.get(place.console, 0)
-            console.seek(max(begin, end - LAST_WORDS_BYTES))
+            console.seek(max(begin, end - STATUS_WITHIN_BYTES))
             last = console.read().decode(errors="replace")
         if told := re.findall(r"^guest ends: status (\d{1,3})\r?$", last, re.MULTILINE):
             return code or int(told[-1])
