@@ -146,6 +146,10 @@ def test_a_tar_is_a_root(run: Run, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "root.tar.gz", "w:gz") as tar:
         tar.add("/bin/busybox", "bin/sh")
     assert run(shell("echo well", image=str(tmp_path / "root.tar.gz"))) == "well\n"
+    with tarfile.open(tmp_path / "saved.tar", "w") as tar:
+        tar.add("/bin/busybox", "manifest.json")
+    with pytest.raises(Error, match=r"archive of images; name it docker-archive:.*saved\.tar"):
+        run(shell("", image=str(tmp_path / "saved.tar")))
     (tmp_path / "bad.tar").write_text("no tar")
     with pytest.raises(Error, match="is no tar that can be unpacked"):
         run(shell("", image=str(tmp_path / "bad.tar")))

@@ -293,6 +293,9 @@ def test_osv_gets_a_whole_root_file_system(program: Path, tmp_path: Path, merged
         assert tree["/usr/lib/libown.so.1"] == Symlink("/usr/lib/x86_64-linux-gnu/libown.so.1")
         assert "/private/etc/hosts" in tree
         assert not any("libc" in name for name in tree)
+    (root / "app/start.sh").write_text("#!/bin/sh\n")
+    with pytest.raises(Error, match=r"/app/start\.sh is a script, and OSv runs none"):
+        compose.in_root(root, Process(("/app/start.sh",)))
     with pytest.raises(Error, match="the image has no program gone"):
         compose.in_root(root, Process(("gone",)))
 

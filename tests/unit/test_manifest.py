@@ -452,7 +452,8 @@ def test_images_are_what_the_user_says_or_well_known(
     file = tmp_path / "images.toml"
     file.write_text('"registry.example:5000/team/app" = "host:app"\nnginx = "host:other"\n')
     images = of_user(["nginx=host:nginx"], file)
-    assert images.find(image, Runtime.CONTAINER, tmp_path)[0] == expected
+    for runtime in (Runtime.CONTAINER, Runtime.GVISOR):
+        assert images.find(image, runtime, tmp_path)[0] == expected
 
 
 def test_well_known_images_are_said_aloud(tmp_path: Path) -> None:
