@@ -28,6 +28,8 @@ from testbed.model.errors import Error
 from tests.machines import linux, roots, vm
 
 RESULTS = roots.REPOSITORY / "build/kernels"
+KEPT = roots.REPOSITORY / "results/reference/kernels.json"
+"""Last result of each row, also of other machines: name → contents of its row.json."""
 PAGE = roots.REPOSITORY / "docs/machines.md"
 BEGIN, END = "<!-- kernels: nox -s kernels -->", "<!-- end of kernels -->"
 
@@ -444,13 +446,16 @@ def same(one: str, other: str) -> bool:
 
 
 def result(row: Row) -> dict[str, Any]:
-    """Stored results of a row; empty if it was never run."""
+    """Stored results of a row, of this machine or kept ones; empty if it was never run."""
     file = RESULTS / row.name / "row.json"
-    return dict(json.loads(file.read_text())) if file.exists() else {}
+    kept: dict[str, Any] = json.loads(KEPT.read_text()).get(row.name, {})
+    return dict(json.loads(file.read_text())) if file.exists() else kept
 
 
 def write_page() -> None:
-    """Write the table of all rows that were run into docs/machines.md."""
+    """Keep the results of all rows that were run, and write their table into docs/machines.md."""
+    found = {row.name: result(row) for row in ROWS if result(row)}
+    KEPT.write_text(json.dumps(found, indent=1) + "\n")
     head, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, tail = rest.partition(END)
     lines = [
