@@ -192,10 +192,10 @@ def in_root(root: Path, process: Process) -> tuple[Definition, Process]:
     """
     command, *arguments = process.command
     folders = dict(each.split("=", 1) for each in process.env).get("PATH", rootfs.PATH).split(":")
-    paths = [posixpath.join(process.working_dir, command)]
+    tried = [posixpath.join(process.working_dir, command)]
     if "/" not in command:
-        paths = [posixpath.join("/", folder, command) for folder in folders]
-    for path in paths:
+        tried = [posixpath.join("/", folder, command) for folder in folders]
+    for path in tried:
         if (program := rootfs.inside(root, path)).is_file():
             if not elf.is_elf(program):
                 raise Error(
