@@ -458,12 +458,16 @@ def write_page() -> None:
     KEPT.write_text(json.dumps(found, indent=1) + "\n")
     head, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, tail = rest.partition(END)
-    lines = [
+    PAGE.write_text("\n".join((head + BEGIN, *table(), END + tail)))
+
+
+def table() -> list[str]:
+    """Lines of the table of all rows that were run."""
+    return [
         f"| kernel | compiler | {' | '.join(COLUMNS)} | took | commit, date |",
         "| --- " * (len(COLUMNS) + 4) + "|",
         *(line(row) for row in ROWS if result(row)),
     ]
-    PAGE.write_text("\n".join((head + BEGIN, *lines, END + tail)))
 
 
 def line(row: Row) -> str:

@@ -29,6 +29,12 @@ def test_rows_have_names_of_their_own_that_are_folders() -> None:
     }
 
 
+def test_the_page_shows_the_kept_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "RESULTS", tmp_path)  # what this machine ran last is not kept yet
+    assert "\n".join(kernels.table()) in kernels.PAGE.read_text()
+    assert json.loads(kernels.KEPT.read_text()).keys() <= {row.name for row in kernels.ROWS}
+
+
 def test_a_row_is_green_at_the_commit_where_all_its_steps_passed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
