@@ -60,6 +60,7 @@ def bench(project: Path) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.alone
 @pytest.mark.root
 def test_a_program_that_was_made_slower_is_found_and_an_unchanged_one_is_not(copy: Path) -> None:
     status, said = bench(copy)
