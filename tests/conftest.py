@@ -131,8 +131,6 @@ def others() -> set[str]:
     hidden: tuple[str, ...] = ()
     if ids or any("testbed.campaigns.worker" in words(p / "cmdline") for p in processes):
         hidden = ("pin ", "bpf ")
-    if "PYTEST_XDIST_WORKER" in os.environ:  # pods of other processes of this run have programs
-        hidden = ("bpf ",)
     if any(is_of_another_run(p) for p in processes):
         hidden = ("pin ", "bpf ", "cgroup ")
     return {

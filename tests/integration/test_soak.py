@@ -26,11 +26,11 @@ from testbed.host import facts, netlink
 from testbed.model.addresses import CONTROL_PORT, guest_link
 from testbed.model.terms import Family
 from testbed.pods import control
-from tests.conftest import others, snapshot
+from tests.conftest import snapshot
 
 from .commands import run, there, workload
 from .sockets import floods, send_frames, wait_until
-from .test_killed import strays
+from .test_killed import left_behind
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(3600)]  # half an hour at night
 
@@ -184,10 +184,5 @@ def test_pods_stand_whatever_happens_and_leave_nothing(
         list(pool.map(lambda name: run("down", name), names))
     assert not [left for name in names for left in there(name)]
 
-    def nothing_is_left() -> bool:
-        left = (snapshot() | strays()) - before - others()
-        states = {thing for thing in left if thing.endswith(" pod_state")}
-        return left == states and len(states) <= len(names)  # empty: a slot keeps its state
-
-    wait_until(nothing_is_left, "nothing is left", 30)
+    wait_until(lambda: not left_behind(before, len(names)), "nothing is left", 30)
     wait_until(lambda: facts.kernel_bytes() < memory + SPARE_BYTES, "memory is back", 30)
