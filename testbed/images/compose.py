@@ -286,7 +286,7 @@ def _libraries(definition: Definition) -> dict[str, Path]:
     return rootfs.libraries([definition.program, *definition.files.values()], OSV_PROVIDES)
 
 
-def lacking(definition: Definition, kernel: Path) -> list[str]:
+def lacking(definition: Definition, kernel: kernels.OsvKernel) -> list[str]:
     """Symbols that a program or its libraries need, and neither they nor OSv's kernel have.
 
     A program that calls such a function ends; it may never do so. They are not looked for in a
@@ -295,8 +295,14 @@ def lacking(definition: Definition, kernel: Path) -> list[str]:
     program = elf.read_program(definition.program)
     if definition.root or program.interpreter is None:
         return []
-    files = [definition.program, *_libraries(definition).values()]
-    return sorted(elf.imported(files) - elf.exported([*files, kernel]))
+    needed, given = elf.symbols([definition.program, *_libraries(definition).values()])
+
+    def read(new: Path) -> None:
+        _, of_kernel = elf.symbols([kernel.path])
+        new.write_text("\n".join(sorted(of_kernel)))
+
+    of_kernel = cache.made(cache.cache_folder() / "symbols" / kernel.sha256, read)
+    return sorted(needed - given - set(of_kernel.read_text().split()))
 
 
 def _folder_tree(root: Path) -> dict[str, Node]:

@@ -103,25 +103,20 @@ def closure(program: Elf, provided: Iterable[str] = ()) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def imported(files: Iterable[Path]) -> set[str]:
-    """Symbols that ELF files need of others, without those that may be missing (weak)."""
-    lines = (line.split() for line in _nm("--undefined-only", files))
-    return {_plain(words[1]) for words in lines if words[:1] == ["U"]}
+def symbols(files: Iterable[Path]) -> tuple[set[str], set[str]]:
+    """Symbols that ELF files need of others, and those that they have for others, by `nm`.
 
-
-def exported(files: Iterable[Path]) -> set[str]:
-    """Symbols that ELF files have for others."""
-    lines = (line.split() for line in _nm("--defined-only", files))
-    return {_plain(words[-1]) for words in lines if len(words) == 3}
-
-
-def _nm(kind: str, files: Iterable[Path]) -> list[str]:
-    return process.run(["nm", "--dynamic", kind, *files], "cannot read symbols").splitlines()
-
-
-def _plain(symbol: str) -> str:
-    """A symbol without its version."""
-    return symbol.partition("@")[0]
+    The first are without those that may be missing (weak). Versions are left out.
+    """
+    needed, given = set[str](), set[str]()
+    listing = process.run(["nm", "--dynamic", *files], "cannot read symbols")
+    for words in map(str.split, listing.splitlines()):
+        match words:
+            case ["U", name]:
+                needed.add(name.partition("@")[0])
+            case [_, _, name]:
+                given.add(name.partition("@")[0])
+    return needed, given
 
 
 def _parse(path: Path) -> Elf:

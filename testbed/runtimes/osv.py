@@ -95,7 +95,7 @@ class Osv(VirtualMachines):
         """Tell what a program will lack in OSv."""
         if wanted.shim and (caveat := shim.caveat(elf.read(wanted.program))):
             self._options.say(f"{name}: {caveat}")
-        if lacking := compose.lacking(wanted, self.kernel.path):
+        if lacking := compose.lacking(wanted, self.kernel):
             shown = ", ".join(lacking[:SHOWN]) + (", …" if len(lacking) > SHOWN else "")
             self._options.say(
                 f"{name}: ends if it calls one of {len(lacking)} functions that OSv lacks: {shown}"

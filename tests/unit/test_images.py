@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_interface
 from itertools import pairwise
 from pathlib import Path
@@ -159,13 +160,16 @@ def test_a_definition_brings_folders_and_the_libraries_of_modules(
         compose.load(definition)
 
 
-def test_what_osv_lacks_for_a_program_is_told(program: Path, tmp_path: Path) -> None:
+def test_what_osv_lacks_for_a_program_is_told(
+    program: Path, tmp_path: Path, osv_kernel: Callable[[str], OsvKernel]
+) -> None:
     library = tmp_path / "libown.so.1"
     libc = elf.closure(elf.read(program))["libc.so.6"]
-    assert compose.lacking(Definition(program), libc) == []
+    kernel = replace(osv_kernel("master"), path=libc)
+    assert compose.lacking(Definition(program), kernel) == []
     command = ["cc", "-xc", "-", "-shared", "-fPIC", "-Wl,-soname,libown.so.1", "-o", str(library)]
     subprocess.run(command, input="int another;", text=True, check=True)
-    assert compose.lacking(Definition(program), libc) == ["own"]
+    assert compose.lacking(Definition(program), kernel) == ["own"]
 
 
 def test_images_that_nobody_used_for_long_are_removed(program: Path) -> None:
