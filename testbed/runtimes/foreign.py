@@ -12,7 +12,7 @@ from testbed.host.process import spawn
 from testbed.model.errors import Error
 from testbed.model.manifest import Workload
 from testbed.model.terms import Family, Runtime
-from testbed.runtimes.interface import Description, Options, Placement
+from testbed.runtimes.interface import Description, Options, Placement, Prepared
 
 
 def prepare(options: Options) -> Foreign:
@@ -20,7 +20,7 @@ def prepare(options: Options) -> Foreign:
     return Foreign()
 
 
-class Foreign:
+class Foreign(Prepared):
     """A guest of somebody else's."""
 
     families = frozenset(Family)
@@ -42,9 +42,6 @@ class Foreign:
 
     def start(self, place: Placement) -> subprocess.Popen[bytes]:
         return spawn(["sleep", "infinity"], cgroup=place.cgroup, output=place.console)
-
-    def exit_status(self, place: Placement, code: int) -> int:
-        return code
 
     def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
         raise Error(

@@ -126,6 +126,7 @@ class Prepared(Protocol):
 
     def exit_status(self, place: Placement, code: int) -> int:
         """Exit status of a workload's program, from that of the process that was started."""
+        return code
 
     def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
         """Prefix of a command line that runs a command inside the running workload.

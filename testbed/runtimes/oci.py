@@ -18,7 +18,7 @@ from testbed.images.rootfs import Process, Root
 from testbed.model.errors import Error
 from testbed.model.manifest import Program, Security, Workload
 from testbed.model.terms import Family
-from testbed.runtimes.interface import VOLUMES, Placement, process_of
+from testbed.runtimes.interface import VOLUMES, Placement, Prepared, process_of
 
 CAPABILITIES = [
     f"CAP_{name}"
@@ -65,7 +65,7 @@ ADDABLE = frozenset(
 (LINUX_IMMUTABLE) files could be made that nobody removes."""
 
 
-class Bundles:
+class Bundles(Prepared):
     """What prepared runtimes of OCI bundles have in common."""
 
     families = frozenset(Family)
@@ -81,9 +81,6 @@ class Bundles:
     def compose(self, workload: Workload) -> None:
         self._process(workload)
         _capabilities(workload.name, program_of(workload).security)
-
-    def exit_status(self, place: Placement, code: int) -> int:
-        return code
 
     def _make_bundle(self, place: Placement) -> tuple[Path, list[str]]:
         """Make the bundle of a workload anew.

@@ -13,7 +13,13 @@ from testbed.images import compose, rootfs
 from testbed.model.errors import Error
 from testbed.model.manifest import Workload
 from testbed.model.terms import Family, Runtime
-from testbed.runtimes.interface import Description, Placement, refuse_isolation, refuse_limits
+from testbed.runtimes.interface import (
+    Description,
+    Placement,
+    Prepared,
+    refuse_isolation,
+    refuse_limits,
+)
 
 
 def join(cgroup: Path, netns: str) -> list[str]:
@@ -29,7 +35,7 @@ def join(cgroup: Path, netns: str) -> list[str]:
     ]
 
 
-class PlainProgram:
+class PlainProgram(Prepared):
     """Prepared runtime that starts a program of this host in a network namespace.
 
     Images are `host:PROGRAM`, and run without a root file system of their own.
@@ -55,9 +61,6 @@ class PlainProgram:
 
     def runs(self, place: Placement) -> bool:
         return True
-
-    def exit_status(self, place: Placement, code: int) -> int:
-        return code
 
     def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
         binds = {**place.etc, **self._files(place.workload)}

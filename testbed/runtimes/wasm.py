@@ -26,6 +26,7 @@ from testbed.runtimes.interface import (
     Description,
     Options,
     Placement,
+    Prepared,
     refuse_isolation,
     refuse_limits,
 )
@@ -98,7 +99,7 @@ def prepare(options: Options) -> Wasm:
         raise Error("no wasmtime, to run components", hint="./bootstrap") from e
 
 
-class Wasm:
+class Wasm(Prepared):
     """Prepared runtime of WASI components."""
 
     families = frozenset(Family)
@@ -144,9 +145,6 @@ class Wasm:
 
     def runs(self, place: Placement) -> bool:
         return True
-
-    def exit_status(self, place: Placement, code: int) -> int:
-        return code
 
     def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
         raise Error(

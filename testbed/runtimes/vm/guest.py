@@ -74,7 +74,7 @@ STATUS_WITHIN_BYTES = 4096
 """Length of the end of a console in which the guest's exit status is looked for."""
 
 
-class VirtualMachines(ABC):
+class VirtualMachines(Prepared, ABC):
     """Prepared runtime of a kernel on QEMU, with an image of the agent and one per program."""
 
     uses_tap = True
