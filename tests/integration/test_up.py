@@ -179,7 +179,8 @@ def test_what_cannot_be_built_leaves_nothing(manifest: Callable[..., Path], name
     refused = run("up", manifest("- {name: a, image: docker.io/nginx}"), status=3)
     assert "the runtime process takes host:PROGRAM" in refused.stderr
     refused = run("up", manifest("- {name: a, image: shop:1}", runtime="container"), status=3)
-    assert "no image 'shop:1'; nothing is pulled; give one: --image shop:1=" in refused.stderr
+    assert "no image 'shop:1'; nothing is pulled: skopeo copy docker://shop:1 " in refused.stderr
+    assert "--image shop:1=docker-archive:image.tar" in refused.stderr
     assert name not in control.names()
     assert not there(name)
 
