@@ -29,7 +29,7 @@ def add(commands: Commands) -> None:
 def _image_build(arguments: argparse.Namespace) -> int:
     from testbed.images import compose
 
-    definition = compose.named(arguments.definition)
+    definition = compose.find_definition(arguments.definition)
     if definition is None:
         raise Error(
             f"no image definition {arguments.definition!r}",

@@ -80,7 +80,9 @@ _LINUX_FLAGS = ("-std=gnu17", "-O2", "-static")
 
 @dataclass(frozen=True)
 class Definition:
-    """Definition of an image: the program that a guest runs, its arguments and files."""
+    """What an OSv image is made of: a program of this host with extra files, or a program in an
+    unpacked root file system (`root`).
+    """
 
     program: Path
     arguments: tuple[str, ...] = ()
@@ -171,39 +173,51 @@ def check_alias(addresses: Iterable[Address]) -> None:
             )
 
 
-def named(image: str) -> Definition | None:
-    """Definition that the image of a manifest names: a path, or a name in osv/. None: neither."""
-    path = Path(image) if image.endswith(".toml") else paths.OSV / f"{image}.toml"
-    return load(path) if image.endswith(".toml") or path.is_file() else None
+def definition_file(image: str) -> Path | None:
+    """File of the definition that an image of a manifest names: FILE.toml, or a name in osv/.
+
+    None: it names no definition.
+    """
+    if image.endswith(".toml"):
+        return Path(image)
+    file = paths.OSV / f"{image}.toml"
+    return file if "/" not in image and file.is_file() else None
 
 
-def root(image: str) -> Root:
+def find_definition(image: str) -> Definition | None:
+    """Definition that an image of a manifest names (`definition_file`). None: it names none."""
+    file = definition_file(image)
+    return load(file) if file else None
+
+
+def root_of_image(image: str) -> Root:
     """Root file system of an image: of `rootfs`, or the program of a definition and its files."""
-    if definition := named(image):
+    if definition := find_definition(image):
         return rootfs.of_program(definition.program, definition.files, definition.arguments)
     return rootfs.unpack(image)
 
 
-def in_root(root: Path, process: Process) -> tuple[Definition, Process]:
-    """Definition of the program that a process in a root file system runs, and that process.
+def find_program(folder: Path, process: Process) -> tuple[Definition, Process]:
+    """Find the program that a process runs in the unpacked root file system `folder`.
 
-    Its command has a path, as OSv looks for none; that may be a link, by which some programs know
-    what they are to do. Raises `Error` if the root file system has no such program.
+    Returns what its OSv image is made of, and the process with the program's path in its command,
+    as OSv looks for none. That path may be a link, by which some programs know what they are to do.
+    Raises `Error` if the root file system has no such program.
     """
     command, *arguments = process.command
-    folders = dict(each.split("=", 1) for each in process.env).get("PATH", rootfs.PATH).split(":")
+    searched = dict(each.split("=", 1) for each in process.env).get("PATH", rootfs.PATH).split(":")
     tried = [posixpath.join(process.working_dir, command)]
     if "/" not in command:
-        tried = [posixpath.join("/", folder, command) for folder in folders]
+        tried = [posixpath.join("/", each, command) for each in searched]
     for path in tried:
-        if (program := rootfs.inside(root, path)).is_file():
+        if (program := rootfs.inside(folder, path)).is_file():
             if not elf.is_elf(program):
                 raise Error(
                     f"{path} is a script, and OSv runs none",
                     hint="as command, give the container the program that the script starts",
                 )
             found = replace(process, entrypoint=(path,), arguments=tuple(arguments))
-            return Definition(program, root=root), found
+            return Definition(program, root=folder), found
     raise Error(f"the image has no program {command}", hint="give the workload another command")
 
 
@@ -221,11 +235,11 @@ def compose_osv(
 
     Raises `Error` if the program cannot run on OSv or a file is missing.
     """
-    ours = {_place(definition.root, path): data for path, data in etc.items()}
+    ours = {_path_through_links(definition.root, path): data for path, data in etc.items()}
     tree = {**osv_tree(definition, hosts_patch=hosts_patch), **ours}
     process = process or definition.process
     if process.working_dir != "/":
-        tree.setdefault(_place(definition.root, process.working_dir), Directory())
+        tree.setdefault(_path_through_links(definition.root, process.working_dir), Directory())
     return _store(rofs.pack(tree), "img", tree, process)
 
 
@@ -242,7 +256,7 @@ def compose_linux(
     `Error` if a file is missing.
     """
     tree = {
-        _place(root.path, path): node
+        _path_through_links(root.path, path): node
         for path, node in {**_linux_tree(root.process, kernel, hosts_patch), **etc}.items()
     }
     files = {f"/{path}" for path in rootfs.files(root.path)}
@@ -261,24 +275,30 @@ def osv_tree(definition: Definition, *, hosts_patch: bool = True) -> Tree:
         tree = {definition.path: _contents(definition.program)}
         for soname, path in _libraries(definition).items():
             tree[f"/usr/lib/{soname}"] = _contents(path)
-    tree[_place(root, "/etc/hosts")] = _contents(hosts_file(patched=hosts_patch))
+    tree[_path_through_links(root, "/etc/hosts")] = _contents(hosts_file(patched=hosts_patch))
     for inside, outside in definition.files.items():
         if inside in tree:
             raise Error(f"extra file {inside} is in every image already", hint="rename it")
         tree[inside] = _contents(outside)
     if definition.shim and shim.reaches(program):
         tree[definition.path] = shim.bind(program)
-        tree[_place(root, f"/usr/lib/{shim.SONAME}")] = shim.build().read_bytes()
-    tree[_place(root, "/etc/fstab")] = _OSV_FSTAB
+        tree[_path_through_links(root, f"/usr/lib/{shim.SONAME}")] = shim.build().read_bytes()
+    tree[_path_through_links(root, "/etc/fstab")] = _OSV_FSTAB
     for mount_point in ("/dev", "/proc", "/sys", "/tmp"):
         tree.setdefault(mount_point, Directory())
     return tree
 
 
-def _place(root: Path | None, path: str) -> str:
-    """Where a file of ours is in an image of a root file system, whose folders may be links."""
-    folder, name = posixpath.split(path)
-    return f"/{(rootfs.inside(root, folder) / name).relative_to(root)}" if root else path
+def _path_through_links(folder: Path | None, path: str) -> str:
+    """The path without links that `path` leads to in an unpacked root file system.
+
+    Its last part is not followed: it is of a file that replaces what is there. Without a `folder`,
+    there are no links.
+    """
+    if folder is None:
+        return path
+    parent, name = posixpath.split(path)
+    return f"/{(rootfs.inside(folder, parent) / name).relative_to(folder)}"
 
 
 def _libraries(definition: Definition) -> dict[str, Path]:
@@ -305,24 +325,24 @@ def lacking(definition: Definition, kernel: kernels.OsvKernel) -> list[str]:
     return sorted(needed - given - set(of_kernel.read_text().split()))
 
 
-def _folder_tree(root: Path) -> dict[str, Node]:
+def _folder_tree(folder: Path) -> dict[str, Node]:
     """Files of a root file system, with links in /usr/lib to libraries in its other folders."""
     tree: dict[str, Node] = {}
-    for name in rootfs.files(root):
-        path = root / name
+    for name in rootfs.files(folder):
+        path = folder / name
         if path.is_symlink():
             tree[f"/{name}"] = Symlink(str(path.readlink()))
         elif path.is_file():
             tree[f"/{name}"] = _contents(path)
         elif path.is_dir():
             tree[f"/{name}"] = Directory()
-    searched = rootfs.inside(root, "/usr/lib")
-    folders = ("/usr/local/lib", *elf.DEFAULT_FOLDERS)
-    for folder in (rootfs.inside(root, each) for each in folders):
-        of_debian = (each for each in sorted(folder.glob("*-linux-*")) if not each.is_symlink())
-        for library in (path for each in (folder, *of_debian) for path in each.glob("*.so*")):
-            link = f"/{(searched / library.name).relative_to(root)}"
-            tree.setdefault(link, Symlink(f"/{library.relative_to(root)}"))
+    searched = rootfs.inside(folder, "/usr/lib")
+    others = ("/usr/local/lib", *elf.DEFAULT_FOLDERS)
+    for other in (rootfs.inside(folder, each) for each in others):
+        of_debian = (each for each in sorted(other.glob("*-linux-*")) if not each.is_symlink())
+        for library in (path for each in (other, *of_debian) for path in each.glob("*.so*")):
+            link = f"/{(searched / library.name).relative_to(folder)}"
+            tree.setdefault(link, Symlink(f"/{library.relative_to(folder)}"))
     return tree
 
 

@@ -51,7 +51,7 @@ class Linux(VirtualMachines):
     def _compose(self, workload: Workload, *, hosts_patch: bool, etc: Mapping[str, bytes]) -> Image:
         refuse_isolation(workload, has_users=True)
         name = workload.program.image if workload.program else rootfs.AGENT
-        root = compose.root(name)
+        root = compose.root_of_image(name)
         process = process_of(workload, root.process, PATH=rootfs.PATH, HOME="/root")
         root = replace(root, process=process)
         return compose.compose_linux(root, self.kernel, hosts_patch=hosts_patch, etc=etc)

@@ -138,7 +138,7 @@ class Bundles(Prepared):
     def _root(self, workload: Workload) -> Root:
         image = program_of(workload).image
         if image not in self._roots:
-            self._roots[image] = compose.root(image)
+            self._roots[image] = compose.root_of_image(image)
         return self._roots[image]
 
 

@@ -84,7 +84,7 @@ class Osv(VirtualMachines):
         else:
             root = rootfs.unpack(workload.program.image)
             described = process_of(workload, root.process)
-            wanted, process = compose.in_root(root.path, described)
+            wanted, process = compose.find_program(root.path, described)
         for word in (*process.command, *process.env, process.working_dir):
             _checked(without_late(word))
         if workload.program:

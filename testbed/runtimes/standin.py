@@ -40,4 +40,4 @@ class Standin(PlainProgram):
 
     def _definition(self, workload: Workload) -> Definition | None:
         assert workload.program is not None
-        return compose.named(workload.program.image)
+        return compose.find_definition(workload.program.image)

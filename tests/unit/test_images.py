@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from testbed import paths
 from testbed.host import architecture
 from testbed.images import compose, cpio, elf, rofs, rootfs
 from testbed.images.compose import Definition
@@ -288,7 +289,7 @@ def test_osv_gets_a_whole_root_file_system(program: Path, tmp_path: Path, merged
     for command in ("./program", "program"):
         env = ("PATH=/nowhere:/app",)
         described = Process((command, "-x"), (), env, "/app")
-        definition, process = compose.in_root(root, described)
+        definition, process = compose.find_program(root, described)
         assert process.command == ("/app/./program" if "/" in command else "/app/program", "-x")
         image = compose.compose_osv(definition)
         tree = rofs.unpack(image.path.read_bytes())
@@ -299,9 +300,9 @@ def test_osv_gets_a_whole_root_file_system(program: Path, tmp_path: Path, merged
         assert not any("libc" in name for name in tree)
     (root / "app/start.sh").write_text("#!/bin/sh\n")
     with pytest.raises(Error, match=r"/app/start\.sh is a script, and OSv runs none"):
-        compose.in_root(root, Process(("/app/start.sh",)))
+        compose.find_program(root, Process(("/app/start.sh",)))
     with pytest.raises(Error, match="the image has no program gone"):
-        compose.in_root(root, Process(("gone",)))
+        compose.find_program(root, Process(("gone",)))
 
 
 @pytest.mark.parametrize("cut", [0, 100, 600])
@@ -363,6 +364,16 @@ def test_definition_that_cannot_be_is_refused(tmp_path: Path, text: str, complai
     with pytest.raises(Error, match=complaint):
         compose.build(compose.load(definition), tmp_path / "own.img")
     assert not (tmp_path / "own.img").exists()
+
+
+def test_a_path_without_toml_names_no_definition(program: Path, tmp_path: Path) -> None:
+    beside = tmp_path / "web.toml"
+    beside.write_text(f'program = "{program}"\n')
+    assert compose.find_definition(str(beside)) == Definition(program)
+    outside = os.path.relpath(tmp_path / "web", paths.OSV)
+    for image in (str(tmp_path / "web"), outside, "nothing"):
+        assert compose.find_definition(image) is None
+    assert compose.definition_file("agent") == compose.AGENT
 
 
 @pytest.mark.parametrize("family", Family)

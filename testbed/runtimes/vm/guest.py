@@ -59,7 +59,7 @@ def definition(workload: Workload) -> Definition | None:
         if len(found) != 1:
             raise Error(f"guest {workload.name!r} has {len(found)} programs", hint="give it one")
         return Definition(program=found[0])
-    return compose.named(program.image)
+    return compose.find_definition(program.image)
 
 
 def memory_mib(workload: Workload) -> int:
