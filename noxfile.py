@@ -48,12 +48,13 @@ def become(session: nox.Session, tool: str, *args: str) -> None:
 
 
 def check_c(session: nox.Session) -> None:
-    """Check the format of all C, and that agent and eBPF programs compile without warnings."""
-    folders = ("agent", "bpf", "deploy", "osv", "tests")
-    sources = [str(p) for d in folders for p in sorted((ROOT / d).rglob("*.[ch]"))]
+    """Check the format of all C, and that programs, of eBPF too, compile without warnings."""
+    formatted = ("agent", "bpf", "deploy", "osv", "tests")
+    sources = [str(p) for d in formatted for p in sorted((ROOT / d).rglob("*.[ch]"))]
     run(session, "clang-format", "--dry-run", "--Werror", *sources)
     strict = ("-std=gnu17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only")
-    programs = [str(file) for name in ("agent", "deploy") for file in (ROOT / name).glob("*.c")]
+    compiled = ("agent", "deploy", "osv/linux")
+    programs = [str(file) for name in compiled for file in (ROOT / name).glob("*.c")]
     session.run("cc", *strict, *programs, external=True)
     run(session, "python", "-m", "tests.bpf.syntax")
 

@@ -74,7 +74,7 @@ none /tmp ramfs defaults 0 0
 """
 
 _LINUX_FILES = paths.OSV / "linux"
-"""Init of Linux guests, and the sources of `as`, which runs the program as its user."""
+"""Init of Linux guests, and the sources of `run_as`, which runs the program as its user."""
 _LINUX_FLAGS = ("-std=gnu17", "-O2", "-static")
 
 
@@ -352,12 +352,12 @@ def _linux_tree(process: Process, kernel: kernels.LinuxKernel, hosts_patch: bool
     The process is in a script, as the kernel's command line is short and has no quotes.
     """
     modules = _modules(kernel, LINUX_MODULES)
-    starter = compiler.build("`as` of Linux guests", "as", _LINUX_FILES, _LINUX_FLAGS)
+    starter = compiler.build("`run_as` of Linux guests", "run_as", _LINUX_FILES, _LINUX_FLAGS)
     groups = ",".join(map(str, (process.gid, *process.groups)))
     folder = process.working_dir
     command = [
         *("/.guest/busybox", "env", "-i", "--", *process.env),
-        *("/.guest/as", str(process.uid), groups, folder, *process.command),
+        *("/.guest/run_as", str(process.uid), groups, folder, *process.command),
     ]
     script = f"""\
 #!/.guest/busybox sh
@@ -369,7 +369,7 @@ exec {shlex.join(command)} "$@"
         "/dev": Directory(),
         "/.guest/init": _contents(_LINUX_FILES / "init"),
         "/.guest/busybox": _contents(rootfs.busybox()),
-        "/.guest/as": _contents(starter),
+        "/.guest/run_as": _contents(starter),
         "/.guest/program": script.encode(),
         "/.guest/modules/list": "".join(f"{name}\n" for name in modules).encode(),
         **{f"/.guest/modules/{name}.ko": module for name, module in modules.items()},

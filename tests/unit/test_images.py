@@ -231,6 +231,7 @@ def test_initramfs_is_read_alike_by_us_and_by_cpio() -> None:
     assert listed.index("dev") < listed.index("dev/console")
 
 
+@pytest.mark.root
 def test_a_linux_image_keeps_what_a_root_file_system_has(
     linux_kernel: LinuxKernel, tmp_path: Path
 ) -> None:
@@ -238,14 +239,13 @@ def test_a_linux_image_keeps_what_a_root_file_system_has(
     (root / "usr/bin").mkdir(parents=True)
     (root / "bin").symlink_to("usr/bin")
     (root / "usr/bin/prog").write_bytes(b"prog")
-    (root / "usr/bin/prog").chmod(0o4711)
-    os.chown(root / "usr/bin/prog", 12, 34, follow_symlinks=False)
+    os.chown(root / "usr/bin/prog", 12, 34)
     (root / "usr/bin/prog").chmod(0o4711)
     os.mknod(root / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
     process = Process(("prog",), ("it's",), ("A=x y\nz",), "/data", 12, 34, (56,))
     image = compose.compose_linux(Root(root, process), linux_kernel)
     tree = cpio.unpack(image.path.read_bytes())
-    assert {"/bin", "/usr/bin/prog", "/null", "/etc/hosts", "/.guest/as"} <= {*image.files}
+    assert {"/bin", "/usr/bin/prog", "/null", "/etc/hosts", "/.guest/run_as"} <= {*image.files}
     assert (tree["/bin"], tree["/usr/bin/prog"]) == (Symlink("usr/bin"), b"prog")
     script = tree["/.guest/program"]
     assert isinstance(script, bytes)
@@ -253,7 +253,7 @@ def test_a_linux_image_keeps_what_a_root_file_system_has(
     assert "mkdir -p -- /data\n" in before
     assert shlex.split(words) == [
         *("/.guest/busybox", "env", "-i", "--", "A=x y\nz"),
-        *("/.guest/as", "12", "34,56", "/data", "prog", "it's", "$@"),
+        *("/.guest/run_as", "12", "34,56", "/data", "prog", "it's", "$@"),
     ]
     listed = subprocess.run(
         ["busybox", "cpio", "-tv"], input=cpio.pack_folder(root), capture_output=True, check=True

@@ -51,6 +51,15 @@ def test_texts_name_only_sessions_that_exist(text: str) -> None:
     assert {session for line in named for session in line.split()} <= set(SESSIONS)
 
 
+def test_lint_compiles_all_c_that_nothing_else_checks() -> None:
+    """tests.bpf.syntax compiles bpf/, and test_shim.py the shim, which needs macros."""
+    [compiled] = re.findall(r"compiled = (\(.*\))", (ROOT / "noxfile.py").read_text())
+    folders = ("agent", "bpf", "deploy", "osv")
+    sources = [file for folder in folders for file in (ROOT / folder).rglob("*.c")]
+    found = {str(file.parent.relative_to(ROOT)) for file in sources}
+    assert found == {*ast.literal_eval(compiled), "bpf", "osv/shim"}
+
+
 def test_contributors_are_told_of_all_sessions() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text().partition("\n## Sessions\n")[2]
     assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == set(SESSIONS)

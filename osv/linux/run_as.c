@@ -1,7 +1,9 @@
-/* Runs a program in a Linux guest as the user and in the folder that its image or manifest says.
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * Runs a program in a Linux guest as the user and in the folder that its image or manifest says.
  * The user owns its output, as in a container.
  *
- * usage: as UID GID[,GROUP...] FOLDER COMMAND [ARGUMENT...]
+ * usage: run_as UID GID[,GROUP...] FOLDER COMMAND [ARGUMENT...]
  */
 #define _GNU_SOURCE
 #include <err.h>
@@ -19,7 +21,7 @@ int main(int argc, char **argv)
 	uid_t user;
 
 	if (argc < 5)
-		errx(CANNOT_RUN, "usage: as UID GID[,GROUP...] FOLDER COMMAND [ARGUMENT...]");
+		errx(CANNOT_RUN, "usage: run_as UID GID[,GROUP...] FOLDER COMMAND [ARGUMENT...]");
 	user = strtoul(argv[1], NULL, 10);
 	for (char *next = argv[2];; next++) {
 		if (n == MAX_GROUPS)
