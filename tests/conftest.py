@@ -78,13 +78,15 @@ def pytest_testnodedown(node: Any) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    from tests.processes import is_one_of_several  # not above: see `is_of_another_run`
+
     config = session.config
     if BEFORE not in config.stash:
         return
     for name in ("last_value", "last_traceback", "last_exc"):  # their frames hold programs
         vars(sys).pop(name, None)
-    shared = ("bpf ", "cgroup ") if hasattr(config, "workerinput") else ()
-    """Kinds of things that other processes' tests have, too: looked for at the end of them all."""
+    # Other processes' tests have things of these kinds, too: looked for at the end of them all.
+    shared = ("bpf ", "cgroup ") if is_one_of_several(config) else ()
 
     def left() -> list[str]:
         found = snapshot() - config.stash[BEFORE] - others()
@@ -95,7 +97,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         gc.collect()  # an eBPF program stays loaded as long as a Python object holds it
         time.sleep(0.1)
     config.stash[LEFT] += left()
-    if hasattr(config, "workerinput"):
+    if is_one_of_several(config):
         config.workeroutput["left"] = config.stash[LEFT]  # type: ignore[attr-defined]
     elif config.stash[LEFT]:
         print("\nleft behind:", *config.stash[LEFT], sep="\n  ")

@@ -49,7 +49,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):  # a worker of xdist waits for the others
+    from tests.processes import is_one_of_several  # not above: a plugin of its own (`conftest`)
+
+    if not is_one_of_several(config):  # a worker of xdist waits for the others
         _end_after(0, config)  # running threads would keep Python from ending
 
 
