@@ -37,7 +37,7 @@ def _add_building(commands: Commands) -> None:
         "up",
         help="build the pods of a Kubernetes manifest, and leave them running",
         epilog="The runtime is chosen by annotation testbed/runtime.CONTAINER, or by "
-        "runtimeClassName. A pod whose supervisor (keeper) was killed gets a new one.",
+        "runtimeClassName. A pod whose supervisor was killed gets a new one.",
     )
     attach = commands.add_parser(
         "attach",
@@ -47,7 +47,7 @@ def _add_building(commands: Commands) -> None:
         + called("'testbed detach POD' removes them."),
     )
     adopt = commands.add_parser(
-        "adopt", help="start a new supervisor (keeper) for a pod whose supervisor was killed"
+        "adopt", help="start a new supervisor for a pod whose supervisor was killed"
     )
     up.set_defaults(call=_up)
     attach.set_defaults(call=_attach)
@@ -267,7 +267,7 @@ def _ps(arguments: argparse.Namespace) -> int:
     for row in rows:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
     for pod in found:
-        if pod["keeper"] is None:
+        if pod["supervisor"] is None:
             _say(
                 f"the supervisor of pod {pod['name']} was killed, and the pod is as it was then; "
                 f"testbed adopt {pod['name']}"
@@ -328,7 +328,7 @@ def _describe(arguments: argparse.Namespace) -> int:
         print(json.dumps(found, indent=1))
         return 0
     found["addresses"] = " ".join(found["addresses"]) or "-"
-    for key in ("name", "datapath", "addresses", "ready", "since", "keeper", "cgroup"):
+    for key in ("name", "datapath", "addresses", "ready", "since", "supervisor", "cgroup"):
         print(f"{key:<10} {found[key]}")
     if found["sandbox"]:
         print(f"{'joined':<10} {found['sandbox']['netns']} {found['sandbox']['id']}")

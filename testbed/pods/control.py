@@ -45,7 +45,7 @@ class Orphan:
     folder: Path
     """Folder with the files of the supervisor process."""
     status: dict[str, Any]
-    """The last status that it wrote down. `keeper`, its pid, is None."""
+    """The last status that it wrote down. `supervisor`, its pid, is None."""
 
 
 def folder_name(owner_id: str) -> str:
@@ -56,7 +56,7 @@ def folder_name(owner_id: str) -> str:
 def write_down(folder: Path, status: dict[str, Any]) -> None:
     """Write a status down, atomically, for a supervisor process that may take over."""
     new = folder / "status.new"
-    new.write_text(json.dumps(status | {"keeper": None}))
+    new.write_text(json.dumps(status | {"supervisor": None}))
     new.rename(folder / "status.json")
 
 

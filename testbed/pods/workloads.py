@@ -135,7 +135,7 @@ class Workloads:
             "datapath": self.pod.datapath.name,
             "addresses": [str(address) for address in self.pod.addresses.values()],
             "since": self.began,
-            "keeper": os.getpid(),
+            "supervisor": os.getpid(),
             "netns": self.pod.netns,
             "host_netns": namespaces.own(),
             "sandbox": sandbox and {key: str(value or "") for key, value in vars(sandbox).items()},

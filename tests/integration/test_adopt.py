@@ -1,4 +1,4 @@
-"""A keeper that is killed takes nothing along, and another one goes on in its place."""
+"""A supervisor that is killed takes nothing along, and another one goes on in its place."""
 
 from __future__ import annotations
 
@@ -91,13 +91,13 @@ def echoes(connection: socket.socket) -> bool:
     return connection.recv(5) == b"hello"
 
 
-def kill_keeper(pod: str) -> None:
-    os.kill(control.status(pod)["keeper"], signal.SIGKILL)
-    wait_until(lambda: control.status(pod)["keeper"] is None, "it is dead")
+def kill_supervisor(pod: str) -> None:
+    os.kill(control.status(pod)["supervisor"], signal.SIGKILL)
+    wait_until(lambda: control.status(pod)["supervisor"] is None, "it is dead")
 
 
 @pytest.mark.parametrize("datapath", ["steer", "capture"])
-def test_connections_and_workloads_live_through_their_keepers(
+def test_connections_and_workloads_live_through_their_supervisors(
     manifest: Callable[..., Path], name: str, datapath: str
 ) -> None:
     up = ("up", manifest(ECHO, guests=["guest"]), "--datapath", datapath)
@@ -109,11 +109,11 @@ def test_connections_and_workloads_live_through_their_keepers(
             return all([*(client.works() for client in clients), echoes(v4), echoes(v6)])
 
         for _ in range(2):
-            kill_keeper(name)
+            kill_supervisor(name)
             assert all_work()
             run(*up)
             assert all_work()
-        assert control.status(name)["keeper"]
+        assert control.status(name)["supervisor"]
         with by_lo(name, Family.IPV6) as new:
             assert echoes(new)
     assert {w["name"]: w["pid"] for w in control.status(name)["workloads"]} == pids
@@ -125,12 +125,12 @@ def test_connections_and_workloads_live_through_their_keepers(
     assert not there(name)
 
 
-def test_a_new_keeper_starts_what_ended_meanwhile_and_sees_what_ends_later(
+def test_a_new_supervisor_starts_what_ended_meanwhile_and_sees_what_ends_later(
     manifest: Callable[..., Path], name: str
 ) -> None:
     run("up", manifest(ECHO, guests=["guest"]))
     guest, native = (workload(name, w)["pid"] for w in ("guest", "native"))
-    kill_keeper(name)
+    kill_supervisor(name)
     os.kill(guest, signal.SIGKILL)
     assert f"supervisor of pod {name} was killed" in run("ps").stderr
     run("adopt", name)
@@ -146,7 +146,7 @@ def test_a_link_that_was_lost_meanwhile_is_made_again(
     manifest: Callable[..., Path], name: str
 ) -> None:
     run("up", manifest(ECHO, guests=["guest"]))
-    kill_keeper(name)
+    kill_supervisor(name)
     netlink.remove_link(control.status(name)["netns"], "g1")
     run("adopt", name)
     with by_lo(name, Family.IPV4) as connection:
@@ -155,7 +155,7 @@ def test_a_link_that_was_lost_meanwhile_is_made_again(
 
 def test_an_orphan_is_only_taken_over_as_it_is(manifest: Callable[..., Path], name: str) -> None:
     run("up", manifest(ECHO, guests=["guest"]))
-    kill_keeper(name)
+    kill_supervisor(name)
     other = manifest(ECHO.replace(str(NATIVE), "9002"), guests=["guest"])
     refused = run("up", other, status=3)
     assert f"testbed adopt {name}, or testbed down {name}" in refused.stderr
@@ -170,7 +170,7 @@ def test_an_orphan_is_only_taken_over_as_it_is(manifest: Callable[..., Path], na
 
 def test_an_orphan_is_taken_down_as_any_pod(manifest: Callable[..., Path], name: str) -> None:
     run("up", manifest(ECHO, guests=["guest"]))
-    kill_keeper(name)
+    kill_supervisor(name)
     run("down", name)
     assert not there(name)
     assert f"no pod '{name}'" in run("adopt", name, status=3).stderr
@@ -182,7 +182,7 @@ def test_containers_go_on_too(manifest: Callable[..., Path], name: str) -> None:
         manifest('- {name: box, image: "host:", command: [sleep, "1000"]}', runtime="container"),
     )
     pid = workload(name, "box")["pid"]
-    kill_keeper(name)
+    kill_supervisor(name)
     run("adopt", name)
     assert (workload(name, "box")["pid"], workload(name, "box")["restarts"]) == (pid, 0)
     run("exec", name, "--", "true")

@@ -208,9 +208,9 @@ def test_guests_are_whole_members_of_the_pod(
                 dial(near.netns, far.here[family], NATIVE_PORT, 1).close()
                 passed = True
             assert passed == forwards
-        if not n:  # again, with a keeper that took over
-            os.kill(control.status(name)["keeper"], signal.SIGKILL)
-            wait_until(lambda: control.status(name)["keeper"] is None, "it is dead")
+        if not n:  # again, with a supervisor that took over
+            os.kill(control.status(name)["supervisor"], signal.SIGKILL)
+            wait_until(lambda: control.status(name)["supervisor"] is None, "it is dead")
             run("adopt", name)
     run("detach", name)
     assert theirs.state() == before
@@ -305,7 +305,7 @@ def test_processes_of_a_cgroup_that_is_named_go_past_lo(
     assert theirs.cgroup.is_dir()
 
 
-def test_a_pod_known_by_a_process_of_it_is_kept_after_the_keeper_s_death(
+def test_a_pod_known_by_a_process_of_it_is_kept_after_the_supervisor_s_death(
     manifest: Callable[..., Path], name: str
 ) -> None:
     script = "ip link set lo up && echo ready && exec sleep 1000"
@@ -320,8 +320,8 @@ def test_a_pod_known_by_a_process_of_it_is_kept_after_the_keeper_s_death(
             manifest(GUEST, runtime="standin"),
         )
         run(*attach)
-        os.kill(control.status(name)["keeper"], signal.SIGKILL)
-        wait_until(lambda: control.status(name)["keeper"] is None, "it is dead")
+        os.kill(control.status(name)["supervisor"], signal.SIGKILL)
+        wait_until(lambda: control.status(name)["supervisor"] is None, "it is dead")
         run(*attach)
         assert workload(name, "guest")["restarts"] == 0
     run("detach", name)

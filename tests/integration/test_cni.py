@@ -257,7 +257,7 @@ def test_a_pod_whose_supervisor_is_killed_gets_another(runtime: Runtime) -> None
     _, result = runtime.call("ADD", own, {"cniVersion": "1.0.0"})
 
     def supervisor() -> int | None:
-        pid: int | None = runtime.on_host(lambda: control.status(runtime.container))["keeper"]
+        pid: int | None = runtime.on_host(lambda: control.status(runtime.container))["supervisor"]
         return pid
 
     killed = supervisor()
@@ -308,7 +308,7 @@ def test_without_the_daemon_pods_without_guests_pass_and_others_are_refused(
     assert runtime.call("GC", some)[1]["code"] == 11
     assert runtime.call("DEL", every)[1]["code"] == 11
     assert runtime.call("DEL", some, CNI_CONTAINERID="other") == (0, "")
-    assert runtime.on_host(lambda: control.status(runtime.container))["keeper"]
+    assert runtime.on_host(lambda: control.status(runtime.container))["supervisor"]
     with chain.daemon(runtime.enter):
         assert runtime.call("CHECK", every, result) == (0, "")
         assert runtime.call("DEL", every) == (0, "")
@@ -318,7 +318,7 @@ def test_guests_that_nobody_supervises_are_not_forgotten(runtime: Runtime) -> No
     """Daemon and supervisor are killed, and then the namespace goes."""
     own = runtime.network["plugins"][0]
     assert runtime.call("ADD", own, {})[0] == 0
-    supervisor = runtime.on_host(lambda: control.status(runtime.container))["keeper"]
+    supervisor = runtime.on_host(lambda: control.status(runtime.container))["supervisor"]
     for pid in (runtime.daemon.pid, supervisor):
         os.kill(pid, signal.SIGKILL)
     runtime.daemon.wait()
@@ -385,12 +385,12 @@ def test_a_delete_that_gets_no_answer_is_an_error(runtime: Runtime) -> None:
     """So the runtime asks again."""
     own = runtime.network["plugins"][0]
     runtime.call("ADD", own, {"cniVersion": "1.0.0"})
-    keeper = runtime.on_host(lambda: control.status(runtime.container))["keeper"]
-    os.kill(keeper, signal.SIGSTOP)
+    supervisor = runtime.on_host(lambda: control.status(runtime.container))["supervisor"]
+    os.kill(supervisor, signal.SIGSTOP)
     try:
         assert runtime.call("DEL", own)[0] == 1
     finally:
-        os.kill(keeper, signal.SIGCONT)
+        os.kill(supervisor, signal.SIGCONT)
     assert runtime.call("DEL", own) == (0, "")
     assert not there(runtime.container)
 

@@ -366,11 +366,11 @@ def test_a_port_that_nobody_serves_is_an_error_of_forwarding(pod: Sandbox) -> No
 
 def test_guests_serve_while_their_supervisor_is_replaced(pod: Sandbox) -> None:
     with pod.forward(PORT) as forward:
-        killed = pod.guests["keeper"]
+        killed = pod.guests["supervisor"]
         os.kill(killed, signal.SIGKILL)
         forward.send(b"hello")
         assert forward.receive(5) == b"hello"
-        wait_until(lambda: pod.guests["keeper"] not in (None, killed), "another is there", 10)
+        wait_until(lambda: pod.guests["supervisor"] not in (None, killed), "another is there", 10)
         forward.send(b"again", last=True)
         assert forward.receive() == b"again"
     assert pod.asks_guest("localhost") == "hello\n"

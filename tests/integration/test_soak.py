@@ -1,4 +1,4 @@
-"""Random operations over many pods: guests die, links vanish, keepers are killed, guests flood.
+"""Random operations over many pods: guests die, links vanish, supervisors are killed, guests flood.
 
 At the end every pod passes conformance checks, and once they are taken down nothing is left, of
 memory neither. `--soak` says for how many seconds, `--soak-seed` has the same operations again.
@@ -95,7 +95,7 @@ class Soak:
         return {
             "a guest dies": self.kill_guest,
             "a link vanishes": self.remove_link,
-            "a keeper is killed": self.kill_keeper,
+            "a supervisor is killed": self.kill_supervisor,
             "a guest floods": self.flood,
             "a pod goes and comes": self.go_and_come,
         }
@@ -114,9 +114,9 @@ class Soak:
             if link["name"] == lost:
                 netlink.remove_link(link["netns"], lost)
 
-    def kill_keeper(self, name: str, rng: random.Random) -> None:
-        os.kill(control.status(name)["keeper"], signal.SIGKILL)
-        wait_until(lambda: control.status(name)["keeper"] is None, "it is dead")
+    def kill_supervisor(self, name: str, rng: random.Random) -> None:
+        os.kill(control.status(name)["supervisor"], signal.SIGKILL)
+        wait_until(lambda: control.status(name)["supervisor"] is None, "it is dead")
         if rng.random() < 0.5:
             run("adopt", name)
         else:

@@ -457,14 +457,14 @@ def test_what_is_no_tap_is_refused(
     assert not there(name)
 
 
-def test_a_guest_that_a_killed_keeper_left_is_taken_over(
+def test_a_guest_that_a_killed_supervisor_left_is_taken_over(
     manifest: Callable[..., Path], name: str, theirs: Theirs
 ) -> None:
     guest = theirs.boot()
     attach(manifest, theirs)
     talk((guest, str(alias(Family.IPV4))), (theirs.pod, NATIVE_PORT), Family.IPV4, Transport.TCP)
-    os.kill(control.status(name)["keeper"], signal.SIGKILL)
-    wait_until(lambda: control.status(name)["keeper"] is None, "it is dead")
+    os.kill(control.status(name)["supervisor"], signal.SIGKILL)
+    wait_until(lambda: control.status(name)["supervisor"] is None, "it is dead")
     run("adopt", name, "--wait", "0", status=1)
     talk((theirs.pod, str(loopback(Family.IPV4))), (guest, PORT), Family.IPV4, Transport.TCP)
     run("detach", name)

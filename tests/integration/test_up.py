@@ -1,4 +1,4 @@
-"""Pods by hand: the commands, restarts, probes, and what is left when a pod or its keeper ends."""
+"""Pods by hand: commands, restarts, probes, and what is left when a pod or its supervisor ends."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_an_interrupted_up_leaves_nothing(manifest: Callable[..., Path], name: s
     file = manifest('- {name: a, image: "host:sleep", args: ["99"], ports: [{containerPort: 99}]}')
     for built in (False, True):
         with ending(subprocess.Popen([*TESTBED, "up", file], stderr=subprocess.DEVNULL)) as up:
-            wait_until(lambda: name in control.names(), "the keeper listens")
+            wait_until(lambda: name in control.names(), "the supervisor listens")
             if built:
                 wait_until(lambda: bool(control.status(name)), "the pod is built")
             up.send_signal(signal.SIGINT)
@@ -198,7 +198,7 @@ def test_an_interrupted_up_leaves_nothing(manifest: Callable[..., Path], name: s
         assert not there(name)
 
 
-def test_clean_takes_down_what_a_killed_keeper_left(
+def test_clean_takes_down_what_a_killed_supervisor_left(
     manifest: Callable[..., Path], name: str
 ) -> None:
     file = manifest(
@@ -209,8 +209,8 @@ def test_clean_takes_down_what_a_killed_keeper_left(
         runtime="container",
     )
     run("up", file)
-    os.kill(control.status(name)["keeper"], signal.SIGKILL)
-    wait_until(lambda: control.status(name)["keeper"] is None, "it is dead")
+    os.kill(control.status(name)["supervisor"], signal.SIGKILL)
+    wait_until(lambda: control.status(name)["supervisor"] is None, "it is dead")
     assert there(name)
     run("clean")
     assert not there(name)

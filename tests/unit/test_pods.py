@@ -8,15 +8,15 @@ import socket
 from testbed.pods import control
 
 
-def test_a_pod_is_there_while_its_keeper_listens_and_not_while_it_says_its_last_words() -> None:
+def test_a_pod_is_there_while_its_supervisor_listens_and_not_while_it_says_its_last_words() -> None:
     name = f"t{secrets.token_hex(3)}"
     with socket.socket(socket.AF_UNIX) as asking:
-        with socket.socket(socket.AF_UNIX) as keeper:
-            keeper.bind(control.socket_name(name))
+        with socket.socket(socket.AF_UNIX) as supervisor:
+            supervisor.bind(control.socket_name(name))
             assert name not in control.names()
-            keeper.listen()
+            supervisor.listen()
             assert name in control.names()
             asking.connect(control.socket_name(name))
-            asker, _ = keeper.accept()
+            asker, _ = supervisor.accept()
         with asker:
             assert name not in control.names()
