@@ -260,9 +260,9 @@ def compose_linux(
         for path, node in {**_linux_tree(root.process, kernel, hosts_patch), **etc}.items()
     }
     files = {f"/{path}" for path in rootfs.files(root.path)}
-    return _store(
-        cpio.pack_folder(root.path) + cpio.pack(tree), "cpio", {*files, *tree}, root.process
-    )
+    data = cpio.pack_folder(root.path)
+    data += cpio.pack(tree)
+    return _store(data, "cpio", {*files, *tree}, root.process)
 
 
 def osv_tree(definition: Definition, *, hosts_patch: bool = True) -> Tree:
@@ -451,7 +451,7 @@ def _modules(kernel: kernels.LinuxKernel, wanted: Iterable[str]) -> dict[str, by
     return ordered
 
 
-def _store(data: bytes, kind: str, files: Iterable[str], process: Process) -> Image:
+def _store(data: bytes | bytearray, kind: str, files: Iterable[str], process: Process) -> Image:
     """Store an image in the cache under its SHA-256, atomically, and remove those long unused."""
     sha256 = hashlib.sha256(data).hexdigest()
     path = cache.cache_folder() / "images" / f"{sha256}.{kind}"

@@ -24,7 +24,7 @@ BLOCK = 512
 """Size in bytes of the blocks of which an archive has a whole number."""
 
 
-def pack(tree: Tree) -> bytes:
+def pack(tree: Tree) -> bytearray:
     """Pack an initramfs. All files are executable, owned by root and dated 1970.
 
     /dev/console is added, since the kernel opens it for init before anything is mounted.
@@ -48,7 +48,7 @@ def pack(tree: Tree) -> bytes:
     return archive.end()
 
 
-def pack_folder(root: Path) -> bytes:
+def pack_folder(root: Path) -> bytearray:
     """Pack a folder, with owners and permissions, dated 1970. Hard links become files.
 
     An initramfs may have several archives, one behind the other. Raises `Error` if it is too large.
@@ -97,10 +97,11 @@ class Archive:
             self._data.extend(part)
             self._data.extend(bytes(-len(self._data) % 4))
 
-    def end(self) -> bytes:
-        """Return the whole archive, in blocks."""
+    def end(self) -> bytearray:
+        """Return the whole archive, in blocks. It is not copied, as it may be large."""
         self.add(END, 0)
-        return bytes(self._data + bytes(-len(self._data) % BLOCK))
+        self._data.extend(bytes(-len(self._data) % BLOCK))
+        return self._data
 
 
 def unpack(archive: bytes) -> dict[str, Node]:

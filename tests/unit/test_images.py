@@ -10,6 +10,7 @@ import shlex
 import stat
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_interface
@@ -220,7 +221,7 @@ def test_initramfs_is_read_alike_by_us_and_by_cpio() -> None:
         "/a/l": Symlink("b/c"),
         "/dev": Directory(),
     }
-    archive = cpio.pack(tree)
+    archive = bytes(cpio.pack(tree))
     assert rofs.nested(cpio.unpack(archive)) == rofs.nested(tree)
     listed = (
         subprocess.run(["busybox", "cpio", "-t"], input=archive, capture_output=True, check=True)
@@ -260,6 +261,23 @@ def test_a_linux_image_keeps_what_a_root_file_system_has(
     ).stdout.decode()
     assert re.search(r"^-rws--x--x +12/34 +4 1970-\S+ \S+ usr/bin/prog$", listed, re.MULTILINE)
     assert re.search(r"^crw-r--r-- .* null$", listed, re.MULTILINE)
+
+
+def test_a_large_root_file_system_is_in_memory_once(
+    linux_kernel: LinuxKernel, tmp_path: Path
+) -> None:
+    """Besides its largest file, which is read before it is added."""
+    root = tmp_path / "root"
+    root.mkdir()
+    sizes = {"a": 32 << 20, "b": 32 << 20}
+    for name, size in sizes.items():
+        with (root / name).open("wb") as sparse:
+            sparse.truncate(size)
+    tracemalloc.start()
+    compose.compose_linux(Root(root, Process(("a",))), linux_kernel)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.9 * sum(sizes.values())
 
 
 def test_a_root_file_system_that_is_too_large_is_refused(
@@ -307,7 +325,7 @@ def test_osv_gets_a_whole_root_file_system(program: Path, tmp_path: Path, merged
 
 @pytest.mark.parametrize("cut", [0, 100, 600])
 def test_damaged_initramfs_is_refused(cut: int) -> None:
-    archive = cpio.pack({"/init": b"x" * 1000})
+    archive = bytes(cpio.pack({"/init": b"x" * 1000}))
     with pytest.raises(Error, match="initramfs is damaged"):
         cpio.unpack(archive[:cut])
 
