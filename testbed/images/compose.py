@@ -303,7 +303,7 @@ def _path_through_links(folder: Path | None, path: str) -> str:
 
 def _libraries(definition: Definition) -> dict[str, Path]:
     """Name → file of the libraries that an OSv image needs."""
-    return rootfs.libraries([definition.program, *definition.files.values()], OSV_PROVIDES)
+    return rootfs.libraries(definition.program, definition.files.values(), OSV_PROVIDES)
 
 
 def lacking(definition: Definition, kernel: kernels.OsvKernel) -> list[str]:

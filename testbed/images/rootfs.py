@@ -92,6 +92,8 @@ def unpack(image: str) -> Root:
         return Root(path)
     if path.is_file():
         return Root(_of_tar(path))
+    if image.startswith((".", "/")):
+        raise Error(f"no file or folder {image}")
     raise Error(
         f"no image {image!r}",
         hint=f"nothing is pulled: skopeo copy docker://{image} docker-archive:image.tar, then "
@@ -110,13 +112,14 @@ def of_program(program: Path, extra: Mapping[str, Path], arguments: tuple[str, .
     return replace(made, process=replace(made.process, arguments=arguments))
 
 
-def libraries(files: Iterable[Path], provided: Iterable[str] = ()) -> dict[str, Path]:
-    """Name → file of libraries that a program and its modules need. The first file is the program.
+def libraries(
+    program: Path, others: Iterable[Path], provided: Iterable[str] = ()
+) -> dict[str, Path]:
+    """Name → file of libraries that a program needs, and modules among the `others` files.
 
     `provided`: see `elf.closure`.
     """
-    first, *others = files
-    modules = [first, *(file for file in others if re.search(r"\.so(\.\d+)*$", file.name))]
+    modules = [program, *(file for file in others if re.search(r"\.so(\.\d+)*$", file.name))]
     found = (elf.closure(elf.read(module), provided) for module in modules)
     return {Path(name).name: path for each in found for name, path in each.items()}
 
@@ -188,7 +191,7 @@ def _of_host(wanted: Iterable[Path], extra: Mapping[str, Path] = {}) -> Root:
         files[f"usr/bin/{program.name}"] = program
         if found.interpreter:
             files[found.interpreter.lstrip("/")] = Path(found.interpreter)
-        for name, library in libraries((program.resolve(), *extra.values())).items():
+        for name, library in libraries(program.resolve(), extra.values()).items():
             files[f"usr/lib/{name}"] = library
 
     def fill(folder: Path) -> None:
