@@ -252,7 +252,7 @@ def _notes(share: Share, event: Event) -> Iterator[str]:
             why = f": {event['why']}" if event["why"] else ""
             yield f"{prefix}guests are {event['guest']['runtime']}{why}"
             if warning := pacing_warning(event["machine"]["congestion_control"]):
-                yield f"{prefix}{warning}"
+                yield f"{prefix}{warning}; sysctl net.ipv4.tcp_congestion_control=cubic"
         case "failed":
             yield f"failed: {share.error}"
         case "kept":

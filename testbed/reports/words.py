@@ -80,7 +80,7 @@ def pacing_warning(congestion_control: str) -> str:
         return ""
     return (
         f"TCP's congestion control is {congestion_control}, not cubic: if it paces, as bbr does, "
-        "throughput over TCP is too low; sysctl net.ipv4.tcp_congestion_control=cubic"
+        "throughput over TCP is too low"
     )
 
 

@@ -209,7 +209,7 @@ def captioned(
     cell = rows[0].cell
     footer = [f"{circumstances(results, cell.guest)} {how}", *absences(rows)]
     if cell.transport is Transport.TCP and cell.metric is not Metric.LATENCY:
-        paced, _, _ = pacing_warning(results.campaign.congestion_control).partition(";")
+        paced = pacing_warning(results.campaign.congestion_control)
         footer += [f"{paced}."] if paced else []
     return Drawing(
         figure,
