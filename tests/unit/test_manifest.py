@@ -9,6 +9,7 @@ from textwrap import dedent, indent
 
 import pytest
 
+from testbed import paths
 from testbed.model.errors import Error
 from testbed.model.manifest import (
     Action,
@@ -461,6 +462,32 @@ def test_well_known_images_are_said_aloud(tmp_path: Path) -> None:
     [told] = read_.warnings
     assert "container a: nginx:1 is not pulled: it is put together from this host's osv/web" in told
     assert "--image nginx:1=" in told
+
+
+@pytest.mark.parametrize(
+    ("image", "runtime", "found", "is_told"),
+    [
+        ("curl", Runtime.CONTAINER, "curl", True),
+        ("curl:8", Runtime.CONTAINER, "curl:8", False),  # which then is not there
+        ("curl", Runtime.GVISOR, "curl", True),
+        ("agent", Runtime.CONTAINER, "agent", False),
+        ("curl:8", Runtime.GVISOR, "curl", True),
+        ("curl", Runtime.LINUX, "curl", False),
+        ("curl:8", Runtime.LINUX, "curl", True),
+        ("curl", Runtime.WASM, "curl", False),
+        ("osv/curl.toml", Runtime.CONTAINER, str(paths.OSV / "curl.toml"), False),
+    ],
+)
+def test_a_definition_in_the_place_of_an_image_is_said_aloud(
+    image: str, runtime: Runtime, found: str, is_told: bool
+) -> None:
+    assert of_user([], None).find(image, runtime, paths.ROOT) == (
+        found,
+        f"{image} is not pulled: it is put together from this host's osv/curl.toml "
+        f"(--image {image}=… takes another)"
+        if is_told
+        else "",
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from testbed import paths, schema
-from testbed.images import rootfs
+from testbed.images import compose, rootfs
 from testbed.model.errors import Error
 from testbed.model.terms import Runtime
 
@@ -46,10 +46,13 @@ class Images:
         there = located(image, folder)
         if there != image or runtime is Runtime.WASM:
             return there, ""
-        if runtime in (Runtime.CONTAINER, Runtime.GVISOR) and short in WELL_KNOWN:
+        is_container = runtime in (Runtime.CONTAINER, Runtime.GVISOR)
+        if is_container and short in WELL_KNOWN:
             known = WELL_KNOWN[short]
             return located(known, paths.ROOT), _told(image, known)
-        if runtime.is_guest and short != image and (paths.OSV / f"{short}.toml").exists():
+        # A name alone is that of a definition on purpose, but in a container also a registry's.
+        taken = runtime.is_guest if short != image else is_container
+        if taken and image != rootfs.AGENT and compose.definition_file(short):
             return short, _told(image, f"osv/{short}.toml")
         return image, ""
 
