@@ -89,7 +89,7 @@ def called(text: str) -> str:
     return re.sub(r"\btestbed (?=[a-z])", lambda found: f"{bootstrap} {found[0]}", text)
 
 
-BESIDE = 44
+OTHER_COLUMNS = 44
 """Columns of a line of progress beside its text: a bar, counts and the time left."""
 
 
@@ -126,7 +126,7 @@ def progress() -> Iterator[Callable[[Progress], None]]:
             if now.stays:
                 display.console.print(now.text, markup=False, highlight=False)
                 return
-            text = now.text[: max(console.width - BESIDE, 0)]
+            text = now.text[: max(console.width - OTHER_COLUMNS, 0)]
             display.update(
                 task,
                 completed=now.done,
