@@ -166,19 +166,20 @@ def refuse_limits(workload: Workload) -> None:
         )
 
 
-def process_of(workload: Workload, image: Process, **env: str) -> Process:
+def process_of(workload: Workload, image: Process, defaults: Mapping[str, str] = {}) -> Process:
     """The process of a workload: that of its image, with what the manifest says instead.
 
-    `command` and `args` replace those of the image as in Kubernetes. `env` are variables which
-    neither has to name. Raises `Error` if there is no command, or it is root where another user is
-    asked for.
+    `command` and `args` replace those of the image as in Kubernetes. `defaults` are variables which
+    neither has to name. The traffic agent's process is that of its image, without these. Raises
+    `Error` if there is no command, or it is root where another user is asked for.
     """
     program = workload.program
     if program is None:
         return image
     security = program.security
     arguments = program.args or (() if program.command else image.arguments)
-    env |= dict(variable.split("=", 1) for variable in image.env) | dict(program.env)
+    of_image = dict(variable.split("=", 1) for variable in image.env)
+    env = {**defaults, **of_image, **dict(program.env)}
     made = Process(
         program.command or image.entrypoint,
         arguments,

@@ -17,6 +17,9 @@ from testbed.runtimes.vm import qemu
 from testbed.runtimes.vm.guest import VirtualMachines
 from testbed.runtimes.vm.qemu import Vm
 
+DEFAULTS = {"PATH": rootfs.PATH, "HOME": "/root"}
+"""Variables of a program that neither its image nor the manifest sets."""
+
 
 def prepare(options: Options) -> Linux:
     """Find the kernel and compose the initramfs. Raises `Absent` if there is no kernel."""
@@ -52,7 +55,7 @@ class Linux(VirtualMachines):
         refuse_isolation(workload, has_users=True)
         name = workload.program.image if workload.program else rootfs.AGENT
         root = compose.root_of_image(name)
-        process = process_of(workload, root.process, PATH=rootfs.PATH, HOME="/root")
+        process = process_of(workload, root.process, DEFAULTS)
         root = replace(root, process=process)
         return compose.compose_linux(root, self.kernel, hosts_patch=hosts_patch, etc=etc)
 

@@ -104,7 +104,7 @@ class Bundles(Prepared):
         file = place.scratch / "hostname"
         hostname = file.read_text().strip() if file.exists() else place.workload.name
         defaults = {"PATH": rootfs.PATH, "HOSTNAME": hostname, "HOME": "/root"}
-        process = self._process(place.workload, **defaults)
+        process = self._process(place.workload, defaults)
         security = program_of(place.workload).security
         # Another user than root has none in effect. runc sees to that by itself, gVisor does not.
         sets = ("bounding",) if process.uid else ("bounding", "effective", "permitted")
@@ -131,9 +131,9 @@ class Bundles(Prepared):
         """Files of the pod → paths at which the workload sees them."""
         return place.etc
 
-    def _process(self, workload: Workload, **env: str) -> Process:
+    def _process(self, workload: Workload, defaults: Mapping[str, str] = {}) -> Process:
         workload = replace(workload, program=program_of(workload))
-        return process_of(workload, self._root(workload).process, **env)
+        return process_of(workload, self._root(workload).process, defaults)
 
     def _root(self, workload: Workload) -> Root:
         image = program_of(workload).image
