@@ -85,8 +85,7 @@ class Osv(VirtualMachines):
             root = rootfs.unpack(workload.program.image)
             described = process_of(workload, root.process)
             wanted, process = compose.find_program(root.path, described)
-        for word in (*process.command, *process.env, process.working_dir):
-            _checked(without_late(word))
+        _check(process)
         if workload.program:
             self._warn(workload.name, wanted)
         return compose.compose_osv(wanted, process, hosts_patch=hosts_patch, etc=etc)
@@ -141,8 +140,7 @@ def boot_line(machine: Vm, families: frozenset[Family], process: Process) -> str
     """OSv's kernel command line: its own options, then the program and arguments in quotes.
 
     OSv's options have no quotes, but spaces in them can be escaped. It wants the mask of an IPv4
-    address dotted, of an IPv6 address as a prefix length. Raises `Error` for a word with `$`, after
-    which OSv reads a variable even in quotes.
+    address dotted, of an IPv6 address as a prefix length. Raises `Error` as `_check` does.
     """
     options = ["--rootfs=rofs", "--power-off-on-abort"]
     for address in machine.addresses:
@@ -158,15 +156,27 @@ def boot_line(machine: Vm, families: frozenset[Family], process: Process) -> str
 
 
 def _escaped(option: str) -> str:
-    return _checked(option).replace("\\", "\\\\").replace(" ", "\\ ")
+    return option.replace("\\", "\\\\").replace(" ", "\\ ")
 
 
 def _quoted(word: str) -> str:
-    escaped = _checked(word).replace("\\", "\\\\").replace('"', '\\"')
+    escaped = word.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
 
 
-def _checked(word: str) -> str:
-    if "$" in word or not word.isprintable():
-        raise Error(f"OSv takes no '$' and no line break: {word!r}", hint="put it into a file")
-    return word
+def _check(process: Process) -> None:
+    """Raises `Error` for what OSv's kernel command line cannot hold.
+
+    OSv reads a variable after `$`, even in quotes. Its parser of words is for ASCII, that of its
+    own options is not (measured with kernels of both branches).
+    """
+    words = [("printable ASCII", word, word.isascii()) for word in process.command]
+    options = [("printable text", text, True) for text in (*process.env, process.working_dir)]
+    for kind, text, is_kind in (*words, *options):
+        text = without_late(text)
+        if "$" in text or not (is_kind and text.isprintable()):
+            raise Error(
+                f"OSv takes only {kind}, without '$': {text!r}",
+                hint="let the program read it from a file of the image",
+            )
+    _check(process)

@@ -453,10 +453,17 @@ def test_osv_is_told_addresses_of_the_families_that_it_speaks(
 def test_osv_words_are_quoted_and_variables_refused(machine: Vm) -> None:
     line = osv.boot_line(machine, frozenset(Family), Process(("/a",), ('b "c"', "d;e", "\\")))
     assert line.endswith('"/a" "b \\"c\\"" "d;e" "\\\\"')
-    for word in ("$HOME", "a\nb"):
+    for word in ("$HOME", "a\nb", "a\tb"):
         for process in (Process((word,)), Process(env=(f"A={word}",)), Process(working_dir=word)):
-            with pytest.raises(Error, match="OSv takes no"):
+            with pytest.raises(Error, match=r"OSv takes only printable \w+, without '\$': "):
                 osv.boot_line(machine, frozenset(Family), process)
+
+
+def test_osv_words_are_ascii_and_variables_and_folder_need_not_be(machine: Vm) -> None:
+    process = Process(("/a",), env=("A=é",), working_dir="/é")
+    assert "--env=A=é --cwd=/é" in osv.boot_line(machine, frozenset(Family), process)
+    with pytest.raises(Error, match="OSv takes only printable ASCII"):
+        osv.boot_line(machine, frozenset(Family), Process(("/a",), ("é",)))
 
 
 def test_osv_is_told_variables_and_the_folder(machine: Vm) -> None:
