@@ -37,6 +37,12 @@ SOURCES = paths.OSV / "shim"
 CFLAGS = ("-std=gnu17", "-O2", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", f"-Wl,-soname,{SONAME}")
 """Without _FORTIFY_SOURCE, since OSv has few of its functions."""
 
+UNREACHED = (
+    "the shim does not reach a static program: the name localhost is the pod's, 127.0.0.1 and ::1 "
+    "are the guest's own"
+)
+"""What to tell of a program that the shim does not reach."""
+
 
 def flags() -> tuple[str, ...]:
     """Options of the compiler. Macros among them define the address plan."""
@@ -64,18 +70,6 @@ def build() -> Path:
 def reaches(program: elf.Elf) -> bool:
     """Whether a program calls libc by a library: not if it is static, or of Go."""
     return program.interpreter is not None and not program.is_go
-
-
-def caveat(program: elf.Elf) -> str:
-    """What to tell of a program that the shim does not reach; empty if it does."""
-    if reaches(program):
-        return ""
-    if program.interpreter:
-        return "Go programs that need libc, or are PIE, crash in OSv: build it with CGO_ENABLED=0"
-    return (
-        "the shim does not reach a static program: the name localhost is the pod's, 127.0.0.1 and "
-        "::1 are the guest's own"
-    )
 
 
 def bind(program: elf.Elf) -> bytes:

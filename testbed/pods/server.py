@@ -110,8 +110,11 @@ class Server:
             }
             links = [link for netns, ip in ips.items() for link in _links(netns, ip)]
             taps = self._pod.links.taps.data()
+        status = self._workloads.status()
+        for described, words in zip(status["workloads"], self._workloads.last_words(), strict=True):
+            described["last_words"] = words
         return {
-            **self._workloads.status(),
+            **status,
             "links": links,
             "taps": taps,
             **self.traffic(),

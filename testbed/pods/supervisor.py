@@ -14,7 +14,6 @@ import errno
 import json
 import os
 import pickle
-import re
 import signal
 import socket
 import stat
@@ -46,10 +45,6 @@ from testbed.runtimes.interface import VOLUMES, Options, Prepared
 
 ORDER = "order"
 """Name of the file with the order, in a pod's folder."""
-KERNELS = re.compile(r"\[ *\d+\.\d+\] |guest (ready|ends): |$")
-"""Beginning of a line of a guest's console that is not of its program."""
-LAST_WORDS_BYTES = 8192
-"""Length of the end of a log in which a workload's last words are looked for."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +147,8 @@ class Starting:
             f"{name}: {w['name']} is not ready ({_state(w)}{_last_words(w)}); see "
             f"'testbed logs {name} -c {w['name']}'"
             for name in self._supervisors
-            for w in control.status(name)["workloads"]
+            if not control.status(name)["ready"]
+            for w in control.describe(name)["workloads"]
             if not w["ready"] and w["state"] != "completed"
         ]
 
@@ -185,18 +181,7 @@ def _state(workload: Mapping[str, Any]) -> str:
 
 
 def _last_words(workload: Mapping[str, Any]) -> str:
-    """The last line that a workload printed, after a colon; empty if it printed nothing."""
-    try:
-        with Path(workload["log"]).open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - LAST_WORDS_BYTES))
-            text = log.read().decode(errors="replace")
-    except FileNotFoundError:
-        return ""
-    of_kernel = re.compile("$")
-    if "queues" in workload:  # it is a virtual machine
-        text, of_kernel = text.rpartition("\n[backtrace]")[0] or text, KERNELS
-    lines = (line.strip() for line in reversed(text.split("\n")))
-    return next((f": {line}" for line in lines if not of_kernel.match(line)), "")
+    return f": {workload['last_words']}" if workload["last_words"] else ""
 
 
 def supervise(

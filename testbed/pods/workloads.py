@@ -31,6 +31,8 @@ from testbed.runtimes.interface import Prepared
 FIRST_DELAY_S, LAST_DELAY_S = 0.5, 60.0
 """Delays before a restart: the first, which doubles each time, and the longest. After a run of
 `LAST_DELAY_S` it is the first again. Kubernetes' are 10 s and 5 min; here, a person is waiting."""
+LAST_WORDS_BYTES = 8192
+"""Length of the end of a log in which a workload's last words are looked for."""
 EVENTS = 100
 """Number of the latest events that `describe` shows."""
 
@@ -141,6 +143,10 @@ class Workloads:
             "sandbox": sandbox and {key: str(value or "") for key, value in vars(sandbox).items()},
             "workloads": [w.status() for w in (*self.init, *self.watched)],
         }
+
+    def last_words(self) -> list[str]:
+        """`Watched.last_words` of the workloads, in the order of `status`."""
+        return [w.last_words() for w in (*self.init, *self.watched)]
 
 
 class Watched:
@@ -268,6 +274,12 @@ class Watched:
             "log": str(self.workloads.pod.console(self.workload.name)),
             **entrance,
         }
+
+    def last_words(self) -> str:
+        """The last line that its program printed; empty if it printed none lately."""
+        text = self.workloads.pod.place(self.workload).console_end(LAST_WORDS_BYTES)
+        lines = (line.strip() for line in reversed(text.splitlines()))
+        return next((line for line in lines if line and self.runtime.is_of_program(line)), "")
 
     def say(self, what: str) -> None:
         """Add an event about it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -60,6 +61,15 @@ class Placement:
     """Whether the guest has a loopback interface. Without, its `localhost` is 127.0.0.1 still."""
     queues: int = 1
     """Pairs of queues of the guest's tap and network device."""
+
+    def console_end(self, size_bytes: int, since: int = 0) -> str:
+        """The end of what was written to the console after its first `since` bytes."""
+        try:
+            with self.console.open("rb") as console:
+                console.seek(max(since, console.seek(0, os.SEEK_END) - size_bytes))
+                return console.read().decode(errors="replace")
+        except FileNotFoundError:
+            return ""
 
     @property
     def etc(self) -> dict[Path, str]:
@@ -127,6 +137,10 @@ class Prepared(Protocol):
     def exit_status(self, place: Placement, code: int) -> int:
         """Exit status of a workload's program, from that of the process that was started."""
         return code
+
+    def is_of_program(self, line: str) -> bool:
+        """Whether a workload's program wrote a line of its console, and not a kernel."""
+        return True
 
     def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
         """Prefix of a command line that runs a command inside the running workload.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,12 +16,19 @@ from testbed.model.manifest import Workload, without_late
 from testbed.model.terms import Family, Runtime
 from testbed.runtimes.interface import Absent, Options, Placement, process_of, refuse_isolation
 from testbed.runtimes.vm import qemu
-from testbed.runtimes.vm.guest import KILLED, VirtualMachines, definition
+from testbed.runtimes.vm.guest import KILLED, VirtualMachines
 from testbed.runtimes.vm.qemu import Vm
 
 ABORTED = 128 + signal.SIGABRT
 CRASHES = {"failed looking up symbol": 127, "mmu::vm_fault": 128 + signal.SIGSEGV}
 """What the console says before the machine ends → exit status as a shell has it; else `ABORTED`."""
+
+NOT_OF_PROGRAM = re.compile(
+    r"OSv v\d|eth\d+: |Booted up in |Cmdline: |\[backtrace\]|0x[0-9a-f]{16} <"
+)
+"""Beginning of a line of the console that OSv writes while it boots, or of a crash's backtrace."""
+
+GO_CRASHES = "Go programs that need libc, or are PIE, crash in OSv: build it with CGO_ENABLED=0"
 
 SHOWN = 5
 """Symbols that a warning names."""
@@ -78,7 +86,7 @@ class Osv(VirtualMachines):
         if workload.program is None:
             wanted = compose.load(compose.AGENT)
             process = wanted.process
-        elif defined := definition(workload):
+        elif defined := _definition(workload):
             wanted = defined
             process = process_of(workload, wanted.process)
         else:
@@ -92,8 +100,11 @@ class Osv(VirtualMachines):
 
     def _warn(self, name: str, wanted: Definition) -> None:
         """Tell what a program will lack in OSv."""
-        if wanted.shim and (caveat := shim.caveat(elf.read(wanted.program))):
-            self._options.say(f"{name}: {caveat}")
+        program = elf.read(wanted.program)
+        if program.is_go and program.interpreter:
+            self._options.say(f"{name}: {GO_CRASHES}")
+        elif wanted.shim and not shim.reaches(program):
+            self._options.say(f"{name}: {shim.UNREACHED}")
         if lacking := compose.lacking(wanted, self.kernel):
             shown = ", ".join(lacking[:SHOWN]) + (", …" if len(lacking) > SHOWN else "")
             self._options.say(
@@ -103,11 +114,29 @@ class Osv(VirtualMachines):
     def _command(self, vm: Vm, image: Image, arguments: Sequence[str]) -> list[str]:
         return command(vm, self.kernel, image, arguments)
 
-    def _untold_status(self, workload: Workload, console: str) -> int:
+    def is_of_program(self, line: str) -> bool:
+        return super().is_of_program(line) and not NOT_OF_PROGRAM.match(line)
+
+    def _untold_status(self, image: Image | None, console: str) -> int:
         """The shim tells the status; without it, a program that does not crash ends with 0."""
         if "\n[backtrace]" in console:
             return next((status for said, status in CRASHES.items() if said in console), ABORTED)
-        return KILLED if _has_shim(self._image(workload)) else 0
+        return 0 if image and not _has_shim(image) else KILLED
+
+
+def _definition(workload: Workload) -> Definition | None:
+    """What the image is made of if the manifest names a program of this host.
+
+    That is `host:PROGRAM`, or a definition. None: it names a root file system.
+    """
+    program = workload.program
+    assert program is not None
+    if program.image.startswith(rootfs.HOST):
+        found = rootfs.programs(program.image)
+        if len(found) != 1:
+            raise Error(f"guest {workload.name!r} has {len(found)} programs", hint="give it one")
+        return Definition(program=found[0])
+    return compose.find_definition(program.image)
 
 
 def _has_shim(image: Image) -> bool:
@@ -142,6 +171,7 @@ def boot_line(machine: Vm, families: frozenset[Family], process: Process) -> str
     OSv's options have no quotes, but spaces in them can be escaped. It wants the mask of an IPv4
     address dotted, of an IPv6 address as a prefix length. Raises `Error` as `_check` does.
     """
+    _check(process)
     options = ["--rootfs=rofs", "--power-off-on-abort"]
     for address in machine.addresses:
         if Family(f"ipv{address.version}") in families:
@@ -179,4 +209,3 @@ def _check(process: Process) -> None:
                 f"OSv takes only {kind}, without '$': {text!r}",
                 hint="let the program read it from a file of the image",
             )
-    _check(process)

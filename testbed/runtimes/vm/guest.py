@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
@@ -11,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from testbed.host import process
-from testbed.images import compose, rootfs
-from testbed.images.compose import Definition, Image
+from testbed.images.compose import Image
 from testbed.images.kernels import LinuxKernel, OsvKernel
 from testbed.model.addresses import guest_mac
 from testbed.model.errors import Error
@@ -47,21 +45,6 @@ def queues(runtime: Prepared, workload: Workload) -> int:
     return vcpus(workload) if runtime.multiqueue else 1
 
 
-def definition(workload: Workload) -> Definition | None:
-    """Image definition of a guest's program. None if its image is none of these.
-
-    The manifest names a definition of osv/ or its path, or `host:PROGRAM`.
-    """
-    program = workload.program
-    assert program is not None
-    if program.image.startswith(rootfs.HOST):
-        found = rootfs.programs(program.image)
-        if len(found) != 1:
-            raise Error(f"guest {workload.name!r} has {len(found)} programs", hint="give it one")
-        return Definition(program=found[0])
-    return compose.find_definition(program.image)
-
-
 def memory_mib(workload: Workload) -> int:
     """Memory of a guest: its limit, or enough for thousands of connections."""
     limit = workload.program.memory_bytes if workload.program else None
@@ -70,6 +53,8 @@ def memory_mib(workload: Workload) -> int:
 
 KILLED = 128 + signal.SIGKILL
 """Exit status, as a shell has it, of a guest that ended before its program did."""
+NOT_OF_PROGRAM = re.compile(r"\[ *\d+\.\d+\] |guest (ready|ends):")
+"""Beginning of a line of a console that is of Linux, or of what we add to images."""
 STATUS_WITHIN_BYTES = 4096
 """Length of the end of a console in which the guest's exit status is looked for."""
 
@@ -94,7 +79,7 @@ class VirtualMachines(Prepared, ABC):
         """`version` and `offloads` are text for the description of the runtime."""
         self._options = options
         self._images: dict[tuple[Program | None, bool], Image] = {}
-        self._told_before: dict[Path, int] = {}
+        self._console_begin: dict[Path, int] = {}
         """Console → its size when the guest was started last."""
         agent = self._image(Workload("", runtime))
         self.accelerator = accelerator.accelerator(kernel.path).name
@@ -128,12 +113,13 @@ class VirtualMachines(Prepared, ABC):
             vcpus=vcpus(workload),
             queues=place.queues,
         )
-        console = place.console
-        self._told_before[console] = console.stat().st_size if console.exists() else 0
-        port = ["--control-port", str(workload.control_port)]
+        self._console_begin[place.console] = (
+            place.console.stat().st_size if place.console.exists() else 0
+        )
+        arguments = [] if workload.program else ["--control-port", str(workload.control_port)]
         image = self._image(workload, loopback=place.loopback)
         return process.spawn(
-            self._command(vm, image, [] if workload.program else port),
+            self._command(vm, image, arguments),
             cgroup=place.cgroup,
             netns=place.netns,
             cpus=workload.cpus,
@@ -145,22 +131,32 @@ class VirtualMachines(Prepared, ABC):
 
     def exit_status(self, place: Placement, code: int) -> int:
         """What the console tells since the start, if the machine ended well (`code` is 0)."""
-        with place.console.open("rb") as console:
-            end = console.seek(0, os.SEEK_END)
-            begin = self._told_before.get(place.console, 0)
-            console.seek(max(begin, end - STATUS_WITHIN_BYTES))
-            last = console.read().decode(errors="replace")
+        if code:
+            return code
+        begin = self._console_begin.get(place.console, 0)
+        last = place.console_end(STATUS_WITHIN_BYTES, since=begin)
         if told := re.findall(r"^guest ends: status (\d{1,3})\r?$", last, re.MULTILINE):
-            return code or int(told[-1])
-        return code or self._untold_status(place.workload, last)
+            return int(told[-1])
+        key = self._key(place.workload, loopback=place.loopback)
+        return self._untold_status(self._images.get(key), last)
+
+    def is_of_program(self, line: str) -> bool:
+        return not NOT_OF_PROGRAM.match(line)
+
+    def _key(self, workload: Workload, *, loopback: bool) -> tuple[Program | None, bool]:
+        """What images differ by: the program, and whether they have the hosts patch."""
+        patched = self._options.hosts_patch and (loopback or workload.program is not None)
+        return workload.program, patched
 
     def _image(self, workload: Workload, *, loopback: bool = True) -> Image:
-        """Image of the workload's program, or of the agent, which may lack the hosts patch."""
-        patched = self._options.hosts_patch and (loopback or workload.program is not None)
-        key = (workload.program, patched)
+        """Image of the workload's program, or of the agent, which may lack the hosts patch.
+
+        It is composed if it is not in the cache any more.
+        """
+        key = self._key(workload, loopback=loopback)
         if key not in self._images or not self._images[key].path.exists():
             etc = self._options.etc if workload.program else {}
-            self._images[key] = self._compose(workload, hosts_patch=patched, etc=etc)
+            self._images[key] = self._compose(workload, hosts_patch=key[1], etc=etc)
         return self._images[key]
 
     @abstractmethod
@@ -171,6 +167,9 @@ class VirtualMachines(Prepared, ABC):
     def _command(self, vm: Vm, image: Image, arguments: Sequence[str]) -> list[str]:
         """QEMU's command line (argv). `arguments` follow those of the image."""
 
-    def _untold_status(self, workload: Workload, console: str) -> int:
-        """Exit status of a guest that ended and told none, from its console's last lines."""
+    def _untold_status(self, image: Image | None, console: str) -> int:
+        """Exit status of a guest that ended and told none, from its console's last lines.
+
+        `image`: the guest's, unless another supervisor process composed it.
+        """
         return KILLED
