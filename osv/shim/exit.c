@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * Tells on the console with which status the program ends, as OSv does not. Not covered: functions
- * of OSv's libc that end the program themselves (err, errx), and threads that outlive it.
+ * Tells on the console with which status the program ends, as OSv does not, and writes out what
+ * stdio holds back. Not covered: functions of OSv's libc that end the program themselves (err,
+ * errx), and threads that outlive it.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -35,6 +36,7 @@ static int run(int argc, char **argv, char **env)
 {
 	int status = program(argc, argv, env);
 
+	fflush(NULL); /* OSv powers off without it */
 	tell(status);
 	return status;
 }
@@ -48,6 +50,7 @@ int __libc_start_main(Main *main, int argc, char **argv, void (*init)(void), voi
 
 void exit(int status)
 {
+	fflush(NULL); /* OSv powers off without it */
 	tell(status);
 	KERNEL(exit)(status);
 	__builtin_unreachable();

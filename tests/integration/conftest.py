@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from textwrap import dedent
@@ -79,16 +79,22 @@ def name() -> Iterator[str]:
 def manifest(tmp_path: Path, name: str) -> Callable[..., Path]:
     """Writes a manifest: containers as YAML, then further lines of the spec.
 
-    `guests` are run as stand-ins, whatever the `runtime` of the others is.
+    `runtimes` are those of some containers (`guests` are run as stand-ins), whatever the `runtime`
+    of the others is.
     """
 
     def write(
-        containers: str, spec: str = "", runtime: str = "process", guests: Sequence[str] = ()
+        containers: str,
+        spec: str = "",
+        runtime: str = "process",
+        guests: Sequence[str] = (),
+        runtimes: Mapping[str, str] = {},
     ) -> Path:
         file = tmp_path / "pod.yaml"
         lines = (dedent(spec).strip() + "\ncontainers:\n" + dedent(containers).strip()).splitlines()
-        standins = "".join(f"    testbed/runtime.{guest}: standin\n" for guest in guests)
-        annotations = f"  annotations:\n{standins}" if guests else ""
+        others = {**dict.fromkeys(guests, "standin"), **runtimes}
+        chosen = "".join(f"    testbed/runtime.{each}: {kind}\n" for each, kind in others.items())
+        annotations = f"  annotations:\n{chosen}" if others else ""
         file.write_text(
             f"apiVersion: v1\nkind: Pod\nmetadata:\n  name: {name}\n{annotations}"
             f"spec:\n  runtimeClassName: {runtime}\n" + "".join(f"  {line}\n" for line in lines)

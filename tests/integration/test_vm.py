@@ -6,17 +6,21 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from testbed import runtimes
+from testbed.host import cache
 from testbed.images import kernels, rootfs
 from testbed.model.addresses import loopback
-from testbed.model.terms import Family
+from testbed.model.manifest import Program, Workload
+from testbed.model.terms import Family, Runtime
 from testbed.pods import control
+from testbed.runtimes.interface import Options, Placement
 
 from . import oci
 from .commands import TESTBED, run, workload
@@ -25,6 +29,8 @@ from .sockets import wait_until
 pytestmark = pytest.mark.root
 
 Write = Callable[..., Path]
+
+CLIENT = {"client": "container"}
 
 SERVER = r"""
 #include <netinet/in.h>
@@ -58,6 +64,16 @@ ENDS = r"""
 
 int main(int argc, char **argv)
 {
+    if (!strcmp(argv[1], "silent"))
+        return 6;
+    if (!strcmp(argv[1], "buffers") || !strcmp(argv[1], "buffers-and-exits")) {
+        setvbuf(stdout, malloc(1 << 16), _IOFBF, 1 << 16);
+        for (int i = 1; i <= 300; i++)
+            printf("line %d\n", i);
+        if (argv[1][strlen("buffers")])
+            exit(0);
+        return 0;
+    }
     printf("no newline");
     fflush(stdout);
     if (!strcmp(argv[1], "exit"))
@@ -184,9 +200,8 @@ def test_an_oci_image_is_a_guest_of_the_pod(
         - {{name: client, image: 'host:', command: [sleep, '999']}}
         """,
         runtime=kind.runtime,
+        runtimes=CLIENT,
     )
-    client = "  annotations: {testbed/runtime.client: container}\nspec:"
-    file.write_text(file.read_text().replace("spec:", client, 1))
     run("up", file)
     assert len(workload(name, "plain")["addresses"]) == kind.families
     users = ("7:8", "9:0") if kind.has_users else ("0:0", "0:0")
@@ -203,9 +218,7 @@ def test_a_guest_ends_with_the_status_of_its_program(
 ) -> None:
     program = compiled(ENDS, tmp_path / "ends", "-pie", "-fPIE")
     statuses = {"0": 0, "5": 5, "exit": 3, "quick": 4, "abort": 134, "crash": 139}
-    containers = "\n".join(
-        f"- {{name: of-{word}, image: 'host:{program}', args: ['{word}']}}" for word in statuses
-    )
+    containers = of_words(program, statuses)
     run("up", manifest(containers, "restartPolicy: OnFailure", runtime=kind.runtime))
     for word, status in statuses.items():
         wait_until(partial(ended, name, f"of-{word}"), f"{word} ends", 90)
@@ -215,35 +228,83 @@ def test_a_guest_ends_with_the_status_of_its_program(
     assert "of-5: ended with status 5" in " ".join(control.describe(name)["events"])
 
 
-def static_programs(folder: Path) -> Iterator[Path]:
-    """Programs that call no libc by a library: of C, and of Go if its compiler is here."""
-    yield compiled(NAMES_C, folder / "c-static", "-static")
-    yield compiled(NAMES_C, folder / "c-static-pie", "-static-pie")
-    if go := shutil.which("go"):
-        (folder / "go.go").write_text(NAMES_GO)
-        env = {**os.environ, "HOME": str(folder), "CGO_ENABLED": "0"}
-        subprocess.run([go, "build", "-o", folder / "go", folder / "go.go"], env=env, check=True)
-        yield folder / "go"
+def test_what_a_program_wrote_is_logged_and_its_last_line_is_told(
+    manifest: Write, name: str, kind: Kind, tmp_path: Path
+) -> None:
+    """Not what its kernel wrote."""
+    program = compiled(ENDS, tmp_path / "ends", "-pie", "-fPIE")
+    never_ready = "readinessProbe: {tcpSocket: {port: 1}}"
+    words = ("silent", "5", "buffers", "buffers-and-exits")
+    containers = of_words(program, words, never_ready)
+    file = manifest(containers, "restartPolicy: Never", runtime=kind.runtime)
+    told = run("up", file, "--wait", "200", status=1).stderr
+    assert f"{name}: of-silent is not ready (failed, exit status 6); see" in told
+    assert f"{name}: of-5 is not ready (failed, exit status 5: no newline); see" in told
+    for word in ("buffers", "buffers-and-exits"):
+        lines = run("logs", name, "-c", f"of-{word}").stdout.splitlines()
+        assert [line for line in lines if line.startswith("line")] == [
+            f"line {i}" for i in range(1, 301)
+        ]
+
+
+@pytest.mark.parametrize("kind", ["ipv6"], indirect=True)
+def test_the_status_of_a_guest_is_told_without_its_program_and_image(
+    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be gone by the time the guest ends."""
+    assert kind.runtime == "osv"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    program = compiled(ENDS, tmp_path / "ends", "-pie", "-fPIE")
+    guest = Workload("guest", Runtime.OSV, program=Program(f"host:{program}"))
+    osv = runtimes.prepare(Runtime.OSV, Options())
+    osv.compose(guest)
+    program.unlink()
+    shutil.rmtree(cache.cache_folder() / "images")
+    console = tmp_path / "console"
+    place = Placement(guest, 1, "", "tap", tmp_path, console, tmp_path)
+    for told, status in (
+        ("", 137),
+        ("guest ends: status 3\r\n", 3),
+        ("Aborted\r\n\r\n[backtrace]\r\n", 134),
+    ):
+        console.write_text(told)
+        assert osv.exit_status(place, 0) == status
+        assert osv.exit_status(place, 9) == 9
+
+
+@pytest.fixture(params=["c-static", "c-static-pie", "go"])
+def static_program(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A program that calls no libc by a library."""
+    program: Path = tmp_path / request.param
+    if request.param != "go":
+        return compiled(NAMES_C, program, f"-{request.param.removeprefix('c-')}")
+    go = shutil.which("go")
+    if go is None:
+        pytest.skip("no Go compiler")
+    (tmp_path / "go.go").write_text(NAMES_GO)
+    env = {**os.environ, "HOME": str(tmp_path), "CGO_ENABLED": "0"}
+    subprocess.run([go, "build", "-o", program, tmp_path / "go.go"], env=env, check=True)
+    return program
 
 
 def test_a_static_program_dials_localhost_by_name_and_is_dialed(
-    manifest: Write, name: str, kind: Kind, tmp_path: Path
+    manifest: Write, name: str, kind: Kind, static_program: Path
 ) -> None:
-    programs = dict(enumerate(static_programs(tmp_path), 8001))
-    serves = "nc -ll -p 8000 -e echo -n native"
-    containers = [f"- {{name: client, image: 'host:', command: [sh, -c, '{serves}']}}"] + [
-        f"- {{name: {program.name}, image: 'host:{program}', args: ['8000', '{port}'],"
-        f" ports: [{{containerPort: {port}}}]}}"
-        for port, program in programs.items()
-    ]
-    file = manifest("\n".join(containers), runtime=kind.runtime)
-    client = "  annotations: {testbed/runtime.client: container}\nspec:"
-    file.write_text(file.read_text().replace("spec:", client, 1))
+    file = manifest(
+        f"""
+        - {{name: client, image: 'host:', command: [sh, -c, 'nc -ll -p 8000 -e echo -n native']}}
+        - name: static
+          image: 'host:{static_program}'
+          args: ['8000', '8001']
+          ports: [{{containerPort: 8001}}]
+        """,
+        runtime=kind.runtime,
+        runtimes=CLIENT,
+    )
     told = run("up", file).stderr
-    for port, program in programs.items():
-        ask = ("nc", "-w", "5", str(loopback(Family.IPV4)), str(port))
-        assert run("exec", name, "-c", "client", "--", *ask).stdout == "got native\n"
-        assert (f"{program.name}: the shim does not reach" in told) is (kind.runtime == "osv")
+    ask = ("nc", "-w", "5", str(loopback(Family.IPV4)), "8001")
+    assert run("exec", name, "-c", "client", "--", *ask).stdout == "got native\n"
+    assert ("static: the shim does not reach" in told) is (kind.runtime == "osv")
 
 
 @pytest.mark.parametrize("kind", ["ipv6", "master"], indirect=True)
@@ -255,9 +316,8 @@ def test_python_serves_with_its_library(manifest: Write, name: str, kind: Kind) 
         - {name: client, image: 'host:', command: [sleep, '999']}
         """,
         runtime=kind.runtime,
+        runtimes=CLIENT,
     )
-    client = "  annotations: {testbed/runtime.client: container}\nspec:"
-    file.write_text(file.read_text().replace("spec:", client, 1))
     run("up", file)
     command = [*TESTBED, "exec", name, "-c", "client", "--", "wget", "-qO-"]
 
@@ -281,6 +341,14 @@ def test_a_guest_that_tells_no_status_has_failed(manifest: Write, name: str) -> 
     for guest, status in (("panics", 137), ("writes", 6)):
         wait_until(partial(ended, name, guest), f"{guest} ends", 60)
         assert workload(name, guest)["exit_status"] == status
+
+
+def of_words(program: Path, words: Iterable[str], more: str = "") -> str:
+    """Containers of the program, each with a word as its argument, and `more` fields."""
+    return "\n".join(
+        f"- {{name: of-{word}, image: 'host:{program}', args: ['{word}'], {more}}}"
+        for word in words
+    )
 
 
 def ended(pod: str, guest: str) -> bool:
