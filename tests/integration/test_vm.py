@@ -131,6 +131,15 @@ func main() {
     }
 }
 """
+OF_GO = r"""
+__asm__(".section .note.go.buildid,\"a\",@note\n.balign 4\n"
+        ".long 4,4,4\n.asciz \"Go\\0\"\n.ascii \"abcd\"\n.text");
+
+int main(void)
+{
+    return 0;
+}
+"""
 
 
 @dataclass(frozen=True)
@@ -270,6 +279,25 @@ def test_the_status_of_a_guest_is_told_without_its_program_and_image(
         console.write_text(told)
         assert osv.exit_status(place, 0) == status
         assert osv.exit_status(place, 9) == 9
+
+
+@pytest.mark.parametrize("kind", ["ipv6"], indirect=True)
+@pytest.mark.parametrize("has_shim", [True, False])
+def test_what_osv_does_to_a_program_is_told(kind: Kind, has_shim: bool, tmp_path: Path) -> None:
+    assert kind.runtime == "osv"
+    compiled(OF_GO, tmp_path / "go-with-libc")
+    compiled(OF_GO, tmp_path / "go-static", "-static")
+    told: list[str] = []
+    osv = runtimes.prepare(Runtime.OSV, Options(say=told.append))
+    for program in ("go-with-libc", "go-static"):
+        definition = tmp_path / f"{program}.toml"
+        definition.write_text(f'program = "{program}"\nshim = {str(has_shim).lower()}\n')
+        osv.compose(Workload(program, Runtime.OSV, program=Program(str(definition))))
+    assert [line.partition(",")[0] for line in told if "crash" in line] == [
+        "go-with-libc: Go programs that need libc"
+    ]
+    unreached = [line for line in told if line.startswith("go-static: the shim does not reach")]
+    assert len(unreached) == has_shim
 
 
 @pytest.fixture(params=["c-static", "c-static-pie", "go"])

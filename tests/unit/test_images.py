@@ -384,6 +384,24 @@ def test_definition_that_cannot_be_is_refused(tmp_path: Path, text: str, complai
     assert not (tmp_path / "own.img").exists()
 
 
+@pytest.mark.parametrize(
+    ("image", "complaint", "hint"),
+    [
+        ("./nothere/root", "no file or folder ./nothere/root", None),
+        ("/nothere", "no file or folder /nothere", None),
+        ("team/app:1", "no image 'team/app:1'", "skopeo copy docker://team/app:1"),
+    ],
+)
+def test_an_image_that_is_not_there_is_called_what_it_looks_like(
+    image: str, complaint: str, hint: str | None
+) -> None:
+    with pytest.raises(Error) as error:
+        rootfs.unpack(image)
+    assert error.value.message == complaint
+    assert (hint or "") in (error.value.hint or "")
+    assert bool(error.value.hint) is bool(hint)
+
+
 def test_a_path_without_toml_names_no_definition(program: Path, tmp_path: Path) -> None:
     beside = tmp_path / "web.toml"
     beside.write_text(f'program = "{program}"\n')
