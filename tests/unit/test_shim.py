@@ -104,6 +104,20 @@ def test_a_bound_program_still_runs(tmp_path: Path) -> None:
     subprocess.run([bound], env=where, check=True)
 
 
+def test_a_bound_program_shows_no_main_and_still_runs(tmp_path: Path) -> None:
+    """OSv would call it, and not the entry point, from which the shim tells the status."""
+    source = "int main(void) { return 0; }\nint other(void) { return main(); }"
+    program = compiled(tmp_path, source, "-rdynamic")
+    assert {"main", "other"} <= elf.symbols([program])[1]
+    bound = tmp_path / "bound"
+    bound.write_bytes(shim.bind(elf.read(program)))
+    bound.chmod(0o755)
+    shown = elf.symbols([bound])[1]
+    assert "other" in shown
+    assert "main" not in shown
+    subprocess.run([bound], env={"LD_LIBRARY_PATH": str(shim.build().parent)}, check=True)
+
+
 @pytest.mark.usefixtures("own_cache")
 def test_binding_gives_the_same_bytes_each_time(
     program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
