@@ -62,6 +62,15 @@ class Placement:
     queues: int = 1
     """Pairs of queues of the guest's tap and network device."""
 
+    def console_begin(self, size_bytes: int, since: int = 0) -> str:
+        """The beginning of what was written to the console after its first `since` bytes."""
+        try:
+            with self.console.open("rb") as console:
+                console.seek(since)
+                return console.read(size_bytes).decode(errors="replace")
+        except FileNotFoundError:
+            return ""
+
     def console_end(self, size_bytes: int, since: int = 0) -> str:
         """The end of what was written to the console after its first `since` bytes."""
         try:

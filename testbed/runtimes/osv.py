@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,15 @@ from testbed.runtimes.vm.qemu import Vm
 ABORTED = 128 + signal.SIGABRT
 CRASHES = {"failed looking up symbol": 127, "mmu::vm_fault": 128 + signal.SIGSEGV}
 """What the console says before the machine ends → exit status as a shell has it; else `ABORTED`."""
+NOT_LOADED = "\nFailed to load object: "
+"""What it says instead, if it cannot start a program."""
+
+MAX_PROGRAM_BYTES = 3000
+"""Longest part of OSv's command line that is variables, working folder and command. The rest has
+200 bytes at most. Kernels of both flavors take lines of up to 3637 bytes. If a longer one has
+variables, its end is overwritten: the program lacks arguments, or none is started. Lines above 4096
+bytes end the kernel or hang it: it copies the line before its allocator is ready, and then memory
+comes in pieces of at most a page (`early_alloc_object` in OSv's core/mempool.cc)."""
 
 NOT_OF_PROGRAM = re.compile(
     r"OSv v\d|eth\d+: |Booted up in |Cmdline: |\[backtrace\]|0x[0-9a-f]{16} <"
@@ -117,11 +127,16 @@ class Osv(VirtualMachines):
     def is_of_program(self, line: str) -> bool:
         return super().is_of_program(line) and not NOT_OF_PROGRAM.match(line)
 
-    def _untold_status(self, image: Image | None, console: str) -> int:
-        """The shim tells the status; without it, a program that does not crash ends with 0."""
-        if "\n[backtrace]" in console:
-            return next((status for said, status in CRASHES.items() if said in console), ABORTED)
-        return 0 if image and not _has_shim(image) else KILLED
+    def _untold_status(self, image: Image | None, first: str, last: str) -> int:
+        """The shim tells the status; without it, a program that starts and does not crash ends
+        with 0.
+        """
+        if "\n[backtrace]" in last:
+            return next((status for said, status in CRASHES.items() if said in last), ABORTED)
+        if image is None or _has_shim(image) or NOT_LOADED in last:
+            return KILLED
+        started = f"\nCmdline: {_quoted(image.process.command[0])}"
+        return 0 if started in first else KILLED
 
 
 def _definition(workload: Workload) -> Definition | None:
@@ -179,7 +194,12 @@ def boot_line(machine: Vm, families: frozenset[Family], process: Process) -> str
             options.append(f"--ip=eth0,{address.ip},{mask}")
     gateways = (g for g in machine.gateways if Family(f"ipv{g.version}") in families)
     options += (f"--defaultgw={gateway}" for gateway in gateways)
-    options += (_escaped(f"--env={variable}") for variable in process.env)
+    return " ".join((*options, program_line(process)))
+
+
+def program_line(process: Process) -> str:
+    """The end of OSv's kernel command line: variables, working folder, program and arguments."""
+    options = [_escaped(f"--env={variable}") for variable in process.env]
     if process.working_dir != "/":
         options.append(_escaped(f"--cwd={process.working_dir}"))
     return " ".join((*options, *map(_quoted, process.command)))
@@ -209,3 +229,9 @@ def _check(process: Process) -> None:
                 f"OSv takes only {kind}, without '$': {text!r}",
                 hint="let the program read it from a file of the image",
             )
+    if (size := len(os.fsencode(without_late(program_line(process))))) > MAX_PROGRAM_BYTES:
+        raise Error(
+            f"command and variables of {process.command[0]} have {size} bytes, more than the "
+            f"{MAX_PROGRAM_BYTES} that OSv takes",
+            hint="let the program read them from a file of the image",
+        )

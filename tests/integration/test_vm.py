@@ -20,6 +20,7 @@ from testbed.model.addresses import loopback
 from testbed.model.manifest import Program, Workload
 from testbed.model.terms import Family, Runtime
 from testbed.pods import control
+from testbed.runtimes import osv
 from testbed.runtimes.interface import Options, Placement
 
 from . import oci
@@ -316,6 +317,99 @@ def static_program(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     env = {**os.environ, "HOME": str(tmp_path), "CGO_ENABLED": "0"}
     subprocess.run([go, "build", "-o", program, tmp_path / "go.go"], env=env, check=True)
     return program
+
+
+DEEP = r"""
+#include <stdio.h>
+#include <stdlib.h>
+
+static int fall(int depth)
+{
+    return depth ? fall(depth - 1) + 1 : *(volatile int *)NULL;
+}
+
+int main(int argc, char **argv)
+{
+    puts("up");
+    fflush(stdout);
+    return argc > 1 ? fall(atoi(argv[1])) : 0;
+}
+"""
+
+
+@pytest.mark.parametrize("kind", ["ipv6", "master"], indirect=True)
+def test_a_static_program_that_crashes_deep_in_its_stack_has_failed(
+    manifest: Write, name: str, kind: Kind, tmp_path: Path
+) -> None:
+    """OSv prints more than 4 KiB of stack frames at the end of the console."""
+    program = compiled(DEEP, tmp_path / "deep", "-static", "-O0")
+    file = manifest(
+        f"""
+        - {{name: deep, image: 'host:{program}', args: ['500']}}
+        - {{name: well, image: 'host:{program}'}}
+        """,
+        "restartPolicy: Never",
+        runtime=kind.runtime,
+    )
+    run("up", file)
+    for guest, status in (("deep", 139), ("well", 0)):
+        wait_until(partial(ended, name, guest), f"{guest} ends", 60)
+        assert workload(name, guest)["exit_status"] == status
+
+
+BOOT = "OSv v0.57.0\neth0: 169.254.78.1\nBooted up in 0.00 ms\n"
+UPS = "up\n" * 99_999
+
+
+@pytest.mark.parametrize("kind", ["ipv6", "master"], indirect=True)
+@pytest.mark.parametrize(
+    ("console", "status"),
+    [
+        ("", 137),
+        (f"{BOOT}Cmdline: \nThis image has an empty command line. Nothing to run.\n", 137),
+        (f'{BOOT}Cmdline: "/deep"\nFailed to load object: /deep. Powering off.\n', 137),
+        (f'{BOOT}Cmdline: "/deep"\nup\n', 0),
+        (f'{BOOT}Cmdline: "/deep"\n{UPS}', 0),
+    ],
+    ids=["silent", "no-command", "not-loaded", "well", "much"],
+)
+def test_a_static_program_ended_well_only_if_osv_started_it(
+    kind: Kind, tmp_path: Path, console: str, status: int
+) -> None:
+    """Consoles as these kernels print them."""
+    prepared = runtimes.prepare(Runtime.OSV, Options())
+    program = compiled(DEEP, tmp_path / "deep", "-static")
+    guest = Workload("deep", Runtime.OSV, program=Program(f"host:{program}"))
+    prepared.compose(guest)
+    (tmp_path / "console").write_text(console)
+    place = Placement(guest, 1, "", "", tmp_path, tmp_path / "console", tmp_path)
+    assert prepared.exit_status(place, 0) == status
+
+
+@pytest.mark.parametrize("kind", ["ipv6", "master"], indirect=True)
+def test_a_command_line_that_osv_does_not_take_is_refused_and_the_longest_arrives(
+    manifest: Write, name: str, kind: Kind, tmp_path: Path
+) -> None:
+    program = compiled("int main(int n, char **v) { return n; }", tmp_path / "count", "-pie")
+
+    def with_variable(size: int) -> Path:
+        text = f"""
+        - name: count
+          image: 'host:{program}'
+          args: [one, two]
+          env: [{{name: BIG, value: {"x" * size}}}]
+        """
+        return manifest(text, "restartPolicy: Never", runtime=kind.runtime)
+
+    longest = osv.MAX_PROGRAM_BYTES - len('--env=BIG= "/count" "one" "two"')
+    refused = subprocess.run(
+        [*TESTBED, "up", with_variable(longest + 1)], capture_output=True, text=True, check=False
+    )
+    assert refused.returncode
+    assert "command and variables of /count have 3001 bytes, more than the 3000" in refused.stderr
+    run("up", with_variable(longest))
+    wait_until(partial(ended, name, "count"), "it ends", 60)
+    assert workload(name, "count")["exit_status"] == 3
 
 
 def test_a_static_program_dials_localhost_by_name_and_is_dialed(

@@ -490,6 +490,20 @@ def test_osv_is_told_variables_and_the_folder(machine: Vm) -> None:
     assert line.endswith(r' --env=A=1\ \\2 --env=B= --cwd=/data "/a" "b"')
 
 
+def test_a_line_that_osv_does_not_take_is_refused(machine: Vm) -> None:
+    """Letters of several bytes and what escapes them count, too."""
+    longest = Process(("/a",), env=("A=" + "x" * (osv.MAX_PROGRAM_BYTES - len('--env=A= "/a"')),))
+    assert len(osv.program_line(longest)) == osv.MAX_PROGRAM_BYTES
+    line = osv.boot_line(machine, frozenset(Family), longest)
+    assert len(line) <= osv.MAX_PROGRAM_BYTES + 200
+    for one in ("x", " ", "\u00fc"):
+        size = (osv.MAX_PROGRAM_BYTES - len('--env=A= "/a"')) // len(one.encode()) + 1
+        process = Process(("/a",), env=(f"A={one * size}",))
+        with pytest.raises(Error, match="of /a have [0-9]+ bytes, more than the 3000") as error:
+            osv.boot_line(machine, frozenset(Family), process)
+        assert error.value.hint
+
+
 def test_linux_is_told_addresses_and_words(machine: Vm) -> None:
     assert linux.boot_line(machine, ["/a", "b c"]) == (
         f"console={architecture.native().console} quiet panic=-1 rdinit=/.guest/init "

@@ -55,8 +55,9 @@ KILLED = 128 + signal.SIGKILL
 """Exit status, as a shell has it, of a guest that ended before its program did."""
 NOT_OF_PROGRAM = re.compile(r"\[ *\d+\.\d+\] |guest (ready|ends):")
 """Beginning of a line of a console that is of Linux, or of what we add to images."""
-STATUS_WITHIN_BYTES = 4096
-"""Length of the end of a console in which the guest's exit status is looked for."""
+SEARCHED_BYTES = 64 << 10
+"""Length of the beginning and of the end of a console in which is looked for how a guest began and
+ended. (OSv prints up to 128 frames when it crashes.)"""
 
 
 class VirtualMachines(Prepared, ABC):
@@ -134,11 +135,12 @@ class VirtualMachines(Prepared, ABC):
         if code:
             return code
         begin = self._console_begin.get(place.console, 0)
-        last = place.console_end(STATUS_WITHIN_BYTES, since=begin)
+        last = place.console_end(SEARCHED_BYTES, since=begin)
         if told := re.findall(r"^guest ends: status (\d{1,3})\r?$", last, re.MULTILINE):
             return int(told[-1])
         key = self._key(place.workload, loopback=place.loopback)
-        return self._untold_status(self._images.get(key), last)
+        first = place.console_begin(SEARCHED_BYTES, since=begin)
+        return self._untold_status(self._images.get(key), first, last)
 
     def is_of_program(self, line: str) -> bool:
         return not NOT_OF_PROGRAM.match(line)
@@ -167,8 +169,8 @@ class VirtualMachines(Prepared, ABC):
     def _command(self, vm: Vm, image: Image, arguments: Sequence[str]) -> list[str]:
         """QEMU's command line (argv). `arguments` follow those of the image."""
 
-    def _untold_status(self, image: Image | None, console: str) -> int:
-        """Exit status of a guest that ended and told none, from its console's last lines.
+    def _untold_status(self, image: Image | None, first: str, last: str) -> int:
+        """Exit status of a guest that ended and told none, from how its console begins and ends.
 
         `image`: the guest's, unless another supervisor process composed it.
         """
