@@ -63,6 +63,9 @@ the symbols). The last is that of x86-64 (`kernels.OSV_MACHINE`)."""
 KEPT_S = 7 * 24 * 3600
 """Time for which an image stays in the cache after it was composed last."""
 
+MOUNT_POINTS = ("/dev", "/proc", "/sys", "/tmp")
+"""Folders of OSv guests over which OSv mounts file systems of its own (`_OSV_FSTAB`)."""
+
 LINUX_MODULES = ("virtio_pci", "virtio_net")
 
 _OSV_FSTAB = b"""\
@@ -233,14 +236,28 @@ def compose_osv(
     `process`: if it is another than that of the definition. `etc` are files that a pod gives to all
     its guests, by path. They override files of the image.
 
-    Raises `Error` if the program cannot run on OSv or a file is missing.
+    Raises `Error` if the program cannot run on OSv, a file is missing, or something is where OSv
+    mounts over it.
     """
+    process = process or definition.process
+    _check_not_hidden("working folder", definition.root, process.working_dir)
+    _check_not_hidden("program", definition.root, process.command[0])
     ours = {_path_through_links(definition.root, path): data for path, data in etc.items()}
     tree = {**osv_tree(definition, hosts_patch=hosts_patch), **ours}
-    process = process or definition.process
     if process.working_dir != "/":
         tree.setdefault(_path_through_links(definition.root, process.working_dir), Directory())
     return _store(rofs.pack(tree), "img", tree, process)
+
+
+def _check_not_hidden(what: str, root: Path | None, path: str) -> None:
+    """Raises `Error` for a path below a folder over which OSv mounts, be it by links."""
+    found = Path("/", rootfs.inside(root, path).relative_to(root)) if root else Path(path)
+    if hidden := [each for each in MOUNT_POINTS if f"{found}".startswith(f"{each}/")]:
+        raise Error(
+            f"the {what} {path} is not there in OSv, which mounts a file system of its own at "
+            f"{hidden[0]}",
+            hint="take another folder",
+        )
 
 
 def compose_linux(
@@ -272,8 +289,11 @@ def osv_tree(definition: Definition, *, hosts_patch: bool = True) -> Tree:
     if root:
         tree = _folder_tree(root)
     else:
+        libraries = _libraries(definition)
+        read = (definition.program, *libraries.values(), *definition.files.values())
+        rootfs.check_size(path.stat().st_size for path in read if path.is_file())
         tree = {definition.path: _contents(definition.program)}
-        for soname, path in _libraries(definition).items():
+        for soname, path in libraries.items():
             tree[f"/usr/lib/{soname}"] = _contents(path)
     tree[_path_through_links(root, "/etc/hosts")] = _contents(hosts_file(patched=hosts_patch))
     for inside, outside in definition.files.items():
@@ -284,7 +304,7 @@ def osv_tree(definition: Definition, *, hosts_patch: bool = True) -> Tree:
         tree[definition.path] = shim.bind(program)
         tree[_path_through_links(root, f"/usr/lib/{shim.SONAME}")] = shim.build().read_bytes()
     tree[_path_through_links(root, "/etc/fstab")] = _OSV_FSTAB
-    for mount_point in ("/dev", "/proc", "/sys", "/tmp"):
+    for mount_point in MOUNT_POINTS:
         tree.setdefault(mount_point, Directory())
     return tree
 
@@ -328,7 +348,9 @@ def lacking(definition: Definition, kernel: kernels.OsvKernel) -> list[str]:
 def _folder_tree(folder: Path) -> dict[str, Node]:
     """Files of a root file system, with links in /usr/lib to libraries in its other folders."""
     tree: dict[str, Node] = {}
-    for name in rootfs.files(folder):
+    names = rootfs.files(folder)
+    rootfs.check_size((folder / name).lstat().st_size for name in names)
+    for name in names:
         path = folder / name
         if path.is_symlink():
             tree[f"/{name}"] = Symlink(str(path.readlink()))

@@ -18,8 +18,6 @@ from testbed.model.errors import Error
 MAGIC = b"070701"
 HEADER = struct.Struct("6s" + "8s" * 13)
 END = "TRAILER!!!"
-MAX_BYTES = 2 << 30
-"""Largest root file system in an initramfs."""
 BLOCK = 512
 """Size in bytes of the blocks of which an archive has a whole number."""
 
@@ -54,13 +52,7 @@ def pack_folder(root: Path) -> bytearray:
     An initramfs may have several archives, one behind the other. Raises `Error` if it is too large.
     """
     archive, names = Archive(), rootfs.files(root)
-    size = sum((root / name).lstat().st_size for name in names)
-    if size > MAX_BYTES:
-        raise Error(
-            f"the root file system has {size >> 20} MiB, more than the {MAX_BYTES >> 20} that a "
-            "guest's memory may hold",
-            hint="take a smaller image, or run it as a container",
-        )
+    rootfs.check_size((root / name).lstat().st_size for name in names)
     for name in names:
         found = (root / name).lstat()
         data = b""

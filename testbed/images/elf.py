@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from elftools.common.exceptions import ELFError
+from elftools.construct import ConstructError
 from elftools.elf.dynamic import DynamicSegment
 from elftools.elf.elffile import ELFFile
 from elftools.elf.enums import ENUM_DT_FLAGS_1
@@ -149,7 +150,7 @@ def _parse(path: Path) -> Elf:
             )
     except OSError as e:
         raise Error(f"cannot read {path}: {e.strerror}") from e
-    except (ELFError, UnicodeDecodeError, ValueError) as e:
+    except (ELFError, ConstructError, MemoryError, ValueError) as e:  # by sizes that cannot be
         raise Error(f"{path} is not an ELF file ({e})") from e
 
 

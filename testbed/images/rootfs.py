@@ -21,7 +21,8 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,10 @@ from testbed.model.errors import Error
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 MAX_LINKS = 40
 """Symbolic links that a path leads through, at most, as in Linux."""
+MAX_BYTES = 2 << 30
+"""Size of all files of a guest's image, at most."""
+SHOWN = 200
+"""Characters of a path that an error shows."""
 HOST = "host:"
 LOCATED = ("oci", "oci-archive", "docker-archive")
 """Kinds of images that are followed by a path."""
@@ -112,6 +117,22 @@ def of_program(program: Path, extra: Mapping[str, Path], arguments: tuple[str, .
     return replace(made, process=replace(made.process, arguments=arguments))
 
 
+@contextmanager
+def reading(image: str) -> Iterator[None]:
+    """Faults of an image that is read within the context, as `Error` with the image's name.
+
+    The paths that they tell are those of the cache.
+    """
+    try:
+        yield
+    except Error as e:
+        raise Error(f"image {image!r}: {e.message}", e.hint) from e
+    except RecursionError as e:
+        raise Error(f"image {image!r}: its folders are nested too deeply") from e
+    except OSError as e:
+        raise Error(f"image {image!r}: {e.strerror}: {str(e.filename)[:SHOWN]!r}") from e
+
+
 def libraries(
     program: Path, others: Iterable[Path], provided: Iterable[str] = ()
 ) -> dict[str, Path]:
@@ -130,6 +151,20 @@ def files(root: Path) -> list[str]:
     The order does not depend on the file system.
     """
     return sorted(str(path.relative_to(root)) for path in root.rglob("*"))
+
+
+def check_size(files: Iterable[int]) -> None:
+    """Raises `Error` if files of these sizes are too large for an image: they are read into memory.
+
+    A sparse file counts as if it were full.
+    """
+    size = sum(files)
+    if size > MAX_BYTES:
+        raise Error(
+            f"the files have {size >> 20} MiB, more than the {MAX_BYTES >> 20} that a guest's "
+            "image may hold",
+            hint="take a smaller image, or run it as a container",
+        )
 
 
 def inside(root: Path, path: str) -> Path:

@@ -57,7 +57,8 @@ class Linux(VirtualMachines):
         root = compose.root_of_image(name)
         process = process_of(workload, root.process, DEFAULTS)
         root = replace(root, process=process)
-        return compose.compose_linux(root, self.kernel, hosts_patch=hosts_patch, etc=etc)
+        with rootfs.reading(name):
+            return compose.compose_linux(root, self.kernel, hosts_patch=hosts_patch, etc=etc)
 
     def _command(self, vm: Vm, image: Image, arguments: Sequence[str]) -> list[str]:
         return command(vm, self.kernel, image, arguments)

@@ -102,11 +102,13 @@ class Osv(VirtualMachines):
         else:
             root = rootfs.unpack(workload.program.image)
             described = process_of(workload, root.process)
-            wanted, process = compose.find_program(root.path, described)
+            with rootfs.reading(workload.program.image):
+                wanted, process = compose.find_program(root.path, described)
         _check(process)
         if workload.program:
             self._warn(workload.name, wanted)
-        return compose.compose_osv(wanted, process, hosts_patch=hosts_patch, etc=etc)
+        with rootfs.reading(workload.program.image if workload.program else rootfs.AGENT):
+            return compose.compose_osv(wanted, process, hosts_patch=hosts_patch, etc=etc)
 
     def _warn(self, name: str, wanted: Definition) -> None:
         """Tell what a program will lack in OSv."""

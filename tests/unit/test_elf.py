@@ -152,6 +152,18 @@ def test_a_program_is_taken_however_it_is_linked(tmp_path: Path, option: str) ->
     assert (program.interpreter is None) is ("static" in option)
 
 
+def test_a_damaged_program_is_refused_in_words(tmp_path: Path) -> None:
+    """A note without the end of its name, the table of strings beyond the end of the file."""
+    program = cc(tmp_path, "main", "int main(void) { return 0; }", "-pie")
+    intact = program.read_bytes()
+    program.write_bytes(intact.replace(b"GNU\0", b"GNU!"))
+    with pytest.raises(Error, match="main is not an ELF file"):
+        elf.read_program(program)
+    program.write_bytes(intact[: len(intact) // 4])
+    with pytest.raises(Error, match="main is not an ELF file"):
+        elf.read_program(program)
+
+
 def test_file_that_is_no_elf_is_refused(tmp_path: Path) -> None:
     script = tmp_path / "script"
     for content in (b"", b"#!/bin/sh\n", b"\x7fELF\x02\x01\x01"):

@@ -11,7 +11,7 @@ import stat
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_interface
 from itertools import pairwise
@@ -281,12 +281,66 @@ def test_a_large_root_file_system_is_in_memory_once(
 
 
 def test_a_root_file_system_that_is_too_large_is_refused(
-    linux_kernel: LinuxKernel, tmp_path: Path
+    linux_kernel: LinuxKernel, program: Path, tmp_path: Path
 ) -> None:
     with (tmp_path / "lastlog").open("wb") as sparse:
-        sparse.truncate(cpio.MAX_BYTES + 1)
-    with pytest.raises(Error, match="more than the 2048 that a guest's memory may hold"):
+        sparse.truncate(rootfs.MAX_BYTES + 1)
+    too_large = "have 2048 MiB, more than the 2048 that a guest's image may hold"
+    with pytest.raises(Error, match=too_large):
         compose.compose_linux(Root(tmp_path, Process(("a",))), linux_kernel)
+    with pytest.raises(Error, match=too_large):
+        compose.compose_osv(Definition(program, root=program.parent))
+    with pytest.raises(Error, match=too_large):
+        compose.compose_osv(Definition(program, files={"/lastlog": tmp_path / "lastlog"}))
+
+
+@pytest.mark.parametrize("folder", ["/tmp/build", "/dev/x/y", "/proc/1", "/sys/x", "/var/tmp/a"])
+def test_what_osv_mounts_over_is_refused(program: Path, tmp_path: Path, folder: str) -> None:
+    """By links of the image, too."""
+    root = tmp_path / "root"
+    (root / "var").mkdir(parents=True)
+    (root / "var/tmp").symlink_to("/tmp")
+    (root / "tmp").mkdir()
+    for name in ("main", "tmp/main"):
+        (root / name).write_bytes(program.read_bytes())
+    within = Definition(root / "main", root=root)
+    for definition in (Definition(program), within):
+        process = replace(definition.process, working_dir="/tmp")
+        assert compose.compose_osv(definition, process)
+        if definition.root or folder != "/var/tmp/a":
+            process = replace(process, working_dir=folder)
+            with pytest.raises(Error, match=f"the working folder {folder} is not there in OSv"):
+                compose.compose_osv(definition, process)
+    with pytest.raises(Error, match="the program /tmp/main is not there in OSv, which mounts"):
+        compose.compose_osv(Definition(root / "tmp/main", root=root))
+
+
+@pytest.fixture
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with nested folders whose path is longer than the kernel takes."""
+    folder = tmp_path_factory.mktemp("deep")
+    inner = os.open(folder, os.O_RDONLY)
+    for _ in range(3000):
+        os.mkdir("d", dir_fd=inner)
+        outer, inner = inner, os.open("d", os.O_RDONLY, dir_fd=inner)
+        os.close(outer)
+    os.close(inner)
+    yield folder
+    subprocess.run(["rm", "-r", folder], check=True)
+
+
+def test_a_fault_of_an_image_has_the_images_name(
+    linux_kernel: LinuxKernel, deep: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whatever the fault is: it is one line, not a traceback."""
+    long = tmp_path_factory.mktemp("long")
+    (long / "etc").symlink_to("x" * 300)
+    for root, complaint in (
+        (deep, "its folders are nested too deeply"),
+        (long, "File name too long: '.*xxx'"),
+    ):
+        with pytest.raises(Error, match=f"image 'a.tar': {complaint}"), rootfs.reading("a.tar"):
+            compose.compose_linux(Root(root, Process(("a",))), linux_kernel)
 
 
 @pytest.mark.parametrize("merged", [False, True])
