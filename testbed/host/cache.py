@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -33,3 +36,23 @@ def made(path: Path, make: Callable[[Path], object], *, anew: bool = False) -> P
             if not path.is_dir():  # else another process made it meanwhile
                 raise
     return path
+
+
+def hold(file: Path) -> int:
+    """Keep a file from `remove_unused` as long as the returned descriptor is open.
+
+    The lock (flock(2)) ends with this process, too.
+    """
+    held = os.open(file, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_SH)
+    return held
+
+
+def remove_unused(folder: Path, kept_s: float) -> None:
+    """Remove files of a folder that are older than `kept_s`, and that no process holds (`hold`)."""
+    for path in folder.glob("*.*"):
+        # Another process removes files, too, or holds this one.
+        with suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+            if os.fstat(file.fileno()).st_mtime < time.time() - kept_s:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()

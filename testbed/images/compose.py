@@ -18,9 +18,7 @@ import posixpath
 import re
 import shlex
 import shutil
-import time
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
@@ -61,7 +59,8 @@ OSV_PROVIDES = frozenset(
 the symbols). The last is that of x86-64 (`kernels.OSV_MACHINE`)."""
 
 KEPT_S = 7 * 24 * 3600
-"""Time for which an image stays in the cache after it was composed last."""
+"""Time for which an image stays in the cache after it was composed last, or as long as a process
+that may boot it again holds it (`cache.hold`)."""
 
 MOUNT_POINTS = ("/dev", "/proc", "/sys", "/tmp")
 """Folders of OSv guests over which OSv mounts file systems of its own (`_OSV_FSTAB`)."""
@@ -485,8 +484,5 @@ def _store(data: bytes | bytearray, kind: str, files: Iterable[str], process: Pr
     damaged = path.exists() and path.stat().st_size != len(data)
     cache.made(path, write, anew=damaged)
     os.utime(path)
-    for other in path.parent.glob("*.*"):
-        with suppress(FileNotFoundError):  # another process removes them, too
-            if other.stat().st_mtime < time.time() - KEPT_S:
-                other.unlink()
+    cache.remove_unused(path.parent, KEPT_S)
     return Image(path, sha256, len(data), tuple(sorted(files)), process)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -302,6 +304,34 @@ def test_what_osv_does_to_a_program_is_told(kind: Kind, has_shim: bool, tmp_path
     ]
     unreached = [line for line in told if line.startswith("go-static: the shim does not reach")]
     assert len(unreached) == has_shim
+
+
+@pytest.mark.parametrize("kind", ["ipv6"], indirect=True)
+def test_the_image_of_a_pod_stays_in_the_cache_however_old_it_is(
+    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest that is started again needs it, and what it was made of may be gone."""
+    assert kind.runtime == "osv"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    program = compiled(ENDS, tmp_path / "ends", "-pie", "-fPIE")
+    guest = Workload("guest", Runtime.OSV, program=Program(f"host:{program}"))
+
+    def compose_others() -> list[Path]:
+        """What another process does, a week later."""
+        code = """if True:
+            from testbed.images import compose
+            compose.compose_osv(compose.load(compose.AGENT))"""
+        for image in (cache.cache_folder() / "images").iterdir():
+            os.utime(image, (0, 0))
+        subprocess.run([sys.executable, "-c", code], check=True)
+        return list((cache.cache_folder() / "images").iterdir())
+
+    prepared = runtimes.prepare(Runtime.OSV, Options())
+    prepared.compose(guest)
+    assert len(compose_others()) == 2
+    del prepared
+    gc.collect()
+    assert len(compose_others()) == 1
 
 
 @pytest.fixture(params=["c-static", "c-static-pie", "go"])

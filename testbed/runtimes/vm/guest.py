@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from testbed.host import process
+from testbed.host import cache, process
 from testbed.images.compose import Image
 from testbed.images.kernels import LinuxKernel, OsvKernel
 from testbed.model.addresses import guest_mac
@@ -153,12 +155,14 @@ class VirtualMachines(Prepared, ABC):
     def _image(self, workload: Workload, *, loopback: bool = True) -> Image:
         """Image of the workload's program, or of the agent, which may lack the hosts patch.
 
-        It is composed if it is not in the cache any more.
+        It stays in the cache while this object exists, for restarts: what it was composed from may
+        change or vanish.
         """
         key = self._key(workload, loopback=loopback)
         if key not in self._images or not self._images[key].path.exists():
             etc = self._options.etc if workload.program else {}
-            self._images[key] = self._compose(workload, hosts_patch=key[1], etc=etc)
+            self._images[key] = image = self._compose(workload, hosts_patch=key[1], etc=etc)
+            weakref.finalize(self, os.close, cache.hold(image.path))
         return self._images[key]
 
     @abstractmethod
