@@ -78,7 +78,9 @@ def pytest_testnodedown(node: Any) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    from tests.processes import is_one_of_several  # not above: see `is_of_another_run`
+    from tests.processes import (
+        is_one_of_several,
+    )  # a plugin that is imported above is not rewritten
 
     config = session.config
     if BEFORE not in config.stash:
@@ -124,6 +126,8 @@ def others() -> set[str]:
     Ledgers of hosts that tests make are not visible here, but their programs are. Nor are those of
     another run of tests, but its cgroups and programs are.
     """
+    from tests.processes import is_of_another_run, words  # not above: see `pytest_sessionfinish`
+
     ours = {os.getpid(), *(pid for pid, _ in children())}
     locks = Path("/proc/locks").read_text().replace("-> ", "").splitlines()  # "->": waiting
     fields = [line.split() for line in locks]
@@ -138,22 +142,6 @@ def others() -> set[str]:
     return {
         thing for thing in snapshot() if any(id in thing for id in ids) or thing.startswith(hidden)
     }
-
-
-def is_of_another_run(process: Path) -> bool:
-    """Whether a process belongs to another run of tests."""
-    from tests.processes import RUN  # a plugin that is imported here first is not rewritten
-
-    runs = {word for word in words(process / "environ") if word.startswith(f"{RUN}=")}
-    return bool(runs - {f"{RUN}={os.environ[RUN]}"})
-
-
-def words(file: Path) -> list[str]:
-    """Command line or environment of a process; empty if it just ended."""
-    try:
-        return file.read_text(errors="replace").split("\0")
-    except OSError:
-        return []
 
 
 def mounts(kind: str) -> list[Path]:

@@ -11,23 +11,29 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from testbed.host.process import started_at
 
 CLONE_NEWNS, CLONE_NEWNET = 0x20000, 0x40000000
 OWN = {"/run/testbed": "tmpfs", "/run/netns": "tmpfs", "/sys/fs/bpf": "bpf"}
 """Folder → type of the file system that a process of tests has there for itself."""
 
 RUN = "TESTBED_TESTS"
-"""Variable that all processes of one run of tests have."""
-os.environ.setdefault(RUN, str(os.getpid()))
-LOCKS = Path(tempfile.gettempdir(), f"tests-{os.environ[RUN]}")
+"""Variable that all processes of one run of tests have: pid and start time of the first of them."""
+os.environ.setdefault(RUN, f"{os.getpid()}.{started_at(os.getpid())}")
+
+LOCKS = pytest.StashKey[Path]()
+"""Folder for locks of the processes, which nobody else can have made before."""
 
 LONG = (
     "remote/test_campaign.py",
@@ -55,16 +61,55 @@ def is_one_of_several(config: pytest.Config) -> bool:
     return hasattr(config, "workerinput")
 
 
+def is_of_another_run(process: Path) -> bool:
+    """Whether a process (a folder of /proc) belongs to another run of tests that still goes on.
+
+    What an earlier run left behind does not.
+    """
+    runs = {word for word in words(process / "environ") if word.startswith(f"{RUN}=")}
+    others = runs - {f"{RUN}={os.environ[RUN]}"}
+    return any(_goes_on(run.removeprefix(f"{RUN}=")) for run in others)
+
+
+def _goes_on(run: str) -> bool:
+    """Whether the first process of a run lives. Its pid may be of a namespace within this one."""
+    pid, _, start = run.partition(".")
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it just ended
+            status = (process / "status").read_text()
+            inner = re.search(r"^NSpid:.*\b(\d+)$", status, re.MULTILINE)
+            if inner and inner[1] == pid and start in ("", str(started_at(int(process.name)))):
+                return True
+    return False
+
+
+def words(file: Path) -> list[str]:
+    """Command line or environment of a process; empty if it just ended."""
+    try:
+        return file.read_text(errors="replace").split("\0")
+    except OSError:
+        return []
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    if not is_one_of_several(config):
-        LOCKS.mkdir(exist_ok=True)
-    elif os.geteuid() == 0:
-        _leave_others()
+    if is_one_of_several(config):
+        config.stash[LOCKS] = Path(config.workerinput["locks"])  # type: ignore[attr-defined]
+        if os.geteuid() == 0:
+            _leave_others()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """A process that is to run tests begins (pytest-xdist)."""
+    stash = node.config.stash
+    if LOCKS not in stash:
+        stash[LOCKS] = Path(tempfile.mkdtemp(prefix="tests-"))
+    node.workerinput["locks"] = str(stash[LOCKS])
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if os.environ[RUN] == str(os.getpid()):
-        shutil.rmtree(LOCKS, ignore_errors=True)
+    if LOCKS in config.stash and not is_one_of_several(config):
+        shutil.rmtree(config.stash[LOCKS], ignore_errors=True)
 
 
 def _leave_others() -> None:
@@ -96,7 +141,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
     """
     if not is_one_of_several(item.config):
         return (yield)
-    with (LOCKS / "running").open("w") as running, (LOCKS / "next").open("w") as turn:
+    locks = item.config.stash[LOCKS]
+    with (locks / "running").open("w") as running, (locks / "next").open("w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
         fcntl.flock(running, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
         fcntl.flock(turn, fcntl.LOCK_UN)
