@@ -15,6 +15,7 @@ from testbed import cli
 from testbed.model.trials import Status, Trial
 from testbed.reports import compare
 from testbed.reports.compare import Change
+from testbed.reports.figures import draw
 from testbed.results import store
 from testbed.results.results import Results
 
@@ -105,6 +106,16 @@ def test_a_cell_that_no_longer_works_is_lost_and_one_left_out_is_not(tmp_path: P
     rows = compare.compare(before, fewer)
     assert [r.reason for r in rows[3:]] == ["not in the later campaign"] * 3
     assert compare.exit_status(rows) == 0
+
+
+def test_the_figure_of_a_comparison_with_one_block_speaks_of_no_interval(tmp_path: Path) -> None:
+    before, after = (campaign(tmp_path / name, 1, {}) for name in ("a", "b"))
+    once = campaign(tmp_path / "c", 2, {}, blocks=1)
+    for later, welch in ((after, True), (once, False)):
+        rows = compare.compare(before, later)
+        *_, how = draw.comparison(rows, before, later, compare.BAND).paragraphs
+        assert ("95 % Welch t-intervals; filled" in how) is welch
+        assert ("no interval from one" in how) is not welch
 
 
 def test_one_block_or_no_common_cell_cannot_be_compared(tmp_path: Path) -> None:

@@ -265,6 +265,28 @@ def test_no_mark_of_an_emulated_guest_is_filled_and_no_footer_speaks_of_filled_o
     assert _filled(emulated) < _filled(real)
 
 
+def test_footers_of_one_block_speak_of_no_interval(wide: Results, tmp_path: Path) -> None:
+    with store.create(tmp_path / "once", replace(CAMPAIGN, blocks=1)) as made:
+        for cell in PLAN.cells:
+            made.append(trial(cell, 0))
+        once = Results(made)
+        for kind in ("bars", "stacks", "sweeps", "forest"):
+            for name, drawing in drawn(kind, once).items():
+                [said, *_] = drawing.paragraphs
+                assert "no interval from one" in said, name
+                assert "t-intervals" not in said, name
+                assert "t-intervals" in drawn(kind, wide)[name].paragraphs[0], name
+
+
+def test_only_figures_with_streams_over_tcp_warn_of_pacing(wide: Results, tmp_path: Path) -> None:
+    with store.create(tmp_path / "paced", replace(CAMPAIGN, congestion_control="bbr")) as made:
+        for cell in PLAN.cells:
+            made.append(trial(cell, 0))
+        figures = drawn("bars", Results(made)) | drawn("sweeps", Results(made))
+    warn = {name for name, of in figures.items() if "throughput" in " ".join(of.paragraphs)}
+    assert warn == {"throughput-tcp", "scaling-tcp"}
+
+
 def _filled(drawing: Drawing) -> int:
     """Number of filled marks of a forest plot."""
     lines = [line for axes in drawing.panels.axes for line in axes.lines]

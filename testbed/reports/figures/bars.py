@@ -20,13 +20,13 @@ from testbed.reports.figures.slots import (
     write_value,
 )
 from testbed.reports.figures.style import (
-    WHISKERS,
     Drawing,
     captioned,
     keys_of,
     patch_key,
     title_of,
     whisker,
+    whiskers_of,
 )
 from testbed.reports.words import UDP_RATE, UDP_RATE_MEANS, absence, names, number, unit_of
 from testbed.results.analysis import Summary
@@ -72,7 +72,7 @@ def bars_figure(rows: Sequence[Summary], results: Results) -> Drawing:
         axes.set_ylabel(named.get(metric, f"{metric}, {unit_of(metric).name}"))
     how = (
         "Bars, and numbers above them: geometric means over blocks; "
-        + (WHISKERS if results.campaign.blocks > 1 else "no interval from one")
+        + whiskers_of(results)
         + ("; traffic without guests has a scale of its own." if len(parts) > 1 else ".")
         + (f" {UDP_RATE_MEANS}." if kind_of(rows[0])[:2] == UDP_RATE else "")
     )

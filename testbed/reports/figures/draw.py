@@ -98,20 +98,24 @@ def draw_comparison(
     rows: Sequence[Ratio], before: Results, after: Results, band: float, folder: Path
 ) -> list[Path]:
     """Draw the ratios of two campaigns as `against-<before>.png` and PDF into `folder`."""
-    shown = [row for row in rows if row.ratio.blocks]
     with mpl.rc_context(RC):
-        figure = forest(shown, after, band)
-        how = (
-            "Ratio of geometric means, later by earlier, with 95 % Welch t-intervals"
-            f"{meaning_of_marks(shown, after)}. Gray: the band of equivalence, {band:.0%}."
-        )
-        paragraphs = [f"Earlier: {circumstances(before)}", f"Later: {circumstances(after)}", how]
-        drawing = Drawing(
-            figure,
-            f"{after.path.name} against {before.path.name}",
-            [],
-            paragraphs,
-            before.campaign.functional or after.campaign.functional,
-        )
+        drawing = comparison(rows, before, after, band)
         name = f"against-{before.path.resolve().name}"
         return save(drawing, folder, name, f"{after.digest} against {before.digest}")
+
+
+def comparison(rows: Sequence[Ratio], before: Results, after: Results, band: float) -> Drawing:
+    """Ratios of two campaigns as a forest plot."""
+    shown = [row for row in rows if row.ratio.blocks]
+    how = (
+        "Ratio of geometric means over blocks, later by earlier; "
+        f"{meaning_of_marks(shown, after, '95 % Welch t-intervals')}. "
+        f"Gray: the band of equivalence, {band:.0%}."
+    )
+    return Drawing(
+        forest(shown, after, band),
+        f"{after.path.name} against {before.path.name}",
+        [],
+        [f"Earlier: {circumstances(before)}", f"Later: {circumstances(after)}", how],
+        before.campaign.functional or after.campaign.functional,
+    )

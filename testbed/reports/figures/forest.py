@@ -16,6 +16,7 @@ from matplotlib.ticker import NullLocator
 from testbed.model.looks import Look
 from testbed.reports.figures.select import is_crowd, kind_of, of_guest
 from testbed.reports.figures.style import (
+    NO_INTERVAL,
     SMALL_PT,
     WIDTH_IN,
     Drawing,
@@ -49,8 +50,8 @@ def ratios(rows: Sequence[Summary], results: Results) -> Drawing:
     divisors = dict.fromkeys((r.cell.datapath, r.reference) for r in shown)
     divided = ", ".join(f"{one} by {other}" for one, other in divisors)
     how = (
-        "Geometric means of ratios within a block, 95 % t-intervals"
-        f"{meaning_of_marks(shown, results)}. Divided: {divided}."
+        f"Geometric means of ratios within a block; {meaning_of_marks(shown, results)}. "
+        f"Divided: {divided}."
     )
     return Drawing(
         forest(shown, results),
@@ -61,11 +62,18 @@ def ratios(rows: Sequence[Summary], results: Results) -> Drawing:
     )
 
 
-def meaning_of_marks(rows: Iterable[Ratio], results: Results) -> str:
-    """What filled marks mean, for a footer; empty if all guests are emulated: none is filled."""
+def meaning_of_marks(
+    rows: Sequence[Ratio], results: Results, intervals: str = "95 % t-intervals"
+) -> str:
+    """What lines and filled marks mean, for a footer.
+
+    Nothing is said of filled marks if all guests are emulated: none is filled then.
+    """
+    if all(math.isnan(row.ratio.low) for row in rows):
+        return NO_INTERVAL
     if all(results.campaign.is_functional(row.cell) for row in rows):
-        return ""
-    return "; filled: the interval excludes 1"
+        return intervals
+    return f"{intervals}; filled: the interval excludes 1"
 
 
 def _without(rows: Sequence[Summary], results: Results) -> list[str]:

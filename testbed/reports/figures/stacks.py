@@ -16,11 +16,11 @@ from testbed.model.terms import Family, Runtime
 from testbed.reports.figures.select import is_crowd, kind_of, traffic
 from testbed.reports.figures.slots import grid_of, set_height, set_slots, write_value
 from testbed.reports.figures.style import (
-    WHISKERS,
     Drawing,
     circumstances,
     functional,
     whisker,
+    whiskers_of,
 )
 from testbed.reports.words import names, number, size_of, unit_of
 from testbed.results.analysis import Breakdown
@@ -83,7 +83,7 @@ def spent_figure(rows: Sequence[Breakdown], results: Results) -> Drawing:
     per = _UNITS.get(cell.metric, "million transactions")
     how = (
         "Bars, and numbers above them: geometric means over blocks of all that the host's CPUs did "
-        f"during traffic, by the traffic; {WHISKERS}."
+        f"during traffic, by the traffic; {whiskers_of(results)}."
     )
     panels = {
         names(family): [row for row in rows if row.cell.family is family]
@@ -111,7 +111,7 @@ def built_figure(rows: Sequence[Breakdown], results: Results) -> Drawing:
         if starts
         else "Memory of a pod after its first answer"
     )
-    how = (f"Bars, and numbers above them: geometric means over blocks; {WHISKERS}. ") + (
+    how = f"Bars, and numbers above them: geometric means over blocks; {whiskers_of(results)}. " + (
         "Images and programs are in the cache; launch: until the program, or the virtual "
         "machine, runs; boot: until it answers at its own address; answer: the first request "
         "to localhost."

@@ -71,6 +71,12 @@ CHARACTER_EM = 0.6
 
 
 WHISKERS = "whiskers: 95 % t-intervals; an arrow: it goes on"
+NO_INTERVAL = "no interval from one"
+
+
+def whiskers_of(results: Results) -> str:
+    """What whiskers mean, for a footer after "over blocks"; one block has none."""
+    return WHISKERS if results.campaign.blocks > 1 else NO_INTERVAL
 
 
 def text_in(text: str, size_pt: float) -> float:
@@ -208,7 +214,8 @@ def captioned(
     """A figure of rows with title, key, and footer; `how` says how to read it."""
     cell = rows[0].cell
     footer = [f"{circumstances(results, cell.guest)} {how}", *absences(rows)]
-    if cell.transport is Transport.TCP and cell.metric is not Metric.LATENCY:
+    streams = any(row.cell.metric is Metric.THROUGHPUT for row in rows)
+    if cell.transport is Transport.TCP and streams:
         paced = pacing_warning(results.campaign.congestion_control)
         footer += [f"{paced}."] if paced else []
     return Drawing(

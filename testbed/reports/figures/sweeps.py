@@ -19,7 +19,6 @@ from testbed.model.terms import Family, Transport
 from testbed.reports.figures.select import Axis, along, is_crowd, of_guest, swept
 from testbed.reports.figures.style import (
     RC,
-    WHISKERS,
     WIDTH_IN,
     Drawing,
     captioned,
@@ -29,6 +28,7 @@ from testbed.reports.figures.style import (
     mark_of,
     text_in,
     whisker,
+    whiskers_of,
 )
 from testbed.reports.words import columns_of, names, unit_of
 from testbed.results.analysis import Summary
@@ -68,7 +68,7 @@ def sweep(rows: Sequence[Summary], axis: Axis, results: Results) -> Drawing:
     fixed = [f"{cell.size_bytes} B"] if axis.field != "size_bytes" else []
     fixed += [f"{cell.streams} streams"] if axis.field != "streams" and cell.streams > 1 else []
     title = ", ".join([f"{cell.metric.capitalize()} by {axis.name}", names(cell.transport), *fixed])
-    how = f"Geometric means over blocks; {WHISKERS}."
+    how = f"Geometric means over blocks; {whiskers_of(results)}."
     if axis.field == "rate_per_s":
         how += " Each request is timed from when it was due."
     panels = figure.subplots(len(downs), len(pairs), sharex=True, sharey="row", squeeze=False)
@@ -151,7 +151,7 @@ def scaling(rows: Sequence[Summary], results: Results) -> Drawing | None:
     title = f"Scaling, {cell.label(results.campaign.guest)}, {names(cell.family, cell.transport)}"
     how = (
         "Rates are those of all together, times those of all round trips, memory is per pod. "
-        f"Geometric means over blocks; {WHISKERS}."
+        f"Geometric means over blocks; {whiskers_of(results)}."
     )
     keys = keys_of((row for row in shown if row.estimate.blocks), line_key, results)
     return captioned(figure, title, shown, keys, results, how)
