@@ -66,3 +66,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of standard output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as e:
+        if arguments.debug or e.filename is None:  # without a file, it is a bug
+            raise
+        print(f"testbed: {e.filename}: {e.strerror}", file=sys.stderr)
+        return 3

@@ -118,6 +118,9 @@ def _conformance(arguments: argparse.Namespace) -> int:
         control=arguments.control or "",
         cgroup=arguments.cgroup and arguments.cgroup.absolute(),
     )
+    for file in filter(None, (arguments.junit, arguments.tap)):
+        if not file.parent.is_dir():
+            raise Error(f"{file}: there is no folder {file.parent}")
     results: list[Result] = []
     revision = paths.revision() if arguments.keep else ""  # before anybody edits the clone
     try:
@@ -141,17 +144,17 @@ def _show_conformance(results: Sequence[Result], arguments: argparse.Namespace) 
     from testbed.conformance import output
     from testbed.conformance.check import Status
 
-    if arguments.junit:
+    if arguments.json:
+        print(json.dumps(output.as_json(results), indent=1))
+    else:
+        _print(output.matrix(results))
+        for status in (Status.UNSUPPORTED, Status.FAIL):
+            for line in output.reasons(results, status):
+                print(f"{status}: {line}")
+    if arguments.junit:  # after the table, which is not lost if a file cannot be written
         arguments.junit.write_bytes(output.junit(results))
     if arguments.tap:
         arguments.tap.write_text(output.tap(results))
-    if arguments.json:
-        print(json.dumps(output.as_json(results), indent=1))
-        return
-    _print(output.matrix(results))
-    for status in (Status.UNSUPPORTED, Status.FAIL):
-        for line in output.reasons(results, status):
-            print(f"{status}: {line}")
 
 
 def _print(table: Table) -> None:
