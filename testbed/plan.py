@@ -143,7 +143,8 @@ def load(name: str) -> Plan:
     Raises an `Error` that names the file, the key and what was expected.
     """
     path = Path(name) if name.endswith(".toml") else paths.EXPERIMENTS / f"{name}.toml"
-    known = ", ".join(sorted(p.stem for p in paths.EXPERIMENTS.glob("*.toml")))
+    stems = sorted(file.stem for file in paths.EXPERIMENTS.glob("*.toml"))
+    known = ", ".join(stem for stem in stems if "." not in stem)  # hosts.example.toml is none
     return _plan(schema.toml(path, "plan", f"plans here: {known}"), f"plan {path}")
 
 

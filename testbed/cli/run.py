@@ -62,6 +62,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from testbed import doctor, plan
     from testbed.campaigns import campaign
     from testbed.campaigns.places import HERE
+    from testbed.images import kernels
     from testbed.reports.figures import draw
     from testbed.results import store
     from testbed.results.results import Results
@@ -75,6 +76,8 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.blocks:
             chosen = replace(chosen, blocks=arguments.blocks, target_width=None)
         path = arguments.out or store.directory(chosen.name)
+        if arguments.osv_kernel and arguments.guest in ("osv", "best"):
+            kernels.find_osv(arguments.osv_kernel)  # raises Error before a directory is made
     places: Sequence[Place] = HERE
     if hosts := common.chosen(arguments):
         from testbed.remote import place

@@ -43,6 +43,38 @@ def test_commands_in_hints_are_those_that_a_clone_understands(
         )
 
 
+def test_a_file_that_cannot_be_written_is_named_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "nosuch/agent.img"
+    assert cli.main(["image", "build", "agent", "--output", str(file)]) == 3
+    assert capsys.readouterr().err == f"testbed: {file}: No such file or directory\n"
+    with pytest.raises(FileNotFoundError):
+        cli.main(["--debug", "image", "build", "agent", "--output", str(file)])
+
+
+@pytest.mark.parametrize("option", ["--junit", "--tap"])
+def test_conformance_looks_for_the_folder_of_its_files_before_it_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    file = tmp_path / "nosuch/results"
+    command = ["conformance", "--datapath", "loopback", "--check", "connect", option, str(file)]
+    assert cli.main(command) == 3
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == f"testbed: {file}: there is no folder {file.parent}\n"
+
+
+def test_a_kernel_that_is_none_is_said_once_and_leaves_no_campaign(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kernel, out = str(tmp_path / "nosuch"), tmp_path / "campaign"
+    assert cli.main(["run", "--plan", "quick", "--osv-kernel", kernel, "--out", str(out)]) == 3
+    [line] = capsys.readouterr().err.splitlines()
+    assert kernel in line
+    assert not out.exists()
+
+
 def test_only_commands_are_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TESTBED_BOOTSTRAP", "../clone/bootstrap")
     assert common.called("see 'testbed doctor'") == "see '../clone/bootstrap testbed doctor'"

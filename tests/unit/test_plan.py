@@ -110,8 +110,9 @@ def test_bad_input_is_refused_with_file_and_key(
 
 
 def test_what_is_no_plan_at_all_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Error, match=r"plans here: .*quick.*standard"):
+    with pytest.raises(Error, match=r"plans here: .*quick.*standard") as refused:
         plan.load("nonsuch")
+    assert "hosts.example" not in str(refused.value)  # an inventory is no plan
     with pytest.raises(Error, match="not TOML"):
         plan.parse("name = ", "bad.toml")
     with pytest.raises(Error, match="or more"):
