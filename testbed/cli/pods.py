@@ -201,6 +201,9 @@ def _ordered(arguments: argparse.Namespace, sandbox: Sandbox | None = None) -> l
     for spec in specs:
         for warning in spec.warnings:
             _say(warning)
+    for name in (pair.partition("=")[0] for pair in arguments.image):
+        if name not in images.used:
+            _say(f"--image {name}: no container has this image")
     if (why := nft.unsupported()) and not sandbox:
         _say(f"pods get no addresses of their own: {why}")
     return [Order(spec, arguments.datapath, options, sandbox) for spec in specs]
@@ -286,6 +289,10 @@ def _down(arguments: argparse.Namespace) -> int:
     if not names and not (names := control.names()):
         print("no pod is up")
         return 0
+    if arguments.command == "detach":
+        for name in names:
+            if not control.status(name)["sandbox"]:
+                raise Error(f"pod {name!r} was not attached", hint=f"testbed down {name}")
     with ThreadPoolExecutor(len(names)) as pool:
         for name, _ in zip(names, pool.map(control.down, names), strict=True):
             print(f"pod {name} is down")
@@ -414,7 +421,11 @@ def _add_top(commands: Commands) -> None:
         metavar="S",
         help="seconds between two readings (default: %(default)s)",
     )
-    top.add_argument("--once", action="store_true", help="print one interval, and end")
+    top.add_argument(
+        "--once",
+        action="store_true",
+        help="print one interval, and end, as it does if its output is no terminal",
+    )
     top.add_argument("--json", action="store_true", help="print one interval as JSON, and end")
 
 
@@ -429,7 +440,7 @@ def _top(arguments: argparse.Namespace) -> int:
         return arguments.pod or control.names()
 
     before = top.snapshot(chosen())
-    if arguments.once or arguments.json:
+    if arguments.once or arguments.json or not sys.stdout.isatty():
         time.sleep(arguments.interval)
         found = top.rates(before, top.snapshot(chosen()))
         if arguments.json:

@@ -282,8 +282,10 @@ def test_a_listed_port_that_nobody_serves_is_told_and_no_failure(
 
 def test_an_image_is_what_the_user_says(manifest: Write, name: str) -> None:
     file = manifest("- {name: a, image: 'shop.example/a:1', args: [sleep, '99']}")
-    run("up", file, "--image", "shop.example/a=host:busybox")
+    unused = ("--image", "shop.example/b=host:busybox")
+    told = run("up", file, "--image", "shop.example/a=host:busybox", *unused).stderr
     assert workload(name, "a")["ready"]
+    assert told == "testbed: --image shop.example/b: no container has this image\n"
 
 
 def test_files_and_standard_input_are_several_pods(manifest: Write, name: str) -> None:

@@ -43,6 +43,8 @@ def test_a_pod_stands_until_it_is_taken_down(manifest: Callable[..., Path], name
         ("sleeper", "running", True),
     ]
     assert name in run("ps").stdout
+    kept = run("detach", name, status=3).stderr
+    assert kept == f"testbed: pod '{name}' was not attached; testbed down {name}\n"
     assert "lo_egress" in run("describe", name).stdout
     refused = run("up", file, status=3)
     assert f"pod '{name}' stands already; testbed down {name}" in refused.stderr
@@ -85,6 +87,16 @@ def test_top_tells_what_each_pair_carries(manifest: Callable[..., Path], name: s
         stop.set()
         talking.join()
     assert f"no pod '{name}x'" in run("top", f"{name}x", "--once", status=3).stderr
+
+
+def test_top_prints_once_if_its_output_is_no_terminal(
+    manifest: Callable[..., Path], name: str
+) -> None:
+    file = manifest('- {name: guest, image: "host:sleep", args: ["1000"]}', runtime="standin")
+    run("up", file)
+    command = [*TESTBED, "top", name, "--interval=0.1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout.count("natives→guest") == 1
 
 
 def test_logs_and_exec(manifest: Callable[..., Path], name: str) -> None:

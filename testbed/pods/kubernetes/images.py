@@ -36,12 +36,15 @@ class Images:
 
     given: Mapping[str, str] = field(default_factory=dict)
     """What the user says. A name without a tag is for all tags."""
+    used: set[str] = field(default_factory=set, compare=False)
+    """Names of `given` that `find` was asked for."""
 
     def find(self, image: str, runtime: Runtime, folder: Path) -> tuple[str, str]:
         """The image that a manifest in `folder` means, and what the user is to be told of it."""
         bare, short = _bare(image), _short(image)
         for name in (image, bare, short):
             if name in self.given:
+                self.used.add(name)
                 return self.given[name], ""
         there = located(image, folder)
         if there != image or runtime is Runtime.WASM:
