@@ -152,6 +152,19 @@ def test_packages_of_a_group_are_for_those_who_name_it(clone: Path, tmp_path: Pa
     assert ran.stderr == "bootstrap: no packages of a group text in packages.txt\n"
 
 
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_tells_usage_and_groups_and_does_nothing(clone: Path, option: str) -> None:
+    with (clone / "packages.txt").open("a") as file:
+        file.write("away  /nowhere/*  # why\ntex:away  /nowhere/*  # why\ntex:a  b  # why\n")
+    ran = bootstrap(clone, option)
+    assert ran.returncode == 0
+    assert ran.stderr == ""
+    assert ran.stdout.startswith("Makes a clone ready to run, then runs a command in it: ./boot")
+    assert "set -euo" not in ran.stdout
+    assert ran.stdout.splitlines()[-1].split() == ["Groups:", "--tex"]
+    assert not (clone / ".venv/bin/pip.asked").exists()
+
+
 @pytest.mark.root
 def test_of_several_names_the_first_that_apt_knows_is_installed(clone: Path) -> None:
     running = f"linux-headers-{os.uname().release}"
