@@ -317,7 +317,10 @@ def _exec(arguments: argparse.Namespace) -> int:
     chosen = control.workloads(arguments.pod, arguments.container)
     workload = chosen[0]
     if "closed" in workload:
-        raise Error(workload["closed"])
+        raise Error(
+            workload["closed"],
+            hint=f"see what it prints: testbed logs {arguments.pod} -c {workload['name']}",
+        )
     enter = workload["enter"]
     if arguments.tty:
         if sys.stdin.isatty():

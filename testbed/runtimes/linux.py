@@ -46,10 +46,7 @@ class Linux(VirtualMachines):
         return "localhost"
 
     def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
-        raise Error(
-            f"{place.workload.name!r} is a virtual machine: nothing can be started in it",
-            hint="see its console: testbed logs",
-        )
+        raise Error(f"{place.workload.name!r} is a virtual machine: nothing can be started in it")
 
     def _compose(self, workload: Workload, *, hosts_patch: bool, etc: Mapping[str, bytes]) -> Image:
         refuse_isolation(workload, has_users=True)

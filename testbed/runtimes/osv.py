@@ -86,10 +86,7 @@ class Osv(VirtualMachines):
         return "localhost" if family is Family.IPV4 else "ip6-localhost"
 
     def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
-        raise Error(
-            f"{place.workload.name!r} is a unikernel: it runs nothing but its program",
-            hint="see its console: testbed logs",
-        )
+        raise Error(f"{place.workload.name!r} is a unikernel: it runs nothing but its program")
 
     def _compose(self, workload: Workload, *, hosts_patch: bool, etc: Mapping[str, bytes]) -> Image:
         refuse_isolation(workload)

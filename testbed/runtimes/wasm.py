@@ -147,10 +147,7 @@ class Wasm(Prepared):
         return True
 
     def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
-        raise Error(
-            f"{place.workload.name!r} is a component: it runs nothing but itself",
-            hint="see what it prints: testbed logs",
-        )
+        raise Error(f"{place.workload.name!r} is a component: it runs nothing but itself")
 
     def _compile(self, program: Program) -> Path:
         """Path of an image's machine code. It is compiled unless it is in the cache."""
