@@ -13,7 +13,9 @@ from testbed.model.errors import Error
 
 def add(commands: Commands) -> None:
     """Add the command `image`."""
-    image = commands.add_parser("image", help="compose and inspect images of OSv guests; others need none")
+    image = commands.add_parser(
+        "image", help="compose and inspect images of OSv guests; others need none"
+    )
     kinds = image.add_subparsers(dest="kind", required=True, metavar="build|inspect")
     build = kinds.add_parser("build", help="compose an image from a definition in osv/")
     build.set_defaults(call=_image_build)

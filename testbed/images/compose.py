@@ -123,6 +123,7 @@ class _File(Table):
     """Schema of a definition's file."""
 
     program: str = Field(min_length=1, description='program = "PATH"')
+    """A name is looked for beside the definition, then among this host's programs."""
     package: str = Field("", description="the name of a Debian package")
     arguments: list[str] = Field([], description="a list of words")
     files: dict[str, str] = Field({}, description="a table: path in the guest = path here")
@@ -136,7 +137,10 @@ def load(path: Path) -> Definition:
     given = schema.read(_File, schema.toml(path, title), f"{title} {path}")
     program, package = given.program, given.package
     beside = path.parent
-    if package and not (beside / program).exists():
+    file = beside / program
+    if "/" not in program and not file.exists():
+        file = rootfs.on_host(program) or file
+    if package and not file.exists():
         raise Error(
             f"no {program}, which {path.name} runs",
             hint=f"apt-get install {package}; all that examples/ need: ./bootstrap --examples",
@@ -153,7 +157,7 @@ def load(path: Path) -> Definition:
         within = (file for each in found for file in each.rglob("*") if file.is_file())
         files = {**{str(file): file for file in within}, **files}
     return Definition(
-        program=agent.build() if program == "agent" else beside / program,
+        program=agent.build() if program == "agent" else file,
         arguments=tuple(given.arguments),
         files=files,
         shim=given.shim,

@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import posixpath
 import re
 import shutil
 import subprocess
+import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,8 @@ SHOWN = 200
 HOST = "host:"
 LOCATED = ("oci", "oci-archive", "docker-archive")
 """Kinds of images that are followed by a path."""
+ARCHIVES = {"docker-archive": "manifest.json", "oci-archive": "oci-layout"}
+"""Kinds of archives of images → a file that they have."""
 AGENT = "agent"
 
 FILES = {
@@ -93,6 +97,8 @@ def unpack(image: str) -> Root:
     if colon and kind in LOCATED:
         return _of_layout(_copied(kind, rest), image)
     path = Path(image)
+    if (path / "oci-layout").exists():
+        raise Error(f"{path} is a folder of OCI images", hint=f"name it oci:{path}[:TAG]")
     if path.is_dir():
         return Root(path)
     if path.is_file():
@@ -197,14 +203,20 @@ def programs(image: str) -> tuple[Path, ...]:
         return (agent.build(),)
     found = []
     for name in filter(None, image.removeprefix(HOST).split(",")):
-        path = shutil.which(name, path=PATH) or shutil.which(name)
+        path = on_host(name)
         if path is None:
             raise Error(
                 f"image {image!r}: this host has no program {name}",
                 hint="install it; all that examples/ need: ./bootstrap --examples",
             )
-        found.append(Path(path))
+        found.append(path)
     return tuple(found)
+
+
+def on_host(program: str) -> Path | None:
+    """A program of this host, by its name or path. None: there is none."""
+    path = shutil.which(program, path=PATH) or shutil.which(program)
+    return Path(path) if path else None
 
 
 def busybox() -> Path:
@@ -262,7 +274,7 @@ def _of_tar(path: Path) -> Path:
             ["tar", *options, "--file", path, "-C", folder],
             f"{path} is no tar that can be unpacked",
         )
-        for kind, sign in (("docker-archive", "manifest.json"), ("oci-archive", "oci-layout")):
+        for kind, sign in ARCHIVES.items():
             if (folder / sign).exists():
                 raise Error(f"{path} is an archive of images", hint=f"name it {kind}:{path}")
 
@@ -276,19 +288,43 @@ def _copied(kind: str, rest: str) -> Path:
     """
     location, _, _ = rest.partition(":")
     file = Path(location, "index.json") if kind == "oci" else Path(location)
+    if kind == "oci" and Path(location).is_dir() and not file.is_file():
+        raise Error(
+            f"{location} is no OCI layout: it has no index.json",
+            hint=f"a root file system is named by its folder alone: {location}",
+        )
     if not file.is_file():
         raise Error(f"no file {file}")
     if shutil.which("skopeo") is None:
         raise Error(f"no skopeo, to read {location}", hint="apt-get install skopeo")
 
     def fill(folder: Path) -> None:
-        process.run(
-            ["skopeo", "--insecure-policy", "copy", f"{kind}:{rest}", f"oci:{folder}:latest"],
-            f"skopeo cannot read {kind}:{rest}",
-            hint=f"skopeo inspect {kind}:{rest}",
-        )
+        copy = ["skopeo", "--insecure-policy", "copy", f"{kind}:{rest}", f"oci:{folder}:latest"]
+        try:
+            process.run(copy, f"skopeo cannot read {kind}:{rest}")
+        except Error as e:
+            said = re.sub(r'time=\S+ level=fatal msg="(.*)"$', r"\1", e.message)
+            raise Error(said.replace('\\"', '"'), hint=_better_name(kind, file) or e.hint) from e
 
     return _cached([kind, rest, _digest(file)], fill)
+
+
+def _better_name(kind: str, file: Path) -> str:
+    """How an image may be named that skopeo does not find in `file`; empty if that is not known.
+
+    `file`: an archive, or the index.json of an OCI image layout.
+    """
+    with suppress(OSError, ValueError, LookupError, AttributeError, tarfile.TarError):
+        if kind == "oci":
+            manifests = json.loads(file.read_bytes())["manifests"]
+            tags = [m["annotations"]["org.opencontainers.image.ref.name"] for m in manifests]
+            return f"it has {', '.join(tags)}: name one, as oci:{file.parent}:{tags[0]}"
+        with tarfile.open(file) as tar:
+            names = {posixpath.normpath(name) for name in tar.getnames()}
+        kinds = [other for other, sign in ARCHIVES.items() if sign in names]
+        if kinds and kind not in kinds:
+            return f"name it {kinds[0]}:{file}"
+    return ""
 
 
 def _of_layout(layout: Path, image: str) -> Root:

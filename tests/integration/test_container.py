@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from testbed import runtimes
 from testbed.datapaths import get
 from testbed.host import ledger, process
 from testbed.host.ledger import Owner
+from testbed.images import rootfs
 from testbed.model.errors import Error
 from testbed.model.manifest import Manifest, Program, Workload
 from testbed.model.terms import Runtime
@@ -140,6 +143,32 @@ def test_an_image_says_what_runs(run: Run, tmp_path: Path, kind: str) -> None:
     assert run(Program(name, args=("echo $0 $GREETING",))) == "/bin/sh hello\n"
     with pytest.raises(Error, match=f"skopeo cannot read {name.removesuffix('v1')}v2"):
         run(Program(name.removesuffix("v1") + "v2"))
+
+
+def test_how_an_image_is_named_is_said(tmp_path: Path) -> None:
+    layout, root = tmp_path / "layout", tmp_path / "root"
+    root.mkdir()
+    of_containers = oci.image(layout, root)
+    subprocess.run(["umoci", "tag", "--image", f"{layout}:v1", "osv"], check=True)
+    for kind in ("oci-archive", "docker-archive"):
+        archive = f"{kind}:{tmp_path}/{kind}.tar:x:v1"
+        copy = ["skopeo", "--insecure-policy", "copy", of_containers, archive]
+        subprocess.run(copy, check=True, capture_output=True)
+    choice = f"it has v1, osv: name one, as oci:{layout}:v1"
+    for name, message, hint in (
+        (f"{layout}", f"{layout} is a folder of OCI images", f"name it oci:{layout}[:TAG]"),
+        (f"oci:{root}", f"{root} is no OCI layout: it has no index.json", f"folder alone: {root}"),
+        (f"oci:{layout}", f"cannot read oci:{layout}: initializing source", choice),
+        (f"oci:{layout}:no", 'no descriptor found for reference "no"', choice),
+        *(
+            (f"{kind}:{tmp_path}/{other}.tar", "cannot read", f"name it {other}:{tmp_path}/{other}")
+            for kind, other in permutations(rootfs.ARCHIVES)
+        ),
+    ):
+        with pytest.raises(Error, match=re.escape(message)) as refused:
+            rootfs.unpack(name)
+        assert hint in str(refused.value.hint)
+        assert "level=fatal" not in str(refused.value)
 
 
 def test_a_tar_is_a_root(run: Run, tmp_path: Path) -> None:

@@ -413,6 +413,14 @@ def test_definition_brings_arguments_and_files(program: Path, tmp_path: Path) ->
     assert compose.osv_tree(loaded)["/etc/app.conf"] == definition.read_bytes()
 
 
+def test_a_definition_may_name_a_program_of_this_host(program: Path, tmp_path: Path) -> None:
+    definition = tmp_path / "own.toml"
+    definition.write_text('program = "env"\n')
+    assert compose.load(definition).program == Path("/usr/bin/env")
+    definition.write_text('program = "main"\n')
+    assert compose.load(definition).program == program  # the one beside it
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
