@@ -20,6 +20,7 @@ int main(int argc, char **argv)
 	size_t n = 0;
 	uid_t user;
 
+	program_invocation_short_name = "guest"; /* err(3) begins with it */
 	if (argc < 5)
 		errx(CANNOT_RUN, "usage: run_as UID GID[,GROUP...] FOLDER COMMAND [ARGUMENT...]");
 	user = strtoul(argv[1], NULL, 10);
@@ -36,5 +37,5 @@ int main(int argc, char **argv)
 	    setuid(user))
 		err(CANNOT_RUN, "user %s", argv[1]);
 	execvp(argv[4], argv + 4);
-	err(errno == ENOENT ? NOT_FOUND : CANNOT_RUN, "%s", argv[4]);
+	err(errno == ENOENT ? NOT_FOUND : CANNOT_RUN, "cannot run %s", argv[4]);
 }

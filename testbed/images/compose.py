@@ -203,28 +203,39 @@ def root_of_image(image: str) -> Root:
     return rootfs.unpack(image)
 
 
-def find_program(folder: Path, process: Process) -> tuple[Definition, Process]:
-    """Find the program that a process runs in the unpacked root file system `folder`.
+def program_path(folder: Path, process: Process) -> str:
+    """Path in the unpacked root file system `folder` of the program that a process runs.
 
-    Returns what its OSv image is made of, and the process with the program's path in its command,
-    as OSv looks for none. That path may be a link, by which some programs know what they are to do.
-    Raises `Error` if the root file system has no such program.
+    That path may be a link, by which some programs know what they are to do. Raises `Error` if the
+    root file system has no such program.
     """
-    command, *arguments = process.command
+    command = process.command[0]
     searched = dict(each.split("=", 1) for each in process.env).get("PATH", rootfs.PATH).split(":")
     tried = [posixpath.join(process.working_dir, command)]
     if "/" not in command:
         tried = [posixpath.join("/", each, command) for each in searched]
     for path in tried:
-        if (program := rootfs.inside(folder, path)).is_file():
-            if not elf.is_elf(program):
-                raise Error(
-                    f"{path} is a script, and OSv runs none",
-                    hint="as command, give the container the program that the script starts",
-                )
-            found = replace(process, entrypoint=(path,), arguments=tuple(arguments))
-            return Definition(program, root=folder), found
+        if rootfs.inside(folder, path).is_file():
+            return path
     raise Error(f"the image has no program {command}", hint="give the workload another command")
+
+
+def find_program(folder: Path, process: Process) -> tuple[Definition, Process]:
+    """Find the program that a process runs in the unpacked root file system `folder`.
+
+    Returns what its OSv image is made of, and the process with the program's path in its command,
+    as OSv looks for none. Raises `Error` if the root file system has no such program, or it is a
+    script.
+    """
+    path = program_path(folder, process)
+    program = rootfs.inside(folder, path)
+    if not elf.is_elf(program):
+        raise Error(
+            f"{path} is a script, and OSv runs none",
+            hint="as command, give the container the program that the script starts",
+        )
+    found = replace(process, entrypoint=(path,), arguments=process.command[1:])
+    return Definition(program, root=folder), found
 
 
 def compose_osv(

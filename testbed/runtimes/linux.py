@@ -55,6 +55,7 @@ class Linux(VirtualMachines):
         process = process_of(workload, root.process, DEFAULTS)
         root = replace(root, process=process)
         with rootfs.reading(name):
+            compose.program_path(root.path, process)  # raises Error if there is no such program
             return compose.compose_linux(root, self.kernel, hosts_patch=hosts_patch, etc=etc)
 
     def _command(self, vm: Vm, image: Image, arguments: Sequence[str]) -> list[str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from testbed import paths
-from testbed.host import architecture
+from testbed.host import architecture, compiler
 from testbed.images import compose, cpio, elf, rofs, rootfs
 from testbed.images.compose import Definition
 from testbed.images.kernels import LinuxKernel, OsvKernel
@@ -375,6 +375,18 @@ def test_osv_gets_a_whole_root_file_system(program: Path, tmp_path: Path, merged
         compose.find_program(root, Process(("/app/start.sh",)))
     with pytest.raises(Error, match="the image has no program gone"):
         compose.find_program(root, Process(("gone",)))
+
+
+@pytest.mark.root
+def test_a_program_that_cannot_be_run_in_a_linux_guest_is_named() -> None:
+    runs = compiler.build("test", "run_as", paths.OSV / "linux", compose._LINUX_FLAGS)
+    for command, said, status in (
+        ("/app/nosuch", "guest: cannot run /app/nosuch: No such file or directory\n", 127),
+        ("/etc/passwd", "guest: cannot run /etc/passwd: Permission denied\n", 126),
+    ):
+        words = [runs, "0", "0", "/", command]
+        ran = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert (ran.stderr, ran.returncode) == (said, status)
 
 
 @pytest.mark.parametrize("cut", [0, 100, 600])

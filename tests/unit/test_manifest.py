@@ -125,7 +125,7 @@ def test_images_are_found_beside_the_manifest(tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     for image, expected in (
         ("./root", str(tmp_path / "root")),
-        ("root", "root"),
+        ("other", "other"),
         ("oci:layout:v1", f"oci:{tmp_path}/layout:v1"),
         ("host:redis-server", "host:redis-server"),
         ("agent", "agent"),
@@ -462,6 +462,20 @@ def test_well_known_images_are_said_aloud(tmp_path: Path) -> None:
     [told] = read_.warnings
     assert "container a: nginx:1 is not pulled: it is put together from this host's osv/web" in told
     assert "--image nginx:1=" in told
+
+
+@pytest.mark.parametrize("runtime", ["container", "osv", "linux", "wasm"])
+def test_a_folder_that_is_named_as_an_image_is_told_from_one(tmp_path: Path, runtime: str) -> None:
+    for name in ("rootfs", "redis", "nginx"):
+        (tmp_path / name).mkdir()
+    images = of_user([], None)
+    with pytest.raises(Error, match=r"no image 'rootfs'; what is beside .* is \./rootfs"):
+        images.find("rootfs", Runtime(runtime), tmp_path)
+    rootfs = str(tmp_path / "rootfs")
+    assert images.find("./rootfs", Runtime(runtime), tmp_path) == (rootfs, "")
+    assert images.find("nothing", Runtime(runtime), tmp_path) == ("nothing", "")
+    for known in ("redis", "nginx"):  # names come first
+        images.find(known, Runtime(runtime), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,9 @@ WELL_KNOWN = {
 }
 """Short names → images of containers. (Debian's busybox has no printenv.)"""
 
+UNPACKING = (Runtime.CONTAINER, Runtime.GVISOR, Runtime.LINUX, Runtime.OSV, Runtime.WASM)
+"""Runtimes whose images may be files and folders."""
+
 
 @dataclass(frozen=True)
 class Images:
@@ -40,14 +43,17 @@ class Images:
     """Names of `given` that `find` was asked for."""
 
     def find(self, image: str, runtime: Runtime, folder: Path) -> tuple[str, str]:
-        """The image that a manifest in `folder` means, and what the user is to be told of it."""
+        """The image that a manifest in `folder` means, and what the user is to be told of it.
+
+        Raises `Error` for a name without `/` and `.` that is only that of a file or folder there.
+        """
         bare, short = _bare(image), _short(image)
         for name in (image, bare, short):
             if name in self.given:
                 self.used.add(name)
                 return self.given[name], ""
         there = located(image, folder)
-        if there != image or runtime is Runtime.WASM:
+        if there != image:
             return there, ""
         is_container = runtime in (Runtime.CONTAINER, Runtime.GVISOR)
         if is_container and short in WELL_KNOWN:
@@ -57,6 +63,9 @@ class Images:
         taken = runtime.is_guest if short != image else is_container
         if taken and image != rootfs.AGENT and compose.definition_file(short):
             return short, _told(image, f"osv/{short}.toml")
+        is_name = runtime not in UNPACKING or compose.definition_file(image)
+        if image and not is_name and (folder / image).exists():
+            raise Error(f"no image {image!r}", hint=f"what is beside the manifest is ./{image}")
         return image, ""
 
 
