@@ -29,7 +29,7 @@ def add(commands: Commands) -> None:
 
 
 def _image_build(arguments: argparse.Namespace) -> int:
-    from testbed.images import compose
+    from testbed.images import compose, kernels
 
     definition = compose.find_definition(arguments.definition)
     if definition is None:
@@ -37,8 +37,11 @@ def _image_build(arguments: argparse.Namespace) -> int:
             f"no image definition {arguments.definition!r}",
             hint=f"a name in {paths.OSV}, or FILE.toml; OCI images are named in manifests instead",
         )
+    kernel = kernels.find_osv(download=False)
     image = compose.build(definition, arguments.output, hosts_patch=not arguments.stock_hosts)
     print(f"{arguments.output}: {image.size_bytes} bytes, sha256 {image.sha256}")
+    if kernel and (lacking := compose.lacking(definition, kernel)):
+        print(f"functions that OSv {kernel.version} lacks: {' '.join(lacking)}")
     return 0
 
 

@@ -55,6 +55,8 @@ class Prober:
 
     def __init__(self, pod: Pod, workload: Workload, runtime: Prepared) -> None:
         self._pod, self._workload, self._runtime = pod, workload, runtime
+        self.unanswered: tuple[Transport, int] | None = None
+        """Port of a guest that neither answered nor refused when `unserved` looked last."""
 
     def ask(self, probe: Probe, ready: bool) -> bool:
         """Run a probe: whether it succeeds."""
@@ -120,7 +122,9 @@ class Prober:
             except ConnectionRefusedError:
                 unserved.add((transport, port))
             except OSError:
+                self.unanswered = transport, port
                 return None
+        self.unanswered = None
         return unserved
 
 

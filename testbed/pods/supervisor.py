@@ -176,12 +176,14 @@ class Starting:
 
 
 def _state(workload: Mapping[str, Any]) -> str:
-    status = workload["exit_status"]
-    return f"{workload['state']}, exit status {status}" if status else workload["state"]
+    status, unanswered = workload["exit_status"], workload["unanswered"]
+    exit_status = f", exit status {status}" if status else ""
+    silence = f", no answer at {unanswered} yet" if unanswered else ""
+    return f"{workload['state']}{exit_status}{silence}"
 
 
 def _last_words(workload: Mapping[str, Any]) -> str:
-    return f": {workload['last_words']}" if workload["last_words"] else ""
+    return f", last said: {workload['last_words']}" if workload["last_words"] else ""
 
 
 def supervise(
@@ -297,6 +299,7 @@ def _listen(name: str) -> socket.socket:
 def _prepare(spec: Spec, options: Options) -> dict[Runtime, Prepared]:
     """Prepare all runtimes and compose all images, in parallel, before anything is built."""
     etc = {path: text.encode() for path, text in _etc(spec, guest=True).items()}
+    etc["/etc/hostname"] = f"{spec.hostname}\n".encode()
     options = replace(options, etc=etc)
     kinds = dict.fromkeys(w.runtime for w in spec.workloads)
     with ThreadPoolExecutor() as pool:

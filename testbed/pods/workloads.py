@@ -253,6 +253,7 @@ class Watched:
             }
         except Error as e:
             entrance = {"closed": str(e)}
+        is_up = self.state == "running" and not self.ready
         return {
             "name": self.workload.name,
             "runtime": self.workload.runtime,
@@ -270,6 +271,7 @@ class Watched:
             ],
             "ports": [shown(port) for port in self.workload.ports],
             "unserved": self.unserved,
+            "unanswered": shown(port) if (port := self.prober.unanswered) and is_up else "",
             **({"queues": place.queues} if self.runtime.uses_tap else {}),
             "log": str(self.workloads.pod.console(self.workload.name)),
             **entrance,

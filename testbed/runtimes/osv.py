@@ -115,10 +115,7 @@ class Osv(VirtualMachines):
         elif wanted.shim and not shim.reaches(program):
             self._options.say(f"{name}: {shim.UNREACHED}")
         if lacking := compose.lacking(wanted, self.kernel):
-            shown = ", ".join(lacking[:SHOWN]) + (", …" if len(lacking) > SHOWN else "")
-            self._options.say(
-                f"{name}: ends if it calls one of {len(lacking)} functions that OSv lacks: {shown}"
-            )
+            self._options.say(f"{name}: {lacks(wanted.program.name, lacking)}")
 
     def _command(self, vm: Vm, image: Image, arguments: Sequence[str]) -> list[str]:
         return command(vm, self.kernel, image, arguments)
@@ -151,6 +148,18 @@ def _definition(workload: Workload) -> Definition | None:
             raise Error(f"guest {workload.name!r} has {len(found)} programs", hint="give it one")
         return Definition(program=found[0])
     return compose.find_definition(program.image)
+
+
+def lacks(program: str, functions: Sequence[str]) -> str:
+    """What to tell of functions that OSv lacks. Most programs never call them."""
+    shown = ", ".join(functions[:SHOWN]) + (", …" if len(functions) > SHOWN else "")
+    count, which = (
+        ("a function", "it") if len(functions) == 1 else (f"{len(functions)} functions", "one")
+    )
+    return (
+        f"OSv lacks {count} that {program} or its libraries name ({shown}); it ends with 127 if it "
+        f"calls {which}"
+    )
 
 
 def _has_shim(image: Image) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -481,6 +482,45 @@ def test_python_serves_with_its_library(manifest: Write, name: str, kind: Kind) 
         return "localhost" in subprocess.run(asked, capture_output=True, text=True).stdout
 
     wait_until(answers, "it serves", 90)
+
+
+def test_what_is_wrong_with_a_linux_guest_is_said(manifest: Write, name: str) -> None:
+    file = manifest("- {name: a, image: 'host:', command: [/app/nosuch]}", runtime="linux")
+    assert "the image has no program /app/nosuch" in run("up", file, status=3).stderr
+    deaf = "hostname; ip link set eth0 down; exec sleep 999"
+    file = manifest(
+        f"""
+        - name: a
+          image: 'host:'
+          args: [sh, -c, '{deaf}']
+          ports: [{{containerPort: 7000}}]
+        """,
+        "hostname: shop",
+        runtime="linux",
+    )
+    assert (
+        "a is not ready (running, no answer at 7000/tcp yet"
+        in run("up", file, "--wait=3", status=1).stderr
+    )
+    log = Path(workload(name, "a")["log"])
+    wait_until(lambda: "shop" in log.read_text().splitlines(), "it says its name", 60)
+    refused = run("exec", name, "--", "ls", status=3).stderr
+    assert refused.endswith(f"see what it prints: testbed logs {name} -c a\n")
+
+
+@pytest.mark.parametrize("kind", ["ipv6", "master"], indirect=True)
+def test_all_functions_that_osv_lacks_are_listed(
+    manifest: Write, name: str, kind: Kind, tmp_path: Path
+) -> None:
+    source = "int main(void) { return mq_getattr(0, 0) + setns(0, 0); }"
+    compiled(f"int mq_getattr(), setns(); {source}", tmp_path / "calls")
+    (tmp_path / "calls.toml").write_text('program = "calls"\n')
+    built = run("image", "build", tmp_path / "calls.toml", "-o", tmp_path / "calls.img").stdout
+    assert re.search(r"^functions that OSv v\S+ lacks: mq_getattr setns$", built, re.MULTILINE)
+    file = manifest(f"- {{name: a, image: {tmp_path}/calls.toml}}", runtime=kind.runtime)
+    run("up", file)
+    wait_until(partial(ended, name, "a"), "it ends", 60)
+    assert workload(name, "a")["exit_status"] == 127
 
 
 def test_a_guest_that_tells_no_status_has_failed(manifest: Write, name: str) -> None:

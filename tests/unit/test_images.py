@@ -174,6 +174,17 @@ def test_what_osv_lacks_for_a_program_is_told(
     assert compose.lacking(Definition(program), kernel) == ["own"]
 
 
+def test_functions_that_osv_lacks_are_told_calmly() -> None:
+    assert osv.lacks("redis-cli", ["waitid"]) == (
+        "OSv lacks a function that redis-cli or its libraries name (waitid); "
+        "it ends with 127 if it calls it"
+    )
+    assert osv.lacks("redis-cli", list("abcdefg")) == (
+        "OSv lacks 7 functions that redis-cli or its libraries name (a, b, c, d, e, …); "
+        "it ends with 127 if it calls one"
+    )
+
+
 def test_images_that_nobody_used_for_long_are_removed(program: Path) -> None:
     old, kept = (
         compose.compose_osv(Definition(program, (), files, False)).path
@@ -384,7 +395,7 @@ def test_a_program_that_cannot_be_run_in_a_linux_guest_is_named() -> None:
         ("/app/nosuch", "guest: cannot run /app/nosuch: No such file or directory\n", 127),
         ("/etc/passwd", "guest: cannot run /etc/passwd: Permission denied\n", 126),
     ):
-        words = [runs, "0", "0", "/", command]
+        words = [str(runs), "0", "0", "/", command]
         ran = subprocess.run(words, capture_output=True, text=True, check=False)
         assert (ran.stderr, ran.returncode) == (said, status)
 
