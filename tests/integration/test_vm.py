@@ -255,7 +255,7 @@ def test_what_a_program_wrote_is_logged_and_its_last_line_is_told(
     file = manifest(containers, "restartPolicy: Never", runtime=kind.runtime)
     told = run("up", file, "--wait", "200", status=1).stderr
     assert f"{name}: of-silent is not ready (failed, exit status 6); see" in told
-    assert f"{name}: of-5 is not ready (failed, exit status 5: no newline); see" in told
+    assert f"{name}: of-5 is not ready (failed, exit status 5, last said: no newline); see" in told
     for word in ("buffers", "buffers-and-exits"):
         lines = run("logs", name, "-c", f"of-{word}").stdout.splitlines()
         assert [line for line in lines if line.startswith("line")] == [
