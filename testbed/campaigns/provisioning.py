@@ -1,8 +1,9 @@
 """Builds the pods that cells are measured in, and measures the building (startup, memory).
 
-Ordinary cells of a datapath share one pod. It has the workloads of all their pairs, and stands for
-the whole block. Cells with several guests or pods, and cells that measure building, have pods of
-their own. `campaigns.trial` measures traffic in the pods that are built here.
+Cells that need the same guests, WASM components and containers can share a pod (`Deployment`).
+Cells with several guests or pods, and cells that measure building, have pods of their own.
+`campaigns.schedule` decides which pods stand at the same time. `campaigns.trial` measures traffic
+in the pods that are built here.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from testbed.campaigns import trial
+from testbed.campaigns import roles, trial
 from testbed.host import cgroups, facts, process
 from testbed.model.cells import Cell, Pair
 from testbed.model.metrics import Metric
@@ -34,24 +35,26 @@ class Deployment:
     guest: str
     guests: int
     pods: int
+    heavy: tuple[str, ...]
+    """Names of the workloads that are no plain processes (`roles.heavy`)."""
     pair: Pair | None
-    """None: any pair, in a pod that stands from the beginning of the block to its end."""
+    """The pair, if the pods stand alone. None: any pair with these workloads."""
 
     @classmethod
     def of(cls, cell: Cell) -> Deployment:
         """The deployment that a cell is measured in."""
-        stands = cell.guests == cell.pods == 1 and not cell.metric.of_building
-        pair = None if stands else cell.pair
-        return cls(cell.datapath, cell.guest, cell.guests, cell.pods, pair)
+        ordinary = cell.guests == cell.pods == 1 and not cell.metric.of_building
+        pair, heavy = None if ordinary else cell.pair, roles.heavy(cell.pair)
+        return cls(cell.datapath, cell.guest, cell.guests, cell.pods, heavy, pair)
 
     @property
-    def stands(self) -> bool:
-        """Whether the pods stand for the whole block."""
-        return self.pair is None
+    def alone(self) -> bool:
+        """Whether no other pods may stand beside these, whatever their guests are."""
+        return self.pair is not None
 
     @property
     def name(self) -> str:
-        """Name of its pods, unique in a block."""
+        """Name of its pods. Deployments that differ in `heavy` alone have the same."""
         parts = [self.datapath, self.guest]
         parts += [f"{self.pair}-{self.guests}x{self.pods}"] if self.pair else []
         return "-".join(part for part in parts if part)

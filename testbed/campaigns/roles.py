@@ -74,6 +74,15 @@ def natives(pairs: Iterable[Pair]) -> set[Runtime]:
     return {NATIVES[kind] for kind in kinds & NATIVES.keys()}
 
 
+def heavy(pair: Pair) -> tuple[str, ...]:
+    """Names of the workloads of a pair that are no plain processes: guests, WASM, containers.
+
+    A plain process that waits takes no CPU time and hardly any memory, so a pod may have one that
+    its cell does not need. It has no such workload of these kinds.
+    """
+    return tuple(sorted(name for name in {*ROLES[pair]} if _split(name)[0] != "native"))
+
+
 def runtime(name: str, guest: Runtime) -> Runtime:
     """Runtime of a workload, by its name."""
     return NATIVES.get(_split(name)[0], guest)

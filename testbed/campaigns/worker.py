@@ -14,13 +14,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 
 from testbed import datapaths, runtimes
-from testbed.campaigns import roles, trial
+from testbed.campaigns import roles, schedule, trial
 from testbed.campaigns.protocol import Event, Job, end_when_nobody_listens, ignore_signals
 from testbed.campaigns.provisioning import Built, Deployment
 from testbed.campaigns.roles import unsupported
@@ -109,30 +111,50 @@ class _Bench:
         self.job, self.owner, self.guests, self.options = job, owner, guests, options
         self.natives: dict[Runtime, interface.Prepared | Error] = {}
         self.failed: list[Pod] = []
+        self.names = Counter[str]()
+        """Name → number of deployments that had it."""
 
     def block(self, number: int, cells: Sequence[Cell]) -> Iterator[Event]:
-        """Run one block, with new pods: first the cells in pods that stand, then the others."""
-        order = {cell: at for at, cell in enumerate(cells)}
+        """Run one block with new pods, group by group (`schedule.rounds`)."""
+        reasons = {cell: reason for cell in cells if (reason := self._unsupported(cell))}
+        supported = [cell for cell in cells if cell not in reasons]
+        rounds = schedule.rounds(supported, self._has_kernel)
+        order = {cell: at for at, cell in enumerate(chain(reasons, *rounds))}
+        for cell, reason in reasons.items():
+            yield _result(Trial(cell.id, number, order[cell], Status.UNSUPPORTED, reason))
+        for together in rounds:
+            for event in self._together(number, together):
+                if isinstance(event, Trial):
+                    cell = Cell.parse(event.cell)
+                    event = _result(replace(event, block=number, order=order[cell]))
+                yield event
+
+    def _together(self, number: int, cells: Sequence[Cell]) -> Iterator[Event | Trial]:
+        """Build the pods of some cells of a block, run the cells, and take the pods down."""
         shared: dict[Deployment, list[Cell]] = {}
         for cell in cells:
-            if reason := self._unsupported(cell):
-                yield _result(Trial(cell.id, number, order[cell], Status.UNSUPPORTED, reason))
-            else:
-                shared.setdefault(Deployment.of(cell), []).append(cell)
-        standing = {deployment for deployment in shared if deployment.stands}
-        rounds = [standing, *({deployment} for deployment in shared if not deployment.stands)]
-        for deployments in rounds:
-            with ExitStack() as stack:
-                built = {}
-                for deployment in deployments:
-                    yield _step(f"block {number}: building {_pods(deployment)}")
-                    name = f"block{number}-{deployment.name}"
-                    built[deployment] = self._build(name, deployment, shared[deployment], stack)
-                for cell in order:
-                    if (deployment := Deployment.of(cell)) in built and cell in shared[deployment]:
-                        yield _step(f"block {number}: {cell.id}")
-                        for result in self._trials(cell, built[deployment]):
-                            yield _result(replace(result, block=number, order=order[cell]))
+            shared.setdefault(Deployment.of(cell), []).append(cell)
+        with ExitStack() as stack:
+            built = {}
+            for deployment, sharing in shared.items():
+                yield _step(f"block {number}: building {_pods(deployment)}")
+                name = self._name(number, deployment)
+                built[deployment] = self._build(name, deployment, sharing, stack)
+            for cell in cells:
+                yield _step(f"block {number}: {cell.id}")
+                yield from self._trials(cell, built[Deployment.of(cell)])
+
+    def _name(self, number: int, deployment: Deployment) -> str:
+        """Name of a deployment's pods, which no others of the job have."""
+        name = f"block{number}-{deployment.name}"
+        self.names[name] += 1
+        return f"{name}-{self.names[name]}" if self.names[name] > 1 else name
+
+    def _has_kernel(self, cell: Cell) -> bool:
+        """Whether guests of the cell have a kernel of their own, which works while they wait."""
+        guest = self.guests[cell.guest]
+        assert not isinstance(guest, Error)
+        return cell.pair.guests > 0 and not guest.kernel_has_sockets
 
     def _unsupported(self, cell: Cell) -> str | None:
         guest = self.guests[cell.guest]

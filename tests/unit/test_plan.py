@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from testbed import plan
+from testbed.campaigns import schedule
+from testbed.campaigns.provisioning import Deployment
 from testbed.model.cells import Cell
 from testbed.model.errors import Error
 
@@ -140,13 +142,16 @@ def test_shipped_plans_are_sound(name: str) -> None:
 def test_shipped_plans_fit_their_time(name: str, minutes: float) -> None:
     """0.7 s around a trial, 2.5 s per guest; 0.2 s and 0.1 s with stand-ins; 30 s besides."""
     shipped = plan.load(name)
-    pods: dict[object, float] = {}
-    for c in shipped.cells:
-        key = (c.datapath, c.guest, c.guests, c.pods, c.metric.of_building)
-        guests_s = c.pods * c.guests * c.pair.guests * (0.1 if c.guest == "standin" else 2.5)
-        pods[key] = max(pods.get(key, 0.0), guests_s)
+    ((_, ids),) = schedule.order_blocks(shipped, 1, range(1), set())
+    cells = [Cell.parse(id) for id in ids]
+    guests_s = 0.0
+    for together in schedule.rounds(cells, lambda c: c.pair.guests > 0 and c.guest != "standin"):
+        for deployment in {Deployment.of(c) for c in together}:
+            guests = sum(name.startswith("guest") for name in deployment.heavy)
+            each_s = 0.1 if deployment.guest == "standin" else 2.5
+            guests_s += deployment.pods * deployment.guests * guests * each_s
     measured = [c.guest for c in shipped.cells if not c.metric.of_building]
     around_s = sum(0.2 if guest == "standin" else 0.7 for guest in measured)
     trials_s = len(measured) * (shipped.warmup_s + shipped.duration_s)
-    block_s = around_s + trials_s + sum(pods.values())
+    block_s = around_s + trials_s + guests_s
     assert shipped.blocks * block_s + 30 < minutes * 60
