@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -19,6 +19,7 @@ from typing import Any
 
 from testbed.agent import Agent, Result, Server
 from testbed.campaigns import rate_search
+from testbed.campaigns.isolation import Reading, disturbance
 from testbed.campaigns.roles import ends, port
 from testbed.datapaths.interface import Count
 from testbed.host import facts
@@ -34,8 +35,6 @@ from testbed.runtimes.interface import Prepared
 FEW = 16
 """Number of flows up to which a trial has its usual length. With more flows each gets the CPU less
 often, so trials last longer."""
-STOLEN_SHARE = 0.02
-"""Share of the CPUs' time taken by a hypervisor (steal) above which a trial is disturbed."""
 CLOCK_SLACK_S = 1.0
 """Extra time that a trial may take by the host's clock, over the receiver's: set-up and end."""
 SHORT = 0.25
@@ -187,10 +186,12 @@ class _Measurement:
         longer = max(1.0, len(flows) / FEW)
         warmup_s, duration_s = self.warmup_s * longer, self.duration_s * longer
         carried, counters = [flow.carried() for flow in flows], _counters(pods)
-        busy, began = facts.busy(self.cgroups), time.monotonic()
+        own = [pod.cgroup.parent for pod in pods]
+        others, busy, began = Reading.now(own), facts.busy(self.cgroups), time.monotonic()
         results = self._send(warmup_s, duration_s, rate_bps)
         elapsed_s = time.monotonic() - began
         spent = {key: value - busy[key] for key, value in facts.busy(self.cgroups).items()}
+        spent["others_s"] = Reading.now(own).since(others)
         carried = [flow.carried() - before for flow, before in zip(flows, carried, strict=True)]
         moved = _counters(pods) - counters
         whole = _together(results)
@@ -215,7 +216,7 @@ class _Measurement:
             carried={"packets": total.packets, "bytes": total.bytes},
             counters=dict(moved),
             machine=spent,
-            disturbed=clock or _stolen(spent),
+            disturbed=clock or disturbance(spent),
         )
 
     def _send(self, warmup_s: float, duration_s: float, rate_bps: float) -> list[Result]:
@@ -261,12 +262,6 @@ def _clock(result: Result, late_s: float) -> str | None:
     if -0.05 * result.duration_s < late_s < slack_s + 0.05 * result.duration_s:
         return None
     return f"the receiver's {result.duration_s:.2f} s were {late_s:.2f} s more by the host's clock"
-
-
-def _stolen(spent: Mapping[str, float]) -> str | None:
-    """A disturbance if a hypervisor took too much of the CPUs' time (steal), else None."""
-    share = spent["steal_s"] / (spent["elapsed_s"] * len(facts.cpus()))
-    return f"{share:.1%} of the CPUs' time was stolen" if share > STOLEN_SHARE else None
 
 
 def _first_fault(cell: Cell, results: Sequence[Result], carried: Sequence[Count]) -> str | None:

@@ -53,7 +53,8 @@ class Trial:
     """Reason → packets that the datapath's programs counted during the trial, without zeros."""
     machine: dict[str, float] = field(default_factory=dict)
     """The host during the trial: cpu_s and its parts, steal_s (`host.facts.busy`), load1,
-    elapsed_s, active_s (the part of it with traffic), and frequency_mhz where it is known."""
+    elapsed_s, active_s (the part of it with traffic), and frequency_mhz where it is known. others_s
+    (`campaigns.isolation`; older trials lack it): CPU time of what is not the trial's own."""
     disturbed: str | None = None
     """What else on the machine spoiled the trial. It was run once more, and both are stored."""
     started: str = ""

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from testbed import runtimes
-from testbed.campaigns import worker
+from testbed.campaigns import isolation, roles, trial, worker
 from testbed.campaigns.protocol import Job
-from testbed.host import cgroups
+from testbed.host import cgroups, facts
 from testbed.model.cells import Cell, Pair
 from testbed.model.metrics import Metric
-from testbed.model.terms import Family, Transport
-from testbed.runtimes.interface import Options
+from testbed.model.terms import Family, Runtime, Transport
+from testbed.model.trials import Status
+from testbed.runtimes.interface import Options, Prepared
+
+from .conftest import Build
+from .sockets import wait_until
 
 pytestmark = pytest.mark.root
 
@@ -56,3 +62,53 @@ def test_pods_stand_during_their_own_trials_and_those_of_cells_compared_with_the
         own = {cell.datapath} if boots and not cell.guest else {"bridge", "capture"}
         assert seen[cell.id] == own
     assert standing() == set()
+
+
+@pytest.fixture
+def spinning() -> Iterator[list[int]]:
+    """Processes that do nothing but use CPU time, one for eight CPUs: their pids."""
+    spin = ["sh", "-c", "while :; do :; done"]
+    running = [subprocess.Popen(spin) for _ in range(max(1, len(facts.cpus()) // 8))]
+    yield [process.pid for process in running]
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+def cpu_s(pids: list[int]) -> float:
+    """User and system time of processes (proc_pid_stat(5))."""
+    stats = (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids)
+    return sum(int(words[11]) + int(words[12]) for words in stats) / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_process_that_spins_beside_a_trial_disturbs_it(
+    build: Build, prepared: dict[Runtime, Prepared], spinning: list[int]
+) -> None:
+    guest = prepared[Runtime.STANDIN]
+    pod = build("spin", roles.manifest({STANDIN.pair}, Runtime.STANDIN), STANDIN.datapath)
+    pod.start()
+    before = cpu_s(spinning)
+    result = trial.run(STANDIN, [pod], guest, 0.1, 0.5)
+    took_s = cpu_s(spinning) - before
+    assert result.status is Status.OK, result.reason
+    assert result.disturbed
+    if "stolen" not in result.disturbed:  # a hypervisor took more than a stated share, too
+        assert re.fullmatch(r"\d+\.\d% of the CPUs' time was used by others", result.disturbed)
+    assert result.machine["others_s"] > isolation.OTHERS_SHARE * result.machine["elapsed_s"]
+    assert result.machine["others_s"] > 0.5 * took_s
+
+
+def test_a_process_that_spins_in_the_pod_of_a_trial_is_the_trials_own(
+    build: Build, spinning: list[int]
+) -> None:
+    """Read with and without the pod over one and the same time, whatever else runs."""
+    pod = build("own", roles.manifest({STANDIN.pair}, Runtime.STANDIN), STANDIN.datapath)
+    for pid in spinning:
+        (pod.cgroup / "cgroup.procs").write_text(str(pid))
+    all_before, before = isolation.Reading.now([]), isolation.Reading.now([pod.cgroup.parent])
+    start = cpu_s(spinning)
+    wait_until(lambda: cpu_s(spinning) - start > 0.5, "they spin")
+    after, all_after = isolation.Reading.now([pod.cgroup.parent]), isolation.Reading.now([])
+    spent = all_after.user_s - all_before.user_s + all_after.system_s - all_before.system_s
+    others = after.user_s - before.user_s + after.system_s - before.system_s
+    assert spent - others == pytest.approx(0.5, abs=0.2)
