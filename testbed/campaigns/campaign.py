@@ -17,6 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from testbed import datapaths, paths
+from testbed.campaigns import noise
+from testbed.campaigns.noise import Noise
 from testbed.campaigns.pace import Pace
 from testbed.campaigns.places import HERE, Place, Share, events_of
 from testbed.campaigns.protocol import Event, Job
@@ -82,13 +84,15 @@ def start(
         datapaths.get(name)
     kernel = str(choice.osv_kernel.absolute()) if choice.osv_kernel else None
     job = _job(plan, path, choice.guest, kernel, choice.keep)
-    shares = _deal(job, order_blocks(plan, seed, range(plan.blocks), set()), places, {})
+    trials_s = plan.blocks * len(plan.cells) * (plan.warmup_s + plan.duration_s) / len(places)
+    first = replace(job, noise_s=noise.duration_s(trials_s))
+    shares = _deal(first, order_blocks(plan, seed, range(plan.blocks), set()), places, {})
     began = time.monotonic()
 
     def make(ready: Event) -> Store:
         return store.create(path, _describe(plan, seed, job, ready, places))
 
-    return _refine(_run(shares, make, report), plan, job, places, report, began)
+    return _refine(_run(shares, make, report, plan), plan, job, places, report, began)
 
 
 def resume(path: Path, keep: bool, report: Report, places: Sequence[Place] = HERE) -> Store:
@@ -123,7 +127,7 @@ def resume(path: Path, keep: bool, report: Report, places: Sequence[Place] = HER
             lacking = sum(len(ids) for share in shares for _, ids in share.job.blocks)
             text = f"{lacking} trials are lacking of {before + lacking}"
             report(Progress(text, before, before + lacking, None, stays=True))
-            _run(shares, lambda _: appended, report, before)
+            _run(shares, lambda _: appended, report, plan, before)
         finished = _refine(appended, plan, job, places, report, began)
         stack.pop_all()
         return finished
@@ -160,7 +164,7 @@ def _refine(
         blocks = order_blocks(
             plan, finished.campaign.seed, range(first, first + len(places)), set()
         )
-        _run(_deal(job, blocks, places, {}), lambda _: finished, report)
+        _run(_deal(job, blocks, places, {}), lambda _: finished, report, plan)
         rounds += 1
     return finished
 
@@ -189,7 +193,11 @@ def _deal(job: Job, blocks: Blocks, places: Sequence[Place], begun: dict[int, st
 
 
 def _run(
-    shares: list[Share], open_store: Callable[[Event], Store], report: Report, before: int = 0
+    shares: list[Share],
+    open_store: Callable[[Event], Store],
+    report: Report,
+    plan: Plan,
+    before: int = 0,
 ) -> Store:
     """Run all shares in parallel, each by a worker, and store their trials.
 
@@ -222,7 +230,7 @@ def _run(
                         left.pop((trial.block, trial.cell), None)
                 done = total - len(left)
                 left_s = pace.left_s([(of.name, *place) for place, (of, _) in left.items()])
-                for note in _notes(share, event):
+                for note in _notes(share, event, plan):
                     report(Progress(note, done, total, left_s, stays=True))
                 report(Progress(text, done, total, left_s))
         failed = [share for share in shares if share.error]
@@ -244,7 +252,7 @@ def _prefix(share: Share) -> str:
     return f"{share.name}: " if share.name else ""
 
 
-def _notes(share: Share, event: Event) -> Iterator[str]:
+def _notes(share: Share, event: Event, plan: Plan) -> Iterator[str]:
     """What a user should know of an event after the campaign, too."""
     prefix = _prefix(share)
     match event["event"]:
@@ -253,6 +261,10 @@ def _notes(share: Share, event: Event) -> Iterator[str]:
             yield f"{prefix}guests are {event['guest']['runtime']}{why}"
             if warning := pacing_warning(event["machine"]["congestion_control"]):
                 yield f"{prefix}{warning}; sysctl net.ipv4.tcp_congestion_control=cubic"
+            if found := event["noise"]:
+                yield f"{prefix}{Noise(**found).text(plan.blocks, plan.target_width)}"
+        case "note":
+            yield f"{prefix}{event['text']}"
         case "failed":
             yield f"failed: {share.error}"
         case "kept":
@@ -325,6 +337,7 @@ def _describe(plan: Plan, seed: int, job: Job, ready: Event, places: Sequence[Pl
             "vhost": guest["vhost"],
             "queues": ready["queues"],
         }
+        | ({"noise": ready["noise"]} if ready["noise"] else {})
         | ({"hosts": names} if names else {}),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
     )

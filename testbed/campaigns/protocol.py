@@ -38,6 +38,8 @@ class Job:
     hosts_patch: bool = True
     keep: bool = False
     """Stop at the first pod that fails, and leave it standing."""
+    noise_s: float = 0.0
+    """Duration of the A/A by which the worker finds out how quiet its host is; 0: none."""
     side: Side | None = None
     """The clients' end of cells between this host and another. None: no such cells."""
 

@@ -4,9 +4,9 @@
 
 It reads its job as one line of JSON from standard input, and writes events as lines of JSON to
 standard output: `ready` (what the guests are), `step` (what it does now), `trial` (a result),
-`kept` (pods that stay), `error`. The campaign writes a line to the worker's standard input every
-`BEAT_S`. At the end of standard input, or after `SILENCE_S` without a line (the link to this host
-may be dead), the worker takes everything down and ends.
+`note` (a line for the user), `kept` (pods that stay), `error`. The campaign writes a line to the
+worker's standard input every `BEAT_S`. At the end of standard input, or after `SILENCE_S` without a
+line (the link to this host may be dead), the worker takes everything down and ends.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from itertools import chain
 from pathlib import Path
 
 from testbed import datapaths, runtimes
-from testbed.campaigns import roles, schedule, trial
+from testbed.campaigns import noise, roles, schedule, trial
 from testbed.campaigns.protocol import Event, Job, end_when_nobody_listens, ignore_signals
 from testbed.campaigns.provisioning import Built, Deployment
 from testbed.campaigns.roles import unsupported
@@ -48,6 +48,13 @@ def work(job: Job) -> Iterator[Event]:
     named = {Cell.parse(id).guest for _, ids in job.blocks for id in ids} - {""}
     guests: Guests = {"": guest, **{name: _prepared(name, options) for name in sorted(named)}}
     standing = roles.manifest({Pair.NATIVE_GUEST}, guest.description.runtime)
+    found = None
+    if job.noise_s:
+        yield _step("measuring how quiet this machine is")
+        try:
+            found = noise.measure(job.noise_s)
+        except Error as e:
+            yield {"event": "note", "text": f"how quiet this machine is, is unknown: {e.message}"}
     yield {
         "event": "ready",
         "guest": asdict(guest.description),
@@ -60,6 +67,7 @@ def work(job: Job) -> Iterator[Event]:
         "queues": queues(guest, standing.guests[1]),
         "machine": facts.facts(),
         "versions": facts.versions(),
+        "noise": asdict(found) if found else None,
     }
     with Owner() as owner:
         bench = _Bench(job, owner, guests, options)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import TYPE_CHECKING
 
 from testbed.cli.common import Commands, add_hosts, called, chosen
 from testbed.model.errors import Error
+
+if TYPE_CHECKING:
+    from testbed.doctor import Finding
+    from testbed.plan import Plan
 
 
 def add(commands: Commands) -> None:
@@ -16,6 +21,15 @@ def add(commands: Commands) -> None:
     )
     doctor.set_defaults(call=_doctor)
     doctor.add_argument("--json", action="store_true")
+    doctor.add_argument(
+        "--plan",
+        default="paper",
+        metavar="NAME|FILE.toml",
+        help="the plan whose intervals are estimated (default: %(default)s)",
+    )
+    doctor.add_argument(
+        "--fast", action="store_true", help="without the ten seconds of trials of that estimate"
+    )
     add_hosts(doctor)
 
     hosts = commands.add_parser("hosts", help="show which hosts of an inventory can be reached")
@@ -30,16 +44,21 @@ def add(commands: Commands) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from testbed import doctor
+    from testbed import doctor, plan
 
     if chosen(arguments):
         return _doctor_of_hosts(arguments)
+    wanted = plan.load(arguments.plan)
     findings = []
     for finding in doctor.probe():
         findings.append(finding)
         if not arguments.json:
             print(finding, flush=True)
     ready = doctor.ready(findings)
+    if ready and not arguments.fast:
+        findings.append(_noise(wanted))
+        if not arguments.json:
+            print(findings[-1], flush=True)
     if arguments.json:
         print(json.dumps([vars(f) for f in findings], indent=1))
     else:
@@ -49,6 +68,22 @@ def _doctor(arguments: argparse.Namespace) -> int:
             else "not ready: what is missing has to be there first"
         )
     return 0 if ready else 1
+
+
+def _noise(plan: Plan) -> Finding:
+    """Finding about what else the machine does, and how narrow a plan's intervals get on it."""
+    from testbed.campaigns import noise
+    from testbed.doctor import Finding, State
+
+    try:
+        found = noise.measure()
+    except Error as e:
+        return Finding("quiet", State.DEGRADED, e.message, "how narrow intervals get is unknown")
+    detail = f"{found.text(plan.blocks, plan.target_width)} (plan {plan.name})"
+    if found.quiet:
+        return Finding("quiet", State.FINE, detail)
+    hint = "most trials are disturbed and run twice; end other programs, or take more blocks"
+    return Finding("quiet", State.DEGRADED, detail, hint)
 
 
 def _doctor_of_hosts(arguments: argparse.Namespace) -> int:

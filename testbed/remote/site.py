@@ -53,9 +53,9 @@ class Site:
             f"{shlex.join(['python', '-P', '-m', module, *arguments])}"
         )
 
-    def findings(self) -> list[dict[str, str]]:
-        """Run the host's doctor: the fields of each `doctor.Finding`."""
-        output = self.link.run(f"({self.testbed('doctor', '--json')}) || test $? = 1")
+    def findings(self, *options: str) -> list[dict[str, str]]:
+        """Run the host's doctor with options: the fields of each `doctor.Finding`."""
+        output = self.link.run(f"({self.testbed('doctor', '--json', *options)}) || test $? = 1")
         try:
             found: list[dict[str, str]] = json.loads(output)
         except ValueError as e:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import exp, log, log1p, nan, sqrt
+from math import exp, expm1, inf, log, log1p, nan, sqrt
 from statistics import fmean, stdev, variance
 
 import numpy as np
@@ -43,8 +43,26 @@ def estimate(values: Iterable[float]) -> Estimate:
     mean = fmean(logs)
     if n == 1:
         return Estimate(exp(mean), nan, nan, 1)
-    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * stdev(logs) / sqrt(n)
+    half = _half(stdev(logs), n)
     return Estimate(exp(mean), exp(mean - half), exp(mean + half), n)
+
+
+def _half(spread: float, n: int) -> float:
+    """Half the width of the t-interval of n logarithms with this standard deviation."""
+    return float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * spread / sqrt(n)
+
+
+def half_width(spread: float, blocks: int) -> float:
+    """How far the interval of `estimate` is expected to reach above its mean, as a share of it.
+
+    `spread` is the standard deviation of the logarithms of block values. Infinite for one block.
+    """
+    return expm1(_half(spread, blocks)) if blocks > 1 else inf
+
+
+def blocks_needed(spread: float, width: float, most: int) -> int | None:
+    """Smallest number of blocks whose `half_width` is at most `width`; None if above `most`."""
+    return next((n for n in range(2, most + 1) if half_width(spread, n) <= width), None)
 
 
 def pseudomedian(values: Iterable[float]) -> Estimate:

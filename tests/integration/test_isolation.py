@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +15,14 @@ from pathlib import Path
 import pytest
 
 from testbed import runtimes
-from testbed.campaigns import isolation, roles, trial, worker
+from testbed.campaigns import isolation, noise, roles, trial, worker
 from testbed.campaigns.protocol import Job
 from testbed.host import cgroups, facts
 from testbed.model.cells import Cell, Pair
 from testbed.model.metrics import Metric
 from testbed.model.terms import Family, Runtime, Transport
 from testbed.model.trials import Status
+from testbed.results import store
 from testbed.runtimes.interface import Options, Prepared
 
 from .conftest import Build
@@ -30,6 +34,13 @@ BLOCK = os.getpid()
 """Number of the block, by which its pods are known among others of this machine."""
 BOOTED = Cell("bridge", Pair.NATIVE_GUEST, Family.IPV4, Transport.TCP, Metric.LATENCY, 64)
 STANDIN = replace(BOOTED, guest="standin")
+CAMPAIGN = {
+    "datapath": "loopback",
+    "pair": "native-native",
+    "family": "ipv4",
+    "transport": "tcp",
+    "metric": "latency",
+}
 
 
 def standing() -> set[str]:
@@ -112,3 +123,49 @@ def test_a_process_that_spins_in_the_pod_of_a_trial_is_the_trials_own(
     spent = all_after.user_s - all_before.user_s + all_after.system_s - all_before.system_s
     others = after.user_s - before.user_s + after.system_s - before.system_s
     assert spent - others == pytest.approx(0.5, abs=0.2)
+
+
+# --- how quiet the machine is ---------------------------------------------------------------
+
+
+def test_short_trials_of_two_equal_pods_say_how_much_ratios_spread() -> None:
+    found = noise.measure(3)
+    assert found.ratios >= 3
+    assert found.spread > 0
+    assert 0 <= found.others <= 1
+    assert not list(cgroups.mount_point().glob("tb-*-noise[01]"))
+
+
+def test_a_campaign_says_at_its_start_how_quiet_the_machine_is(tmp_path: Path) -> None:
+    plan, out = tmp_path / "plan.toml", tmp_path / "out"
+    cell = (f'{key} = "{value}"' for key, value in CAMPAIGN.items())
+    plan.write_text(
+        'name = "long"\nblocks = 5\nwarmup_s = 0\nduration_s = 12\ntarget_width = 0.05\n'
+        "limit_s = 60\n[[cells]]\nsize_bytes = 64\n" + "\n".join(cell)
+    )
+    command = [sys.executable, "-P", "-m", "testbed.cli", "run", "--guest", "standin"]
+    with subprocess.Popen(
+        [*command, "--plan", plan, "--out", out],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        assert running.stderr
+        said = next((line for line in running.stderr if "A/A" in line), "")
+        running.send_signal(signal.SIGINT)
+        running.communicate()
+    assert re.search(r"others use .*: expect .* after 5 blocks; ±5.0% takes .* blocks", said)
+    assert noise.Noise(**store.open(out).campaign.environment["noise"]).ratios >= 3
+
+
+def test_the_doctor_says_how_quiet_the_machine_is_and_leaves_it_out_if_asked() -> None:
+    def findings(*options: str) -> dict[str, str]:
+        command = [sys.executable, "-P", "-m", "testbed.cli", "doctor", "--json", *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return {finding["name"]: finding["detail"] for finding in json.loads(done.stdout)}
+
+    assert "quiet" not in findings("--fast")
+    said = findings("--plan", "quick")["quiet"]
+    assert re.fullmatch(r"others use .*: expect .* after 3 blocks \(plan quick\)", said)

@@ -53,6 +53,23 @@ def test_intervals_cover_the_truth_nineteen_times_in_twenty() -> None:
     assert hits / 2000 == pytest.approx(0.95, abs=0.015)
 
 
+def test_a_half_width_is_that_of_an_estimate_of_the_same_spread() -> None:
+    values = [1.0, 1.1, 1.3, 0.9]
+    e = statistics.estimate(values)
+    spread = float(np.std(np.log(values), ddof=1))
+    assert statistics.half_width(spread, 4) == pytest.approx(e.high / e.mean - 1)
+    assert statistics.half_width(spread, 1) == math.inf
+
+
+@pytest.mark.parametrize("spread", [0.001, 0.02, 0.1, 0.3])
+def test_blocks_needed_is_the_first_number_whose_interval_is_narrow_enough(spread: float) -> None:
+    needed = statistics.blocks_needed(spread, 0.05, 1000)
+    assert needed
+    assert statistics.half_width(spread, needed) <= 0.05
+    assert needed == 2 or statistics.half_width(spread, needed - 1) > 0.05
+    assert statistics.blocks_needed(spread, 1e-9, 1000) is None
+
+
 def test_one_block_has_no_interval_and_none_has_no_mean() -> None:
     one, none = statistics.estimate([7.0]), statistics.estimate([])
     assert one.mean == pytest.approx(7)

@@ -173,10 +173,15 @@ def test_a_campaign_notes_its_guests_and_a_congestion_control_that_may_pace() ->
         "guest": {"runtime": "linux"},
         "why": "no OSv here",
         "machine": {"congestion_control": "bbr"},
+        "noise": {"ratios": 20, "spread": 0.1, "others": 0.012},
     }
-    guests, warning = campaign._notes(share, ready)
+    guests, warning, quiet = campaign._notes(share, ready, plan.load("paper"))
     assert guests == "one: guests are linux: no OSv here"
     assert warning.startswith("one: TCP's congestion control is bbr, not cubic")
+    assert quiet == (
+        "one: others use 1.2% of the CPUs, and A/A ratios of 0.2 s trials spread by 10.0%: "
+        "expect ±28.2% after 3 blocks; ±5.0% takes 19 blocks"
+    )
 
 
 def test_figures_come_out_the_same_bytes_from_stored_data(little: store.Store) -> None:
