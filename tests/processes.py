@@ -49,6 +49,7 @@ LONG = (
     "integration/test_guests.py",
     "integration/test_blocks.py",
     "conformance/test_checks.py",
+    "integration/test_isolation.py",
     "integration/test_shim.py",
     "integration/test_wild.py",
     "integration/test_soak.py",

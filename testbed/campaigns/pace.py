@@ -1,7 +1,8 @@
 """Pace of a campaign: estimates the time left, from how long trials and starts of blocks took.
 
-A block starts with the building of its pods, and then trials follow each other. The two are
-counted apart, because a mean over both would be far too long during the first block.
+A block starts with the building of its first pods, and then trials follow each other. The two are
+counted apart, because a mean over both would be far too long during the first block. The building
+of later pods of the block is counted with the trials.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ class _Bench:
         """Run one block with new pods, group by group (`schedule.rounds`)."""
         reasons = {cell: reason for cell in cells if (reason := self._unsupported(cell))}
         supported = [cell for cell in cells if cell not in reasons]
-        rounds = schedule.rounds(supported, self._has_kernel)
+        rounds = schedule.rounds(supported, self._is_machine)
         order = {cell: at for at, cell in enumerate(chain(reasons, *rounds))}
         for cell, reason in reasons.items():
             yield _result(Trial(cell.id, number, order[cell], Status.UNSUPPORTED, reason))
@@ -158,11 +158,11 @@ class _Bench:
         self.names[name] += 1
         return f"{name}-{self.names[name]}" if self.names[name] > 1 else name
 
-    def _has_kernel(self, cell: Cell) -> bool:
-        """Whether guests of the cell have a kernel of their own, which works while they wait."""
+    def _is_machine(self, cell: Cell) -> bool:
+        """Whether the cell has guests, and they are virtual machines."""
         guest = self.guests[cell.guest]
         assert not isinstance(guest, Error)
-        return cell.pair.guests > 0 and not guest.kernel_has_sockets
+        return cell.pair.guests > 0 and bool(guest.description.accelerator)
 
     def _unsupported(self, cell: Cell) -> str | None:
         guest = self.guests[cell.guest]

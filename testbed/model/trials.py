@@ -29,7 +29,7 @@ class Trial:
     cell: str
     block: int
     order: int
-    """Position in the random order of the block."""
+    """Position in which it was run in its block. Unsupported cells come first."""
     status: Status
     reason: str | None = None
     """Why it failed or is unsupported."""

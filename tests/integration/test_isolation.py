@@ -57,7 +57,7 @@ def test_pods_stand_during_their_own_trials_and_those_of_cells_compared_with_the
 ) -> None:
     """With the best guest of this machine, which is a stand-in where nothing boots."""
     guest, _ = runtimes.choose("best", Options())
-    boots = not guest.kernel_has_sockets
+    boots = guest.description.runtime.is_machine
     cells = [
         replace(cell, datapath=datapath)
         for cell in (STANDIN, BOOTED, replace(STANDIN, pair=Pair.GUEST_GUEST))
