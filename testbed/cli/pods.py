@@ -475,6 +475,18 @@ def _add_noded(commands: Commands) -> None:
         help="first put the plugin there: the container runtime's folder, often /opt/cni/bin",
     )
     noded.add_argument(
+        "--network",
+        type=Path,
+        metavar="DIR",
+        help="put the plugin into the first list of plugins there, and again whenever somebody "
+        "writes that list anew: the container runtime's folder, often /etc/cni/net.d",
+    )
+    noded.add_argument(
+        "--remove",
+        action="store_true",
+        help="take the plugin out of the lists of --network and the folder --plugin, and end",
+    )
+    noded.add_argument(
         "--datapath",
         default="steer",
         help="hold the programs of this one ready (default: steer)",
@@ -482,9 +494,17 @@ def _add_noded(commands: Commands) -> None:
 
 
 def _noded(arguments: argparse.Namespace) -> int:
-    from testbed.pods import noded
+    from testbed.pods import networks, noded
 
+    if arguments.remove:
+        for changed in noded.remove(arguments.plugin, arguments.network):
+            print(f"{changed} {'lists testbed-cni no longer' if changed.exists() else 'is gone'}")
+        return 0
     if arguments.plugin:
         print(f"{noded.plugin(arguments.plugin)} is there", flush=True)
-    noded.serve(arguments.datapath, lambda: print("calls are answered", flush=True))
+    if arguments.network and (extended := networks.add(arguments.network)):
+        print(f"{extended} lists testbed-cni", flush=True)
+    noded.serve(
+        arguments.datapath, lambda: print("calls are answered", flush=True), arguments.network
+    )
     return 0

@@ -30,7 +30,7 @@ from testbed.host import cgroups, compiler, ledger, namespaces, nft
 from testbed.host.ledger import Owner
 from testbed.model.errors import Error
 from testbed.model.terms import Runtime
-from testbed.pods import cni, control, supervisor
+from testbed.pods import cni, control, networks, supervisor
 
 CHECK_S = 2.0
 """Time between looks for pods whose supervisor was killed."""
@@ -52,20 +52,32 @@ def plugin(folder: Path) -> Path:
     return new.rename(folder / "testbed-cni")  # what is executed now cannot be written
 
 
-def serve(datapath: str, ready: Callable[[], None]) -> None:
+def remove(folder: Path | None, network: Path | None) -> list[Path]:
+    """Take the plugin out of the lists of a folder, then out of its own. Returns what changed."""
+    changed = networks.remove(network) if network else []
+    if folder and (program := folder / "testbed-cni").exists():
+        program.unlink()
+        changed.append(program)
+    return changed
+
+
+def serve(datapath: str, ready: Callable[[], None], network: Path | None = None) -> None:
     """Call `ready` when calls are answered; go on until SIGTERM or an interrupt.
 
-    `datapath` is that whose programs are held ready. Raises `Error` if a daemon runs already.
+    `datapath` is that whose programs are held ready. `network` is the folder of the pods' network,
+    whose list gets the plugin again if somebody writes it anew. Raises `Error` if a daemon runs
+    already.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    ledger.ROOT.mkdir(mode=0o700, exist_ok=True)  # nobody else connects, or listens there
+    ledger.ROOT.mkdir(mode=0o700, exist_ok=True)
+    ledger.ROOT.chmod(0o700)  # whoever made it: nobody else connects, or listens there
     path = ledger.ROOT / f"noded-{namespaces.own()}.sock"
     locked = path.with_suffix(".lock")
     with _lock(locked) as lock, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
         path.unlink(missing_ok=True)
         server.bind(str(path))
         try:
-            _serve(server, lock.fileno(), datapath, ready)
+            _serve(server, lock.fileno(), datapath, ready, network)
         finally:
             path.unlink(missing_ok=True)
             locked.unlink(missing_ok=True)
@@ -86,7 +98,13 @@ def _lock(path: Path) -> IO[str]:
         file.close()
 
 
-def _serve(server: socket.socket, lock: int, datapath: str, ready: Callable[[], None]) -> None:
+def _serve(
+    server: socket.socket,
+    lock: int,
+    datapath: str,
+    ready: Callable[[], None],
+    network: Path | None,
+) -> None:
     datapaths.names()  # imports all
     for runtime in Runtime:
         importlib.import_module(f"testbed.runtimes.{runtime}")
@@ -103,6 +121,7 @@ def _serve(server: socket.socket, lock: int, datapath: str, ready: Callable[[], 
     next_check = 0.0
     again: dict[Path, float] = {}
     """Ledger of an orphan → when it may be adopted again."""
+    chained = ""
     while True:
         try:
             if select.select([server], [], [], max(0, next_check - time.monotonic()))[0]:
@@ -112,6 +131,9 @@ def _serve(server: socket.socket, lock: int, datapath: str, ready: Callable[[], 
             if (now := time.monotonic()) < next_check:
                 continue
             next_check = now + CHECK_S
+            if network and (failure := _chain(network)) != chained:
+                chained = failure
+                _log(failure or f"{network} is in order again")
             for orphan in _orphans():
                 if now > again.get(orphan.ledger, 0):
                     again[orphan.ledger] = now + ADOPTION_S
@@ -179,6 +201,16 @@ def _hung_up(asking: socket.socket) -> bool:
     poll = select.poll()
     poll.register(asking, 0)  # POLLHUP and POLLERR are told in any case
     return bool(poll.poll(0))
+
+
+def _chain(network: Path) -> str:
+    """Put the plugin into the list of the pods' network, if it is not there; why that failed."""
+    try:
+        if changed := networks.add(network):
+            _log(f"{changed} was written anew; it lists testbed-cni again")
+    except Error as e:
+        return str(e)
+    return ""
 
 
 def _orphans() -> list[control.Orphan]:

@@ -34,12 +34,18 @@ def own() -> Path:
 
 
 @contextmanager
-def daemon(enter: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
-    """The node daemon, started by a prefix of a command line that enters a host."""
-    starting = subprocess.Popen([*enter, *NODED], stdout=subprocess.PIPE, text=True)
+def daemon(
+    enter: Sequence[str], *arguments: str | Path, first: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[str]]:
+    """The node daemon, started by a prefix of a command line that enters a host.
+
+    `first`: the lines that it prints before it answers calls.
+    """
+    starting = subprocess.Popen([*enter, *NODED, *arguments], stdout=subprocess.PIPE, text=True)
     with ending(starting):
         assert starting.stdout
-        assert starting.stdout.readline() == "calls are answered\n"
+        for line in (*first, "calls are answered"):
+            assert starting.stdout.readline() == f"{line}\n"
         yield starting
 
 

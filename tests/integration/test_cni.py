@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from testbed.host import cgroups, namespaces, netlink
+from testbed.host import cgroups, ledger, namespaces, netlink
 from testbed.host.ledger import Owner
 from testbed.model.addresses import guest_link, loopback
 from testbed.model.terms import Family
@@ -372,6 +372,49 @@ def test_who_shares_only_the_network_with_the_host_cannot_call_the_daemon(runtim
     assert (status, refused["code"]) == (1, 11)
     runtime.through = []
     assert runtime.call("ADD", own, {})[0] == 0
+
+
+def test_nobody_else_enters_the_daemons_folder_whoever_made_it(runtime: Runtime) -> None:
+    """As kubelet makes it for the daemon's pod: open to all."""
+    runtime.daemon.terminate()
+    runtime.daemon.wait()
+    ledger.ROOT.chmod(0o755)
+    with chain.daemon(runtime.enter):
+        assert ledger.ROOT.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_list_that_is_written_anew_gets_the_plugin_again(
+    runtime: Runtime, tmp_path: Path
+) -> None:
+    """As a cluster's network does when it is restarted."""
+    runtime.daemon.terminate()
+    runtime.daemon.wait()
+    programs, file = tmp_path / "bin", tmp_path / "net.d/10-net.conflist"
+    for folder in (programs, file.parent):
+        folder.mkdir()
+    others = json.dumps({"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "bridge"}]})
+
+    def has_it() -> bool:
+        return "testbed-cni" in file.read_text()
+
+    file.write_text(others)
+    folders = ("--plugin", programs, "--network", file.parent)
+    said = [f"{programs}/testbed-cni is there", f"{file} lists testbed-cni"]
+    with chain.daemon(runtime.enter, *folders, first=said):
+        assert has_it()
+        for _ in range(2):
+            file.write_text(others)
+            wait_until(has_it, "the plugin is in the list again", 10)
+        assert runtime.call("STATUS", runtime.network["plugins"][0])[0] == 0
+    done = subprocess.run(
+        [*chain.NODED, *folders, "--remove"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [
+        f"{file} lists testbed-cni no longer",
+        f"{programs}/testbed-cni is gone",
+    ]
+    assert json.loads(file.read_text()) == json.loads(others)
+    assert list(programs.iterdir()) == []
 
 
 def test_a_second_daemon_is_refused(runtime: Runtime) -> None:
