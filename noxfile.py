@@ -21,6 +21,15 @@ SCHEMAS = {
     "citation-file-format": "CITATION.cff",
 }
 """Schema that check-jsonschema contains → the file that it checks."""
+MANIFESTS = (
+    "deploy/daemonset.yaml",
+    "deploy/guests/web.yaml",
+    "deploy/namespace.yaml",
+    "deploy/removal.yaml",
+    "deploy/runtimeclass.yaml",
+    "deploy/web.yaml",
+)
+"""What Kubernetes reads, by the schemas that kubernetes-validate contains."""
 
 nox.needs_version = ">=2024.3"
 nox.options.default_venv_backend = "none"
@@ -127,7 +136,7 @@ def history(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style, types, that imports go down only, CI's workflows and the citation."""
+    """Check style, types, that imports go down only, CI's workflows, the citation and deploy/."""
     run(session, "ruff", "check")
     run(session, "ruff", "format", "--check")
     run(session, "mypy")
@@ -135,4 +144,5 @@ def lint(session: nox.Session) -> None:
     check_c(session)
     for schema, file in SCHEMAS.items():
         run(session, "check-jsonschema", "--builtin-schema", f"vendor.{schema}", str(ROOT / file))
+    run(session, "kubernetes-validate", "--strict", "--quiet", *(str(ROOT / f) for f in MANIFESTS))
     run(session, "zizmor", "--quiet", "--offline", str(ROOT / SCHEMAS["github-workflows"]))
