@@ -5,8 +5,6 @@ a host of the test's own                      ┊  a pod
   cni0, a bridge ── veth, by `bridge` ────────┊─ eth0
                                               ┊  lo, a container of busybox
                                   guest ─ g1 ─┊─ by `testbed-cni`
-
-containerd and all that it starts have mounts and cgroups of their own. Its image is made here.
 """
 
 from __future__ import annotations
@@ -14,15 +12,9 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
-import socket
-import subprocess
-import sys
-import tarfile
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,42 +23,20 @@ from urllib.parse import urlsplit
 import grpc
 import pytest
 
-from testbed.host import cgroups, namespaces, process
-from testbed.host.facts import slowness
-from testbed.host.ledger import Owner
-from testbed.images import rootfs
-from testbed.runtimes import container
-from tests.children import ending
+from testbed.host import cgroups
 
-from . import chain, oci
+from . import chain, cri
 from .commands import there
-from .sockets import dial, transfer, wait_until
+from .cri import CALL_S, IMAGE, OUTSIDE, PROTOCOL, Containerd
+from .sockets import transfer, wait_until
 from .spdy import Forward
 
 pytestmark = pytest.mark.root
 
-IMAGE = "localhost/busybox:v1"
-CONFIG = """
-version = 2
-disabled_plugins = ["io.containerd.internal.v1.opt"] # it would make a folder in /opt
-[plugins."io.containerd.grpc.v1.cri"]
-sandbox_image = "{image}"
-restrict_oom_score_adj = true # also where root may not lower it
-[plugins."io.containerd.grpc.v1.cri".cni]
-bin_dir = "{work}/plugins"
-conf_dir = "{work}/networks"
-"""
 DNS = {"servers": ["10.99.0.1"], "searches": ["shop.example"], "options": ["ndots:2"]}
-PORT, SHELL, NATIVE, OUTSIDE = 9000, 9001, 8000, 7000
-"""Of the guest, where it echoes and where it runs commands; of the container; of the host."""
-CALL_S = 60 * slowness()
-BOOT = """
-for folder in /run /var/lib; do mount -t tmpfs none $folder; done
-mount -t bpf none /sys/fs/bpf
-ip netns add first && ip netns del first # the first one makes /run/netns a mount
-exec containerd -c "$0"
-"""
-PROTOCOL, SERVICES = grpc.protos_and_services("tests/integration/cri.proto")
+PORT, SHELL, NATIVE = 9000, 9001, 8000
+"""Of the guest, where it echoes and where it runs commands; of the container."""
+MOUNT = "for folder in /run /var/lib; do mount -t tmpfs none $folder; done"
 
 
 def guest(runtime: str) -> dict[str, Any]:
@@ -80,62 +50,6 @@ def guest(runtime: str) -> dict[str, Any]:
     }
     spec = {"runtimeClassName": runtime, "containers": [container]}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "guests"}, "spec": spec}
-
-
-@dataclass
-class Containerd:
-    """A running containerd."""
-
-    pid: int
-    netns: str
-    cgroup: Path
-    """What pods have their cgroups in."""
-    runtime: Any
-    """Stub of the CRI's service of pods and containers."""
-
-    def run(self, *command: str | Path) -> str:
-        """Run a command where containerd runs."""
-        enter = ["nsenter", f"--target={self.pid}", "--net", "--mount"]
-        done = subprocess.run(
-            [*enter, *map(str, command)], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    def testbed(self, *command: str) -> str:
-        return self.run(sys.executable, "-m", "testbed.cli", *command)
-
-    def pods(self) -> list[dict[str, Any]]:
-        """Pods of ours, each with its guests."""
-        return list(json.loads(self.testbed("ps", "--json")))
-
-    def state(self) -> set[tuple[str, str]]:
-        """All that a pod could leave behind: (kind, line)."""
-        asked = {
-            "pod": self.testbed("ps"),
-            "namespace": self.run("ip", "netns", "list"),
-            "link": self.run("ip", "-brief", "link", "show", "type", "veth"),
-            "mount": self.run("cut", "-d ", "-f5", "/proc/self/mountinfo"),
-            "ledger": self.run("find", "/run", "-name", "*.ledger"),
-            "process": (self.cgroup.parent / "daemon/cgroup.procs").read_text(),
-        }
-        return {(kind, line) for kind, text in asked.items() for line in text.splitlines()}
-
-    def remove(self, pod: Any) -> None:
-        self.runtime.StopPodSandbox(pod, CALL_S)
-        self.runtime.RemovePodSandbox(pod, CALL_S)
-
-    def serve(self, address: str) -> socket.socket:
-        """A server on the host."""
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        server = namespaces.inside(
-            self.netns, lambda: socket.create_server((address, OUTSIDE), family=family)
-        )
-        server.settimeout(CALL_S)
-        return server
-
-    def dial(self, address: str, port: int) -> socket.socket:
-        return dial(self.netns, address, port, CALL_S)
 
 
 @dataclass
@@ -203,63 +117,22 @@ class Sandbox:
         return found
 
 
-def image_archive(work: Path) -> Path:
-    """Make the archive of an OCI image that holds busybox, and by itself only sleeps."""
-    layout, sleep = work / "image", ("cmd=/bin/sleep", "cmd=1000000")
-    oci.image(layout, rootfs.unpack("host:").path, *sleep)
-    with tarfile.open(work / "image.tar", "w") as archive:
-        archive.add(layout, ".")
-    return work / "image.tar"
-
-
 @pytest.fixture(scope="module")
-def containerd(owner: Owner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containerd]:
-    needed = ("containerd", "ctr", "runc", "umoci", "busybox")
-    if missing := [p for p in needed if shutil.which(p) is None]:
-        pytest.skip(f"no {', '.join(missing)}")
+def containerd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containerd]:
     work = tmp_path_factory.mktemp("containerd")
     configure(work)
-    netns, group = f"tb-{owner.id}-node", f"tb-{owner.id}-containerd"
-    namespaces.create(owner, netns).close()
-    container.own(owner, work, group)
-    cgroup = cgroups.create(owner, group)
-    for name in ("daemon", "pods"):
-        (cgroup / name).mkdir()
-    command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", BOOT]
-    daemon = process.spawn(
-        [*command, work / "config.toml"],
-        cgroup=cgroup / "daemon",
-        netns=netns,
-        output=work / "log",
-    )
-    with ending(daemon):
-        address = f"/proc/{daemon.pid}/root/run/containerd/containerd.sock"
-        with grpc.insecure_channel(f"unix:{address}") as channel, ExitStack() as stack:
-            running = Containerd(
-                daemon.pid, netns, cgroup / "pods", SERVICES.RuntimeServiceStub(channel)
-            )
-            running.runtime.Version(PROTOCOL.Empty(), CALL_S, wait_for_ready=True)
-            load = ("ctr", "-n", "k8s.io", "images", "import", "--base-name", "localhost/busybox")
-            running.run(*load, image_archive(work))
-            images = SERVICES.ImageServiceStub(channel)
-            image = PROTOCOL.ImageStatusRequest(image={"image": IMAGE})
-            wait_until(
-                lambda: images.ImageStatus(image, CALL_S).HasField("image"), "its image is known"
-            )
-            enter = ["nsenter", f"--target={daemon.pid}", "--net", "--mount"]
-            stack.enter_context(chain.daemon(enter))
-            try:
-                yield running
-            finally:
-                for pod in running.runtime.ListPodSandbox(PROTOCOL.Empty(), CALL_S).items:
-                    running.remove(pod)
-                for left in running.pods():
-                    running.testbed("down", left["name"])
+    with (
+        cri.running(work, MOUNT, work / "plugins", work / "networks") as running,
+        chain.daemon(running.enter),
+    ):
+        try:
+            yield running
+        finally:
+            running.clear()
 
 
 def configure(work: Path) -> None:
-    """Write containerd's configuration, that of its network, and manifests of guests."""
-    (work / "config.toml").write_text(CONFIG.format(work=work, image=IMAGE))
+    """Write the configuration of the pods' network, and manifests of guests."""
     for name in ("plugins", "networks", "guests/shop"):
         (work / name).mkdir(parents=True)
     for program in chain.programs():
