@@ -42,6 +42,7 @@ LONG = (
     "integration/test_examples.py",
     "integration/test_campaign.py",
     "integration/test_docs.py",
+    "integration/test_cluster.py",
     "integration/test_taps.py",
     "integration/test_vm.py",
     "integration/test_manifests.py",
