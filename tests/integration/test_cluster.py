@@ -26,6 +26,7 @@ import yaml
 
 from testbed import paths
 from testbed.host import cgroups
+from testbed.host.facts import slowness
 from testbed.images import kernels
 from testbed.pods import networks
 
@@ -195,6 +196,7 @@ def as_this_machine(work: Path) -> Image:
         "PATH": f"{sys.prefix}/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "PYTHONPATH": str(ROOT),
         "HOME": str(Path.home()),
+        "TESTBED_SLOWNESS": str(slowness()),
     }
     return Image(tuple(sorted(folders)), variables)
 
