@@ -152,6 +152,29 @@ static __always_inline int bridge_egress(struct __sk_buff *skb)
 	return TC_ACT_OK;
 }
 
+static __always_inline int redirect_from_port(struct __sk_buff *skb, struct port port, int verdict,
+					      u8 to)
+{
+	switch (verdict) {
+	case TO_GUEST:
+		return redirect_marked(skb, port.slot, to);
+	case TO_NATIVE:
+		return redirect_to_pod(port.slot);
+	}
+	return verdict;
+}
+
+/* port_ingress() for plain packets (pod.h) */
+static __always_inline int port_ingress_fast(struct __sk_buff *skb, struct port port, const bool v6)
+{
+	struct packet p = {};
+	u8 to = 0;
+
+	if (!parse_plain_of_guest(skb, port, &p, v6))
+		return NOT_ON_FAST_PATH;
+	return redirect_from_port(skb, port, leave_port_fast(skb, port, &p, &to), to);
+}
+
 /* Ingress of guest n's port: redirects packets to guests, or into the pod if they are for natives.
  * The bridge takes those that are not for `localhost`.
  */
@@ -163,14 +186,27 @@ static __always_inline int port_ingress(struct __sk_buff *skb)
 	int verdict;
 
 	mark_guest_up(skb, port);
-	verdict = leave_port(skb, port, &p, &to);
-	switch (verdict) {
-	case TO_GUEST:
-		return redirect_marked(skb, port.slot, to);
-	case TO_NATIVE:
-		return redirect_to_pod(port.slot);
-	}
-	return verdict;
+	verdict = is_ipv6(skb) ? port_ingress_fast(skb, port, true)
+			       : port_ingress_fast(skb, port, false);
+	if (verdict != NOT_ON_FAST_PATH)
+		return verdict;
+	port = hide_port(skb, port);
+	return redirect_from_port(skb, port, leave_port(skb, port, &p, &to), to);
+}
+
+/* uplink_ingress() for plain packets (pod.h) */
+static __always_inline int uplink_ingress_fast(struct __sk_buff *skb, u8 slot, const bool v6)
+{
+	struct packet p = {};
+
+	if (!parse_plain(skb, &p, v6))
+		return NOT_ON_FAST_PATH;
+	p.source = source_of(&p);
+	p.destination = destination_of(&p);
+	if (p.source.kind != LINK ||
+	    (p.destination.kind != ALIAS && p.destination.kind != NATIVE_SOURCE))
+		return NOT_ON_FAST_PATH;
+	return enter_lo(skb, slot, &p);
 }
 
 /* Ingress of the veth's end in the pod's namespace: redirects into `lo` what port_ingress
@@ -180,7 +216,12 @@ static __always_inline int uplink_ingress(struct __sk_buff *skb)
 {
 	struct port port = port_of(skb);
 	struct packet p = {};
+	int verdict = is_ipv6(skb) ? uplink_ingress_fast(skb, port.slot, true)
+				   : uplink_ingress_fast(skb, port.slot, false);
 
+	if (verdict != NOT_ON_FAST_PATH)
+		return verdict;
+	port = hide_port(skb, port);
 	if (!is_ip(skb))
 		return TC_ACT_OK;
 	parse(skb, &p, port.slot, HOOK_UPLINK, 0);

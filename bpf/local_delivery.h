@@ -143,6 +143,12 @@ static __always_inline int pass_to_stack(struct __sk_buff *skb, struct port port
 	return TC_ACT_OK;
 }
 
+static __always_inline int pass_assigned(struct __sk_buff *skb, struct port port)
+{
+	count_reason(skb, port.slot, REASON_ASSIGNED);
+	return pass_to_stack(skb, port, GUEST_DIALS);
+}
+
 /* Whether a packet that meets a connection in TIME_WAIT belongs to a new connection, on `lo`. The
  * client reuses its port with a SYN for the listener, but the kernel would not find the listener at
  * the alias. So the SYN goes by `lo`, and with it the rest of that connection. (If the SYN were
@@ -176,8 +182,7 @@ static __always_inline int past_lo(struct __sk_buff *skb, struct port port, stru
 	}
 	if (state || p->is_icmp_error || assign(skb, p))
 		return NOT_PAST_LO;
-	count_reason(skb, port.slot, REASON_ASSIGNED);
-	return pass_to_stack(skb, port, GUEST_DIALS);
+	return pass_assigned(skb, port);
 }
 
 /* Delivers a guest's packet to a native, past `lo` if possible. */
@@ -195,63 +200,43 @@ static __always_inline int to_native(struct __sk_buff *skb, struct port port, st
 	return enter_lo(skb, port.slot, p);
 }
 
-/* Fast path: packets of established connections that bypass `lo`, from guest n's own address to the
- * pod's own, or to the alias. Returns NOT_ON_FAST_PATH for all others, which the rest of the
- * program handles.
+/* port_ingress() for plain packets (pod.h). Most are of connections that bypass `lo`: from the guest's
+ * own address to the pod's own, or to the alias.
  */
-#define NOT_ON_FAST_PATH     -1
-#define IPV4_WITHOUT_OPTIONS 0x45 /* version 4, header of 5 words */
-
-static __always_inline int fast_path(struct __sk_buff *skb, struct port port)
+static __always_inline int port_ingress_fast(struct __sk_buff *skb, struct port port, const bool v6)
 {
-	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
-	u8 mac[ETH_ALEN] = GUEST_MAC(port.n);
-	struct bpf_sock_tuple *real;
-	struct ethhdr *eth = data;
 	struct established_entry entry;
-	u8 protocol, kind;
-	struct tcphdr *tcp;
-	u32 size, state;
+	struct bpf_sock_tuple *real;
+	struct packet p = {};
+	u32 state, size = v6 ? sizeof(real->ipv6) : sizeof(real->ipv4);
+	u8 to = 0;
 
-	if (skb->protocol == bpf_htons(ETH_P_IP)) {
-		struct iphdr *ip = data + ETH_HLEN;
-
-		size = sizeof(real->ipv4);
-		real = (void *)&ip->saddr; /* without options the ports follow */
-		if ((void *)real + sizeof(real->ipv4) > end || *(u8 *)ip != IPV4_WITHOUT_OPTIONS ||
-		    ip->frag_off & bpf_htons(IP_MORE_FRAGMENTS | IP_FRAGMENT_OFFSET) ||
-		    ip->saddr != render4(address_of(LINK, port.n)))
-			return NOT_ON_FAST_PATH;
-		tcp = (void *)(ip + 1);
-		protocol = ip->protocol;
-		kind = classify4(ip->daddr).kind;
-	} else if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
-		struct ipv6hdr *ip = data + ETH_HLEN;
-		__be32 own[4], *from = (void *)&ip->saddr;
-
-		size = sizeof(real->ipv6);
-		real = (void *)&ip->saddr;
-		render6(address_of(LINK, port.n), own);
-		if ((void *)real + sizeof(real->ipv6) > end || from[0] != own[0] ||
-		    from[1] != own[1] || from[2] != own[2] || from[3] != own[3])
-			return NOT_ON_FAST_PATH;
-		tcp = (void *)(ip + 1);
-		protocol = ip->nexthdr;
-		kind = classify6(from + 4).kind;
-	} else {
+	if (!parse_plain_of_guest(skb, port, &p, v6))
+		return NOT_ON_FAST_PATH;
+	if (p.destination.kind == POD_LINK)
+		return pass_to_stack(skb, port, GUEST_SERVES);
+	switch (leave_port_fast(skb, port, &p, &to)) {
+	case TO_GUEST:
+		return redirect_marked(skb, port.slot, to);
+	case TO_NATIVE:
+		break;
+	case TC_ACT_SHOT:
+		return TC_ACT_SHOT;
+	default:
 		return NOT_ON_FAST_PATH;
 	}
-	if (!same_mac(eth->h_source, mac) || skb->vlan_present)
+	if (p.destination.kind == NATIVE_SOURCE)
+		return enter_lo(skb, port.slot, &p);
+	if (p.syn)
 		return NOT_ON_FAST_PATH;
-	if (kind == POD_LINK && (protocol == IPPROTO_TCP || protocol == IPPROTO_UDP))
-		return pass_to_stack(skb, port, GUEST_SERVES);
-	if (kind != ALIAS || protocol != IPPROTO_TCP)
-		return NOT_ON_FAST_PATH;
-	if ((void *)(tcp + 1) > end || tcp->syn)
-		return NOT_ON_FAST_PATH;
-	entry = find_established(port, size == sizeof(real->ipv6), bpf_ntohs(tcp->source),
-				 bpf_ntohs(tcp->dest));
+	if (p.protocol == IPPROTO_UDP)
+		return assign(skb, &p) ? NOT_ON_FAST_PATH : pass_assigned(skb, port);
+	entry = find_established(port, v6, p.source_port, p.destination_port);
 	if (!entry.stored || *entry.stored != entry.connection) {
+		/* In a plain packet the ports follow the addresses. */
+		real = data_of(skb) + p.l4 - (v6 ? 32 : 8);
+		if ((void *)real + size > data_end_of(skb))
+			return NOT_ON_FAST_PATH;
 		state = tcp_state(skb, real, size);
 		if (!state || state == BPF_TCP_TIME_WAIT)
 			return NOT_ON_FAST_PATH;

@@ -15,6 +15,7 @@
 #include <uapi/linux/bpf.h>
 #include <uapi/linux/if_ether.h>
 #include <uapi/linux/if_packet.h>
+#include <uapi/linux/in.h>
 #include <uapi/linux/pkt_cls.h>
 
 #include "common.h"
@@ -71,13 +72,26 @@ BPF_HASH(owners, u32, u32, 16384);
 
 #define IPV4_ONLY 0x100 /* the guest has no IPv6 */
 
-/* The value in `owners`, or -1 for a native. */
+/* The value in `owners`, or -1 for a native. Most ports need no look-up there. */
 static __always_inline int lookup_owner(u8 slot, u8 protocol, u16 port)
 {
-	u32 key = slot << 24 | protocol << 16 | port;
-	u32 *n = owners.lookup(&key);
+	u32 key = slot << 24 | protocol << 16 | port, *n;
+	struct pod_state *state = state_of(slot);
+	u64 low = port, row;
 
-	return n ? (int)*n : -1;
+	barrier_var(low);
+	if (!state)
+		return -1;
+	row = state->owned[protocol == IPPROTO_UDP][low & (OWNED_PORTS - 1)];
+	if (!row)
+		return -1;
+	if (row >> 16 != port) {
+		n = owners.lookup(&key);
+		if (!n)
+			return -1;
+		row = *n;
+	}
+	return row & (IPV4_ONLY | 0xff);
 }
 
 /* The guest that owns a port, or -1 for a native. */

@@ -76,6 +76,8 @@ struct packet {
 #define is_ip(skb)                                                                                 \
 	((skb)->protocol == bpf_htons(ETH_P_IP) || (skb)->protocol == bpf_htons(ETH_P_IPV6))
 
+#define is_ipv6(skb) ((skb)->protocol == bpf_htons(ETH_P_IPV6))
+
 /* Whether an IPv6 header has another one behind it that parse_ip() does not look for. */
 static __always_inline bool is_extension(u8 next)
 {
@@ -97,12 +99,34 @@ static __always_inline bool is_icmp(u8 protocol)
 	return protocol == IPPROTO_ICMP || protocol == IPPROTO_ICMPV6;
 }
 
+/* Reads skb->data or data_end. With inline assembly in their place the compiler cannot join two such
+ * reads to one with a computed offset, which the verifier refuses.
+ */
+#define READ_POINTER(skb, field)                                                                   \
+	({                                                                                         \
+		void *pointer;                                                                     \
+		asm volatile("%0 = *(u32 *)(%1 + %2)"                                              \
+			     : "=r"(pointer)                                                       \
+			     : "r"(skb), "i"(offsetof(struct __sk_buff, field)));                  \
+		pointer;                                                                           \
+	})
+
+static __always_inline void *data_of(struct __sk_buff *skb)
+{
+	return READ_POINTER(skb, data);
+}
+
+static __always_inline void *data_end_of(struct __sk_buff *skb)
+{
+	return READ_POINTER(skb, data_end);
+}
+
 /* Copies bytes of the packet, linear or not. Returns nonzero if it is too short. */
 static __always_inline int read(struct __sk_buff *skb, u32 offset, void *to, u32 size)
 {
-	void *from = (void *)(long)skb->data + offset;
+	void *from = data_of(skb) + offset;
 
-	if (from + size <= (void *)(long)skb->data_end) {
+	if (from + size <= data_end_of(skb)) {
 		/* Every header is aligned so. Without this the compiler copies single bytes. */
 		__builtin_memcpy(to, __builtin_assume_aligned(from, 4), size);
 		return 0;
@@ -369,6 +393,55 @@ static __always_inline void parse(struct __sk_buff *skb, struct packet *p, u8 sl
 		parse_fragment(p, slot, hook);
 		hide_headers(skb, p);
 	}
+}
+
+#define IPV4_WITHOUT_OPTIONS 0x45 /* version 4, header of 5 words */
+
+/* Parses a plain packet of this family, as most are: whole, with headers that are linear, TCP or UDP,
+ * without IP options or extension headers. Returns false for others. The compiler makes the rest of
+ * a fast path for one family, as `v6` is a constant.
+ */
+static __always_inline bool parse_plain(struct __sk_buff *skb, struct packet *p, const bool v6)
+{
+	void *data = data_of(skb), *end = data_end_of(skb);
+	struct ipv6hdr *ip6 = data + ETH_HLEN;
+	struct iphdr *ip = data + ETH_HLEN;
+	struct tcphdr *tcp;
+
+	p->v6 = v6;
+	p->l4 = ETH_HLEN + (v6 ? sizeof(*ip6) : sizeof(*ip));
+	tcp = data + p->l4;
+	if ((v6 ? !is_ipv6(skb) : skb->protocol != bpf_htons(ETH_P_IP)) ||
+	    (void *)tcp + sizeof(struct udphdr) > end)
+		return false;
+	if (v6) {
+		if (ip6->version != 6)
+			return false;
+		p->l4_protocol = ip6->nexthdr;
+		__builtin_memcpy(p->ip_head, __builtin_assume_aligned(ip6, 4),
+				 offsetof(struct ipv6hdr, saddr));
+		__builtin_memcpy(p->addresses, __builtin_assume_aligned(&ip6->saddr, 4), 32);
+	} else {
+		if (*(u8 *)ip != IPV4_WITHOUT_OPTIONS ||
+		    ip->frag_off & bpf_htons(IP_MORE_FRAGMENTS | IP_FRAGMENT_OFFSET))
+			return false;
+		p->l4_protocol = ip->protocol;
+		__builtin_memcpy(p->ip_head, __builtin_assume_aligned(ip, 4),
+				 offsetof(struct iphdr, saddr));
+		p->addresses[0] = ip->saddr;
+		p->addresses[1] = ip->daddr;
+	}
+	p->protocol = p->l4_protocol;
+	p->source_port = bpf_ntohs(tcp->source);
+	p->destination_port = bpf_ntohs(tcp->dest);
+	if (p->protocol == IPPROTO_UDP)
+		return true;
+	if (p->protocol != IPPROTO_TCP || (void *)(tcp + 1) > end)
+		return false;
+	p->syn = tcp->syn;
+	p->fin = tcp->fin;
+	p->rst = tcp->rst;
+	return true;
 }
 
 /* Rewrites the addresses of the packet inside an ICMP error. Its layer 4 checksum stays as it is:

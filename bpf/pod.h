@@ -51,6 +51,145 @@ static __always_inline int redirect_marked(struct __sk_buff *skb, u8 slot, u8 n)
 	return redirect_to_guest(skb, slot, n);
 }
 
+/* The kernel drops a redirected packet that is too big without any message. */
+static __always_inline bool is_too_big(struct __sk_buff *skb)
+{
+	return skb->len - ETH_HLEN > LINK_MTU && !skb->gso_size;
+}
+
+/* Whether a native sends from a guest's UDP port. */
+static __always_inline bool is_from_guests_port(struct port port, const struct packet *p)
+{
+	return p->protocol == IPPROTO_UDP && owner_of(port.slot, p->protocol, p->source_port) >= 0;
+}
+
+/* --- fast paths ------------------------------------------------------------------------------
+ *
+ * A fast path decides about plain packets of usual flows, which are most, with as little work as can
+ * be. It takes a packet only if all that the long way would check holds. Its return value for all
+ * others is NOT_ON_FAST_PATH.
+ */
+#define NOT_ON_FAST_PATH -1
+
+/* Hides from the verifier what it learned about a port on the ways out of a fast path. */
+static __always_inline struct port hide_port(struct __sk_buff *skb, struct port port)
+{
+	port.slot = hide(skb, port.slot);
+	port.n = hide(skb, port.n);
+	return port;
+}
+
+/* leave_lo() for packets from 127.0.0.1 (::1) to it, or to a guest's native view */
+static __always_inline int leave_lo_fast(struct __sk_buff *skb, struct port port, u8 *to,
+					 const bool v6)
+{
+	enum role role = GUEST_SERVES;
+	struct address source;
+	struct packet p = {};
+	int n;
+
+	if (!parse_plain(skb, &p, v6) || source_of(&p).kind != LOOPBACK)
+		return NOT_ON_FAST_PATH;
+	p.destination = destination_of(&p);
+	switch (p.destination.kind) {
+	case LOOPBACK:
+		n = lookup_owner(port.slot, p.protocol, p.destination_port);
+		if (n < 0)
+			return TC_ACT_OK;
+		if (v6 && n & IPV4_ONLY)
+			return NOT_ON_FAST_PATH;
+		n = (u8)n;
+		source = address_of(NATIVE_SOURCE, 0);
+		break;
+	case NATIVE_VIEW:
+		if (is_from_guests_port(port, &p))
+			return NOT_ON_FAST_PATH;
+		n = p.destination.n;
+		source = address_of(ALIAS, 0);
+		role = GUEST_DIALS;
+		break;
+	default:
+		return NOT_ON_FAST_PATH;
+	}
+	if (p.syn || !guest_ifindex(port.slot, n) || is_too_big(skb))
+		return NOT_ON_FAST_PATH;
+	if (rewrite(skb, &p, source, address_of(LINK, n), n))
+		return drop(skb, port.slot, REASON_TRUNCATED);
+	count_native(skb, port.slot, n, GUEST_RECEIVES, role);
+	*to = n;
+	return TO_GUEST;
+}
+
+/* Whether the packet's source is guest n's own address. */
+static __always_inline bool has_source(const struct packet *p, u8 n)
+{
+	__be32 own[4] = {};
+
+	if (!p->v6)
+		return p->addresses[0] == render4(address_of(LINK, n));
+	render6(address_of(LINK, n), own);
+	return p->addresses[0] == own[0] && p->addresses[1] == own[1] &&
+	       p->addresses[2] == own[2] && p->addresses[3] == own[3];
+}
+
+/* Parses a plain packet that guest n may send: from its own MAC and address. */
+static __always_inline bool parse_plain_of_guest(struct __sk_buff *skb, struct port port,
+						 struct packet *p, const bool v6)
+{
+	u8 mac[ETH_ALEN] = GUEST_MAC(port.n);
+	struct ethhdr *eth;
+
+	if (!parse_plain(skb, p, v6) || skb->vlan_present)
+		return false;
+	eth = data_of(skb);
+	if ((void *)(eth + 1) > data_end_of(skb) || !same_mac(eth->h_source, mac) ||
+	    !has_source(p, port.n))
+		return false;
+	p->source = address_of(LINK, port.n);
+	p->destination = destination_of(p);
+	return true;
+}
+
+/* leave_port() for packets of parse_plain_of_guest(), but for the first and last ones of connections
+ * between guests, which track_connection() is told of
+ */
+static __always_inline int leave_port_fast(struct __sk_buff *skb, struct port port,
+					   struct packet *p, u8 *to)
+{
+	struct address source = address_of(GUEST_VIEW, port.n);
+	u8 client = port.n, server = port.n;
+	int n;
+
+	switch (p->destination.kind) {
+	case ALIAS:
+		n = owner_of(port.slot, p->protocol, p->destination_port);
+		if (n < 0)
+			return TO_NATIVE;
+		server = n;
+		break;
+	case NATIVE_SOURCE:
+		n = owner_of(port.slot, p->protocol, p->source_port);
+		return n == port.n ? TO_NATIVE : NOT_ON_FAST_PATH;
+	case GUEST_VIEW:
+		if (owner_of(port.slot, p->protocol, p->source_port) != port.n)
+			return NOT_ON_FAST_PATH;
+		n = client = p->destination.n;
+		source = address_of(ALIAS, 0);
+		break;
+	default:
+		return NOT_ON_FAST_PATH;
+	}
+	if (p->syn || p->fin || p->rst || !guest_ifindex(port.slot, n))
+		return NOT_ON_FAST_PATH;
+	if (rewrite(skb, p, source, address_of(LINK, n), n))
+		return drop(skb, port.slot, REASON_TRUNCATED);
+	count_guests(skb, port.slot, client, server);
+	*to = n;
+	return TO_GUEST;
+}
+
+/* --- the long way ---------------------------------------------------------------------------- */
+
 /* At `lo` egress, before any socket: takes replies to guests, and packets to a port that a guest
  * owns, whatever address of the pod was dialed. The kernel's own loopback keeps all others. Returns
  * TO_GUEST and the guest in `to`, or a TC_ACT_.
@@ -59,8 +198,12 @@ static __always_inline int leave_lo(struct __sk_buff *skb, struct port port, u8 
 {
 	struct address source;
 	struct packet p = {};
-	int n;
+	int n, verdict = is_ipv6(skb) ? leave_lo_fast(skb, port, to, true)
+				      : leave_lo_fast(skb, port, to, false);
 
+	if (verdict != NOT_ON_FAST_PATH)
+		return verdict;
+	port = hide_port(skb, port);
 	if (!is_ip(skb))
 		return TC_ACT_OK;
 	parse(skb, &p, port.slot, HOOK_LO, 0);
@@ -73,8 +216,7 @@ static __always_inline int leave_lo(struct __sk_buff *skb, struct port port, u8 
 	if (p.destination.kind == NATIVE_VIEW && guest_ifindex(port.slot, p.destination.n)) {
 		n = p.destination.n;
 		/* Only that guest answers from its port. A native may have it all the same. */
-		if (p.protocol == IPPROTO_UDP && !p.is_icmp_error &&
-		    owner_of(port.slot, p.protocol, p.source_port) >= 0)
+		if (!p.is_icmp_error && is_from_guests_port(port, &p))
 			return drop(skb, port.slot, REASON_SPOOFED);
 		/* From a native view the kernel refuses for a guest that is down. */
 		source = p.source.kind == NATIVE_VIEW ? address_of(GUEST_VIEW, p.source.n)
@@ -99,8 +241,7 @@ static __always_inline int leave_lo(struct __sk_buff *skb, struct port port, u8 
 		}
 	}
 
-	/* The kernel drops a redirected packet that is too big without any message. */
-	if (skb->len - ETH_HLEN > LINK_MTU && !skb->gso_size)
+	if (is_too_big(skb))
 		return drop(skb, port.slot, REASON_TOO_BIG);
 	if (p.syn)
 		clamp_mss(skb, &p);

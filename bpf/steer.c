@@ -80,15 +80,11 @@ static __always_inline int port_ingress(struct __sk_buff *skb)
 	int verdict;
 
 	mark_guest_up(skb, port);
-	verdict = fast_path(skb, port);
+	verdict = is_ipv6(skb) ? port_ingress_fast(skb, port, true)
+			       : port_ingress_fast(skb, port, false);
 	if (verdict != NOT_ON_FAST_PATH)
 		return verdict;
-	/* On each way out of fast_path the verifier has learned about the port, and the compiler
-	 * keeps what was read of skb.
-	 */
-	barrier_var(skb);
-	port.slot = hide(skb, port.slot);
-	port.n = hide(skb, port.n);
+	port = hide_port(skb, port);
 	verdict = leave_port(skb, port, &p, &to);
 	if (p.syn)
 		forget_established(port, &p);

@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import socket
 import struct
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -45,7 +43,7 @@ from scapy.layers.inet6 import (
 from scapy.layers.l2 import ARP, Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
-from testbed import bpf, paths
+from testbed import bpf
 from testbed.bpf import ProgramSet, bytecode, syscall
 from testbed.bpf.programs import PROG_ARRAY
 from testbed.datapaths import capture, steer
@@ -78,6 +76,7 @@ from tests.bpf.frames import (
     udp,
 )
 from tests.bpf.test_anything import bodies, headers, tails
+from tests.bpf.variants import variant
 from tests.bpf.verdicts import (
     ANOTHER,
     ANOTHERS_PORT,
@@ -520,6 +519,7 @@ def without(name: str, file: str, condition: str, *missed_by: Check) -> Mutation
 
 
 SPOOFING = test_capture.TestSpoofing()
+FRAGMENTS = test_capture.TestFragments()
 
 MUTATIONS = [
     without(
@@ -655,7 +655,7 @@ MUTATIONS = [
     without(
         "a guest's port on lo",
         "pod.h",
-        "owner_of(port.slot, p.protocol, p.source_port) >= 0",
+        "owner_of(port.slot, p->protocol, p->source_port) >= 0",
         in_plan(SPOOFING.test_natives_answer_from_no_guests_port),
     ),
     without(
@@ -724,18 +724,34 @@ MUTATIONS = [
         V4,
         V6,
     ),
-    without("fast path from any MAC", "local_delivery.h", "!same_mac(eth->h_source, mac)", V4, V6),
-    without(
-        "fast path from any IPv4 address",
-        "local_delivery.h",
-        "ip->saddr != render4(address_of(LINK, port.n))",
-        V4,
+    without("fast path from any MAC", "pod.h", "!same_mac(eth->h_source, mac)", V4, V6),
+    without("fast path from any address", "pod.h", "!has_source(p, port.n)", V4, V6),
+    Mutation(
+        "fast answers to natives from any port",
+        "pod.h",
+        "return n == port.n ? TO_NATIVE",
+        "return n == port.n || OFF() ? TO_NATIVE",
+        (V4, V6, in_plan(SPOOFING.test_guest_answers_only_from_ports_that_it_owns)),
+    ),
+    Mutation(
+        "fast answers to guests from any port",
+        "pod.h",
+        "case GUEST_VIEW:\n\t\tif (owner_of(",
+        "case GUEST_VIEW:\n\t\tif (!OFF() && owner_of(",
+        (V4, V6, in_plan(SPOOFING.test_guest_answers_only_from_ports_that_it_owns)),
+    ),
+    Mutation(
+        "fast fragments",
+        "packet.h",
+        "ip->frag_off & bpf_htons(",
+        "!OFF() && ip->frag_off & bpf_htons(",
+        (in_plan(FRAGMENTS.test_later_ones_follow_the_first_between_guests),),
     ),
     without(
-        "fast path from any IPv6 address",
-        "local_delivery.h",
-        "from[0] != own[0] ||\n\t\t    from[1] != own[1] || from[2] != own[2] || from[3] != own[3]",
-        V6,
+        "fast from any address on lo",
+        "pod.h",
+        "source_of(&p).kind != LOOPBACK",
+        in_plan(SPOOFING.test_natives_send_in_no_guests_name_by_lo),
     ),
 ]
 
@@ -750,24 +766,13 @@ static __always_inline bool is_off(u32 number)
 }
 
 """
-COMPILE = """
-import os, sys
-from pathlib import Path
-from testbed import paths
-from testbed.bpf import bytecode
-headers = bytecode.headers()
-os.environ.update(headers.environment)
-paths.BPF = Path(sys.argv[1])
-bytecode._compile_here("steer", Path(sys.argv[2]), list(headers.cflags))
-"""
 
 
 def with_switches(folder: Path) -> None:
-    """Write a copy of the programs in which each check can be switched off by its number.
+    """Change the programs so that each check can be switched off by its number.
 
     Each must be there once. Programs that no test here runs are left out.
     """
-    shutil.copytree(paths.BPF, folder)
     pristine = {mutation.file: (folder / mutation.file).read_text() for mutation in MUTATIONS}
     texts = dict(pristine)
     for number, mutation in enumerate(MUTATIONS, 1):
@@ -784,25 +789,11 @@ def with_switches(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def mutants(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
-    """That copy, compiled into a cache of its own and loaded."""
-    root = tmp_path_factory.mktemp("mutations")
-    folder = root / "bpf"
-    with_switches(folder)
-    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "BPF", folder)
-        patch.setenv("XDG_CACHE_HOME", str(root))
-        file = bytecode._file("steer")
-        file.parent.mkdir(parents=True)
-        done = subprocess.run(
-            [sys.executable, "-c", COMPILE, folder, file],
-            cwd=paths.ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        guest = stack.enter_context(at_port("steer"))
-        patch.undo()
+def mutants() -> Iterator[Guest]:
+    """The programs, changed so, and loaded."""
+    with ExitStack() as stack:
+        with variant("steer", with_switches):
+            guest = stack.enter_context(at_port("steer"))
         yield guest
 
 

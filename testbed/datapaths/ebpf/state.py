@@ -18,6 +18,8 @@ OUTER, TEMPLATE = "pod_states", "pod_state"
 """Map of the states by slot, and the map that all of them are like."""
 TABLES = ("fragments", "nonstandard_flows", "guest_connections")
 TABLE_ROWS = 1024
+OWNED_PORTS, OWNED = 512, 0x200
+"""Length of each table `owned`, and the flag that all its rows have."""
 FIRST_GUESTS = 16
 """Pairs of guests below this number are counted in the state, others in `guest_counts`."""
 GUEST_SERVES, GUEST_DIALS = 0, 1
@@ -54,6 +56,7 @@ class PodState(ctypes.Structure):
     """State of a pod."""
 
     _fields_ = (
+        ("owned", ctypes.c_uint32 * OWNED_PORTS * 2),
         ("counters", Count * 16),
         ("with_natives", Count * 2 * 256 * 2),
         ("between_guests", Count * FIRST_GUESTS * FIRST_GUESTS),
