@@ -13,13 +13,12 @@ from __future__ import annotations
 import errno
 import socket
 import sys
-import threading
 from contextlib import suppress
 from pathlib import Path
 
 from testbed import bpf
 from testbed.bpf import ProgramSet
-from testbed.datapaths.ebpf.attachment import AT_PORTS, EbpfAttachment
+from testbed.datapaths.ebpf.attachment import EbpfAttachment
 from testbed.datapaths.interface import Attachment, Datapath, Wiring
 from testbed.host import namespaces
 from testbed.host.ledger import Scope
@@ -59,34 +58,11 @@ class Steer(Datapath):
 
 class _Attachment(EbpfAttachment):
     def __init__(self, wiring: Wiring, owner: Scope) -> None:
-        self._calls = False
-        """Whether the program array of `make_calls` exists."""
         super().__init__("steer", REASONS, wiring, owner, local=ALIASES)
 
     def _attach_lo(self) -> None:
         super()._attach_lo()
         self._steer_sockets()
-
-    def attach_deferred(self) -> None:
-        """Attach the programs of guests' ports by tcx instead, if the kernel has it."""
-        if not bpf.has_tcx():
-            return
-        if not self._calls:
-            self._programs.make_calls(self._scope, len(AT_PORTS))
-            self._programs.set_calls(self._at_work, AT_PORTS)
-            self._calls = True
-        for port in self._wiring.ports:
-            for number, (name, hook) in enumerate(AT_PORTS.items()):
-                place = self._wiring.netns, port.ifindex, hook
-                if place in self._by_tcx or place not in self._places:
-                    continue
-                with self._programs.entry(name, self._class_of(port.n), number) as entry:
-                    bpf.attach_tcx(*place, entry)
-                self._by_tcx.add(place)
-
-    def _replace(self, programs: ProgramSet, lock: threading.RLock) -> None:
-        super()._replace(programs, lock)
-        self._programs.set_calls(programs, AT_PORTS)
 
     def _steer_sockets(self) -> None:
         """Attach the cgroup programs, and put the pod's namespace into their map."""

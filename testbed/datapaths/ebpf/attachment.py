@@ -48,6 +48,8 @@ class EbpfAttachment:
         """(namespace, ifindex, hook) → name and class of the attached program."""
         self._by_tcx: set[tuple[str, int, int]] = set()
         """Those of `_places` where the link runs the program by tcx, and not by a filter."""
+        self._calls: list[str] = []
+        """Names of the programs in the program array of `make_calls`, once it exists."""
         self._at_cgroup: dict[str, bpf.ProgramSet] = {}
         """Hook of the cgroup → the set whose program of that name is attached there."""
         try:
@@ -143,7 +145,25 @@ class EbpfAttachment:
             self._programs.close()
 
     def attach_deferred(self) -> None:
-        pass
+        """Attach the programs of links by tcx instead, if the kernel has it."""
+        if not bpf.has_tcx():
+            return
+        if not self._calls:
+            self._calls = sorted({name for name, _ in self._places.values()})
+            self._programs.make_calls(self._scope, len(self._calls))
+            self._programs.set_calls(self._at_work, self._calls)
+        for place, (name, classid) in self._places.items():
+            if place not in self._by_tcx:
+                if (
+                    place[1] == loopback_side.LO_IFINDEX
+                ):  # it may outlive us, if the pod is another's
+                    netns, ifindex, hook = place
+                    at = {"netns": netns, "ifindex": ifindex, "hook": hook, "name": name}
+                    self._links[place[:2]].defer(bpf.detach_tcx, **at)
+                number = self._calls.index(name)
+                with self._programs.entry(name, classid, number) as entry:
+                    bpf.attach_tcx(*place, entry)
+                self._by_tcx.add(place)
 
     def _attach_lo(self) -> None:
         self._attach(loopback_side.LO_IFINDEX, bpf.EGRESS, "lo_egress")
@@ -207,3 +227,4 @@ class EbpfAttachment:
                 if place not in self._by_tcx:
                     with suppress(OSError):  # that link is gone
                         bpf.replace_tc(*place, programs.program(name), name, classid)
+            self._programs.set_calls(programs, self._calls)
