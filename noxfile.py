@@ -95,7 +95,7 @@ def paper(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Test all but speed; without root, only what needs none (-- arguments for pytest)."""
     groups(session, "tests", "tex")
-    several = ("-n3", "--dist=loadfile", "--no-loadscope-reorder")
+    several = ("-n3", "--dist=loadfile", "--no-loadscope-reorder", "--durations=25")
     run(session, "pytest", "-m", "not bench", *several, *session.posargs)
 
 

@@ -5,18 +5,21 @@ the README's test command there.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import re
 import shlex
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.machines import roots
 
 COMMAND = ("./bootstrap", "nox", "-s", "tests")
+SET_UP = ("./bootstrap", "--tests", "--tex", "true")
+"""What `COMMAND` does first. It is done in all roots at the same time, as it keeps one CPU busy."""
 WITHOUT = ("--deselect", "tests/integration/test_scale.py::test_500_pods_of_two_guests_work")
 """A test of the kernel, which all roots share, that takes minutes: run in the first root alone."""
 SUITES = {
@@ -59,9 +62,14 @@ def main(args: Sequence[str]) -> int:
     if roots.git("status", "--porcelain"):
         say("uncommitted changes are not in it")
     outcomes = {}
-    with roots.lock("fresh"):  # all roots share one kernel, so tests see what others leave in it
-        for suite in options.suite or SUITES:
-            outcomes[suite] = test(suite, commit, options.command or SUITES[suite], options.keep)
+    # All roots share one kernel, so tests see what others leave in it: one root at a time.
+    with roots.lock("fresh"), ExitStack() as stack:
+        suites = options.suite or list(SUITES)
+        made = {suite: stack.enter_context(cloned(suite, commit)) for suite in suites}
+        if not options.command:
+            set_up(made)
+        for suite, root in made.items():
+            outcomes[suite] = test(suite, root, options.command or SUITES[suite], options.keep)
     for suite, outcome in outcomes.items():
         say(f"{suite}: {outcome}")
     total = sum((outcome.counts for outcome in outcomes.values()), Counter())
@@ -84,9 +92,9 @@ class Outcome:
         return f"{color}{counts}, {self.took_s:.0f} s"
 
 
-def test(suite: str, commit: str, command: Sequence[str], keep: bool) -> Outcome:
-    """Run a command in a clone of the commit in a new root."""
-    start = time.monotonic()
+@contextmanager
+def cloned(suite: str, commit: str) -> Iterator[Path]:
+    """A new root with a clone of the commit, removed afterwards."""
     with step(f"{suite}: root of {roots.week()}"):
         base = roots.base(suite)
     with roots.copy(base) as root:
@@ -94,20 +102,42 @@ def test(suite: str, commit: str, command: Sequence[str], keep: bool) -> Outcome
         packages = len(list((root / "var/lib/dpkg/info").glob("*.list")))
         python = "no Python" if not (root / "usr/bin/python3").exists() else "Python"
         say(f"{suite}: there are {packages} packages, and {python}")
-        counts: Counter[str] = Counter()
+        yield root
 
-        def show(line: str) -> None:
-            print(line, flush=True)
-            counts.update(pytest_counts(line))
 
-        with step(f"{suite}: {shlex.join(command)}"):
-            status = roots.run(
-                root, ["sh", "-c", CLEAN, "clean", *command], cwd=f"/{roots.CLONE}", on_line=show
-            )
-        for line in apt_history(root):
-            say(f"{suite}: {line}")
-        if keep:
-            say(f"{suite}: kept as {roots.keep(root)}")
+def set_up(made: Mapping[str, Path]) -> None:
+    """Set up the clones in all roots (by suite) at the same time. A failure shows in the tests."""
+    processes = [
+        multiprocessing.Process(target=_set_up, args=item, daemon=True) for item in made.items()
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+
+def _set_up(suite: str, root: Path) -> None:
+    with step(f"{suite}: {shlex.join(SET_UP)}"):
+        roots.run(root, SET_UP, cwd=f"/{roots.CLONE}", on_line=lambda line: say(f"{suite}: {line}"))
+
+
+def test(suite: str, root: Path, command: Sequence[str], keep: bool) -> Outcome:
+    """Run a command in the clone in a root."""
+    start = time.monotonic()
+    counts: Counter[str] = Counter()
+
+    def show(line: str) -> None:
+        print(line, flush=True)
+        counts.update(pytest_counts(line))
+
+    with step(f"{suite}: {shlex.join(command)}"):
+        status = roots.run(
+            root, ["sh", "-c", CLEAN, "clean", *command], cwd=f"/{roots.CLONE}", on_line=show
+        )
+    for line in apt_history(root):
+        say(f"{suite}: {line}")
+    if keep:
+        say(f"{suite}: kept as {roots.keep(root)}")
     return Outcome(status, counts, time.monotonic() - start)
 
 
