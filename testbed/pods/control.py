@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from testbed.host import ledger
+from testbed.host import facts, ledger
 from testbed.model.errors import Error
 
 PREFIX = "testbed/pod/"
 SO_ACCEPTCON = "00010000"
 """Flags of a listening socket in /proc/net/unix (linux/net.h)."""
 TIMEOUT_S = 5.0
+"""This and the next are multiplied by `facts.slowness`."""
 DOWN_TIMEOUT_S = TRACE_TIMEOUT_S = 60.0
 
 
@@ -187,7 +188,7 @@ def _asking(pod: str, question: str, timeout_s: float) -> Iterator[dict[str, Any
     Raises `NoSupervisor` if nobody listens, `Error` if the answer is an error.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
-        asking.settimeout(timeout_s)
+        asking.settimeout(timeout_s * facts.slowness())
         try:
             asking.connect(socket_name(pod))
             if not trusted(asking):

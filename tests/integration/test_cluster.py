@@ -247,12 +247,12 @@ def test_guests_go_on_while_the_daemons_pod_is_replaced(node: Node) -> None:
     kubelet.start("web", manifest("web.yaml"))
     node.wait_guest()
     [guest] = node.guests()["workloads"]
-    supervisor = node.guests()["keeper"]
+    supervisor = node.guests()["supervisor"]
     kubelet.remove("noded")
-    assert node.guests()["keeper"] is None
+    assert node.guests()["supervisor"] is None
     assert node.asks_guest() == ANSWER
     node.deploy("daemonset.yaml")
-    wait_until(lambda: node.guests()["keeper"] not in (None, supervisor), "it is adopted", 30)
+    wait_until(lambda: node.guests()["supervisor"] not in (None, supervisor), "it is adopted", 30)
     [after] = node.guests()["workloads"]
     assert (after["pid"], after["restarts"]) == (guest["pid"], 0)
     assert node.asks_guest() == ANSWER
