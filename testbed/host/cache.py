@@ -50,7 +50,7 @@ def hold(file: Path) -> int:
 
 def remove_unused(folder: Path, kept_s: float) -> None:
     """Remove files of a folder that are older than `kept_s`, and that no process holds (`hold`)."""
-    for path in folder.glob("[!.]*.*"):  # a name with a dot in front is of what is being made
+    for path in folder.glob("[!.]*"):  # without the folders in which others are made
         # Another process removes files, too, or holds this one.
         with suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
             if os.fstat(file.fileno()).st_mtime < time.time() - kept_s:

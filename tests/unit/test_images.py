@@ -191,6 +191,7 @@ def test_images_that_nobody_used_for_long_are_removed(program: Path) -> None:
         for files in ({"/a": program}, {"/b": program})
     )
     os.utime(old, (0, 0))
+    (old.parent / ".new-by-another").mkdir()
     compose.compose_osv(Definition(program, (), {"/b": program}, False))
     assert (old.exists(), kept.exists()) == (False, True)
 
