@@ -296,11 +296,13 @@ def run(row: Row, root: Path, commit: str) -> None:
     outcomes: dict[str, Outcome] = {}
 
     def write() -> None:
+        now = datetime.now(UTC)
         (folder / "row.json").write_text(
             json.dumps(
                 {
                     "commit": commit,
-                    "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+                    "date": now.strftime("%Y-%m-%d"),
+                    "time": now.isoformat(timespec="seconds"),
                     "release": kernel.release,
                     "compiler": compiler(root),
                     "steps": {name: asdict(outcome) for name, outcome in outcomes.items()},
@@ -446,10 +448,16 @@ def same(one: str, other: str) -> bool:
 
 
 def result(row: Row) -> dict[str, Any]:
-    """Stored results of a row, of this machine or kept ones; empty if it was never run."""
+    """Newest results of a row, of this machine or kept ones; empty if it was never run."""
     file = RESULTS / row.name / "row.json"
     kept: dict[str, Any] = json.loads(KEPT.read_text()).get(row.name, {})
-    return dict(json.loads(file.read_text())) if file.exists() else kept
+    own: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return max(kept, own, key=_when)
+
+
+def _when(result: Mapping[str, Any]) -> str:
+    """When results were got, as text that sorts. Older ones have a date only."""
+    return str(result.get("time", result.get("date", "")))
 
 
 def write_page() -> None:

@@ -39,6 +39,8 @@ def test_a_row_is_green_at_the_commit_where_all_its_steps_passed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "RESULTS", tmp_path)
+    monkeypatch.setattr(kernels, "KEPT", tmp_path / "kept.json")
+    (tmp_path / "kept.json").write_text("{}")
     row = kernels.ROWS[0]
     steps = {step.name: {"passed": True, "text": "all of it", "took_s": 60.0} for step in row.steps}
     stored = {
@@ -60,6 +62,32 @@ def test_a_row_is_green_at_the_commit_where_all_its_steps_passed(
     (tmp_path / row.name / "row.json").write_text(json.dumps(stored))
     assert not kernels.green(row, "0123456789")
     assert "| **exit status 1** | all of it | **not reached** |" in kernels.line(row)
+
+
+@pytest.mark.parametrize(
+    ("own", "newest"),
+    [
+        ({"date": "2026-01-01"}, "kept"),
+        ({"date": "2026-01-03"}, "own"),
+        ({"date": "2026-01-02", "time": "2026-01-02T09:00:00+00:00"}, "kept"),
+        ({"date": "2026-01-02", "time": "2026-01-02T11:00:00+00:00"}, "own"),
+    ],
+)
+def test_results_of_this_machine_do_not_replace_newer_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: dict[str, str], newest: str
+) -> None:
+    row = kernels.ROWS[0]
+    rest = {"release": "5.10", "compiler": "Debian 12, LLVM 14", "steps": {}}
+    at = {"date": "2026-01-02", "time": "2026-01-02T10:00:00+00:00"}
+    kept = {row.name: {"commit": "kept", **at, **rest}}
+    (tmp_path / "kept.json").write_text(json.dumps(kept))
+    (tmp_path / row.name).mkdir()
+    (tmp_path / row.name / "row.json").write_text(json.dumps({"commit": "own", **own, **rest}))
+    (tmp_path / "page.md").write_text(f"{kernels.BEGIN}\n{kernels.END}")
+    for name, file in (("RESULTS", ""), ("KEPT", "kept.json"), ("PAGE", "page.md")):
+        monkeypatch.setattr(kernels, name, tmp_path / file)
+    kernels.write_page()
+    assert json.loads((tmp_path / "kept.json").read_text())[row.name]["commit"] == newest
 
 
 def test_modules_are_loaded_after_those_that_they_depend_on(tmp_path: Path) -> None:
