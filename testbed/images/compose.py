@@ -187,7 +187,7 @@ def definition_file(image: str) -> Path | None:
     if image.endswith(".toml"):
         return Path(image)
     file = paths.OSV / f"{image}.toml"
-    return file if "/" not in image and file.is_file() else None
+    return file if "/" not in image and file in paths.OSV.iterdir() else None
 
 
 def find_definition(image: str) -> Definition | None:

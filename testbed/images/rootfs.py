@@ -97,11 +97,16 @@ def unpack(image: str) -> Root:
     if colon and kind in LOCATED:
         return _of_layout(_copied(kind, rest), image)
     path = Path(image)
-    if (path / "oci-layout").exists():
+    try:
+        is_layout = (path / "oci-layout").exists()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as e:  # its name is too long
+        raise Error(f"no image {image[:SHOWN]!r}: {e.strerror}") from e
+    if is_layout:
         raise Error(f"{path} is a folder of OCI images", hint=f"name it oci:{path}[:TAG]")
-    if path.is_dir():
+    if is_folder:
         return Root(path)
-    if path.is_file():
+    if is_file:
         return Root(_of_tar(path))
     if image.startswith((".", "/")):
         raise Error(f"no file or folder {image}")

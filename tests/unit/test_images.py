@@ -476,6 +476,7 @@ def test_definition_that_cannot_be_is_refused(tmp_path: Path, text: str, complai
         ("./nothere/root", "no file or folder ./nothere/root", None),
         ("/nothere", "no file or folder /nothere", None),
         ("team/app:1", "no image 'team/app:1'", "skopeo copy docker://team/app:1"),
+        ("a" * 300, f"no image '{'a' * 200}': File name too long", None),
     ],
 )
 def test_an_image_that_is_not_there_is_called_what_it_looks_like(
@@ -493,7 +494,8 @@ def test_a_path_without_toml_names_no_definition(program: Path, tmp_path: Path) 
     beside.write_text(f'program = "{program}"\n')
     assert compose.find_definition(str(beside)) == Definition(program)
     outside = os.path.relpath(tmp_path / "web", paths.OSV)
-    for image in (str(tmp_path / "web"), outside, "nothing"):
+    many = "host:" + ",".join(["busybox"] * 99)
+    for image in (str(tmp_path / "web"), outside, "nothing", many):
         assert compose.find_definition(image) is None
     assert compose.definition_file("agent") == compose.AGENT
 
