@@ -31,6 +31,8 @@ from testbed.runtimes.interface import Prepared
 FIRST_DELAY_S, LAST_DELAY_S = 0.5, 60.0
 """Delays before a restart: the first, which doubles each time, and the longest. After a run of
 `LAST_DELAY_S` it is the first again. Kubernetes' are 10 s and 5 min; here, a person is waiting."""
+LAST_WORDS = 200
+"""Characters of a workload's last line that are shown."""
 LAST_WORDS_BYTES = 8192
 """Length of the end of a log in which a workload's last words are looked for."""
 EVENTS = 100
@@ -278,10 +280,14 @@ class Watched:
         }
 
     def last_words(self) -> str:
-        """The last line that its program printed; empty if it printed none lately."""
+        """The last line that its program printed; empty if it printed none lately.
+
+        It is for a terminal: at most `LAST_WORDS` characters, and none that would control it.
+        """
         text = self.workloads.pod.place(self.workload).console_end(LAST_WORDS_BYTES)
-        lines = (line.strip() for line in reversed(text.splitlines()))
-        return next((line for line in lines if line and self.runtime.is_of_program(line)), "")
+        lines = (_printable(line).strip() for line in reversed(text.splitlines()))
+        last = next((line for line in lines if line and self.runtime.is_of_program(line)), "")
+        return last if len(last) <= LAST_WORDS else f"{last[:LAST_WORDS]}…"
 
     def say(self, what: str) -> None:
         """Add an event about it."""
@@ -353,3 +359,7 @@ class Watched:
         self.say(f"{why}: it is ended")
         self.pre_stop()
         process.end(running)
+
+
+def _printable(line: str) -> str:
+    return "".join(letter for letter in line.replace("\t", " ") if letter.isprintable())

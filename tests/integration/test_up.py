@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -195,6 +196,25 @@ def test_what_cannot_be_built_leaves_nothing(manifest: Callable[..., Path], name
     assert "--image shop:1=docker-archive:image.tar" in refused.stderr
     assert name not in control.names()
     assert not there(name)
+
+
+def test_a_last_line_is_told_without_what_controls_a_terminal(
+    manifest: Callable[..., Path], name: str
+) -> None:
+    prints = r"printf '\033]0;owned\007\033[2Jwhy\033[8m\r\n'; exit 1"
+    never = "readinessProbe: {tcpSocket: {port: 1}}"
+    file = manifest(
+        f"""
+        - {{name: odd, image: 'host:sh', args: [-c, {json.dumps(prints)}], {never}}}
+        - {{name: long, image: 'host:sh', args: [-c, 'yes | head -c 999 | tr -d "\\n"; exit 1'],
+            {never}}}
+        """,
+        "restartPolicy: Never",
+    )
+    told = run("up", file, "--wait", "30", status=1).stderr
+    assert f"{name}: odd is not ready (failed, exit status 1: ]0;owned[2Jwhy[8m); see" in told
+    assert re.search(r"long is not ready \(failed, exit status 1: y{200}…\); see", told)
+    assert "\033" not in told
 
 
 def test_an_interrupted_up_leaves_nothing(manifest: Callable[..., Path], name: str) -> None:
