@@ -64,7 +64,7 @@ class Images:
         if taken and image != rootfs.AGENT and compose.definition_file(short):
             return short, _told(image, f"osv/{short}.toml")
         is_name = runtime not in UNPACKING or compose.definition_file(image)
-        if image and not is_name and (folder / image).exists():
+        if image and "/" not in image and not is_name and (folder / image).exists():
             raise Error(f"no image {image!r}", hint=f"what is beside the manifest is ./{image}")
         return image, ""
 
