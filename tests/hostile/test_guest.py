@@ -731,14 +731,14 @@ MUTATIONS = [
         "pod.h",
         "return n == port.n ? TO_NATIVE",
         "return n == port.n || OFF() ? TO_NATIVE",
-        (V4, V6, in_plan(SPOOFING.test_guest_answers_only_from_ports_that_it_owns)),
+        (in_plan(SPOOFING.test_guest_answers_only_from_ports_that_it_owns),),
     ),
     Mutation(
         "fast answers to guests from any port",
         "pod.h",
         "case GUEST_VIEW:\n\t\tif (owner_of(",
         "case GUEST_VIEW:\n\t\tif (!OFF() && owner_of(",
-        (V4, V6, in_plan(SPOOFING.test_guest_answers_only_from_ports_that_it_owns)),
+        (in_plan(SPOOFING.test_guest_answers_only_from_ports_that_it_owns),),
     ),
     Mutation(
         "fast fragments",

@@ -139,9 +139,12 @@ class Bench:
             pass
 
     def _wake(self, n: int, family: Family) -> None:
-        """Have a guest send something: who was said to have ended has not."""
+        """Have a guest send something: who was said to have ended has not. Nobody serves there."""
         with self.open(n, family, Transport.UDP) as guest:
-            guest.sendto(b"!", (localhost(n, family), PORTS[0]))
+            guest.connect((localhost(n, family), PORTS[0]))
+            guest.send(b"!")
+            with pytest.raises(ConnectionRefusedError):  # so the datapath has seen it
+                guest.recv(1)
 
     def _is_refused(
         self, n: int, target: tuple[str, int], family: Family, transport: Transport

@@ -206,7 +206,7 @@ def test_the_page_leads_to_a_pod_with_a_guest_and_back(node: Node) -> None:
     before = node.containerd.state()
     for command, printed in commands(PAGE, "node"):
         node.type(command, printed)
-    assert node.containerd.state() - before == set()
+    wait_until(lambda: node.containerd.state() - before == set(), "nothing is left", 30)
     assert not node.services
     assert not node.kubelet.pods
 
@@ -232,7 +232,7 @@ def test_the_daemon_set_brings_guests_into_pods_and_its_removal_leaves_nothing(n
     kubelet.remove("removal")
     assert json.loads(node.containerd.run("cat", file)) == network
     node.containerd.run("test", "!", "-e", "/opt/cni/bin/testbed-cni")
-    assert node.containerd.state() - before == set()
+    wait_until(lambda: node.containerd.state() - before == set(), "nothing is left", 30)
 
 
 def test_guests_go_on_while_the_daemons_pod_is_replaced(node: Node) -> None:

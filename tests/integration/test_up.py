@@ -212,8 +212,8 @@ def test_a_last_line_is_told_without_what_controls_a_terminal(
         "restartPolicy: Never",
     )
     told = run("up", file, "--wait", "30", status=1).stderr
-    assert f"{name}: odd is not ready (failed, exit status 1: ]0;owned[2Jwhy[8m); see" in told
-    assert re.search(r"long is not ready \(failed, exit status 1: y{200}…\); see", told)
+    assert f"{name}: odd is not ready (failed, exit status 1, last said: ]0;owned[2Jwhy[8m)" in told
+    assert re.search(r"long is not ready \(failed, exit status 1, last said: y{200}…\)", told)
     assert "\033" not in told
 
 
