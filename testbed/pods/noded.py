@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 from testbed import bpf, datapaths, paths
 from testbed.host import cgroups, compiler, ledger, namespaces, nft
@@ -114,10 +114,22 @@ def _serve(
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for
     ending, alive = os.pipe()
     inherited = (server.fileno(), lock, alive)
-    _fork(inherited, partial(_hold, datapath, ending))
+    holder = _fork(inherited, partial(_hold, datapath, ending))
     os.close(ending)
-    server.listen(128)
-    ready()
+    try:
+        server.listen(128)
+        ready()
+        _answer_calls(server, inherited, network)
+    finally:  # where the daemon is a container, all its processes are killed when it has ended
+        os.close(alive)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(holder, 0)
+
+
+def _answer_calls(
+    server: socket.socket, inherited: Iterable[int], network: Path | None
+) -> NoReturn:
+    """Fork a child for each call, and look after the network's list and orphans in between."""
     next_check = 0.0
     again: dict[Path, float] = {}
     """Ledger of an orphan → when it may be adopted again."""
@@ -143,10 +155,10 @@ def _serve(
             time.sleep(0.1)
 
 
-def _fork(inherited: Iterable[int], work: Callable[[], None]) -> None:
-    """Do something in a child process, which has none of the daemon's descriptors."""
-    if os.fork():
-        return
+def _fork(inherited: Iterable[int], work: Callable[[], None]) -> int:
+    """Do something in a child process, which has none of the daemon's descriptors. Its pid."""
+    if pid := os.fork():
+        return pid
     status = 1
     try:
         for fd in inherited:
