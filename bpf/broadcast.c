@@ -118,7 +118,7 @@ static __always_inline int native_to_guest(struct __sk_buff *skb, struct port po
 		count_reason(skb, port.slot, REASON_ODD_SOURCE);
 		store_nonstandard_flow(p, port.slot, port.n);
 	}
-	if (skb->len - ETH_HLEN > LINK_MTU && !skb->gso_size)
+	if (is_too_big(skb))
 		return drop(skb, port.slot, REASON_TOO_BIG);
 	if (p->syn)
 		clamp_mss(skb, p);

@@ -73,9 +73,7 @@ struct packet {
 /* Whether skb is IPv4 or IPv6. With an inline function in place of this macro, clang orders the
  * code so that the verifier has more to do.
  */
-#define is_ip(skb)                                                                                 \
-	((skb)->protocol == bpf_htons(ETH_P_IP) || (skb)->protocol == bpf_htons(ETH_P_IPV6))
-
+#define is_ip(skb)   ((skb)->protocol == bpf_htons(ETH_P_IP) || is_ipv6(skb))
 #define is_ipv6(skb) ((skb)->protocol == bpf_htons(ETH_P_IPV6))
 
 /* Whether an IPv6 header has another one behind it that parse_ip() does not look for. */
@@ -411,7 +409,7 @@ static __always_inline bool parse_plain(struct __sk_buff *skb, struct packet *p,
 	p->v6 = v6;
 	p->l4 = ETH_HLEN + (v6 ? sizeof(*ip6) : sizeof(*ip));
 	tcp = data + p->l4;
-	if ((v6 ? !is_ipv6(skb) : skb->protocol != bpf_htons(ETH_P_IP)) ||
+	if (skb->protocol != bpf_htons(v6 ? ETH_P_IPV6 : ETH_P_IP) ||
 	    (void *)tcp + sizeof(struct udphdr) > end)
 		return false;
 	if (v6) {

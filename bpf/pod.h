@@ -267,7 +267,7 @@ static __always_inline bool has_forged_source(struct __sk_buff *skb, struct addr
 	if (skb->protocol == bpf_htons(ETH_P_IP)) {
 		if (!read(skb, ETH_HLEN + offsetof(struct iphdr, saddr), words, 4))
 			*source = classify4(words[0]);
-	} else if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
+	} else if (is_ipv6(skb)) {
 		if (!read(skb, ETH_HLEN + offsetof(struct ipv6hdr, saddr), words, 16))
 			*source = classify6(words);
 	}

@@ -51,12 +51,11 @@ struct native_addresses {
 
 #define FIRST_GUESTS	     16
 
-/* The owner of a port, at the index made of the port's low bits: port << 16 | OWNED, | as in `owners`.
+/* The owner of a port, at the index made of the port's low bits: port << 16 | as in `owners`.
  * Of several ports with the same low bits one is here, others are in `owners` alone. 0: no guest owns
  * any port with these bits.
  */
 #define OWNED_PORTS	     512
-#define OWNED		     0x200
 
 struct pod_state {
 	u32 owned[2][OWNED_PORTS]; /* of TCP, of UDP */

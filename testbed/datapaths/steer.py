@@ -18,7 +18,7 @@ from pathlib import Path
 
 from testbed import bpf
 from testbed.bpf import ProgramSet
-from testbed.datapaths.ebpf.attachment import EbpfAttachment
+from testbed.datapaths.ebpf.attachment import AT_PORTS, EbpfAttachment
 from testbed.datapaths.interface import Attachment, Datapath, Wiring
 from testbed.host import namespaces
 from testbed.host.ledger import Scope
@@ -57,6 +57,8 @@ class Steer(Datapath):
 
 
 class _Attachment(EbpfAttachment):
+    deferred = EbpfAttachment.deferred | AT_PORTS.keys()
+
     def __init__(self, wiring: Wiring, owner: Scope) -> None:
         super().__init__("steer", REASONS, wiring, owner, local=ALIASES)
 

@@ -28,6 +28,9 @@ class EbpfAttachment:
     """
 
     needs_conntrack = False
+    deferred = frozenset({"lo_egress"})
+    """Names of the programs that links run by tcx in the end: those that most packets meet. The
+    kernel takes 10 ms to attach each, in which nobody else can change links, and 20 to detach."""
 
     def __init__(
         self,
@@ -145,25 +148,23 @@ class EbpfAttachment:
             self._programs.close()
 
     def attach_deferred(self) -> None:
-        """Attach the programs of links by tcx instead, if the kernel has it."""
+        """Attach the `deferred` programs by tcx instead, if the kernel has it."""
         if not bpf.has_tcx():
             return
         if not self._calls:
-            self._calls = sorted({name for name, _ in self._places.values()})
+            self._calls = sorted(self.deferred)
             self._programs.make_calls(self._scope, len(self._calls))
             self._programs.set_calls(self._at_work, self._calls)
         for place, (name, classid) in self._places.items():
-            if place not in self._by_tcx:
-                if (
-                    place[1] == loopback_side.LO_IFINDEX
-                ):  # it may outlive us, if the pod is another's
-                    netns, ifindex, hook = place
-                    at = {"netns": netns, "ifindex": ifindex, "hook": hook, "name": name}
-                    self._links[place[:2]].defer(bpf.detach_tcx, **at)
-                number = self._calls.index(name)
-                with self._programs.entry(name, classid, number) as entry:
-                    bpf.attach_tcx(*place, entry)
-                self._by_tcx.add(place)
+            if name not in self.deferred or place in self._by_tcx:
+                continue
+            netns, ifindex, hook = place
+            if ifindex == loopback_side.LO_IFINDEX:  # in a pod of others it stays
+                at = {"netns": netns, "ifindex": ifindex, "hook": hook, "name": name}
+                self._links[netns, ifindex].defer(bpf.detach_tcx, **at)
+            with self._programs.entry(name, classid, self._calls.index(name)) as entry:
+                bpf.attach_tcx(*place, entry)
+            self._by_tcx.add(place)
 
     def _attach_lo(self) -> None:
         self._attach(loopback_side.LO_IFINDEX, bpf.EGRESS, "lo_egress")

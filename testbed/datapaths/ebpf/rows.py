@@ -48,13 +48,12 @@ class Rows:
         if not owner.continues:
             clear(**rows)
         state.create(self.programs)
-        for key, (owned, n) in zip(keys, owners.items(), strict=True):
+        for key, ((transport, port), n) in zip(keys, owners.items(), strict=True):
             row = n if Family.IPV6 in guests[n] else n | IPV4_ONLY
             _owners(self.programs)[tuple(key)] = (row,)
-            transport, port = owned
-            first = self._state.owned[transport is Transport.UDP]
-            if not first[port % state.OWNED_PORTS]:
-                first[port % state.OWNED_PORTS] = port << 16 | state.OWNED | row
+            table = self._state.owned[transport is Transport.UDP]
+            if not table[port % state.OWNED_PORTS]:
+                table[port % state.OWNED_PORTS] = port << 16 | row
 
     def port(self, n: int) -> int:
         """Index of guest n's link; 0 while the guest is down."""

@@ -18,8 +18,8 @@ OUTER, TEMPLATE = "pod_states", "pod_state"
 """Map of the states by slot, and the map that all of them are like."""
 TABLES = ("fragments", "nonstandard_flows", "guest_connections")
 TABLE_ROWS = 1024
-OWNED_PORTS, OWNED = 512, 0x200
-"""Length of each table `owned`, and the flag that all its rows have."""
+OWNED_PORTS = 512
+"""Length of each table `owned`."""
 FIRST_GUESTS = 16
 """Pairs of guests below this number are counted in the state, others in `guest_counts`."""
 GUEST_SERVES, GUEST_DIALS = 0, 1
