@@ -73,9 +73,13 @@ class Reading:
 
 def disturbance(spent: Mapping[str, float]) -> str | None:
     """What disturbed a trial, or None. `spent` is what the trial stores as `machine`."""
-    whole_s = spent["elapsed_s"] * len(facts.cpus())
-    if (share := spent["steal_s"] / whole_s) > STOLEN_SHARE:
-        return f"{share:.1%} of the CPUs' time was stolen"
-    if (share := spent["others_s"] / whole_s) > OTHERS_SHARE:
-        return f"{share:.1%} of the CPUs' time was used by others"
+    if (found := share(spent, "steal_s")) > STOLEN_SHARE:
+        return f"{found:.1%} of the CPUs' time was stolen"
+    if (found := share(spent, "others_s")) > OTHERS_SHARE:
+        return f"{found:.1%} of the CPUs' time was used by others"
     return None
+
+
+def share(spent: Mapping[str, float], use: str) -> float:
+    """Share of the CPUs' time in a trial that one use of `spent` took."""
+    return spent[use] / spent["elapsed_s"] / len(facts.cpus())

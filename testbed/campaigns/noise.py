@@ -17,8 +17,8 @@ from statistics import median, stdev
 
 from testbed import datapaths, runtimes
 from testbed.campaigns import roles, trial
-from testbed.campaigns.isolation import OTHERS_SHARE
-from testbed.host import facts, ledger
+from testbed.campaigns.isolation import OTHERS_SHARE, share
+from testbed.host import ledger
 from testbed.host.ledger import Owner
 from testbed.model.cells import AGAIN, Cell, Pair
 from testbed.model.errors import Error
@@ -103,7 +103,7 @@ def measure(limit_s: float = MEASURE_S) -> Noise:
             for result in found.values():
                 reason = result.reason if result.status is not Status.OK else reason
                 if "others_s" in (spent := result.machine):
-                    shares.append(spent["others_s"] / spent["elapsed_s"] / len(facts.cpus()))
+                    shares.append(share(spent, "others_s"))
     if len(logs) < 3:
         raise Error(f"an A/A of {limit_s:g} s has {len(logs)} ratios: {reason or 'too slow'}")
     return Noise(len(logs), stdev(logs), median(shares))

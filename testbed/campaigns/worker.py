@@ -53,8 +53,8 @@ def work(job: Job) -> Iterator[Event]:
         yield _step("measuring how quiet this machine is")
         try:
             found = noise.measure(job.noise_s)
-        except Error as e:
-            yield {"event": "note", "text": f"how quiet this machine is, is unknown: {e.message}"}
+        except (Error, OSError) as e:
+            yield {"event": "note", "text": f"how quiet this machine is, is unknown: {e}"}
     yield {
         "event": "ready",
         "guest": asdict(guest.description),
@@ -127,14 +127,13 @@ class _Bench:
         reasons = {cell: reason for cell in cells if (reason := self._unsupported(cell))}
         supported = [cell for cell in cells if cell not in reasons]
         rounds = schedule.rounds(supported, self._is_machine)
-        order = {cell: at for at, cell in enumerate(chain(reasons, *rounds))}
+        order = {cell.id: at for at, cell in enumerate(chain(reasons, *rounds))}
         for cell, reason in reasons.items():
-            yield _result(Trial(cell.id, number, order[cell], Status.UNSUPPORTED, reason))
+            yield _result(Trial(cell.id, number, order[cell.id], Status.UNSUPPORTED, reason))
         for together in rounds:
             for event in self._together(number, together):
                 if isinstance(event, Trial):
-                    cell = Cell.parse(event.cell)
-                    event = _result(replace(event, block=number, order=order[cell]))
+                    event = _result(replace(event, block=number, order=order[event.cell]))
                 yield event
 
     def _together(self, number: int, cells: Sequence[Cell]) -> Iterator[Event | Trial]:
@@ -162,7 +161,7 @@ class _Bench:
         """Whether the cell has guests, and they are virtual machines."""
         guest = self.guests[cell.guest]
         assert not isinstance(guest, Error)
-        return cell.pair.guests > 0 and bool(guest.description.accelerator)
+        return cell.pair.guests > 0 and guest.description.runtime.is_machine
 
     def _unsupported(self, cell: Cell) -> str | None:
         guest = self.guests[cell.guest]

@@ -77,8 +77,8 @@ def _noise(plan: Plan) -> Finding:
 
     try:
         found = noise.measure()
-    except Error as e:
-        return Finding("quiet", State.DEGRADED, e.message, "how narrow intervals get is unknown")
+    except (Error, OSError) as e:
+        return Finding("quiet", State.DEGRADED, str(e), "how narrow intervals get is unknown")
     detail = f"{found.text(plan.blocks, plan.target_width)} (plan {plan.name})"
     if found.quiet:
         return Finding("quiet", State.FINE, detail)
@@ -90,9 +90,10 @@ def _doctor_of_hosts(arguments: argparse.Namespace) -> int:
     from testbed import doctor
     from testbed.remote import survey
 
+    options = ["--fast"] if arguments.fast else ["--plan", arguments.plan]
     well = True
     answers = {}
-    for host, answer in survey.each(chosen(arguments), survey.examine):
+    for host, answer in survey.each(chosen(arguments), lambda h: survey.examine(h, *options)):
         if isinstance(answer, Error):
             answers[host.name], lines, well = {"error": str(answer)}, [str(answer)], False
         else:

@@ -11,7 +11,6 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 
 from testbed.host import architecture
@@ -71,6 +70,8 @@ def congestion_control() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of the software that takes part in a measurement, by name."""
+    from importlib import metadata  # not above: it takes longer than all else that is here
+
     found = {"python": platform.python_version()}
     for name in ("testbed", "pyroute2", "pandas", "scipy", "matplotlib", "wasmtime"):
         found[name] = metadata.version(name)

@@ -44,10 +44,13 @@ def look(host: Host) -> Seen:
     return Seen(kernel, int(cpus), (one, five, fifteen), kvm == "yes", vhost_net == "yes")
 
 
-def examine(host: Host) -> list[dict[str, str]]:
-    """Run the doctor on a host, with this clone's files. Returns the fields of its findings."""
+def examine(host: Host, *options: str) -> list[dict[str, str]]:
+    """Run the doctor on a host, with this clone's files and these options of its command.
+
+    Returns the fields of its findings.
+    """
     with Link(host) as link:
-        return Site(link, lambda _: None).findings()
+        return Site(link, lambda _: None).findings(*options)
 
 
 def each(hosts: Sequence[Host], ask: Callable[[Host], Any]) -> Iterator[tuple[Host, Any]]:
