@@ -174,9 +174,10 @@ def _running(ifindex: int, hook: int) -> Iterator[dict[str, int]]:
     with ExitStack() as opened:
         programs = {}
         for id in ids[: struct.unpack_from("=4x24xI", answer)[0]]:
-            fd = syscall.call(syscall.FD_BY_ID, "=I", id)
-            opened.callback(os.close, fd)
-            programs[syscall.program_name(fd)] = fd
+            with suppress(FileNotFoundError):  # somebody has just detached it
+                fd = syscall.call(syscall.FD_BY_ID, "=I", id)
+                opened.callback(os.close, fd)
+                programs[syscall.program_name(fd)] = fd
         yield programs
 
 
