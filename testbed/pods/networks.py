@@ -31,7 +31,7 @@ def add(folder: Path) -> Path | None:
 
     Raises `Error` if there is no list.
     """
-    files = sorted(file for file in _files(folder) if file.suffix in ENDINGS)
+    files = _files(folder)
     if not files:
         raise Error(
             f"{folder} has no network for pods",
@@ -48,22 +48,28 @@ def add(folder: Path) -> Path | None:
 
 
 def remove(folder: Path) -> list[Path]:
-    """Take the plugin out of all lists. Returns the files that have changed."""
+    """Take the plugin out of all lists. Returns the files that have changed.
+
+    Files that no runtime could read are left alone.
+    """
     changed = []
-    for file in sorted(_files(folder)):
-        if file.suffix in ENDINGS:
+    for file in _files(folder):
+        try:
             network = _read(file)
-            plugins = network.get("plugins", [])
-            left = [plugin for plugin in plugins if not _is_ours(plugin)]
-            if left != plugins:
-                _write(file, network | {"plugins": left})
-                changed.append(file)
+        except Error:
+            continue
+        plugins = network.get("plugins", [])
+        left = [plugin for plugin in plugins if not _is_ours(plugin)]
+        if left != plugins:
+            _write(file, network | {"plugins": left})
+            changed.append(file)
     return changed
 
 
 def _files(folder: Path) -> list[Path]:
+    """The configurations of a folder, in the order in which a runtime looks at them."""
     try:
-        return list(folder.iterdir())
+        return sorted(file for file in folder.iterdir() if file.suffix in ENDINGS)
     except OSError as e:
         raise Error(f"{folder}: {e.strerror}", hint="the folder of networks, which is there") from e
 
@@ -85,6 +91,9 @@ def _read(file: Path) -> dict[str, Any]:
 def _write(file: Path, network: dict[str, Any]) -> None:
     """Replace a file as a whole, since the runtime may read it at any time."""
     new = file.with_name(f".{file.name}.new")  # an ending that runtimes do not read
-    new.write_text(json.dumps(network, indent=2) + "\n")
-    shutil.copymode(file, new)
-    new.replace(file)
+    try:
+        new.write_text(json.dumps(network, indent=2) + "\n")
+        shutil.copymode(file, new)
+        new.replace(file)
+    except OSError as e:
+        raise Error(f"cannot write {file}: {e.strerror}") from e

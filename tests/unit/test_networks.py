@@ -66,6 +66,19 @@ def test_it_is_taken_out_of_all_lists(folder: Path) -> None:
     assert networks.remove(folder) == []
 
 
+def test_a_file_that_no_runtime_can_read_keeps_it_in_no_list(folder: Path) -> None:
+    networks.add(folder)
+    for name, text in (("05-broken.conf", "{ not"), ("15-none.json", "[1]")):
+        (folder / name).write_text(text)
+    assert networks.remove(folder) == [folder / "10-flannel.conflist"]
+
+
+def test_a_list_that_cannot_be_written_is_named(folder: Path) -> None:
+    (folder / ".10-flannel.conflist.new").mkdir()
+    with pytest.raises(Error, match=r"cannot write .*10-flannel.conflist: Is a directory"):
+        networks.add(folder)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
