@@ -32,12 +32,17 @@ static void tell(int status)
 	close(console);
 }
 
+static void flush_and_tell(int status)
+{
+	fflush(NULL); /* OSv powers off without it */
+	tell(status);
+}
+
 static int run(int argc, char **argv, char **env)
 {
 	int status = program(argc, argv, env);
 
-	fflush(NULL); /* OSv powers off without it */
-	tell(status);
+	flush_and_tell(status);
 	return status;
 }
 
@@ -50,8 +55,7 @@ int __libc_start_main(Main *main, int argc, char **argv, void (*init)(void), voi
 
 void exit(int status)
 {
-	fflush(NULL); /* OSv powers off without it */
-	tell(status);
+	flush_and_tell(status);
 	KERNEL(exit)(status);
 	__builtin_unreachable();
 }
