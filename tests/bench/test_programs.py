@@ -123,21 +123,6 @@ def restored_steer() -> Iterator[ProgramSet]:
         yield programs
 
 
-def translated(
-    ratio: Ratio, name: str, programs: ProgramSet, redirect: int, program: str, frame: bytes
-) -> None:
-    """Compare a program that changes the frame with a redirect."""
-    frame += bytes(HEADERS)
-    nothing, tried = (programs.program(f"restoring_{of}") for of in ("nothing", program))
-    restoring_s = per_packet(nothing, frame) - per_packet(redirect, frame)
-    ratio(
-        name,
-        lambda: per_packet(tried, frame) - restoring_s,
-        lambda: per_packet(redirect, frame),
-        goal_s=GOAL_S,
-    )
-
-
 def sent(plan: Plan, dport: int, *, to_pod: bool = False) -> bytes:
     """By guest 0, to the alias or to the pod's own address."""
     to = plan.pod_link if to_pod else plan.alias
@@ -186,22 +171,34 @@ def test_a_packet_that_capture_leaves_alone(
     )
 
 
+def compare_translated(
+    ratio: Ratio, datapath: str, programs: ProgramSet, redirect: int, family: Family, what: str
+) -> None:
+    """Compare a program that changes the frame with a redirect."""
+    program, make = TRANSLATED[what]
+    data = make(Plan(family)) + bytes(HEADERS)
+    nothing, tried = (programs.program(f"restoring_{of}") for of in ("nothing", program))
+    restoring_s = per_packet(nothing, data) - per_packet(redirect, data)
+    ratio(
+        f"{datapath}: {what}, translated, {family}",
+        lambda: per_packet(tried, data) - restoring_s,
+        lambda: per_packet(redirect, data),
+        goal_s=GOAL_S,
+    )
+
+
 @pytest.mark.parametrize("what", TRANSLATED)
 def test_a_packet_that_capture_translates(
     ratio: Ratio, restored_capture: ProgramSet, redirect: int, family: Family, what: str
 ) -> None:
-    program, make = TRANSLATED[what]
-    name, frame = f"capture: {what}, translated, {family}", make(Plan(family))
-    translated(ratio, name, restored_capture, redirect, program, frame)
+    compare_translated(ratio, "capture", restored_capture, redirect, family, what)
 
 
 @pytest.mark.parametrize("what", ["native to guest", "guest to guest"])
 def test_a_packet_that_steer_translates(
     ratio: Ratio, restored_steer: ProgramSet, redirect: int, family: Family, what: str
 ) -> None:
-    program, make = TRANSLATED[what]
-    name, frame = f"steer: {what}, translated, {family}", make(Plan(family))
-    translated(ratio, name, restored_steer, redirect, program, frame)
+    compare_translated(ratio, "steer", restored_steer, redirect, family, what)
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,6 @@ POD = {
 }
 CONTAINER = {"name", "image", "command", "readinessProbe", "securityContext", "volumeMounts"}
 PROPAGATION = {None: "PRIVATE", "Bidirectional": "BIDIRECTIONAL"}
-EXITED = 2
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,7 @@ class Pod:
         return self._containerd.runtime.ContainerStatus(request, CALL_S).status
 
     def _has_ended(self, container: Mapping[str, Any]) -> bool:
-        return bool(self._status(container).state == EXITED)
+        return bool(self._status(container).state == PROTOCOL.EXITED)
 
     def _is_ready(self, container: Mapping[str, Any]) -> bool:
         assert not self._has_ended(container), self.log(container["name"])

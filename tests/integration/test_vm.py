@@ -264,15 +264,26 @@ def test_what_a_program_wrote_is_logged_and_its_last_line_is_told(
         ]
 
 
+@pytest.fixture
+def guest_of_own_cache(
+    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, Workload]:
+    """A program, and a guest that runs it. The cache, where its image will be, is new.
+
+    `kind` comes first: its kernel is in the usual cache.
+    """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    program = compiled(ENDS, tmp_path / "ends", "-pie", "-fPIE")
+    return program, Workload("guest", Runtime.OSV, program=Program(f"host:{program}"))
+
+
 @pytest.mark.parametrize("kind", ["ipv6"], indirect=True)
 def test_the_status_of_a_guest_is_told_without_its_program_and_image(
-    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: Kind, tmp_path: Path, guest_of_own_cache: tuple[Path, Workload]
 ) -> None:
     """They may be gone by the time the guest ends."""
     assert kind.runtime == "osv"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    program = compiled(ENDS, tmp_path / "ends", "-pie", "-fPIE")
-    guest = Workload("guest", Runtime.OSV, program=Program(f"host:{program}"))
+    program, guest = guest_of_own_cache
     osv = runtimes.prepare(Runtime.OSV, Options())
     osv.compose(guest)
     program.unlink()
@@ -310,13 +321,11 @@ def test_what_osv_does_to_a_program_is_told(kind: Kind, has_shim: bool, tmp_path
 
 @pytest.mark.parametrize("kind", ["ipv6"], indirect=True)
 def test_the_image_of_a_pod_stays_in_the_cache_however_old_it_is(
-    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: Kind, guest_of_own_cache: tuple[Path, Workload]
 ) -> None:
     """A guest that is started again needs it, and what it was made of may be gone."""
     assert kind.runtime == "osv"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    program = compiled(ENDS, tmp_path / "ends", "-pie", "-fPIE")
-    guest = Workload("guest", Runtime.OSV, program=Program(f"host:{program}"))
+    _, guest = guest_of_own_cache
 
     def compose_others() -> list[Path]:
         """What another process does, a week later."""
