@@ -96,7 +96,7 @@ def _page(results: Results, pictures: Sequence[Path]) -> str:
     parts = [
         f"<h1>{escape(campaign.name)}</h1>",
         f"<p>{escape(_lead(campaign))}</p>",
-        *(f'<p class="warning">{escape(warning)}</p>' for warning in warnings_of(campaign)),
+        *(f'<p class="warning">{escape(warning)}</p>' for warning in warnings_of(results)),
         *_section(
             "Results",
             _legend(campaign),

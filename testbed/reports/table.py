@@ -65,7 +65,7 @@ def table(results: Results, width: int) -> Group:
     }
     wide = width >= 116
     shown = Table(
-        title=_headline(campaign),
+        title=_headline(results),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
@@ -117,9 +117,10 @@ def _entry(row: Summary, wide: bool, sized: bool, notes: dict[str, int]) -> Text
     return text.append(f"\n{ratio}", style="dim")
 
 
-def _headline(campaign: Campaign) -> Text:
+def _headline(results: Results) -> Text:
+    campaign = results.campaign
     text = Text(f"{campaign.name}: {blocks_of(campaign)}, guest {guest_of(campaign)}")
-    return text.append("".join(f"\n{w}" for w in warnings_of(campaign)), style="bold yellow")
+    return text.append("".join(f"\n{w}" for w in warnings_of(results)), style="bold yellow")
 
 
 def _legend(campaign: Campaign, rows: Iterable[Summary]) -> str:

@@ -11,6 +11,7 @@ from testbed.model.metrics import TAIL, Metric
 from testbed.model.terms import UNPACED, Transport
 from testbed.model.trials import Status
 from testbed.results.analysis import EXCEEDANCES, Summary, controls
+from testbed.results.results import Results
 from testbed.results.statistics import Estimate
 from testbed.results.store import Campaign
 
@@ -69,9 +70,22 @@ def interval(of: Estimate, scale: float, wide: bool) -> str:
     return f"{mean} ±{side:.0f}%" if side < 999.5 else f"{mean} >±999%"
 
 
-def warnings_of(campaign: Campaign) -> list[str]:
-    """What makes the campaign's numbers no speed claim, or too small: a line each."""
-    return list(filter(None, (_emulated(campaign), pacing_warning(campaign.congestion_control))))
+def warnings_of(results: Results) -> list[str]:
+    """What makes a campaign's numbers no speed claim, too small or unsure: a line each."""
+    campaign = results.campaign
+    warnings = (
+        _emulated(campaign),
+        pacing_warning(campaign.congestion_control),
+        _disturbed(results),
+    )
+    return list(filter(None, warnings))
+
+
+def _disturbed(results: Results) -> str:
+    """The warning that values are those of disturbed trials; or empty."""
+    values = [trial for trial in results.trials if trial.value is not None]
+    disturbed = sum(trial.disturbed is not None for trial in values)
+    return f"{disturbed} of {len(values)} values are of disturbed trials" if disturbed else ""
 
 
 def pacing_warning(congestion_control: str) -> str:

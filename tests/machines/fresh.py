@@ -1,5 +1,6 @@
 """Tests on fresh machines: clones a commit into new Debian roots, which have only git, and runs
-the README's test command there.
+the README's test command there. A root has the kernel, network and cgroups of this machine, so its
+commands see this machine's pods, and `testbed down --all` would take them down.
 """
 
 from __future__ import annotations

@@ -166,6 +166,16 @@ def test_a_congestion_control_that_may_pace_is_warned_of(tmp_path: Path) -> None
             assert (f"TCP's congestion control is {name}, not cubic" in text) is paces
 
 
+def test_values_of_disturbed_trials_are_counted(little: store.Store) -> None:
+    assert "disturbed" not in printed(little, 160)
+    cell = Cell.parse("capture/native-guest/ipv4/tcp/latency/64x1")
+    little.append(replace(trial(cell, 7), disturbed="by another"))
+    little.append(replace(trial(cell, 8), disturbed="by another"))
+    little.append(trial(cell, 8))
+    values = sum(t.value is not None for t in Results(little).trials)
+    assert f"1 of {values} values are of disturbed trials" in printed(little, 160)
+
+
 def test_a_campaign_notes_its_guests_and_a_congestion_control_that_may_pace() -> None:
     share = Share("one", None, Job((), 0, 1, "best", ""))
     ready = {
@@ -321,7 +331,7 @@ def test_starts_memory_and_scaling_have_figures_and_guests_that_cells_name_their
                 value = (sum(of.values()) or 1e9) * (1 + block / 50)
                 made.append(Trial(cell.id, block, 0, Status.OK, value=value, parts=of))
         names = [f.name for f in draw.draw(Results(made)) if f.suffix == ".png"]
-        warnings = words.warnings_of(made.campaign)
+        warnings = words.warnings_of(Results(made))
     assert names == [
         "throughput-tcp-standin.png",
         "scaling-tcp-standin.png",
