@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import posixpath
 import re
 import shutil
@@ -27,7 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from testbed import agent
 from testbed.host import cache, process
@@ -161,7 +162,17 @@ def files(root: Path) -> list[str]:
 
     The order does not depend on the file system.
     """
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*"))
+    start = len(posixpath.join(root, ""))
+    return sorted(
+        posixpath.join(folder, name)[start:]
+        for folder, *kinds in os.walk(root, onerror=_refuse)
+        for names in kinds
+        for name in names
+    )
+
+
+def _refuse(fault: OSError) -> NoReturn:
+    raise fault
 
 
 def check_size(files: Iterable[int]) -> None:

@@ -348,7 +348,8 @@ def test_a_fault_of_an_image_has_the_images_name(
     long = tmp_path_factory.mktemp("long")
     (long / "etc").symlink_to("x" * 300)
     for root, complaint in (
-        (deep, "its folders are nested too deeply"),
+        # Python 3.11 walks folders by recursion, later ones do not.
+        (deep, "(its folders are nested too deeply|File name too long: )"),
         (long, "File name too long: '.*xxx'"),
     ):
         with pytest.raises(Error, match=f"image 'a.tar': {complaint}"), rootfs.reading("a.tar"):
