@@ -132,17 +132,20 @@ static __always_inline bool has_source(const struct packet *p, u8 n)
 	       p->addresses[2] == own[2] && p->addresses[3] == own[3];
 }
 
+/* Whether the frame is from guest n's MAC. The Ethernet header of a received frame is linear. */
+static __always_inline bool has_source_mac(struct __sk_buff *skb, u8 n)
+{
+	u8 mac[ETH_ALEN] = GUEST_MAC(n);
+	struct ethhdr *eth = data_of(skb);
+
+	return (void *)(eth + 1) <= data_end_of(skb) && same_mac(eth->h_source, mac);
+}
+
 /* Parses a plain packet that guest n may send: from its own MAC and address. */
 static __always_inline bool parse_plain_of_guest(struct __sk_buff *skb, struct port port,
 						 struct packet *p, const bool v6)
 {
-	u8 mac[ETH_ALEN] = GUEST_MAC(port.n);
-	struct ethhdr *eth;
-
-	if (!parse_plain(skb, p, v6) || skb->vlan_present)
-		return false;
-	eth = data_of(skb);
-	if ((void *)(eth + 1) > data_end_of(skb) || !same_mac(eth->h_source, mac) ||
+	if (!parse_plain(skb, p, v6) || skb->vlan_present || !has_source_mac(skb, port.n) ||
 	    !has_source(p, port.n))
 		return false;
 	p->source = address_of(LINK, port.n);
@@ -341,10 +344,7 @@ static __always_inline int port_nd(struct __sk_buff *skb, struct port port, stru
  */
 static __always_inline int admit(struct __sk_buff *skb, struct port port, struct packet *p)
 {
-	u8 mac[ETH_ALEN] = GUEST_MAC(port.n);
-	struct ethhdr eth;
-
-	if (read(skb, 0, &eth, sizeof(eth)) || !same_mac(eth.h_source, mac))
+	if (!has_source_mac(skb, port.n))
 		return drop(skb, port.slot, REASON_SPOOFED);
 	if (skb->vlan_present)
 		return drop(skb, port.slot, REASON_UNHANDLED);

@@ -522,13 +522,12 @@ SPOOFING = test_capture.TestSpoofing()
 FRAGMENTS = test_capture.TestFragments()
 
 MUTATIONS = [
-    without(
+    Mutation(
         "any MAC",
         "pod.h",
-        "!same_mac(eth.h_source, mac)",
-        V4,
-        V6,
-        in_plan(SPOOFING.test_guest_sends_only_from_its_own_mac),
+        "if (!has_source_mac(skb, port.n))",
+        "if (!OFF() && !has_source_mac(skb, port.n))",
+        (V4, V6, in_plan(SPOOFING.test_guest_sends_only_from_its_own_mac)),
     ),
     without("another guest's source", "pod.h", "p->source.n != port.n", V4, V6),
     without(
@@ -724,7 +723,13 @@ MUTATIONS = [
         V4,
         V6,
     ),
-    without("fast path from any MAC", "pod.h", "!same_mac(eth->h_source, mac)", V4, V6),
+    Mutation(
+        "fast path from any MAC",
+        "pod.h",
+        "skb->vlan_present || !has_source_mac(skb, port.n)",
+        "skb->vlan_present || (!OFF() && !has_source_mac(skb, port.n))",
+        (V4, V6),
+    ),
     without("fast path from any address", "pod.h", "!has_source(p, port.n)", V4, V6),
     Mutation(
         "fast answers to natives from any port",
