@@ -119,8 +119,9 @@ def save(
     """
     files = {kind: folder / f"{name}.{kind}" for kind in kinds}
     surround(drawing, bare)
-    drawing.panels.draw_without_rendering()  # lays the panels out
-    drawing.panels.set_layout_engine("none")  # once, or a file would depend on those before it
+    if layout := drawing.panels.get_layout_engine():
+        layout.execute(drawing.panels)  # once, or a file would depend on those before it
+        drawing.panels.set_layout_engine(None)
     try:
         folder.mkdir(exist_ok=True)
         if pdf := files.get("pdf"):
