@@ -193,10 +193,11 @@ def costs(trials: pd.DataFrame) -> list[Breakdown]:
     by the measured rate. It includes what the host does anyway, which is little on a quiet host.
     """
     found = []
+    columns = [f"machine.{part}_s" for part in CPU]
     for id, table in trials[trials.status == "ok"].groupby("cell", sort=False):
         if cost := cost_values(table):
-            parts = table[[f"machine.{part}_s" for part in CPU]].clip(lower=0).mean()
-            shares = {part: float(parts[f"machine.{part}_s"] / parts.sum()) for part in CPU}
+            spent = table[columns].clip(lower=0).mean()
+            shares = dict(zip(CPU, (spent / spent.sum()).tolist(), strict=True))
             found.append(Breakdown(Cell.parse(str(id)), estimate(cost.values()), shares))
     return found
 
@@ -218,19 +219,21 @@ def cost_values(table: pd.DataFrame) -> dict[int, float]:
     metric = Metric(str(table.metric.iloc[0]))
     if "machine.softirq_s" not in table or metric.of_building:
         return {}
-    rows = table[table.status == "ok"]
-    done = rows.payload_bytes / 1e9
+    done = table.payload_bytes / 1e9
     if metric is not Metric.THROUGHPUT:
-        done = rows.transactions / 1e6
-    cost = rows["machine.cpu_s"] / rows["machine.active_s"] / (done / rows.duration_s)
-    return {int(b): float(c) for b, c in zip(rows.block, cost, strict=True) if 0 < c < inf}
+        done = table.transactions / 1e6
+    cost = table["machine.cpu_s"] / table["machine.active_s"] / (done / table.duration_s)
+    has_one = (table.status == "ok") & (cost > 0) & (cost < inf)
+    return {int(b): float(c) for b, c in zip(table.block[has_one], cost[has_one], strict=True)}
 
 
 def block_values(table: pd.DataFrame, quantity: str) -> dict[int, float]:
     """Block → value, of one cell's trials that are ok and whose value is positive and finite."""
-    rows = table[(table.status == "ok") & (table[quantity] > 0) & (table[quantity] < inf)]
+    values = table[quantity]
+    has_one = (table.status == "ok") & (values > 0) & (values < inf)
     return {
-        int(block): float(value) for block, value in zip(rows.block, rows[quantity], strict=True)
+        int(block): float(value)
+        for block, value in zip(table.block[has_one], values[has_one], strict=True)
     }
 
 
@@ -259,9 +262,10 @@ def _status(table: pd.DataFrame, values: Mapping[int, float]) -> Status:
 
 def _reason(table: pd.DataFrame, values: Mapping[int, float]) -> str | None:
     """The most frequent reason why blocks have no value, with a count if other blocks have one."""
-    without = table[~table.block.isin(list(values))]
-    if without.empty:
+    has_none = ~table.block.isin(list(values))
+    if not has_none.any():
         return None
+    without = table[has_none]
     reasons = without.reason.where(without.status != "ok").fillna("no value measured")
     text = " ".join(str(reasons.mode().iloc[0]).split())
     return text if not values else f"{len(without)} of {len(table)} blocks failed: {text}"
