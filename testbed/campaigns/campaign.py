@@ -25,6 +25,7 @@ from testbed.campaigns.protocol import Event, Job
 from testbed.campaigns.schedule import Blocks, order_blocks
 from testbed.model.cells import Cell
 from testbed.model.errors import Error
+from testbed.model.progress import Progress
 from testbed.model.trials import Status, Trial
 from testbed.plan import Claim, Plan
 from testbed.reports.words import pacing_warning
@@ -41,19 +42,6 @@ class Choice:
     osv_kernel: Path | None = None
     keep: bool = False
     """Stop at the first pod that fails, and leave it standing."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Progress of a campaign."""
-
-    text: str
-    done: int
-    total: int
-    left_s: float | None
-    """Estimate of the remaining time in seconds; None before the first trial."""
-    stays: bool = False
-    """Whether the text is to be read afterwards, too, and not only until the next one."""
 
 
 Report = Callable[[Progress], None]
@@ -126,7 +114,7 @@ def resume(path: Path, keep: bool, report: Report, places: Sequence[Place] = HER
             before, shares = len(stored.done()), _deal(job, blocks, places, begun)
             lacking = sum(len(ids) for share in shares for _, ids in share.job.blocks)
             text = f"{lacking} trials are lacking of {before + lacking}"
-            report(Progress(text, before, before + lacking, None, stays=True))
+            report(Progress(text, before, before + lacking, stays=True))
             _run(shares, lambda _: appended, report, plan, before)
         finished = _refine(appended, plan, job, places, report, began)
         stack.pop_all()

@@ -15,7 +15,7 @@ from testbed.model.errors import Error
 from testbed.model.terms import Runtime
 
 if TYPE_CHECKING:
-    from testbed.campaigns.campaign import Progress
+    from testbed.model.progress import Progress
     from testbed.remote.inventory import Host
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"

@@ -84,7 +84,6 @@ def add(commands: Commands) -> None:
 
 def _conformance(arguments: argparse.Namespace) -> int:
     from testbed import datapaths, paths
-    from testbed.campaigns import campaign
     from testbed.conformance import archive, check, checks, output, runner
 
     globs = tuple(arguments.check or ("*",))
@@ -129,7 +128,7 @@ def _conformance(arguments: argparse.Namespace) -> int:
                 if isinstance(event, check.Result):
                     results.append(event)
                 else:
-                    report(campaign.Progress(event.text, event.done, event.total, None))
+                    report(event)
     except BaseException:
         if results:  # show what was checked before the error
             _show_conformance(results, arguments)

@@ -21,6 +21,7 @@ from testbed.host.ledger import Owner
 from testbed.model.cells import Cell, Pair
 from testbed.model.errors import Error
 from testbed.model.metrics import Metric
+from testbed.model.progress import Progress
 from testbed.model.terms import Family, Runtime
 from testbed.runtimes import interface
 
@@ -43,15 +44,6 @@ class Choice:
     """Address of the traffic agent of the guest in that pod."""
     cgroup: Path | None = None
     """Cgroup of that pod's processes, in which natives are started. None: in none of the pod's."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Progress of a run."""
-
-    text: str
-    done: int
-    total: int
 
 
 def run(choice: Choice) -> Iterator[Result | Progress]:

@@ -25,9 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from elftools.elf.elffile import ELFFile
-from pydantic import Field
 
-from testbed import agent, paths, schema
+from testbed import agent, paths
 from testbed.host import cache, compiler
 from testbed.images import cpio, elf, kernels, rofs, rootfs, shim
 from testbed.images.rofs import Directory, Node, Symlink, Tree
@@ -35,7 +34,6 @@ from testbed.images.rootfs import Process, Root
 from testbed.model.addresses import Address, alias
 from testbed.model.errors import Error
 from testbed.model.terms import Family
-from testbed.schema import Table
 
 AGENT = paths.OSV / "agent.toml"
 """Definition of guests that run the traffic agent."""
@@ -119,22 +117,13 @@ class Image:
     """The process in the guest."""
 
 
-class _File(Table):
-    """Schema of a definition's file."""
-
-    program: str = Field(min_length=1, description='program = "PATH"')
-    """A name is looked for beside the definition, then among this host's programs."""
-    package: str = Field("", description="the name of a Debian package")
-    arguments: list[str] = Field([], description="a list of words")
-    files: dict[str, str] = Field({}, description="a table: path in the guest = path here")
-    folders: list[str] = Field([], description="a list of patterns of paths, as /usr/lib/python3.*")
-    shim: bool = Field(True, description="true or false")
-
-
 def load(path: Path) -> Definition:
     """Read a definition. Raises `Error` if it is invalid, or its program does not exist."""
+    from testbed import schema  # not above: to run a plain program, no pydantic is needed
+    from testbed.images.schema import Definition as Written
+
     title = "image definition"
-    given = schema.read(_File, schema.toml(path, title), f"{title} {path}")
+    given = schema.read(Written, schema.toml(path, title), f"{title} {path}")
     program, package = given.program, given.package
     beside = path.parent
     file = beside / program

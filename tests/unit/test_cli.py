@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from testbed import cli, paths
-from testbed.campaigns.campaign import Progress
 from testbed.cli import common
+from testbed.model.progress import Progress
 
 PROOF = paths.REFERENCE / "proof"
 
@@ -88,7 +88,7 @@ def test_a_note_stays_on_a_terminal_above_the_line_that_changes(
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     with common.progress() as report:
-        report(Progress("guests are linux: no OSv here", 0, 2, None, stays=True))
+        report(Progress("guests are linux: no OSv here", 0, 2, stays=True))
         report(Progress("block 0", 1, 2, 60.0))
     printed = capsys.readouterr().err
     _, note, after = printed.partition("guests are linux: no OSv here\n")
@@ -101,10 +101,10 @@ def test_without_a_terminal_notes_are_lines_and_nothing_is_said_twice(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with common.progress() as report:
-        report(Progress("preparing", 0, 2, None))
-        report(Progress("guests are standin", 0, 2, None, stays=True))
-        report(Progress("preparing", 0, 2, None))
-        report(Progress("block 0", 0, 2, None))
+        report(Progress("preparing", 0, 2))
+        report(Progress("guests are standin", 0, 2, stays=True))
+        report(Progress("preparing", 0, 2))
+        report(Progress("block 0", 0, 2))
     assert capsys.readouterr().err.splitlines() == [
         "[0/2] preparing",
         "[0/2] guests are standin",
