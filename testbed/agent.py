@@ -20,8 +20,10 @@ from testbed.model.addresses import CONTROL_PORT, Address
 from testbed.model.errors import Error
 from testbed.model.terms import Family, Transport
 
-CFLAGS = ("-std=gnu17", "-O2", "-fPIE", "-pie", "-pthread")
+COMMON_CFLAGS = ("-std=gnu17", "-O2", "-pthread")
 """gnu17: newer standards bind strtol to a symbol of newer C libraries, which OSv lacks."""
+CFLAGS = (*COMMON_CFLAGS, "-fPIE", "-pie")
+STATIC_CFLAGS = (*COMMON_CFLAGS, "-static")
 
 SLACK_S = 30.0
 """Time that a run may take beyond its duration. The agent gives up 5 s after the last progress, in
@@ -34,12 +36,19 @@ Mode = Literal["stream", "rr", "crr"]
 Direction = Literal["up", "down"]
 
 
-def build() -> Path:
+CARRIED = paths.AGENT / "static"
+"""The agent in an archive of the conformance suite (`testbed.conformance.bundle`)."""
+
+
+def build(static: bool = False) -> Path:
     """Path of the compiled agent: a dynamic position-independent executable that needs only libc.
 
-    Raises `Error` if there is no compiler or it fails.
+    With `static`, it needs no library. Raises `Error` if there is no compiler or it fails.
     """
-    return compiler.build("the traffic agent", "agent", paths.AGENT, CFLAGS)
+    if CARRIED.exists():
+        return CARRIED
+    flags = STATIC_CFLAGS if static else CFLAGS
+    return compiler.build("the traffic agent", "agent", paths.AGENT, flags)
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,13 @@ def add(commands: Commands) -> None:
         help="write docs/conformance.md and README's table from archived results; run nothing",
     )
     conformance.add_argument(
+        "--bundle",
+        type=Path,
+        metavar="FILE.tar.gz",
+        help="write an archive of the suite and a static agent, which checks existing pods on any "
+        "machine with Python; run nothing",
+    )
+    conformance.add_argument(
         "--junit", type=Path, metavar="FILE", help="also write the results as JUnit XML"
     )
     conformance.add_argument(
@@ -83,8 +90,8 @@ def add(commands: Commands) -> None:
 
 
 def _conformance(arguments: argparse.Namespace) -> int:
-    from testbed import datapaths, paths
-    from testbed.conformance import archive, check, checks, output, runner
+    from testbed import paths
+    from testbed.conformance import archive, bundle, check, checks, output, runner
 
     globs = tuple(arguments.check or ("*",))
     if arguments.list:
@@ -98,6 +105,10 @@ def _conformance(arguments: argparse.Namespace) -> int:
         for path in archive.write_pages():
             print(path)
         return 0
+    if arguments.bundle:
+        bundle.write(arguments.bundle)
+        print(arguments.bundle)
+        return 0
     if arguments.keep and (arguments.check or arguments.family or arguments.netns):
         raise Error("only whole runs are kept", hint="leave out --check, --family and --netns")
     foreign = arguments.netns is not None
@@ -105,9 +116,8 @@ def _conformance(arguments: argparse.Namespace) -> int:
         raise Error("a pod that is there already needs both --netns and --control")
     if arguments.cgroup and not (foreign and (arguments.cgroup / "cgroup.procs").exists()):
         raise Error(f"{arguments.cgroup} is no cgroup of a pod that is there already")
-    localhost = [name for name in datapaths.names() if datapaths.get(name).localhost]
     choice = runner.Choice(
-        tuple(arguments.datapath or (["foreign"] if foreign else localhost)),
+        tuple(arguments.datapath or (["foreign"] if foreign else _that_make_localhost_work())),
         arguments.guest,
         tuple(arguments.family or Family),
         globs,
@@ -137,6 +147,12 @@ def _conformance(arguments: argparse.Namespace) -> int:
         print(f"kept in {archive.keep(run)}", file=sys.stderr)
     _show_conformance(results, arguments)
     return 1 if any(r.status is check.Status.FAIL for r in results) else 0
+
+
+def _that_make_localhost_work() -> list[str]:
+    from testbed import datapaths
+
+    return [name for name in datapaths.names() if datapaths.get(name).localhost]
 
 
 def _show_conformance(results: Sequence[Result], arguments: argparse.Namespace) -> None:

@@ -50,6 +50,8 @@ def test_list_shows_every_check_and_runs_none() -> None:
         (("--netns", "/run/netns/nonsense"), "needs both --netns and --control"),
         (("--netns", "/nonsense", "--control", "::1"), "no network namespace /nonsense"),
         (("--netns", "/", "--control", "::1", "--native", "wasm"), "no wasm is brought to a pod"),
+        (("--bundle", "/nonsense/suite.tar.gz"), "/nonsense/suite.tar.gz: No such file"),
+        (("--bundle", "suite.zip"), "suite.zip: not the name of a compressed tar"),
     ],
 )
 @pytest.mark.root
@@ -169,3 +171,28 @@ def test_a_pod_that_is_there_already_is_checked(foreign_pod: Pod) -> None:
     done = conformance("--netns", netns, "--control", str(address))
     assert done.returncode == 3
     assert f"guest1: no agent answers at {address}, port {CONTROL_PORT}" in done.stderr
+
+
+@pytest.mark.root
+def test_an_archive_of_the_suite_checks_a_pod_without_anything_installed(
+    foreign_pod: Pod, tmp_path: Path
+) -> None:
+    archive = tmp_path / "suite.tar.xz"
+    assert conformance("--bundle", archive).returncode == 0
+    subprocess.run(["tar", "-xf", archive, "-C", tmp_path], check=True)
+    (suite,) = tmp_path.glob("testbed-conformance-*")
+    assert not list(suite.rglob("*.so"))
+    netns, guest = f"/run/netns/{foreign_pod.netns}", foreign_pod.manifest.guests[1]
+    control = f"{guest_link(Family.IPV4, 1)}:{guest.control_port}"
+    options = ("--netns", netns, "--control", control, "--check", "connect", "--check", "resolves")
+    done = subprocess.run(
+        [suite / "conformance", *options, "--json"],
+        env={"PATH": "/usr/bin:/bin:/usr/sbin:/sbin"},  # the system's Python, which has no testbed
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    results = {(r["check"], r["pair"], r["family"]): r["status"] for r in json.loads(done.stdout)}
+    assert len(results) == 16
+    assert set(results.values()) == {"pass"}

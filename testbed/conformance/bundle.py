@@ -1,0 +1,89 @@
+"""Bundles the conformance suite with a static traffic agent into one archive.
+
+On a Linux machine with Python the archive checks pods that are there already, as root and with
+nothing installed: no compiler, no other packages, no clone. It has the package `testbed`, the
+libraries that the suite needs, which are pure Python, and the agent for this machine's kind of CPU,
+for guests and natives alike.
+"""
+
+from __future__ import annotations
+
+import io
+import platform
+import tarfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from testbed import agent, paths
+from testbed.model.errors import Error
+
+LIBRARIES = ("pyelftools", "pyroute2", "rich")
+"""Distributions whose modules a run against a pod that is there already imports."""
+
+LAUNCHER = """\
+#!/bin/sh
+# Checks localhost in a pod that is there already: README has how.
+here=$(dirname "$(readlink -f "$0")")
+python3 -c 'import sys; sys.exit(sys.version_info < {version})' ||
+  { echo "conformance: needs Python {text} or later as python3" >&2; exit 3; }
+PYTHONPATH=$here:$here/lib exec python3 -P -m testbed.cli conformance "$@"
+"""
+
+README = """\
+Does your runtime's localhost behave like localhost?
+
+1. Start agent/static in your guest, as its program. It needs a Linux system call interface of
+   {machine}, a hosts file, and no library. For another kernel compile agent/*.c there.
+   The guest owns ports 8064 to 8095, TCP and UDP; 8000 to 8063 are the natives'.
+2. As root, say where the pod's network namespace is, and where its guest's agent takes orders:
+
+     ./conformance --netns /run/netns/pod --control 169.254.78.1:4700
+
+   ./conformance --list says what is checked, --tap FILE and --junit FILE write results for CI.
+   Exit status: 0 no check failed, 1 some checks failed, 3 could not run.
+
+This is revision {revision} of the testbed, for Python {text} or later.
+"""
+
+OLDEST = (3, 11)
+
+
+def write(file: Path) -> None:
+    """Write the archive, a tar compressed by what the file's name says (as .tar.gz or .tar.xz).
+
+    Raises `Error` if the agent cannot be compiled, or the file cannot be written.
+    """
+    kind = file.suffix.removeprefix(".").replace("tgz", "gz")
+    if kind not in ("gz", "xz", "bz2"):
+        raise Error(f"{file}: not the name of a compressed tar", hint="such as suite.tar.gz")
+    revision = paths.revision()
+    text = ".".join(map(str, OLDEST))
+    top = f"testbed-conformance-{revision}"
+    written = {
+        "conformance": LAUNCHER.replace("{version}", str(OLDEST)).replace("{text}", text),
+        "README": README.format(machine=platform.machine(), revision=revision, text=text),
+    }
+    program = agent.build(static=True)
+    try:
+        with tarfile.open(file, f"w:{kind}") as archive:  # type: ignore[call-overload]
+            for name, content in written.items():
+                entry = tarfile.TarInfo(f"{top}/{name}")
+                entry.size, entry.mode = len(content), 0o755 if name == "conformance" else 0o644
+                archive.addfile(entry, io.BytesIO(content.encode()))
+            archive.add(program, f"{top}/{agent.CARRIED.relative_to(paths.ROOT)}")
+            for path, name in _files():
+                archive.add(path, f"{top}/{name}", recursive=False)
+    except OSError as e:
+        raise Error(f"{file}: {e.strerror}", hint="choose another file") from e
+
+
+def _files() -> Iterator[tuple[Path, str]]:
+    """Files of the clone and of libraries, each with its name in the archive."""
+    patterns = ("LICENSE", "agent/*.[ch]", "osv/hosts*", "testbed/**/*.py")
+    for path in (path for pattern in patterns for path in sorted(paths.ROOT.glob(pattern))):
+        yield path, str(path.relative_to(paths.ROOT))
+    for library in LIBRARIES:
+        for file in metadata.distribution(library).files or ():
+            if ".." not in file.parts and file.suffix != ".pyc":  # programs, compiled modules
+                yield Path(str(file.locate())), f"lib/{file}"
