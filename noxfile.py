@@ -18,6 +18,7 @@ BIN = ROOT / ".venv/bin"
 INTERRUPT_GRACE_S = 60
 SCHEMAS = {
     "github-workflows": ".github/workflows/ci.yml",
+    "github-actions": ".github/actions/conformance/action.yml",
     "citation-file-format": "CITATION.cff",
 }
 """Schema that check-jsonschema contains → the file that it checks."""
@@ -145,4 +146,4 @@ def lint(session: nox.Session) -> None:
     for schema, file in SCHEMAS.items():
         run(session, "check-jsonschema", "--builtin-schema", f"vendor.{schema}", str(ROOT / file))
     run(session, "kubernetes-validate", "--strict", "--quiet", *(str(ROOT / f) for f in MANIFESTS))
-    run(session, "zizmor", "--quiet", "--offline", str(ROOT / SCHEMAS["github-workflows"]))
+    run(session, "zizmor", "--quiet", "--offline", str(ROOT / ".github"))

@@ -171,7 +171,9 @@ class ForeignStage:
         if not netns.exists():
             raise Error(f"no network namespace {netns}", hint="give a path such as /run/netns/NAME")
         self.datapath = datapath
-        self.netns = os.path.relpath(netns.resolve(), namespaces.NETNS)
+        namespaces.NETNS.mkdir(exist_ok=True)  # the relative path leads through it
+        # Not resolved as a whole: a namespace in /proc is a link to what has no path.
+        self.netns = os.path.relpath(netns.parent.resolve() / netns.name, namespaces.NETNS)
         host, colon, port = control.rpartition(":")
         if not colon or "]" in port or (host.count(":") and not host.startswith("[")):
             host, port = control, str(CONTROL_PORT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
+import yaml
 
-from testbed import datapaths, runtimes
+from testbed import datapaths, paths, runtimes
 from testbed.conformance.check import EVERY
 from testbed.conformance.stage import manifest
+from testbed.host import namespaces
 from testbed.host.ledger import Owner
 from testbed.model.addresses import CONTROL_PORT, guest_link
 from testbed.model.terms import Family, Runtime
@@ -22,6 +25,7 @@ from testbed.pods.pod import Pod
 from testbed.runtimes.interface import Options
 from tests.children import ending
 
+ACTION = paths.ROOT / ".github/actions/conformance/action.yml"
 COMMAND = [sys.executable, "-m", "testbed.cli", "conformance"]
 
 
@@ -177,22 +181,52 @@ def test_a_pod_that_is_there_already_is_checked(foreign_pod: Pod) -> None:
 def test_an_archive_of_the_suite_checks_a_pod_without_anything_installed(
     foreign_pod: Pod, tmp_path: Path
 ) -> None:
+    """The pod's namespace is that of a process, as most runtimes tell it."""
     archive = tmp_path / "suite.tar.xz"
     assert conformance("--bundle", archive).returncode == 0
     subprocess.run(["tar", "-xf", archive, "-C", tmp_path], check=True)
     (suite,) = tmp_path.glob("testbed-conformance-*")
     assert not list(suite.rglob("*.so"))
-    netns, guest = f"/run/netns/{foreign_pod.netns}", foreign_pod.manifest.guests[1]
+    guest = foreign_pod.manifest.guests[1]
     control = f"{guest_link(Family.IPV4, 1)}:{guest.control_port}"
-    options = ("--netns", netns, "--control", control, "--check", "connect", "--check", "resolves")
+    with ending(
+        namespaces.inside(foreign_pod.netns, lambda: subprocess.Popen(["sleep", "1000"]))
+    ) as process:
+        netns = f"/proc/{process.pid}/ns/net"
+        options = ("--netns", netns, "--control", control, "--check", "connect")
+        done = subprocess.run(
+            [suite / "conformance", *options, "--check", "resolves", "--json"],
+            env={"PATH": "/usr/bin:/bin:/usr/sbin:/sbin"},  # the system's Python has no testbed
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 0, done.stderr
+    results = {(r["check"], r["pair"], r["family"]): r["status"] for r in json.loads(done.stdout)}
+    assert len(results) == 16
+    assert set(results.values()) == {"pass"}
+
+
+@pytest.mark.root
+def test_the_action_checks_a_pod(foreign_pod: Pod, tmp_path: Path) -> None:
+    """Its script, as GitHub's runner starts it."""
+    (step,) = yaml.safe_load(ACTION.read_text())["runs"]["steps"]
+    junit = tmp_path / "results.xml"
+    given = {
+        "NETNS": f"/run/netns/{foreign_pod.netns}",
+        "CONTROL": f"{guest_link(Family.IPV4, 1)}:{foreign_pod.manifest.guests[1].control_port}",
+        "CGROUP": "",
+        "CHECKS": "connect datagram-e*",
+        "JUNIT": str(junit),
+    }
+    assert given.keys() == step["env"].keys()
     done = subprocess.run(
-        [suite / "conformance", *options, "--json"],
-        env={"PATH": "/usr/bin:/bin:/usr/sbin:/sbin"},  # the system's Python, which has no testbed
+        ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]],
+        env={**os.environ, **given, "GITHUB_ACTION_PATH": str(ACTION.parent)},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    results = {(r["check"], r["pair"], r["family"]): r["status"] for r in json.loads(done.stdout)}
-    assert len(results) == 16
-    assert set(results.values()) == {"pass"}
+    names = {case.get("name") for case in ET.parse(junit).iter("testcase")}
+    assert {str(name).split()[0] for name in names} == {"connect", "datagram-empty"}
