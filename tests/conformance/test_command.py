@@ -25,6 +25,7 @@ from testbed.pods.pod import Pod
 from testbed.runtimes.interface import Options
 from tests.children import ending
 
+EXAMPLE = paths.ROOT / "examples/rootless.sh"
 ACTION = paths.ROOT / ".github/actions/conformance/action.yml"
 COMMAND = [sys.executable, "-m", "testbed.cli", "conformance"]
 
@@ -205,6 +206,24 @@ def test_an_archive_of_the_suite_checks_a_pod_without_anything_installed(
     results = {(r["check"], r["pair"], r["family"]): r["status"] for r in json.loads(done.stdout)}
     assert len(results) == 16
     assert set(results.values()) == {"pass"}
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("network", ["pasta", "slirp4netns"])
+def test_networks_of_rootless_containers_are_held_to_the_suite(network: str) -> None:
+    """They accept connections in place of a server that is not there."""
+    checks = ("--check", "connect", "--check", "refused", "--check", "datagram")
+    done = subprocess.run(
+        [EXAMPLE, network, *checks, "--family", "ipv4", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1, done.stderr
+    results = {(r["check"], r["pair"]): r["status"] for r in json.loads(done.stdout)}
+    for check in ("connect", "datagram"):
+        assert {s for (name, _), s in results.items() if name == check} == {"pass"}
+    assert results["refused", "native-guest"] == "fail"
 
 
 @pytest.mark.root
