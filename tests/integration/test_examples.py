@@ -52,6 +52,7 @@ def environment(best: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Mapp
         return os.environ
     folder = tmp_path_factory.mktemp(f"cache-{best}") / "testbed"
     (folder / "kernels").mkdir(parents=True)
+    (cache.cache_folder() / "wasm").mkdir(exist_ok=True)  # a component takes 20 s to compile
     for there in cache.cache_folder().iterdir():
         if there.name != "kernels":
             (folder / there.name).symlink_to(there)
