@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from hashlib import sha256
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from pydantic import Field, field_validator
 
 from testbed import paths, schema
 from testbed.model.addresses import MAX_GUESTS
-from testbed.model.cells import AGAIN, SLOW, Cell, Pair
+from testbed.model.cells import AGAIN, SLOW_US, Cell, Pair
 from testbed.model.errors import Error
 from testbed.model.metrics import Metric
 from testbed.model.terms import Family, Runtime, Transport
@@ -32,6 +33,8 @@ cells need some of them."""
 MAX_UDP_BYTES = 65507
 """Largest UDP payload in an IPv4 packet: 65535 - 20 (RFC 791) - 8 (RFC 768)."""
 CPU_QUANTITY = "cpu"
+ESTIMATORS = ("signed-rank", "t")
+"""Estimators of ratios over blocks: `pseudomedian` and `estimate` of `results.statistics`."""
 QUANTITIES = ("value", "p50_us", "p99_us", CPU_QUANTITY)
 """Quantities that a claim can be about: columns of the tidy table, and the host's CPU time."""
 
@@ -48,6 +51,25 @@ class Claim:
     """Fields of `Cell` in which the divisor differs. Empty: divide by the reference datapath."""
     at_least: float | None = None
     at_most: float | None = None
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the claim has a bound; else it only states the ratio."""
+        return self.at_least is not None or self.at_most is not None
+
+
+@dataclass(frozen=True)
+class Preregistration:
+    """What is laid down about the claims of a plan before there are data to judge them by."""
+
+    estimator: str
+    """How ratios are estimated: one of `ESTIMATORS`."""
+    seed: int
+    """Seed of the campaign's random order."""
+    revision: str
+    """Git revision of the tree that the claims are about."""
+    blocks: int
+    """Number of blocks: that of the plan's file."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +89,10 @@ class Plan:
     """No block is started that would probably end later than this, counted from the start."""
     claims: tuple[Claim, ...] = ()
     """Claims about cells; those that are not in `cells` are ignored."""
+    preregistration: Preregistration | None = None
+    """None: no claim has a bound."""
+    sha256: str = ""
+    """Digest of the plan's file."""
 
     def select(self, globs: Sequence[str]) -> Plan:
         """The plan with only those cells whose id matches one of `globs` (`*` also matches `/`).
@@ -94,6 +120,19 @@ class _Plan(Table):
     limit_s: float = schema.seconds(1, 86400, 0.0)
     cells: list[dict[str, Any]]
     claims: list[dict[str, Any]] = Field([], description="[[claims]] tables")
+    preregistration: dict[str, Any] = Field({}, description="a table [preregistration]")
+
+
+class _Preregistration(Table):
+    """Schema of the table `[preregistration]`, which a plan needs whose claims have bounds."""
+
+    estimator: str = Field(
+        pattern=f"^({'|'.join(ESTIMATORS)})$", description=f"one of {', '.join(ESTIMATORS)}"
+    )
+    seed: int = Field(description="an integer")
+    revision: str = Field(
+        pattern="^[0-9a-f]{7,40}$", description="the git revision that the claims are about"
+    )
 
 
 class _Claim(Table):
@@ -115,9 +154,9 @@ class _Cell(Table):
     """Schema of one cell of a `[[cells]]` table."""
 
     datapath: str = Field(
-        pattern=rf"^[a-z0-9][a-z0-9_-]*(~({AGAIN}|{SLOW}))?$",
+        pattern=rf"^[a-z0-9][a-z0-9_-]*(~({'|'.join((AGAIN, *SLOW_US))}))?$",
         description="a word of lower-case letters, digits, - and _; as a control, with a variant: "
-        f"capture~{AGAIN} or capture~{SLOW}",
+        + ", ".join(f"capture~{variant}" for variant in (AGAIN, *SLOW_US)),
     )
     pair: Pair = schema.one_of(Pair)
     family: Family = schema.one_of(Family)
@@ -145,12 +184,24 @@ def load(name: str) -> Plan:
     path = Path(name) if name.endswith(".toml") else paths.EXPERIMENTS / f"{name}.toml"
     stems = sorted(file.stem for file in paths.EXPERIMENTS.glob("*.toml"))
     known = ", ".join(stem for stem in stems if "." not in stem)  # hosts.example.toml is none
-    return _plan(schema.toml(path, "plan", f"plans here: {known}"), f"plan {path}")
+    table = schema.toml(path, "plan", f"plans here: {known}")
+    return replace(_plan(table, f"plan {path}"), sha256=sha256(path.read_bytes()).hexdigest())
 
 
 def parse(text: str, where: str) -> Plan:
     """Parse the TOML text of a plan. Errors call the plan `where`."""
     return _plan(schema.parse(text, f"plan {where}"), f"plan {where}")
+
+
+def claims_of(stored: Mapping[str, Any]) -> tuple[Claim, ...]:
+    """Claims that a campaign stored of its plan (`Campaign.plan`)."""
+    return tuple(Claim(**claim) for claim in stored.get("claims", ()))
+
+
+def preregistration_of(stored: Mapping[str, Any]) -> Preregistration | None:
+    """What a campaign stored of its plan's preregistration; None if there was none."""
+    given = stored.get("preregistration")
+    return Preregistration(**given) if given else None
 
 
 def _plan(table: Mapping[str, Any], where: str) -> Plan:
@@ -168,7 +219,13 @@ def _plan(table: Mapping[str, Any], where: str) -> Plan:
     claims = tuple(
         _claim(claim, cells, f"{where}: [[claims]] {n}") for n, claim in enumerate(given.claims, 1)
     )
-    return Plan(**{**dict(given), "cells": tuple(cells), "claims": claims})
+    stated = None
+    if given.preregistration or any(claim.bounded for claim in claims):
+        laid_down = f"{where}: [preregistration], which claims with bounds need"
+        read = schema.read(_Preregistration, given.preregistration, laid_down)
+        stated = Preregistration(**dict(read), blocks=given.blocks)
+    values = {"cells": tuple(cells), "claims": claims, "preregistration": stated}
+    return Plan(**{**dict(given), **values})
 
 
 def _claim(table: Mapping[str, Any], cells: Sequence[Cell], where: str) -> Claim:

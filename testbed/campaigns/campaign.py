@@ -27,7 +27,7 @@ from testbed.model.cells import Cell
 from testbed.model.errors import Error
 from testbed.model.progress import Progress
 from testbed.model.trials import Status, Trial
-from testbed.plan import Claim, Plan
+from testbed.plan import Plan, claims_of, preregistration_of
 from testbed.reports.words import pacing_warning
 from testbed.results import store
 from testbed.results.analysis import summarise, widest
@@ -98,7 +98,11 @@ def resume(path: Path, keep: bool, report: Report, places: Sequence[Place] = HER
     plan = Plan(
         campaign.name,
         campaign.blocks,
-        **{**campaign.plan, "claims": tuple(Claim(**c) for c in campaign.plan.get("claims", ()))},
+        **{
+            **campaign.plan,
+            "claims": claims_of(campaign.plan),
+            "preregistration": preregistration_of(campaign.plan),
+        },
         cells=tuple(map(Cell.parse, campaign.cells)),
     )
     job = _job(plan, path, campaign.guest, campaign.environment["osv_kernel"], keep)
@@ -297,6 +301,8 @@ def _describe(plan: Plan, seed: int, job: Job, ready: Event, places: Sequence[Pl
             "target_width": plan.target_width,
             "limit_s": plan.limit_s,
             "claims": [asdict(claim) for claim in plan.claims],
+            "preregistration": asdict(plan.preregistration) if plan.preregistration else None,
+            "sha256": plan.sha256,
         },
         cells=tuple(cell.id for cell in plan.cells),
         blocks=plan.blocks,

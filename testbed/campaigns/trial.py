@@ -24,7 +24,7 @@ from testbed.campaigns.roles import ends, port
 from testbed.datapaths.interface import Count
 from testbed.host import facts
 from testbed.model.addresses import guest_link, pod_link
-from testbed.model.cells import SLOW, SLOW_US, UDP_LOSS, Cell
+from testbed.model.cells import SLOW_US, UDP_LOSS, Cell
 from testbed.model.errors import Error
 from testbed.model.metrics import Metric
 from testbed.model.terms import Transport
@@ -88,7 +88,7 @@ def flows(cell: Cell, pods: Sequence[Pod], guest: Prepared) -> Iterator[list[Flo
                     cell.family,
                     port(server),
                     _bind(pod, server),
-                    delay_us=SLOW_US if cell.variant == SLOW else 0,
+                    delay_us=SLOW_US.get(cell.variant, 0.0),
                 )
                 stack.callback(_stop, serving, served)
             for client, server in ends(cell.pair, cell.guests):

@@ -131,13 +131,13 @@ def _claims(arguments: argparse.Namespace) -> int:
     campaign = read(arguments.directory)
     found = claims.judge(campaign)
     if arguments.json:
-        print(json.dumps(claims.data(found), indent=1))
+        print(json.dumps(claims.data(found, campaign.campaign), indent=1))
     elif not found:
         print(f"the plan {campaign.campaign.name} claims nothing: there is nothing to judge")
     else:
         from rich.console import Console
 
-        Console().print(claims.table(found, campaign.campaign.guest))
+        Console().print(claims.table(found, campaign.campaign))
     return claims.exit_status(found)
 
 
@@ -231,7 +231,7 @@ def print_table(campaign: Results, as_json: bool) -> None:
     console.print(table.table(campaign, console.width))
     if found := claims.judge(campaign):
         console.print()
-        console.print(claims.table(found, campaign.campaign.guest))
+        console.print(claims.table(found, campaign.campaign))
 
 
 def _band(text: str) -> float:

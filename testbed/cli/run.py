@@ -45,7 +45,9 @@ def add(commands: Commands) -> None:
     )
     run.add_argument("--resume", type=Path, metavar="DIR", help="continue an interrupted campaign")
     run.add_argument(
-        "--seed", type=int, default=1, help="seed of the random order (default: %(default)s)"
+        "--seed",
+        type=int,
+        help="seed of the random order (default: that of the plan's [preregistration], else 1)",
     )
     run.add_argument(
         "--keep",
@@ -75,6 +77,8 @@ def _run(arguments: argparse.Namespace) -> int:
             chosen = chosen.select(arguments.cells)
         if arguments.blocks:
             chosen = replace(chosen, blocks=arguments.blocks, target_width=None)
+        stated = chosen.preregistration.seed if chosen.preregistration else 1
+        seed = stated if arguments.seed is None else arguments.seed
         path = arguments.out or store.directory(chosen.name)
         if arguments.osv_kernel and arguments.guest in ("osv", "best"):
             kernels.find_osv(arguments.osv_kernel)  # raises Error before a directory is made
@@ -92,7 +96,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 finished = campaign.resume(path, arguments.keep, report, places)
             else:
                 choice = campaign.Choice(arguments.guest, arguments.osv_kernel, arguments.keep)
-                finished = campaign.start(chosen, path, choice, arguments.seed, report, places)
+                finished = campaign.start(chosen, path, choice, seed, report, places)
     except KeyboardInterrupt:
         again = common.called(f"testbed run --resume {path}")
         print(f"testbed: interrupted, and all is taken down; go on with {again}", file=sys.stderr)

@@ -46,10 +46,11 @@ class Pair(StrEnum):
 UDP_LOSS = 0.001
 """Largest share of datagrams lost at the rate that counts as the throughput of UDP."""
 
-AGAIN, SLOW = "again", "slow"
-"""Variants of a datapath, for controls: the same datapath in another pod, or with slow servers."""
-SLOW_US = 50.0
-"""Delay of a slow server before each response: the known effect of the positive control."""
+AGAIN = "again"
+"""Variant of a datapath for a control: the same datapath in another pod (A/A)."""
+SLOW_US = {"slow": 50.0, "slow-2us": 2.0}
+"""Variant of a datapath for a positive control → its known effect: the time in µs for which its
+servers wait before each response. The second is of about the size of what is claimed."""
 
 
 @dataclass(frozen=True, order=True)

@@ -3,19 +3,23 @@
 A claim is a `[[claims]]` table of the plan: which cells, divided by which, and a lower or upper
 bound of the ratio. "At least 0.97" holds if the whole 95 % interval of the ratio over blocks is
 above 0.97. It does not hold if the whole interval is below. Otherwise the verdict is unclear. A
-claim without a bound only states the ratio. Ratio and interval are by ranks
-(`statistics.pseudomedian`), because a claim needs hundreds of short trials, and other tenants of
-the hardware disturb some of them. Only stored data are read.
+claim without a bound only states the ratio.
+
+What decides was laid down before the data, in the plan's table `[preregistration]`: the estimator,
+the seed, the number of blocks, and the revision that the claims are about. The campaign stored it
+before its first trial, with the digest of the plan's file, and is judged by what it stored. Ratios
+by the other estimator stand beside it. If controls of the campaign (`analysis.controls`) fail,
+nothing was measured, whatever the ratios are. Only stored data are read.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Group
@@ -23,11 +27,18 @@ from rich.table import Table
 from rich.text import Text
 
 from testbed.model.cells import Cell
-from testbed.plan import CPU_QUANTITY, Claim
+from testbed.plan import CPU_QUANTITY, ESTIMATORS, Claim, claims_of, preregistration_of
 from testbed.reports.words import interval, names, plain, size_of
-from testbed.results.analysis import block_values, cost_values, reference
+from testbed.results.analysis import (
+    block_values,
+    controls,
+    cost_values,
+    quantities,
+    reference,
+)
 from testbed.results.results import Results
-from testbed.results.statistics import Estimate, pseudomedian
+from testbed.results.statistics import Estimate, estimate, pseudomedian
+from testbed.results.store import Campaign
 
 
 class Verdict(StrEnum):
@@ -36,8 +47,20 @@ class Verdict(StrEnum):
     HOLDS = "holds"
     FAILS = "does not hold"
     UNCLEAR = "can't tell"
+    UNMEASURED = "could not measure"
+    """The campaign's controls failed."""
     STATED = "stated"
     """The claim has no bound."""
+
+
+ESTIMATE: Mapping[str, Callable[[Iterable[float]], Estimate]] = dict(
+    zip(ESTIMATORS, (pseudomedian, estimate), strict=True)
+)
+"""Estimator → its function of the ratios within blocks."""
+MEANS = {
+    "signed-rank": "pseudomedians with intervals by signed ranks",
+    "t": "geometric means with t-intervals",
+}
 
 
 @dataclass(frozen=True)
@@ -48,30 +71,87 @@ class Found:
     cell: Cell
     to: Cell
     ratio: Estimate
+    """By the estimator that decides."""
+    other: Estimate
+    """By the other one."""
     verdict: Verdict
+
+
+class _Control(NamedTuple):
+    """What `analysis.controls` asks of a control."""
+
+    cell: Cell
+    quantity: str
+    ratio: Estimate
 
 
 def judge(results: Results) -> list[Found]:
     """Judge every claim of the campaign's plan, for every cell that it is about."""
-    campaign, tables = results.campaign, results.tables
-
-    def values(cell: Cell, quantity: str) -> dict[int, float]:
-        if cell.id not in tables:
-            return {}
-        if quantity == CPU_QUANTITY:
-            return cost_values(tables[cell.id])
-        return block_values(tables[cell.id], quantity)
-
+    campaign, decides = results.campaign, estimator_of(results.campaign)
+    (other,) = set(ESTIMATORS) - {decides}
+    controlled = controls(_controls(results, decides))
+    passed = controlled is None or controlled.passed
     found = []
-    for claim in (Claim(**claim) for claim in campaign.plan.get("claims", ())):
+    for claim in claims_of(campaign.plan):
         for cell in map(Cell.parse, campaign.cells):
             to = divisor(cell, claim, campaign.references)
             if not fnmatchcase(cell.id, claim.cells) or to == cell or to.id not in campaign.cells:
                 continue
-            mine, others = values(cell, claim.quantity), values(to, claim.quantity)
-            ratio = pseudomedian(mine[b] / others[b] for b in sorted(mine.keys() & others.keys()))
-            found.append(Found(claim, cell, to, ratio, _verdict(claim, ratio)))
+            ratios = _ratios(results, cell, to, claim.quantity)
+            ratio = ESTIMATE[decides](ratios)
+            verdict = _verdict(claim, ratio)
+            if claim.bounded and not passed:
+                verdict = Verdict.UNMEASURED
+            found.append(Found(claim, cell, to, ratio, ESTIMATE[other](ratios), verdict))
     return found
+
+
+def estimator_of(campaign: Campaign) -> str:
+    """The estimator that decides about the claims of a campaign."""
+    stated = preregistration_of(campaign.plan)
+    return stated.estimator if stated else ESTIMATORS[0]
+
+
+def departures(campaign: Campaign) -> list[str]:
+    """In what a campaign is not what its plan laid down: a text for each."""
+    stated = preregistration_of(campaign.plan)
+    if not any(claim.bounded for claim in claims_of(campaign.plan)):
+        return []
+    if stated is None:
+        return ["nothing was laid down before the data"]
+    found = []
+    if campaign.seed != stated.seed:
+        found.append(f"its seed is {campaign.seed}, not {stated.seed}")
+    if campaign.blocks != stated.blocks:
+        found.append(f"it has {campaign.blocks} blocks, not {stated.blocks}")
+    if campaign.revision.endswith("-dirty"):
+        found.append("its tree had uncommitted changes")
+    return found
+
+
+def _ratios(results: Results, cell: Cell, to: Cell, quantity: str) -> list[float]:
+    """Ratios of two cells within each block that has both."""
+    mine, others = (_values(results, each, quantity) for each in (cell, to))
+    return [mine[block] / others[block] for block in sorted(mine.keys() & others.keys())]
+
+
+def _values(results: Results, cell: Cell, quantity: str) -> dict[int, float]:
+    table = results.tables.get(cell.id)
+    if table is None:
+        return {}
+    return cost_values(table) if quantity == CPU_QUANTITY else block_values(table, quantity)
+
+
+def _controls(results: Results, estimator: str) -> Iterator[_Control]:
+    """The campaign's controls, by the estimator that decides about its claims."""
+    references = results.campaign.references
+    for cell in map(Cell.parse, results.campaign.cells):
+        name = reference(cell.datapath, cell.pair, references) if cell.variant else None
+        if name is not None:
+            to = replace(cell, datapath=name)
+            for quantity in quantities(cell.metric):
+                ratios = _ratios(results, cell, to, quantity)
+                yield _Control(cell, quantity, ESTIMATE[estimator](ratios))
 
 
 def divisor(cell: Cell, claim: Claim, references: Mapping[str, str]) -> Cell:
@@ -84,7 +164,7 @@ def divisor(cell: Cell, claim: Claim, references: Mapping[str, str]) -> Cell:
 
 
 def _verdict(claim: Claim, ratio: Estimate) -> Verdict:
-    if claim.at_least is None and claim.at_most is None:
+    if not claim.bounded:
         return Verdict.STATED
     low, high = claim.at_least or 0.0, claim.at_most or math.inf
     if math.isnan(ratio.low):
@@ -95,53 +175,75 @@ def _verdict(claim: Claim, ratio: Estimate) -> Verdict:
 
 
 def exit_status(found: Sequence[Found]) -> int:
-    """Exit status: 0 all claims hold, 1 some do not hold, 3 no claims or some are unclear."""
-    if any(row.verdict is Verdict.FAILS for row in found):
+    """Exit status: 0 all claims hold, 1 some do not hold, 3 no claims, or no verdict on some."""
+    verdicts = {row.verdict for row in found}
+    if Verdict.FAILS in verdicts:
         return 1
-    return 3 if not found or any(row.verdict is Verdict.UNCLEAR for row in found) else 0
+    return 3 if not found or verdicts & {Verdict.UNCLEAR, Verdict.UNMEASURED} else 0
 
 
-def data(found: Sequence[Found]) -> list[dict[str, Any]]:
+def data(found: Sequence[Found], campaign: Campaign) -> list[dict[str, Any]]:
     """The verdicts as plain data for JSON."""
+    decides = estimator_of(campaign)
     return [
         {
             "cell": row.cell.id,
             "to": row.to.id,
             "verdict": row.verdict,
             "claim": asdict(row.claim),
+            "estimator": decides,
             "ratio": plain(asdict(row.ratio)),
+            "other": plain(asdict(row.other)),
+            "departures": departures(campaign),
         }
         for row in found
     ]
 
 
-def table(found: Sequence[Found], guest: str) -> Group:
+def table(found: Sequence[Found], campaign: Campaign) -> Group:
     """The verdicts as a table for a terminal: a line for each cell below the text of its claim."""
+    decides = estimator_of(campaign)
+    (other,) = set(ESTIMATORS) - {decides}
     shown = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for name in ("claim", "bound", "ratio", "blocks", "verdict"):
+    for name in ("claim", "bound", "ratio", f"by {other}", "blocks", "verdict"):
         shown.add_column(name, overflow="fold")
     last = None
     for row in found:
         if row.claim is not last:
-            shown.add_row(Text(row.claim.text, style="bold"), "", "", "", "")
+            shown.add_row(Text(row.claim.text, style="bold"), "", "", "", "", "")
             last = row.claim
-        ratio = interval(row.ratio, 1, wide=True) if row.ratio.blocks else "not measured"
         shown.add_row(
-            f"  {what(row, guest)}",
+            f"  {what(row, campaign.guest)}",
             bound(row.claim),
-            ratio,
+            *(
+                interval(each, 1, wide=True) if each.blocks else "not measured"
+                for each in (row.ratio, row.other)
+            ),
             str(row.ratio.blocks),
             Text(row.verdict, style=_COLORS[row.verdict]),
         )
     counted = [f"{n} {v}" for v in Verdict if (n := sum(row.verdict is v for row in found))]
-    legend = "Pseudomedians of ratios within a block, with 95 % intervals by signed ranks."
-    return Group(shown, Text(f"{', '.join(counted)}. {legend}"))
+    legend = f"Ratios within a block: {MEANS[decides]} (95 %) decide."
+    lines = (f"{', '.join(counted)}. {legend}", *laid_down(campaign))
+    return Group(shown, *(Text(line) for line in lines))
+
+
+def laid_down(campaign: Campaign) -> Iterator[str]:
+    """What was laid down before the data, and in what the campaign departs from it: lines."""
+    if stated := preregistration_of(campaign.plan):
+        yield (
+            f"Laid down before the first trial of {campaign.started}, about revision "
+            f"{stated.revision}, in the plan with SHA-256 {campaign.plan['sha256']}."
+        )
+    if found := departures(campaign):
+        yield f"Not as it was laid down: {'; '.join(found)}."
 
 
 _COLORS = {
     Verdict.HOLDS: "green",
     Verdict.FAILS: "bold red",
     Verdict.UNCLEAR: "yellow",
+    Verdict.UNMEASURED: "yellow",
     Verdict.STATED: "default",
 }
 

@@ -280,9 +280,11 @@ def _claims(results: Results) -> list[str]:
         ]
         for row in found
     )
+    decides = claims.estimator_of(results.campaign)
     lead = (
-        "Pseudomedians of ratios within a block, with 95 % intervals by signed ranks. "
-        "A claim holds if the whole interval keeps to the bound."
+        f"Ratios within a block: {claims.MEANS[decides]} (95 %). "
+        "A claim holds if the whole interval keeps to the bound. "
+        + " ".join(claims.laid_down(results.campaign))
     )
     return _section("Claims", lead, _table("claims", heads, rows))
 

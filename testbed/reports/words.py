@@ -121,6 +121,7 @@ def meanings_of(rows: Iterable[Summary]) -> list[str]:
 
 def controls_of(rows: Iterable[Summary]) -> list[str]:
     """Outcome of the campaign's controls, a line for each kind."""
+    rows = list(rows)
     found, lines = controls(rows), []
     if found and found.same:
         verdict = "as it should be" if found.differing <= found.bound else "too many"
@@ -130,8 +131,10 @@ def controls_of(rows: Iterable[Summary]) -> list[str]:
         )
     if found and found.slow:
         verdict = "as it should be" if found.found == found.slow else "this campaign is too coarse"
+        delays = {SLOW_US[row.cell.variant] for row in rows if row.cell.variant in SLOW_US}
+        waits = " or ".join(f"{delay:g}" for delay in sorted(delays))
         lines.append(
-            f"Servers that wait {SLOW_US:g} µs: found in {found.found} of {found.slow} "
+            f"Servers that wait {waits} µs: found in {found.found} of {found.slow} "
             f"cells: {verdict}."
         )
     return lines

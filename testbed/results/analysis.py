@@ -9,7 +9,7 @@ geometric, and intervals are 95 % t-intervals on the logarithms of block values.
 within each block, where both cells ran on the same machine at about the same time; its interval is
 that of the logarithms of block ratios. Two campaigns share no blocks, so their blocks are
 independent samples. In a campaign of many blocks, other load on the machine disturbs a few: claims
-are judged by ranks (`pseudomedian`).
+may be judged by ranks (`pseudomedian`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import inf, nan
+from typing import Protocol
 
 import pandas as pd
 from scipy.special import bdtr
 
-from testbed.model.cells import AGAIN, SLOW, Cell, Pair
+from testbed.model.cells import AGAIN, SLOW_US, Cell, Pair
 from testbed.model.metrics import TAIL, Metric
 from testbed.model.trials import Status, Trial, percentile
 from testbed.results.statistics import (
@@ -141,9 +142,9 @@ class Controls:
     bound: int
     """Largest `differing` that is plausible by chance: exceeded in at most 1 % of campaigns."""
     slow: int
-    """Number of median times with servers that have a known delay."""
+    """Number of median times and rates with servers that have a known delay."""
     found: int
-    """Number of those whose ratio has an interval above 1."""
+    """Number of those whose interval of the ratio says so."""
 
     @property
     def passed(self) -> bool:
@@ -151,7 +152,18 @@ class Controls:
         return self.differing <= self.bound and self.found == self.slow
 
 
-def controls(summaries: Iterable[Summary]) -> Controls | None:
+class Compared(Protocol):
+    """A quantity of a cell, and its ratio to the reference by any estimator: as in a `Summary`."""
+
+    @property
+    def cell(self) -> Cell: ...
+    @property
+    def quantity(self) -> str: ...
+    @property
+    def ratio(self) -> Estimate: ...
+
+
+def controls(summaries: Iterable[Compared]) -> Controls | None:
     """Outcome of the controls; None if the campaign has none, or has only one block.
 
     `bound` is the 99th percentile of the binomial distribution with probability 0.05, the share of
@@ -160,12 +172,16 @@ def controls(summaries: Iterable[Summary]) -> Controls | None:
     """
     known = [row for row in summaries if row.ratio.blocks > 1]
     same = [row for row in known if row.cell.variant == AGAIN]
-    slow = [row for row in known if row.cell.variant == SLOW and row.quantity == "p50_us"]
+    slow = [
+        row for row in known if row.cell.variant in SLOW_US and row.quantity in ("p50_us", "value")
+    ]
     if not same and not slow:
         return None
     differing = sum(not row.ratio.low <= 1 <= row.ratio.high for row in same)
     within = (n for n in range(len(same) + 1) if bdtr(n, len(same), 1 - CONFIDENCE) >= 0.99)
-    found = sum(row.ratio.low > 1 for row in slow)
+    found = sum(
+        row.ratio.high < 1 if row.quantity == "value" else row.ratio.low > 1 for row in slow
+    )
     return Controls(len(same), differing, next(within), len(slow), found)
 
 

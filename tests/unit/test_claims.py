@@ -30,6 +30,10 @@ transport = "tcp"
 metric = "throughput"
 size_bytes = 65536
 guests = [2, 64]
+[preregistration]
+estimator = "signed-rank"
+seed = 7
+revision = "0123abc"
 [[claims]]
 text = "fast"
 cells = "steer/*,guests=2"
@@ -46,19 +50,28 @@ to = { guests = 2 }
 """
 
 
-def campaign(path: Path, spread: float, **factors: float) -> store.Store:
-    """Throughput and cost of `steer` with two guests, times a factor; all else is alike."""
-    read, rng = plan.parse(PLAN, "tiny.toml"), random.Random(1)
-    kept: dict[str, Any] = {"claims": [vars(claim) for claim in read.claims]}
+def campaign(
+    path: Path, spread: float, text: str = PLAN, seed: int = 7, **factors: float
+) -> store.Store:
+    """Throughput and cost of `steer` with two guests, times a factor, and of `steer~again`, times
+    `again`; all else is alike.
+    """
+    read, rng = plan.parse(text, "tiny.toml"), random.Random(1)
+    assert read.preregistration
+    kept: dict[str, Any] = {
+        "claims": [vars(claim) for claim in read.claims],
+        "preregistration": vars(read.preregistration),
+        "sha256": "0" * 64,
+    }
     made = store.create(
         path,
         store.Campaign(
             name="tiny",
             plan=kept,
             cells=tuple(c.id for c in read.cells),
-            blocks=6,
-            seed=1,
-            references={"steer": "direct", "direct": "direct"},
+            blocks=read.blocks,
+            seed=seed,
+            references={"steer": "direct", "direct": "direct", "steer~again": "steer"},
             guest="standin",
             guest_kernel="",
             accelerator="none",
@@ -72,8 +85,10 @@ def campaign(path: Path, spread: float, **factors: float) -> store.Store:
     with made:
         for cell in read.cells:
             about = cell.datapath == "steer" and cell.guests == 2
-            for block in range(6):
+            for block in range(read.blocks):
                 fast, dear = (factors.get(k, 1.0) if about else 1.0 for k in ("fast", "dear"))
+                if cell.datapath == "steer~again":
+                    fast = factors["again"]
                 made.append(
                     Trial(
                         cell.id,
@@ -113,7 +128,7 @@ def test_a_claim_holds_if_the_whole_interval_keeps_to_the_bound(
     status: int,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    campaign(tmp_path / "out", spread, **factors)
+    campaign(tmp_path / "out", spread, PLAN, 7, **factors)
     assert cli.main(["claims", str(tmp_path / "out"), "--json"]) == status
     found = json.loads(capsys.readouterr().out)
     assert tuple(row["verdict"] for row in found) == (*verdicts, Verdict.STATED, Verdict.STATED)
@@ -146,4 +161,55 @@ def test_bad_claims_are_refused(old: str, new: str, expected: str) -> None:
     with pytest.raises(Error) as caught:
         plan.parse(PLAN.replace(old, new), "tiny.toml")
     assert str(caught.value).startswith("plan tiny.toml: [[claims]] ")
+    assert expected in str(caught.value)
+
+
+AGAIN = PLAN.replace('["direct", "steer"]', '["direct", "steer", "steer~again"]')
+
+
+def test_the_estimator_that_was_laid_down_decides_and_the_other_stands_beside_it(
+    tmp_path: Path,
+) -> None:
+    found = {}
+    for estimator in plan.ESTIMATORS:
+        text = PLAN.replace('"signed-rank"', f'"{estimator}"').replace("blocks = 6", "blocks = 12")
+        made = Results(campaign(tmp_path / estimator, 0.005, text))
+        found[estimator] = claims.judge(made)[0]
+        assert claims.estimator_of(made.campaign) == estimator
+    ranks, t = found["signed-rank"], found["t"]
+    assert (ranks.ratio, ranks.other) == (t.other, t.ratio)
+    assert ranks.ratio != ranks.other
+
+
+def test_nothing_is_measured_where_controls_fail(tmp_path: Path) -> None:
+    for name, again, verdict in (("same", 1.0, Verdict.HOLDS), ("other", 1.2, Verdict.UNMEASURED)):
+        made = Results(campaign(tmp_path / name, 0.001, AGAIN, again=again))
+        found = claims.judge(made)
+        assert [row.verdict for row in found if row.claim.bounded] == [verdict] * 2
+        assert claims.exit_status(found) == (0 if verdict is Verdict.HOLDS else 3)
+
+
+def test_a_campaign_that_is_not_what_was_laid_down_says_so(tmp_path: Path) -> None:
+    made = Results(campaign(tmp_path / "so", 0.001))
+    assert claims.departures(made.campaign) == []
+    other = Results(campaign(tmp_path / "other", 0.001, seed=8))
+    assert claims.departures(other.campaign) == ["its seed is 8, not 7"]
+    (_, last) = claims.laid_down(other.campaign)
+    assert last == "Not as it was laid down: its seed is 8, not 7."
+    assert "0123abc" in next(claims.laid_down(made.campaign))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ('estimator = "signed-rank"\n', "", "estimator: expected one of signed-rank, t"),
+        ('"signed-rank"', '"median"', "estimator: expected one of signed-rank, t"),
+        ('"0123abc"', '"today"', "revision: expected the git revision"),
+        ("seed = 7", "sead = 7", "sead: no such key"),
+    ],
+)
+def test_claims_with_bounds_need_a_preregistration(old: str, new: str, expected: str) -> None:
+    with pytest.raises(Error) as caught:
+        plan.parse(PLAN.replace(old, new), "tiny.toml")
+    assert "[preregistration], which claims with bounds need: " in str(caught.value)
     assert expected in str(caught.value)

@@ -81,7 +81,12 @@ def test_globs_select_cells_and_one_that_matches_nothing_is_refused() -> None:
         ("64", "64\nsise = 0", "sise", "no such key"),
         ("64", "64\nrate_per_s = -1", "rate_per_s", "an integer of at least 0"),
         ('"latency"', '"throughput"\nrate_per_s = 9', "metric", "latency with a rate_per_s"),
-        ('"capture"', '"capture~twin"', "datapath", "capture~again or capture~slow"),
+        (
+            '"capture"',
+            '"capture~twin"',
+            "datapath",
+            "capture~slow, capture~slow-2us",
+        ),
         (
             "64",
             '64\nguest = "process"',
@@ -137,7 +142,7 @@ def test_shipped_plans_are_sound(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "minutes"),
-    [("quick", 3), ("standard", 15), ("paper", 40), ("proof", 30), ("costs", 20)],
+    [("quick", 3), ("standard", 15), ("paper", 40), ("proof", 50), ("costs", 20)],
 )
 def test_shipped_plans_fit_their_time(name: str, minutes: float) -> None:
     """0.7 s around a trial, 2.5 s per guest; 0.2 s and 0.1 s with stand-ins; 30 s besides."""

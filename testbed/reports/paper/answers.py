@@ -187,7 +187,7 @@ def _facts(answers: Answers) -> Iterator[tuple[str, str]]:
     for name in ("duration", "warmup"):
         yield f"plan/{name}", rf"{campaign.plan.get(f'{name}_s', 0):g}\,s"
     yield "confidence", rf"{CONFIDENCE:.0%}".replace("%", r"\,\%")
-    yield "slow", rf"{SLOW_US:g}\,\textmu{{}}s"
+    yield "slow", rf"{SLOW_US['slow']:g}\,\textmu{{}}s"
     guests = {
         campaign.guest: {"kernel": campaign.guest_kernel, "accelerator": campaign.accelerator}
     }
