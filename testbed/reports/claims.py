@@ -21,7 +21,6 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -36,6 +35,7 @@ from testbed.results.analysis import (
     quantities,
     reference,
 )
+from testbed.results.order import grouped
 from testbed.results.results import Results
 from testbed.results.statistics import Estimate, estimate, pseudomedian
 from testbed.results.store import Campaign
@@ -115,11 +115,9 @@ def estimator_of(campaign: Campaign) -> str:
 def departures(campaign: Campaign) -> list[str]:
     """In what a campaign is not what its plan laid down: a text for each."""
     stated = preregistration_of(campaign.plan)
-    if not any(claim.bounded for claim in claims_of(campaign.plan)):
-        return []
+    found: list[str] = []
     if stated is None:
-        return ["nothing was laid down before the data"]
-    found = []
+        return found
     if campaign.seed != stated.seed:
         found.append(f"its seed is {campaign.seed}, not {stated.seed}")
     if campaign.blocks != stated.blocks:
@@ -201,31 +199,39 @@ def data(found: Sequence[Found], campaign: Campaign) -> list[dict[str, Any]]:
 
 
 def table(found: Sequence[Found], campaign: Campaign) -> Group:
-    """The verdicts as a table for a terminal: a line for each cell below the text of its claim."""
+    """The verdicts for a terminal: a table for each claim, with a line for each cell."""
     decides = estimator_of(campaign)
     (other,) = set(ESTIMATORS) - {decides}
-    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for name in ("claim", "bound", "ratio", f"by {other}", "blocks", "verdict"):
-        shown.add_column(name, overflow="fold")
-    last = None
-    for row in found:
-        if row.claim is not last:
-            shown.add_row(Text(row.claim.text, style="bold"), "", "", "", "", "")
-            last = row.claim
-        shown.add_row(
-            f"  {what(row, campaign.guest)}",
-            bound(row.claim),
-            *(
+    tables = []
+    for claim, rows in grouped(found, lambda row: row.claim.text).items():
+        shown = Table(
+            title=Text(claim, style="bold"),
+            title_justify="left",
+            box=None,
+            show_header=False,
+            expand=True,
+            padding=(0, 1, 0, 0),
+        )
+        shown.add_column(ratio=1, overflow="fold")
+        for width in (8, 27, 4, 17):
+            shown.add_column(width=width)
+        for row in rows:
+            mine, others = (
                 interval(each, 1, wide=True) if each.blocks else "not measured"
                 for each in (row.ratio, row.other)
-            ),
-            str(row.ratio.blocks),
-            Text(row.verdict, style=_COLORS[row.verdict]),
-        )
+            )
+            shown.add_row(
+                f"  {what(row, campaign.guest)}",
+                bound(row.claim),
+                Text(mine).append(f"\n{other}: {others}", style="dim"),
+                str(row.ratio.blocks),
+                Text(row.verdict, style=_COLORS[row.verdict]),
+            )
+        tables.append(shown)
     counted = [f"{n} {v}" for v in Verdict if (n := sum(row.verdict is v for row in found))]
-    legend = f"Ratios within a block: {MEANS[decides]} (95 %) decide."
+    legend = f"Ratios within a block, and how many: {MEANS[decides]} (95 %) decide."
     lines = (f"{', '.join(counted)}. {legend}", *laid_down(campaign))
-    return Group(shown, *(Text(line) for line in lines))
+    return Group(*tables, *(Text(line) for line in lines))
 
 
 def laid_down(campaign: Campaign) -> Iterator[str]:
@@ -235,6 +241,8 @@ def laid_down(campaign: Campaign) -> Iterator[str]:
             f"Laid down before the first trial of {campaign.started}, about revision "
             f"{stated.revision}, in the plan with SHA-256 {campaign.plan['sha256']}."
         )
+    elif any(claim.bounded for claim in claims_of(campaign.plan)):
+        yield "Nothing was laid down before the data: the estimator was chosen later."
     if found := departures(campaign):
         yield f"Not as it was laid down: {'; '.join(found)}."
 
