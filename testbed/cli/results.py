@@ -173,7 +173,8 @@ def _add_compare(commands: Commands) -> None:
     compare = commands.add_parser(
         "compare",
         help="compare a stored campaign with an earlier one (needs no root)",
-        epilog="Exit status: 0 no cell is slower, 1 some are slower, 3 could not compare.",
+        epilog="Exit status: 0 no cell is slower, 1 some are slower, 3 could not compare; with "
+        "--ratios 1 also if a claim does not hold.",
     )
     compare.set_defaults(call=_compare)
     compare.add_argument("before", type=Path, metavar="A", help="directory of the earlier campaign")
@@ -182,6 +183,12 @@ def _add_compare(commands: Commands) -> None:
         type=Path,
         metavar="B",
         help="directory of the later campaign; the figure is written there",
+    )
+    compare.add_argument(
+        "--ratios",
+        action="store_true",
+        help="compare ratios to the reference within a block, as between two machines, and judge "
+        "the claims of A by B",
     )
     compare.add_argument(
         "--band",
@@ -194,23 +201,31 @@ def _add_compare(commands: Commands) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from testbed.reports import compare
+    from testbed.reports import claims, compare
     from testbed.reports.figures import draw
     from testbed.results.results import read
 
     before, after = read(arguments.before), read(arguments.after)
-    rows = compare.compare(before, after, arguments.band)
+    rows = compare.compare(before, after, arguments.band, arguments.ratios)
+    judged = claims.judge(after, before.campaign) if arguments.ratios else []
     status = compare.exit_status(rows)
+    if claims.exit_status(judged) == 1:
+        status = 1
     drawn = []
-    if any(row.ratio.blocks for row in rows):
+    if any(row.ratio.blocks for row in rows) and not arguments.ratios:
         folder = after.path / "figures"
         drawn = draw.draw_comparison(rows, before, after, arguments.band, folder)
     if arguments.json:
-        print(json.dumps(compare.data(rows, before, after, arguments.band), indent=1))
+        found = compare.data(rows, before, after, arguments.band)
+        found["claims"] = claims.data(judged, before.campaign)
+        print(json.dumps(found, indent=1))
     else:
         from rich.console import Console
 
         Console().print(compare.table(rows, before, after, arguments.band))
+        if judged:
+            Console().print("\nThe earlier campaign's claims, by the later one:", style="bold")
+            Console().print(claims.table(judged, before.campaign))
     if drawn:
         print(f"\nfigure: {drawn[0]}", file=sys.stderr)
     if status == 3:

@@ -26,14 +26,11 @@ from rich.table import Table
 from rich.text import Text
 
 from testbed.model.cells import Cell
-from testbed.plan import CPU_QUANTITY, ESTIMATORS, Claim, claims_of, preregistration_of
+from testbed.plan import ESTIMATORS, Claim, claims_of, preregistration_of
 from testbed.reports.words import interval, names, plain, size_of
 from testbed.results.analysis import (
-    block_values,
     controls,
-    cost_values,
     quantities,
-    reference,
 )
 from testbed.results.order import grouped
 from testbed.results.results import Results
@@ -85,19 +82,25 @@ class _Control(NamedTuple):
     ratio: Estimate
 
 
-def judge(results: Results) -> list[Found]:
-    """Judge every claim of the campaign's plan, for every cell that it is about."""
-    campaign, decides = results.campaign, estimator_of(results.campaign)
+def judge(results: Results, of: Campaign | None = None) -> list[Found]:
+    """Judge every claim of the campaign's plan, for every cell that it is about.
+
+    With `of`, the claims of that campaign, as it laid them down, by these results.
+    """
+    laid_down = of or results.campaign
+    decides = estimator_of(laid_down)
     (other,) = set(ESTIMATORS) - {decides}
     controlled = controls(_controls(results, decides))
     passed = controlled is None or controlled.passed
     found = []
-    for claim in claims_of(campaign.plan):
-        for cell in map(Cell.parse, campaign.cells):
-            to = divisor(cell, claim, campaign.references)
-            if not fnmatchcase(cell.id, claim.cells) or to == cell or to.id not in campaign.cells:
+    for claim in claims_of(laid_down.plan):
+        for cell in map(Cell.parse, laid_down.cells):
+            to = _divisor(cell, claim, results)
+            if to is None or to == cell or to.id not in laid_down.cells:
                 continue
-            ratios = _ratios(results, cell, to, claim.quantity)
+            if not fnmatchcase(cell.id, claim.cells):
+                continue
+            ratios = results.ratios(cell, to, claim.quantity).values()
             ratio = ESTIMATE[decides](ratios)
             verdict = _verdict(claim, ratio)
             if claim.bounded and not passed:
@@ -127,38 +130,18 @@ def departures(campaign: Campaign) -> list[str]:
     return found
 
 
-def _ratios(results: Results, cell: Cell, to: Cell, quantity: str) -> list[float]:
-    """Ratios of two cells within each block that has both."""
-    mine, others = (_values(results, each, quantity) for each in (cell, to))
-    return [mine[block] / others[block] for block in sorted(mine.keys() & others.keys())]
-
-
-def _values(results: Results, cell: Cell, quantity: str) -> dict[int, float]:
-    table = results.tables.get(cell.id)
-    if table is None:
-        return {}
-    return cost_values(table) if quantity == CPU_QUANTITY else block_values(table, quantity)
-
-
 def _controls(results: Results, estimator: str) -> Iterator[_Control]:
     """The campaign's controls, by the estimator that decides about its claims."""
-    references = results.campaign.references
     for cell in map(Cell.parse, results.campaign.cells):
-        name = reference(cell.datapath, cell.pair, references) if cell.variant else None
-        if name is not None:
-            to = replace(cell, datapath=name)
+        if cell.variant and (to := results.reference(cell)):
             for quantity in quantities(cell.metric):
-                ratios = _ratios(results, cell, to, quantity)
+                ratios = results.ratios(cell, to, quantity).values()
                 yield _Control(cell, quantity, ESTIMATE[estimator](ratios))
 
 
-def divisor(cell: Cell, claim: Claim, references: Mapping[str, str]) -> Cell:
+def _divisor(cell: Cell, claim: Claim, results: Results) -> Cell | None:
     """The cell that a claim divides `cell` by: as the claim says, or its reference."""
-    changes: dict[str, Any] = dict(claim.to)
-    if not changes:
-        own = cell.datapath
-        changes["datapath"] = reference(own, cell.pair, references) or own
-    return replace(cell, **changes)
+    return replace(cell, **claim.to) if claim.to else results.reference(cell)
 
 
 def _verdict(claim: Claim, ratio: Estimate) -> Verdict:

@@ -1,11 +1,12 @@
 """Compares two campaigns cell by cell: which cells became faster or slower, or are equivalent.
 
-The earlier campaign is the divisor. Two campaigns share no blocks, so their block values are
-independent samples. With many cells some would seem changed by chance, so the verdicts control the
-false-discovery rate (`testbed.results.statistics`). A cell is never called faster or slower if its
-interval includes 1. A change that is certainly within the band is called equivalent, even if it is
-significant. Only stored data are read. This module does not judge whether a machine is fit for a
-comparison, but reports circumstances that differ.
+The earlier campaign is the divisor. Compared are values, or, as another machine is faster or slower
+as a whole, ratios to the reference within a block. Two campaigns share no blocks, so their block
+values are independent samples. With many cells some would seem changed by chance, so the verdicts
+control the false-discovery rate (`testbed.results.statistics`). A cell is never called faster or
+slower if its interval includes 1. A change that is certainly within the band is called equivalent,
+even if it is significant. Only stored data are read. This module does not judge whether a machine
+is fit for a comparison, but reports circumstances that differ.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from testbed.reports.words import (
     superscript,
     unit_of,
 )
-from testbed.results.analysis import block_values, quantities
+from testbed.results.analysis import quantities
 from testbed.results.order import grouped
 from testbed.results.results import Results
 from testbed.results.statistics import Difference, Estimate, difference, discoveries
@@ -59,6 +60,8 @@ class Comparison:
 
     cell: Cell
     quantity: str
+    to: Cell | None
+    """The cell that values of this one are divided by, if ratios are compared."""
     before: Estimate
     after: Estimate
     ratio: Estimate
@@ -70,9 +73,14 @@ class Comparison:
     """Whether the earlier campaign has a value, and the later one planned the cell but has none."""
 
 
-def compare(before: Results, after: Results, band: float = BAND) -> list[Comparison]:
-    """Compare every cell that either campaign has, in reading order."""
-    values_before, values_after = _values(before), _values(after)
+def compare(
+    before: Results, after: Results, band: float = BAND, ratios: bool = False
+) -> list[Comparison]:
+    """Compare every cell that either campaign has, in reading order.
+
+    With `ratios`, compare its ratio to its reference; cells without one are left out.
+    """
+    values_before, values_after = _values(before, ratios), _values(after, ratios)
     keys = sorted(values_before | values_after, key=lambda key: after.reading_order(*key))
     found: list[tuple[tuple[Cell, str], Difference, str | None]] = []
     for key in keys:
@@ -85,6 +93,7 @@ def compare(before: Results, after: Results, band: float = BAND) -> list[Compari
         Comparison(
             cell=key[0],
             quantity=key[1],
+            to=(before.reference(key[0]) or after.reference(key[0])) if ratios else None,
             before=estimate_of(values_before.get(key, {}).values()),
             after=estimate_of(values_after.get(key, {}).values()),
             ratio=change.ratio,
@@ -169,18 +178,24 @@ def table(rows: Sequence[Comparison], before: Results, after: Results, band: flo
         shown.add_row(Text(label, style="bold"))
         for row in place:
             unit, quantity = unit_of(row.cell.metric), titles[row.cell.metric, row.quantity]
+            of, scale = f"{quantity}, {unit.name}", unit.scale
+            if row.to:
+                of, scale = f"{quantity} : {row.to.datapath}", 1
             shown.add_row(
                 row.cell.datapath,
-                f"{quantity}, {unit.name}" + (f", {size_of(row.cell)}" if sized else ""),
-                _shown(row.before, unit.scale),
-                _shown(row.after, unit.scale),
+                of + (f", {size_of(row.cell)}" if sized else ""),
+                _shown(row.before, scale),
+                _shown(row.after, scale),
                 _shown(row.ratio, 1, wide=True),
                 Text(row.verdict + note(row.reason), style=_COLORS[row.verdict]),
             )
         shown.add_section()
     counted = ", ".join(f"{count} {verdict}" for verdict, count in _counts(rows).items() if count)
+    what = "Ratios of geometric means, "
+    if any(row.to for row in rows):
+        what = "Ratios to the reference within a block, each campaign's and "
     legend = (
-        f"{counted}. Ratios of geometric means, later by earlier, 95 % Welch t-intervals; verdicts "
+        f"{counted}. {what}later by earlier, 95 % Welch t-intervals; verdicts "
         f"at a false-discovery rate of 5 % over {len(rows)} rows; equivalent: within {band:.0%}."
     )
     differing = (
@@ -199,14 +214,17 @@ _COLORS = {
 }
 
 
-def _values(results: Results) -> dict[tuple[Cell, str], dict[int, float]]:
-    """(cell, quantity) → block values, for every cell of the campaign's plan."""
-    tables = results.tables
-    return {
-        (cell, quantity): block_values(tables[cell.id], quantity) if cell.id in tables else {}
-        for cell in map(Cell.parse, results.campaign.cells)
-        for quantity in quantities(cell.metric)
-    }
+def _values(results: Results, ratios: bool) -> dict[tuple[Cell, str], dict[int, float]]:
+    """(cell, quantity) → block values or ratios, for every cell of the plan that has them."""
+    found = {}
+    for cell in map(Cell.parse, results.campaign.cells):
+        to = results.reference(cell)
+        for quantity in quantities(cell.metric):
+            if not ratios:
+                found[cell, quantity] = results.values(cell, quantity)
+            elif to:
+                found[cell, quantity] = results.ratios(cell, to, quantity)
+    return found
 
 
 def _incomparable(

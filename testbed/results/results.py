@@ -16,6 +16,7 @@ import pandas as pd
 from testbed.model.cells import Cell
 from testbed.model.looks import Look
 from testbed.model.trials import Status, Trial
+from testbed.plan import CPU_QUANTITY
 from testbed.results import analysis, store
 from testbed.results.analysis import Breakdown, Summary
 from testbed.results.order import reading_order
@@ -103,6 +104,25 @@ class Results:
         table = store.frame(trials) if missing else self.table
         found = analysis.summarise(table, self.campaign.references) + analysis.tails(trials)
         return sorted(found, key=lambda row: self.reading_order(row.cell, row.quantity))
+
+    def values(self, cell: Cell, quantity: str) -> dict[int, float]:
+        """Block → value of a cell: of a column of `table`, or of the host's CPU time (`cpu`)."""
+        table = self.tables.get(cell.id)
+        if table is None:
+            return {}
+        if quantity == CPU_QUANTITY:
+            return analysis.cost_values(table)
+        return analysis.block_values(table, quantity)
+
+    def ratios(self, cell: Cell, to: Cell, quantity: str) -> dict[int, float]:
+        """Block → ratio of the values of two cells, for blocks that have both."""
+        mine, others = self.values(cell, quantity), self.values(to, quantity)
+        return {block: mine[block] / others[block] for block in sorted(mine.keys() & others.keys())}
+
+    def reference(self, cell: Cell) -> Cell | None:
+        """The cell that a cell's ratio is to (`analysis.reference`); None if it has none."""
+        name = analysis.reference(cell.datapath, cell.pair, self.campaign.references)
+        return None if name in (None, cell.datapath) else replace(cell, datapath=name)
 
     @cached_property
     def costs(self) -> list[Breakdown]:

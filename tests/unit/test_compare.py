@@ -160,3 +160,36 @@ def test_the_command_prints_strict_json_draws_the_figure_and_ends_with_the_statu
     assert cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "nowhere")]) == 3
     with pytest.raises(SystemExit, match="2"):
         cli.main([*arguments, "--band", "2"])
+
+
+def test_ratios_are_compared_where_a_machine_is_slower_as_a_whole(tmp_path: Path) -> None:
+    before = campaign(tmp_path / "a", 1, {})
+    slower = campaign(tmp_path / "b", 2, dict.fromkeys(CELLS, 0.5))
+    throughput = CELLS[2]
+    worse = campaign(tmp_path / "c", 3, dict.fromkeys(CELLS, 0.5) | {throughput: 0.4})
+    assert Change.SLOWER in verdicts(compare.compare(before, slower))
+    rows = compare.compare(before, slower, ratios=True)
+    assert {row.cell.datapath for row in rows} == {"capture"}  # bridge is the reference
+    assert {row.to.datapath for row in rows if row.to} == {"bridge"}
+    assert set(verdicts(rows)) == {Change.EQUIVALENT}
+    rows = compare.compare(before, worse, ratios=True)
+    assert [row.cell.id for row in rows if row.verdict is Change.SLOWER] == [throughput]
+    assert rows[0].before.mean == pytest.approx(1, abs=0.02)
+
+
+def test_the_earlier_claims_are_judged_by_the_later_campaign(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    claim = {"text": "as fast", "cells": "capture/*/throughput/*", "at_least": 0.95}
+    before = campaign(tmp_path / "a", 1, {}, plan={"claims": [claim]})
+    for name, factor, status in (("b", 0.99, 0), ("c", 0.9, 1)):
+        later = campaign(tmp_path / name, 2, {CELLS[2]: factor})
+        command = ["compare", "--ratios", "--band", "0.2", str(before.path), str(later.path)]
+        assert cli.main([*command, "--json"]) == status
+        (judged,) = json.loads(capsys.readouterr().out)["claims"]
+        assert judged["verdict"] == ("does not hold" if status else "holds")
+        assert cli.main(command) == status
+        shown = capsys.readouterr().out
+        assert "The earlier campaign's claims" in shown
+        assert "throughput : bridge" in shown
