@@ -51,11 +51,22 @@ def _add_table(commands: Commands) -> None:
     table.set_defaults(call=_table)
     table.add_argument("directories", type=Path, nargs="+", metavar="DIR")
     table.add_argument("--json", action="store_true")
+    table.add_argument(
+        "--bencher",
+        action="store_true",
+        help="print the numbers in Bencher's metric format, for dashboards that show trends",
+    )
 
 
 def _table(arguments: argparse.Namespace) -> int:
+    from testbed.reports import table
     from testbed.results.results import read
 
+    if arguments.bencher:
+        if len(arguments.directories) > 1:
+            raise Error("a file of Bencher's has one campaign", "give one directory")
+        print(json.dumps(table.bencher(read(arguments.directories[0])), indent=1))
+        return 0
     directories, failures = arguments.directories, []
     for directory in directories:
         try:

@@ -65,6 +65,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from testbed.campaigns import campaign
     from testbed.campaigns.places import HERE
     from testbed.images import kernels
+    from testbed.reports import crate
     from testbed.reports.figures import draw
     from testbed.results import store
     from testbed.results.results import Results
@@ -105,6 +106,7 @@ def _run(arguments: argparse.Namespace) -> int:
         finished.derive()
         results = Results(finished)
         drawn = draw.draw(results)
+        crate.write(results)
     print_table(results, arguments.json)
     pictures = [file for file in drawn if file.suffix == ".png"]
     print(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import ceil, nan
-from typing import Any
+from typing import Any, ClassVar
 
 
 class Status(StrEnum):
@@ -25,6 +25,8 @@ class Trial:
     receiver, microseconds of median round-trip time, connections per second, milliseconds until the
     first answer, bytes per pod.
     """
+
+    __pydantic_config__: ClassVar[dict[str, bool]] = {"use_attribute_docstrings": True}
 
     cell: str
     block: int

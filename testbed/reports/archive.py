@@ -3,8 +3,9 @@
 A reference is a campaign's directory like any other (`testbed.results.store`), so figures, table,
 report and comparison can be made from it. It contains the measured data (campaign.json,
 trials.jsonl.gz, hosts/, conformance.json), and derived files for people without this software: tidy
-tables, figures as PDF, report.html. Consoles are left out. Each derived file names the digest of
-the data that it was made from; `stale` finds files with another digest.
+tables, figures as PDF, report.html, a description as a research object (`crate`). Consoles are left
+out. Each derived file names the digest of the data that it was made from; `stale` finds files with
+another digest.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from testbed.model.errors import Error
-from testbed.reports import html
+from testbed.reports import crate, html
 from testbed.reports.figures import draw
 from testbed.results import store
 from testbed.results.results import Results
@@ -42,6 +43,7 @@ def keep(campaign: Store, folder: Path) -> Store:
     for picture in (folder / "figures").glob("*.png"):  # the report contains them
         picture.unlink()
     draw.draw(results, kinds=("pdf",))
+    crate.write(results)
     return made
 
 

@@ -8,6 +8,7 @@ block (`testbed.results.analysis`). This module only formats numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
@@ -54,6 +55,22 @@ def data(results: Results) -> dict[str, Any]:
             for row in results.summaries
         ],
     }
+
+
+def bencher(results: Results) -> dict[str, dict[str, dict[str, float]]]:
+    """The numbers as Bencher's metric format: cell → quantity → value and 95 % interval.
+
+    Units are as stored. https://bencher.dev/docs/reference/bencher-metric-format
+    """
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in results.summaries:
+        names = ("value", "lower_value", "upper_value")
+        numbers = (row.estimate.mean, row.estimate.low, row.estimate.high)
+        known = {n: v for n, v in zip(names, numbers, strict=True) if math.isfinite(v)}
+        if known:
+            measure = row.cell.metric.value if row.quantity == "value" else row.quantity
+            found.setdefault(row.cell.id, {})[measure] = known
+    return found
 
 
 def table(results: Results, width: int) -> Group:

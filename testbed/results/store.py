@@ -30,7 +30,7 @@ from datetime import UTC, datetime
 from functools import partial
 from math import nan
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, ClassVar, Self
 
 import pandas as pd
 
@@ -45,6 +45,8 @@ FORMAT = 1
 @dataclass(frozen=True)
 class Campaign:
     """Description of a campaign, in campaign.json: plan, machine, guests, versions."""
+
+    __pydantic_config__: ClassVar[dict[str, bool]] = {"use_attribute_docstrings": True}
 
     name: str
     """Name of the plan."""
@@ -69,7 +71,8 @@ class Campaign:
     """Git revision of this project, with `-dirty` if there were uncommitted changes."""
     congestion_control: str = "unknown"
     """TCP congestion control of the host."""
-    offloads: Mapping[str, Any] = field(default_factory=dict)
+    offloads: str = ""
+    """Options of the guests' network device that are not the defaults."""
     versions: Mapping[str, str] = field(default_factory=dict)
     images: Mapping[str, str] = field(default_factory=dict)
     """Image → digest."""

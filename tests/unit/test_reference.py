@@ -73,6 +73,9 @@ def test_a_reference_is_the_campaign_without_its_consoles(
         "trials.csv",
         "trials.parquet",
         "histogram.parquet",
+        "ro-crate-metadata.json",
+        "campaign.schema.json",
+        "trial.schema.json",
         "report.html",
         "figures",
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from testbed import datapaths, plan
+from testbed import cli, datapaths, plan
 from testbed.campaigns import campaign
 from testbed.campaigns.places import Share
 from testbed.campaigns.protocol import Job
@@ -341,3 +341,17 @@ def test_starts_memory_and_scaling_have_figures_and_guests_that_cells_name_their
     ]
     assert warnings == ["osv: emulated guest: functional, not a speed claim"]
     assert not any(made.campaign.is_functional(cell) for cell in cells)
+
+
+def test_numbers_are_exported_for_dashboards(
+    little: store.Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["table", "--bencher", str(little.path)]) == 0
+    exported = json.loads(capsys.readouterr().out)
+    rows = {(row.cell.id, row.quantity): row for row in Results(little).summaries}
+    cell = "capture/native-guest/ipv4/tcp/latency/64x1"
+    assert exported[cell]["p50_us"]["value"] == rows[cell, "p50_us"].estimate.mean
+    assert {frozenset(measure) for of in exported.values() for measure in of.values()} <= {
+        frozenset({"value"}),
+        frozenset({"value", "lower_value", "upper_value"}),
+    }
