@@ -73,6 +73,10 @@ class Found:
     """By the other one."""
     verdict: Verdict
 
+    @property
+    def quantity(self) -> str:
+        return self.claim.quantity
+
 
 class _Control(NamedTuple):
     """What `analysis.controls` asks of a control."""

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from testbed import cli, plan
@@ -14,6 +15,7 @@ from testbed.model.errors import Error
 from testbed.model.trials import Status, Trial
 from testbed.reports import claims
 from testbed.reports.claims import Verdict
+from testbed.reports.figures import claims as figures
 from testbed.results import store
 from testbed.results.results import Results
 
@@ -213,3 +215,15 @@ def test_claims_with_bounds_need_a_preregistration(old: str, new: str, expected:
         plan.parse(PLAN.replace(old, new), "tiny.toml")
     assert "[preregistration], which claims with bounds need: " in str(caught.value)
     assert expected in str(caught.value)
+
+
+def test_the_figure_has_a_line_for_each_verdict_and_every_block(tmp_path: Path) -> None:
+    made = Results(campaign(tmp_path / "out", 0.001, PLAN, 7, fast=0.9))
+    [(name, drawing)] = figures.figures(made)
+    assert name == "claims"
+    (axes,) = drawing.panels.axes
+    written = [text.get_text() for text in axes.texts]
+    assert written == ["fast", "does not hold", "frugal", "holds"]
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["process→standin, IPv4 TCP, 64 KiB, 2 guests : direct"] * 2
+    assert sum(np.size(line.get_xdata()) == 6 for line in axes.lines) == 2

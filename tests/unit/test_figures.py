@@ -67,6 +67,20 @@ PLAN = plan.parse(
     metric = ["throughput", "latency", "startup", "memory"]
     size_bytes = 64
     guests = [4, 16, 64]
+    [preregistration]
+    estimator = "t"
+    seed = 1
+    revision = "0123abc"
+    [[claims]]
+    text = "steer and capture: throughput at least 0.97 of direct"
+    cells = "[cs]*/*/throughput/64x1"
+    at_least = 0.97
+    [[claims]]
+    text = "steer: host CPU per gigabyte between 0.9 and 1.1 of direct"
+    cells = "steer/*/throughput/64x1*"
+    quantity = "cpu"
+    at_least = 0.9
+    at_most = 1.1
     """,
     "wide.toml",
 )
@@ -74,6 +88,7 @@ CAMPAIGN = replace(
     test_report.CAMPAIGN,
     name="wide",
     cells=tuple(cell.id for cell in PLAN.cells),
+    plan={"claims": [vars(c) for c in PLAN.claims], "preregistration": vars(PLAN.preregistration)},
     references={name: "direct" for name in NAMES if name != "loopback"},
     looks={name: vars(datapaths.get(name).look) for name in NAMES},
 )
