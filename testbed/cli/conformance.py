@@ -90,8 +90,8 @@ def add(commands: Commands) -> None:
 
 
 def _conformance(arguments: argparse.Namespace) -> int:
-    from testbed import paths
     from testbed.conformance import archive, bundle, check, checks, output, runner
+    from testbed.runtimes.interface import Description
 
     globs = tuple(arguments.check or ("*",))
     if arguments.list:
@@ -131,19 +131,22 @@ def _conformance(arguments: argparse.Namespace) -> int:
         if not file.parent.is_dir():
             raise Error(f"{file}: there is no folder {file.parent}")
     results: list[Result] = []
-    revision = paths.revision() if arguments.keep else ""  # before anybody edits the clone
+    known = archive.circumstances() if arguments.keep else {}  # before anybody edits the clone
+    guest = None
     try:
         with common.progress() as report:
             for event in runner.run(choice):
                 if isinstance(event, check.Result):
                     results.append(event)
+                elif isinstance(event, Description):
+                    guest = event
                 else:
                     report(event)
     except BaseException:
         if results:  # show what was checked before the error
             _show_conformance(results, arguments)
         raise
-    for run in archive.runs_of(results, revision) if arguments.keep else ():
+    for run in archive.runs_of(results, guest, **known) if arguments.keep else ():
         print(f"kept in {archive.keep(run)}", file=sys.stderr)
     _show_conformance(results, arguments)
     return 1 if any(r.status is check.Status.FAIL for r in results) else 0

@@ -9,16 +9,21 @@ the files alone.
 from __future__ import annotations
 
 import json
+import platform
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from testbed import datapaths, paths
 from testbed.conformance import checks
 from testbed.conformance.check import Check, Result, Status
+from testbed.host import facts
 from testbed.model.errors import Error
 from testbed.model.terms import Runtime
+from testbed.runtimes.interface import Description
 
 FOLDER = paths.REFERENCE / "conformance"
 PAGE = paths.ROOT / "docs/conformance.md"
@@ -72,7 +77,16 @@ class Run:
     """`wasm` if natives were WASI components, else `process`."""
     checks: dict[str, Outcome]
     revision: str = ""
-    """Of the clone that was tested; empty if the file is older than this row."""
+    """Of the clone that was tested; empty, as what follows, if the file is older than this row."""
+    date: str = ""
+    """Of the start: UTC, ISO 8601."""
+    host_kernel: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Versions of other software, by name."""
+    accelerator: str = ""
+    """`kvm` or `tcg`; empty for guests that are no virtual machines."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of the guest's image and kernel, by name."""
 
     @property
     def name(self) -> str:
@@ -86,8 +100,21 @@ class Run:
         return sum(outcome.count(status) for outcome in self.checks.values())
 
 
-def runs_of(results: Iterable[Result], revision: str = "") -> list[Run]:
-    """One run of this revision for each datapath, in the order of its first result."""
+def circumstances() -> dict[str, Any]:
+    """What is the same for all runs from now on: fields of `Run`."""
+    return {
+        "revision": paths.revision(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host_kernel": platform.release(),
+        "versions": facts.versions(),
+    }
+
+
+def runs_of(results: Iterable[Result], guest: Description | None = None, **known: Any) -> list[Run]:
+    """One run for each datapath, in the order of its first result.
+
+    `guest` describes the guests, if there were any; `known` are `circumstances`.
+    """
     runs: dict[tuple[str, str, str, str], dict[str, Outcome]] = {}
     for r in results:
         native = Runtime.WASM if Runtime.WASM in r.pair else Runtime.PROCESS
@@ -99,7 +126,13 @@ def runs_of(results: Iterable[Result], revision: str = "") -> list[Run]:
             reasons = outcome.failed if r.status is Status.FAIL else outcome.unsupported
             reasons.setdefault(r.reason, []).append(f"{r.pair} {r.family} {r.transport}")
         found[r.check] = outcome
-    return [Run(*names, outcomes, revision) for names, outcomes in runs.items()]
+    of_guest: dict[str, Any] = {}
+    if guest:
+        of_guest = {"accelerator": guest.accelerator, "digests": guest.digests}
+    return [
+        replace(Run(*names, outcomes), **known, **(of_guest if names[1] else {}))
+        for names, outcomes in runs.items()
+    ]
 
 
 def keep(run: Run, folder: Path = FOLDER) -> Path:

@@ -24,6 +24,7 @@ from testbed.model.metrics import Metric
 from testbed.model.progress import Progress
 from testbed.model.terms import Family, Runtime
 from testbed.runtimes import interface
+from testbed.runtimes.interface import Description
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,11 @@ class Choice:
     """Cgroup of that pod's processes, in which natives are started. None: in none of the pod's."""
 
 
-def run(choice: Choice) -> Iterator[Result | Progress]:
-    """Run the checks; yields progress before each case, and results as they arrive."""
+def run(choice: Choice) -> Iterator[Result | Progress | Description]:
+    """Run the checks; yields progress before each case, and results as they arrive.
+
+    First it yields the description of the guests, unless they are somebody else's.
+    """
     chosen = checks.matching(choice.globs)
     for name in choice.datapaths:
         datapath = None if choice.netns else datapaths.get(name)
@@ -70,6 +74,7 @@ def run(choice: Choice) -> Iterator[Result | Progress]:
             yield from through(stage, cases(chosen, stage.pairs, choice.families))
             return
         guest, why = runtimes.choose(choice.guest, options)
+        yield guest.description
         if why:
             yield Progress(f"guests are {guest.description.runtime}: {why}", 0, 0)
         for name in choice.datapaths:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from testbed.conformance import archive, checks
 from testbed.conformance.check import Result, Status
 from testbed.model.cells import Pair
 from testbed.model.errors import Error
-from testbed.model.terms import Family, Transport
+from testbed.model.terms import Family, Runtime, Transport
+from testbed.runtimes.interface import Description
 
 STEER = ("steer", "osv", "ipv6 v0.57.0")
 
@@ -54,6 +56,24 @@ def test_what_is_kept_is_read_as_it_was_in_the_order_of_datapaths_and_guests(
     assert "| check | loopback<br>processes | steer<br>stand-ins |" in archive.page(runs[::-1], [])
     with pytest.raises(Error, match="no results"):
         archive.read(tmp_path / "nothing")
+
+
+def test_circumstances_are_kept_and_those_of_guests_only_where_there_were_some(
+    tmp_path: Path,
+) -> None:
+    known, guest = (
+        archive.circumstances(),
+        Description(Runtime.OSV, "", "tcg", {"kernel": "0" * 64}),
+    )
+    results = [result("connect"), result("connect", run=("loopback", "", ""))]
+    for run in archive.runs_of(results, guest, **known):
+        archive.keep(run, tmp_path)
+    loopback, steer = archive.read(tmp_path)
+    assert steer.revision == loopback.revision != ""
+    assert steer.host_kernel == platform.release()
+    assert steer.versions["python"] == platform.python_version()
+    assert (steer.accelerator, steer.digests) == ("tcg", {"kernel": "0" * 64})
+    assert (loopback.accelerator, loopback.digests) == ("", {})
 
 
 def test_checks_with_components_are_a_run_of_their_own() -> None:
