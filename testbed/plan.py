@@ -23,7 +23,7 @@ from testbed import paths, schema
 from testbed.model.addresses import MAX_GUESTS
 from testbed.model.cells import AGAIN, SLOW_US, Cell, Pair
 from testbed.model.errors import Error
-from testbed.model.metrics import Metric
+from testbed.model.metrics import CPU_QUANTITY, Metric
 from testbed.model.terms import Family, Runtime, Transport
 from testbed.schema import Table
 
@@ -32,7 +32,6 @@ MAX_PODS = 200
 cells need some of them."""
 MAX_UDP_BYTES = 65507
 """Largest UDP payload in an IPv4 packet: 65535 - 20 (RFC 791) - 8 (RFC 768)."""
-CPU_QUANTITY = "cpu"
 ESTIMATORS = ("signed-rank", "t")
 """Estimators of ratios over blocks: `pseudomedian` and `estimate` of `results.statistics`."""
 QUANTITIES = ("value", "p50_us", "p99_us", CPU_QUANTITY)

@@ -11,6 +11,8 @@ from testbed.model.trials import percentile
 
 TAIL = "p999_us"
 """Name of the quantity that is the 99.9th percentile of the samples of all blocks together."""
+CPU_QUANTITY = "cpu"
+"""Name of the quantity that is the host's CPU time per unit of traffic (`analysis.costs`)."""
 
 
 class Sample(Protocol):

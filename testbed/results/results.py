@@ -15,8 +15,8 @@ import pandas as pd
 
 from testbed.model.cells import Cell
 from testbed.model.looks import Look
+from testbed.model.metrics import CPU_QUANTITY
 from testbed.model.trials import Status, Trial
-from testbed.plan import CPU_QUANTITY
 from testbed.results import analysis, store
 from testbed.results.analysis import Breakdown, Summary
 from testbed.results.order import reading_order

@@ -14,11 +14,11 @@ from typing import Any
 from testbed import paths
 from testbed.model.cells import SLOW_US, Cell
 from testbed.model.errors import Error
+from testbed.model.metrics import CPU_QUANTITY
 from testbed.model.trials import Status
-from testbed.plan import CPU_QUANTITY
 from testbed.reports import claims
 from testbed.reports.words import Unit, number, unit_of
-from testbed.results.analysis import Summary, block_values, controls, cost_values
+from testbed.results.analysis import Summary, controls
 from testbed.results.results import Results
 from testbed.results.statistics import CONFIDENCE, Estimate, estimate
 
@@ -34,9 +34,6 @@ class Answers:
         self.cells: dict[str, list[Summary]] = {}
         for row in self.rows:
             self.cells.setdefault(self.id_of(row.cell), []).append(row)
-        self._tables = {
-            self.id_of(Cell.parse(str(id))): table for id, table in results.table.groupby("cell")
-        }
         self.claims = claims.judge(self.proof)
         self.conformance = _conformance(results)
         self.facts = dict(_facts(self))
@@ -83,20 +80,14 @@ class Answers:
     def _cost(self, row: Summary) -> Summary:
         """Summary of the host CPU time of a cell's traffic."""
         row = replace(row, quantity=CPU_QUANTITY)
-        row = replace(row, estimate=estimate(self._values(row.cell, CPU_QUANTITY).values()))
+        values = self.results.values(row.cell, CPU_QUANTITY)
+        row = replace(row, estimate=estimate(values.values()))
         return self._divided(row, replace(row.cell, datapath=row.reference or row.cell.datapath))
 
     def _divided(self, row: Summary, to: Cell) -> Summary:
         """The row with the ratio to another cell, over the blocks that have both."""
-        mine, others = (self._values(cell, row.quantity) for cell in (row.cell, to))
-        both = sorted(mine.keys() & others.keys())
-        return replace(row, ratio=estimate(mine[block] / others[block] for block in both))
-
-    def _values(self, cell: Cell, quantity: str) -> dict[int, float]:
-        table = self._tables.get(self.id_of(cell))
-        if table is None:
-            return {}
-        return cost_values(table) if quantity == CPU_QUANTITY else block_values(table, quantity)
+        ratios = self.results.ratios(row.cell, to, row.quantity)
+        return replace(row, ratio=estimate(ratios.values()))
 
     def _of_many(self, kind: str, glob: str) -> str:
         """Range of all ratios of cells that match; or how many of them are below and above one."""

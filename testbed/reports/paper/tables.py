@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from testbed.model import addresses
 from testbed.model.cells import Pair
 from testbed.model.errors import Error
+from testbed.model.metrics import CPU_QUANTITY
 from testbed.model.terms import Family
 from testbed.model.trials import Status
-from testbed.plan import CPU_QUANTITY
 from testbed.reports.paper.answers import (
     KEPT,
     Answers,
