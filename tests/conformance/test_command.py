@@ -56,7 +56,6 @@ def test_list_shows_every_check_and_runs_none() -> None:
         (("--netns", "/nonsense", "--control", "::1"), "no network namespace /nonsense"),
         (("--netns", "/", "--control", "::1", "--native", "wasm"), "no wasm is brought to a pod"),
         (("--bundle", "/nonsense/suite.tar.gz"), "/nonsense/suite.tar.gz: No such file"),
-        (("--bundle", "suite.zip"), "suite.zip: not the name of a compressed tar"),
     ],
 )
 @pytest.mark.root
@@ -183,7 +182,7 @@ def test_an_archive_of_the_suite_checks_a_pod_without_anything_installed(
     foreign_pod: Pod, tmp_path: Path
 ) -> None:
     """The pod's namespace is that of a process, as most runtimes tell it."""
-    archive = tmp_path / "suite.tar.xz"
+    archive = tmp_path / "suite.tar.gz"
     assert conformance("--bundle", archive).returncode == 0
     subprocess.run(["tar", "-xf", archive, "-C", tmp_path], check=True)
     (suite,) = tmp_path.glob("testbed-conformance-*")
