@@ -106,7 +106,7 @@ def judge(results: Results, of: Campaign | None = None) -> list[Found]:
                 continue
             ratios = results.ratios(cell, to, claim.quantity).values()
             ratio = ESTIMATE[decides](ratios)
-            verdict = _verdict(claim, ratio)
+            verdict = verdict_of(claim, ratio)
             if claim.bounded and not passed:
                 verdict = Verdict.UNMEASURED
             found.append(Found(claim, cell, to, ratio, ESTIMATE[other](ratios), verdict))
@@ -148,7 +148,8 @@ def _divisor(cell: Cell, claim: Claim, results: Results) -> Cell | None:
     return replace(cell, **claim.to) if claim.to else results.reference(cell)
 
 
-def _verdict(claim: Claim, ratio: Estimate) -> Verdict:
+def verdict_of(claim: Claim, ratio: Estimate) -> Verdict:
+    """The verdict on a claim by an estimate of its ratio."""
     if not claim.bounded:
         return Verdict.STATED
     low, high = claim.at_least or 0.0, claim.at_most or math.inf

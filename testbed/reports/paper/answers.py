@@ -16,6 +16,7 @@ from testbed.model.cells import SLOW_US, Cell
 from testbed.model.errors import Error
 from testbed.model.metrics import CPU_QUANTITY
 from testbed.model.trials import Status
+from testbed.plan import preregistration_of
 from testbed.reports import claims
 from testbed.reports.words import Unit, number, unit_of
 from testbed.results.analysis import Summary, controls
@@ -154,6 +155,22 @@ _OF_RATIO: Mapping[str, Callable[[Estimate], str]] = {
 # --- facts ----------------------------------------------------------------------------------
 
 
+def _how_claims_are_judged(answers: Answers) -> str:
+    """When it was laid down what decides about the claims, and what the other estimator says."""
+    campaign = answers.proof.campaign
+    decides = claims.estimator_of(campaign)
+    others = Counter(claims.verdict_of(row.claim, row.other) for row in answers.claims)
+    said = ", ".join(f"{n} {verdict}" for verdict, n in others.items())
+    other = "$t$" if decides == "signed-rank" else "signed ranks"
+    if preregistration_of(campaign.plan):
+        when = "Bounds, blocks, estimator and seed were laid down before the data"
+    else:
+        when = (
+            "Bounds and number of blocks were laid down before the data, the estimator after them"
+        )
+    return f"{when}; by {other} the verdicts are: {escape(said)}."
+
+
 def _facts(answers: Answers) -> Iterator[tuple[str, str]]:
     """(name, LaTeX) of all facts that the text may ask for by the macro `fact`."""
     results, campaign = answers.results, answers.results.campaign
@@ -199,6 +216,7 @@ def _facts(answers: Answers) -> Iterator[tuple[str, str]]:
     yield "claims/congestion_control", escape(answers.proof.campaign.congestion_control)
     for verdict in claims.Verdict:
         yield f"claims/{verdict}", str(judged[verdict])
+    yield "claims/how", _how_claims_are_judged(answers)
     if found := controls(answers.rows):
         yield from (
             ("aa/ratios", str(found.same)),
