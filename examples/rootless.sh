@@ -47,7 +47,7 @@ pasta)
   ip -n "$host" route add default via 2001:db8::1
   ip netns exec "$host" pasta --foreground --quiet --config-net --runas 0 \
     --tcp-ports "$control,$first-$last" --udp-ports "$first-$last" \
-    --tcp-ns "$natives" --udp-ns "$natives" -- "${agent[@]}" &
+    --tcp-ns "$natives" --udp-ns "$natives" -- setpriv --pdeathsig KILL "${agent[@]}" &
   ;;
 slirp4netns)
   ip netns add "$guest"

@@ -223,6 +223,8 @@ def test_networks_of_rootless_containers_are_held_to_the_suite(network: str) -> 
     for check in ("connect", "datagram"):
         assert {s for (name, _), s in results.items() if name == check} == {"pass"}
     assert results["refused", "native-guest"] == "fail"
+    left = subprocess.run(["pgrep", "-f", "agent/static"], capture_output=True, text=True)
+    assert left.stdout == ""
 
 
 @pytest.mark.root
