@@ -17,6 +17,7 @@ from testbed.model.terms import Family, Runtime
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from testbed.conformance import runner
     from testbed.conformance.check import Result
 
 
@@ -48,6 +49,25 @@ def add(commands: Commands) -> None:
         help="only checks like 'datagram-*' (may be repeated)",
     )
     conformance.add_argument("--list", action="store_true", help="list the checks, and run none")
+    _add_outputs(conformance)
+    conformance.add_argument(
+        "--netns", type=Path, metavar="PATH", help="check an existing pod: its namespace ..."
+    )
+    conformance.add_argument(
+        "--control",
+        metavar="ADDRESS[:PORT]",
+        help="... and the control connection of the traffic agent in its guest",
+    )
+    conformance.add_argument(
+        "--cgroup",
+        type=Path,
+        metavar="PATH",
+        help="cgroup (v2) of that pod's processes, to which the natives are to belong",
+    )
+
+
+def _add_outputs(conformance: argparse.ArgumentParser) -> None:
+    """Add the options that say what is written, and where."""
     conformance.add_argument("--json", action="store_true", help="print the results as JSON")
     conformance.add_argument(
         "--keep", action="store_true", help="archive the results in results/reference/conformance"
@@ -73,20 +93,6 @@ def add(commands: Commands) -> None:
         metavar="FILE",
         help="also write the results as TAP (Test Anything Protocol, version 14)",
     )
-    conformance.add_argument(
-        "--netns", type=Path, metavar="PATH", help="check an existing pod: its namespace ..."
-    )
-    conformance.add_argument(
-        "--control",
-        metavar="ADDRESS[:PORT]",
-        help="... and the control connection of the traffic agent in its guest",
-    )
-    conformance.add_argument(
-        "--cgroup",
-        type=Path,
-        metavar="PATH",
-        help="cgroup (v2) of that pod's processes, to which the natives are to belong",
-    )
 
 
 def _conformance(arguments: argparse.Namespace) -> int:
@@ -109,27 +115,7 @@ def _conformance(arguments: argparse.Namespace) -> int:
         bundle.write(arguments.bundle)
         print(arguments.bundle)
         return 0
-    if arguments.keep and (arguments.check or arguments.family or arguments.netns):
-        raise Error("only whole runs are kept", hint="leave out --check, --family and --netns")
-    foreign = arguments.netns is not None
-    if foreign != (arguments.control is not None):
-        raise Error("a pod that is there already needs both --netns and --control")
-    if arguments.cgroup and not (foreign and (arguments.cgroup / "cgroup.procs").exists()):
-        raise Error(f"{arguments.cgroup} is no cgroup of a pod that is there already")
-    choice = runner.Choice(
-        tuple(arguments.datapath or (["foreign"] if foreign else _that_make_localhost_work())),
-        arguments.guest,
-        tuple(arguments.family or Family),
-        globs,
-        arguments.native,
-        arguments.osv_kernel,
-        netns=arguments.netns,
-        control=arguments.control or "",
-        cgroup=arguments.cgroup and arguments.cgroup.absolute(),
-    )
-    for file in filter(None, (arguments.junit, arguments.tap)):
-        if not file.parent.is_dir():
-            raise Error(f"{file}: there is no folder {file.parent}")
+    choice = _choice(arguments, globs)
     results: list[Result] = []
     known = archive.circumstances() if arguments.keep else {}  # before anybody edits the clone
     guest = None
@@ -150,6 +136,33 @@ def _conformance(arguments: argparse.Namespace) -> int:
         print(f"kept in {archive.keep(run)}", file=sys.stderr)
     _show_conformance(results, arguments)
     return 1 if any(r.status is check.Status.FAIL for r in results) else 0
+
+
+def _choice(arguments: argparse.Namespace, globs: tuple[str, ...]) -> runner.Choice:
+    """What is to be run. Raises `Error` for options that do not go together."""
+    from testbed.conformance import runner
+
+    if arguments.keep and (arguments.check or arguments.family or arguments.netns):
+        raise Error("only whole runs are kept", hint="leave out --check, --family and --netns")
+    foreign = arguments.netns is not None
+    if foreign != (arguments.control is not None):
+        raise Error("a pod that is there already needs both --netns and --control")
+    if arguments.cgroup and not (foreign and (arguments.cgroup / "cgroup.procs").exists()):
+        raise Error(f"{arguments.cgroup} is no cgroup of a pod that is there already")
+    for file in filter(None, (arguments.junit, arguments.tap)):
+        if not file.parent.is_dir():
+            raise Error(f"{file}: there is no folder {file.parent}")
+    return runner.Choice(
+        tuple(arguments.datapath or (["foreign"] if foreign else _that_make_localhost_work())),
+        arguments.guest,
+        tuple(arguments.family or Family),
+        globs,
+        arguments.native,
+        arguments.osv_kernel,
+        netns=arguments.netns,
+        control=arguments.control or "",
+        cgroup=arguments.cgroup and arguments.cgroup.absolute(),
+    )
 
 
 def _that_make_localhost_work() -> list[str]:

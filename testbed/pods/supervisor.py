@@ -201,18 +201,7 @@ def supervise(
     asker, spec, datapath = None, order.spec, datapaths.get(order.datapath)
     try:
         with _listen(spec.name) as server:
-            if order.sandbox:
-                order.sandbox.check(spec, datapath)
-            elif taps := spec.manifest.taps.values():
-                raise Error(
-                    f"pod {spec.name!r} is made here, and has no tap {next(iter(taps)).name!r}",
-                    hint="testbed attach",
-                )
-            left = control.orphans().get(spec.name)
-            if adopts and not left:
-                raise Error(f"no pod {spec.name!r} is left to take over")
-            if left:
-                _check_left(left, order, datapath)
+            left = _left_of(order, datapath, adopts)
             prepared = _prepare(spec, replace(order.options, say=say))
             with _ending() as ending, Owner(left.ledger if left else None) as owner:
                 scratch = ledger.create_folder(owner, control.folder_name(owner.id))
@@ -251,6 +240,24 @@ def supervise(
     if asker:
         with contextlib.suppress(OSError), asker:  # the asker may be gone
             asker.sendall(json.dumps(answer).encode() + b"\n")
+
+
+def _left_of(order: Order, datapath: Datapath, adopts: bool) -> control.Orphan | None:
+    """The orphan that the pod takes over; None if there is none. Raises `Error` as `supervise`."""
+    spec = order.spec
+    if order.sandbox:
+        order.sandbox.check(spec, datapath)
+    elif taps := spec.manifest.taps.values():
+        raise Error(
+            f"pod {spec.name!r} is made here, and has no tap {next(iter(taps)).name!r}",
+            hint="testbed attach",
+        )
+    left = control.orphans().get(spec.name)
+    if adopts and not left:
+        raise Error(f"no pod {spec.name!r} is left to take over")
+    if left:
+        _check_left(left, order, datapath)
+    return left
 
 
 def _check_left(left: control.Orphan, order: Order, datapath: Datapath) -> None:

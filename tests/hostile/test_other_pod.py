@@ -129,12 +129,12 @@ def test_a_flood_pushes_out_no_fragment_of_another_pod(
     bench, hostile = neighbors
     link, alias = (str(a) for a in (guest_link(family, 1), addresses.alias(family)))
     ether = Ether(src=guest_mac(1), dst=addresses.ALIAS_MAC)
+    payload = UDP(sport=7777, dport=PORTS[0]) / bytes(2000)
     whole = (
-        IP(src=link, dst=alias, id=7) / UDP(sport=7777, dport=PORTS[0]) / bytes(2000)
+        IP(src=link, dst=alias, id=7) / payload
         if family is Family.IPV4
-        else IPv6(src=link, dst=alias) / IPv6ExtHdrFragment(id=7)
-        / UDP(sport=7777, dport=PORTS[0]) / bytes(2000)
-    )  # fmt: skip
+        else IPv6(src=link, dst=alias) / IPv6ExtHdrFragment(id=7) / payload
+    )
     split: Callable[..., list[Packet]] = fragment if family is Family.IPV4 else fragment6
     first, *later = [bytes(ether / part) for part in split(whole, 1400)]
     with bench.serve(0, family, Transport.UDP) as server:
