@@ -67,7 +67,8 @@ def test_what_cannot_run_is_status_3_and_one_line(arguments: tuple[str, ...], me
 
 
 @pytest.mark.root
-def test_interrupted_it_shows_what_was_found_until_then() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_shows_what_was_found_until_then(number: signal.Signals) -> None:
     command = [
         *COMMAND,
         "--datapath",
@@ -83,7 +84,7 @@ def test_interrupted_it_shows_what_was_found_until_then() -> None:
         assert running.stderr
         while "sequential" not in running.stderr.readline():
             assert running.poll() is None
-        running.send_signal(signal.SIGINT)
+        running.send_signal(number)
         found = json.loads(running.communicate(timeout=30)[0])
     assert running.returncode == 130
     assert "connect" in {result["check"] for result in found}
