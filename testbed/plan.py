@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from fnmatch import fnmatchcase
 from hashlib import sha256
 from itertools import product
@@ -32,10 +33,22 @@ MAX_PODS = 200
 cells need some of them."""
 MAX_UDP_BYTES = 65507
 """Largest UDP payload in an IPv4 packet: 65535 - 20 (RFC 791) - 8 (RFC 768)."""
-ESTIMATORS = ("signed-rank", "t")
-"""Estimators of ratios over blocks: `pseudomedian` and `estimate` of `results.statistics`."""
 QUANTITIES = ("value", "p50_us", "p99_us", CPU_QUANTITY)
 """Quantities that a claim can be about: columns of the tidy table, and the host's CPU time."""
+
+
+class Estimator(StrEnum):
+    """How a claim's ratio is estimated over blocks."""
+
+    SIGNED_RANK = "signed-rank"
+    """`results.statistics.pseudomedian`"""
+    T = "t"
+    """`results.statistics.estimate`"""
+
+    @property
+    def other(self) -> Estimator:
+        """The estimator that does not decide then."""
+        return next(each for each in Estimator if each is not self)
 
 
 @dataclass(frozen=True)
@@ -61,14 +74,16 @@ class Claim:
 class Preregistration:
     """What is laid down about the claims of a plan before there are data to judge them by."""
 
-    estimator: str
-    """How ratios are estimated: one of `ESTIMATORS`."""
+    estimator: Estimator
     seed: int
     """Seed of the campaign's random order."""
     revision: str
-    """Git revision of the tree that the claims are about."""
+    """Git revision of the tree that the claims are about. That of the campaign is a later one, as
+    the plan is committed after it."""
     blocks: int
     """Number of blocks: that of the plan's file."""
+    cells: int
+    """Number of cells: that of the plan's file. Some are the controls."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +140,7 @@ class _Plan(Table):
 class _Preregistration(Table):
     """Schema of the table `[preregistration]`, which a plan needs whose claims have bounds."""
 
-    estimator: str = Field(
-        pattern=f"^({'|'.join(ESTIMATORS)})$", description=f"one of {', '.join(ESTIMATORS)}"
-    )
+    estimator: Estimator = schema.one_of(Estimator)
     seed: int = Field(description="an integer")
     revision: str = Field(
         pattern="^[0-9a-f]{7,40}$", description="the git revision that the claims are about"
@@ -183,13 +196,13 @@ def load(name: str) -> Plan:
     path = Path(name) if name.endswith(".toml") else paths.EXPERIMENTS / f"{name}.toml"
     stems = sorted(file.stem for file in paths.EXPERIMENTS.glob("*.toml"))
     known = ", ".join(stem for stem in stems if "." not in stem)  # hosts.example.toml is none
-    table = schema.toml(path, "plan", f"plans here: {known}")
-    return replace(_plan(table, f"plan {path}"), sha256=sha256(path.read_bytes()).hexdigest())
+    return parse(schema.text(path, "plan", f"plans here: {known}"), str(path))
 
 
 def parse(text: str, where: str) -> Plan:
     """Parse the TOML text of a plan. Errors call the plan `where`."""
-    return _plan(schema.parse(text, f"plan {where}"), f"plan {where}")
+    plan = _plan(schema.parse(text, f"plan {where}"), f"plan {where}")
+    return replace(plan, sha256=sha256(text.encode()).hexdigest())
 
 
 def claims_of(stored: Mapping[str, Any]) -> tuple[Claim, ...]:
@@ -200,7 +213,9 @@ def claims_of(stored: Mapping[str, Any]) -> tuple[Claim, ...]:
 def preregistration_of(stored: Mapping[str, Any]) -> Preregistration | None:
     """What a campaign stored of its plan's preregistration; None if there was none."""
     given = stored.get("preregistration")
-    return Preregistration(**given) if given else None
+    if not given:
+        return None
+    return Preregistration(**{**given, "estimator": Estimator(given["estimator"])})
 
 
 def _plan(table: Mapping[str, Any], where: str) -> Plan:
@@ -218,12 +233,12 @@ def _plan(table: Mapping[str, Any], where: str) -> Plan:
     claims = tuple(
         _claim(claim, cells, f"{where}: [[claims]] {n}") for n, claim in enumerate(given.claims, 1)
     )
-    stated = None
+    preregistration = None
     if given.preregistration or any(claim.bounded for claim in claims):
-        laid_down = f"{where}: [preregistration], which claims with bounds need"
-        read = schema.read(_Preregistration, given.preregistration, laid_down)
-        stated = Preregistration(**dict(read), blocks=given.blocks)
-    values = {"cells": tuple(cells), "claims": claims, "preregistration": stated}
+        title = f"{where}: [preregistration], which claims with bounds need"
+        read = dict(schema.read(_Preregistration, given.preregistration, title))
+        preregistration = Preregistration(**read, blocks=given.blocks, cells=len(cells))
+    values = {"cells": tuple(cells), "claims": claims, "preregistration": preregistration}
     return Plan(**{**dict(given), **values})
 
 

@@ -50,8 +50,13 @@ def one_of(kind: type[StrEnum]) -> Any:
 
 def toml(path: Path, what: str, hint: str | None = None) -> dict[str, Any]:
     """Read a TOML file. Errors call the file `what` it is."""
+    return parse(text(path, what, hint), f"{what} {path}")
+
+
+def text(path: Path, what: str, hint: str | None = None) -> str:
+    """Read a file that is text, with the ends of lines that it has. Errors: see `toml`."""
     try:
-        return parse(path.read_text(), f"{what} {path}")
+        return path.read_bytes().decode()
     except OSError as e:
         raise Error(f"{what} {path}: {e.strerror}", hint) from e
     except UnicodeDecodeError as e:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from testbed.datapaths.between_hosts import Side
+from testbed.host import interrupts
 
 BEAT_S = 5
 """Period of the heartbeat."""
@@ -54,21 +55,11 @@ class Job:
 Event = dict[str, Any]
 
 
-def ignore_signals() -> None:
-    """Make SIGINT and SIGTERM do nothing, so that a second signal does not interrupt cleaning up.
-
-    The handler is an empty function and not SIG_IGN: with SIG_IGN, a signal that is already pending
-    makes Python raise an OSError.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
-
-
 def end_when_nobody_listens() -> None:
     """Raise `KeyboardInterrupt` in the main thread when the results are no longer wanted.
 
-    That is: at SIGINT or SIGTERM, at the end of standard input, or after `SILENCE_S` without a line
-    on it.
+    That is: at a signal (`interrupts`), at the end of standard input, or after `SILENCE_S` without
+    a line on it.
     """
 
     def listen() -> None:
@@ -76,10 +67,5 @@ def end_when_nobody_listens() -> None:
             pass
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def stop(*_: object) -> None:
-        ignore_signals()
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    interrupts.raise_at(*interrupts.SIGNALS)
     threading.Thread(target=listen, daemon=True).start()

@@ -23,11 +23,11 @@ from pathlib import Path
 
 from testbed import datapaths, runtimes
 from testbed.campaigns import noise, roles, schedule, trial
-from testbed.campaigns.protocol import Event, Job, end_when_nobody_listens, ignore_signals
+from testbed.campaigns.protocol import Event, Job, end_when_nobody_listens
 from testbed.campaigns.provisioning import Built, Deployment
 from testbed.campaigns.roles import unsupported
 from testbed.datapaths.interface import Datapath
-from testbed.host import facts
+from testbed.host import facts, interrupts
 from testbed.host.ledger import Owner, Scope
 from testbed.model.cells import Cell, Pair
 from testbed.model.errors import Error
@@ -108,7 +108,7 @@ def _say(event: Event) -> None:
     try:
         print(json.dumps(event), flush=True)
     except BrokenPipeError:
-        ignore_signals()
+        interrupts.ignore()
         raise
 
 

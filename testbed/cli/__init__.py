@@ -11,11 +11,9 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 
 from testbed.cli import common, conformance, hosts, images, pods, results, run
+from testbed.host import interrupts
 from testbed.model.errors import Error
 
 
@@ -48,27 +46,6 @@ def _completion(arguments: argparse.Namespace) -> int:
     return 0
 
 
-@contextmanager
-def _interrupted_by_signals() -> Iterator[None]:
-    """Let a service manager's or terminal's end interrupt the command like Ctrl-C, so it cleans up.
-
-    A signal that is ignored, as by nohup, still is.
-    """
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    default = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
-    for number in default:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number in default:
-            signal.signal(number, signal.SIG_DFL)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the script `testbed`; returns the exit code."""
     top = parser()
@@ -77,9 +54,9 @@ def main(argv: list[str] | None = None) -> int:
 
         argcomplete.autocomplete(top)
     arguments = top.parse_args(argv)
+    interrupts.raise_at(signal.SIGTERM, signal.SIGHUP)  # as at Ctrl-C
     try:
-        with _interrupted_by_signals():
-            return int(arguments.call(arguments))
+        return int(arguments.call(arguments))
     except Error as e:
         if arguments.debug:
             raise

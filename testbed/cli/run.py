@@ -78,8 +78,8 @@ def _run(arguments: argparse.Namespace) -> int:
             chosen = chosen.select(arguments.cells)
         if arguments.blocks:
             chosen = replace(chosen, blocks=arguments.blocks, target_width=None)
-        stated = chosen.preregistration.seed if chosen.preregistration else 1
-        seed = stated if arguments.seed is None else arguments.seed
+        default = chosen.preregistration.seed if chosen.preregistration else 1
+        seed = default if arguments.seed is None else arguments.seed
         path = arguments.out or store.directory(chosen.name)
         if arguments.osv_kernel and arguments.guest in ("osv", "best"):
             kernels.find_osv(arguments.osv_kernel)  # raises Error before a directory is made

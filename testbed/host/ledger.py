@@ -17,7 +17,6 @@ import importlib
 import json
 import os
 import secrets
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,21 +27,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from testbed.host import process
+from testbed.host import interrupts, process
 from testbed.model.errors import Error
 
 ROOT = Path("/run/testbed")
 LOCK_TIMEOUT_S = 1
 
 
-def _restore_default_signals() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 # pyroute2 forks to enter namespaces, and ends the child by SIGTERM. With handlers that raise, the
 # child would unwind its copy of the stack, and take down what its parent owns.
-os.register_at_fork(after_in_child=_restore_default_signals)
+os.register_at_fork(after_in_child=interrupts.restore)
 
 
 class Undoable(Protocol):

@@ -9,7 +9,7 @@ What decides was laid down before the data, in the plan's table `[preregistratio
 the seed, the number of blocks, and the revision that the claims are about. The campaign stored it
 before its first trial, with the digest of the plan's file, and is judged by what it stored. Ratios
 by the other estimator stand beside it. If controls of the campaign (`analysis.controls`) fail,
-nothing was measured, whatever the ratios are. Only stored data are read.
+there is no verdict, whatever the ratios are. Only stored data are read.
 """
 
 from __future__ import annotations
@@ -26,12 +26,9 @@ from rich.table import Table
 from rich.text import Text
 
 from testbed.model.cells import Cell
-from testbed.plan import ESTIMATORS, Claim, claims_of, preregistration_of
+from testbed.plan import Claim, Estimator, claims_of, preregistration_of
 from testbed.reports.words import interval, names, plain, size_of
-from testbed.results.analysis import (
-    controls,
-    quantities,
-)
+from testbed.results.analysis import controls, quantities
 from testbed.results.order import grouped
 from testbed.results.results import Results
 from testbed.results.statistics import Estimate, estimate, pseudomedian
@@ -50,14 +47,16 @@ class Verdict(StrEnum):
     """The claim has no bound."""
 
 
-ESTIMATE: Mapping[str, Callable[[Iterable[float]], Estimate]] = dict(
-    zip(ESTIMATORS, (pseudomedian, estimate), strict=True)
-)
-"""Estimator → its function of the ratios within blocks."""
-MEANS = {
-    "signed-rank": "pseudomedians with intervals by signed ranks",
-    "t": "geometric means with t-intervals",
+FUNCTIONS: Mapping[Estimator, Callable[[Iterable[float]], Estimate]] = {
+    Estimator.SIGNED_RANK: pseudomedian,
+    Estimator.T: estimate,
 }
+"""Estimator → its function of the ratios within blocks."""
+WORDS = {
+    Estimator.SIGNED_RANK: "pseudomedians with intervals by signed ranks",
+    Estimator.T: "geometric means with t-intervals",
+}
+"""Estimator → what it is, in words."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +74,12 @@ class Found:
 
     @property
     def quantity(self) -> str:
+        """For keys of figures (`words.Row`)."""
         return self.claim.quantity
 
 
 class _Control(NamedTuple):
-    """What `analysis.controls` asks of a control."""
+    """A control, by the estimator that decides (`analysis.Ratio`)."""
 
     cell: Cell
     quantity: str
@@ -91,56 +91,57 @@ def judge(results: Results, of: Campaign | None = None) -> list[Found]:
 
     With `of`, the claims of that campaign, as it laid them down, by these results.
     """
-    laid_down = of or results.campaign
-    decides = estimator_of(laid_down)
-    (other,) = set(ESTIMATORS) - {decides}
+    claimant = of or results.campaign
+    decides = estimator_of(claimant)
     controlled = controls(_controls(results, decides))
     passed = controlled is None or controlled.passed
     found = []
-    for claim in claims_of(laid_down.plan):
-        for cell in map(Cell.parse, laid_down.cells):
+    for claim in claims_of(claimant.plan):
+        for cell in map(Cell.parse, claimant.cells):
             to = _divisor(cell, claim, results)
-            if to is None or to == cell or to.id not in laid_down.cells:
+            if to is None or to == cell or to.id not in claimant.cells:
                 continue
             if not fnmatchcase(cell.id, claim.cells):
                 continue
             ratios = results.ratios(cell, to, claim.quantity).values()
-            ratio = ESTIMATE[decides](ratios)
+            ratio, other = (FUNCTIONS[each](ratios) for each in (decides, decides.other))
             verdict = verdict_of(claim, ratio)
             if claim.bounded and not passed:
                 verdict = Verdict.UNMEASURED
-            found.append(Found(claim, cell, to, ratio, ESTIMATE[other](ratios), verdict))
+            found.append(Found(claim, cell, to, ratio, other, verdict))
     return found
 
 
-def estimator_of(campaign: Campaign) -> str:
+def estimator_of(campaign: Campaign) -> Estimator:
     """The estimator that decides about the claims of a campaign."""
-    stated = preregistration_of(campaign.plan)
-    return stated.estimator if stated else ESTIMATORS[0]
+    laid_down = preregistration_of(campaign.plan)
+    return laid_down.estimator if laid_down else Estimator.SIGNED_RANK
 
 
 def departures(campaign: Campaign) -> list[str]:
     """In what a campaign is not what its plan laid down: a text for each."""
-    stated = preregistration_of(campaign.plan)
+    laid_down = preregistration_of(campaign.plan)
     found: list[str] = []
-    if stated is None:
+    if laid_down is None:
         return found
-    if campaign.seed != stated.seed:
-        found.append(f"its seed is {campaign.seed}, not {stated.seed}")
-    if campaign.blocks != stated.blocks:
-        found.append(f"it has {campaign.blocks} blocks, not {stated.blocks}")
+    if campaign.seed != laid_down.seed:
+        found.append(f"its seed is {campaign.seed}, not {laid_down.seed}")
+    if campaign.blocks != laid_down.blocks:
+        found.append(f"it has {campaign.blocks} blocks, not {laid_down.blocks}")
+    if len(campaign.cells) != laid_down.cells:
+        found.append(f"it has {len(campaign.cells)} of {laid_down.cells} cells")
     if campaign.revision.endswith("-dirty"):
         found.append("its tree had uncommitted changes")
     return found
 
 
-def _controls(results: Results, estimator: str) -> Iterator[_Control]:
+def _controls(results: Results, estimator: Estimator) -> Iterator[_Control]:
     """The campaign's controls, by the estimator that decides about its claims."""
     for cell in map(Cell.parse, results.campaign.cells):
         if cell.variant and (to := results.reference(cell)):
             for quantity in quantities(cell.metric):
                 ratios = results.ratios(cell, to, quantity).values()
-                yield _Control(cell, quantity, ESTIMATE[estimator](ratios))
+                yield _Control(cell, quantity, FUNCTIONS[estimator](ratios))
 
 
 def _divisor(cell: Cell, claim: Claim, results: Results) -> Cell | None:
@@ -170,7 +171,7 @@ def exit_status(found: Sequence[Found]) -> int:
 
 def data(found: Sequence[Found], campaign: Campaign) -> list[dict[str, Any]]:
     """The verdicts as plain data for JSON."""
-    decides = estimator_of(campaign)
+    decides, departs = estimator_of(campaign), departures(campaign)
     return [
         {
             "cell": row.cell.id,
@@ -180,7 +181,7 @@ def data(found: Sequence[Found], campaign: Campaign) -> list[dict[str, Any]]:
             "estimator": decides,
             "ratio": plain(asdict(row.ratio)),
             "other": plain(asdict(row.other)),
-            "departures": departures(campaign),
+            "departures": departs,
         }
         for row in found
     ]
@@ -189,7 +190,6 @@ def data(found: Sequence[Found], campaign: Campaign) -> list[dict[str, Any]]:
 def table(found: Sequence[Found], campaign: Campaign) -> Group:
     """The verdicts for a terminal: a table for each claim, with a line for each cell."""
     decides = estimator_of(campaign)
-    (other,) = set(ESTIMATORS) - {decides}
     tables = []
     for claim, rows in grouped(found, lambda row: row.claim.text).items():
         shown = Table(
@@ -211,26 +211,26 @@ def table(found: Sequence[Found], campaign: Campaign) -> Group:
             shown.add_row(
                 f"  {what(row, campaign.guest)}",
                 bound(row.claim),
-                Text(mine).append(f"\n{other}: {others}", style="dim"),
+                Text(mine).append(f"\n{decides.other}: {others}", style="dim"),
                 str(row.ratio.blocks),
                 Text(row.verdict, style=_COLORS[row.verdict]),
             )
         tables.append(shown)
     counted = [f"{n} {v}" for v in Verdict if (n := sum(row.verdict is v for row in found))]
-    legend = f"Ratios within a block, and how many: {MEANS[decides]} (95 %) decide."
-    lines = (f"{', '.join(counted)}. {legend}", *laid_down(campaign))
+    legend = f"Ratios within a block, and the number of blocks; {WORDS[decides]} (95 %) decide."
+    lines = (f"{', '.join(counted)}. {legend}", *preregistration_lines(campaign))
     return Group(*tables, *(Text(line) for line in lines))
 
 
-def laid_down(campaign: Campaign) -> Iterator[str]:
-    """What was laid down before the data, and in what the campaign departs from it: lines."""
-    if stated := preregistration_of(campaign.plan):
+def preregistration_lines(campaign: Campaign) -> Iterator[str]:
+    """What was laid down before the data, and in what the campaign departs from it."""
+    if laid_down := preregistration_of(campaign.plan):
         yield (
             f"Laid down before the first trial of {campaign.started}, about revision "
-            f"{stated.revision}, in the plan with SHA-256 {campaign.plan['sha256']}."
+            f"{laid_down.revision}, in the plan with SHA-256 {campaign.plan['sha256']}."
         )
     elif any(claim.bounded for claim in claims_of(campaign.plan)):
-        yield "Nothing was laid down before the data: the estimator was chosen later."
+        yield "Bounds and blocks were laid down before the data; the estimator was chosen later."
     if found := departures(campaign):
         yield f"Not as it was laid down: {'; '.join(found)}."
 
@@ -251,9 +251,12 @@ def bound(claim: Claim) -> str:
 
 
 def what(row: Found, guest: str) -> str:
-    """The cell and its divisor in words. The divisor is described by what differs."""
-    cell, to = row.cell, row.to
-    words = f"{cell.datapath}, {cell.label(guest)}, {names(cell.family, cell.transport)}"
-    if to.datapath != cell.datapath:
-        return f"{words}, {size_of(cell)} : {to.datapath}"
-    return f"{words}, {size_of(cell)} : {size_of(to)}"
+    """The cell and its divisor in words."""
+    return f"{row.cell.datapath}, {row.cell.label(guest)}, {sizes(row)}"
+
+
+def sizes(row: Found) -> str:
+    """Family, transport and size of the cell, and the divisor, described by what differs."""
+    words = f"{names(row.cell.family, row.cell.transport)}, {size_of(row.cell)}"
+    differs = row.to.datapath != row.cell.datapath
+    return f"{words} : {row.to.datapath if differs else size_of(row.to)}"

@@ -282,9 +282,9 @@ def _claims(results: Results) -> list[str]:
     )
     decides = claims.estimator_of(results.campaign)
     lead = (
-        f"Ratios within a block: {claims.MEANS[decides]} (95 %). "
+        f"Ratios within a block: {claims.WORDS[decides]} (95 %). "
         "A claim holds if the whole interval keeps to the bound. "
-        + " ".join(claims.laid_down(results.campaign))
+        + " ".join(claims.preregistration_lines(results.campaign))
     )
     return _section("Claims", lead, _table("claims", heads, rows))
 

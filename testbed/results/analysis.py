@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import inf, nan
-from typing import Protocol
+from typing import Any, Protocol
 
 import pandas as pd
 from scipy.special import bdtr
@@ -144,7 +144,7 @@ class Controls:
     slow: int
     """Number of median times and rates with servers that have a known delay."""
     found: int
-    """Number of those whose interval of the ratio says so."""
+    """Number of those whose whole interval of the ratio is on the slow side of 1."""
 
     @property
     def passed(self) -> bool:
@@ -152,8 +152,8 @@ class Controls:
         return self.differing <= self.bound and self.found == self.slow
 
 
-class Compared(Protocol):
-    """A quantity of a cell, and its ratio to the reference by any estimator: as in a `Summary`."""
+class Ratio(Protocol):
+    """One quantity of a cell, with its ratio to the reference by any estimator."""
 
     @property
     def cell(self) -> Cell: ...
@@ -163,7 +163,7 @@ class Compared(Protocol):
     def ratio(self) -> Estimate: ...
 
 
-def controls(summaries: Iterable[Compared]) -> Controls | None:
+def controls(summaries: Iterable[Ratio]) -> Controls | None:
     """Outcome of the controls; None if the campaign has none, or has only one block.
 
     `bound` is the 99th percentile of the binomial distribution with probability 0.05, the share of
@@ -180,7 +180,10 @@ def controls(summaries: Iterable[Compared]) -> Controls | None:
     differing = sum(not row.ratio.low <= 1 <= row.ratio.high for row in same)
     within = (n for n in range(len(same) + 1) if bdtr(n, len(same), 1 - CONFIDENCE) >= 0.99)
     found = sum(
-        row.ratio.high < 1 if row.quantity == "value" else row.ratio.low > 1 for row in slow
+        row.ratio.high < 1
+        if row.quantity == "value" and row.cell.metric.measure.higher_is_better
+        else row.ratio.low > 1
+        for row in slow
     )
     return Controls(len(same), differing, next(within), len(slow), found)
 
@@ -239,13 +242,15 @@ def cost_values(table: pd.DataFrame) -> dict[int, float]:
     if metric is not Metric.THROUGHPUT:
         done = table.transactions / 1e6
     cost = table["machine.cpu_s"] / table["machine.active_s"] / (done / table.duration_s)
-    has_one = (table.status == "ok") & (cost > 0) & (cost < inf)
-    return {int(b): float(c) for b, c in zip(table.block[has_one], cost[has_one], strict=True)}
+    return _by_block(table, cost)
 
 
 def block_values(table: pd.DataFrame, quantity: str) -> dict[int, float]:
     """Block → value, of one cell's trials that are ok and whose value is positive and finite."""
-    values = table[quantity]
+    return _by_block(table, table[quantity])
+
+
+def _by_block(table: pd.DataFrame, values: pd.Series[Any]) -> dict[int, float]:
     has_one = (table.status == "ok") & (values > 0) & (values < inf)
     return {
         int(block): float(value)

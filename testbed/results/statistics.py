@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import exp, expm1, inf, log, log1p, nan, sqrt
 from statistics import fmean, stdev, variance
 
@@ -84,6 +85,7 @@ def pseudomedian(values: Iterable[float]) -> Estimate:
     return Estimate(exp(np.median(pairs)), low, high, n)
 
 
+@cache
 def _signed_rank(n: int) -> int:
     """Number of signed-rank sums, from 0 up, whose total probability is at most 2.5 %.
 

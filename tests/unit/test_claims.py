@@ -173,12 +173,12 @@ def test_the_estimator_that_was_laid_down_decides_and_the_other_stands_beside_it
     tmp_path: Path,
 ) -> None:
     found = {}
-    for estimator in plan.ESTIMATORS:
+    for estimator in plan.Estimator:
         text = PLAN.replace('"signed-rank"', f'"{estimator}"').replace("blocks = 6", "blocks = 12")
         made = Results(campaign(tmp_path / estimator, 0.005, text))
         found[estimator] = claims.judge(made)[0]
         assert claims.estimator_of(made.campaign) == estimator
-    ranks, t = found["signed-rank"], found["t"]
+    ranks, t = found[plan.Estimator.SIGNED_RANK], found[plan.Estimator.T]
     assert (ranks.ratio, ranks.other) == (t.other, t.ratio)
     assert ranks.ratio != ranks.other
 
@@ -196,9 +196,9 @@ def test_a_campaign_that_is_not_what_was_laid_down_says_so(tmp_path: Path) -> No
     assert claims.departures(made.campaign) == []
     other = Results(campaign(tmp_path / "other", 0.001, seed=8))
     assert claims.departures(other.campaign) == ["its seed is 8, not 7"]
-    (_, last) = claims.laid_down(other.campaign)
+    (_, last) = claims.preregistration_lines(other.campaign)
     assert last == "Not as it was laid down: its seed is 8, not 7."
-    assert "0123abc" in next(claims.laid_down(made.campaign))
+    assert "0123abc" in next(claims.preregistration_lines(made.campaign))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from testbed.reports.claims import MEANS, Found, Verdict, estimator_of, judge
+from testbed.reports.claims import WORDS, Found, Verdict, estimator_of, judge, sizes
 from testbed.reports.figures.style import (
     SMALL_PT,
     WIDTH_IN,
@@ -20,7 +20,6 @@ from testbed.reports.figures.style import (
     line_key,
     mark_of,
 )
-from testbed.reports.words import names, size_of
 from testbed.results.order import grouped
 from testbed.results.results import Results
 
@@ -52,7 +51,7 @@ def claims(rows: Sequence[Found], results: Results) -> Drawing:
         _bound(axes, group[0], (at + 0.6, at + len(group) + 0.4), (low, high))
         for row in group:
             at += 1
-            ticks[at] = f"{row.cell.label(results.campaign.guest)}, {_what(row)}"
+            ticks[at] = f"{row.cell.label(results.campaign.guest)}, {sizes(row)}"
             _line(axes, row, at, results)
             axes.text(1.01, at, row.verdict, transform=axes.get_yaxis_transform(), **_VERDICT)
     axes.axvline(1, color="black", lw=0.6)
@@ -62,7 +61,7 @@ def claims(rows: Sequence[Found], results: Results) -> Drawing:
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_locator(MaxNLocator(8))
     how = (
-        f"Ratios within a block: {MEANS[estimator_of(results.campaign)]} (95 %). Points: blocks, "
+        f"Ratios within a block: {WORDS[estimator_of(results.campaign)]} (95 %). Points: blocks, "
         "as far as they lie on the axis. A claim holds if the whole interval is clear of the gray."
     )
     return Drawing(
@@ -76,14 +75,6 @@ def claims(rows: Sequence[Found], results: Results) -> Drawing:
 
 _TITLE: dict[str, Any] = {"ha": "left", "va": "center", "fontsize": SMALL_PT, "fontweight": "bold"}
 _VERDICT: dict[str, Any] = {"ha": "left", "va": "center", "fontsize": SMALL_PT}
-
-
-def _what(row: Found) -> str:
-    """The cell, and what it is divided by."""
-    words = f"{names(row.cell.family, row.cell.transport)}, {size_of(row.cell)}"
-    if row.to.datapath != row.cell.datapath:
-        return f"{words} : {row.to.datapath}"
-    return f"{words} : {size_of(row.to)}"
 
 
 def _span(rows: Sequence[Found]) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from testbed.model.cells import SLOW_US, Cell
 from testbed.model.errors import Error
 from testbed.model.metrics import CPU_QUANTITY
 from testbed.model.trials import Status
-from testbed.plan import preregistration_of
+from testbed.plan import Estimator, preregistration_of
 from testbed.reports import claims
 from testbed.reports.words import Unit, number, unit_of
 from testbed.results.analysis import Summary, controls
@@ -161,13 +161,11 @@ def _how_claims_are_judged(answers: Answers) -> str:
     decides = claims.estimator_of(campaign)
     others = Counter(claims.verdict_of(row.claim, row.other) for row in answers.claims)
     said = ", ".join(f"{n} {verdict}" for verdict, n in others.items())
-    other = "$t$" if decides == "signed-rank" else "signed ranks"
+    other = "$t$" if decides.other is Estimator.T else "signed ranks"
     if preregistration_of(campaign.plan):
         when = "Bounds, blocks, estimator and seed were laid down before the data"
     else:
-        when = (
-            "Bounds and number of blocks were laid down before the data, the estimator after them"
-        )
+        when = "Bounds and blocks were laid down before the data, the estimator after them"
     return f"{when}; by {other} the verdicts are: {escape(said)}."
 
 
