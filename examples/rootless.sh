@@ -12,7 +12,7 @@
 set -euo pipefail
 
 network=${1-} control=4710 first=8064 last=8095 natives=8000-8063
-host=host-$$ guest=guest-$$ work=$(mktemp -d)
+host=host-$$ guest=guest-$$
 case $network in
 pasta) package=passt ;;
 slirp4netns) package=slirp4netns ;;
@@ -21,10 +21,13 @@ esac
 command -v "$network" >/dev/null ||
   { echo "$0: no $network here: apt-get install $package" >&2 && exit 3; }
 shift
+work=$(mktemp -d)
 end() {
+  set +e # what is left is taken down, too
   jobs -p | xargs -r kill
-  ip netns del "$host"
-  [[ ! -e /run/netns/$guest ]] || ip netns del "$guest"
+  for name in "$host" "$guest"; do
+    [[ ! -e /run/netns/$name ]] || ip netns del "$name"
+  done
   rm -r "$work"
 }
 trap end EXIT

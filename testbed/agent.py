@@ -25,6 +25,9 @@ COMMON_CFLAGS = ("-std=gnu17", "-O2", "-pthread")
 CFLAGS = (*COMMON_CFLAGS, "-fPIE", "-pie")
 STATIC_CFLAGS = (*COMMON_CFLAGS, "-static")
 
+BUNDLED = paths.AGENT / "static"
+"""The compiled agent, where this is an unpacked bundle (`testbed.conformance.bundle`)."""
+
 SLACK_S = 30.0
 """Time that a run may take beyond its duration. The agent gives up 5 s after the last progress, in
 each of several phases (name, connection, streams, score)."""
@@ -36,17 +39,14 @@ Mode = Literal["stream", "rr", "crr"]
 Direction = Literal["up", "down"]
 
 
-CARRIED = paths.AGENT / "static"
-"""The agent in an archive of the conformance suite (`testbed.conformance.bundle`)."""
-
-
 def build(static: bool = False) -> Path:
     """Path of the compiled agent: a dynamic position-independent executable that needs only libc.
 
-    With `static`, it needs no library. Raises `Error` if there is no compiler or it fails.
+    With `static`, and in a bundle always, it is static and needs no library. Raises `Error` if
+    there is no compiler or it fails.
     """
-    if CARRIED.exists():
-        return CARRIED
+    if BUNDLED.exists():
+        return BUNDLED
     flags = STATIC_CFLAGS if static else CFLAGS
     return compiler.build("the traffic agent", "agent", paths.AGENT, flags)
 

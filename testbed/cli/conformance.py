@@ -81,7 +81,7 @@ def _add_outputs(conformance: argparse.ArgumentParser) -> None:
         "--bundle",
         type=Path,
         metavar="FILE.tar.gz",
-        help="write an archive of the suite and a static agent, which checks existing pods on any "
+        help="write a bundle of the suite and a static agent, which checks existing pods on any "
         "machine with Python; run nothing",
     )
     conformance.add_argument(

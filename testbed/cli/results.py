@@ -92,11 +92,14 @@ def _add_report(commands: Commands) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from testbed.reports import html
+    from testbed.reports import crate, html
     from testbed.results.results import read
 
     file = arguments.output or arguments.directory / "report.html"
-    html.write(read(arguments.directory), file)
+    results = read(arguments.directory)
+    html.write(results, file)
+    if file.resolve().parent == results.path.resolve():
+        crate.write(results)  # which has one file more
     print(file)
     return 0
 
@@ -128,7 +131,7 @@ def _add_claims(commands: Commands) -> None:
     claims = commands.add_parser(
         "claims",
         help="judge the claims of a stored campaign's plan by its results",
-        epilog="Exit status: 0 all claims hold, 1 some do not hold, 3 unclear, or no claims.",
+        epilog="Exit status: 0 all hold, 1 some do not, 3 no claims, or no verdict on some.",
     )
     claims.set_defaults(call=_claims)
     claims.add_argument("directory", type=Path, metavar="DIR")
@@ -185,7 +188,7 @@ def _add_compare(commands: Commands) -> None:
         "compare",
         help="compare a stored campaign with an earlier one (needs no root)",
         epilog="Exit status: 0 no cell is slower, 1 some are slower, 3 could not compare; with "
-        "--ratios 1 also if a claim does not hold.",
+        "--ratios 1 also if a claim does not hold, 3 if there is no verdict on some.",
     )
     compare.set_defaults(call=_compare)
     compare.add_argument("before", type=Path, metavar="A", help="directory of the earlier campaign")
@@ -219,15 +222,14 @@ def _compare(arguments: argparse.Namespace) -> int:
     before, after = read(arguments.before), read(arguments.after)
     rows = compare.compare(before, after, arguments.band, arguments.ratios)
     judged = claims.judge(after, before.campaign) if arguments.ratios else []
-    status = compare.exit_status(rows)
-    if claims.exit_status(judged) == 1:
-        status = 1
+    statuses = {compare.exit_status(rows)} | ({claims.exit_status(judged)} if judged else set())
+    status = next(number for number in (1, 3, 0) if number in statuses)
     drawn = []
     if any(row.ratio.blocks for row in rows) and not arguments.ratios:
         folder = after.path / "figures"
         drawn = draw.draw_comparison(rows, before, after, arguments.band, folder)
     if arguments.json:
-        found = compare.data(rows, before, after, arguments.band)
+        found = compare.data(rows, before, after, arguments.band) | {"exit_status": status}
         found["claims"] = claims.data(judged, before.campaign)
         print(json.dumps(found, indent=1))
     else:
@@ -240,7 +242,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     if drawn:
         print(f"\nfigure: {drawn[0]}", file=sys.stderr)
     if status == 3:
-        print("testbed: could not compare: see the reasons above", file=sys.stderr)
+        print("testbed: could not compare, or gave no verdict: see above", file=sys.stderr)
     return status
 
 

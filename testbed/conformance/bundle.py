@@ -1,6 +1,6 @@
-"""Bundles the conformance suite with a static traffic agent into one archive.
+"""Makes a bundle: the conformance suite with a static traffic agent in one compressed tar.
 
-On a Linux machine with Python the archive checks pods that are there already, as root and with
+On a Linux machine with Python a bundle checks pods that are there already, as root and with
 nothing installed: no compiler, no other packages, no clone. It has the package `testbed`, the
 libraries that the suite needs, which are pure Python, and the agent for this machine's kind of CPU,
 for guests and natives alike.
@@ -25,8 +25,8 @@ LAUNCHER = """\
 #!/bin/sh
 # Checks localhost in a pod that is there already: README has how.
 here=$(dirname "$(readlink -f "$0")")
-python3 -c 'import sys; sys.exit(sys.version_info < {version})' ||
-  { echo "conformance: needs Python {text} or later as python3" >&2; exit 3; }
+python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+  { echo "conformance: needs Python 3.11 or later as python3" >&2; exit 3; }
 PYTHONPATH=$here:$here/lib exec python3 -P -m testbed.cli conformance "$@"
 """
 
@@ -43,23 +43,20 @@ Does your runtime's localhost behave like localhost?
    ./conformance --list says what is checked, --tap FILE and --junit FILE write results for CI.
    Exit status: 0 no check failed, 1 some checks failed, 3 could not run.
 
-This is revision {revision} of the testbed, for Python {text} or later.
+This is revision {revision} of the testbed, for Python 3.11 or later.
 """
-
-OLDEST = (3, 11)
 
 
 def write(file: Path) -> None:
-    """Write the archive, a tar compressed by gzip, which every machine has.
+    """Write the bundle, compressed by gzip, which every machine has.
 
     Raises `Error` if the agent cannot be compiled, or the file cannot be written.
     """
     revision = paths.revision()
-    text = ".".join(map(str, OLDEST))
     top = f"testbed-conformance-{revision}"
     written = {
-        "conformance": LAUNCHER.replace("{version}", str(OLDEST)).replace("{text}", text),
-        "README": README.format(machine=platform.machine(), revision=revision, text=text),
+        "conformance": LAUNCHER,
+        "README": README.format(machine=platform.machine(), revision=revision),
     }
     program = agent.build(static=True)
     try:
@@ -68,7 +65,7 @@ def write(file: Path) -> None:
                 entry = tarfile.TarInfo(f"{top}/{name}")
                 entry.size, entry.mode = len(content), 0o755 if name == "conformance" else 0o644
                 archive.addfile(entry, io.BytesIO(content.encode()))
-            archive.add(program, f"{top}/{agent.CARRIED.relative_to(paths.ROOT)}")
+            archive.add(program, f"{top}/{agent.BUNDLED.relative_to(paths.ROOT)}")
             for path, name in _files():
                 archive.add(path, f"{top}/{name}", recursive=False)
     except OSError as e:
@@ -76,7 +73,7 @@ def write(file: Path) -> None:
 
 
 def _files() -> Iterator[tuple[Path, str]]:
-    """Files of the clone and of libraries, each with its name in the archive."""
+    """Files of the clone and of libraries, each with its name in the bundle."""
     patterns = ("LICENSE", "agent/*.[ch]", "osv/hosts*", "testbed/**/*.py")
     for path in (path for pattern in patterns for path in sorted(paths.ROOT.glob(pattern))):
         yield path, str(path.relative_to(paths.ROOT))

@@ -120,10 +120,10 @@ class Image:
 def load(path: Path) -> Definition:
     """Read a definition. Raises `Error` if it is invalid, or its program does not exist."""
     from testbed import schema  # not above: to run a plain program, no pydantic is needed
-    from testbed.images.schema import Definition as Written
+    from testbed.images.schema import DefinitionFile
 
     title = "image definition"
-    given = schema.read(Written, schema.toml(path, title), f"{title} {path}")
+    given = schema.read(DefinitionFile, schema.toml(path, title), f"{title} {path}")
     program, package = given.program, given.package
     beside = path.parent
     file = beside / program

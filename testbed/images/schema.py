@@ -7,7 +7,7 @@ from pydantic import Field
 from testbed.schema import Table
 
 
-class Definition(Table):
+class DefinitionFile(Table):
     """A definition as it is written: `compose.load` looks for its files."""
 
     program: str = Field(min_length=1, description='program = "PATH"')

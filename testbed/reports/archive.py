@@ -4,8 +4,8 @@ A reference is a campaign's directory like any other (`testbed.results.store`), 
 report and comparison can be made from it. It contains the measured data (campaign.json,
 trials.jsonl.gz, hosts/, conformance.json), and derived files for people without this software: tidy
 tables, figures as PDF, report.html, a description as a research object (`crate`). Consoles are left
-out. Each derived file names the digest of the data that it was made from; `stale` finds files with
-another digest.
+out. Each derived file but the schemas names the digest of the data that it was made from; `stale`
+finds files with another digest.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ def table(rows: Sequence[Comparison], before: Results, after: Results, band: flo
     counted = ", ".join(f"{count} {verdict}" for verdict, count in _counts(rows).items() if count)
     what = "Ratios of geometric means, "
     if any(row.to for row in rows):
-        what = "Ratios to the reference within a block, each campaign's and "
+        what = "Ratios to the reference within a block, of each campaign; the ratio of the two is "
     legend = (
         f"{counted}. {what}later by earlier, 95 % Welch t-intervals; verdicts "
         f"at a false-discovery rate of 5 % over {len(rows)} rows; equivalent: within {band:.0%}."

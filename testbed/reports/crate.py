@@ -34,7 +34,7 @@ FILES = {
     "trial.schema.json": ("application/schema+json", "JSON Schema of a line of trials.jsonl"),
 }
 """Files of a campaign → media type and description."""
-KINDS = {".png": "image/png", ".pdf": "application/pdf", ".json": "application/json"}
+MEDIA_TYPES = {".png": "image/png", ".pdf": "application/pdf", ".json": "application/json"}
 """Suffix of files in figures/ and hosts/ → media type."""
 
 
@@ -98,7 +98,7 @@ def _files(path: Path) -> list[tuple[str, dict[str, str]]]:
     ]
     others = (file for folder in ("figures", "hosts") for file in (path / folder).glob("*"))
     return found + [
-        (str(file.relative_to(path)), {"encodingFormat": KINDS[file.suffix]})
+        (str(file.relative_to(path)), {"encodingFormat": MEDIA_TYPES[file.suffix]})
         for file in sorted(others)
-        if file.suffix in KINDS
+        if file.suffix in MEDIA_TYPES
     ]

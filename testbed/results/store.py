@@ -6,6 +6,8 @@
     hosts/           one file per host of a campaign on other hosts: machine, versions, guests
     trials.parquet, trials.csv, histogram.parquet    derived: rewritten from trials.jsonl at will
     figures/         derived as well (`testbed.reports.figures.draw`)
+    ro-crate-metadata.json, campaign.schema.json, trial.schema.json    derived: what the files are
+                     (`testbed.reports.crate`)
     conformance.json output of `testbed conformance --json`, if somebody put it there
 
 An archived campaign has trials.jsonl.gz in place of trials.jsonl: the same data, but compressed,

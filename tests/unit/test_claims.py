@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,8 @@ def test_a_campaign_that_is_not_what_was_laid_down_says_so(tmp_path: Path) -> No
     assert claims.departures(made.campaign) == []
     other = Results(campaign(tmp_path / "other", 0.001, seed=8))
     assert claims.departures(other.campaign) == ["its seed is 8, not 7"]
+    fewer = replace(made.campaign, cells=made.campaign.cells[:-1])  # it may be a control
+    assert claims.departures(fewer) == ["it has 3 of 4 cells"]
     (_, last) = claims.preregistration_lines(other.campaign)
     assert last == "Not as it was laid down: its seed is 8, not 7."
     assert "0123abc" in next(claims.preregistration_lines(made.campaign))
