@@ -39,6 +39,7 @@ agent=("$suite/agent/static" --control-port "$control")
 ip netns add "$host"
 ip -n "$host" link set lo up
 
+exec 3>&2
 case $network in
 pasta)
   ip -n "$host" link add uplink type veth peer outside # pasta takes addresses and routes from a link
@@ -57,7 +58,10 @@ slirp4netns)
   ip -n "$guest" link set lo up
   ip netns exec "$host" slirp4netns --configure --netns-type=path \
     --api-socket "$work/api" "/run/netns/$guest" eth0 &
-  until [[ -S $work/api ]]; do sleep 0.1; done
+  until [[ -S $work/api ]]; do
+    kill -0 $! || { cat "$work/network" >&3 && exit 3; }
+    sleep 0.1
+  done
   python3 - "$work/api" "$control" $(seq "$first" "$last") <<'PYTHON'
 import json, socket, sys
 

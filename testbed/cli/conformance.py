@@ -114,6 +114,7 @@ def _conformance(arguments: argparse.Namespace) -> int:
     if arguments.bundle:
         bundle.write(arguments.bundle)
         print(arguments.bundle)
+        print("unpack it where the pod is; README in it has what to do there", file=sys.stderr)
         return 0
     choice = _choice(arguments, globs)
     results: list[Result] = []
@@ -140,11 +141,14 @@ def _conformance(arguments: argparse.Namespace) -> int:
 
 def _choice(arguments: argparse.Namespace, globs: tuple[str, ...]) -> runner.Choice:
     """What is to be run. Raises `Error` for options that do not go together."""
+    from testbed import agent
     from testbed.conformance import runner
 
     if arguments.keep and (arguments.check or arguments.family or arguments.netns):
         raise Error("only whole runs are kept", hint="leave out --check, --family and --netns")
     foreign = arguments.netns is not None
+    if agent.BUNDLED.exists() and not foreign:
+        raise Error("a bundle checks pods that are there already", "give --netns and --control")
     if foreign != (arguments.control is not None):
         raise Error("a pod that is there already needs both --netns and --control")
     if arguments.cgroup and not (foreign and (arguments.cgroup / "cgroup.procs").exists()):

@@ -145,13 +145,13 @@ def _claims(arguments: argparse.Namespace) -> int:
     campaign = read(arguments.directory)
     found = claims.judge(campaign)
     if arguments.json:
-        print(json.dumps(claims.data(found, campaign.campaign), indent=1))
+        print(json.dumps(claims.data(found, campaign), indent=1))
     elif not found:
         print(f"the plan {campaign.campaign.name} claims nothing: there is nothing to judge")
     else:
         from rich.console import Console
 
-        Console().print(claims.table(found, campaign.campaign))
+        Console().print(claims.table(found, campaign))
     return claims.exit_status(found)
 
 
@@ -230,7 +230,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         drawn = draw.draw_comparison(rows, before, after, arguments.band, folder)
     if arguments.json:
         found = compare.data(rows, before, after, arguments.band) | {"exit_status": status}
-        found["claims"] = claims.data(judged, before.campaign)
+        found["claims"] = claims.data(judged, before)
         print(json.dumps(found, indent=1))
     else:
         from rich.console import Console
@@ -238,7 +238,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         Console().print(compare.table(rows, before, after, arguments.band))
         if judged:
             Console().print("\nThe earlier campaign's claims, by the later one:", style="bold")
-            Console().print(claims.table(judged, before.campaign))
+            Console().print(claims.table(judged, before))
     if drawn:
         print(f"\nfigure: {drawn[0]}", file=sys.stderr)
     if status == 3:
@@ -259,7 +259,7 @@ def print_table(campaign: Results, as_json: bool) -> None:
     console.print(table.table(campaign, console.width))
     if found := claims.judge(campaign):
         console.print()
-        console.print(claims.table(found, campaign.campaign))
+        console.print(claims.table(found, campaign))
 
 
 def _band(text: str) -> float:

@@ -74,7 +74,7 @@ def write(file: Path) -> None:
 
 def _files() -> Iterator[tuple[Path, str]]:
     """Files of the clone and of libraries, each with its name in the bundle."""
-    patterns = ("LICENSE", "agent/*.[ch]", "osv/hosts*", "testbed/**/*.py")
+    patterns = ("LICENSE", "agent/README.md", "agent/*.[ch]", "osv/hosts*", "testbed/**/*.py")
     for path in (path for pattern in patterns for path in sorted(paths.ROOT.glob(pattern))):
         yield path, str(path.relative_to(paths.ROOT))
     for library in LIBRARIES:

@@ -107,7 +107,8 @@ def detach(order: Order, *, adopts: bool = False) -> tuple[int, int]:
 class Starting:
     """Pods that supervisor processes are building, as a context manager.
 
-    An exception within the context (Ctrl-C, a pod that cannot be built) takes down all of them.
+    An exception within the context (Ctrl-C, a pod that cannot be built) takes down all of them, but
+    for orphans, which stood before.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -115,10 +116,12 @@ class Starting:
         self._say = say
         self._supervisors: dict[str, tuple[int, int]] = {}
         """Pod → pid and descriptor (`detach`)."""
+        self._adopts = False
 
     def start(self, order: Order, *, adopts: bool = False) -> None:
         """Start building a pod, or taking over an orphan."""
         self._supervisors[order.spec.name] = detach(order, adopts=adopts)
+        self._adopts |= adopts
 
     def wait_built(self) -> None:
         """Wait until all are built. Raises `Error` if one cannot be built."""
@@ -167,7 +170,7 @@ class Starting:
     def __exit__(
         self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
     ) -> None:
-        if e is None:
+        if e is None or self._adopts:
             return
         for pid, _ in self._supervisors.values():
             os.kill(pid, signal.SIGTERM)

@@ -28,7 +28,7 @@ from rich.text import Text
 from testbed.model.cells import Cell
 from testbed.plan import Claim, Estimator, claims_of, preregistration_of
 from testbed.reports.words import interval, names, plain, size_of
-from testbed.results.analysis import controls, quantities
+from testbed.results.analysis import controls, quantities, reference_cell
 from testbed.results.order import grouped
 from testbed.results.results import Results
 from testbed.results.statistics import Estimate, estimate, pseudomedian
@@ -93,12 +93,11 @@ def judge(results: Results, of: Campaign | None = None) -> list[Found]:
     """
     claimant = of or results.campaign
     decides = estimator_of(claimant)
-    controlled = controls(_controls(results, decides))
-    passed = controlled is None or controlled.passed
+    passed = _controls_pass(results, claimant)
     found = []
     for claim in claims_of(claimant.plan):
         for cell in map(Cell.parse, claimant.cells):
-            to = _divisor(cell, claim, results)
+            to = _divisor(cell, claim, claimant)
             if to is None or to == cell or to.id not in claimant.cells:
                 continue
             if not fnmatchcase(cell.id, claim.cells):
@@ -118,16 +117,17 @@ def estimator_of(campaign: Campaign) -> Estimator:
     return laid_down.estimator if laid_down else Estimator.SIGNED_RANK
 
 
-def departures(campaign: Campaign) -> list[str]:
+def departures(results: Results) -> list[str]:
     """In what a campaign is not what its plan laid down: a text for each."""
+    campaign, measured = results.campaign, {trial.block for trial in results.trials}
     laid_down = preregistration_of(campaign.plan)
     found: list[str] = []
     if laid_down is None:
         return found
     if campaign.seed != laid_down.seed:
         found.append(f"its seed is {campaign.seed}, not {laid_down.seed}")
-    if campaign.blocks != laid_down.blocks:
-        found.append(f"it has {campaign.blocks} blocks, not {laid_down.blocks}")
+    if len(measured) != laid_down.blocks:
+        found.append(f"it has {len(measured)} blocks, not {laid_down.blocks}")
     if len(campaign.cells) != laid_down.cells:
         found.append(f"it has {len(campaign.cells)} of {laid_down.cells} cells")
     if campaign.revision.endswith("-dirty"):
@@ -135,25 +135,39 @@ def departures(campaign: Campaign) -> list[str]:
     return found
 
 
-def _controls(results: Results, estimator: Estimator) -> Iterator[_Control]:
-    """The campaign's controls, by the estimator that decides about its claims."""
-    for cell in map(Cell.parse, results.campaign.cells):
-        if cell.variant and (to := results.reference(cell)):
+def _controls_pass(results: Results, claimant: Campaign) -> bool:
+    """Whether all controls of the claimant's plan were measured, and came out as they should."""
+    laid_down = preregistration_of(claimant.plan)
+    if laid_down and len(claimant.cells) < laid_down.cells:
+        return False  # some of what was left out may be controls
+    found = list(_controls(results, claimant))
+    outcome = controls(found)
+    if any(math.isnan(control.ratio.low) for control in found):
+        return False
+    return outcome is None or outcome.passed
+
+
+def _controls(results: Results, claimant: Campaign) -> Iterator[_Control]:
+    """The controls of the claimant's plan, by the estimator that decides about its claims."""
+    estimator = FUNCTIONS[estimator_of(claimant)]
+    for cell in map(Cell.parse, claimant.cells):
+        if cell.variant and (to := reference_cell(cell, claimant.references)):
             for quantity in quantities(cell.metric):
                 ratios = results.ratios(cell, to, quantity).values()
-                yield _Control(cell, quantity, FUNCTIONS[estimator](ratios))
+                yield _Control(cell, quantity, estimator(ratios))
 
 
-def _divisor(cell: Cell, claim: Claim, results: Results) -> Cell | None:
+def _divisor(cell: Cell, claim: Claim, claimant: Campaign) -> Cell | None:
     """The cell that a claim divides `cell` by: as the claim says, or its reference."""
-    return replace(cell, **claim.to) if claim.to else results.reference(cell)
+    return replace(cell, **claim.to) if claim.to else reference_cell(cell, claimant.references)
 
 
 def verdict_of(claim: Claim, ratio: Estimate) -> Verdict:
     """The verdict on a claim by an estimate of its ratio."""
     if not claim.bounded:
         return Verdict.STATED
-    low, high = claim.at_least or 0.0, claim.at_most or math.inf
+    low = 0.0 if claim.at_least is None else claim.at_least
+    high = math.inf if claim.at_most is None else claim.at_most
     if math.isnan(ratio.low):
         return Verdict.UNCLEAR
     if ratio.high < low or ratio.low > high:
@@ -169,9 +183,9 @@ def exit_status(found: Sequence[Found]) -> int:
     return 3 if not found or verdicts & {Verdict.UNCLEAR, Verdict.UNMEASURED} else 0
 
 
-def data(found: Sequence[Found], campaign: Campaign) -> list[dict[str, Any]]:
-    """The verdicts as plain data for JSON."""
-    decides, departs = estimator_of(campaign), departures(campaign)
+def data(found: Sequence[Found], claimant: Results) -> list[dict[str, Any]]:
+    """The verdicts on a campaign's claims as plain data for JSON."""
+    decides, departs = estimator_of(claimant.campaign), departures(claimant)
     return [
         {
             "cell": row.cell.id,
@@ -187,8 +201,9 @@ def data(found: Sequence[Found], campaign: Campaign) -> list[dict[str, Any]]:
     ]
 
 
-def table(found: Sequence[Found], campaign: Campaign) -> Group:
-    """The verdicts for a terminal: a table for each claim, with a line for each cell."""
+def table(found: Sequence[Found], claimant: Results) -> Group:
+    """The verdicts on a campaign's claims for a terminal: a table a claim, a line a cell."""
+    campaign = claimant.campaign
     decides = estimator_of(campaign)
     tables = []
     for claim, rows in grouped(found, lambda row: row.claim.text).items():
@@ -218,12 +233,13 @@ def table(found: Sequence[Found], campaign: Campaign) -> Group:
         tables.append(shown)
     counted = [f"{n} {v}" for v in Verdict if (n := sum(row.verdict is v for row in found))]
     legend = f"Ratios within a block, and the number of blocks; {WORDS[decides]} (95 %) decide."
-    lines = (f"{', '.join(counted)}. {legend}", *preregistration_lines(campaign))
+    lines = (f"{', '.join(counted)}. {legend}", *preregistration_lines(claimant))
     return Group(*tables, *(Text(line) for line in lines))
 
 
-def preregistration_lines(campaign: Campaign) -> Iterator[str]:
+def preregistration_lines(results: Results) -> Iterator[str]:
     """What was laid down before the data, and in what the campaign departs from it."""
+    campaign = results.campaign
     if laid_down := preregistration_of(campaign.plan):
         yield (
             f"Laid down before the first trial of {campaign.started}, about revision "
@@ -231,7 +247,7 @@ def preregistration_lines(campaign: Campaign) -> Iterator[str]:
         )
     elif any(claim.bounded for claim in claims_of(campaign.plan)):
         yield "Bounds and blocks were laid down before the data; the estimator was chosen later."
-    if found := departures(campaign):
+    if found := departures(results):
         yield f"Not as it was laid down: {'; '.join(found)}."
 
 

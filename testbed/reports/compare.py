@@ -35,7 +35,7 @@ from testbed.reports.words import (
     superscript,
     unit_of,
 )
-from testbed.results.analysis import quantities
+from testbed.results.analysis import quantities, reference_cell
 from testbed.results.order import grouped
 from testbed.results.results import Results
 from testbed.results.statistics import Difference, Estimate, difference, discoveries
@@ -93,7 +93,7 @@ def compare(
         Comparison(
             cell=key[0],
             quantity=key[1],
-            to=(before.reference(key[0]) or after.reference(key[0])) if ratios else None,
+            to=_reference(key[0], before, after) if ratios else None,
             before=estimate_of(values_before.get(key, {}).values()),
             after=estimate_of(values_after.get(key, {}).values()),
             ratio=change.ratio,
@@ -214,11 +214,17 @@ _COLORS = {
 }
 
 
+def _reference(cell: Cell, *campaigns: Results) -> Cell | None:
+    """The cell that a cell is divided by in the first of the campaigns that says so."""
+    found = (reference_cell(cell, results.campaign.references) for results in campaigns)
+    return next(filter(None, found), None)
+
+
 def _values(results: Results, ratios: bool) -> dict[tuple[Cell, str], dict[int, float]]:
     """(cell, quantity) → block values or ratios, for every cell of the plan that has them."""
     found = {}
     for cell in map(Cell.parse, results.campaign.cells):
-        to = results.reference(cell)
+        to = reference_cell(cell, results.campaign.references)
         for quantity in quantities(cell.metric):
             if not ratios:
                 found[cell, quantity] = results.values(cell, quantity)

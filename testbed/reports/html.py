@@ -284,7 +284,7 @@ def _claims(results: Results) -> list[str]:
     lead = (
         f"Ratios within a block: {claims.WORDS[decides]} (95 %). "
         "A claim holds if the whole interval keeps to the bound. "
-        + " ".join(claims.preregistration_lines(results.campaign))
+        + " ".join(claims.preregistration_lines(results))
     )
     return _section("Claims", lead, _table("claims", heads, rows))
 

@@ -47,6 +47,12 @@ def reference(datapath: str, pair: Pair, references: Mapping[str, str]) -> str |
     return references.get(datapath)
 
 
+def reference_cell(cell: Cell, references: Mapping[str, str]) -> Cell | None:
+    """The cell that a cell is divided by (`reference`); None if there is none but itself."""
+    name = reference(cell.datapath, cell.pair, references)
+    return None if name in (None, cell.datapath) else replace(cell, datapath=name)
+
+
 @dataclass(frozen=True)
 class Summary:
     """One quantity of one cell over all blocks, and its ratio to the reference datapath."""

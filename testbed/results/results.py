@@ -119,11 +119,6 @@ class Results:
         mine, others = self.values(cell, quantity), self.values(to, quantity)
         return {block: mine[block] / others[block] for block in sorted(mine.keys() & others.keys())}
 
-    def reference(self, cell: Cell) -> Cell | None:
-        """The cell that a cell's ratio is to (`analysis.reference`); None if it has none."""
-        name = analysis.reference(cell.datapath, cell.pair, self.campaign.references)
-        return None if name in (None, cell.datapath) else replace(cell, datapath=name)
-
     @cached_property
     def costs(self) -> list[Breakdown]:
         """Host CPU time per unit of traffic (`analysis.costs`)."""

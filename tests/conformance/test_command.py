@@ -188,6 +188,9 @@ def test_an_archive_of_the_suite_checks_a_pod_without_anything_installed(
     subprocess.run(["tar", "-xf", archive, "-C", tmp_path], check=True)
     (suite,) = tmp_path.glob("testbed-conformance-*")
     assert not list(suite.rglob("*.so"))
+    done = subprocess.run([suite / "conformance"], capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert "give --netns and --control" in done.stderr
     guest = foreign_pod.manifest.guests[1]
     control = f"{guest_link(Family.IPV4, 1)}:{guest.control_port}"
     with ending(
@@ -237,7 +240,7 @@ def test_the_action_checks_a_pod(foreign_pod: Pod, tmp_path: Path) -> None:
         "NETNS": f"/run/netns/{foreign_pod.netns}",
         "CONTROL": f"{guest_link(Family.IPV4, 1)}:{foreign_pod.manifest.guests[1].control_port}",
         "CGROUP": "",
-        "CHECKS": "connect datagram-e*",
+        "CHECKS": "connect\ndatagram-e*",
         "JUNIT": str(junit),
     }
     assert given.keys() == step["env"].keys()

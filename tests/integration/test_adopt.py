@@ -91,8 +91,8 @@ def echoes(connection: socket.socket) -> bool:
     return connection.recv(5) == b"hello"
 
 
-def kill_supervisor(pod: str) -> None:
-    os.kill(control.status(pod)["supervisor"], signal.SIGKILL)
+def kill_supervisor(pod: str, by: signal.Signals = signal.SIGKILL) -> None:
+    os.kill(control.status(pod)["supervisor"], by)
     wait_until(lambda: control.status(pod)["supervisor"] is None, "it is dead")
 
 
@@ -140,6 +140,23 @@ def test_a_new_supervisor_starts_what_ended_meanwhile_and_sees_what_ends_later(
     wait_until(lambda: workload(name, "native")["restarts"] == 1, "a restart")
     wait_until(lambda: workload(name, "native")["ready"], "it is ready again")
     assert "is alive" in run("adopt", name, status=3).stderr
+
+
+def test_neither_a_hangup_nor_the_end_of_adopt_takes_a_pod_down(
+    manifest: Callable[..., Path], name: str
+) -> None:
+    """A guest that never gets ready keeps `adopt` waiting."""
+    never = ECHO + '  readinessProbe: {exec: {command: ["false"]}}\n'
+    run("up", manifest(never, guests=["guest"]), "--wait=1", status=1)
+    native = workload(name, "native")["pid"]
+    kill_supervisor(name, signal.SIGHUP)
+    command = [sys.executable, "-m", "testbed.cli", "adopt", name, "--wait=60"]
+    with ending(subprocess.Popen(command)) as adopting:
+        wait_until(lambda: control.status(name)["supervisor"] is not None, "it is adopted")
+        adopting.send_signal(signal.SIGTERM)
+        assert adopting.wait(30) == 130
+    assert workload(name, "native")["pid"] == native
+    assert control.status(name)["supervisor"] is not None
 
 
 def test_a_link_that_was_lost_meanwhile_is_made_again(

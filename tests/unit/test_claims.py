@@ -194,14 +194,38 @@ def test_nothing_is_measured_where_controls_fail(tmp_path: Path) -> None:
 
 def test_a_campaign_that_is_not_what_was_laid_down_says_so(tmp_path: Path) -> None:
     made = Results(campaign(tmp_path / "so", 0.001))
-    assert claims.departures(made.campaign) == []
+    assert claims.departures(made) == []
     other = Results(campaign(tmp_path / "other", 0.001, seed=8))
-    assert claims.departures(other.campaign) == ["its seed is 8, not 7"]
-    fewer = replace(made.campaign, cells=made.campaign.cells[:-1])  # it may be a control
-    assert claims.departures(fewer) == ["it has 3 of 4 cells"]
-    (_, last) = claims.preregistration_lines(other.campaign)
+    assert claims.departures(other) == ["its seed is 8, not 7"]
+    (_, last) = claims.preregistration_lines(other)
     assert last == "Not as it was laid down: its seed is 8, not 7."
-    assert "0123abc" in next(claims.preregistration_lines(made.campaign))
+    assert "0123abc" in next(claims.preregistration_lines(made))
+
+
+def test_a_campaign_that_left_out_cells_or_has_no_data_of_a_control_measured_nothing(
+    tmp_path: Path,
+) -> None:
+    """What was left out may be the controls."""
+    made = campaign(tmp_path / "fewer", 0.001)
+    made.campaign = replace(made.campaign, cells=made.campaign.cells[:-1])
+    fewer = Results(made)
+    assert claims.departures(fewer) == ["it has 3 of 4 cells"]
+    lacking = campaign(tmp_path / "lacking", 0.001, AGAIN, again=1.0)
+    log = lacking.path / "trials.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(line for line in lines if "steer~again" not in line))
+    for results in (fewer, Results(store.open(lacking.path))):
+        found = claims.judge(results)
+        assert {row.verdict for row in found if row.claim.bounded} == {Verdict.UNMEASURED}
+        assert claims.exit_status(found) == 3
+
+
+def test_a_campaign_that_was_stopped_early_says_so(tmp_path: Path) -> None:
+    made = campaign(tmp_path / "out", 0.001, PLAN.replace("blocks = 6", "blocks = 8"))
+    log = made.path / "trials.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(line for line in lines if json.loads(line)["block"] < 6))
+    assert claims.departures(Results(store.open(made.path))) == ["it has 6 blocks, not 8"]
 
 
 @pytest.mark.parametrize(
