@@ -61,8 +61,8 @@ class OsvKernel:
     listed: bool
     """Whether `osv/kernels.toml` has its digest."""
     families: frozenset[Family]
-    virtio_net: tuple[str, ...]
-    """Properties that QEMU's network device must have for it."""
+    partial_checksums: frozenset[Family]
+    """Families of which it takes packets with a partial checksum, as checksum offload leaves it."""
     multiqueue: bool
     """Whether its driver serves several pairs of queues."""
     source: str
@@ -152,8 +152,8 @@ def read_osv(path: Path, source: str) -> OsvKernel:
         version=version[1].decode(),
         sha256=sha256,
         listed=any(entry.get("sha256") == sha256 for entry in flavors.values()),
-        families=frozenset(Family(name) for name in flavors[flavor]["families"]),
-        virtio_net=tuple(flavors[flavor]["virtio_net"]),
+        families=frozenset(map(Family, flavors[flavor]["families"])),
+        partial_checksums=frozenset(map(Family, flavors[flavor]["partial_checksums"])),
         multiqueue=flavors[flavor]["multiqueue"],
         source=source,
     )

@@ -38,6 +38,9 @@ NOT_OF_PROGRAM = re.compile(
 )
 """Beginning of a line of the console that OSv writes while it boots, or of a crash's backtrace."""
 
+NO_CHECKSUM_OFFLOAD = ("guest_csum", "guest_tso4", "guest_tso6", "guest_ecn", "guest_ufo")
+"""Features of virtio-net by which the host may leave a checksum to the device."""
+
 GO_CRASHES = "Go programs that need libc, or are PIE, crash in OSv: build it with CGO_ENABLED=0"
 
 SHOWN = 5
@@ -78,7 +81,7 @@ class Osv(VirtualMachines):
             kernel,
             options,
             version=f"{kernel.flavor} {kernel.version}" + ("" if kernel.listed else ", unlisted"),
-            offloads=",".join(kernel.virtio_net),
+            offloads=",".join(nic(kernel)),
         )
 
     def dialed(self, family: Family) -> str:
@@ -185,7 +188,14 @@ def command(
     ]
     process = replace(image.process, arguments=(*image.process.arguments, *arguments))
     line = boot_line(machine, kernel.families, process)
-    return qemu.command(machine, kernel.path, line, nic=kernel.virtio_net, extra=extra)
+    return qemu.command(machine, kernel.path, line, nic=nic(kernel), extra=extra)
+
+
+def nic(kernel: OsvKernel) -> tuple[str, ...]:
+    """Properties that QEMU's network device must have for a kernel."""
+    if kernel.families <= kernel.partial_checksums:
+        return ()
+    return tuple(f"{feature}=off" for feature in NO_CHECKSUM_OFFLOAD)
 
 
 def boot_line(machine: Vm, families: frozenset[Family], process: Process) -> str:

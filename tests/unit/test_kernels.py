@@ -53,7 +53,7 @@ def test_what_the_kernel_says_of_itself_is_told(tmp_path: Path) -> None:
     kernel = kernels.read_osv(make_kernel(tmp_path / "k", flavor="ipv6"), "here")
     assert (kernel.flavor, kernel.version) == ("ipv6", "v0.57.0-398-g0e34e4dc")
     assert kernel.families == set(Family)
-    assert "guest_csum=off" in kernel.virtio_net
+    assert kernel.partial_checksums == {Family.IPV4}
     assert not kernel.listed
     assert kernel.sha256 == hashlib.sha256((tmp_path / "k").read_bytes()).hexdigest()
 
@@ -62,7 +62,7 @@ def test_master_has_no_ipv6(tmp_path: Path) -> None:
     kernel = kernels.read_osv(make_kernel(tmp_path / "k", version="v0.57.0"), "here")
     assert kernel.version == "v0.57.0"
     assert kernel.families == {Family.IPV4}
-    assert kernel.virtio_net == ()
+    assert kernel.partial_checksums == {Family.IPV4}
 
 
 @pytest.mark.parametrize("flavor", kernels.FLAVORS)
