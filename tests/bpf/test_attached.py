@@ -12,11 +12,12 @@ import os
 import re
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pytest
 from pyroute2 import IPRoute
@@ -339,8 +340,14 @@ def test_a_guest_whose_link_was_replaced_is_reached_again(pod: Pod) -> None:
 
 
 @FAMILIES
-def test_a_guest_that_waits_for_one_that_ended_is_refused(pod: Pod, family: Family) -> None:
-    """As if the machine had been killed: its link goes, and it says no word."""
+@pytest.mark.parametrize("link", ["up", "down"])
+def test_a_guest_that_waits_for_one_that_ended_is_refused(
+    pod: Pod, family: Family, link: Literal["up", "down"]
+) -> None:
+    """As if the machine had been killed: its link goes, and it says no word.
+
+    If the link of the one that waits is down just then, the first word to it is lost.
+    """
     bed, attachment = pod
     with (
         open_socket(bed.guests[1], family, Transport.TCP) as server,
@@ -354,7 +361,12 @@ def test_a_guest_that_waits_for_one_that_ended_is_refused(pod: Pod, family: Fami
             client.sendall(b"request")
             assert accepted.recv(7) == b"request"
             bed.unlink_guest(1)
-            attachment.guest_ended(1)
+            index = bed.wiring.ports[1].ifindex
+            with IPRoute(netns=bed.links) as ip:
+                ip.link("set", index=index, state=link)
+                attachment.guest_ended(1)
+                time.sleep(0.1)
+                ip.link("set", index=index, state="up")
             with pytest.raises(ConnectionResetError):
                 client.recv(1)
     new = bed.link_guest(1)

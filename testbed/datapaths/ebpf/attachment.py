@@ -9,10 +9,11 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from testbed import bpf
-from testbed.datapaths.ebpf import challenge_ack, loopback_side, rows
+from testbed.datapaths.ebpf import loopback_side, rows
+from testbed.datapaths.ebpf.challenge_ack import Challenges
 from testbed.datapaths.interface import Count, Wiring
 from testbed.datapaths.link_counters import LinkCounters
-from testbed.host import namespaces, netlink
+from testbed.host import netlink
 from testbed.host.ledger import Scope
 
 AT_PORTS = {"port_ingress": bpf.INGRESS, "port_egress": bpf.EGRESS}
@@ -46,6 +47,7 @@ class EbpfAttachment:
         self._scope = owner.part()
         self._links: dict[tuple[str, int], Scope] = {}
         """(namespace, ifindex) → the scope of what is attached there."""
+        self._challenges = Challenges()
         self._held: list[socket.socket] = []
         self._places: dict[tuple[str, int, int], tuple[str, int]] = {}
         """(namespace, ifindex, hook) → name and class of the attached program."""
@@ -133,10 +135,10 @@ class EbpfAttachment:
         self._rows.set_port(n, 0)
         if waiting := self._rows.take_connections(n):
             links = {port.n: port.ifname for port in self._wiring.ports}
-            with namespaces.inside(self._wiring.link_netns, challenge_ack.open_socket) as opened:
-                challenge_ack.send(opened, [(c, links[c.n]) for c in waiting])
+            self._challenges.send(self._wiring.link_netns, [(c, links[c.n]) for c in waiting])
 
     def detach(self) -> None:
+        self._challenges.close()
         self._scope.undo()
         loopback_side.release_ports(self._held)
         self._close_programs()

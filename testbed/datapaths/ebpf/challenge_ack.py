@@ -12,14 +12,18 @@ from __future__ import annotations
 import random
 import socket
 import struct
-from collections.abc import Iterable
+import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from testbed.host import namespaces
 from testbed.model.addresses import ALIAS_MAC, Address, guest_link, guest_mac
 from testbed.model.terms import Family
 
 SOL_PACKET, PACKET_QDISC_BYPASS = 263, 20
+DELAYS_S = 0.0, 0.5, 2.0
+"""Time before a segment, after the one before it."""
 ETHERTYPES = {Family.IPV4: 0x0800, Family.IPV6: 0x86DD}
 
 
@@ -33,21 +37,46 @@ class GuestConnection:
     peer_port: int
 
 
-def open_socket() -> socket.socket:
+class Challenges:
+    """Sends guests segments until `close`, in threads: first at once, then again.
+
+    A segment is lost where a link is down or a guest's queue is full, and so may be the answer. One
+    more is of no effect: whoever has the connection answers with an ACK that changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self._closed = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def send(self, netns: str, to: Sequence[tuple[GuestConnection, str]]) -> None:
+        """Send a segment for each connection by the link of that name, in a namespace."""
+        packet_socket = namespaces.inside(netns, _open_socket)
+        thread = threading.Thread(target=self._send, args=(packet_socket, to), name="challenges")
+        self._threads = [each for each in self._threads if each.is_alive()] + [thread]
+        thread.start()
+
+    def _send(
+        self, packet_socket: socket.socket, to: Sequence[tuple[GuestConnection, str]]
+    ) -> None:
+        with packet_socket:
+            for delay_s in DELAYS_S:
+                if self._closed.wait(delay_s):
+                    return
+                for connection, ifname in to:
+                    with suppress(OSError):  # the link is down or missing
+                        packet_socket.sendto(segment(connection), (ifname, 0))
+
+    def close(self) -> None:
+        self._closed.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def _open_socket() -> socket.socket:
     """Open a packet socket in this namespace that bypasses qdiscs, and so tc programs."""
     packet_socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
     packet_socket.setsockopt(SOL_PACKET, PACKET_QDISC_BYPASS, 1)
     return packet_socket
-
-
-def send(packet_socket: socket.socket, to: Iterable[tuple[GuestConnection, str]]) -> None:
-    """Send guests a segment for each connection, by the link of that name.
-
-    A missing link is no error.
-    """
-    for connection, ifname in to:
-        with suppress(OSError):
-            packet_socket.sendto(segment(connection), (ifname, 0))
 
 
 def segment(of: GuestConnection) -> bytes:
