@@ -214,8 +214,9 @@ def costs(trials: pd.DataFrame) -> list[Breakdown]:
     The unit is CPU seconds per gigabyte of payload (throughput) or per million transactions (other
     metrics), with the share of each kind (`CPU`).
 
-    All CPU time of the host during traffic is counted, on all CPUs: CPU seconds per second, divided
-    by the measured rate. It includes what the host does anyway, which is little on a quiet host.
+    The trial's own CPU time during traffic is counted, on all CPUs: CPU seconds per second, divided
+    by the measured rate. Its own are its pods, the worker and all softirqs. What others used, if it
+    is known (`campaigns.isolation`; older trials lack it), is taken off, but not in the shares.
     """
     found = []
     columns = [f"machine.{part}_s" for part in CPU]
@@ -247,7 +248,10 @@ def cost_values(table: pd.DataFrame) -> dict[int, float]:
     done = table.payload_bytes / 1e9
     if metric is not Metric.THROUGHPUT:
         done = table.transactions / 1e6
-    cost = table["machine.cpu_s"] / table["machine.active_s"] / (done / table.duration_s)
+    own = table["machine.cpu_s"]
+    if "machine.others_s" in table:
+        own = own - table["machine.others_s"].fillna(0)
+    cost = own / table["machine.active_s"] / (done / table.duration_s)
     return _by_block(table, cost)
 
 

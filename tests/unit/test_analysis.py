@@ -328,6 +328,9 @@ def test_cost_is_cpu_time_by_traffic_and_its_shares_are_of_the_whole() -> None:
     assert cost.shares == pytest.approx(
         {"softirq": 0.5, "system": 0.3, "user": 0.15, "guest": 0.05}
     )
+    beside = replace(first, machine=spent | {"others_s": 1.0})
+    (cost,) = analysis.costs(store.frame([beside, replace(first, block=1)]))
+    assert cost.total.mean == pytest.approx(math.sqrt(0.125 * 0.25))  # an older one does not tell
     requests = replace(first, cell=cell.replace("throughput", "latency"), transactions=10**5)
     (cost,) = analysis.costs(store.frame([requests]))
     assert cost.total.mean == pytest.approx(10)
