@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from testbed.cli import common
 from testbed.cli.common import Commands
@@ -33,6 +33,12 @@ def add(commands: Commands) -> None:
         "--datapath", nargs="+", metavar="NAME", help="default: all that make localhost work"
     )
     common.add_guest(conformance)
+    conformance.add_argument(
+        "--shim",
+        action="store_true",
+        help="give the traffic agent in OSv guests the shim, as programs have it: 127.0.0.1 and "
+        "::1 are the pod's, too",
+    )
     conformance.add_argument(
         "--native",
         type=Runtime,
@@ -118,7 +124,9 @@ def _conformance(arguments: argparse.Namespace) -> int:
         return 0
     choice = _choice(arguments, globs)
     results: list[Result] = []
-    known = archive.circumstances() if arguments.keep else {}  # before anybody edits the clone
+    known: dict[str, Any] = {}
+    if arguments.keep:  # before anybody edits the clone
+        known = archive.circumstances() | {"shim": arguments.shim}
     guest = None
     try:
         with common.progress() as report:
@@ -149,6 +157,8 @@ def _choice(arguments: argparse.Namespace, globs: tuple[str, ...]) -> runner.Cho
     foreign = arguments.netns is not None
     if agent.BUNDLED.exists() and not foreign:
         raise Error("a bundle checks pods that are there already", "give --netns and --control")
+    if arguments.shim and arguments.guest != Runtime.OSV:
+        raise Error("only OSv guests have a shim", hint="leave out --shim, or add --guest osv")
     if foreign != (arguments.control is not None):
         raise Error("a pod that is there already needs both --netns and --control")
     if arguments.cgroup and not (foreign and (arguments.cgroup / "cgroup.procs").exists()):
@@ -163,6 +173,7 @@ def _choice(arguments: argparse.Namespace, globs: tuple[str, ...]) -> runner.Cho
         globs,
         arguments.native,
         arguments.osv_kernel,
+        shim=arguments.shim,
         netns=arguments.netns,
         control=arguments.control or "",
         cgroup=arguments.cgroup and arguments.cgroup.absolute(),

@@ -40,6 +40,8 @@ Each check runs through every pair of workloads, family and transport that it is
 datapath carries; a cell counts those cases. A number alone passed, **✗** failed, and what is in
 brackets is unsupported, with the number of its reason below. An empty cell: the check is about no
 pair that the datapath carries. Natives are processes, or WASI components where a column says WASM.
+The program in a guest knows the pod's `localhost` by the hosts patch alone, so that the patch is
+checked. In OSv guests where a column says shim, it has the shim as well, as programs do by default.
 
 This page is written by `testbed conformance --pages` from `results/reference/conformance`, where
 `testbed conformance --keep` puts its results.
@@ -87,13 +89,16 @@ class Run:
     """`kvm` or `tcg`; empty for guests that are no virtual machines."""
     digests: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 of the guest's image and kernel, by name."""
+    shim: bool = False
+    """Whether the traffic agent in an OSv guest had the shim."""
 
     @property
     def name(self) -> str:
         """Name of its file, such as `steer-osv-ipv6` or `steer-wasm-standin`."""
         flavor = self.kernel.split()[:1] if self.guest == Runtime.OSV else []
         native = self.native if self.native != Runtime.PROCESS else ""
-        return "-".join(filter(None, (self.datapath, native, self.guest, *flavor)))
+        shim = "shim" if self.shim else ""
+        return "-".join(filter(None, (self.datapath, native, self.guest, *flavor, shim)))
 
     def total(self, status: Status) -> int:
         """Number of cases of all checks with this status."""
@@ -155,9 +160,9 @@ def read(folder: Path = FOLDER) -> list[Run]:
     return sorted(runs, key=_column)
 
 
-def _column(run: Run) -> tuple[int, str, int, str]:
+def _column(run: Run) -> tuple[int, str, int, str, bool]:
     guest = GUESTS.index(Runtime(run.guest)) if run.guest else -1
-    return datapaths.names().index(run.datapath), run.native, guest, run.kernel
+    return datapaths.names().index(run.datapath), run.native, guest, run.kernel, run.shim
 
 
 # --- pages ----------------------------------------------------------------------------------
@@ -258,7 +263,7 @@ def _cell(outcome: Outcome | None, notes: _Notes) -> str:
 
 def _workloads(run: Run) -> str:
     if run.guest == Runtime.OSV:
-        guest = f"OSv {run.kernel.split()[0]}"
+        guest = f"OSv {run.kernel.split()[0]}" + (", shim" if run.shim else "")
     else:
         names = {"standin": "stand-ins", "gvisor": "gVisor", "linux": "Linux"}
         guest = {"": "processes", **names}[run.guest]

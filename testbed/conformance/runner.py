@@ -39,6 +39,8 @@ class Choice:
     """Runtime of the natives: processes, or WASI components, which have other pairs."""
     osv_kernel: Path | None = None
     hosts_patch: bool = True
+    shim: bool = False
+    """Whether the traffic agent in OSv guests gets the shim."""
     netns: Path | None = None
     """Namespace of an existing pod to check. None: build pods."""
     control: str = ""
@@ -60,7 +62,7 @@ def run(choice: Choice) -> Iterator[Result | Progress | Description]:
                 f"{name} does not make localhost work: there is nothing to check",
                 hint="choose another --datapath",
             )
-    options = interface.Options(osv_kernel=choice.osv_kernel, hosts_patch=choice.hosts_patch)
+    options = interface.Options(choice.osv_kernel, choice.hosts_patch, choice.shim)
     with Owner() as owner, TemporaryDirectory(prefix="testbed-") as consoles:
         if choice.netns:
             if choice.native is not Runtime.PROCESS:

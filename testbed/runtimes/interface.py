@@ -33,6 +33,8 @@ class Options:
     osv_kernel: Path | None = None
     hosts_patch: bool = True
     """Whether guests get the patched hosts file. With the stock one, `localhost` is the guest."""
+    shim: bool = False
+    """Whether the traffic agent in an OSv guest gets the shim, as programs do by default."""
     etc: Mapping[str, bytes] = field(default_factory=dict)
     """Files of guests by path, which replace those of images. Set for a pod with a `Spec`."""
     say: Callable[[str], None] = print

@@ -94,7 +94,7 @@ class Osv(VirtualMachines):
     def _compose(self, workload: Workload, *, hosts_patch: bool, etc: Mapping[str, bytes]) -> Image:
         refuse_isolation(workload)
         if workload.program is None:
-            wanted = compose.load(compose.AGENT)
+            wanted = replace(compose.load(compose.AGENT), shim=self._options.shim)
             process = wanted.process
         elif defined := _definition(workload):
             wanted = defined

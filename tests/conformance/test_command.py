@@ -19,6 +19,7 @@ from testbed.conformance.check import EVERY
 from testbed.conformance.stage import manifest
 from testbed.host import namespaces
 from testbed.host.ledger import Owner
+from testbed.images import kernels
 from testbed.model.addresses import CONTROL_PORT, guest_link
 from testbed.model.terms import Family, Runtime
 from testbed.pods.pod import Pod
@@ -55,6 +56,7 @@ def test_list_shows_every_check_and_runs_none() -> None:
         (("--netns", "/run/netns/nonsense"), "needs both --netns and --control"),
         (("--netns", "/nonsense", "--control", "::1"), "no network namespace /nonsense"),
         (("--netns", "/", "--control", "::1", "--native", "wasm"), "no wasm is brought to a pod"),
+        (("--guest", "standin", "--shim"), "only OSv guests have a shim"),
         (("--bundle", "/nonsense/suite.tar.gz"), "/nonsense/suite.tar.gz: No such file"),
     ],
 )
@@ -136,6 +138,22 @@ def test_the_matrix_has_a_row_per_check(tmp_path: Path) -> None:
     assert "connect" in done.stdout
     assert "1 pass" in done.stdout
     assert "cases" in done.stdout
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("flavor", ["ipv6", "master"])
+def test_with_the_shim_the_loopback_addresses_of_an_osv_guest_are_the_pods(flavor: str) -> None:
+    kernel = kernels.find_osv(flavor=flavor, download=False)
+    if kernel is None or kernel.flavor != flavor:
+        pytest.skip(f"no OSv kernel of flavor {flavor} in the cache")
+    these = ("--check", "guest-listens-on-loopback", "--check", "guest-dials-loopback", "--json")
+    guest = ("--guest", "osv", "--osv-kernel", kernel.path, "--datapath", "steer")
+    with_shim = json.loads(conformance(*guest, *these, "--family", "ipv4", "--shim").stdout)
+    assert {r["status"] for r in with_shim} == {"pass"}
+    without = json.loads(conformance(*guest, *these, "--family", "ipv4").stdout)
+    found = {(r["check"], r["pair"]): r["status"] for r in without}
+    assert found.pop(("guest-dials-loopback", "guest-self")) == "pass"  # its own loopback
+    assert set(found.values()) == {"unsupported"}
 
 
 @pytest.fixture

@@ -58,6 +58,17 @@ def test_what_is_kept_is_read_as_it_was_in_the_order_of_datapaths_and_guests(
         archive.read(tmp_path / "nothing")
 
 
+def test_guests_with_the_shim_are_a_run_of_their_own(tmp_path: Path) -> None:
+    with_shim, without = (
+        archive.runs_of([result("connect")], shim=shim)[0] for shim in (True, False)
+    )
+    archive.keep(with_shim, tmp_path)
+    archive.keep(without, tmp_path)
+    assert archive.read(tmp_path) == [without, with_shim]
+    heads = "| check | steer<br>OSv ipv6 | steer<br>OSv ipv6, shim |"
+    assert heads in archive.page([without, with_shim], [])
+
+
 def test_circumstances_are_kept_and_those_of_guests_only_where_there_were_some(
     tmp_path: Path,
 ) -> None:
