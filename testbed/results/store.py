@@ -264,8 +264,8 @@ def open(path: Path) -> Store:
 def counted(log: Iterable[Trial]) -> list[Trial]:
     """The trials that count: one for each cell and block, in the order of blocks.
 
-    If there are several, the last one that is ok and undisturbed counts, else the last one that is
-    ok, else the last one.
+    If there are several, the last one that is ok and undisturbed counts, else the least disturbed
+    one that is ok, else the last one.
     """
     kept: dict[tuple[str, int], Trial] = {}
     for trial in log:
@@ -340,8 +340,17 @@ def histograms(trials: Sequence[Trial]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["cell", "block", "upper_us", "count"])
 
 
-def _worth(trial: Trial) -> int:
-    return 0 if trial.status is not Status.OK else 1 if trial.disturbed else 2
+def _worth(trial: Trial) -> tuple[int, float]:
+    """Sort key of the trials of one cell and block: of two that are disturbed, the one from which
+    less of the CPUs' time was taken, by others or by a hypervisor, is worth more.
+    """
+    if trial.status is not Status.OK:
+        return 0, 0.0
+    if not trial.disturbed:
+        return 2, 0.0
+    machine = trial.machine
+    taken_s = machine.get("steal_s", 0.0) + machine.get("others_s", 0.0)
+    return 1, -taken_s / machine.get("elapsed_s", 1.0)
 
 
 def _lock(path: Path) -> BinaryIO:

@@ -106,6 +106,18 @@ def test_of_disturbed_trials_the_other_run_counts_and_all_are_kept(tmp_path: Pat
         assert made.done() == {(CELL, 0), (CELL, 1)}
 
 
+@pytest.mark.parametrize("taken", ["steal_s", "others_s"])
+def test_of_two_disturbed_trials_the_less_disturbed_one_counts(tmp_path: Path, taken: str) -> None:
+    def shaken(value: float, taken_s: float) -> Trial:
+        machine = {taken: taken_s, "elapsed_s": value}
+        return replace(OK, value=value, machine=machine, disturbed="something else ran")
+
+    with store.create(tmp_path, CAMPAIGN) as made:
+        for trial in (shaken(1.0, 0.3), shaken(2.0, 0.4), shaken(1.5, 0.45)):
+            made.append(trial)
+        assert [t.value for t in made.trials()] == [2.0]
+
+
 def test_failed_trials_are_run_again_on_resume_others_not(tmp_path: Path) -> None:
     with store.create(tmp_path, CAMPAIGN) as made:
         made.append(OK)
