@@ -102,8 +102,12 @@ def judge(results: Results, of: Campaign | None = None) -> list[Found]:
                 continue
             if not fnmatchcase(cell.id, claim.cells):
                 continue
-            ratios = results.ratios(cell, to, claim.quantity).values()
-            ratio, other = (FUNCTIONS[each](ratios) for each in (decides, decides.other))
+            ratios = results.ratios(cell, to, claim.quantity)
+            disturbed = len(ratios.keys() & results.disturbed(cell, to))
+            ratio, other = (
+                replace(FUNCTIONS[each](ratios.values()), disturbed=disturbed)
+                for each in (decides, decides.other)
+            )
             verdict = verdict_of(claim, ratio)
             if claim.bounded and not passed:
                 verdict = Verdict.UNMEASURED
@@ -233,7 +237,9 @@ def table(found: Sequence[Found], claimant: Results) -> Group:
         tables.append(shown)
     counted = [f"{n} {v}" for v in Verdict if (n := sum(row.verdict is v for row in found))]
     legend = f"Ratios within a block, and the number of blocks; {WORDS[decides]} (95 %) decide."
-    lines = (f"{', '.join(counted)}. {legend}", *preregistration_lines(claimant))
+    lines = [f"{', '.join(counted)}. {legend}", *preregistration_lines(claimant)]
+    if shaken := sum(bool(row.ratio.disturbed) for row in found):
+        lines.append(f"{shaken} of {len(found)} ratios have blocks that were disturbed.")
     return Group(*tables, *(Text(line) for line in lines))
 
 

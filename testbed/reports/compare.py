@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -26,6 +26,7 @@ from testbed.model.cells import Cell
 from testbed.reports.words import (
     FUNCTIONAL,
     blocks_of,
+    disturbed_of,
     guest_of,
     interval,
     names,
@@ -35,11 +36,10 @@ from testbed.reports.words import (
     superscript,
     unit_of,
 )
-from testbed.results.analysis import quantities, reference_cell
+from testbed.results.analysis import marked, quantities, reference_cell
 from testbed.results.order import grouped
 from testbed.results.results import Results
 from testbed.results.statistics import Difference, Estimate, difference, discoveries
-from testbed.results.statistics import estimate as estimate_of
 
 BAND = 0.05
 """Default band of equivalence: smaller relative changes are of no interest."""
@@ -89,22 +89,31 @@ def compare(
         found.append((key, difference(a.values(), b.values(), band), reason))
     different = discoveries([change.p_different for _, change, _ in found])
     equivalent = discoveries([change.p_equivalent for _, change, _ in found])
-    return [
-        Comparison(
-            cell=key[0],
-            quantity=key[1],
-            to=_reference(key[0], before, after) if ratios else None,
-            before=estimate_of(values_before.get(key, {}).values()),
-            after=estimate_of(values_after.get(key, {}).values()),
-            ratio=change.ratio,
-            verdict=_verdict(key[0], change, is_different, is_equivalent),
-            reason=reason,
-            lost=bool(values_before.get(key) and key in values_after and not values_after.get(key)),
+    rows = []
+    for (key, change, reason), is_different, is_equivalent in zip(
+        found, different, equivalent, strict=True
+    ):
+        to = _reference(key[0], before, after) if ratios else None
+        cells = (key[0], to) if to else (key[0],)
+        a, b = values_before.get(key, {}), values_after.get(key, {})
+        earlier, later = (
+            marked(values, results.disturbed(*cells))
+            for results, values in ((before, a), (after, b))
         )
-        for (key, change, reason), is_different, is_equivalent in zip(
-            found, different, equivalent, strict=True
+        rows.append(
+            Comparison(
+                cell=key[0],
+                quantity=key[1],
+                to=to,
+                before=earlier,
+                after=later,
+                ratio=replace(change.ratio, disturbed=earlier.disturbed + later.disturbed),
+                verdict=_verdict(key[0], change, is_different, is_equivalent),
+                reason=reason,
+                lost=bool(a and key in values_after and not b),
+            )
         )
-    ]
+    return rows
 
 
 def exit_status(rows: Sequence[Comparison]) -> int:
@@ -184,8 +193,8 @@ def table(rows: Sequence[Comparison], before: Results, after: Results, band: flo
             shown.add_row(
                 row.cell.datapath,
                 of + (f", {size_of(row.cell)}" if sized else ""),
-                _shown(row.before, scale),
-                _shown(row.after, scale),
+                _shown(row.before, scale) + note(disturbed_of(row.before)),
+                _shown(row.after, scale) + note(disturbed_of(row.after)),
                 _shown(row.ratio, 1, wide=True),
                 Text(row.verdict + note(row.reason), style=_COLORS[row.verdict]),
             )

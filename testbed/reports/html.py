@@ -26,7 +26,9 @@ from testbed.reports import claims
 from testbed.reports.figures import draw
 from testbed.reports.words import (
     blocks_of,
+    conclusive,
     controls_of,
+    disturbed_of,
     guest_of,
     meanings_of,
     names,
@@ -142,8 +144,8 @@ def _legend(campaign: Campaign) -> str:
     interval = "95 % t-interval on logarithms" if campaign.blocks > 1 else "no interval from one"
     return (
         f"Geometric means over blocks ({interval}). A ratio is to the reference datapath within a "
-        "block; bold where its interval excludes 1 and no guest is emulated. A click on a heading "
-        "sorts; the box filters by words."
+        "block; bold where its interval excludes 1, no guest is emulated and no block was "
+        "disturbed. A click on a heading sorts; the box filters by words."
     )
 
 
@@ -199,10 +201,10 @@ def _results(rows: Sequence[Summary], campaign: Campaign) -> str:
 
 def _result(row: Summary, campaign: Campaign, titles: Mapping[Any, str]) -> list[Entry]:
     cell, unit = row.cell, unit_of(row.cell.metric)
-    note = " ".join(filter(None, (row.reason, row.no_ratio)))
+    shaken = max((row.estimate, row.ratio), key=lambda of: of.disturbed)
+    note = "; ".join(filter(None, (row.reason, row.no_ratio, disturbed_of(shaken))))
     own = row.reference == cell.datapath
-    excludes_1 = row.ratio.low > 1 or row.ratio.high < 1
-    conclusive = excludes_1 and not own and not campaign.is_functional(cell)
+    bold = conclusive(row, campaign) and not own
     return [
         Entry(cell.label(campaign.guest)),
         Entry(names(cell.family)),
@@ -212,7 +214,7 @@ def _result(row: Summary, campaign: Campaign, titles: Mapping[Any, str]) -> list
         Entry(size_of(cell), cell.size_bytes),
         *_estimate(row.estimate, unit.scale, str(row.status)),
         Entry(unit.name),
-        *_estimate(row.ratio, 1, "reference" if own else "", "bold" if conclusive else ""),
+        *_estimate(row.ratio, 1, "reference" if own else "", "bold" if bold else ""),
         Entry(row.reference or ""),
         Entry(str(row.estimate.blocks), row.estimate.blocks),
         Entry(note),

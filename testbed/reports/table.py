@@ -24,6 +24,7 @@ from testbed.reports.words import (
     blocks_of,
     columns_of,
     controls_of,
+    disturbed_of,
     guest_of,
     interval,
     meanings_of,
@@ -122,7 +123,8 @@ def _entry(row: Summary, wide: bool, sized: bool, notes: dict[str, int]) -> Text
     text = Text(f"{size_of(row.cell)}\n" if sized else "")
     if row.status is not Status.OK:
         return text.append(row.status + note(row.reason), style="yellow")
-    text.append(interval(row.estimate, unit_of(row.cell.metric).scale, wide) + note(row.reason))
+    value = interval(row.estimate, unit_of(row.cell.metric).scale, wide)
+    text.append(value + note(row.reason) + note(disturbed_of(row.estimate)))
     if row.quantity == TAIL:
         return text
     if row.no_ratio:
@@ -130,7 +132,7 @@ def _entry(row: Summary, wide: bool, sized: bool, notes: dict[str, int]) -> Text
     elif row.reference == row.cell.datapath:
         ratio = "reference"
     else:
-        ratio = "×" + interval(row.ratio, 1, wide)
+        ratio = "×" + interval(row.ratio, 1, wide) + note(disturbed_of(row.ratio))
     return text.append(f"\n{ratio}", style="dim")
 
 

@@ -53,6 +53,13 @@ class Row(Protocol):
     def quantity(self) -> str: ...
 
 
+class Ratio(Row, Protocol):
+    """A row with a ratio: a summary, or a comparison of two campaigns."""
+
+    @property
+    def ratio(self) -> Estimate: ...
+
+
 def columns_of(rows: Iterable[Row]) -> list[tuple[Metric, str, str]]:
     """Those of `shown_columns` that some of the rows have."""
     found = {(row.cell.metric, row.quantity) for row in rows}
@@ -68,6 +75,21 @@ def interval(of: Estimate, scale: float, wide: bool) -> str:
         return f"{mean} [{low}, {high}]"
     side = 100 * (of.high / of.mean - 1)
     return f"{mean} ±{side:.0f}%" if side < 999.5 else f"{mean} >±999%"
+
+
+def conclusive(row: Ratio, campaign: Campaign) -> bool:
+    """Whether a ratio is shown as sound, bold or filled.
+
+    Its interval excludes 1, its guests are not emulated, and no block of it was disturbed.
+    """
+    of = row.ratio
+    sound = not of.disturbed and not campaign.is_functional(row.cell)
+    return sound and (of.low > 1 or of.high < 1)
+
+
+def disturbed_of(of: Estimate) -> str:
+    """How many blocks of an estimate were disturbed: `1 of 3 blocks disturbed`; or empty."""
+    return f"{of.disturbed} of {of.blocks} blocks disturbed" if of.disturbed else ""
 
 
 def warnings_of(results: Results) -> list[str]:

@@ -88,14 +88,15 @@ def summarise(trials: pd.DataFrame, references: Mapping[str, str]) -> list[Summa
         other = tables.get(replace(cell, datapath=divisor)) if divisor else None
         for quantity in quantities(cell.metric):
             values = block_values(table, quantity)
-            ratio, no_ratio = _ratio(values, divisor, other, quantity)
+            shaken = disturbed_blocks(table)
+            ratio, no_ratio = _ratio(values, shaken, divisor, other, quantity)
             summaries.append(
                 Summary(
                     cell=cell,
                     quantity=quantity,
                     status=_status(table, values),
                     reason=_reason(table, values),
-                    estimate=estimate(values.values()),
+                    estimate=marked(values, shaken),
                     reference=divisor,
                     ratio=ratio,
                     no_ratio=no_ratio,
@@ -114,11 +115,12 @@ def tails(trials: Iterable[Trial]) -> list[Summary]:
     kept = [t for t in trials if t.status is Status.OK and t.histogram_us]
     for id in dict.fromkeys(trial.cell for trial in kept):
         cell = Cell.parse(id)
-        blocks = [trial.histogram_us for trial in kept if trial.cell == id]
-        samples = [bucket for block in blocks for bucket in block]
+        blocks = [trial for trial in kept if trial.cell == id]
+        samples = [bucket for trial in blocks for bucket in trial.histogram_us]
         enough = sum(count for _, count in samples) >= 1000 * EXCEEDANCES
         if cell.metric is Metric.LATENCY and enough:
-            value = Estimate(percentile(samples, 99.9), nan, nan, len(blocks))
+            disturbed = sum(trial.disturbed is not None for trial in blocks)
+            value = Estimate(percentile(samples, 99.9), nan, nan, len(blocks), disturbed)
             found.append(Summary(cell, TAIL, Status.OK, None, value, None, NOTHING, None))
     return found
 
@@ -224,7 +226,8 @@ def costs(trials: pd.DataFrame) -> list[Breakdown]:
         if cost := cost_values(table):
             spent = table[columns].clip(lower=0).mean()
             shares = dict(zip(CPU, (spent / spent.sum()).tolist(), strict=True))
-            found.append(Breakdown(Cell.parse(str(id)), estimate(cost.values()), shares))
+            total = marked(cost, disturbed_blocks(table))
+            found.append(Breakdown(Cell.parse(str(id)), total, shares))
     return found
 
 
@@ -236,7 +239,8 @@ def breakdowns(trials: pd.DataFrame) -> list[Breakdown]:
         if cell.metric.of_building:
             parts = table.filter(regex="^parts[.]").dropna(axis=1).mean().clip(lower=0)
             shares = {str(name)[6:]: float(part / parts.sum()) for name, part in parts.items()}
-            found.append(Breakdown(cell, estimate(block_values(table, "value").values()), shares))
+            total = marked(block_values(table, "value"), disturbed_blocks(table))
+            found.append(Breakdown(cell, total, shares))
     return found
 
 
@@ -260,6 +264,16 @@ def block_values(table: pd.DataFrame, quantity: str) -> dict[int, float]:
     return _by_block(table, table[quantity])
 
 
+def disturbed_blocks(table: pd.DataFrame) -> set[int]:
+    """Blocks whose trial was disturbed, of one cell."""
+    return set(table.block[table.disturbed.notna()])
+
+
+def marked(values: Mapping[int, float], disturbed: set[int]) -> Estimate:
+    """Estimate of block values, which says how many blocks were disturbed."""
+    return replace(estimate(values.values()), disturbed=len(values.keys() & disturbed))
+
+
 def _by_block(table: pd.DataFrame, values: pd.Series[Any]) -> dict[int, float]:
     has_one = (table.status == "ok") & (values > 0) & (values < inf)
     return {
@@ -269,7 +283,11 @@ def _by_block(table: pd.DataFrame, values: pd.Series[Any]) -> dict[int, float]:
 
 
 def _ratio(
-    values: Mapping[int, float], divisor: str | None, other: pd.DataFrame | None, quantity: str
+    values: Mapping[int, float],
+    disturbed: set[int],
+    divisor: str | None,
+    other: pd.DataFrame | None,
+    quantity: str,
 ) -> tuple[Estimate, str | None]:
     """Ratio to the reference over the blocks that have both values, or why there is no ratio."""
     if divisor is None:
@@ -282,7 +300,8 @@ def _ratio(
     both = sorted(values.keys() & others.keys())
     if values and not both:
         return NOTHING, f"no block has both this and {divisor}"
-    return estimate(values[block] / others[block] for block in both), None
+    ratios = {block: values[block] / others[block] for block in both}
+    return marked(ratios, disturbed | disturbed_blocks(other)), None
 
 
 def _status(table: pd.DataFrame, values: Mapping[int, float]) -> Status:

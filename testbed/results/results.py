@@ -114,6 +114,11 @@ class Results:
             return analysis.cost_values(table)
         return analysis.block_values(table, quantity)
 
+    def disturbed(self, *cells: Cell) -> set[int]:
+        """Blocks in which the trial of one of the cells was disturbed."""
+        tables = (self.tables[cell.id] for cell in cells if cell.id in self.tables)
+        return set().union(*map(analysis.disturbed_blocks, tables))
+
     def ratios(self, cell: Cell, to: Cell, quantity: str) -> dict[int, float]:
         """Block → ratio of the values of two cells, for blocks that have both."""
         mine, others = self.values(cell, quantity), self.values(to, quantity)

@@ -22,6 +22,8 @@ class Estimate:
     low: float
     high: float
     blocks: int
+    disturbed: int = 0
+    """Blocks whose value is of a disturbed trial; of a ratio, either of the two values."""
 
     def __str__(self) -> str:
         return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}] of {self.blocks} blocks"

@@ -280,6 +280,31 @@ def test_no_mark_of_an_emulated_guest_is_filled_and_no_footer_speaks_of_filled_o
     assert _filled(emulated) < _filled(real)
 
 
+def test_marks_of_disturbed_ratios_are_hollow_and_every_figure_with_such_values_says_so(
+    wide: Results, tmp_path: Path
+) -> None:
+    real = replace(CAMPAIGN, accelerator="kvm")
+    with (
+        store.create(tmp_path / "quiet", real) as quiet,
+        store.create(tmp_path / "shaken", real) as shaken,
+    ):
+        for cell in PLAN.cells:
+            for block in range(3):
+                made = trial(cell, block)
+                quiet.append(made)
+                noisy = cell.datapath == "direct" and block == 1 and made.status is Status.OK
+                shaken.append(replace(made, disturbed="something ran") if noisy else made)
+        for kind in draw.KINDS:
+            undisturbed, disturbed = drawn(kind, Results(quiet)), drawn(kind, Results(shaken))
+            for name, drawing in disturbed.items():
+                text = " ".join(drawing.paragraphs)
+                assert "1 of 3 blocks disturbed" in text, name
+                assert "disturbed" not in " ".join(undisturbed[name].paragraphs), name
+                if kind == "forest":
+                    assert "and no block was disturbed" in text
+                    assert 0 <= _filled(drawing) < _filled(undisturbed[name])
+
+
 def test_footers_of_one_block_speak_of_no_interval(wide: Results, tmp_path: Path) -> None:
     with store.create(tmp_path / "once", replace(CAMPAIGN, blocks=1)) as made:
         for cell in PLAN.cells:

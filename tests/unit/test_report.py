@@ -125,6 +125,25 @@ def test_the_table_fits_and_nothing_is_cut_off(little: store.Store, width: int) 
     assert ("±" in text) == (width < 116)
 
 
+def test_ratios_of_disturbed_trials_are_marked_and_never_bold(tmp_path: Path) -> None:
+    def page(name: str, disturbed: str | None) -> tuple[str, str]:
+        with store.create(tmp_path / name, replace(CAMPAIGN, accelerator="kvm")) as made:
+            for cell in PLAN.cells:
+                for block in range(3):
+                    noisy = disturbed if cell.datapath == "bridge" and block else None
+                    made.append(replace(trial(cell, block), disturbed=noisy))
+            html.write(Results(made), tmp_path / "report.html")
+            return printed(made, 120), (tmp_path / "report.html").read_text()
+
+    text, report = page("quiet", None)
+    assert "disturbed" not in text
+    assert 'class="number bold"' in report
+    text, report = page("noisy", "something ran")
+    (number,) = re.findall("(.) 2 of 3 blocks disturbed", text)
+    assert re.search(rf"×0\.500 \[0\.500, 0\.500\]{number}", text)
+    assert 'class="number bold"' not in report
+
+
 def test_cells_that_were_not_run_yet_are_in_the_table(tmp_path: Path) -> None:
     with store.create(tmp_path / "empty", CAMPAIGN) as made:
         text = printed(made, 120)

@@ -16,6 +16,7 @@ from testbed.reports.figures.style import (
     WIDTH_IN,
     Drawing,
     circumstances,
+    disturbances,
     keys_of,
     line_key,
     mark_of,
@@ -68,7 +69,10 @@ def claims(rows: Sequence[Found], results: Results) -> Drawing:
         figure,
         "Claims against their bounds",
         keys_of(rows, line_key, results),
-        [f"{circumstances(results, rows[0].cell.guest)} {how}"],
+        [
+            f"{circumstances(results, rows[0].cell.guest)} {how}",
+            *disturbances(((row.cell, row.ratio) for row in rows), results),
+        ],
         any(results.campaign.is_functional(row.cell) for row in rows),
     )
 

@@ -19,12 +19,13 @@ from pathlib import Path
 
 import matplotlib as mpl
 
+from testbed.reports.compare import Comparison
 from testbed.reports.figures.forest import forest, meaning_of_marks
 from testbed.reports.figures.style import (
     RC,
     Drawing,
-    Ratio,
     circumstances,
+    disturbances,
     save,
 )
 from testbed.results.results import Results
@@ -95,7 +96,7 @@ def _place(named: tuple[str, list[Path]]) -> int:
 
 
 def draw_comparison(
-    rows: Sequence[Ratio], before: Results, after: Results, band: float, folder: Path
+    rows: Sequence[Comparison], before: Results, after: Results, band: float, folder: Path
 ) -> list[Path]:
     """Draw the ratios of two campaigns as `against-<before>.png` and PDF into `folder`."""
     with mpl.rc_context(RC):
@@ -104,7 +105,7 @@ def draw_comparison(
         return save(drawing, folder, name, f"{after.digest} against {before.digest}")
 
 
-def comparison(rows: Sequence[Ratio], before: Results, after: Results, band: float) -> Drawing:
+def comparison(rows: Sequence[Comparison], before: Results, after: Results, band: float) -> Drawing:
     """Ratios of two campaigns as a forest plot."""
     shown = [row for row in rows if row.ratio.blocks]
     how = (
@@ -116,6 +117,12 @@ def comparison(rows: Sequence[Ratio], before: Results, after: Results, band: flo
         forest(shown, after, band),
         f"{after.path.name} against {before.path.name}",
         [],
-        [f"Earlier: {circumstances(before)}", f"Later: {circumstances(after)}", how],
+        [
+            f"Earlier: {circumstances(before)}",
+            *disturbances(((row.cell, row.before) for row in shown), before),
+            f"Later: {circumstances(after)}",
+            *disturbances(((row.cell, row.after) for row in shown), after),
+            how,
+        ],
         before.campaign.functional or after.campaign.functional,
     )

@@ -20,11 +20,11 @@ from testbed.reports.figures.style import (
     SMALL_PT,
     WIDTH_IN,
     Drawing,
-    Ratio,
     circumstances,
+    disturbances,
     functional,
 )
-from testbed.reports.words import columns_of, names, size_of
+from testbed.reports.words import Ratio, columns_of, conclusive, names, size_of
 from testbed.results.analysis import Summary
 from testbed.results.order import grouped
 from testbed.results.results import Results
@@ -57,7 +57,11 @@ def ratios(rows: Sequence[Summary], results: Results) -> Drawing:
         forest(shown, results),
         f"Ratio to the reference datapath, {names(rows[0].cell.transport)}",
         [],
-        [f"{circumstances(results, rows[0].cell.guest)} {how}", *_without(rows, results)],
+        [
+            f"{circumstances(results, rows[0].cell.guest)} {how}",
+            *disturbances(((row.cell, row.ratio) for row in shown), results),
+            *_without(rows, results),
+        ],
         functional(results, rows),
     )
 
@@ -73,7 +77,8 @@ def meaning_of_marks(
         return NO_INTERVAL
     if all(results.campaign.is_functional(row.cell) for row in rows):
         return intervals
-    return f"{intervals}; filled: the interval excludes 1"
+    shaken = ", and no block was disturbed" if any(row.ratio.disturbed for row in rows) else ""
+    return f"{intervals}; filled: the interval excludes 1{shaken}"
 
 
 def _without(rows: Sequence[Summary], results: Results) -> list[str]:
@@ -125,8 +130,8 @@ def forest(rows: Sequence[Ratio], results: Results, band: float = 0.0) -> Figure
         for row in rows:
             if (row.cell.metric, row.quantity) == (metric, quantity) and row.ratio.blocks:
                 style = results.look(row.cell.datapath)
-                claims = not results.campaign.is_functional(row.cell)
-                _interval_line(axes, row, style, heights[line_of(row)], (low, high), claims)
+                filled = conclusive(row, results.campaign)
+                _interval_line(axes, row, style, heights[line_of(row)], (low, high), filled)
     corner = panels[0]
     corner.set_ylim(at + 0.8, 0.2)
     corner.set_yticks(list(heights.values()), [label for _, label in heights], fontsize=SMALL_PT)
@@ -187,26 +192,22 @@ def _span(ratios: Iterable[Estimate], band: float) -> tuple[float, float]:
 
 
 def _interval_line(
-    axes: Axes, row: Ratio, style: Look, at: float, span: tuple[float, float], claims: bool
+    axes: Axes, row: Ratio, style: Look, at: float, span: tuple[float, float], filled: bool
 ) -> None:
-    """Draw one ratio: mark and whisker, with an arrow head if the whisker leaves the panel.
-
-    The mark is filled if the interval excludes 1 and the row `claims` anything about speed.
-    """
-    mean, low, high, _ = astuple(row.ratio)
+    """Draw one ratio: mark and whisker, with an arrow head if the whisker leaves the panel."""
+    mean, low, high = astuple(row.ratio)[:3]
     if not math.isnan(low):
         axes.plot([max(low, span[0]), min(high, span[1])], [at, at], color="black", lw=0.7)
         for end, beyond, head in ((span[0], low < span[0], "<"), (span[1], high > span[1], ">")):
             if beyond:
                 axes.plot(end, at, head, color="black", ms=2.5, clip_on=False)
-    conclusive = claims and (low > 1 or high < 1)
     axes.plot(
         mean,
         at,
         style.marker,
         ms=3.8,
         mew=0.7,
-        mec="black" if conclusive else style.color,
-        mfc=style.color if conclusive else "white",
+        mec="black" if filled else style.color,
+        mfc=style.color if filled else "white",
         zorder=3,
     )

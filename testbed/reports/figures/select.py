@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from testbed.model.cells import Cell
 from testbed.model.metrics import Metric
 from testbed.model.terms import Transport
-from testbed.reports.figures.style import Ratio
+from testbed.reports.words import Row
 from testbed.results.analysis import Breakdown, Summary
 from testbed.results.order import grouped
 from testbed.results.results import Results
@@ -42,7 +42,7 @@ def along(rows: Sequence[Summary], axis: Axis) -> list[Summary]:
     return [row for found in sets.values() if len(found) > 2 for row in found]
 
 
-def kind_of(row: Ratio | Breakdown) -> tuple[Metric, Transport, str]:
+def kind_of(row: Row | Breakdown) -> tuple[Metric, Transport, str]:
     """Metric, transport and named guest, which are the same in all rows of a figure."""
     return row.cell.metric, row.cell.transport, row.cell.guest
 

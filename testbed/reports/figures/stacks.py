@@ -18,6 +18,7 @@ from testbed.reports.figures.slots import grid_of, set_height, set_slots, write_
 from testbed.reports.figures.style import (
     Drawing,
     circumstances,
+    disturbances,
     functional,
     whisker,
     whiskers_of,
@@ -94,7 +95,7 @@ def spent_figure(rows: Sequence[Breakdown], results: Results) -> Drawing:
         figure,
         f"Host CPU time per {per}, {names(cell.transport)}, {size_of(cell)} messages",
         _keys(PARTS, rows),
-        [f"{circumstances(results, cell.guest)} {how}"],
+        [f"{circumstances(results, cell.guest)} {how}", *_shaken(rows, results)],
         functional(results, rows),
     )
 
@@ -129,9 +130,13 @@ def built_figure(rows: Sequence[Breakdown], results: Results) -> Drawing:
         figure,
         title,
         _keys(parts, rows),
-        [f"{circumstances(results)} {how}"],
+        [f"{circumstances(results)} {how}", *_shaken(rows, results)],
         functional(results, rows),
     )
+
+
+def _shaken(rows: Iterable[Breakdown], results: Results) -> list[str]:
+    return disturbances(((row.cell, row.total) for row in rows), results)
 
 
 def _has_virtual_machine(row: Breakdown, results: Results) -> bool:

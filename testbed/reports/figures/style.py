@@ -12,7 +12,7 @@ import math
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -32,6 +32,7 @@ from testbed.reports.words import (
     Row,
     absence,
     blocks_of,
+    disturbed_of,
     guest_of,
     names,
     pacing_warning,
@@ -82,13 +83,6 @@ def whiskers_of(results: Results) -> str:
 def text_in(text: str, size_pt: float) -> float:
     """About how wide a line of text is, in inches."""
     return len(text) * CHARACTER_EM * size_pt / 72
-
-
-class Ratio(Row, Protocol):
-    """A row of a forest plot: a summary, or a comparison of two campaigns."""
-
-    @property
-    def ratio(self) -> Estimate: ...
 
 
 class Drawing(NamedTuple):
@@ -197,7 +191,7 @@ def whisker(
 
 
 def keys_of(
-    rows: Iterable[Ratio], key: Callable[[Look], Any], results: Results
+    rows: Iterable[Row], key: Callable[[Look], Any], results: Results
 ) -> list[tuple[Any, str]]:
     """Entries of the key: (mark, datapath), for all datapaths of the rows."""
     datapaths = sorted({row.cell.datapath for row in rows}, key=results.rank)
@@ -214,7 +208,11 @@ def captioned(
 ) -> Drawing:
     """A figure of rows with title, key, and footer; `how` says how to read it."""
     cell = rows[0].cell
-    footer = [f"{circumstances(results, cell.guest)} {how}", *absences(rows)]
+    footer = [
+        f"{circumstances(results, cell.guest)} {how}",
+        *disturbances(((row.cell, row.estimate) for row in rows), results),
+        *absences(rows),
+    ]
     streams = any(row.cell.metric is Metric.THROUGHPUT for row in rows)
     if cell.transport is Transport.TCP and streams:
         paced = pacing_warning(results.campaign.congestion_control)
@@ -254,6 +252,19 @@ def absences(rows: Sequence[Summary]) -> list[str]:
         f"{absence(row.status)}: {row.reason}": None for row in rows if row.status is not Status.OK
     }
     return [textwrap.shorten(reason, 280, placeholder=" …") for reason in absent]
+
+
+def disturbances(values: Iterable[tuple[Cell, Estimate]], results: Results) -> list[str]:
+    """Which cells of a figure have values of disturbed trials: one line, or none."""
+    guest = results.campaign.guest
+    found = {
+        f"{cell.datapath} {cell.label(guest)} {names(cell.family)} {cell.metric} {size_of(cell)} "
+        f"({said})": None
+        for cell, of in values
+        if (said := disturbed_of(of))
+    }
+    text = f"Of disturbed trials: {'; '.join(found)}."
+    return [textwrap.shorten(text, 280, placeholder=" …")] if found else []
 
 
 def title_of(cell: Cell) -> str:

@@ -78,7 +78,10 @@ _WAYS = {Pair.NATIVE_GUEST: r"native$\to$guest", Pair.GUEST_NATIVE: r"guest$\to$
 
 
 def _entry(row: Summary | None, notes: dict[str, str]) -> str:
-    """Mean, and ratio with the wider side of its interval; bold if the interval excludes 1."""
+    """Mean, and ratio with the wider side of its interval; bold if the interval excludes 1.
+
+    A ratio of which a block was disturbed is not bold.
+    """
     if row is None:
         return "&"
     if row.status is not Status.OK:
@@ -90,7 +93,7 @@ def _entry(row: Summary | None, notes: dict[str, str]) -> str:
         return f"{mean} &"
     side = 100 * (row.ratio.high / row.ratio.mean - 1)
     ratio = rf"$\times${number(row.ratio.mean, row.ratio.mean)}"
-    if row.ratio.low > 1 or row.ratio.high < 1:
+    if not row.ratio.disturbed and (row.ratio.low > 1 or row.ratio.high < 1):
         ratio = rf"\textbf{{{ratio}}}"
     if row.ratio.blocks > 1:
         ratio += (
