@@ -38,6 +38,8 @@ MEMORY_MIB = 1024
 """Memory for two guests and the processes around them."""
 DISK_MIB = 1024
 """Disk space for images, kernels and a campaign."""
+ACCELERATOR = "accelerator"
+"""Name of the finding about what guests run by."""
 
 
 class State(StrEnum):
@@ -75,6 +77,12 @@ def probe() -> Iterator[Finding]:
 def ready(findings: Iterable[Finding]) -> bool:
     """Whether campaigns can run: nothing is missing."""
     return all(finding.state is not State.MISSING for finding in findings)
+
+
+def next_command(findings: Iterable[Finding]) -> str:
+    """What to type first on a machine that is ready: with stand-ins where guests are emulated."""
+    emulated = any(f.name == ACCELERATOR and f.state is State.DEGRADED for f in findings)
+    return "testbed run --plan quick" + (" --guest standin" if emulated else "")
 
 
 def preflight() -> None:
@@ -269,12 +277,13 @@ def _osv(kernel: kernels.OsvKernel | None) -> Finding:
 def _accelerator(kernel: Path) -> Finding:
     found = accelerator.accelerator(kernel)
     if found.name == "kvm":
-        return Finding("accelerator", State.FINE, f"KVM: {found.why}")
+        return Finding(ACCELERATOR, State.FINE, f"KVM: {found.why}")
     return Finding(
-        "accelerator",
+        ACCELERATOR,
         State.DEGRADED,
         f"TCG: {found.why}",
-        "guests prove function, not speed; speed needs a machine whose KVM boots them",
+        "these guests prove function, not speed; speed needs --guest standin, or a machine whose "
+        "KVM boots them",
     )
 
 

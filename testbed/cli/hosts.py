@@ -63,7 +63,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
         print(json.dumps([vars(f) for f in findings], indent=1))
     else:
         print(
-            called("ready: 'testbed run --plan quick' is next; degraded lines say what they cost")
+            called(f"ready: '{doctor.next_command(findings)}' is next; ")
+            + "degraded lines say what they cost"
             if ready
             else "not ready: what is missing has to be there first"
         )

@@ -36,11 +36,14 @@ def _add_figures(commands: Commands) -> None:
 
 
 def _figures(arguments: argparse.Namespace) -> int:
+    from testbed.reports import crate
     from testbed.reports.figures import draw
     from testbed.results.results import read
 
-    for path in draw.draw(read(arguments.directory)):
+    results = read(arguments.directory)
+    for path in draw.draw(results):
         print(path)
+    crate.write(results)  # which has other files now
     return 0
 
 

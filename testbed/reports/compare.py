@@ -27,7 +27,7 @@ from testbed.reports.words import (
     FUNCTIONAL,
     blocks_of,
     disturbed_of,
-    guest_of,
+    guests_of,
     interval,
     names,
     plain,
@@ -127,9 +127,6 @@ def exit_status(rows: Sequence[Comparison]) -> int:
 def circumstances(before: Results, after: Results) -> dict[str, tuple[Any, Any]]:
     """Circumstances that differ and may explain a change: name → (earlier, later)."""
     names = (
-        "guest",
-        "guest_kernel",
-        "accelerator",
         "kernel",
         "cpu",
         "governor",
@@ -141,6 +138,7 @@ def circumstances(before: Results, after: Results) -> dict[str, tuple[Any, Any]]
     pairs = {
         name: (getattr(before.campaign, name), getattr(after.campaign, name)) for name in names
     }
+    pairs = {"guests": (guests_of(before.campaign), guests_of(after.campaign)), **pairs}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
@@ -282,4 +280,4 @@ def _headline(before: Results, after: Results) -> Text:
 
 def _of(results: Results) -> str:
     campaign = results.campaign
-    return f"{campaign.revision}, {blocks_of(campaign)}, guest {guest_of(campaign)}"
+    return f"{campaign.revision}, {blocks_of(campaign)}, {guests_of(campaign)}"

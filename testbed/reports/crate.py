@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from testbed.model.errors import Error
 from testbed.model.trials import Trial
-from testbed.reports.words import blocks_of, guest_of
+from testbed.reports.words import guests_of
 from testbed.results.results import Results
 from testbed.results.store import Campaign
 
@@ -34,8 +35,21 @@ FILES = {
     "trial.schema.json": ("application/schema+json", "JSON Schema of a line of trials.jsonl"),
 }
 """Files of a campaign → media type and description."""
-MEDIA_TYPES = {".png": "image/png", ".pdf": "application/pdf", ".json": "application/json"}
-"""Suffix of files in figures/ and hosts/ → media type."""
+FOLDERS = {
+    "figures": "Figure",
+    "hosts": "Machine, versions and guests of a host",
+    "consoles": "What a guest or another workload printed",
+}
+"""Folders of a campaign → description of each file in it."""
+MEDIA_TYPES = {
+    ".png": "image/png",
+    ".pdf": "application/pdf",
+    ".json": "application/json",
+    ".log": "text/plain",
+}
+"""Suffix of files in `FOLDERS` → media type."""
+LICENSE = "https://spdx.org/licenses/Apache-2.0"
+"""This project's. Who publishes a campaign under another license changes it in the file."""
 
 
 def write(results: Results) -> list[Path]:
@@ -49,7 +63,11 @@ def write(results: Results) -> list[Path]:
             (path / name).write_text(json.dumps(schema(kind), indent=1) + "\n")
         crate = ROCrate()
         crate.name = f"Campaign of plan {campaign.name} on {campaign.host}"
-        crate.description = f"{blocks_of(campaign)}, guest {guest_of(campaign)}"
+        crate.description = f"{_blocks(results)}, {guests_of(campaign)}"
+        license = ContextEntity(
+            crate, LICENSE, {"@type": "CreativeWork", "name": "Apache License 2.0"}
+        )
+        crate.license = license
         crate.root_dataset["datePublished"] = campaign.started
         crate.root_dataset["identifier"] = results.digest
         made = [
@@ -66,11 +84,14 @@ def write(results: Results) -> list[Path]:
             "#run",
             {
                 "@type": "CreateAction",
-                "name": f"testbed run --plan {campaign.name} --seed {campaign.seed}",
+                "name": f"testbed run --plan {campaign.name} --guest {campaign.guest} "
+                f"--blocks {campaign.blocks} --seed {campaign.seed}",
+                "description": crate.description,
                 "startTime": campaign.started,
+                "endTime": _ended(results),
             },
         )
-        crate.add(program, run)
+        crate.add(program, run, license)
         run["instrument"], run["result"] = program, made
         crate.root_dataset["mentions"] = [run]
         crate.metadata.write(path)
@@ -96,9 +117,28 @@ def _files(path: Path) -> list[tuple[str, dict[str, str]]]:
         for name, (kind, text) in FILES.items()
         if (path / name).exists()
     ]
-    others = (file for folder in ("figures", "hosts") for file in (path / folder).glob("*"))
     return found + [
-        (str(file.relative_to(path)), {"encodingFormat": MEDIA_TYPES[file.suffix]})
-        for file in sorted(others)
+        (
+            str(file.relative_to(path)),
+            {"encodingFormat": MEDIA_TYPES[file.suffix], "description": text},
+        )
+        for folder, text in FOLDERS.items()
+        for file in sorted((path / folder).glob("*"))
         if file.suffix in MEDIA_TYPES
     ]
+
+
+def _blocks(results: Results) -> str:
+    """Number of blocks that were measured: `3 blocks`."""
+    blocks = len({trial.block for trial in results.trials})
+    return f"{blocks} block{'' if blocks == 1 else 's'}"
+
+
+def _ended(results: Results) -> str:
+    """When the last trial ended (UTC, ISO 8601); the campaign's start if there is none."""
+    ends = [
+        datetime.fromisoformat(trial.started) + timedelta(seconds=trial.machine.get("elapsed_s", 0))
+        for trial in results.log
+        if trial.started
+    ]
+    return max(ends).isoformat(timespec="seconds") if ends else results.campaign.started

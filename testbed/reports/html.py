@@ -29,7 +29,7 @@ from testbed.reports.words import (
     conclusive,
     controls_of,
     disturbed_of,
-    guest_of,
+    guests_of,
     meanings_of,
     names,
     number,
@@ -134,9 +134,9 @@ def _page(results: Results, pictures: Sequence[Path]) -> str:
 
 def _lead(campaign: Campaign) -> str:
     return (
-        f"{blocks_of(campaign).capitalize()} of {len(campaign.cells)} cells, started "
-        f"{campaign.started or 'at an unknown time'} on {campaign.host}. Guest "
-        f"{guest_of(campaign)}."
+        f"{blocks_of(campaign).capitalize()} of {len(campaign.cells)} cells, "
+        f"{guests_of(campaign)}, started {campaign.started or 'at an unknown time'} on "
+        f"{campaign.host}."
     )
 
 

@@ -25,7 +25,7 @@ from testbed.reports.words import (
     columns_of,
     controls_of,
     disturbed_of,
-    guest_of,
+    guests_of,
     interval,
     meanings_of,
     names,
@@ -138,7 +138,7 @@ def _entry(row: Summary, wide: bool, sized: bool, notes: dict[str, int]) -> Text
 
 def _headline(results: Results) -> Text:
     campaign = results.campaign
-    text = Text(f"{campaign.name}: {blocks_of(campaign)}, guest {guest_of(campaign)}")
+    text = Text(f"{campaign.name}: {blocks_of(campaign)}, {guests_of(campaign)}")
     return text.append("".join(f"\n{w}" for w in warnings_of(results)), style="bold yellow")
 
 

@@ -122,9 +122,8 @@ def pacing_warning(congestion_control: str) -> str:
 
 def _emulated(campaign: Campaign) -> str:
     """The warning that guests are emulated, with their names if others are not; or empty."""
-    guests = {campaign.guest: campaign.functional} if campaign.guest else {}
-    guests |= {name: is_["accelerator"] == "tcg" for name, is_ in campaign.guests.items()}
-    emulated = [name for name, is_ in guests.items() if is_]
+    guests = {name or campaign.guest: name for name in campaign.used_guests}
+    emulated = [guest for guest, name in guests.items() if campaign.accelerator_of(name) == "tcg"]
     which = f"{', '.join(emulated)}: " if 0 < len(emulated) < len(guests) else ""
     return which + FUNCTIONAL if emulated else ""
 
@@ -184,12 +183,17 @@ def names(*words: str) -> str:
 
 def guest_of(campaign: Campaign, named: str = "") -> str:
     """Runtime, kernel and accelerator of the campaign's guests, or of guests that cells name."""
-    guest, kernel, accelerator = campaign.guest, campaign.guest_kernel, campaign.accelerator
+    kernel = campaign.guest_kernel
     if named:
-        found = campaign.guests.get(named, {})
-        guest, kernel = named, found.get("kernel", "")
-        accelerator = found.get("accelerator", "none")
-    return f"{guest}{f' ({kernel})' if kernel else ''}, accelerator {accelerator}"
+        kernel = campaign.guests.get(named, {}).get("kernel", "")
+    accelerator = campaign.accelerator_of(named)
+    return f"{named or campaign.guest}{f' ({kernel})' if kernel else ''}, accelerator {accelerator}"
+
+
+def guests_of(campaign: Campaign) -> str:
+    """All guests that cells of the campaign have (`guest_of`): `guest osv, …; guest standin, …`."""
+    found = dict.fromkeys(guest_of(campaign, guest) for guest in campaign.used_guests)
+    return "; ".join(f"guest {text}" for text in found) or "no guests"
 
 
 def blocks_of(campaign: Campaign) -> str:

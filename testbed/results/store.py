@@ -88,14 +88,24 @@ class Campaign:
     """Datapath → its look: the fields of `model.looks.Look`."""
 
     @property
+    def used_guests(self) -> tuple[str, ...]:
+        """Guests that cells have: names that cells give, and `""` for the campaign's own."""
+        cells = map(Cell.parse, self.cells)
+        return tuple(dict.fromkeys(cell.guest for cell in cells if cell.pair.guests))
+
+    @property
     def functional(self) -> bool:
         """Whether guests were emulated: then results prove function, and say nothing of speed."""
-        return self.accelerator == "tcg"
+        return any(self.accelerator_of(guest) == "tcg" for guest in self.used_guests)
+
+    def accelerator_of(self, guest: str) -> str:
+        """Accelerator of guests that cells name, or of the campaign's own (`""`)."""
+        named = self.guests.get(guest, {}).get("accelerator", "none")
+        return named if guest else self.accelerator
 
     def is_functional(self, cell: Cell) -> bool:
-        """Whether the guests of a cell were emulated; a cell may name other guests."""
-        named = self.guests.get(cell.guest, {}).get("accelerator", "none")
-        return cell.pair.guests > 0 and (named == "tcg" if cell.guest else self.functional)
+        """Whether the guests of a cell were emulated."""
+        return cell.pair.guests > 0 and self.accelerator_of(cell.guest) == "tcg"
 
 
 class Store:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from jsonschema import Draft202012Validator
 
-from testbed import paths
+from testbed import cli, paths
 from testbed.model.trials import Trial
 from testbed.reports import crate
 from testbed.results.results import Results, read
@@ -34,7 +34,35 @@ def test_every_file_that_is_described_is_there_and_the_same_campaign_gives_the_s
     assert files == there - {"ro-crate-metadata.json"}
     assert described["./"]["identifier"] == kept.digest
     assert described["#testbed"]["version"] == kept.campaign.revision
+    assert described["./"]["license"]["@id"] in described
     assert {part["@id"] for part in described["./"]["hasPart"]} == files
+
+
+def test_the_run_says_guest_blocks_and_both_times_and_consoles_are_files(kept: Results) -> None:
+    (kept.path / "consoles").mkdir()
+    (kept.path / "consoles/block0-a.log").write_text("boots")
+    crate.write(kept)
+    graph = json.loads((kept.path / "ro-crate-metadata.json").read_text())["@graph"]
+    described = {entity["@id"]: entity for entity in graph}
+    run, console = described["#run"], described["consoles/block0-a.log"]
+    assert run["name"] == "testbed run --plan proof --guest osv --blocks 270 --seed 1"
+    assert run["description"] == "270 blocks, guest standin, accelerator none"
+    assert run["startTime"] == kept.campaign.started
+    assert run["endTime"] == "2026-11-27T17:22:43+00:00"
+    assert console["encodingFormat"] == "text/plain"
+    assert console["description"] == "What a guest or another workload printed"
+
+
+def test_figures_that_are_drawn_later_are_described(
+    kept: Results, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(kept.path / "figures")
+    crate.write(kept)
+    assert cli.main(["figures", str(kept.path)]) == 0
+    drawn = {str(Path(line).relative_to(kept.path)) for line in capsys.readouterr().out.split()}
+    graph = json.loads((kept.path / "ro-crate-metadata.json").read_text())["@graph"]
+    assert drawn
+    assert drawn <= {entity["@id"] for entity in graph}
 
 
 @pytest.mark.parametrize("name", ["paper", "proof"])

@@ -59,6 +59,13 @@ def test_whatever_is_not_fine_says_what_to_do_or_what_it_costs() -> None:
         assert "\n" not in str(finding)
 
 
+def test_where_guests_are_emulated_stand_ins_are_next() -> None:
+    fine = Finding(doctor.ACCELERATOR, State.FINE, "KVM")
+    emulated = Finding(doctor.ACCELERATOR, State.DEGRADED, "TCG", "slow")
+    assert doctor.next_command([fine]) == "testbed run --plan quick"
+    assert doctor.next_command([emulated]) == "testbed run --plan quick --guest standin"
+
+
 def test_without_root_nothing_is_tried_and_the_main_job_cannot_run() -> None:
     script = """if True:
         from testbed import doctor

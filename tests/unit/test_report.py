@@ -358,8 +358,21 @@ def test_starts_memory_and_scaling_have_figures_and_guests_that_cells_name_their
         "memory-tcp.png",
         "ratios-tcp-standin.png",
     ]
-    assert warnings == ["osv: emulated guest: functional, not a speed claim"]
+    assert warnings == [], "nothing is said of the campaign's own guests, which no cell has"
     assert not any(made.campaign.is_functional(cell) for cell in cells)
+
+
+def test_a_campaign_speaks_of_the_guests_that_its_cells_have() -> None:
+    own, named = (f"steer/native-guest/ipv4/tcp/latency/64x1{of}" for of in ("", ",guest=standin"))
+    native = "loopback/native-native/ipv4/tcp/latency/64x1"
+    standins = replace(CAMPAIGN, cells=(native, named), guests={"standin": {"accelerator": "none"}})
+    assert words.guests_of(standins) == "guest standin, accelerator none"
+    assert not standins.functional
+    both = replace(standins, cells=(own, named))
+    standin = "guest standin, accelerator none"
+    assert words.guests_of(both) == f"guest osv (OSv master), accelerator tcg; {standin}"
+    assert both.functional
+    assert words.guests_of(replace(CAMPAIGN, cells=(native,))) == "no guests"
 
 
 def test_numbers_are_exported_for_dashboards(

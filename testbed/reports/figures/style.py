@@ -34,6 +34,7 @@ from testbed.reports.words import (
     blocks_of,
     disturbed_of,
     guest_of,
+    guests_of,
     names,
     pacing_warning,
     size_of,
@@ -277,10 +278,11 @@ def functional(results: Results, rows: Iterable[Summary | Breakdown]) -> bool:
     return any(results.campaign.is_functional(row.cell) for row in rows)
 
 
-def circumstances(results: Results, guest: str = "") -> str:
-    """Footer text about the campaign and its guests, or the guests that cells name."""
+def circumstances(results: Results, guest: str | None = None) -> str:
+    """Footer text about the campaign and a guest of its cells; without `guest`, about all."""
     campaign = results.campaign
+    guests = guests_of(campaign) if guest is None else f"guest {guest_of(campaign, guest)}"
     return (
-        f"Guest {guest_of(campaign, guest)}. Host {campaign.host}: kernel {campaign.kernel}, "
+        f"{guests[0].upper()}{guests[1:]}. Host {campaign.host}: kernel {campaign.kernel}, "
         f"{campaign.cpu}. Campaign {results.path.name}, {blocks_of(campaign)}."
     )
