@@ -8,6 +8,7 @@ the files alone.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import re
@@ -32,6 +33,15 @@ BEGIN, END = "<!-- conformance: testbed conformance --pages -->", "<!-- end of c
 
 GUESTS = (Runtime.STANDIN, Runtime.GVISOR, Runtime.LINUX, Runtime.OSV)
 """Guests, in the order of columns."""
+
+PROGRAMS = (paths.BPF, paths.ROOT / "testbed/bpf", paths.ROOT / "testbed/datapaths")
+_C = re.compile(r"/\*.*?\*/", re.DOTALL)
+COMMENTS = {
+    ".c": _C,
+    ".h": _C,
+    ".py": re.compile(r'^[ \t]*(?:#[^\n]*|""".*?""")$', re.DOTALL | re.MULTILINE),
+}
+"""Suffix of files of programs → what is no code in them."""
 
 INTRODUCTION = """\
 # What a program may rely on at `localhost`
@@ -80,6 +90,8 @@ class Run:
     checks: dict[str, Outcome]
     revision: str = ""
     """Of the clone that was tested; empty, as what follows, if the file is older than this row."""
+    programs: str = ""
+    """Digest of what makes `localhost` work in that clone (`programs`)."""
     date: str = ""
     """Of the start: UTC, ISO 8601."""
     host_kernel: str = ""
@@ -105,10 +117,24 @@ class Run:
         return sum(outcome.count(status) for outcome in self.checks.values())
 
 
+def programs() -> str:
+    """Digest (SHA-256) of what makes `localhost` work in this clone (`PROGRAMS`), without comments.
+
+    Results are stale if it has changed since.
+    """
+    digest = hashlib.sha256()
+    for folder in PROGRAMS:
+        for file in sorted(each for each in folder.rglob("*.*") if each.suffix in COMMENTS):
+            code = COMMENTS[file.suffix].sub("", file.read_text())
+            digest.update(f"{file.relative_to(paths.ROOT)} {' '.join(code.split())}\n".encode())
+    return digest.hexdigest()
+
+
 def circumstances() -> dict[str, Any]:
     """What is the same for all runs from now on: fields of `Run`."""
     return {
         "revision": paths.revision(),
+        "programs": programs(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "host_kernel": platform.release(),
         "versions": facts.versions(),

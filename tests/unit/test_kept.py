@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from testbed import paths
 from testbed.conformance import archive, checks
 from testbed.conformance.check import Result, Status
 from testbed.model.cells import Pair
@@ -56,6 +57,25 @@ def test_what_is_kept_is_read_as_it_was_in_the_order_of_datapaths_and_guests(
     assert "| check | loopback<br>processes | steer<br>stand-ins |" in archive.page(runs[::-1], [])
     with pytest.raises(Error, match="no results"):
         archive.read(tmp_path / "nothing")
+
+
+def test_the_digest_of_programs_is_of_their_code_and_not_of_comments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archive, "PROGRAMS", (tmp_path,))
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    digests = []
+    for c, python in (
+        ("/* one */\nint one;\n", '"""One."""\n\n# one\none = "#"\n'),
+        ("int one; /* two\n*/", '"""One,\n\ntwo."""\n\none = "#"\n'),
+        ("int two;", '"""One."""\none = "#"\n'),
+        ("int one;", '"""One."""\none = "##"\n'),
+    ):
+        (tmp_path / "a.c").write_text(c)
+        (tmp_path / "a.py").write_text(python)
+        digests.append(archive.programs())
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
 
 
 def test_guests_with_the_shim_are_a_run_of_their_own(tmp_path: Path) -> None:
