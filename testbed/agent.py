@@ -25,9 +25,6 @@ COMMON_CFLAGS = ("-std=gnu17", "-O2", "-pthread")
 CFLAGS = (*COMMON_CFLAGS, "-fPIE", "-pie")
 STATIC_CFLAGS = (*COMMON_CFLAGS, "-static")
 
-BUNDLED = paths.AGENT / "static"
-"""The compiled agent, where this is an unpacked bundle (`testbed.conformance.bundle`)."""
-
 SLACK_S = 30.0
 """Time that a run may take beyond its duration. The agent gives up 5 s after the last progress, in
 each of several phases (name, connection, streams, score)."""
@@ -45,8 +42,8 @@ def build(static: bool = False) -> Path:
     With `static`, and in a bundle always, it is static and needs no library. Raises `Error` if
     there is no compiler or it fails.
     """
-    if BUNDLED.exists():
-        return BUNDLED
+    if paths.is_bundle():
+        return paths.BUNDLED_AGENT
     flags = STATIC_CFLAGS if static else CFLAGS
     return compiler.build("the traffic agent", "agent", paths.AGENT, flags)
 

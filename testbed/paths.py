@@ -12,6 +12,13 @@ EXPERIMENTS = ROOT / "experiments"
 OSV = ROOT / "osv"
 PAPER = ROOT / "paper"
 REFERENCE = ROOT / "results/reference"
+BUNDLED_AGENT = AGENT / "static"
+"""The compiled agent, where this is an unpacked bundle (`testbed.conformance.bundle`)."""
+
+
+def is_bundle() -> bool:
+    """Whether this is an unpacked bundle of the conformance suite, and no clone."""
+    return BUNDLED_AGENT.exists() and not (ROOT / "pyproject.toml").exists()
 
 
 def revision() -> str:

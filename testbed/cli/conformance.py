@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from testbed import paths
 from testbed.cli import common
 from testbed.cli.common import Commands
 from testbed.model.errors import Error
@@ -25,10 +26,65 @@ def add(commands: Commands) -> None:
     """Add the command `conformance`."""
     conformance = commands.add_parser(
         "conformance",
+        prog="conformance" if paths.is_bundle() else None,
         help="check that localhost behaves as programs expect, through any datapath",
         epilog="Exit status: 0 no check failed, 1 some checks failed, 3 could not run.",
     )
     conformance.set_defaults(call=_conformance)
+    if paths.is_bundle():
+        conformance.set_defaults(**NOT_IN_BUNDLES)
+    else:
+        _add_pods(conformance)
+        _add_archive(conformance)
+    conformance.add_argument("--family", nargs="+", type=Family, choices=tuple(Family))
+    conformance.add_argument(
+        "--check",
+        action="append",
+        metavar="GLOB",
+        help="only checks like 'datagram-*' (may be repeated)",
+    )
+    conformance.add_argument("--list", action="store_true", help="list the checks, and run none")
+    conformance.add_argument("--json", action="store_true", help="print the results as JSON")
+    conformance.add_argument(
+        "--junit", type=Path, metavar="FILE", help="also write the results as JUnit XML"
+    )
+    conformance.add_argument(
+        "--tap",
+        type=Path,
+        metavar="FILE",
+        help="also write the results as TAP (Test Anything Protocol, version 14)",
+    )
+    conformance.add_argument(
+        "--netns", type=Path, metavar="PATH", help="check an existing pod: its namespace ..."
+    )
+    conformance.add_argument(
+        "--control",
+        metavar="ADDRESS[:PORT]",
+        help="... and the control connection of the traffic agent in its guest",
+    )
+    conformance.add_argument(
+        "--cgroup",
+        type=Path,
+        metavar="PATH",
+        help="cgroup (v2) of that pod's processes, to which the natives are to belong",
+    )
+
+
+NOT_IN_BUNDLES = {
+    "datapath": None,
+    "guest": "best",
+    "osv_kernel": None,
+    "shim": False,
+    "native": Runtime.PROCESS,
+    "keep": False,
+    "pages": False,
+    "bundle": None,
+}
+"""Options that a bundle does not have, as it builds no pods and has no archive → their values."""
+
+
+def _add_pods(conformance: argparse.ArgumentParser) -> None:
+    """Add the options about pods that are built for the checks."""
     conformance.add_argument(
         "--datapath", nargs="+", metavar="NAME", help="default: all that make localhost work"
     )
@@ -47,34 +103,10 @@ def add(commands: Commands) -> None:
         help="runtime of natives (default: process); with wasm, checks run "
         "through wasm→guest, guest→wasm and wasm→container",
     )
-    conformance.add_argument("--family", nargs="+", type=Family, choices=tuple(Family))
-    conformance.add_argument(
-        "--check",
-        action="append",
-        metavar="GLOB",
-        help="only checks like 'datagram-*' (may be repeated)",
-    )
-    conformance.add_argument("--list", action="store_true", help="list the checks, and run none")
-    _add_outputs(conformance)
-    conformance.add_argument(
-        "--netns", type=Path, metavar="PATH", help="check an existing pod: its namespace ..."
-    )
-    conformance.add_argument(
-        "--control",
-        metavar="ADDRESS[:PORT]",
-        help="... and the control connection of the traffic agent in its guest",
-    )
-    conformance.add_argument(
-        "--cgroup",
-        type=Path,
-        metavar="PATH",
-        help="cgroup (v2) of that pod's processes, to which the natives are to belong",
-    )
 
 
-def _add_outputs(conformance: argparse.ArgumentParser) -> None:
-    """Add the options that say what is written, and where."""
-    conformance.add_argument("--json", action="store_true", help="print the results as JSON")
+def _add_archive(conformance: argparse.ArgumentParser) -> None:
+    """Add the options about archived results, pages and bundles."""
     conformance.add_argument(
         "--keep", action="store_true", help="archive the results in results/reference/conformance"
     )
@@ -89,15 +121,6 @@ def _add_outputs(conformance: argparse.ArgumentParser) -> None:
         metavar="FILE.tar.gz",
         help="write a bundle of the suite and a static agent, which checks existing pods on any "
         "machine with Python; run nothing",
-    )
-    conformance.add_argument(
-        "--junit", type=Path, metavar="FILE", help="also write the results as JUnit XML"
-    )
-    conformance.add_argument(
-        "--tap",
-        type=Path,
-        metavar="FILE",
-        help="also write the results as TAP (Test Anything Protocol, version 14)",
     )
 
 
@@ -149,13 +172,12 @@ def _conformance(arguments: argparse.Namespace) -> int:
 
 def _choice(arguments: argparse.Namespace, globs: tuple[str, ...]) -> runner.Choice:
     """What is to be run. Raises `Error` for options that do not go together."""
-    from testbed import agent
     from testbed.conformance import runner
 
     if arguments.keep and (arguments.check or arguments.family or arguments.netns):
         raise Error("only whole runs are kept", hint="leave out --check, --family and --netns")
     foreign = arguments.netns is not None
-    if agent.BUNDLED.exists() and not foreign:
+    if paths.is_bundle() and not foreign:
         raise Error("a bundle checks pods that are there already", "give --netns and --control")
     if arguments.shim and arguments.guest != Runtime.OSV:
         raise Error("only OSv guests have a shim", hint="leave out --shim, or add --guest osv")

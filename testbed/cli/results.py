@@ -53,8 +53,9 @@ def _add_table(commands: Commands) -> None:
     )
     table.set_defaults(call=_table)
     table.add_argument("directories", type=Path, nargs="+", metavar="DIR")
-    table.add_argument("--json", action="store_true")
-    table.add_argument(
+    form = table.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true")
+    form.add_argument(
         "--bencher",
         action="store_true",
         help="print the numbers in Bencher's metric format, for dashboards that show trends",
@@ -223,6 +224,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     from testbed.results.results import read
 
     before, after = read(arguments.before), read(arguments.after)
+    if before.path.resolve() == after.path.resolve():
+        raise Error(f"{before.path} and {after.path} are the same campaign", "name two")
     rows = compare.compare(before, after, arguments.band, arguments.ratios)
     judged = claims.judge(after, before.campaign) if arguments.ratios else []
     statuses = {compare.exit_status(rows)} | ({claims.exit_status(judged)} if judged else set())
@@ -238,10 +241,11 @@ def _compare(arguments: argparse.Namespace) -> int:
     else:
         from rich.console import Console
 
-        Console().print(compare.table(rows, before, after, arguments.band))
+        console = Console()
+        console.print(compare.table(rows, before, after, arguments.band, console.width))
         if judged:
-            Console().print("\nThe earlier campaign's claims, by the later one:", style="bold")
-            Console().print(claims.table(judged, before))
+            console.print("\nThe earlier campaign's claims, by the later one:", style="bold")
+            console.print(claims.table(judged, before))
     if drawn:
         print(f"\nfigure: {drawn[0]}", file=sys.stderr)
     if status == 3:

@@ -27,7 +27,12 @@ LAUNCHER = """\
 here=$(dirname "$(readlink -f "$0")")
 python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
   { echo "conformance: needs Python 3.11 or later as python3" >&2; exit 3; }
-PYTHONPATH=$here:$here/lib exec python3 -P -m testbed.cli conformance "$@"
+exec python3 -P -c '
+import sys
+here = sys.argv.pop(1)
+sys.path[:0] = [here, here + "/lib"]
+from testbed.cli import main
+sys.exit(main(["conformance", *sys.argv[1:]]))' "$here" "$@"
 """
 
 README = """\
@@ -65,7 +70,7 @@ def write(file: Path) -> None:
                 entry = tarfile.TarInfo(f"{top}/{name}")
                 entry.size, entry.mode = len(content), 0o755 if name == "conformance" else 0o644
                 archive.addfile(entry, io.BytesIO(content.encode()))
-            archive.add(program, f"{top}/{agent.BUNDLED.relative_to(paths.ROOT)}")
+            archive.add(program, f"{top}/{paths.BUNDLED_AGENT.relative_to(paths.ROOT)}")
             for path, name in _files():
                 archive.add(path, f"{top}/{name}", recursive=False)
     except OSError as e:

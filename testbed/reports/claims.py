@@ -211,29 +211,22 @@ def table(found: Sequence[Found], claimant: Results) -> Group:
     decides = estimator_of(campaign)
     tables = []
     for claim, rows in grouped(found, lambda row: row.claim.text).items():
-        shown = Table(
-            title=Text(claim, style="bold"),
-            title_justify="left",
-            box=None,
-            show_header=False,
-            expand=True,
-            padding=(0, 1, 0, 0),
-        )
-        shown.add_column(ratio=1, overflow="fold")
-        for width in (8, 27, 4, 17):
-            shown.add_column(width=width)
+        shown = Table.grid(expand=True, padding=(0, 1, 0, 0))
+        shown.title, shown.title_justify = Text(claim, style="bold"), "left"
+        shown.add_column(ratio=1)
+        shown.add_column(no_wrap=True)
         for row in rows:
             mine, others = (
                 interval(each, 1, wide=True) if each.blocks else "not measured"
                 for each in (row.ratio, row.other)
             )
+            limit = f"{bound(row.claim)}: " if row.claim.bounded else ""
+            numbers = Text(f"    {limit}{mine}, {row.ratio.blocks} blocks")
             shown.add_row(
                 f"  {what(row, campaign.guest)}",
-                bound(row.claim),
-                Text(mine).append(f"\n{decides.other}: {others}", style="dim"),
-                str(row.ratio.blocks),
                 Text(row.verdict, style=_COLORS[row.verdict]),
             )
+            shown.add_row(numbers.append(f"; {decides.other}: {others}", style="dim"))
         tables.append(shown)
     counted = [f"{n} {v}" for v in Verdict if (n := sum(row.verdict is v for row in found))]
     legend = f"Ratios within a block, and the number of blocks; {WORDS[decides]} (95 %) decide."

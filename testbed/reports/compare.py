@@ -133,12 +133,13 @@ def circumstances(before: Results, after: Results) -> dict[str, tuple[Any, Any]]
         "host",
         "congestion_control",
         "offloads",
-        "plan",
     )
     pairs = {
         name: (getattr(before.campaign, name), getattr(after.campaign, name)) for name in names
     }
-    pairs = {"guests": (guests_of(before.campaign), guests_of(after.campaign)), **pairs}
+    for key in ("warmup_s", "duration_s"):
+        pairs[key] = before.campaign.plan.get(key), after.campaign.plan.get(key)
+    pairs = {"guest": (guests_of(before.campaign), guests_of(after.campaign)), **pairs}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
@@ -159,15 +160,18 @@ def data(
     }
 
 
-def table(rows: Sequence[Comparison], before: Results, after: Results, band: float) -> Group:
-    """The comparison as a table for a terminal, with counts and differing circumstances below."""
-    guest = after.campaign.guest
+def table(
+    rows: Sequence[Comparison], before: Results, after: Results, band: float, width: int
+) -> Group:
+    """The comparison for a terminal of `width` columns; from 116 on with both ends of ratios.
+
+    Counts and differing circumstances stand below.
+    """
+    guest, wide = after.campaign.guest, width >= 116
     shown = Table(
-        title=_headline(before, after),
-        title_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
-        padding=(0, 1, 0, 0),
+        padding=(0, 1 if wide else 0, 0, 0),
     )
     shown.add_column("datapath", no_wrap=True)
     for name in ("quantity", "earlier", "later", "ratio", "verdict"):
@@ -185,15 +189,16 @@ def table(rows: Sequence[Comparison], before: Results, after: Results, band: flo
         shown.add_row(Text(label, style="bold"))
         for row in place:
             unit, quantity = unit_of(row.cell.metric), titles[row.cell.metric, row.quantity]
-            of, scale = f"{quantity}, {unit.name}", unit.scale
+            of, scale = ([quantity, unit.name], unit.scale)
             if row.to:
-                of, scale = f"{quantity} : {row.to.datapath}", 1
+                of, scale = [f"{quantity} : {row.to.datapath}"], 1
+            of += [size_of(row.cell)] if sized else []
             shown.add_row(
                 row.cell.datapath,
-                of + (f", {size_of(row.cell)}" if sized else ""),
+                ", ".join(of) if wide else "\n".join([of[0], ", ".join(of[1:])]).rstrip(),
                 _shown(row.before, scale) + note(disturbed_of(row.before)),
                 _shown(row.after, scale) + note(disturbed_of(row.after)),
-                _shown(row.ratio, 1, wide=True),
+                _shown(row.ratio, 1, wide),
                 Text(row.verdict + note(row.reason), style=_COLORS[row.verdict]),
             )
         shown.add_section()
@@ -210,7 +215,7 @@ def table(rows: Sequence[Comparison], before: Results, after: Results, band: flo
         for name, (old, new) in circumstances(before, after).items()
     )
     footnotes = (Text(f"{superscript(n)} {reason}") for reason, n in notes.items())
-    return Group(shown, Text(legend), *differing, *footnotes)
+    return Group(_headline(before, after), shown, Text(legend), *differing, *footnotes)
 
 
 _COLORS = {

@@ -29,10 +29,10 @@ from testbed.reports.words import (
     conclusive,
     controls_of,
     disturbed_of,
+    end,
     guests_of,
     meanings_of,
     names,
-    number,
     shown_columns,
     size_of,
     unit_of,
@@ -226,7 +226,7 @@ def _estimate(of: Estimate, scale: float, otherwise: str, css: str = "") -> list
     if math.isnan(of.mean) or otherwise == "reference":
         return [Entry(otherwise, math.nan, css="absent"), Entry(""), Entry("")]
     return [
-        Entry("" if math.isnan(x) else number(x / scale, of.mean / scale), x, css=f"number {css}")
+        Entry("" if math.isnan(x) else end(x, of.mean, scale), x, css=f"number {css}")
         for x in (of.mean, of.low, of.high)
     ]
 

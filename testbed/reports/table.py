@@ -9,11 +9,12 @@ block (`testbed.results.analysis`). This module only formats numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -75,43 +76,103 @@ def bencher(results: Results) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def table(results: Results, width: int) -> Group:
-    """The table for a terminal of `width` columns; from 116 on with both ends of intervals."""
+    """The table for a terminal of `width` columns; from 116 on with both ends of intervals.
+
+    What does not fit beside each other stands below each other, as tables of some quantities each.
+    """
     campaign, rows = results.campaign, results.summaries
-    columns = columns_of(rows)
-    sizes = {
-        metric: {size_of(r.cell) for r in rows if r.cell.metric is metric} for metric in Metric
-    }
     wide = width >= 116
-    shown = Table(
-        title=_headline(results),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        padding=(0, 1 if wide else 0, 0, 0),
-    )
+    notes: dict[str, int] = {}
+    heads = _heads(rows)
+    lines = list(_lines(results, heads, wide, notes))
+    shown = [
+        _part(lines, {column: heads[column] for column in columns}, wide)
+        for columns in _fitting(lines, heads, width)
+    ]
+    texts = [_legend(campaign, rows), *meanings_of(rows), *controls_of(rows)]
+    footnotes = (Text(f"{superscript(n)} {reason}") for reason, n in notes.items())
+    return Group(_headline(results), *shown, *map(Text, texts), *footnotes)
+
+
+Column = tuple[Metric, str, str]
+"""Metric, column of the tidy table, heading (`words.shown_columns`)."""
+
+
+class _Line(NamedTuple):
+    """A line of the table: one datapath in one place."""
+
+    place: str
+    """Pair, family and transport."""
+    datapath: str
+    entries: Mapping[Column, Text]
+
+
+def _heads(rows: Sequence[Summary]) -> dict[Column, str]:
+    """Column → its heading: name, unit, and the message size if there is only one."""
+    heads = {}
+    for column in columns_of(rows):
+        metric, _, name = column
+        sizes = _sizes(rows, metric)
+        heads[column] = f"{name}\n{unit_of(metric).name}\n{sizes.pop() if len(sizes) == 1 else ''}"
+    return heads
+
+
+def _sizes(rows: Iterable[Summary], metric: Metric) -> set[str]:
+    return {size_of(row.cell) for row in rows if row.cell.metric is metric}
+
+
+def _lines(
+    results: Results, columns: Iterable[Column], wide: bool, notes: dict[str, int]
+) -> Iterator[_Line]:
+    rows, guest = results.summaries, results.campaign.guest
+    sized = {metric: len(_sizes(rows, metric)) > 1 for metric in Metric}
+    places = grouped(rows, lambda r: (r.cell.label(guest), r.cell.transport, r.cell.family))
+    for (pair, transport, family), place in places.items():
+        for datapath, group in grouped(place, lambda r: r.cell.datapath).items():
+            entries = {}
+            for column in columns:
+                matching = [r for r in group if (r.cell.metric, r.quantity) == column[:2]]
+                texts = (_entry(r, wide, sized[r.cell.metric], notes) for r in matching)
+                entries[column] = Text("\n").join(texts)
+            yield _Line(f"{pair}\n{names(family, transport)}", datapath, entries)
+
+
+def _fitting(
+    lines: Sequence[_Line], heads: Mapping[Column, str], width: int
+) -> Iterator[list[Column]]:
+    """The columns in groups, each of which fits a terminal beside pair and datapath."""
+    gap = 2
+    first = _width(line.place for line in lines) + _width(line.datapath for line in lines) + 2 * gap
+    group: list[Column] = []
+    used = first
+    for column, head in heads.items():
+        needed = _width([head, *(line.entries[column].plain for line in lines)]) + gap
+        if group and used + needed > width:
+            yield group
+            group, used = [], first
+        group.append(column)
+        used += needed
+    yield group
+
+
+def _width(texts: Iterable[str]) -> int:
+    return max((cell_len(line) for text in texts for line in text.splitlines()), default=0)
+
+
+def _part(lines: Iterable[_Line], heads: Mapping[Column, str], wide: bool) -> Table:
+    """A table of some columns, with the lines that have an entry in one of them."""
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1 if wide else 0, 0, 0))
     shown.add_column("pair", no_wrap=True)
     shown.add_column("datapath", no_wrap=True)
-    for metric, _, name in columns:
-        size = next(iter(sizes[metric])) if len(sizes[metric]) == 1 else ""
-        shown.add_column(f"{name}\n{unit_of(metric).name}\n{size}", overflow="fold")
-    notes: dict[str, int] = {}
-    places = grouped(
-        rows, lambda r: (r.cell.label(campaign.guest), r.cell.transport, r.cell.family)
-    )
-    for (pair, transport, family), place in places.items():
-        label = f"{pair}\n{names(family, transport)}"
-        for datapath, group in grouped(place, lambda r: r.cell.datapath).items():
-            entries = []
-            for metric, quantity, _ in columns:
-                matching = [r for r in group if (r.cell.metric, r.quantity) == (metric, quantity)]
-                texts = (_entry(r, wide, len(sizes[metric]) > 1, notes) for r in matching)
-                entries.append(Text("\n").join(texts))
-            shown.add_row(label, datapath, *entries)
-            label = ""
+    for head in heads.values():
+        shown.add_column(head, overflow="fold")
+    held = [line for line in lines if any(line.entries[column] for column in heads)]
+    for place, group in grouped(held, lambda line: line.place).items():
+        for line in group:
+            label = place if line is group[0] else ""
+            shown.add_row(label, line.datapath, *(line.entries[column] for column in heads))
         shown.add_section()
-    lines = [_legend(campaign, rows), *meanings_of(rows), *controls_of(rows)]
-    footnotes = (Text(f"{superscript(n)} {reason}") for reason, n in notes.items())
-    return Group(shown, *map(Text, lines), *footnotes)
+    return shown
 
 
 def _entry(row: Summary, wide: bool, sized: bool, notes: dict[str, int]) -> Text:

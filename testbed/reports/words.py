@@ -20,6 +20,11 @@ UDP_RATE_MEANS = f"UDP: the highest rate at which at most {UDP_LOSS:.1%} of data
 FUNCTIONAL = "emulated guest: functional, not a speed claim"
 
 
+UNBOUNDED = 1000
+"""Multiple of the mean above which an interval's end is not shown: blocks then differ too much, or
+are too few, to say how large the mean may be."""
+
+
 class Unit(NamedTuple):
     """Unit of shown values, and the divisor that converts stored values to it."""
 
@@ -68,9 +73,10 @@ def columns_of(rows: Iterable[Row]) -> list[tuple[Metric, str, str]]:
 
 def interval(of: Estimate, scale: float, wide: bool) -> str:
     """`3.21 [3.10, 3.33]`, or `3.21 ±4%` by the wider side; only the mean without an interval."""
-    mean, low, high = (number(x / scale, of.mean / scale) for x in (of.mean, of.low, of.high))
+    mean = number(of.mean / scale, of.mean / scale)
     if math.isnan(of.low):
         return mean
+    low, high = (end(x, of.mean, scale) for x in (of.low, of.high))
     if wide:
         return f"{mean} [{low}, {high}]"
     side = 100 * (of.high / of.mean - 1)
@@ -90,6 +96,11 @@ def conclusive(row: Ratio, campaign: Campaign) -> bool:
 def disturbed_of(of: Estimate) -> str:
     """How many blocks of an estimate were disturbed: `1 of 3 blocks disturbed`; or empty."""
     return f"{of.disturbed} of {of.blocks} blocks disturbed" if of.disturbed else ""
+
+
+def end(x: float, mean: float, scale: float) -> str:
+    """An end of an interval; `no bound` if it is so far from the mean that it bounds nothing."""
+    return number(x / scale, mean / scale) if x < UNBOUNDED * mean else "no bound"
 
 
 def warnings_of(results: Results) -> list[str]:

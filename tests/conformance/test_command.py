@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -201,14 +202,21 @@ def test_an_archive_of_the_suite_checks_a_pod_without_anything_installed(
     foreign_pod: Pod, tmp_path: Path
 ) -> None:
     """The pod's namespace is that of a process, as most runtimes tell it."""
-    archive = tmp_path / "suite.tar.gz"
+    archive, folder = tmp_path / "suite.tar.gz", tmp_path / "a:b c"
+    folder.mkdir()
     assert conformance("--bundle", archive).returncode == 0
-    subprocess.run(["tar", "-xf", archive, "-C", tmp_path], check=True)
-    (suite,) = tmp_path.glob("testbed-conformance-*")
+    subprocess.run(["tar", "--force-local", "-xf", archive, "-C", folder], check=True)
+    (suite,) = folder.glob("testbed-conformance-*")
     assert not list(suite.rglob("*.so"))
     done = subprocess.run([suite / "conformance"], capture_output=True, text=True, check=False)
     assert done.returncode == 3
     assert "give --netns and --control" in done.stderr
+    said = subprocess.run([suite / "conformance", "--help"], capture_output=True, text=True).stdout
+    assert said.startswith("usage: conformance ")
+    assert set(re.findall(r"^  (--[a-z-]+)", said, re.MULTILINE)) == {
+        *("--family", "--check", "--list", "--json", "--junit", "--tap"),
+        *("--netns", "--control", "--cgroup"),
+    }
     guest = foreign_pod.manifest.guests[1]
     control = f"{guest_link(Family.IPV4, 1)}:{guest.control_port}"
     with ending(

@@ -17,6 +17,7 @@ from time import monotonic
 
 import pytest
 
+from testbed import paths
 from testbed.agent import CFLAGS, Agent, build
 from testbed.model.errors import Error
 from testbed.model.terms import Family, Transport
@@ -375,3 +376,14 @@ def test_sigterm_ends_it_at_once_also_while_it_serves(program: Path) -> None:
             assert process.wait(5) == 0
             with pytest.raises(Error, match="traffic agent: the agent has ended"):
                 agent.hello()
+
+
+def test_a_compiled_agent_that_lies_in_a_clone_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / "static"
+    left.write_text("of an older source")
+    monkeypatch.setattr(paths, "BUNDLED_AGENT", left)
+    assert build(static=True) != left
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    assert build() == left, "in a bundle, which is no clone"

@@ -130,3 +130,29 @@ def test_a_plan_without_claims_is_said_to_have_none(
 ) -> None:
     assert cli.main(["claims", str(bare)]) == 3
     assert capsys.readouterr().out == "the plan proof claims nothing: there is nothing to judge\n"
+
+
+def test_a_table_has_one_form(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["table", "--json", "--bencher", str(PROOF)])
+    assert ended.value.code == 2
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_a_campaign_is_not_compared_with_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    again = PROOF.parent / "paper/../proof"
+    assert cli.main(["compare", str(PROOF), str(again)]) == 3
+    assert f"{PROOF} and {again} are the same campaign" in capsys.readouterr().err
+
+
+def test_claims_fit_80_columns_with_two_lines_for_each_cell(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    cli.main(["claims", str(PROOF)])
+    lines = capsys.readouterr().out.splitlines()
+    at = [n for n, line in enumerate(lines) if re.match("  steer, .* : direct .* holds$", line)]
+    assert len(at) == 10
+    for n in at:
+        assert re.match(r"    [≥≤] 0?1?\.\d+: .* 270 blocks; t: .*\]", lines[n + 1])
+    assert max(map(len, lines)) <= 80

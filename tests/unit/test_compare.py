@@ -135,7 +135,7 @@ def test_the_table_says_verdicts_counts_and_what_else_changed(tmp_path: Path, wi
     before = campaign(tmp_path / "a", 1, {})
     after = campaign(tmp_path / "b", 2, {CELLS[0]: 0.5}, kernel="7.0", accelerator="tcg")
     console = Console(file=StringIO(), width=width)
-    console.print(compare.table(compare.compare(before, after), before, after, 0.05))
+    console.print(compare.table(compare.compare(before, after), before, after, 0.05, width))
     assert isinstance(console.file, StringIO)
     text = console.file.getvalue()
     assert max(len(line) for line in text.splitlines()) <= width

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from testbed import cli, datapaths, plan
+from testbed import cli, datapaths, paths, plan
 from testbed.campaigns import campaign
 from testbed.campaigns.places import Share
 from testbed.campaigns.protocol import Job
@@ -24,7 +24,7 @@ from testbed.model.trials import Status, Trial
 from testbed.reports import html, table, words
 from testbed.reports.figures import draw, forest, stacks
 from testbed.results import analysis, statistics, store
-from testbed.results.results import Results
+from testbed.results.results import Results, read
 
 PLAN = plan.parse(
     """
@@ -142,6 +142,31 @@ def test_ratios_of_disturbed_trials_are_marked_and_never_bold(tmp_path: Path) ->
     (number,) = re.findall("(.) 2 of 3 blocks disturbed", text)
     assert re.search(rf"×0\.500 \[0\.500, 0\.500\]{number}", text)
     assert 'class="number bold"' not in report
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_table_of_many_quantities_breaks_no_word(width: int) -> None:
+    results = read(paths.REFERENCE / "paper")
+    text = printed(results.store, width)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    assert all(head in text for head in ("connections", "first answer", "latency p99.9"))
+    assert not re.search(r"\brefere\b|\bthroug\b", text)
+    starts = [line for line in lines if line.startswith("pair ")]
+    assert len(starts) > 1, "quantities that do not fit stand below"
+
+
+def test_an_end_that_bounds_nothing_is_no_number(tmp_path: Path) -> None:
+    with store.create(tmp_path / "wild", replace(CAMPAIGN, blocks=2)) as made:
+        for cell in PLAN.cells:
+            for block, factor in enumerate((1, 30)):
+                of = trial(cell, block)
+                made.append(replace(of, value=of.value and of.value * factor))
+        html.write(Results(made), tmp_path / "report.html")
+        assert re.search(r"\[0\.\d+, no bound\]", printed(made, 160))
+    report = (tmp_path / "report.html").read_text()
+    assert ">no bound</td>" in report
+    assert not re.search(r"class=\"number[^>]*>\d{9,}", report)
 
 
 def test_cells_that_were_not_run_yet_are_in_the_table(tmp_path: Path) -> None:
