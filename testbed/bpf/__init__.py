@@ -16,6 +16,7 @@ from testbed.bpf.hooks import (
     has_tcx,
     replace_tc,
     running_tc,
+    runs_by_tcx,
     runs_in_cgroup,
 )
 from testbed.bpf.programs import PINS, ProgramSet, load, load_traced
@@ -42,6 +43,7 @@ __all__ = [
     "replace_tc",
     "run",
     "running_tc",
+    "runs_by_tcx",
     "runs_in_cgroup",
     "source",
 ]

@@ -37,7 +37,7 @@ NLM_F_REQUEST, NLM_F_DUMP = 0x1, 0x300
 FILTER, PRIORITY = 0x7B, 1 << 16 | socket.htons(ETH_P_ALL)
 """Handle of our filters, which others hardly choose, and their priority and protocol."""
 TCA_KIND, TCA_OPTIONS, TCA_BPF_CLASSID, TCA_BPF_FD, TCA_BPF_NAME, TCA_BPF_FLAGS = 1, 2, 3, 6, 7, 8
-BPF_F_REPLACE = 4
+BPF_F_REPLACE, BPF_F_BEFORE = 4, 8
 
 
 def attach_tc(
@@ -96,6 +96,16 @@ def attached_tc(netns: str, places: Mapping[tuple[int, int], str]) -> set[tuple[
     return namespaces.inside(netns, lambda: {at for at, name in places.items() if runs(at, name)})
 
 
+def runs_by_tcx(netns: str, ifindex: int, hook: int, name: str) -> bool:
+    """Whether a link that is there runs a program of this name by tcx."""
+
+    def runs() -> bool:
+        with _running(ifindex, hook) as programs:
+            return name in programs
+
+    return namespaces.inside(netns, runs)
+
+
 @cache
 def has_tcx() -> bool:
     """Whether this kernel has tcx, by which links run programs directly (Linux 6.6)."""
@@ -106,18 +116,20 @@ def has_tcx() -> bool:
         return False
 
 
-def attach_tcx(netns: str, ifindex: int, hook: int, entry: int) -> None:
-    """Attach a program to a link by tcx, until the link is removed, and remove our filter there.
+def attach_tcx(netns: str, ifindex: int, hook: int, entry: int, *, first: bool = False) -> None:
+    """Attach a program to a link by tcx, until the link is removed.
 
-    It replaces an attached program of the same name. A missing link is no error.
+    It takes the place of an attached program of the same name, or else of our filter there. With
+    `first` it runs before all others, and our filter stays. A missing link is no error.
     """
 
     def attach() -> None:
         with _running(ifindex, hook) as running:
             old = running.get(syscall.program_name(entry), 0)
-            flags = BPF_F_REPLACE if old else 0
+            flags = BPF_F_REPLACE if old else BPF_F_BEFORE if first else 0
             syscall.call(syscall.ATTACH, "=IIIII", ifindex, entry, hook, flags, old)
-        _remove_filter(ifindex, hook)
+        if not first:
+            _remove_filter(ifindex, hook)
 
     try:
         namespaces.inside(netns, attach)

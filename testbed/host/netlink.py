@@ -7,8 +7,11 @@ have to go earlier (`remove_link`). This module knows nothing of pods.
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import fcntl
 import socket
+import struct
 from collections.abc import Collection
 from ipaddress import ip_address
 from typing import Any
@@ -24,6 +27,8 @@ from testbed.model.terms import Family
 IFA_F_NODAD = 0x02
 NUD_PERMANENT = 0x80
 RT_SCOPE_UNIVERSE = 0
+SIOCETHTOOL = 0x8946
+ETHTOOL_STXCSUM, ETHTOOL_SRXCSUM = 0x17, 0x15
 
 
 def links(netns: str) -> dict[str, int]:
@@ -47,6 +52,22 @@ def remove_link(netns: str, ifname: str) -> None:
     except NetlinkError as e:  # it went with its other end meanwhile
         if e.code != errno.ENODEV:
             raise
+
+
+def set_checksum_offload(netns: str, ifname: str, *, on: bool) -> None:
+    """Whether a link leaves checksums to the device (struct ethtool_value, linux/ethtool.h).
+
+    Without, segmentation is not left to it either.
+    """
+
+    def change() -> None:
+        with socket.socket() as any_socket:
+            for command in (ETHTOOL_STXCSUM, ETHTOOL_SRXCSUM):
+                value = ctypes.create_string_buffer(struct.pack("=II", command, on), 8)
+                request = struct.pack("16sP", ifname.encode(), ctypes.addressof(value))
+                fcntl.ioctl(any_socket, SIOCETHTOOL, request.ljust(40, b"\0"))
+
+    inside(netns, change)
 
 
 def outside_addresses(ip: IPRoute, without: Collection[str]) -> list[tuple[int, Address]]:

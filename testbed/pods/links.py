@@ -15,7 +15,8 @@ tap or bridge vanished. Nothing is watched here; `reconciler` does that.
     layout `socket`:                        guest 1 ─ a program of the datapath
 
 A guest that somebody else boots has a link of ours, too, whose other end t<n> is in the pod's
-namespace, as its tap is (`taps`).
+namespace, as its tap is (`taps`). Beside the tap of a guest that takes no partial checksums in IPv6
+is a pair c<n> (`checksums`).
 
 The namespace of the links stands for the host's own. Each pod has one for itself, since removing a
 namespace is fast (the kernel removes its links later), while removing a link takes time.
@@ -29,12 +30,13 @@ from pathlib import Path
 from pyroute2 import IPRoute
 
 from testbed.datapaths.interface import Layout, Port, Wiring
-from testbed.host import ledger, namespaces, netlink
+from testbed.host import facts, ledger, namespaces, netlink
 from testbed.host.ledger import Scope
 from testbed.model.addresses import LINK_PREFIX, POD_MAC, guest_link, guest_mac, pod_link
 from testbed.model.errors import Error
 from testbed.model.manifest import Manifest
 from testbed.model.terms import Family, Runtime
+from testbed.pods.checksums import Checksums
 from testbed.pods.sandbox import Sandbox
 from testbed.pods.taps import Taps
 from testbed.runtimes.interface import Prepared
@@ -81,6 +83,13 @@ class Links:
         }
         """Namespaces of guests without a tap (stand-ins, gVisor), by the guests' numbers."""
         self.taps = Taps(owner, netns, manifest.taps)
+        by_tap = layout is not Layout.SOCKET and Family.IPV6 in facts.families()
+        needing = {
+            n
+            for n, guest in manifest.guests.items()
+            if by_tap and runtimes[guest.runtime].needs_ipv6_checksums
+        }
+        self.checksums = Checksums(owner, self.link_netns, needing)
         self._owner, self._pod, self._manifest = owner, pod, manifest
         self._runtimes, self._sandbox = runtimes, sandbox
         self._ips: dict[str, IPRoute] = {}
@@ -130,7 +139,7 @@ class Links:
         """Names of the links whose loss breaks the pod."""
         if self.layout is Layout.SOCKET:
             return set()
-        names = {port_name(n) for n in self._manifest.guests}
+        names = {port_name(n) for n in self._manifest.guests} | self.checksums.names
         bridged = self.layout is Layout.BRIDGE
         return names | {BRIDGE, TO_POD} if bridged else names
 
@@ -139,6 +148,10 @@ class Links:
         bridged = self.layout is Layout.BRIDGE
         inner = {inner_name(n) for n in self.taps.taps}
         return inner | ({TO_GUESTS} if bridged else self._names())
+
+    def inside_names(self) -> set[str]:
+        """Those of them by which packets of the pod's inside come in."""
+        return self.own_names() - self.checksums.names
 
     def build(self) -> set[str]:
         """Make all links that are missing, and connect taps; returns the names of the links."""
@@ -153,9 +166,11 @@ class Links:
             )
             uplink = existing.get(TO_POD) or self._create_uplink()
             ip.link("set", index=uplink, master=bridge)
+        guests = self._manifest.guests
+        ports = {n: existing.get(port_name(n)) or self._create_port(n) for n in guests}
+        self.checksums.build(ip, ports)
         neighbors_at = netlink.links(self.netns)[TO_GUESTS] if bridge else 0
-        for n in self._manifest.guests:
-            port = existing.get(port_name(n)) or self._create_port(n)
+        for n, port in ports.items():
             ip.link("set", index=port, state="up", **({"master": bridge} if bridge else {}))
             for family in Family:
                 netlink.add_neighbor(

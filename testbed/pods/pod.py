@@ -94,7 +94,7 @@ class Pod:
             container.own(self._owner, self._scratch, self.netns)
         self.links.make_namespaces()
         if self.sandbox:
-            gateway.guard(self._owner, self.netns, self.links.own_names())
+            gateway.guard(self._owner, self.netns, self.links.inside_names())
         root = cgroups.create(self._owner, self.netns)
         self.cgroup, self.guest_cgroup = root / "natives", root / "guests"
         for group in (self.cgroup, self.guest_cgroup):
@@ -117,7 +117,7 @@ class Pod:
         nftables.
         """
         with self.lock:
-            links = self.links.own_names()
+            links = self.links.inside_names()
             if self.sandbox:
                 addresses = self.sandbox.addresses(self.links.ip, links)
             else:
@@ -148,7 +148,8 @@ class Pod:
     def missing_programs(self) -> set[str]:
         """Names of the datapath's programs that somebody else removed."""
         with self.lock:
-            return self.attachment.missing_programs() | self.links.taps.missing_programs()
+            beside = self.links.taps.missing_programs() | self.links.checksums.missing_programs()
+            return self.attachment.missing_programs() | beside
 
     def mend(self) -> set[str]:
         """Make again what is missing, connect new taps, and restart guests that lost their link.

@@ -128,6 +128,8 @@ class Prepared(Protocol):
     """Whether the driver of its network device serves several pairs of queues."""
     ready_limit_s: float
     """Time in which a workload has to answer; else it has failed."""
+    needs_ipv6_checksums: bool = False
+    """Whether the host has to complete the checksums of IPv6 packets before its tap."""
     description: Description
 
     def dialed(self, family: Family) -> str:

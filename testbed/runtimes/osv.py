@@ -8,6 +8,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from testbed import bpf
 from testbed.images import compose, elf, kernels, rootfs, shim
 from testbed.images.compose import Definition, Image
 from testbed.images.kernels import OsvKernel
@@ -76,12 +77,13 @@ class Osv(VirtualMachines):
 
     def __init__(self, kernel: OsvKernel, options: Options) -> None:
         self.kernel, self.families, self.multiqueue = kernel, kernel.families, kernel.multiqueue
+        self.needs_ipv6_checksums = needs_ipv6_checksums(kernel)
         super().__init__(
             Runtime.OSV,
             kernel,
             options,
             version=f"{kernel.flavor} {kernel.version}" + ("" if kernel.listed else ", unlisted"),
-            offloads=",".join(nic(kernel)),
+            offloads=offloads(kernel),
         )
 
     def dialed(self, family: Family) -> str:
@@ -191,11 +193,24 @@ def command(
     return qemu.command(machine, kernel.path, line, nic=nic(kernel), extra=extra)
 
 
+def needs_ipv6_checksums(kernel: OsvKernel) -> bool:
+    """Whether the host has to complete checksums for a kernel, and can (`testbed.pods.checksums`).
+
+    It can in IPv6 alone, and from Linux 6.6 on: the program has to be the first at the tap.
+    """
+    return kernel.families - kernel.partial_checksums == {Family.IPV6} and bpf.has_tcx()
+
+
 def nic(kernel: OsvKernel) -> tuple[str, ...]:
     """Properties that QEMU's network device must have for a kernel."""
-    if kernel.families <= kernel.partial_checksums:
+    if kernel.families <= kernel.partial_checksums or needs_ipv6_checksums(kernel):
         return ()
     return tuple(f"{feature}=off" for feature in NO_CHECKSUM_OFFLOAD)
+
+
+def offloads(kernel: OsvKernel) -> str:
+    """What differs from QEMU's default, for the description of the runtime."""
+    return "ipv6 checksums by host" if needs_ipv6_checksums(kernel) else ",".join(nic(kernel))
 
 
 def boot_line(machine: Vm, families: frozenset[Family], process: Process) -> str:

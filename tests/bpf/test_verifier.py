@@ -20,7 +20,7 @@ pytestmark = pytest.mark.root
 LIMIT = 100_000
 
 OF_DATAPATHS = {p for name in datapaths.names() for p in datapaths.get(name).programs}
-SETS = sorted(OF_DATAPATHS | {"tap"})
+SETS = sorted(OF_DATAPATHS | {"checksum", "tap"})
 TRACED = [name + bytecode.TRACED for name in SETS if name in datapaths.names()]
 
 

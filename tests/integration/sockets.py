@@ -7,10 +7,7 @@ A workload is meant by its number, as in the programs: 0 for natives, else the g
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -287,25 +284,3 @@ def _checksum_errors() -> dict[str, int]:
         if name.endswith("InCsumErrors"):
             errors[name] = int(value)
     return errors
-
-
-# --- ethtool(2) -----------------------------------------------------------------------------
-
-SIOCETHTOOL = 0x8946
-ETHTOOL_STXCSUM, ETHTOOL_SRXCSUM = 0x17, 0x15
-
-
-def set_checksum_offload(netns: str, ifname: str, on: bool) -> None:
-    """Whether an interface leaves checksums to the device (struct ethtool_value, linux/ethtool.h).
-
-    Without, segmentation is not left to it either.
-    """
-
-    def change() -> None:
-        with socket.socket() as any_socket:
-            for command in (ETHTOOL_STXCSUM, ETHTOOL_SRXCSUM):
-                value = ctypes.create_string_buffer(struct.pack("=II", command, on), 8)
-                request = struct.pack("16sP", ifname.encode(), ctypes.addressof(value))
-                fcntl.ioctl(any_socket, SIOCETHTOOL, request.ljust(40, b"\0"))
-
-    namespaces.inside(netns, change)

@@ -17,7 +17,7 @@ from scapy.layers.inet6 import ICMPv6PacketTooBig, IPv6
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
-from testbed.host import namespaces
+from testbed.host import namespaces, netlink
 from testbed.model import addresses
 from testbed.model.addresses import guest_link, guest_mac
 from testbed.model.terms import Family, Transport
@@ -32,7 +32,6 @@ from .sockets import (
     Bench,
     Pair,
     localhost,
-    set_checksum_offload,
     transfer,
 )
 
@@ -100,14 +99,14 @@ def test_large_segments_arrive_whole_with_and_without_checksum_offload(
         *((bench.pod.links.link_netns, port) for port in ("pod", "g1", "g2")),
     ]
     for netns, ifname in links:
-        set_checksum_offload(netns, ifname, offload)
+        netlink.set_checksum_offload(netns, ifname, on=offload)
     try:
         with bench.connected(pair, family) as (near, far):
             up = transfer(near, far, DATA)
             down = transfer(far, near, DATA)
     finally:
         for netns, ifname in links:
-            set_checksum_offload(netns, ifname, True)
+            netlink.set_checksum_offload(netns, ifname, on=True)
     assert [digest(up), digest(down)] == [digest(DATA)] * 2
     assert bench.checksum_errors() == before
     carried = bench.pod.attachment.carried(*ends) - carried

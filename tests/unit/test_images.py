@@ -555,8 +555,26 @@ def test_osv_is_told_addresses_of_the_families_that_it_speaks(
             f'--rootfs=rofs --power-off-on-abort {addresses} {gateways} "/main" "--port" "1"'
         ]
         (nic,) = (device for device in option(argv, "-device") if "net" in device)
-        assert ("guest_csum=off" in nic) is (flavor == "ipv6")
         assert guest_mac(1) in nic
+
+
+def test_osv_has_checksum_offload_if_it_or_the_host_can_do_without_partial_ones(
+    osv_kernel: Callable[[str], OsvKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = replace(osv_kernel("ipv6"), partial_checksums=frozenset(Family))
+    none = replace(osv_kernel("ipv6"), partial_checksums=frozenset[Family]())
+    off = "guest_csum=off,guest_tso4=off,guest_tso6=off,guest_ecn=off,guest_ufo=off"
+    for has_tcx in (True, False):  # Linux 6.6
+        monkeypatch.setattr("testbed.bpf.has_tcx", lambda has=has_tcx: has)
+        for kernel, needs, text in (
+            (osv_kernel("ipv6"), has_tcx, "ipv6 checksums by host" if has_tcx else off),
+            (osv_kernel("master"), False, ""),
+            (both, False, ""),
+            (none, False, off),
+        ):
+            assert osv.needs_ipv6_checksums(kernel) is needs
+            assert osv.offloads(kernel) == text
+            assert ",".join(osv.nic(kernel)) == (off if text == off else "")
 
 
 def test_osv_words_are_quoted_and_variables_refused(machine: Vm) -> None:
