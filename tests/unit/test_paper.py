@@ -207,6 +207,17 @@ def test_the_paper_asks_nothing_that_its_campaigns_do_not_answer() -> None:
     assert build.numbers(answers.Answers(kept, proof), paths.PAPER)
 
 
+def test_ratios_that_the_campaign_of_the_claims_has_are_from_there() -> None:
+    kept, proof = (results.read(paths.REFERENCE / name) for name in ("paper", "proof"))
+    asked = ("ratio", "", f"steer/{WAY},guest=standin")
+    both = answers.Answers(kept, proof)
+    assert both(*asked) == answers.Answers(proof)(*asked) != answers.Answers(kept)(*asked)
+    absolute = ("mean", *asked[1:])
+    assert both(*absolute) == answers.Answers(kept)(*absolute)
+    only_kept = ("ratio", "", f"proxy/{WAY},guest=standin")
+    assert both(*only_kept) == answers.Answers(kept)(*only_kept)
+
+
 # --- what is typed --------------------------------------------------------------------------
 
 SILENT = re.compile(

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from fnmatch import fnmatchcase
@@ -27,10 +28,14 @@ from testbed.results.statistics import CONFIDENCE, Estimate, estimate
 class Answers:
     """Numbers and facts of a campaign as LaTeX. Calling it raises KeyError with a reason if there
     is no answer.
+
+    Ratios of cells that the campaign of the claims (`proof`) has, too, are from there: it has many
+    blocks.
     """
 
     def __init__(self, results: Results, proof: Results | None = None) -> None:
         self.results, self.proof = results, proof or results
+        self._of_proof = Answers(proof) if proof else None
         self.rows = list(results.summaries)
         self.cells: dict[str, list[Summary]] = {}
         for row in self.rows:
@@ -51,6 +56,9 @@ class Answers:
             return self.facts[asked]
         if kind in ("ratios", "tally"):
             return self._of_many(kind, asked)
+        if self._of_proof and kind in _OF_RATIO:
+            with suppress(KeyError):
+                return self._of_proof(kind, quantity, asked)
         id, _, other = asked.partition(" to ")
         row = self._known(id, "" if kind == "of" else quantity)
         if kind == "of":
@@ -215,20 +223,24 @@ def _facts(answers: Answers) -> Iterator[tuple[str, str]]:
     for verdict in claims.Verdict:
         yield f"claims/{verdict}", str(judged[verdict])
     yield "claims/how", _how_claims_are_judged(answers)
-    if found := controls(answers.rows):
-        yield from (
-            ("aa/ratios", str(found.same)),
-            ("aa/differing", str(found.differing)),
-            ("aa/bound", str(found.bound)),
-            ("slow/cells", str(found.slow)),
-            ("slow/found", str(found.found)),
-        )
+    yield from _controls("", answers.results)
+    yield from _controls("claims/", answers.proof)
     if answers.conformance:
         yield "checks", str(len({r["check"] for r in answers.conformance}))
         for head, counts in case_counts(answers.conformance).items():
             name = "/".join(part for part in head if part)
             for key, count in counts.items():
                 yield f"conformance/{name}/{key}", str(count)
+
+
+def _controls(prefix: str, results: Results) -> Iterator[tuple[str, str]]:
+    """Facts of what came of a campaign's controls."""
+    if found := controls(results.summaries):
+        yield f"{prefix}aa/ratios", str(found.same)
+        yield f"{prefix}aa/differing", str(found.differing)
+        yield f"{prefix}aa/bound", str(found.bound)
+        yield f"{prefix}slow/cells", str(found.slow)
+        yield f"{prefix}slow/found", str(found.found)
 
 
 def _conformance(results: Results) -> list[dict[str, str]]:
