@@ -67,5 +67,5 @@ def end_when_nobody_listens() -> None:
             pass
         os.kill(os.getpid(), signal.SIGTERM)
 
-    interrupts.raise_at(*interrupts.SIGNALS)
+    interrupts.raise_once()
     threading.Thread(target=listen, daemon=True).start()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 
 from testbed.cli import common, conformance, hosts, images, pods, results, run
@@ -54,7 +53,18 @@ def main(argv: list[str] | None = None) -> int:
 
         argcomplete.autocomplete(top)
     arguments = top.parse_args(argv)
-    interrupts.raise_at(signal.SIGTERM, signal.SIGHUP)  # as at Ctrl-C
+    with interrupts.once(common.called(PATIENCE)):
+        return _call(arguments)
+
+
+PATIENCE = (
+    "testbed: still cleaning up, which ends by itself; after kill -9, 'testbed clean' does the rest"
+)
+"""What is said at a second Ctrl-C."""
+
+
+def _call(arguments: argparse.Namespace) -> int:
+    """Run a command; returns the exit code. Faults are one line, without --debug."""
     try:
         return int(arguments.call(arguments))
     except Error as e:

@@ -32,19 +32,23 @@ def add(commands: Commands) -> None:
     _add_noded(commands)
 
 
+UNTIL_READY = "Ctrl-C and SIGTERM take down what is not ready yet."
+
+
 def _add_building(commands: Commands) -> None:
     up = commands.add_parser(
         "up",
         help="build the pods of a Kubernetes manifest, and leave them running",
         epilog="The runtime is chosen by annotation testbed/runtime.CONTAINER, or by "
-        "runtimeClassName. A pod whose supervisor was killed gets a new one.",
+        "runtimeClassName. A pod whose supervisor was killed gets a new one. " + UNTIL_READY,
     )
     attach = commands.add_parser(
         "attach",
         help="add a manifest's guests to a pod that somebody else made",
         epilog="Adds links, eBPF programs, guests, and rules by which these have the pod's "
         "addresses outside. Until they are removed, the namespace forwards for them. "
-        + called("'testbed detach POD' removes them."),
+        + called("'testbed detach POD' removes them. ")
+        + UNTIL_READY,
     )
     adopt = commands.add_parser(
         "adopt", help="start a new supervisor for a pod whose supervisor was killed"

@@ -30,6 +30,7 @@ def load(netns: str, text: str) -> None:
         capture_output=True,
         text=True,
         check=False,
+        process_group=0,  # Ctrl-C is for this process, which ends it
     )
     if done.returncode:
         raise Error(

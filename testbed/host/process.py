@@ -89,7 +89,13 @@ def run(
     words = [str(word) for word in command]
     env = {**os.environ, "LC_ALL": "C"}
     done = subprocess.run(
-        words, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        words,
+        cwd=cwd,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        process_group=0,  # Ctrl-C is for this process, which ends it
     )
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]

@@ -14,7 +14,7 @@ from testbed.model.terms import Transport
 def kill_connections(netns: str, expression: str) -> None:
     """Reset the TCP connections that match an `ss` filter (SOCK_DESTROY)."""
     command = ["nsenter", f"--net=/run/netns/{netns}", "ss", "--tcp", "--kill", expression]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, capture_output=True, process_group=0)
 
 
 def served_ports() -> set[tuple[Transport, int]]:

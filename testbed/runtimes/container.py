@@ -176,7 +176,8 @@ def _command(scratch: Path) -> list[str]:
 
 
 def _runc(scratch: Path, *arguments: str) -> None:
-    subprocess.run([*_command(scratch), *arguments], check=False, capture_output=True)
+    command = [*_command(scratch), *arguments]
+    subprocess.run(command, check=False, capture_output=True, process_group=0)
 
 
 def _refused_calls() -> list[dict[str, Any]]:
