@@ -7,6 +7,7 @@
  *   order.c      reads the keys of an order, or refuses it
  *   server.c     the server end             client.c     the client end, which carries out a run
  *   stream.c     sends and receives streams, for either end
+ *   open_loop.c  requests at a given rate
  *   net.c        sockets, time, the pattern of the payload
  *   sockets.c    single socket calls, one per order
  *   histogram.c  latencies                  json.c       flat JSON
@@ -40,6 +41,7 @@
 #define MAX_DATAGRAM  65507u
 #define MAX_STREAMS   64
 #define CHUNK	      (128u << 10) /* bytes of one read from a TCP stream */
+#define MAX_PENDING   16384	   /* requests of a stream that are due and not answered */
 #define SAMPLE_EVERY  16	   /* outside of warm-up, one buffer in so many is checked */
 #define SAMPLE_BYTES  64
 
@@ -272,7 +274,35 @@ struct run {
 	struct order order;
 };
 
+/* A stream of a run. */
+struct stream {
+	const struct run *run;
+	struct group *group;
+	const union address *to;
+	struct order order;
+	uint32_t flow;
+	int fd;
+	void *buffer;
+	struct datagram *request;
+	uint64_t *due_ns; /* open loop: of request n at n % MAX_PENDING; 0: answered */
+	struct histogram *latency;
+	struct report is;
+	uint64_t transactions, errors, unanswered, unsent;
+	char fault[256];		  /* empty: none */
+	bool own;			  /* the thread has descriptors of its own */
+	atomic_uint_fast64_t progress_ns; /* closed loop: time of the last transaction */
+	atomic_bool stalled;		  /* that is too long ago: the thread has to give up */
+	pthread_t thread;
+};
+
 /* Carries out a run, and writes one line of JSON: the result, or what failed. */
 void run(const struct run *r, FILE *out);
+void fail(struct stream *s, const char *what, const char *why);
+uint64_t wait_until(uint64_t due_ns); /* sleeps, then spins, as sleep alone is too coarse */
+
+/* --- open_loop.c --- */
+
+/* Sends requests when they are due, whether those before are answered or not. */
+void open_loop(struct stream *s);
 
 #endif

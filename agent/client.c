@@ -23,26 +23,7 @@ struct group {
 	unsigned running;
 };
 
-struct stream {
-	const struct run *run;
-	struct group *group;
-	const union address *to;
-	struct order order;
-	uint32_t flow;
-	int fd;
-	void *buffer;
-	struct datagram *request;
-	struct histogram *latency;
-	struct report is;
-	uint64_t transactions, errors;
-	char fault[256];		  /* empty: none */
-	bool own;			  /* the thread has descriptors of its own */
-	atomic_uint_fast64_t progress_ns; /* time of the last transaction */
-	atomic_bool stalled;		  /* that is too long ago: the thread has to give up */
-	pthread_t thread;
-};
-
-static void fail(struct stream *s, const char *what, const char *why)
+void fail(struct stream *s, const char *what, const char *why)
 {
 	const struct run *r = s->run;
 	bool literal = strchr(r->host, ':');
@@ -269,43 +250,31 @@ static void disconnect(struct stream *s)
 	s->fd = -1;
 }
 
-/* Sleeps, then spins, since sleep alone is too coarse. */
-static uint64_t wait_until(uint64_t due)
+uint64_t wait_until(uint64_t due_ns)
 {
 	uint64_t now = now_ns();
 
-	if (due > now + SPIN_NS)
-		pause_ns(due - now - SPIN_NS);
-	while ((now = now_ns()) < due)
+	if (due_ns > now + SPIN_NS)
+		pause_ns(due_ns - now - SPIN_NS);
+	while ((now = now_ns()) < due_ns)
 		;
 	return now;
 }
 
-/*
- * Sends requests one after the other: each when the last is answered, or each at its time. In the
- * second case a request is timed from when it was due, also if it had to wait for the one before.
- * Timing from when it was sent would leave out the time that requests wait for a slow response
- * ("coordinated omission", G. Tene).
- */
+/* A closed loop: sends each request when the last one is answered. */
 static void transactions(struct stream *s)
 {
 	const struct order *o = &s->order;
-	uint64_t now = now_ns(), scored_ns = now + o->warmup_ns, first_ns = 0;
+	uint64_t begin = now_ns(), scored_ns = begin + o->warmup_ns, first_ns = 0, now;
 	uint64_t until_ns = o->bytes ? UINT64_MAX : scored_ns + s->run->duration_ns;
 	bool udp = s->run->endpoint.udp, renew = s->run->kind == CRR, succeeded = false;
-	uint64_t gap_ns = s->run->gap_ns, begin = now;
 
-	s->progress_ns = now;
-	if (gap_ns) /* streams do not send at the same time */
-		begin += s->flow % 1024 * gap_ns / 1024;
-	for (uint64_t nth = 0;
-	     begin < until_ns && now < until_ns && (!o->bytes || nth * o->size < o->bytes); nth++) {
+	s->progress_ns = begin;
+	for (uint64_t nth = 0; begin < until_ns && (!o->bytes || nth * o->size < o->bytes); nth++) {
 		bool scored = begin >= scored_ns;
 		enum outcome outcome = FAILED;
 		const char *what = "connect";
 
-		if (gap_ns)
-			now = wait_until(begin);
 		if (!renew || !connect_stream(s)) {
 			bool fully = o->bytes || !scored;
 
@@ -338,7 +307,7 @@ static void transactions(struct stream *s)
 			s->transactions++;
 			histogram_add(s->latency, now - begin);
 		}
-		begin = gap_ns ? begin + gap_ns : now;
+		begin = now;
 	}
 	if (!s->transactions)
 		fail(s, "request to", "no response after the warm-up");
@@ -355,6 +324,8 @@ static void *drive(void *argument)
 		limit_calls(s);
 	if (s->run->kind == STREAM)
 		stream(s);
+	else if (s->run->gap_ns)
+		open_loop(s);
 	else
 		transactions(s);
 	if (s->run->kind == CRR && s->fd >= 0)
@@ -413,8 +384,9 @@ static int open_stream(struct stream *s, const struct run *r, const union addres
 	s->order.phase = s->flow;
 	s->buffer = malloc(r->order.size > CHUNK ? r->order.size : CHUNK);
 	s->request = malloc(MAX_DATAGRAM);
+	s->due_ns = calloc(r->gap_ns ? MAX_PENDING : 1, sizeof(*s->due_ns));
 	s->latency = calloc(1, sizeof(*s->latency));
-	if (!s->buffer || !s->request || !s->latency) {
+	if (!s->buffer || !s->request || !s->due_ns || !s->latency) {
 		fail(s, "stream to", strerror(ENOMEM));
 		return -1;
 	}
@@ -444,10 +416,12 @@ static void print_result(FILE *out, const union address *to, const struct stream
 	fprintf(out,
 		"{\"ok\":true,\"address\":\"%s\",\"bytes\":%llu,\"duration_s\":%.9f,"
 		"\"transactions\":%llu,\"datagrams\":%llu,\"errors\":%llu,\"lost\":%llu,"
-		"\"reordered\":%llu,\"corrupt\":%llu,\"histogram_us\":[",
+		"\"unanswered\":%llu,\"unsent\":%llu,\"reordered\":%llu,\"corrupt\":%llu,"
+		"\"histogram_us\":[",
 		address, (unsigned long long)is->bytes, is->elapsed_ns / 1e9,
 		(unsigned long long)total->transactions, (unsigned long long)is->datagrams,
 		(unsigned long long)total->errors, (unsigned long long)is->lost,
+		(unsigned long long)total->unanswered, (unsigned long long)total->unsent,
 		(unsigned long long)is->reordered, (unsigned long long)is->corrupt);
 	for (unsigned i = 0; i < HISTOGRAM_BUCKETS; i++) {
 		if (!total->latency->count[i])
@@ -470,6 +444,8 @@ static void merge(struct stream *into, const struct stream *from)
 		into->is.elapsed_ns = from->is.elapsed_ns;
 	into->transactions += from->transactions;
 	into->errors += from->errors;
+	into->unanswered += from->unanswered;
+	into->unsent += from->unsent;
 	histogram_merge(into->latency, from->latency);
 }
 
@@ -543,6 +519,7 @@ void run(const struct run *r, FILE *out)
 			disconnect(&all[i]);
 		free(all[i].buffer);
 		free(all[i].request);
+		free(all[i].due_ns);
 		free(all[i].latency);
 	}
 	free(all);

@@ -8,9 +8,12 @@
 #include <endian.h>
 #include <errno.h>
 #include <string.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include "agent.h"
+
+#define BATCH 32 /* datagrams of one call at most */
 
 int tcp_send(int fd, const struct order *o, uint64_t until_ns, const atomic_bool *stop)
 {
@@ -119,16 +122,57 @@ static void listen_for_life(struct sender *s, uint64_t now)
 		s->heard_ns = now;
 }
 
+/*
+ * sys/socket.h declares it only with _GNU_SOURCE. Weak, since OSv lacks it. UDP_SEGMENT would be
+ * faster by far, but a datapath would see one packet of many datagrams, and its cost of a packet
+ * would hardly be in the rate.
+ */
+struct mmsghdr {
+	struct msghdr msg_hdr;
+	unsigned msg_len;
+};
+extern int sendmmsg(int fd, struct mmsghdr *messages, unsigned count, int flags)
+	__attribute__((weak));
+
+/* Sends datagrams of type DATA, several by one call. Returns their number, or -1 with errno. */
+static int send_data(const struct sender *s, uint64_t wanted)
+{
+	const struct order *o = &s->order;
+	size_t body = o->size - sizeof(struct datagram);
+	unsigned count = sendmmsg ? MIN(wanted, BATCH) : 1;
+	struct mmsghdr message[BATCH];
+	struct datagram head[BATCH];
+	struct iovec part[BATCH][2];
+
+	for (unsigned i = 0; i < count; i++) {
+		uint64_t nth = s->sent + i;
+
+		head[i] = (struct datagram){htonl(MAGIC ^ DATA), htonl(s->flow), htobe64(nth)};
+		part[i][0] = (struct iovec){&head[i], sizeof(head[i])};
+		part[i][1] = (struct iovec){(void *)pattern_at(o->phase + nth * o->size), body};
+		message[i].msg_hdr =
+			(struct msghdr){.msg_iov = part[i], .msg_iovlen = body ? 2 : 1};
+		if (s->to) {
+			message[i].msg_hdr.msg_name = (void *)s->to;
+			message[i].msg_hdr.msg_namelen = address_size(s->to);
+		}
+	}
+	if (sendmmsg)
+		return sendmmsg(s->fd, message, count, MSG_NOSIGNAL);
+	return sendmsg(s->fd, &message[0].msg_hdr, MSG_NOSIGNAL) < 0 ? -1 : 1;
+}
+
 int udp_send(struct sender *s, uint64_t until_ns)
 {
 	const struct order *o = &s->order;
-	uint64_t datagrams = (o->bytes + o->size - 1) / o->size;
+	uint64_t datagrams = o->bytes ? (o->bytes + o->size - 1) / o->size : UINT64_MAX;
 	uint64_t begin = now_ns(), progress = begin, listened = begin;
-	size_t body = o->size - sizeof(struct datagram);
+	double gap_ns = o->rate_bps ? (double)o->size * 8 * SECOND_NS / o->rate_bps : 0;
 
-	while (o->bytes ? s->sent < datagrams : true) {
+	while (s->sent < datagrams) {
 		uint64_t heard = s->heard_ns, now = now_ns();
-		uint64_t due = begin;
+		uint64_t due = begin + (uint64_t)(s->sent * gap_ns), wanted = datagrams - s->sent;
+		int sent;
 
 		if (now >= until_ns)
 			break;
@@ -138,18 +182,22 @@ int udp_send(struct sender *s, uint64_t until_ns)
 			listen_for_life(s, now);
 			listened = now;
 		}
-		if (o->rate_bps)
-			due += (double)s->sent * o->size * 8 * SECOND_NS / o->rate_bps;
-		if (o->rate_bps && now > due + LATE_NS)
+		if (gap_ns && now > due + LATE_NS) {
 			begin += now - due - LATE_NS;
+			due = now - LATE_NS;
+		}
 		if (due > now) {
 			pause_ns(MIN(due - now, TICK_NS));
 			progress = now;
-		} else if (!datagram_send(s->fd, s->to, DATA, s->flow, s->sent,
-					  pattern_at(o->phase + s->sent * o->size), body)) {
-			s->sent++;
+			continue;
+		}
+		if (gap_ns)
+			wanted = MIN(wanted, 1 + (uint64_t)((now - due) / gap_ns));
+		sent = send_data(s, wanted);
+		if (sent > 0) {
+			s->sent += sent;
 			progress = now;
-		} else if (errno != ENOBUFS && errno != EAGAIN) {
+		} else if (errno != ENOBUFS && errno != EAGAIN && errno != EINTR) {
 			return errno;
 		} else if (now - progress > LIMIT_NS) {
 			return EAGAIN;

@@ -84,7 +84,8 @@ class Result:
     errors: int
     """`crr`: transactions that failed. (If the first one fails, the run fails.)"""
     lost: int
-    """UDP: datagrams that never arrived, or requests without a response for 250 ms."""
+    """UDP: datagrams that never arrived, or, without a rate, requests without a response for
+    250 ms."""
     reordered: int
     """UDP streams: datagrams after one with a higher number, or a second time."""
     corrupt: int
@@ -92,6 +93,12 @@ class Result:
     checked in full in warm-up and in runs by bytes, else at the beginning of every 16th."""
     histogram_us: Histogram
     """Times of transactions (`crr`: from connect to close) as (upper bound in µs, count)."""
+    unanswered: int = 0
+    """At a given rate: requests without a response 250 ms after the end, or, over UDP, when 16384
+    later ones were sent."""
+    unsent: int = 0
+    """At a given rate: requests that could not be sent when due, since 16384 before were waiting
+    for a response (UDP: for the socket)."""
 
 
 class Agent:
@@ -165,7 +172,7 @@ class Agent:
         response. Give either `duration_s` or `bytes` (per stream, in whole datagrams; without
         warm-up, since all are checked). `direction`: of a `stream`. `rate_bps`: payload rate of all
         UDP streams together (0: as fast as possible). `rate_per_s`: rate of `rr` requests, each
-        timed from when it was due (0: each is sent when the last one is answered).
+        sent when due and timed from then (0: each is sent when the last one is answered).
 
         Raises `Error` with the agent's message: `connect localhost:8080: Connection refused`.
         """

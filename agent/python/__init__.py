@@ -8,7 +8,8 @@ threads.
 WASI has sockets and poll(), but no threads. So each function that may wait is a generator that
 yields what it waits for, and one loop resumes those that can go on.
 
-UDP streams down are not implemented. Calls that WASI lacks (an option, a flag, closing by reset)
-fail with ENOPROTOOPT or EOPNOTSUPP, as on a kernel without them. All sockets have to be closed: the
-destructor of a socket that is left open ends the component.
+UDP streams down are not implemented, nor requests at a given rate: poll() waits for whole
+milliseconds, so that they would not leave when they are due. Calls that WASI lacks (an option, a
+flag, closing by reset) fail with ENOPROTOOPT or EOPNOTSUPP, as on a kernel without them. All
+sockets have to be closed: the destructor of a socket that is left open ends the component.
 """

@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
@@ -17,7 +16,6 @@ from .net import (
     LIMIT_NS,
     MAX_MESSAGE,
     RECEIVE_BYTES,
-    SECOND_NS,
     TICK_NS,
     failure,
     intact,
@@ -64,7 +62,9 @@ class Run:
         self._warmup_ns = int(keys.get("warmup_s", 0) * 1e9)
         self._duration_ns = int(keys.get("duration_s", 0) * 1e9)
         self._udp = self._transport == "udp"
-        streams, per_s = int(keys.get("streams", 1)), keys.get("rate_per_s", 0)
+        streams = int(keys.get("streams", 1))
+        if keys.get("rate_per_s", 0):
+            raise Refused("rate_per_s: poll() waits for whole milliseconds")
         down = self._mode == "stream" and keys.get("direction", "up") == "down"
         if down and self._udp:
             raise Refused("direction: UDP streams go up")
@@ -73,7 +73,6 @@ class Run:
         mode = REQUEST_RESPONSE
         if self._mode == "stream":
             mode = STREAM_DOWN if down else STREAM_UP
-        self._gap_ns = int(streams / per_s * SECOND_NS) if per_s else 0
         self._orders = [
             Order(
                 mode,
@@ -112,6 +111,8 @@ class Run:
             "bytes": sum(s.scored_bytes for s in scores),
             "datagrams": sum(s.datagrams for s in scores),
             "lost": sum(s.lost for s in scores),
+            "unanswered": 0,
+            "unsent": 0,
             "reordered": sum(s.reordered for s in scores),
             "corrupt": sum(s.corrupt for s in scores),
             "address": self._to[0],
@@ -204,7 +205,7 @@ class Run:
             score.unpack(answer[DATAGRAM_FORMAT.size :])
 
     def _transact(self, order: Order, connection: socket.socket | None) -> Task[None]:
-        """Send requests, each when the last one is answered, or each at its time (client.c).
+        """Send requests, each when the last one is answered (client.c).
 
         Without a connection, each request has a new one.
         """
@@ -214,8 +215,6 @@ class Run:
         first_ns, nth, progress = 0, 0, begin
         while begin < until_ns and (not order.total_bytes or nth * order.size < order.total_bytes):
             scored = begin >= scored_ns
-            if (ahead := begin - now_ns()) > 0:
-                time.sleep(ahead / 1e9)
             fully = bool(order.total_bytes) or not scored
             right = None
             try:
@@ -240,7 +239,7 @@ class Run:
                     score.lost += 1
                 else:
                     self._errors += 1
-            begin, nth = begin + self._gap_ns if self._gap_ns else now, nth + 1
+            begin, nth = now, nth + 1
 
     def _exchange(
         self, order: Order, connection: socket.socket | None, nth: int, first: bool, fully: bool

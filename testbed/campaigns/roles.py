@@ -34,6 +34,8 @@ def unsupported(datapath: Datapath, cell: Cell, guest: Prepared) -> str | None:
         return f"{runtime} has its loopback in its kernel, which would have to be changed"
     if cell.metric is Metric.CONNECTIONS and cell.pair.startswith("wasm"):
         return "WASI has no close by reset: what was measured would be how many ports there are"
+    if cell.rate_per_s and cell.pair.startswith("wasm"):
+        return "a component waits for whole milliseconds: requests would not leave when due"
     return datapath.unsupported(cell)
 
 

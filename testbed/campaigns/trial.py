@@ -28,7 +28,7 @@ from testbed.model.cells import SLOW_US, UDP_LOSS, Cell
 from testbed.model.errors import Error
 from testbed.model.metrics import Metric
 from testbed.model.terms import Transport
-from testbed.model.trials import Status, Trial
+from testbed.model.trials import Limit, Status, Trial
 from testbed.pods.pod import Pod
 from testbed.runtimes.interface import Prepared
 
@@ -42,6 +42,11 @@ SHORT = 0.25
 LONG_ATTEMPTS = 6
 """Number of whole trials after a rate search. After each one that loses too much, the rate
 is lowered, by more each time."""
+ANSWERED = 0.95
+"""Share of a cell's rate at which requests have to be answered, or the trial is saturated."""
+MISSING = 0.01
+"""Share of requests above which those without a response make a trial saturated: the 99th
+percentile of times is among them."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,13 @@ class _Measurement:
                 return replace(trial, searched=tuple(searched))
             last = keep(trial.payload_bytes, trial.errors, trial.duration_s, self.duration_s)
             if last.passed:
-                return replace(trial, value=last.arrived_bps, searched=tuple(searched))
+                slow = not rate_bps or last.offered_bps < rate_bps / (1 + rate_search.RESOLUTION)
+                return replace(
+                    trial,
+                    value=last.arrived_bps,
+                    searched=tuple(searched),
+                    limited=Limit.SENDER if slow else None,
+                )
             rate_bps = (rate_bps or last.offered_bps) / (1 + rate_search.RESOLUTION) ** n
         return replace(
             trial,
@@ -199,7 +210,7 @@ class _Measurement:
         spent |= {"load1": facts.load1(), "elapsed_s": elapsed_s, "active_s": active_s}
         if frequency := facts.frequency_mhz():
             spent["frequency_mhz"] = frequency
-        fault = _first_fault(cell, results, carried) or _overload(cell, whole, duration_s)
+        fault = _first_fault(cell, results, carried)
         clock = None if fault else _clock(whole, elapsed_s - active_s)
         fault = fault or clock
         total = sum(carried, Count())
@@ -212,6 +223,9 @@ class _Measurement:
             payload_bytes=whole.bytes,
             transactions=whole.transactions,
             errors=whole.errors + whole.lost,
+            unanswered=whole.unanswered,
+            unsent=whole.unsent,
+            limited=None if fault else _saturation(cell, whole),
             histogram_us=whole.histogram_us,
             carried={"packets": total.packets, "bytes": total.bytes},
             counters=dict(moved),
@@ -247,7 +261,10 @@ def _together(results: Sequence[Result]) -> Result:
     histogram = Counter[float]()
     for result in results:
         histogram.update(dict(result.histogram_us))
-    sums = ("bytes", "transactions", "datagrams", "errors", "lost", "reordered", "corrupt")
+    sums = (
+        *("bytes", "transactions", "datagrams", "errors", "lost", "reordered", "corrupt"),
+        *("unanswered", "unsent"),
+    )
     return replace(
         results[0],
         duration_s=max(result.duration_s for result in results),
@@ -274,12 +291,12 @@ def _first_fault(cell: Cell, results: Sequence[Result], carried: Sequence[Count]
     return next(filter(None, faults), None)
 
 
-def _overload(cell: Cell, result: Result, duration_s: float) -> str | None:
-    """A fault if fewer requests were answered than the cell's rate asks for, else None."""
-    if result.transactions >= 0.95 * cell.rate_per_s * duration_s:
-        return None
-    done = f"{result.transactions} requests in {duration_s:g} s"
-    return f"{done}: {cell.rate_per_s} per second are too many"
+def _saturation(cell: Cell, result: Result) -> Limit | None:
+    """Whether clearly fewer requests were answered than the cell's rate asks for."""
+    missing = result.unanswered + result.unsent
+    slow = result.transactions / result.duration_s < ANSWERED * cell.rate_per_s
+    few = missing > MISSING * (missing + result.transactions)
+    return Limit.SATURATED if slow or few else None
 
 
 def _fault(result: Result, carried: Count, payload_bytes: int) -> str | None:

@@ -67,8 +67,8 @@ class Cell:
     """Message size: bytes per write (throughput), per request and response (latency)."""
     streams: int = 1
     rate_per_s: int = 0
-    """Latency under load: requests per second of all streams together, each timed from when it was
-    due (open loop). 0: closed loop, each request is sent when the last one is answered."""
+    """Latency under load: requests per second of all streams together, each sent when it is due
+    and timed from then (open loop). 0: closed loop, each is sent when the last one is answered."""
     guest: str = ""
     """Runtime of the guests. Empty: the campaign's runtime."""
     guests: int = 1

@@ -17,6 +17,21 @@ class Status(StrEnum):
     UNSUPPORTED = "unsupported"
 
 
+class Limit(StrEnum):
+    """What a value is limited by, other than by the datapath under test."""
+
+    SENDER = "sender"
+    SATURATED = "saturated"
+
+    @property
+    def meaning(self) -> str:
+        """How to read a value with this limit."""
+        return {
+            Limit.SENDER: "the sender's own speed: what it sent arrived, the datapath may do more",
+            Limit.SATURATED: "saturated: requests queue, and times are as long as the trial",
+        }[self]
+
+
 @dataclass(frozen=True)
 class Trial:
     """One measured run of a cell in a block: a line of `trials.jsonl`.
@@ -40,6 +55,13 @@ class Trial:
     payload_bytes: int = 0
     transactions: int = 0
     errors: int = 0
+    unanswered: int = 0
+    """Requests at a given rate that were due and had no response at the end."""
+    unsent: int = 0
+    """Requests at a given rate that were due while too many before them waited, and not sent."""
+    limited: Limit | None = None
+    """`sender`: the rate of UDP is that of the sender at full speed. `saturated`: of requests at a
+    given rate, fewer were answered per second than were due."""
     histogram_us: tuple[tuple[float, int], ...] = ()
     """Round-trip times (or connect/request/close times): (upper bound of bucket in µs, count)."""
     searched: tuple[tuple[float, float, float], ...] = ()
@@ -74,6 +96,7 @@ class Trial:
     def from_json(cls, data: dict[str, Any]) -> Trial:
         """The inverse of `as_json`."""
         data = dict(data, status=Status(data["status"]))
+        data["limited"] = Limit(data["limited"]) if data.get("limited") else None
         data["histogram_us"] = tuple((float(u), int(c)) for u, c in data.get("histogram_us", ()))
         data["searched"] = tuple((s, a, lost) for s, a, lost in data.get("searched", ()))
         return cls(**data)

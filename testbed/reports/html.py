@@ -202,7 +202,7 @@ def _results(rows: Sequence[Summary], campaign: Campaign) -> str:
 def _result(row: Summary, campaign: Campaign, titles: Mapping[Any, str]) -> list[Entry]:
     cell, unit = row.cell, unit_of(row.cell.metric)
     shaken = max((row.estimate, row.ratio), key=lambda of: of.disturbed)
-    note = "; ".join(filter(None, (row.reason, row.no_ratio, disturbed_of(shaken))))
+    note = "; ".join(filter(None, (row.reason, row.limited, row.no_ratio, disturbed_of(shaken))))
     own = row.reference == cell.datapath
     bold = conclusive(row, campaign) and not own
     return [

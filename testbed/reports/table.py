@@ -185,7 +185,8 @@ def _entry(row: Summary, wide: bool, sized: bool, notes: dict[str, int]) -> Text
     if row.status is not Status.OK:
         return text.append(row.status + note(row.reason), style="yellow")
     value = interval(row.estimate, unit_of(row.cell.metric).scale, wide)
-    text.append(value + note(row.reason) + note(disturbed_of(row.estimate)))
+    said = (row.reason, row.limited, disturbed_of(row.estimate))
+    text.append(value + note("; ".join(filter(None, said))))
     if row.quantity == TAIL:
         return text
     if row.no_ratio:

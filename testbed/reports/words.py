@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from testbed.model.cells import SLOW_US, UDP_LOSS, Cell
 from testbed.model.metrics import TAIL, Metric
 from testbed.model.terms import UNPACED, Transport
-from testbed.model.trials import Status
+from testbed.model.trials import Limit, Status
 from testbed.results.analysis import EXCEEDANCES, Summary, controls
 from testbed.results.results import Results
 from testbed.results.statistics import Estimate
@@ -110,6 +110,7 @@ def warnings_of(results: Results) -> list[str]:
         _emulated(campaign),
         pacing_warning(campaign.congestion_control),
         _disturbed(results),
+        *(_limited(results, limit) for limit in Limit),
     )
     return list(filter(None, warnings))
 
@@ -119,6 +120,12 @@ def _disturbed(results: Results) -> str:
     values = [trial for trial in results.trials if trial.value is not None]
     disturbed = sum(trial.disturbed is not None for trial in values)
     return f"{disturbed} of {len(values)} values are of disturbed trials" if disturbed else ""
+
+
+def _limited(results: Results, limit: Limit) -> str:
+    """The warning that something else than the datapath limits values; or empty."""
+    limited = sum(t.limited is limit for t in results.trials if t.value is not None)
+    return f"{limited} values: {limit.meaning}" if limited else ""
 
 
 def pacing_warning(congestion_control: str) -> str:

@@ -24,7 +24,7 @@ from scipy.special import bdtr
 
 from testbed.model.cells import AGAIN, SLOW_US, Cell, Pair
 from testbed.model.metrics import TAIL, Metric
-from testbed.model.trials import Status, Trial, percentile
+from testbed.model.trials import Limit, Status, Trial, percentile
 from testbed.results.statistics import (
     CONFIDENCE,
     NOTHING,
@@ -33,7 +33,10 @@ from testbed.results.statistics import (
 )
 
 EXCEEDANCES = 100
-"""Smallest number of samples above a percentile for that percentile to be reported."""
+"""Smallest number of samples above a high percentile, in all blocks together, for that percentile
+to be reported."""
+P99 = "p99_us"
+"""Column of the 99th percentile of each trial."""
 
 
 def reference(datapath: str, pair: Pair, references: Mapping[str, str]) -> str | None:
@@ -69,6 +72,8 @@ class Summary:
     ratio: Estimate
     no_ratio: str | None
     """Why there is no ratio."""
+    limited: str | None = None
+    """What limits the values, other than the datapath, and in how many blocks (`Trial.limited`)."""
 
 
 def quantities(metric: Metric) -> list[str]:
@@ -79,6 +84,7 @@ def quantities(metric: Metric) -> list[str]:
 def summarise(trials: pd.DataFrame, references: Mapping[str, str]) -> list[Summary]:
     """One summary per cell and quantity, in the order in which cells first appear.
 
+    A 99th percentile with fewer than `EXCEEDANCES` samples above it is left out.
     `trials` is the table of `testbed.results.store.frame`, `references` a campaign's.
     """
     summaries = []
@@ -87,6 +93,8 @@ def summarise(trials: pd.DataFrame, references: Mapping[str, str]) -> list[Summa
         divisor = reference(cell.datapath, cell.pair, references)
         other = tables.get(replace(cell, datapath=divisor)) if divisor else None
         for quantity in quantities(cell.metric):
+            if quantity == P99 and not _has_p99(table) and (table.status == "ok").any():
+                continue
             values = block_values(table, quantity)
             shaken = disturbed_blocks(table)
             ratio, no_ratio = _ratio(values, shaken, divisor, other, quantity)
@@ -100,6 +108,7 @@ def summarise(trials: pd.DataFrame, references: Mapping[str, str]) -> list[Summa
                     reference=divisor,
                     ratio=ratio,
                     no_ratio=no_ratio,
+                    limited=_limited(table, values),
                 )
             )
     return summaries
@@ -134,7 +143,7 @@ def widest(summaries: Iterable[Summary]) -> float:
     widths = [
         row.ratio.high / row.ratio.mean - 1
         for row in summaries
-        if row.ratio.blocks and row.reference != row.cell.datapath and row.quantity != "p99_us"
+        if row.ratio.blocks and row.reference != row.cell.datapath and row.quantity != P99
     ]
     return max((inf if width != width else width for width in widths), default=0.0)
 
@@ -260,7 +269,12 @@ def cost_values(table: pd.DataFrame) -> dict[int, float]:
 
 
 def block_values(table: pd.DataFrame, quantity: str) -> dict[int, float]:
-    """Block → value, of one cell's trials that are ok and whose value is positive and finite."""
+    """Block → value, of one cell's trials that are ok and whose value is positive and finite.
+
+    There are none of a 99th percentile with fewer than `EXCEEDANCES` samples above it.
+    """
+    if quantity == P99 and not _has_p99(table):
+        return {}
     return _by_block(table, table[quantity])
 
 
@@ -272,6 +286,21 @@ def disturbed_blocks(table: pd.DataFrame) -> set[int]:
 def marked(values: Mapping[int, float], disturbed: set[int]) -> Estimate:
     """Estimate of block values, which says how many blocks were disturbed."""
     return replace(estimate(values.values()), disturbed=len(values.keys() & disturbed))
+
+
+def _has_p99(table: pd.DataFrame) -> bool:
+    """Whether one cell's trials that are ok have enough samples together for a 99th percentile."""
+    return int(table.transactions[table.status == "ok"].sum()) >= 100 * EXCEEDANCES
+
+
+def _limited(table: pd.DataFrame, values: Mapping[int, float]) -> str | None:
+    """The most frequent limit of the blocks that have a value, with the number of these blocks."""
+    limits = table.limited[table.block.isin(list(values))].dropna()
+    if limits.empty:
+        return None
+    limit = Limit(limits.mode().iloc[0])
+    count = int((limits == limit).sum())
+    return f"{count} of {len(values)} blocks: {limit.meaning}"
 
 
 def _by_block(table: pd.DataFrame, values: pd.Series[Any]) -> dict[int, float]:
@@ -316,6 +345,6 @@ def _reason(table: pd.DataFrame, values: Mapping[int, float]) -> str | None:
     if not has_none.any():
         return None
     without = table[has_none]
-    reasons = without.reason.where(without.status != "ok").fillna("no value measured")
+    reasons = without.reason.where(without.status != "ok").fillna("no value measured, or too few")
     text = " ".join(str(reasons.mode().iloc[0]).split())
     return text if not values else f"{len(without)} of {len(table)} blocks failed: {text}"

@@ -6,14 +6,16 @@ Client and server are two processes, as they are two workloads of a pod.
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
 from time import monotonic
+from typing import Self
 
 import pytest
 
@@ -150,17 +152,151 @@ def test_a_slow_server_is_found_and_by_how_much(
     assert 3000 <= min(result.histogram_us)[0] < 4000
 
 
-def test_a_request_that_had_to_wait_for_the_one_before_is_timed_from_when_it_was_due(
+def test_requests_beyond_what_the_server_can_do_queue_and_are_timed_from_when_they_were_due(
     client: Agent, server: Agent, family: Family, transport: Transport
 ) -> None:
-    """A request every 5 ms, of 10 ms each: half are made, and the last one waited half the run."""
+    """A request every 5 ms, of 10 ms each: half are answered, and the last after half the run."""
     port = server.serve(transport, family, delay_us=10_000).port
     result = client.run(
-        transport, family, str(loopback(family)), port, "rr", 64, duration_s=0.5, rate_per_s=200
+        transport, family, str(loopback(family)), port, "rr", 64, duration_s=1, rate_per_s=200
     )
-    assert result.transactions <= 51
-    assert max(result.histogram_us)[0] > 200_000
-    assert percentile(result.histogram_us, 50) > 80_000
+    assert result.transactions + result.unanswered == pytest.approx(200, abs=1)
+    assert result.unanswered > 60  # responses are awaited for a quarter of a second
+    assert result.unsent == 0
+    assert max(result.histogram_us)[0] > 400_000
+    assert percentile(result.histogram_us, 50) > 200_000
+
+
+class Silent:
+    """A server of requests that answers nothing for a while, then everything."""
+
+    def __init__(self, transport: Transport, silent_s: float) -> None:
+        kind = socket.SOCK_STREAM if transport is Transport.TCP else socket.SOCK_DGRAM
+        self.waiting_bytes = 0
+        """What had come when the silence ended."""
+        self._socket, self._silent_s = socket.socket(socket.AF_INET, kind), silent_s
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 << 20)
+        self._socket.settimeout(1)
+        self._socket.bind(("127.0.0.1", 0))
+        if transport is Transport.TCP:
+            self._socket.listen()
+        self.port = int(self._socket.getsockname()[1])
+        serve = self._serve_tcp if transport is Transport.TCP else self._serve_udp
+        self._thread = threading.Thread(target=serve)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join()
+        self._socket.close()
+
+    def _serve_tcp(self) -> None:
+        connection, _ = self._socket.accept()
+        end, data = monotonic() + self._silent_s, b""
+        with connection, suppress(TimeoutError, ConnectionError):
+            connection.settimeout(self._silent_s)
+            with suppress(TimeoutError):
+                while (left := end - monotonic()) > 0:
+                    connection.settimeout(left)
+                    data += connection.recv(1 << 20)
+            connection.settimeout(5)
+            data = data[ORDER_BYTES:]
+            self.waiting_bytes = len(data)
+            while data:
+                connection.sendall(data)
+                data = connection.recv(1 << 20)
+
+    def _serve_udp(self) -> None:
+        end, waiting = monotonic() + self._silent_s, []
+        with suppress(TimeoutError):
+            while True:
+                waiting.append(self._socket.recvfrom(1 << 16))
+                if monotonic() < end:
+                    continue
+                self.waiting_bytes = self.waiting_bytes or sum(len(data) for data, _ in waiting)
+                for data, peer in waiting:
+                    type = int.from_bytes(data[:4], "big") ^ REQUEST ^ RESPONSE
+                    self._socket.sendto(type.to_bytes(4, "big") + data[4:], peer)
+                waiting = []
+
+
+ORDER_BYTES, REQUEST, RESPONSE = 40, 8, 9
+"""Of agent.h: what a TCP connection begins with, types of datagrams."""
+
+
+def test_requests_leave_when_they_are_due_while_none_is_answered(
+    client: Agent, transport: Transport
+) -> None:
+    with Silent(transport, silent_s=0.3) as silent:
+        result = client.run(
+            transport,
+            Family.IPV4,
+            "127.0.0.1",
+            silent.port,
+            "rr",
+            64,
+            duration_s=0.5,
+            rate_per_s=1000,
+        )
+    assert 200 * 64 < silent.waiting_bytes < 320 * 64
+    assert result.transactions + result.unanswered == pytest.approx(500, abs=1)
+    assert result.unanswered < 10
+    assert (result.unsent, result.corrupt) == (0, 0)
+    # The first waited for all the silence, those in its middle half as long.
+    assert 250_000 < max(result.histogram_us)[0] < 400_000
+    assert 30_000 < percentile(result.histogram_us, 50) < 250_000
+
+
+def test_requests_that_the_table_has_no_place_for_are_counted(client: Agent) -> None:
+    with Silent(Transport.TCP, silent_s=0.2) as silent:
+        result = client.run(
+            Transport.TCP,
+            Family.IPV4,
+            "127.0.0.1",
+            silent.port,
+            "rr",
+            64,
+            duration_s=0.3,
+            rate_per_s=200_000,
+        )
+    assert silent.waiting_bytes <= 16384 * 64
+    assert result.unsent > 10_000
+    assert result.transactions + result.unanswered + result.unsent == pytest.approx(60_000, abs=2)
+    assert result.transactions == sum(count for _, count in result.histogram_us)
+
+
+def test_responses_that_are_lost_are_counted_and_hold_nothing_up(client: Agent) -> None:
+    """Every third datagram gets no response."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as lossy:
+        lossy.bind(("127.0.0.1", 0))
+        lossy.settimeout(1)
+
+        def serve() -> None:
+            with suppress(TimeoutError):
+                while True:
+                    data, peer = lossy.recvfrom(1 << 16)
+                    type = int.from_bytes(data[:4], "big") ^ REQUEST ^ RESPONSE
+                    if data[15] % 3:
+                        lossy.sendto(type.to_bytes(4, "big") + data[4:], peer)
+
+        serving = threading.Thread(target=serve)
+        serving.start()
+        result = client.run(
+            Transport.UDP,
+            Family.IPV4,
+            "127.0.0.1",
+            lossy.getsockname()[1],
+            "rr",
+            64,
+            duration_s=0.5,
+            rate_per_s=510,
+        )
+        serving.join()
+    assert result.unanswered == pytest.approx(85, abs=5)
+    assert result.transactions == pytest.approx(170, abs=5)
+    assert percentile(result.histogram_us, 50) < 50_000
 
 
 @pytest.mark.parametrize("direction", ["up", "down"])

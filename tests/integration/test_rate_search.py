@@ -9,7 +9,7 @@ from testbed.host import netlink
 from testbed.model.cells import Cell, Pair
 from testbed.model.metrics import Metric
 from testbed.model.terms import Family, Runtime, Transport
-from testbed.model.trials import Status, Trial
+from testbed.model.trials import Limit, Status, Trial
 from testbed.pods.links import port_name
 from testbed.runtimes.interface import Prepared
 
@@ -46,5 +46,20 @@ def test_the_rate_that_is_found_is_what_the_link_can_carry(
     assert 0.25 * most_bps < (found.value or 0) < 1.1 * most_bps
     assert attempts[0].loss > 0.2  # as fast as it goes is too fast
     assert attempts[-1].passed
+    assert found.disturbed or found.limited is None  # a disturbed sender may be held up, too
     assert attempts[-1].arrived_bps == pytest.approx(found.value)
+    assert Trial.from_json(found.as_json()) == found
+
+
+def test_a_rate_that_only_the_sender_limits_says_so(
+    build: Build, prepared: dict[Runtime, Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every loss passes, so that all that is sent at full speed is the highest rate."""
+    monkeypatch.setattr(rate_search, "UDP_LOSS", 1.0)
+    pair, guest = Pair.NATIVE_GUEST, prepared[Runtime.STANDIN]
+    pod = build("unlimited", roles.manifest([pair], Runtime.STANDIN), "direct")
+    pod.start()
+    cell = Cell("direct", pair, Family.IPV4, Transport.UDP, Metric.THROUGHPUT, SIZE)
+    found = trial.run(cell, [pod], guest, warmup_s=0.1, duration_s=0.6)
+    assert (found.status, found.limited) == (Status.OK, Limit.SENDER)
     assert Trial.from_json(found.as_json()) == found

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from testbed.model.cells import Pair
-from testbed.model.trials import Status, Trial, percentile
+from testbed.model.trials import Limit, Status, Trial, percentile
 from testbed.results import analysis, statistics, store
 
 positive = st.floats(1e-6, 1e12)
@@ -171,7 +171,15 @@ def trials(
     for block, v in values.items():
         if isinstance(v, float):
             made.append(
-                Trial(cell, block, 0, Status.OK, value=v, histogram_us=((v, 9), (9 * v, 1)))
+                Trial(
+                    cell,
+                    block,
+                    0,
+                    Status.OK,
+                    value=v,
+                    transactions=10_000,
+                    histogram_us=((v, 9), (9 * v, 1)),
+                )
             )
         elif v is None:
             made.append(Trial(cell, block, 0, Status.FAILED, reason="guest not ready"))
@@ -246,6 +254,23 @@ def test_latency_is_summarised_by_median_and_99th_percentile_of_each_block() -> 
     assert [row.estimate.mean for row in rows] == pytest.approx([20, 180])
 
 
+def test_a_99th_percentile_needs_a_hundred_samples_above_it() -> None:
+    few = trials("direct/native-guest", {0: 10.0, 1: 40.0}, "latency")
+    few = [replace(trial, transactions=4_999) for trial in few]
+    assert [row.quantity for row in summary(few)] == ["p50_us"]
+    assert analysis.block_values(store.frame(few), "p99_us") == {}
+    enough = [few[0], replace(few[1], transactions=5_001)]
+    assert [row.quantity for row in summary(enough)] == ["p50_us", "p99_us"]
+
+
+def test_what_limits_values_other_than_the_datapath_is_said_with_the_number_of_blocks() -> None:
+    made = trials("direct/native-guest", {0: 1e9, 1: 2e9, 2: 3e9})
+    made[0], made[2] = (replace(made[n], limited=Limit.SENDER) for n in (0, 2))
+    (row,) = summary(made)
+    assert row.limited == f"2 of 3 blocks: {Limit.SENDER.meaning}"
+    assert [Trial.from_json(trial.as_json()) for trial in made] == made
+
+
 def test_the_tail_is_of_all_blocks_together_and_needs_a_hundred_samples_above_it() -> None:
     cell = "direct/native-guest/ipv4/tcp/latency/64x1"
     slow = [(10.0, 50_000), (70.0, 60)], [(10.0, 49_840), (30.0, 60), (70.0, 40)]
@@ -264,7 +289,7 @@ def test_the_tail_is_of_all_blocks_together_and_needs_a_hundred_samples_above_it
 def test_ok_without_a_value_counts_as_failed() -> None:
     cell = "direct/native-guest/ipv4/tcp/throughput/65536x1"
     (row,) = summary([Trial(cell, 0, 0, Status.OK, value=0.0)])
-    assert (row.status, row.reason) == ("failed", "no value measured")
+    assert (row.status, row.reason) == ("failed", "no value measured, or too few")
     assert (row.estimate.blocks, row.no_ratio) == (0, None)
 
 

@@ -57,6 +57,7 @@ def campaign(
                     0,
                     Status.OK,
                     value=value,
+                    transactions=10_000,
                     histogram_us=((value, 98), (3 * value, 2)) if "latency" in cell else (),
                 )
                 if not value:

@@ -113,10 +113,10 @@ def trial(cell: Cell, block: int) -> Trial:
     return replace(
         made,
         value=value,
-        histogram_us=((value, 98), (30 * value, 2)) if cell.metric is Metric.LATENCY else (),
+        histogram_us=((value, 19_600), (30 * value, 400)) if cell.metric is Metric.LATENCY else (),
         duration_s=1.0,
         payload_bytes=int(value),
-        transactions=max(1, int(value)),
+        transactions=20_000 if cell.metric is Metric.LATENCY else max(1, int(value)),
         machine={
             "cpu_s": 1.0,
             "active_s": 1.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 from testbed.agent import Result
 from testbed.campaigns import isolation, trial
 from testbed.host import facts
+from testbed.model.cells import Cell
+from testbed.model.trials import Limit
 
 
 def test_a_stolen_share_above_the_limit_disturbs_a_trial() -> None:
@@ -65,3 +68,24 @@ def test_clocks_may_differ_by_what_setting_up_takes_and_no_more(
     monkeypatch.delenv("TESTBED_SLOWNESS", raising=False)
     result = Result(ip_address("::1"), 1, 2.0, 1, 0, 0, 0, 0, 0, ())
     assert (trial._clock(result, late_s) is None) is fine
+
+
+@pytest.mark.parametrize(
+    ("answered", "unanswered", "unsent", "saturated"),
+    [
+        (1000, 0, 0, False),
+        (960, 0, 0, False),
+        (940, 0, 0, True),  # the others were answered late, or the trial would end earlier
+        (1000, 9, 0, False),
+        (990, 12, 0, True),
+        (990, 0, 12, True),
+    ],
+)
+def test_a_rate_that_is_not_answered_saturates(
+    answered: int, unanswered: int, unsent: int, saturated: bool
+) -> None:
+    cell = Cell.parse("direct/native-guest/ipv4/tcp/latency/64x1@500")
+    result = Result(ip_address("::1"), 1, 2.0, answered, 0, 0, 0, 0, 0, (), unanswered, unsent)
+    assert trial._saturation(cell, result) is (Limit.SATURATED if saturated else None)
+    unpaced = Cell.parse("direct/native-guest/ipv4/tcp/latency/64x1")
+    assert trial._saturation(unpaced, replace(result, unanswered=0, unsent=0)) is None

@@ -111,7 +111,8 @@ def _draw_bars(
             mean, low, high = (x / scale for x in astuple(row.estimate)[:3])
             axes.bar(at, mean, 0.86, color=look.color, hatch=look.hatch, edgecolor="black")
             whisker(axes, at, mean, low, high)
-            write_value(axes, at, number(mean, mean), upright)
+            mark = "*" if row.limited else ""
+            write_value(axes, at, number(mean, mean) + mark, upright)
         else:
             axes.bar(
                 at,

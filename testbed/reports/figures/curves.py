@@ -26,7 +26,7 @@ from testbed.reports.figures.style import (
     title_of,
 )
 from testbed.reports.words import absence, names
-from testbed.results.analysis import Summary
+from testbed.results.analysis import EXCEEDANCES, Summary
 from testbed.results.order import present
 from testbed.results.results import Histogram, Results
 from testbed.results.statistics import distribution
@@ -46,7 +46,8 @@ def curves_figure(rows: Sequence[Summary], results: Results) -> Drawing:
     figure = Figure(figsize=(WIDTH_IN, 0.45 + 1.3 * len(families)))
     how = (
         "Each percentile, as those in the table, is the geometric mean over blocks of the block's "
-        "own; marks: median and 99th percentile."
+        "own; marks: median and 99th percentile. A curve ends where fewer than "
+        f"{EXCEEDANCES} samples are above it."
     )
     panels = figure.subplots(len(families), len(pairs), sharex=True, sharey=True, squeeze=False)
     ends = []
@@ -87,7 +88,12 @@ def curves_figure(rows: Sequence[Summary], results: Results) -> Drawing:
 
 def _curve(axes: Axes, style: Look, blocks: Sequence[Histogram]) -> tuple[float, float]:
     """Draw the curve of one datapath. Returns its ends in µs."""
-    points = distribution(blocks)
+    samples = sum(count for block in blocks for _, count in block)
+    points = [
+        (us, share)
+        for us, share in distribution(blocks)
+        if share <= 0.5 or (1 - share) * samples >= EXCEEDANCES
+    ]
     x, y = zip(*points, strict=True)
     axes.plot(x, y, color=style.color, ls=line_of(style), lw=1.2)
     marked = [point for point in points if point[1] in (0.5, 0.99)]

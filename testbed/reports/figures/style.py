@@ -40,6 +40,7 @@ from testbed.reports.words import (
     size_of,
 )
 from testbed.results.analysis import Breakdown, Summary
+from testbed.results.order import grouped
 from testbed.results.results import Results
 from testbed.results.statistics import Estimate
 
@@ -213,6 +214,7 @@ def captioned(
         f"{circumstances(results, cell.guest)} {how}",
         *disturbances(((row.cell, row.estimate) for row in rows), results),
         *absences(rows),
+        *limits(rows),
     ]
     streams = any(row.cell.metric is Metric.THROUGHPUT for row in rows)
     if cell.transport is Transport.TCP and streams:
@@ -266,6 +268,17 @@ def disturbances(values: Iterable[tuple[Cell, Estimate]], results: Results) -> l
     }
     text = f"Of disturbed trials: {'; '.join(found)}."
     return [textwrap.shorten(text, 280, placeholder=" …")] if found else []
+
+
+def limits(rows: Sequence[Summary]) -> list[str]:
+    """What limits values in a figure, other than the datapath: a line each, with the cells."""
+    limited = [row for row in rows if row.limited]
+    of = grouped(limited, lambda r: (r.limited or "").partition(": ")[2])
+    total = len({row.cell for row in rows})
+    return [
+        f"Hollow, or with *: {limit} ({len({row.cell for row in some})} of {total} cells)."
+        for limit, some in of.items()
+    ]
 
 
 def title_of(cell: Cell) -> str:

@@ -70,7 +70,7 @@ def sweep(rows: Sequence[Summary], axis: Axis, results: Results) -> Drawing:
     title = ", ".join([f"{cell.metric.capitalize()} by {axis.name}", names(cell.transport), *fixed])
     how = f"Geometric means over blocks; {whiskers_of(results)}."
     if axis.field == "rate_per_s":
-        how += " Each request is timed from when it was due."
+        how += " Each request is sent when it is due, and timed from then."
     panels = figure.subplots(len(downs), len(pairs), sharex=True, sharey="row", squeeze=False)
     unit = unit_of(cell.metric)
     for across, (family, quantity) in zip(panels, downs, strict=True):
@@ -164,5 +164,8 @@ def _sweep_line(axes: Axes, rows: Sequence[Summary], axis: Axis, style: Look, sc
     mean = [row.estimate.mean / scale for row in rows]
     axes.plot(x, mean, color=style.color, ls=line_of(style), lw=1.2, **mark_of(style))
     for row, at in zip(rows, x, strict=True):
+        if row.limited:
+            hollow = mark_of(style) | {"mfc": "white", "mec": style.color, "mew": 0.8}
+            axes.plot(at, row.estimate.mean / scale, **hollow)
         mean, low, high = (value / scale for value in astuple(row.estimate)[:3])
         whisker(axes, at, mean, low, high, color=style.color)
