@@ -226,6 +226,11 @@ def _plan(table: Mapping[str, Any], where: str) -> Plan:
             f"{where}: target_width and limit_s: one without the other",
             "give both, or leave out both",
         )
+    if given.preregistration and given.target_width:
+        raise Error(
+            f"{where}: target_width and [preregistration], which lays down the number of blocks",
+            "leave out one of them",
+        )
     cells = [c for n, g in enumerate(groups, 1) for c in _multiply(g, f"{where}: [[cells]] {n}")]
     for cell in cells:
         if cells.count(cell) > 1:

@@ -32,7 +32,7 @@ def add(commands: Commands) -> None:
     _add_noded(commands)
 
 
-UNTIL_READY = "Ctrl-C and SIGTERM take down what is not ready yet."
+UNTIL_READY = "Ctrl-C and SIGTERM take down what it builds, until it ends."
 
 
 def _add_building(commands: Commands) -> None:

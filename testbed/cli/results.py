@@ -143,7 +143,7 @@ def _add_claims(commands: Commands) -> None:
 
 
 def _claims(arguments: argparse.Namespace) -> int:
-    from testbed.reports import claims
+    from testbed.reports import claims, history
     from testbed.results.results import read
 
     campaign = read(arguments.directory)
@@ -155,7 +155,10 @@ def _claims(arguments: argparse.Namespace) -> int:
     else:
         from rich.console import Console
 
-        Console().print(claims.table(found, campaign))
+        console = Console()
+        console.print(claims.table(found, campaign))
+        if said := history.verified(campaign.campaign):
+            console.print(said, highlight=False)
     return claims.exit_status(found)
 
 

@@ -244,6 +244,12 @@ def test_claims_with_bounds_need_a_preregistration(old: str, new: str, expected:
     assert expected in str(caught.value)
 
 
+def test_a_preregistration_lays_down_the_blocks_so_no_target_width_adds_some() -> None:
+    text = PLAN.replace("blocks = 6", "blocks = 6\ntarget_width = 0.05\nlimit_s = 60")
+    with pytest.raises(Error, match=r"target_width and \[preregistration\], which lays down"):
+        plan.parse(text, "tiny.toml")
+
+
 def test_the_figure_has_a_line_for_each_verdict_and_every_block(tmp_path: Path) -> None:
     made = Results(campaign(tmp_path / "out", 0.001, PLAN, 7, fast=0.9))
     [(name, drawing)] = figures.figures(made)
