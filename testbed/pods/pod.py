@@ -90,8 +90,7 @@ class Pod:
 
     def _build(self) -> None:
         self._scratch = self._given or ledger.create_folder(self._owner, f"{self.netns}-scratch")
-        if Runtime.CONTAINER in self._runtimes:
-            container.own(self._owner, self._scratch, self.netns)
+        container.own(self._owner, self._scratch, self.netns)
         self.links.make_namespaces()
         if self.sandbox:
             gateway.guard(self._owner, self.netns, self.links.inside_names())

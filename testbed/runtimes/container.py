@@ -14,12 +14,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from testbed.host import cgroups, process
+from testbed.host import process
 from testbed.host.ledger import Scope
 from testbed.model.errors import Error
 from testbed.model.terms import Runtime
 from testbed.runtimes.interface import Description, Options, Placement
-from testbed.runtimes.oci import Bundles, namespaces_of, program_of
+from testbed.runtimes.oci import Bundles, cgroup_of, limits_of, namespaces_of, program_of
 
 FORBIDDEN = [
     "acct",
@@ -87,7 +87,6 @@ MASKED = [
     "/sys/firmware",
 ]
 READ_ONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
-CPU_PERIOD_US = 100_000
 
 
 def prepare(options: Options) -> Container:
@@ -131,18 +130,18 @@ class Container(Bundles):
 
     def _config(self, place: Placement) -> dict[str, Any]:
         program = program_of(place.workload)
-        group = place.cgroup.relative_to(cgroups.mount_point()) / "container"
         return {
             **super()._config(place),
             "linux": {
-                "cgroupsPath": f"/{group}",
+                "cgroupsPath": cgroup_of(place),
                 "namespaces": [
                     *namespaces_of(place.netns),
                     _pid_namespace(place.scratch, program.pids_of),
                 ],
                 "maskedPaths": MASKED,
                 "readonlyPaths": READ_ONLY,
-                "resources": _resources(program.memory_bytes, program.cpus),
+                # Devices are denied, except those that every container has.
+                "resources": limits_of(program) | {"devices": [{"allow": False, "access": "rwm"}]},
                 "seccomp": {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": _refused_calls()},
             },
         }
@@ -154,7 +153,7 @@ def own(owner: Scope, scratch: Path, cgroup: str) -> None:
 
 
 def remove_containers(scratch: str, cgroup: str) -> None:
-    """Remove a pod's containers, and their cgroups of version 1, if any.
+    """Remove a pod's containers, and its cgroups of version 1, if any, also those of gVisor.
 
     Their cgroups of version 2 are within the pod's, which is removed by itself.
     """
@@ -211,13 +210,3 @@ def _pid_namespace(scratch: Path, holder: str) -> dict[str, str]:
     except FileNotFoundError as e:
         raise Error(f"the container {holder!r}, whose PID namespace is shared, does not run") from e
     return {"type": "pid", "path": f"/proc/{pid}/ns/pid"}
-
-
-def _resources(memory_bytes: int | None, cpus: float | None) -> dict[str, Any]:
-    """Limits of CPUs and memory. Devices are denied, except those that every container has."""
-    resources: dict[str, Any] = {"devices": [{"allow": False, "access": "rwm"}]}
-    if memory_bytes:
-        resources["memory"] = {"limit": memory_bytes}
-    if cpus:
-        resources["cpu"] = {"quota": int(cpus * CPU_PERIOD_US), "period": CPU_PERIOD_US}
-    return resources

@@ -18,8 +18,8 @@ from testbed.images import compose
 from testbed.model.errors import Error
 from testbed.model.manifest import Workload
 from testbed.model.terms import Runtime
-from testbed.runtimes.interface import Absent, Description, Options, Placement, refuse_limits
-from testbed.runtimes.oci import Bundles, namespaces_of, program_of
+from testbed.runtimes.interface import Absent, Description, Options, Placement
+from testbed.runtimes.oci import Bundles, cgroup_of, limits_of, namespaces_of, program_of
 from testbed.runtimes.program import join
 
 # runsc refuses to run in the host's network namespace, which it recognizes by rmem_default in this
@@ -47,7 +47,6 @@ class Gvisor(Bundles):
         self.description = Description(Runtime.GVISOR, kernel=f"gVisor {version}")
 
     def compose(self, workload: Workload) -> None:
-        refuse_limits(workload)
         if program_of(workload).pids_of:
             raise Error(
                 f"{workload.name!r} shares no PIDs: gVisor has a kernel of its own",
@@ -92,7 +91,14 @@ class Gvisor(Bundles):
         return place.etc if place.workload.program else {self._hosts: "/etc/hosts"}
 
     def _config(self, place: Placement) -> dict[str, Any]:
-        return {**super()._config(place), "linux": {"namespaces": namespaces_of(place.netns)}}
+        return {
+            **super()._config(place),
+            "linux": {
+                "cgroupsPath": cgroup_of(place),
+                "namespaces": namespaces_of(place.netns),
+                "resources": limits_of(program_of(place.workload)),
+            },
+        }
 
 
 def _state(place: Placement) -> Path:
@@ -102,6 +108,8 @@ def _state(place: Placement) -> Path:
 def _runsc(place: Placement) -> list[str]:
     """Command line of runsc, without that of a command.
 
-    It makes no cgroups, as it is in the guest's already. config.json alone decides on CAP_NET_RAW.
+    It makes cgroups only for limits, as it is in the guest's already. config.json alone decides
+    about CAP_NET_RAW.
     """
-    return ["runsc", "--root", str(_state(place)), "--ignore-cgroups", "--net-raw"]
+    cgroups = [] if limits_of(program_of(place.workload)) else ["--ignore-cgroups"]
+    return ["runsc", "--root", str(_state(place)), *cgroups, "--net-raw"]

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from testbed.host import ledger
+from testbed.host import cgroups, ledger
 from testbed.images import compose, rootfs
 from testbed.images.rootfs import Process, Root
 from testbed.model.errors import Error
@@ -63,6 +63,8 @@ ADDABLE = frozenset(
 )
 """Capabilities that a container may get besides. Of the others, the system calls are refused, or
 (LINUX_IMMUTABLE) files could be made that nobody removes."""
+
+CPU_PERIOD_US = 100_000
 
 
 class Bundles(Prepared):
@@ -146,6 +148,21 @@ def program_of(workload: Workload) -> Program:
     """The workload's program, or the traffic agent."""
     port = str(workload.control_port)
     return workload.program or Program(rootfs.AGENT, args=("--control-port", port))
+
+
+def cgroup_of(place: Placement) -> str:
+    """Path of the cgroup that a runtime makes for a workload with its limits."""
+    return f"/{place.cgroup.relative_to(cgroups.mount_point())}/container"
+
+
+def limits_of(program: Program) -> dict[str, Any]:
+    """Limits of CPUs and memory as config.json has them."""
+    limits: dict[str, Any] = {}
+    if program.memory_bytes:
+        limits["memory"] = {"limit": program.memory_bytes}
+    if program.cpus:
+        limits["cpu"] = {"quota": int(program.cpus * CPU_PERIOD_US), "period": CPU_PERIOD_US}
+    return limits
 
 
 def namespaces_of(netns: str) -> list[dict[str, str]]:

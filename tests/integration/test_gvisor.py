@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from testbed.pods import control
 
-from .commands import run
+from .commands import TESTBED, run
 from .sockets import wait_until
 
 pytestmark = pytest.mark.root
@@ -66,6 +67,23 @@ def test_it_comes_again_when_it_ends(get: Get, name: str) -> None:
     run("exec", name, "-c", "web", "--", "sh", "-c", "(sleep 1; kill 1) > /dev/null 2>&1 &")
     wait_until(lambda: web(name)["restarts"] == 1 and web(name)["ready"], "it is ready again", 15)
     assert get("client", "http://localhost:8080/") == "Ada\n"
+
+
+def test_its_memory_and_cpus_are_limited(manifest: Callable[..., Path], name: str) -> None:
+    limits = "  resources: {limits: {memory: 256Mi, cpu: 500m}}\n"
+    run("up", manifest(WEB + limits, VOLUMES, runtime="gvisor"))
+    said = run("exec", name, "-c", "web", "--", "grep", "MemTotal", "/proc/meminfo").stdout
+    assert said.split() == ["MemTotal:", str(256 << 10), "kB"]
+    group = f"*-{name}/guests/web/container"
+    found = [
+        file.read_text().split()[0]
+        for limit in ("cpu.max", "cpu.cfs_quota_us")  # of cgroups of version 2, and of 1
+        for file in Path("/sys/fs/cgroup").glob(f"**/{group}/{limit}")
+    ]
+    assert set(found) == {"50000"}
+    hog = "x=0123456789abcdef; while :; do x=$x$x; done"
+    subprocess.run([*TESTBED, "exec", name, "-c", "web", "--", "sh", "-c", hog], check=False)
+    wait_until(lambda: web(name)["restarts"] == 1, "the kernel killed it", 15)
 
 
 def web(name: str) -> dict[str, Any]:
