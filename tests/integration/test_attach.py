@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from testbed import bpf, datapaths
 from testbed.datapaths.ebpf import loopback_side
 from testbed.host import cgroups, namespaces, netlink
 from testbed.host.ledger import Owner
+from testbed.images import kernels
 from testbed.model.addresses import alias, loopback
 from testbed.model.errors import Error
 from testbed.model.terms import Family, Runtime
@@ -37,6 +39,12 @@ GUEST = f"""
 - name: guest
   image: "host:busybox"
   args: [nc, -ll, -p, "{PORT}", -e, cat]
+  ports: [{{containerPort: {PORT}}}]
+"""
+REDIS = f"""
+- name: guest
+  image: redis
+  args: [--save, "", --dir, /tmp, --port, "{PORT}"]
   ports: [{{containerPort: {PORT}}}]
 """
 SETTINGS: dict[str, int | str] = {
@@ -137,6 +145,30 @@ def test_guests_join_and_leave_all_as_it_was(
     run("detach", name)
     assert theirs.state() == before
     assert not there(name)
+
+
+@pytest.mark.parametrize("datapath", ["steer", "capture"])
+def test_an_osv_guest_joins_and_leaves_all_as_it_was(
+    manifest: Callable[..., Path], name: str, theirs: Theirs, datapath: str
+) -> None:
+    """With links beside its tap, by which IPv6 reaches it."""
+    if kernels.find_osv(flavor="ipv6", download=False) is None:
+        pytest.skip("no OSv kernel of flavor ipv6 in the cache")
+    before = theirs.state()
+    file = manifest(REDIS, runtime="osv")
+    run("attach", "--netns", theirs.netns, "--datapath", datapath, file)
+
+    def answers(family: Family) -> bool:
+        with suppress(OSError), theirs.connect(family) as client:
+            client.sendall(b"ECHO " + bytes(60000).replace(b"\0", b"x") + b"\r\n")
+            with client.makefile("rb") as answer:
+                return answer.readline() == b"$60000\r\n" and len(answer.read(60000)) == 60000
+        return False
+
+    for family in Family:  # its IPv6 address is usable a second later than that of IPv4
+        wait_until(partial(answers, family), f"it answers in {family}")
+    run("detach", name)
+    assert theirs.state() == before
 
 
 @dataclass
