@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sysconfig
+import tempfile
 import time
 from pathlib import Path
 
@@ -67,6 +68,27 @@ def test_the_second_run_does_nothing_in_under_a_second(clone: Path) -> None:
     assert again.returncode == 0
     assert again.stderr.splitlines() == [
         "bootstrap: ready: ./bootstrap nox -l shows what there is to run"
+    ]
+
+
+@pytest.mark.root
+def test_a_venv_that_sudo_left_is_one_line_with_what_to_type(clone: Path) -> None:
+    assert bootstrap(clone).returncode == 0
+    (clone / "pyproject.toml").write_text("# changed")  # so that there is something to do
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        users = shutil.copytree(clone, Path(folder) / "clone", symlinks=True)
+        users.chmod(0o755)
+        config = users / ".venv/pyvenv.cfg"
+        config.write_text(config.read_text().replace(str(clone), str(users)))
+        nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+        done = subprocess.run(
+            [*nobody, "bash", users / "bootstrap"], capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 1
+    venv = users / ".venv"
+    assert done.stderr.splitlines() == [
+        f"bootstrap: {venv} is root's, and has to be changed; type: sudo rm -r {venv}"
     ]
 
 
