@@ -258,5 +258,6 @@ void open_loop(struct stream *s)
 		if (s->due_ns[i])
 			drop(&l, &s->due_ns[i]);
 	if (!s->transactions)
-		fail(s, "request to", "saturated: of those due after the warm-up, none was answered");
+		fail(s, "request to",
+		     "saturated: of those due after the warm-up, none was answered");
 }
