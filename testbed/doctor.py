@@ -29,8 +29,9 @@ from testbed.model.cells import Cell, Pair
 from testbed.model.errors import Error
 from testbed.model.metrics import Metric
 from testbed.model.terms import UNPACED, Family, Runtime, Transport
+from testbed.runtimes import osv
 from testbed.runtimes.interface import Options
-from testbed.runtimes.vm import accelerator
+from testbed.runtimes.vm import accelerator, capabilities
 
 KERNEL_FLOOR = (5, 10)
 """First Linux with bpf_redirect_peer (used by `capture`) and with getpeername hooks."""
@@ -67,7 +68,7 @@ class Finding:
 
 
 def probe() -> Iterator[Finding]:
-    """Run all checks; yields each finding at once. The first boot with KVM may take seconds."""
+    """Run all checks; yields each finding at once. The first boots of a kernel take seconds."""
     yield from host()
     yield from guests()
     yield from others()
@@ -235,9 +236,9 @@ def guests() -> Iterator[Finding]:
         )
     try:
         kernels.check_osv()
-        osv = kernels.find_osv(download=False)
-        kernel = osv.path if osv else kernel
-        yield _osv(osv)
+        found = kernels.find_osv(download=False)
+        kernel = found.path if found else kernel
+        yield _osv(found)
     except Error as e:
         yield Finding("OSv kernel", State.DEGRADED, e.message, f"Linux guests only; {e.hint}")
     busybox = shutil.which("busybox")
@@ -264,7 +265,13 @@ def _osv(kernel: kernels.OsvKernel | None) -> Finding:
     detail = f"{kernel.version}, {kernel.source}"
     if not kernel.listed:
         detail += " (not listed in osv/kernels.toml: flagged in results)"
-    if Family.IPV6 not in kernel.families:
+    can = capabilities.cached(kernel.sha256)
+    if can is None and os.geteuid() == 0:
+        can = osv.capabilities(kernel, say=lambda _: None)
+    if can is None:
+        return Finding("OSv kernel", State.FINE, detail)
+    detail += f"; {can}"
+    if Family.IPV6 not in can.families:
         return Finding(
             "OSv kernel",
             State.DEGRADED,

@@ -52,6 +52,7 @@ LONG = (
     "conformance/test_checks.py",
     "integration/test_isolation.py",
     "integration/test_shim.py",
+    "integration/test_capabilities.py",
     "integration/test_wild.py",
     "integration/test_soak.py",
 )

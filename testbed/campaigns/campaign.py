@@ -329,6 +329,7 @@ def _describe(plan: Plan, seed: int, job: Job, ready: Event, places: Sequence[Pl
             "osv_kernel": job.osv_kernel,
             "why": ready["why"],
             "vhost": guest["vhost"],
+            "capabilities": guest["capabilities"],
             "queues": ready["queues"],
         }
         | ({"noise": ready["noise"]} if ready["noise"] else {})

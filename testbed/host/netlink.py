@@ -1,5 +1,7 @@
 """Creates links, addresses, routes and neighbor entries by rtnetlink (pyroute2).
 
+Features of links are switched by ethtool's ioctl.
+
 Links are made inside namespaces of our own, where neither this host's firewall nor its network
 manager sees them. They end with their namespace, so they need no entry in a ledger, unless they
 have to go earlier (`remove_link`). This module knows nothing of pods.
@@ -54,15 +56,16 @@ def remove_link(netns: str, ifname: str) -> None:
             raise
 
 
-def set_checksum_offload(netns: str, ifname: str, *, on: bool) -> None:
+def set_checksum_offload(netns: str, ifname: str, *, on: bool, received: bool = True) -> None:
     """Whether a link leaves checksums to the device (struct ethtool_value, linux/ethtool.h).
 
-    Without, segmentation is not left to it either.
+    Without, segmentation is not left to it either. `received`: also those of what it receives,
+    which a tap cannot switch.
     """
 
     def change() -> None:
         with socket.socket() as any_socket:
-            for command in (ETHTOOL_STXCSUM, ETHTOOL_SRXCSUM):
+            for command in (ETHTOOL_STXCSUM, *((ETHTOOL_SRXCSUM,) if received else ())):
                 value = ctypes.create_string_buffer(struct.pack("=II", command, on), 8)
                 request = struct.pack("16sP", ifname.encode(), ctypes.addressof(value))
                 fcntl.ioctl(any_socket, SIOCETHTOOL, request.ljust(40, b"\0"))

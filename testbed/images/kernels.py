@@ -1,8 +1,9 @@
 """Finds kernels of guests: OSv's, and Debian's cloud kernel for Linux guests.
 
 An OSv kernel comes from where the user says, from an OSv tree, from the cache, or from those that
-OSv's project publishes, in this order. `osv/kernels.toml` says what each flavor can do, and which
-files are known, by SHA-256. OSv kernels are for x86-64 alone (`OSV_MACHINE`).
+OSv's project publishes, in this order. `osv/kernels.toml` says where those are, and which files are
+known, by SHA-256. What a kernel can do is found out by booting it (`runtimes.vm.capabilities`). OSv
+kernels are for x86-64 alone (`OSV_MACHINE`).
 
 The Linux kernel is Debian's package for this machine. It is unpacked into the cache but never
 installed, since that would change the kernel which this host boots.
@@ -33,7 +34,6 @@ from testbed import paths
 from testbed.host import architecture, cache, process
 from testbed.images import elf
 from testbed.model.errors import Error
-from testbed.model.terms import Family
 
 FLAVORS = ("ipv6", "master")
 """Branches of OSv whose kernels are published, in order of preference: `ipv6` has both families."""
@@ -44,27 +44,22 @@ aarch64."""
 
 Progress = Callable[[int, int | None], None]
 """Called during a download with the bytes so far and, if known, the bytes in total."""
+Say = Callable[[str], None]
+"""Called with a line of text."""
 
 _TIMEOUT_S = 5
 
 
 @dataclass(frozen=True)
 class OsvKernel:
-    """An OSv kernel and what it can do."""
+    """An OSv kernel."""
 
     path: Path
-    flavor: str
-    """`ipv6` or `master`, judged by the file's contents."""
     version: str
     """As the kernel prints it: `v0.57.0-398-g0e34e4dc`."""
     sha256: str
     listed: bool
     """Whether `osv/kernels.toml` has its digest."""
-    families: frozenset[Family]
-    partial_checksums: frozenset[Family]
-    """Families of which it takes packets with a partial checksum, as checksum offload leaves it."""
-    multiqueue: bool
-    """Whether its driver serves several pairs of queues."""
     source: str
     """Text that says where it was found."""
 
@@ -96,6 +91,7 @@ def find_osv(
     *,
     download: bool = True,
     progress: Progress | None = None,
+    say: Say = print,
 ) -> OsvKernel | None:
     """Find the OSv kernel to use. Downloads it if there is none.
 
@@ -119,7 +115,7 @@ def find_osv(
             return read_osv(path, f"cache, {_origin(path)}")
     if download:
         with contextlib.suppress(Unreachable):
-            return download_osv(flavors[0], progress=progress)
+            return download_osv(flavors[0], progress=progress, say=say)
     return None
 
 
@@ -142,19 +138,12 @@ def read_osv(path: Path, source: str) -> OsvKernel:
     version = re.search(rb"OSv (v\d[\w.-]*)", data)
     if version is None:
         raise Error(f"{path} is no OSv kernel", hint="give loader-stripped.elf of an OSv build")
-    # A log message of the ICMPv6 code. Stripped kernels have it, too (seen in both).
-    flavor = "ipv6" if b"ICMP6 checksum error" in data else "master"
     sha256 = hashlib.sha256(data).hexdigest()
-    flavors = _listing()["flavor"]
     return OsvKernel(
         path=path,
-        flavor=flavor,
         version=version[1].decode(),
         sha256=sha256,
-        listed=any(entry.get("sha256") == sha256 for entry in flavors.values()),
-        families=frozenset(map(Family, flavors[flavor]["families"])),
-        partial_checksums=frozenset(map(Family, flavors[flavor]["partial_checksums"])),
-        multiqueue=flavors[flavor]["multiqueue"],
+        listed=any(e.get("sha256") == sha256 for e in _listing()["flavor"].values()),
         source=source,
     )
 
@@ -164,11 +153,13 @@ def download_osv(
     *,
     listing: dict[str, Any] | None = None,
     progress: Progress | None = None,
+    say: Say = print,
 ) -> OsvKernel:
     """Download a published kernel into the cache, through HTTP(S)_PROXY if set.
 
-    `listing` is the content of a kernels.toml, by default ours. Raises `Unreachable` without a
-    network, `Error` if the file is not the listed one, or this machine cannot run it.
+    `listing` is the content of a kernels.toml, by default ours. Tells if the release had another
+    file before. Raises `Unreachable` without a network, `Error` if the file is not the listed one,
+    or this machine cannot run it.
     """
     check_osv()
     listing = listing or _listing()
@@ -190,11 +181,24 @@ def download_osv(
         folder.mkdir()
         (folder / "kernel.elf").write_bytes(data)
         (folder / "kernel.json").write_text(json.dumps({"source": url, "sha256": sha256}))
-        if (found := read_osv(folder / "kernel.elf", url).flavor) != flavor:
-            raise Error(f"{url} is flavor {found}, not {flavor}", hint="correct osv/kernels.toml")
+        read_osv(folder / "kernel.elf", url)
 
     cache.made(_cached(flavor).parent, make, anew=True)
+    _record(url, sha256, say)
     return read_osv(_cached(flavor), url)
+
+
+def _record(url: str, sha256: str, say: Say) -> None:
+    """Keep the digest of a release, and tell if it had another one: releases move with a branch."""
+    path = cache.cache_folder() / "kernels" / "releases.json"
+    try:
+        seen: dict[str, str] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        seen = {}
+    if (before := seen.get(url, sha256)) != sha256:
+        say(f"{url} has moved: SHA-256 {sha256[:12]}, {before[:12]} when it was fetched last")
+    seen[url] = sha256
+    cache.made(path, lambda new: new.write_text(json.dumps(seen, indent=1)), anew=True)
 
 
 def _listing() -> dict[str, Any]:

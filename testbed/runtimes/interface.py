@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from testbed.images import compose
 from testbed.images.rootfs import Process
@@ -108,6 +108,8 @@ class Description:
     offloads: str = ""
     vhost: bool = False
     """Whether the host's kernel moves a guest's packets (vhost-net), not QEMU."""
+    capabilities: Mapping[str, Any] = field(default_factory=dict)
+    """What was found out about a guest's kernel (`vm.capabilities`), as plain data."""
 
     @property
     def functional_only(self) -> bool:

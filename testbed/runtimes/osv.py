@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from testbed import bpf
 from testbed.images import compose, elf, kernels, rootfs, shim
 from testbed.images.compose import Definition, Image
 from testbed.images.kernels import OsvKernel
 from testbed.images.rootfs import Process
+from testbed.model.addresses import CONTROL_PORT
 from testbed.model.errors import Error
 from testbed.model.manifest import Workload, without_late
 from testbed.model.terms import Family, Runtime
 from testbed.runtimes.interface import Absent, Options, Placement, process_of, refuse_isolation
-from testbed.runtimes.vm import qemu
+from testbed.runtimes.vm import accelerator, qemu
+from testbed.runtimes.vm.capabilities import ALL, Capabilities, cached, probe
 from testbed.runtimes.vm.guest import KILLED, VirtualMachines
 from testbed.runtimes.vm.qemu import Vm
 
@@ -62,10 +65,34 @@ def prepare(options: Options) -> Osv:
         share = f" of {all_bytes / 2**20:.1f}" if all_bytes else ""
         options.say(f"downloading an OSv kernel: {done_bytes / 2**20:.1f}{share} MiB")
 
-    kernel = kernels.find_osv(options.osv_kernel, progress=progress)
+    kernel = kernels.find_osv(options.osv_kernel, progress=progress, say=options.say)
     if kernel is None:
         raise Absent("no OSv kernel, and none can be downloaded", hint="give one by --osv-kernel")
-    return Osv(kernel, options)
+    return Osv(kernel, capabilities(kernel, options.say), options)
+
+
+def capabilities(kernel: OsvKernel, say: Callable[[str], None]) -> Capabilities:
+    """What a kernel can do: from the cache, or by booting it once.
+
+    Raises `Error` if it does not boot.
+    """
+    if found := cached(kernel.sha256):
+        return found
+    say(f"probing what OSv kernel {kernel.version} can do, once: some seconds")
+    agent = compose.load(compose.AGENT)
+    image = compose.compose_osv(agent)
+
+    def boot(machine: Vm) -> list[str]:
+        arguments = ("--control-port", str(CONTROL_PORT))
+        return command(machine, kernel.path, ALL, image, arguments)
+
+    try:
+        return probe(kernel.sha256, boot, accelerator.accelerator(kernel.path).name)
+    except Error as e:
+        raise Error(
+            f"OSv kernel {kernel.path} cannot be used: {e.message}",
+            hint="give another one by --osv-kernel",
+        ) from e
 
 
 class Osv(VirtualMachines):
@@ -75,15 +102,18 @@ class Osv(VirtualMachines):
     """A boot takes 0.3 s on an idle machine, and a second more for IPv6's duplicate address
     detection."""
 
-    def __init__(self, kernel: OsvKernel, options: Options) -> None:
-        self.kernel, self.families, self.multiqueue = kernel, kernel.families, kernel.multiqueue
-        self.needs_ipv6_checksums = needs_ipv6_checksums(kernel)
+    def __init__(self, kernel: OsvKernel, can: Capabilities, options: Options) -> None:
+        self.kernel, self.can = kernel, can
+        self.families, self.multiqueue, self.smp = can.families, can.multiqueue, can.smp
+        self.needs_ipv6_checksums = needs_ipv6_checksums(can)
+        flavor = "ipv6" if Family.IPV6 in can.families else "master"
         super().__init__(
             Runtime.OSV,
             kernel,
             options,
-            version=f"{kernel.flavor} {kernel.version}" + ("" if kernel.listed else ", unlisted"),
-            offloads=offloads(kernel),
+            version=f"{flavor} {kernel.version}" + ("" if kernel.listed else ", unlisted"),
+            offloads=offloads(can),
+            capabilities=can.plain(),
         )
 
     def dialed(self, family: Family) -> str:
@@ -123,7 +153,7 @@ class Osv(VirtualMachines):
             self._options.say(f"{name}: {lacks(wanted.program.name, lacking)}")
 
     def _command(self, vm: Vm, image: Image, arguments: Sequence[str]) -> list[str]:
-        return command(vm, self.kernel, image, arguments)
+        return command(vm, self.kernel.path, self.can, image, arguments)
 
     def is_of_program(self, line: str) -> bool:
         return super().is_of_program(line) and not NOT_OF_PROGRAM.match(line)
@@ -173,7 +203,8 @@ def _has_shim(image: Image) -> bool:
 
 def command(
     machine: Vm,
-    kernel: OsvKernel,
+    kernel: Path,
+    can: Capabilities,
     image: Image,
     arguments: Sequence[str] = (),
 ) -> list[str]:
@@ -189,28 +220,28 @@ def command(
         "virtio-blk-pci,drive=disk",
     ]
     process = replace(image.process, arguments=(*image.process.arguments, *arguments))
-    line = boot_line(machine, kernel.families, process)
-    return qemu.command(machine, kernel.path, line, nic=nic(kernel), extra=extra)
+    line = boot_line(machine, can.families, process)
+    return qemu.command(machine, kernel, line, nic=nic(can), extra=extra)
 
 
-def needs_ipv6_checksums(kernel: OsvKernel) -> bool:
+def needs_ipv6_checksums(can: Capabilities) -> bool:
     """Whether the host has to complete checksums for a kernel, and can (`testbed.pods.checksums`).
 
     It can in IPv6 alone, and from Linux 6.6 on: the program has to be the first at the tap.
     """
-    return kernel.families - kernel.partial_checksums == {Family.IPV6} and bpf.has_tcx()
+    return can.families - can.partial_checksums == {Family.IPV6} and bpf.has_tcx()
 
 
-def nic(kernel: OsvKernel) -> tuple[str, ...]:
-    """Properties that QEMU's network device must have for a kernel."""
-    if kernel.families <= kernel.partial_checksums or needs_ipv6_checksums(kernel):
+def nic(can: Capabilities) -> tuple[str, ...]:
+    """Properties that QEMU's network device must have for a kernel that can do so much."""
+    if can.families <= can.partial_checksums or needs_ipv6_checksums(can):
         return ()
     return tuple(f"{feature}=off" for feature in NO_CHECKSUM_OFFLOAD)
 
 
-def offloads(kernel: OsvKernel) -> str:
+def offloads(can: Capabilities) -> str:
     """What differs from QEMU's default, for the description of the runtime."""
-    return "ipv6 checksums by host" if needs_ipv6_checksums(kernel) else ",".join(nic(kernel))
+    return "ipv6 checksums by host" if needs_ipv6_checksums(can) else ",".join(nic(can))
 
 
 def boot_line(machine: Vm, families: frozenset[Family], process: Process) -> str:

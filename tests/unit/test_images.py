@@ -11,7 +11,7 @@ import stat
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_interface
 from itertools import pairwise
@@ -31,6 +31,7 @@ from testbed.model.errors import Error
 from testbed.model.terms import Family
 from testbed.runtimes import linux, osv
 from testbed.runtimes.vm import qemu
+from testbed.runtimes.vm.capabilities import Capabilities
 from testbed.runtimes.vm.qemu import Vm
 
 
@@ -162,12 +163,10 @@ def test_a_definition_brings_folders_and_the_libraries_of_modules(
         compose.load(definition)
 
 
-def test_what_osv_lacks_for_a_program_is_told(
-    program: Path, tmp_path: Path, osv_kernel: Callable[[str], OsvKernel]
-) -> None:
+def test_what_osv_lacks_for_a_program_is_told(program: Path, tmp_path: Path) -> None:
     library = tmp_path / "libown.so.1"
     libc = elf.closure(elf.read(program))["libc.so.6"]
-    kernel = replace(osv_kernel("master"), path=libc)
+    kernel = OsvKernel(libc, "v1", "0" * 64, listed=False, source="test")
     assert compose.lacking(Definition(program), kernel) == []
     command = ["cc", "-xc", "-", "-shared", "-fPIC", "-Wl,-soname,libown.so.1", "-o", str(library)]
     subprocess.run(command, input="int another;", text=True, check=True)
@@ -524,33 +523,22 @@ def machine(tmp_path: Path) -> Vm:
     )
 
 
-@pytest.fixture
-def osv_kernel() -> Callable[[str], OsvKernel]:
-    def make(flavor: str) -> OsvKernel:
-        families = frozenset(Family) if flavor == "ipv6" else frozenset({Family.IPV4})
-        partial = frozenset({Family.IPV4})
-        return OsvKernel(
-            Path("/k"), flavor, "v1", "0" * 64, False, families, partial, False, "test"
-        )
-
-    return make
-
-
 def option(argv: list[str], name: str) -> list[str]:
     """Values of an option."""
     return [value for key, value in pairwise(argv) if key == name]
 
 
-def test_osv_is_told_addresses_of_the_families_that_it_speaks(
-    machine: Vm, osv_kernel: Callable[[str], OsvKernel], program: Path
-) -> None:
+def test_osv_is_told_addresses_of_the_families_that_it_speaks(machine: Vm, program: Path) -> None:
     image = compose.compose_osv(Definition(program))
     ipv4 = "--ip=eth0,169.254.78.1,255.255.240.0"
-    for flavor, addresses, gateways in (
-        ("master", ipv4, "--defaultgw=169.254.77.3"),
-        ("ipv6", f"{ipv4} --ip=eth0,fd77::78:1,64", "--defaultgw=169.254.77.3 --defaultgw=fd77::3"),
+    only_ipv4, both = frozenset({Family.IPV4}), frozenset(Family)
+    gateway = "--defaultgw=169.254.77.3"
+    for families, addresses, gateways in (
+        (only_ipv4, ipv4, gateway),
+        (both, f"{ipv4} --ip=eth0,fd77::78:1,64", f"{gateway} --defaultgw=fd77::3"),
     ):
-        argv = osv.command(machine, osv_kernel(flavor), image, ["--port", "1"])
+        can = Capabilities(families, only_ipv4, multiqueue=False, smp=True)
+        argv = osv.command(machine, Path("/k"), can, image, ["--port", "1"])
         assert option(argv, "-append") == [
             f'--rootfs=rofs --power-off-on-abort {addresses} {gateways} "/main" "--port" "1"'
         ]
@@ -559,22 +547,22 @@ def test_osv_is_told_addresses_of_the_families_that_it_speaks(
 
 
 def test_osv_has_checksum_offload_if_it_or_the_host_can_do_without_partial_ones(
-    osv_kernel: Callable[[str], OsvKernel], monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    both = replace(osv_kernel("ipv6"), partial_checksums=frozenset(Family))
-    none = replace(osv_kernel("ipv6"), partial_checksums=frozenset[Family]())
+    both, only_ipv4, none = frozenset(Family), frozenset({Family.IPV4}), frozenset[Family]()
     off = "guest_csum=off,guest_tso4=off,guest_tso6=off,guest_ecn=off,guest_ufo=off"
     for has_tcx in (True, False):  # Linux 6.6
         monkeypatch.setattr("testbed.bpf.has_tcx", lambda has=has_tcx: has)
-        for kernel, needs, text in (
-            (osv_kernel("ipv6"), has_tcx, "ipv6 checksums by host" if has_tcx else off),
-            (osv_kernel("master"), False, ""),
-            (both, False, ""),
-            (none, False, off),
+        for families, partial, needs, text in (
+            (both, only_ipv4, has_tcx, "ipv6 checksums by host" if has_tcx else off),
+            (only_ipv4, only_ipv4, False, ""),
+            (both, both, False, ""),
+            (both, none, False, off),
         ):
-            assert osv.needs_ipv6_checksums(kernel) is needs
-            assert osv.offloads(kernel) == text
-            assert ",".join(osv.nic(kernel)) == (off if text == off else "")
+            can = Capabilities(families, partial, multiqueue=False, smp=True)
+            assert osv.needs_ipv6_checksums(can) is needs
+            assert osv.offloads(can) == text
+            assert ",".join(osv.nic(can)) == (off if text == off else "")
 
 
 def test_osv_words_are_quoted_and_variables_refused(machine: Vm) -> None:

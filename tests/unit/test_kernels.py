@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import re
+import shutil
 import socket
 import subprocess
 import threading
@@ -20,7 +21,6 @@ import pytest
 
 from testbed.images import kernels
 from testbed.model.errors import Error
-from testbed.model.terms import Family
 
 
 @pytest.fixture(autouse=True)
@@ -32,9 +32,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def make_kernel(path: Path, version: str = "v0.57.0-398-g0e34e4dc", flavor: str = "master") -> Path:
-    """An ELF file that says of itself what an OSv kernel of that flavor says."""
-    text = f"OSv {version}\\n" + ("ICMP6 checksum error" if flavor == "ipv6" else "")
+def make_kernel(path: Path, version: str = "v0.57.0-398-g0e34e4dc") -> Path:
+    """An ELF file that says of itself what an OSv kernel says."""
+    text = f"OSv {version}\\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run(
         ["cc", "-x", "c", "-", "-o", path],
@@ -46,23 +46,15 @@ def make_kernel(path: Path, version: str = "v0.57.0-398-g0e34e4dc", flavor: str 
 
 
 def in_cache(cache: Path, flavor: str) -> Path:
-    return make_kernel(cache / f"testbed/kernels/osv-{flavor}/kernel.elf", flavor=flavor)
+    return make_kernel(cache / f"testbed/kernels/osv-{flavor}/kernel.elf")
 
 
 def test_what_the_kernel_says_of_itself_is_told(tmp_path: Path) -> None:
-    kernel = kernels.read_osv(make_kernel(tmp_path / "k", flavor="ipv6"), "here")
-    assert (kernel.flavor, kernel.version) == ("ipv6", "v0.57.0-398-g0e34e4dc")
-    assert kernel.families == set(Family)
-    assert kernel.partial_checksums == {Family.IPV4}
-    assert not kernel.listed
-    assert kernel.sha256 == hashlib.sha256((tmp_path / "k").read_bytes()).hexdigest()
-
-
-def test_master_has_no_ipv6(tmp_path: Path) -> None:
-    kernel = kernels.read_osv(make_kernel(tmp_path / "k", version="v0.57.0"), "here")
-    assert kernel.version == "v0.57.0"
-    assert kernel.families == {Family.IPV4}
-    assert kernel.partial_checksums == {Family.IPV4}
+    for version in ("v0.57.0-398-g0e34e4dc", "v0.57.0"):
+        kernel = kernels.read_osv(make_kernel(tmp_path / "k", version), "here")
+        assert kernel.version == version
+        assert not kernel.listed
+        assert kernel.sha256 == hashlib.sha256((tmp_path / "k").read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("flavor", kernels.FLAVORS)
@@ -71,7 +63,6 @@ def test_real_kernel_is_known_for_what_it_is(flavor: str, monkeypatch: pytest.Mo
     kernel = kernels.find_osv(flavor=flavor, download=False)
     if kernel is None:
         pytest.skip(f"no OSv kernel of flavor {flavor} here")
-    assert kernel.flavor == flavor
     assert re.fullmatch(r"v\d+\.\d+\.\d+(-\d+-g[0-9a-f]+)?", kernel.version)
 
 
@@ -211,7 +202,30 @@ def test_published_kernel_comes_into_the_cache_and_shows_progress(
     assert again
     assert again.path == kernel.path
     assert listing["url"] in again.source
-    assert [p.name for p in kernel.path.parents[1].iterdir()] == ["osv-master"]
+    assert {p.name for p in kernel.path.parents[1].iterdir()} == {"osv-master", "releases.json"}
+
+
+def test_a_release_that_has_moved_is_told_also_after_its_kernel_left_the_cache(
+    published: tuple[dict[str, Any], bytes], tmp_path: Path
+) -> None:
+    listing, _ = published
+    said: list[str] = []
+    fetch = partial(kernels.download_osv, "master", listing=listing, say=said.append)
+    before = fetch()
+    assert fetch() == before
+    assert not said
+    shutil.rmtree(before.path.parent)
+    moved = make_kernel(tmp_path / "moved", "v0.58.0").read_bytes()
+    asset = tmp_path / "www/ci-master-latest/loader.elf.gz"
+    asset.write_bytes(gzip.compress(moved))
+    after = fetch()
+    assert after.version == "v0.58.0"
+    [line] = said
+    assert f"{listing['url']}/ci-master-latest/loader.elf.gz has moved" in line
+    assert after.sha256[:12] in line
+    assert before.sha256[:12] in line
+    fetch()
+    assert len(said) == 1
 
 
 def test_download_goes_through_the_proxy(
@@ -242,10 +256,10 @@ def test_what_is_not_what_it_should_be_leaves_nothing_behind(
     published: tuple[dict[str, Any], bytes], own_cache: Path, tmp_path: Path
 ) -> None:
     listing, content = published
-    listing["flavor"]["ipv6"] = listing["flavor"]["master"]
-    with pytest.raises(Error, match="is flavor master, not ipv6"):
-        kernels.download_osv("ipv6", listing=listing)
     asset = tmp_path / "www/ci-master-latest/loader.elf.gz"
+    asset.write_bytes(gzip.compress(Path("/bin/true").read_bytes()))
+    with pytest.raises(Error, match="is no OSv kernel"):
+        kernels.download_osv("master", listing=listing)
     asset.write_bytes(gzip.compress(content)[:-100])
     with pytest.raises(Error, match="damaged"):
         kernels.download_osv("master", listing=listing)

@@ -10,6 +10,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from testbed.host import cache, process
 from testbed.images.compose import Image
@@ -69,6 +70,8 @@ class VirtualMachines(Prepared, ABC):
     kernel_has_sockets = False
     families: frozenset[Family]
     multiqueue: bool
+    smp: bool
+    """Whether the kernel boots with several CPUs."""
     ready_limit_s: float
 
     def __init__(
@@ -78,8 +81,9 @@ class VirtualMachines(Prepared, ABC):
         options: Options,
         version: str,
         offloads: str = "",
+        capabilities: Mapping[str, Any] = {},
     ) -> None:
-        """`version` and `offloads` are text for the description of the runtime."""
+        """`version`, `offloads` and `capabilities` are for the description of the runtime."""
         self._options = options
         self._images: dict[tuple[Program | None, bool], Image] = {}
         self._console_begin: dict[Path, int] = {}
@@ -94,10 +98,16 @@ class VirtualMachines(Prepared, ABC):
             vhost=self.vhost,
             digests={"kernel": kernel.sha256, "image": agent.sha256},
             offloads=offloads,
+            capabilities=capabilities,
         )
 
     def compose(self, workload: Workload) -> None:
-        vcpus(workload)
+        if vcpus(workload) > 1 and not self.smp:
+            raise Error(
+                f"guest {workload.name!r} cannot have {vcpus(workload)} CPUs: its kernel "
+                f"({self.description.kernel}) boots with one only",
+                hint="give it one in resources.limits.cpu, or another kernel",
+            )
         self._image(workload)
 
     def start(self, place: Placement) -> subprocess.Popen[bytes]:
