@@ -200,12 +200,18 @@ def names(*words: str) -> str:
 
 
 def guest_of(campaign: Campaign, named: str = "") -> str:
-    """Runtime, kernel and accelerator of the campaign's guests, or of guests that cells name."""
+    """Runtime, kernel and accelerator of the campaign's guests, or of guests that cells name.
+
+    For the campaign's own, also how their checksums are other than by default: the first option of
+    their device, from which the others follow.
+    """
     kernel = campaign.guest_kernel
     if named:
         kernel = campaign.guests.get(named, {}).get("kernel", "")
     accelerator = campaign.accelerator_of(named)
-    return f"{named or campaign.guest}{f' ({kernel})' if kernel else ''}, accelerator {accelerator}"
+    text = f"{named or campaign.guest}{f' ({kernel})' if kernel else ''}, accelerator {accelerator}"
+    offloads = "" if named else campaign.offloads.partition(",")[0]
+    return f"{text}, {offloads}" if offloads else text
 
 
 def guests_of(campaign: Campaign) -> str:

@@ -74,7 +74,8 @@ class Campaign:
     congestion_control: str = "unknown"
     """TCP congestion control of the host."""
     offloads: str = ""
-    """Options of the guests' network device that are not the defaults."""
+    """What of the guests' network device is not QEMU's default: its options, or `ipv6 checksums by
+    host` where the host completes these."""
     versions: Mapping[str, str] = field(default_factory=dict)
     images: Mapping[str, str] = field(default_factory=dict)
     """Image → digest."""

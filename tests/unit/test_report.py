@@ -397,6 +397,9 @@ def test_a_campaign_speaks_of_the_guests_that_its_cells_have() -> None:
     standin = "guest standin, accelerator none"
     assert words.guests_of(both) == f"guest osv (OSv master), accelerator tcg; {standin}"
     assert both.functional
+    for offloads in ("guest_csum=off,guest_tso4=off", "ipv6 checksums by host"):
+        told = words.guests_of(replace(both, offloads=offloads))
+        assert told.endswith(f"tcg, {offloads.partition(',')[0]}; {standin}")
     assert words.guests_of(replace(CAMPAIGN, cells=(native,))) == "no guests"
 
 
