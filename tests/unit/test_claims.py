@@ -253,7 +253,7 @@ def test_a_preregistration_lays_down_the_blocks_so_no_target_width_adds_some() -
 def test_the_figure_has_a_line_for_each_verdict_and_every_block(tmp_path: Path) -> None:
     made = Results(campaign(tmp_path / "out", 0.001, PLAN, 7, fast=0.9))
     [(name, drawing)] = figures.figures(made)
-    assert name == "claims"
+    assert name == "claims-steer"
     (axes,) = drawing.panels.axes
     written = [text.get_text() for text in axes.texts]
     assert written == ["fast", "does not hold", "frugal", "holds"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -32,19 +32,56 @@ MARGIN = 0.25
 """Share of the span of intervals and bounds that the axis goes beyond it, at each end."""
 
 
+NEAR = 1.5
+"""Claims about ratios that are farther from 1, as a factor, have a panel of their own."""
+
+Groups = Mapping[str, Sequence[Found]]
+"""Text of a claim → its rows."""
+
+
 def figures(results: Results) -> Iterator[tuple[str, Drawing]]:
-    """The figure `claims`, if the plan claims anything that was measured."""
+    """A figure `claims-DATAPATH` for each datapath of which the plan claims what was measured."""
     rows = [row for row in judge(results) if row.ratio.blocks and row.claim.bounded]
-    if rows:
-        yield "claims", claims(rows, results)
+    for datapath, of in grouped(rows, lambda row: row.cell.datapath).items():
+        yield f"claims-{datapath}", claims(datapath, of, results)
 
 
-def claims(rows: Sequence[Found], results: Results) -> Drawing:
-    """All claims with a bound, one line for each cell below the text of its claim."""
+def claims(datapath: str, rows: Sequence[Found], results: Results) -> Drawing:
+    """Claims with a bound, one line for each cell below the text of its claim."""
     groups = grouped(rows, lambda row: row.claim.text)
-    figure = Figure(figsize=(WIDTH_IN, 0.35 + LINE_IN * (len(rows) + 1.3 * len(groups))))
-    axes = figure.subplots()
-    low, high = _span(rows)
+    far = {text for text, group in groups.items() if max(map(_factor, group)) > NEAR}
+    parts = [{t: g for t, g in groups.items() if (t in far) is apart} for apart in (False, True)]
+    panels = [part for part in parts if part]
+    heights = [sum(len(group) + 1.3 for group in part.values()) + 0.5 for part in panels]
+    figure = Figure(figsize=(WIDTH_IN, 0.35 * len(panels) + LINE_IN * sum(heights)))
+    for axes, part in zip(
+        figure.subplots(len(panels), height_ratios=heights, squeeze=False).flat, panels, strict=True
+    ):
+        _panel(axes, part, results)
+    how = (
+        f"Ratios within a block: {WORDS[estimator_of(results.campaign)]} (95 %). Points: blocks, "
+        "as far as they lie on the axis. A claim holds if the whole interval is clear of the gray."
+    )
+    return Drawing(
+        figure,
+        f"Claims of {datapath} against their bounds",
+        keys_of(rows, line_key, results),
+        [
+            f"{circumstances(results, rows[0].cell.guest)} {how}",
+            *disturbances(((row.cell, row.ratio) for row in rows), results),
+        ],
+        any(results.campaign.is_functional(row.cell) for row in rows),
+    )
+
+
+def _factor(row: Found) -> float:
+    """How far a ratio is from 1."""
+    return max(row.ratio.mean, 1 / row.ratio.mean)
+
+
+def _panel(axes: Axes, groups: Groups, results: Results) -> None:
+    """Draw claims below each other."""
+    low, high = _span([row for group in groups.values() for row in group])
     at, ticks = 0.0, {}
     for text, group in groups.items():
         at += 1.3
@@ -61,20 +98,6 @@ def claims(rows: Sequence[Found], results: Results) -> Drawing:
     axes.set_yticks(list(ticks), list(ticks.values()), fontsize=SMALL_PT)
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_locator(MaxNLocator(8))
-    how = (
-        f"Ratios within a block: {WORDS[estimator_of(results.campaign)]} (95 %). Points: blocks, "
-        "as far as they lie on the axis. A claim holds if the whole interval is clear of the gray."
-    )
-    return Drawing(
-        figure,
-        "Claims against their bounds",
-        keys_of(rows, line_key, results),
-        [
-            f"{circumstances(results, rows[0].cell.guest)} {how}",
-            *disturbances(((row.cell, row.ratio) for row in rows), results),
-        ],
-        any(results.campaign.is_functional(row.cell) for row in rows),
-    )
 
 
 _TITLE: dict[str, Any] = {"ha": "left", "va": "center", "fontsize": SMALL_PT, "fontweight": "bold"}
