@@ -210,6 +210,7 @@ def _run(
             for share, event in events:
                 match event["event"]:
                     case "ready":
+                        _refuse_pacing(plan, share, event)
                         campaign = campaign or open_store(event)
                         _record_host(campaign, share, event)
                         pace.ready(share.name, time.monotonic())
@@ -287,6 +288,16 @@ def _record_host(store: Store, share: Share, ready: Event) -> None:
             "start a new campaign, with --guest or on other hosts",
         )
         share.stop.set()
+
+
+def _refuse_pacing(plan: Plan, share: Share, ready: Event) -> None:
+    """Raises `Error` if a plan has claims to prove, and TCP may pace what they are about."""
+    warning = pacing_warning(ready["machine"]["congestion_control"])
+    if plan.preregistration and warning:
+        raise Error(
+            f"{_prefix(share)}{warning}, and plan {plan.name} claims something of it",
+            hint="sysctl net.ipv4.tcp_congestion_control=cubic",
+        )
 
 
 def _describe(plan: Plan, seed: int, job: Job, ready: Event, places: Sequence[Place]) -> Campaign:

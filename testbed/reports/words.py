@@ -86,10 +86,10 @@ def interval(of: Estimate, scale: float, wide: bool) -> str:
 def conclusive(row: Ratio, campaign: Campaign) -> bool:
     """Whether a ratio is shown as sound, bold or filled.
 
-    Its interval excludes 1, its guests are not emulated, and no block of it was disturbed.
+    Its interval excludes 1, its guests are not emulated, and few blocks of it were disturbed.
     """
     of = row.ratio
-    sound = not of.disturbed and not campaign.is_functional(row.cell)
+    sound = not of.shaken and not campaign.is_functional(row.cell)
     return sound and (of.low > 1 or of.high < 1)
 
 

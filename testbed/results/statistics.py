@@ -12,6 +12,9 @@ import numpy as np
 from scipy.special import stdtr, stdtrit
 
 CONFIDENCE = 0.95
+SHAKEN_SHARE = 0.25
+"""Share of disturbed blocks above which an estimate is shaken. If 0.29 of all values are wrong,
+they may move a pseudomedian anywhere (Hodges, Proc. 5th Berkeley Symp. 1, 1967)."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,11 @@ class Estimate:
     blocks: int
     disturbed: int = 0
     """Blocks whose value is of a disturbed trial; of a ratio, either of the two values."""
+
+    @property
+    def shaken(self) -> bool:
+        """Whether so many blocks were disturbed that it is not shown as sound."""
+        return self.disturbed > SHAKEN_SHARE * self.blocks
 
     def __str__(self) -> str:
         return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}] of {self.blocks} blocks"

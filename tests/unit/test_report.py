@@ -238,6 +238,16 @@ def test_a_campaign_notes_its_guests_and_a_congestion_control_that_may_pace() ->
     )
 
 
+def test_claims_are_not_measured_where_tcp_may_pace() -> None:
+    share = Share("one", None, Job((), 0, 1, "best", ""))
+    ready = {"event": "ready", "machine": {"congestion_control": "bbr"}}
+    with pytest.raises(Error, match="one: TCP's congestion control is bbr.* plan proof claims"):
+        campaign._refuse_pacing(plan.load("proof"), share, ready)
+    campaign._refuse_pacing(plan.load("paper"), share, ready)
+    ready["machine"] = {"congestion_control": "cubic"}
+    campaign._refuse_pacing(plan.load("proof"), share, ready)
+
+
 def test_figures_come_out_the_same_bytes_from_stored_data(little: store.Store) -> None:
     little.close()
     stored = store.open(little.path)

@@ -28,7 +28,7 @@ from testbed.reports.words import Ratio, columns_of, conclusive, names, size_of
 from testbed.results.analysis import Summary
 from testbed.results.order import grouped
 from testbed.results.results import Results
-from testbed.results.statistics import Estimate
+from testbed.results.statistics import SHAKEN_SHARE, Estimate
 
 
 def figures(results: Results) -> Iterator[tuple[str, Drawing]]:
@@ -77,8 +77,9 @@ def meaning_of_marks(
         return NO_INTERVAL
     if all(results.campaign.is_functional(row.cell) for row in rows):
         return intervals
-    shaken = ", and no block was disturbed" if any(row.ratio.disturbed for row in rows) else ""
-    return f"{intervals}; filled: the interval excludes 1{shaken}"
+    shaken = any(row.ratio.disturbed for row in rows)
+    few = f", and at most {SHAKEN_SHARE:.0%} of the blocks were disturbed" if shaken else ""
+    return f"{intervals}; filled: the interval excludes 1{few}"
 
 
 def _without(rows: Sequence[Summary], results: Results) -> list[str]:

@@ -23,6 +23,7 @@ from testbed.reports.words import Unit, number, unit_of
 from testbed.results.analysis import Summary, controls
 from testbed.results.results import Results
 from testbed.results.statistics import CONFIDENCE, Estimate, estimate
+from testbed.results.store import Campaign
 
 
 class Answers:
@@ -36,6 +37,9 @@ class Answers:
     def __init__(self, results: Results, proof: Results | None = None) -> None:
         self.results, self.proof = results, proof or results
         self._of_proof = Answers(proof) if proof else None
+        plan = results.campaign.plan
+        decides = claims.estimator_of(results.campaign) if preregistration_of(plan) else Estimator.T
+        self._estimate = claims.FUNCTIONS[decides]
         self.rows = list(results.summaries)
         self.cells: dict[str, list[Summary]] = {}
         for row in self.rows:
@@ -69,6 +73,8 @@ class Answers:
             row = self._divided(row, self._known(other, quantity).cell)
         elif row.no_ratio:
             raise KeyError(row.no_ratio)
+        elif row.reference:
+            row = self._divided(row, replace(row.cell, datapath=row.reference))
         return _OF_RATIO[kind](row.ratio)
 
     def _known(self, id: str, quantity: str) -> Summary:
@@ -94,9 +100,11 @@ class Answers:
         return self._divided(row, replace(row.cell, datapath=row.reference or row.cell.datapath))
 
     def _divided(self, row: Summary, to: Cell) -> Summary:
-        """The row with the ratio to another cell, over the blocks that have both."""
+        """The row with the ratio to another cell, over the blocks that have both, by the estimator
+        that the campaign's plan laid down, else as all ratios.
+        """
         ratios = self.results.ratios(row.cell, to, row.quantity)
-        return replace(row, ratio=estimate(ratios.values()))
+        return replace(row, ratio=self._estimate(ratios.values()))
 
     def _of_many(self, kind: str, glob: str) -> str:
         """Range of all ratios of cells that match; or how many of them are below and above one."""
@@ -186,8 +194,7 @@ def _facts(answers: Answers) -> Iterator[tuple[str, str]]:
     for name in ("revision", "kernel", "cpu", "governor", "congestion_control"):
         yield name, escape(str(getattr(campaign, name)))
     if campaign.started:
-        began = datetime.fromisoformat(campaign.started)
-        yield "date", f"{began.day}~{began:%B %Y}"
+        yield "date", _date(campaign.started)
     times = sorted(datetime.fromisoformat(trial.started) for trial in log if trial.started)
     if times:
         yield "duration", f"{(times[-1] - times[0]).total_seconds() / 60:.0f}~minutes"
@@ -219,7 +226,7 @@ def _facts(answers: Answers) -> Iterator[tuple[str, str]]:
     judged = Counter(row.verdict for row in answers.claims)
     yield "claims", str(judged.total())
     yield "claims/blocks", str(len({trial.block for trial in answers.proof.trials}))
-    yield "claims/congestion_control", escape(answers.proof.campaign.congestion_control)
+    yield from _proof(answers.proof.campaign)
     for verdict in claims.Verdict:
         yield f"claims/{verdict}", str(judged[verdict])
     yield "claims/how", _how_claims_are_judged(answers)
@@ -231,6 +238,22 @@ def _facts(answers: Answers) -> Iterator[tuple[str, str]]:
             name = "/".join(part for part in head if part)
             for key, count in counts.items():
                 yield f"conformance/{name}/{key}", str(count)
+
+
+def _proof(campaign: Campaign) -> Iterator[tuple[str, str]]:
+    """Facts of the campaign of the claims."""
+    for name in ("revision", "kernel", "cpu", "congestion_control"):
+        yield f"claims/{name}", escape(str(getattr(campaign, name)))
+    if campaign.started:
+        yield "claims/date", _date(campaign.started)
+    variants = [Cell.parse(id).variant for id in campaign.cells]
+    for us in sorted({SLOW_US[variant] for variant in variants if variant in SLOW_US}):
+        yield "claims/slow", rf"{us:g}\,\textmu{{}}s"
+
+
+def _date(started: str) -> str:
+    began = datetime.fromisoformat(started)
+    return f"{began.day}~{began:%B %Y}"
 
 
 def _controls(prefix: str, results: Results) -> Iterator[tuple[str, str]]:

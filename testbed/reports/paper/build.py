@@ -4,8 +4,9 @@
 or a fact. Their values are written to `paper/generated/`, with the tables and figures of the text.
 If the campaign has no answer, that is an error with the line and the cell. Every generated file
 names the digest of its data. The text always names a cell's guests, as in `…/64x1,guest=osv`, also
-where the campaign's own id leaves them out. Claims and their verdicts may come from another
-campaign, the `proof`, with fewer cells and more blocks.
+where the campaign's own id leaves them out. Claims, their verdicts and ratios of their cells may
+come from another campaign, the `proof`, with fewer cells and more blocks. Its figures are
+`proof/NAME`, those of other kept campaigns `CAMPAIGN/NAME`.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from testbed.model.errors import Error
 from testbed.reports.figures import draw
 from testbed.reports.paper.answers import Answers
 from testbed.reports.paper.tables import TABLES
-from testbed.results.results import Results
+from testbed.results.results import Results, read
 
 CALL = re.compile(
     r"\\(mean|interval|ratio|low|high|verdict|of|ratios|tally|fact)(?:\[(\w+)\])?\{([^{}]+)\}"
 )
 """A macro call in the text: \\kind[quantity]{cell, glob of cells, or fact}."""
-MADE = re.compile(r"\\(?:resultfigure\{|input\{generated/)([\w-]+)\}")
+MADE = re.compile(r"\\(?:resultfigure\{|input\{generated/)([\w/-]+)\}")
 """A figure or table in the text."""
 
 
@@ -69,7 +70,7 @@ def typeset(campaign: Results, folder: Path) -> Path:
 def generate(
     campaign: Results, folder: Path = paths.PAPER, proof: Results | None = None
 ) -> list[Path]:
-    """Rewrite `generated/`: numbers.tex, tables, figures. Returns the files."""
+    """Rewrite `generated/`: numbers.tex, tables, figures. Returns the files of this campaign."""
     made, digest = folder / "generated", campaign.digest
     answers, tables_and_figures = Answers(campaign, proof), wanted(folder)
     lines = [
@@ -83,12 +84,16 @@ def generate(
     made.mkdir()
     for name, content in written.items():
         (made / f"{name}.tex").write_text("\n".join([f"% {digest}", *content]) + "\n")
+    for other in sorted({str(Path(name).parent) for name in tables_and_figures} - {"."}):
+        of = answers.proof if other == "proof" else read(paths.REFERENCE / other)
+        draw.draw(of, made / other, kinds=("pdf",), bare=True)
     drawn = draw.draw(campaign, made, kinds=("pdf",), bare=True)
     own = f"-{campaign.campaign.guest}"
     for name in tables_and_figures:  # the text names guests, also where the figure's name does not
         if (unnamed := made / f"{name.replace(own, '')}.pdf") in drawn:
             drawn[drawn.index(unnamed)] = unnamed.rename(made / f"{name}.pdf")
-    missing = tables_and_figures - {path.stem for path in made.iterdir()} - {"numbers"}
+    there = {str(path.relative_to(made).with_suffix("")) for path in made.rglob("*.*")}
+    missing = tables_and_figures - there - {"numbers"}
     if missing:
         raise Error(f"{folder}: the text has {min(missing)}, and {campaign.path} has not", PLAN)
     return [*(made / f"{name}.tex" for name in written), *drawn]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from string import ascii_lowercase
 from typing import Any, NamedTuple
 
@@ -12,6 +12,8 @@ from testbed.model.errors import Error
 from testbed.model.metrics import CPU_QUANTITY
 from testbed.model.terms import Family
 from testbed.model.trials import Status
+from testbed.reports import claims
+from testbed.reports.claims import Found
 from testbed.reports.paper.answers import (
     KEPT,
     Answers,
@@ -80,7 +82,7 @@ _WAYS = {Pair.NATIVE_GUEST: r"native$\to$guest", Pair.GUEST_NATIVE: r"guest$\to$
 def _entry(row: Summary | None, notes: dict[str, str]) -> str:
     """Mean, and ratio with the wider side of its interval; bold if the interval excludes 1.
 
-    A ratio of which a block was disturbed is not bold.
+    A ratio of which more than a few blocks were disturbed is not bold.
     """
     if row is None:
         return "&"
@@ -93,7 +95,7 @@ def _entry(row: Summary | None, notes: dict[str, str]) -> str:
         return f"{mean} &"
     side = 100 * (row.ratio.high / row.ratio.mean - 1)
     ratio = rf"$\times${number(row.ratio.mean, row.ratio.mean)}"
-    if not row.ratio.disturbed and (row.ratio.low > 1 or row.ratio.high < 1):
+    if not row.ratio.shaken and (row.ratio.low > 1 or row.ratio.high < 1):
         ratio = rf"\textbf{{{ratio}}}"
     if row.ratio.blocks > 1:
         ratio += (
@@ -125,19 +127,32 @@ def _conformance_table(answers: Answers) -> list[str]:
 
 
 def _claims_table(answers: Answers) -> list[str]:
-    """Table of claims and verdicts, a row per cell."""
+    """Table of claims, a row for each: how many of its ratios have which verdict, and the ratio
+    that is worst for it.
+    """
+    verdicts = [v for v in claims.Verdict if any(row.verdict is v for row in answers.claims)]
+    columns = f"l{'r' * len(verdicts)}ll"
     lines = [
-        r"\begin{tabular*}{\columnwidth}{@{\extracolsep{\fill}}lll@{}}",
+        rf"\begin{{tabular*}}{{\textwidth}}{{@{{\extracolsep{{\fill}}}}{columns}@{{}}}}",
         r"\toprule",
-        r"claim & ratio & verdict \\",
+        " & ".join(["claim", *map(escape, verdicts), "worst ratio", r"of \\"]),
+        r"\midrule",
     ]
     for claim, rows in grouped(answers.claims, lambda row: row.claim.text).items():
-        lines += [r"\midrule", rf"\multicolumn{{3}}{{@{{}}l}}{{\emph{{{escape(claim)}}}}} \\"]
-        for row in rows:
-            what = f"{row.cell.label(answers.proof.campaign.guest)}, {names(row.cell.family)}"
-            ratio = latex_interval(row.ratio, Unit(1, "")) if row.ratio.blocks else "not measured"
-            lines.append(rf"{escape(what)} & {ratio} & {escape(row.verdict)} \\")
+        counts = [str(sum(row.verdict is verdict for row in rows)) for verdict in verdicts]
+        worst = _worst(rows)
+        ratio = latex_interval(worst.ratio, Unit(1, "")) if worst.ratio.blocks else "not measured"
+        cell = worst.cell
+        who = f"{cell.datapath}, {cell.label(answers.proof.campaign.guest)}"
+        what = f"{who}, {names(cell.family)} {names(cell.transport)}"
+        lines.append(" & ".join([escape(claim), *counts, ratio, rf"{escape(what)} \\"]))
     return [*lines, r"\bottomrule", r"\end{tabular*}"]
+
+
+def _worst(rows: Sequence[Found]) -> Found:
+    """The row whose ratio is farthest to the side that a claim excludes."""
+    sign = -1 if rows[0].claim.at_least is not None else 1
+    return max(rows, key=lambda row: (bool(row.ratio.blocks), sign * row.ratio.mean))
 
 
 def _addresses(answers: Answers) -> list[str]:
