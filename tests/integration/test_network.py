@@ -9,12 +9,13 @@ import socket
 from pathlib import Path
 
 import pytest
+from pyroute2 import IPRoute
 from scapy.layers.inet import IP, UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
 from testbed import datapaths
-from testbed.host import ledger, namespaces, nft
+from testbed.host import ledger, namespaces, netlink, nft
 from testbed.host.ledger import Owner
 from testbed.model import addresses
 from testbed.model.addresses import Address, guest_link, node_address
@@ -25,7 +26,7 @@ from testbed.pods.network import node
 from testbed.pods.pod import Pod
 
 from .conftest import Build
-from .sockets import MANIFEST, PAIRS, PORTS, Bench, opened, send_frames, served
+from .sockets import MANIFEST, PAIRS, PATIENCE_S, PORTS, Bench, opened, send_frames, served
 from .test_baselines import connected
 
 pytestmark = [
@@ -40,6 +41,7 @@ WORKLOADS = pytest.mark.parametrize("n", PORTS, ids=lambda n: f"guest{n}" if n e
 DATAPATHS = ("steer", "capture", "direct", "dnat")
 WITH_LOCALHOST = [name for name in DATAPATHS if datapaths.get(name).localhost]
 PEERS_PORT = 7000
+RTN_UNREACHABLE = 7
 
 
 def host_port(datapath: str, n: int) -> int:
@@ -267,6 +269,42 @@ def test_an_address_is_free_again_after_its_pod(build: Build, peer: Pod) -> None
     assert leases() - before == set()
 
 
+def refused(ip: IPRoute) -> set[str]:
+    """Destinations that a namespace has unreachable routes to."""
+    routes = [r for f in Family for r in ip.get_routes(family=f.domain, type=RTN_UNREACHABLE)]
+    return {f"{route.get('dst')}/{route['dst_len']}" for route in routes}
+
+
+@FAMILIES
+def test_what_the_machine_sends_to_pods_is_refused_and_does_not_leave_it(
+    peer: Pod, family: Family
+) -> None:
+    with socket.socket(family.domain) as client:
+        client.settimeout(PATIENCE_S)
+        with pytest.raises(OSError, match="No route to host"):
+            client.connect((str(peer.addresses[family]), 80))
+
+
+@FAMILIES
+def test_another_route_of_the_machine_to_pods_addresses_is_left_alone(
+    owner: Owner, family: Family
+) -> None:
+    wide = {Family.IPV4: "10.0.0.0/8", Family.IPV6: "fd00::/8"}
+    netns = f"tb-{owner.id}-machine-{family}"
+    with namespaces.create(owner, netns) as ip:
+        link = netlink.create_link(ip, "a", kind="veth", state="up", peer={"ifname": "b"})
+        ip.link("set", ifname="b", state="up")
+        namespaces.inside(netns, node.refuse)
+        assert refused(ip) == {str(node.pod_range(f)) for f in Family}
+        namespaces.inside(netns, node.refuse_no_longer)
+        assert refused(ip) == set()
+        ip.route("add", dst=wide[family], oif=link)
+        namespaces.inside(netns, node.refuse)
+        assert refused(ip) == {str(node.pod_range(f)) for f in Family if f is not family}
+        namespaces.inside(netns, node.refuse_no_longer)
+        assert refused(ip) == set()
+
+
 def test_the_node_goes_with_its_last_pod(owner: Owner) -> None:
     """As `clean` does it: by what is in the ledger."""
     others = {p.name for p in (ledger.ROOT / "node").iterdir() if owner.id not in p.name}
@@ -275,3 +313,5 @@ def test_the_node_goes_with_its_last_pod(owner: Owner) -> None:
     for lease in (ledger.ROOT / "node").iterdir():
         node.leave(int(lease.name.partition("-")[0]), owner.id)
     assert not (namespaces.NETNS / node.NETNS).exists()
+    with IPRoute() as ip:
+        assert not refused(ip) & {str(node.pod_range(family)) for family in Family}

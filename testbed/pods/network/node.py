@@ -5,8 +5,9 @@
 
 All connected pods share it, whichever process built them. It is made with the first of them, and
 removed with the last. It stands for a cluster's node. It has no link to this machine's own
-networks. Ports that pods have on the node (hostPort) are reached at the node's address. Addresses
-and ports of each pod are in one file, beside the ledgers. Guests are connected by `gateway`.
+networks; what the machine itself sends to pods is refused meanwhile. Ports that pods have on the
+node (hostPort) are reached at the node's address. Addresses and ports of each pod are in one file,
+beside the ledgers. Guests are connected by `gateway`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import json
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
 
-from testbed.host import ledger, namespaces, netlink, nft
+from testbed.host import facts, ledger, namespaces, netlink, nft
 from testbed.host.ledger import Scope
 from testbed.model.addresses import MAX_PODS, node_address, pod_address
 from testbed.model.errors import Error
@@ -33,6 +36,11 @@ NETNS = "tb-node"
 UPLINK = "eth0"
 """Name of the pod's link to the node."""
 TABLE = "testbed-node"
+POD_BITS = 16
+"""Bits of an address that tell pods apart (`MAX_PODS`)."""
+RT_TABLE_MAIN = 254
+METRIC = (1 << 32) - 2
+"""Of our routes on this machine: another one to the same addresses wins."""
 
 _IP = {Family.IPV4: "ip", Family.IPV6: "ip6"}
 
@@ -72,6 +80,7 @@ def join(owner: Scope, pod: str, netns: str, ports: Collection[HostPort]) -> int
         with namespaces.make(NETNS) as node:
             (_folder() / f"{n}-{owner.id}").write_text(json.dumps(leases[n]))
             if not is_there:
+                refuse()
                 namespaces.set_sysctls(
                     NETNS,
                     {
@@ -92,8 +101,39 @@ def leave(n: int, id: str) -> None:
         mine.unlink(missing_ok=True)
         if not leases:
             namespaces.remove_netns(NETNS)
+            refuse_no_longer()
         elif had:
             _load(leases)
+
+
+def refuse() -> None:
+    """Have this machine refuse what it sends to pods: its default route would take that outside.
+
+    A wider route of the machine's own to these addresses is left alone.
+    """
+    with IPRoute() as machine:
+        for family in facts.families():
+            pods = pod_range(family)
+            routes = machine.get_routes(family=family.domain, table=RT_TABLE_MAIN)
+            wide = (r for r in routes if 0 < r["dst_len"] <= pods.prefixlen)
+            known = (ip_network(f"{r.get('dst')}/{r['dst_len']}") for r in wide)
+            if not any(node_address(family) in network for network in known):
+                machine.route("add", dst=str(pods), type="unreachable", priority=METRIC)
+
+
+def refuse_no_longer() -> None:
+    """Take back what `refuse` did. A missing route is no error."""
+    with IPRoute() as machine:
+        for family in facts.families():
+            with suppress(NetlinkError):
+                dst = str(pod_range(family))
+                machine.route("del", dst=dst, type="unreachable", priority=METRIC)
+
+
+def pod_range(family: Family) -> IPv4Network | IPv6Network:
+    """All addresses that the node's and its pods can be."""
+    node = node_address(family)
+    return ip_network(f"{node}/{node.max_prefixlen - POD_BITS}", strict=False)
 
 
 def _link(n: int) -> str:
