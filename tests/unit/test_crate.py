@@ -46,9 +46,9 @@ def test_the_run_says_guest_blocks_and_both_times_and_consoles_are_files(kept: R
     described = {entity["@id"]: entity for entity in graph}
     run, console = described["#run"], described["consoles/block0-a.log"]
     assert run["name"] == "testbed run --plan proof --guest osv --blocks 75 --seed 2"
-    assert run["description"] == "270 blocks, guest standin, accelerator none"
+    assert run["description"] == "75 blocks, guest standin, accelerator none"
     assert run["startTime"] == kept.campaign.started
-    assert run["endTime"] == "2026-11-27T17:22:43+00:00"
+    assert run["endTime"] == "2026-11-30T17:41:39+00:00"
     assert console["encodingFormat"] == "text/plain"
     assert console["description"] == "What a guest or another workload printed"
 
@@ -65,7 +65,7 @@ def test_figures_that_are_drawn_later_are_described(
     assert drawn <= {entity["@id"] for entity in graph}
 
 
-@pytest.mark.parametrize("name", ["paper", "proof"])
+@pytest.mark.parametrize("name", ["paper", "proof", "load"])
 def test_schemas_hold_for_what_is_stored(name: str) -> None:
     kept = read(paths.REFERENCE / name)
     stored = json.loads((kept.path / "campaign.json").read_text())
