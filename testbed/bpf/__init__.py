@@ -19,7 +19,7 @@ from testbed.bpf.hooks import (
     runs_by_tcx,
     runs_in_cgroup,
 )
-from testbed.bpf.programs import PINS, ProgramSet, load, load_traced
+from testbed.bpf.programs import PINS, ProgramSet, load, load_traced, own_rows
 from testbed.bpf.syscall import Map, run
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "headers",
     "load",
     "load_traced",
+    "own_rows",
     "reasons",
     "refusing",
     "replace_tc",

@@ -14,12 +14,13 @@ import os
 import resource
 import stat
 import struct
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
 from testbed.bpf import bytecode, syscall
 from testbed.bpf.bytecode import Bytecode
@@ -170,6 +171,30 @@ def _slot(user: str) -> int:
     Slot 0 has no rows. It holds the programs while none of the owner's pods does.
     """
     return int(user.partition("-")[0])
+
+
+def own_rows(
+    owner: Scope, programs: ProgramSet, name: str, value: str, guests: Collection[int]
+) -> None:
+    """Have a pod's rows of a map, one for each guest (`slot << 8 | n`), removed with the pod.
+
+    They are removed now, too: another pod may have left them.
+    """
+    keys = [programs.slot << 8 | n for n in guests]
+    rows: dict[str, Any] = {"pins": str(programs.pins), "name": name, "value": value, "keys": keys}
+    owner.defer(remove_rows, **rows)
+    if not owner.continues:
+        remove_rows(**rows)
+
+
+def remove_rows(pins: str, name: str, value: str, keys: list[int]) -> None:
+    """Remove rows of a map. Missing programs and rows are no error."""
+    if Path(pins, "users").exists():
+        with closing(ProgramSet(Path(pins), 0)) as programs:
+            rows = programs.map(name, "=I", value)
+            for key in keys:
+                with suppress(KeyError):
+                    del rows[key,]
 
 
 def load_traced(programs: ProgramSet, owner: Scope) -> ProgramSet:

@@ -11,9 +11,8 @@ programs of `bpf/checksum.c` lead them there and back.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import closing, suppress
-from pathlib import Path
+from collections.abc import Collection, Mapping
+from contextlib import closing
 
 from pyroute2 import IPRoute
 
@@ -22,6 +21,8 @@ from testbed.bpf import ProgramSet
 from testbed.host import namespaces, netlink
 from testbed.host.ledger import Scope
 
+ROW = "=3I"
+"""`struct pair` of the programs."""
 MTU = 65535
 """MTU of the pairs. Packets out of `lo` may be so large; the port's programs decide about them."""
 
@@ -107,20 +108,10 @@ class Checksums:
         """The programs, loaded at the first call."""
         if self._programs is None:
             self._programs = programs = bpf.load("checksum", self._owner)
-            rows = {"pins": str(programs.pins), "slot": programs.slot, "guests": [*self._guests]}
-            self._owner.defer(clear, **rows)
+            bpf.own_rows(self._owner, programs, "pairs", ROW, self._guests)
             programs.make_calls(self._owner, 1)
             programs.set_calls(programs, ["detour"])
         return self._programs
-
-
-def clear(pins: str, slot: int, guests: Iterable[int]) -> None:
-    """Remove a pod's rows. Missing programs and rows are no error."""
-    if Path(pins, "users").exists():
-        with closing(ProgramSet(Path(pins), slot)) as programs:
-            for n in guests:
-                with suppress(KeyError):
-                    del _rows(programs)[slot << 8 | n,]
 
 
 def _places(out: int, back: int) -> dict[str, tuple[int, int]]:
@@ -129,4 +120,4 @@ def _places(out: int, back: int) -> dict[str, tuple[int, int]]:
 
 
 def _rows(programs: ProgramSet) -> bpf.Map:
-    return programs.map("pairs", "=I", "=3I")
+    return programs.map("pairs", "=I", ROW)

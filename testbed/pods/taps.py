@@ -10,10 +10,9 @@ the pod's inside.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import closing, suppress
+from collections.abc import Collection, Mapping
+from contextlib import closing
 from ipaddress import ip_address
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from testbed import bpf
@@ -190,14 +189,7 @@ class Taps:
         """The programs, loaded at the first call."""
         if self._programs is None:
             self._programs = bpf.load("tap", self._owner)
-            rows: dict[str, Any] = {
-                "pins": str(self._programs.pins),
-                "slot": self._programs.slot,
-                "guests": list(self.taps),
-            }
-            self._owner.defer(clear, **rows)
-            if not self._owner.continues:
-                clear(**rows)
+            bpf.own_rows(self._owner, self._programs, "taps", ROW, self.taps)
             self._programs.make_calls(self._owner, len(AT_TAP))
             self._programs.set_calls(self._programs, AT_TAP)
         return self._programs
@@ -216,15 +208,6 @@ def disconnect(netns: str, ifindex: int) -> None:
     """Detach the programs from a tap. A missing tap is no error."""
     for name, hook in AT_TAP.items():
         bpf.detach_tcx(netns, ifindex, hook, name)
-
-
-def clear(pins: str, slot: int, guests: Iterable[int]) -> None:
-    """Remove a pod's rows. Missing programs and rows are no error."""
-    if Path(pins, "users").exists():
-        with closing(ProgramSet(Path(pins), slot)) as programs:
-            for n in guests:
-                with suppress(KeyError):
-                    del _rows(programs)[slot << 8 | n,]
 
 
 def _rows(programs: ProgramSet) -> bpf.Map:
