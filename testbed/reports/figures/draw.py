@@ -40,7 +40,7 @@ PR_SET_PDEATHSIG = 1
 
 Maker = Callable[[Results], Iterable[tuple[str, Drawing]]]
 
-_SHARED = ContextVar[tuple[Results, Path, Collection[str], bool]]("shared")
+_SHARED = ContextVar[tuple[Results, Path, Collection[str], bool, Collection[str] | None]]("shared")
 """Arguments of every `_draw_kind`. A campaign that is open cannot be sent to another process."""
 
 
@@ -49,13 +49,14 @@ def draw(
     folder: Path | None = None,
     kinds: Collection[str] = ("png", "pdf"),
     bare: bool = False,
+    only: Collection[str] | None = None,
 ) -> list[Path]:
     """Draw all figures of a campaign into its `figures/`, or into `folder`; returns the files.
 
-    `kinds` are file types. With `bare`, figures have no title and footer, for the paper. Guests
-    that cells name have figures of their own, with the guest in the figure's name. Another Python
-    distribution adds figures by an entry point of group `testbed.figures` that names a function
-    like `figures` of the modules in `KINDS`.
+    `kinds` are file types. With `bare`, figures have no title and footer, for the paper. `only` are
+    the names of figures, if not all are wanted. Guests that cells name have figures of their own,
+    with the guest in the figure's name. Another Python distribution adds figures by an entry point
+    of group `testbed.figures` that names a function like `figures` of the modules in `KINDS`.
     """
     makers: list[Maker] = [
         *(import_module(f"testbed.reports.figures.{name}").figures for name in KINDS),
@@ -64,13 +65,13 @@ def draw(
     _ = results.summaries  # once, before there are many processes
     target = folder or results.path / "figures"
     count = min(len(makers), len(os.sched_getaffinity(0)))
-    shared = (results, target, kinds, bare)
+    shared = (results, target, kinds, bare, only)
     with ProcessPoolExecutor(count, get_context("fork"), _begin, (shared,)) as processes:
         found = [files for each in processes.map(_draw_kind, makers) for files in each]
     return [file for _, files in sorted(found, key=_place) for file in files]
 
 
-def _begin(shared: tuple[Results, Path, Collection[str], bool]) -> None:
+def _begin(shared: tuple[Results, Path, Collection[str], bool, Collection[str] | None]) -> None:
     """Prepare a process of the pool."""
     _SHARED.set(shared)
     if (
@@ -81,11 +82,12 @@ def _begin(shared: tuple[Results, Path, Collection[str], bool]) -> None:
 
 def _draw_kind(make: Maker) -> list[tuple[str, list[Path]]]:
     """Draw the figures of one kind; returns the name and files of each."""
-    results, folder, kinds, bare = _SHARED.get()
+    results, folder, kinds, bare, only = _SHARED.get()
     with mpl.rc_context(RC):
         return [
             (name, save(drawing, folder, name, results.digest, kinds, bare))
             for name, drawing in make(results)
+            if only is None or name in only
         ]
 
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 from testbed import paths
@@ -19,6 +20,7 @@ from testbed.model.metrics import CPU_QUANTITY
 from testbed.model.trials import Status
 from testbed.plan import Estimator, preregistration_of
 from testbed.reports import claims
+from testbed.reports.claims import Found
 from testbed.reports.words import Unit, number, unit_of
 from testbed.results.analysis import Summary, controls
 from testbed.results.results import Results
@@ -44,9 +46,21 @@ class Answers:
         self.cells: dict[str, list[Summary]] = {}
         for row in self.rows:
             self.cells.setdefault(self.id_of(row.cell), []).append(row)
-        self.claims = claims.judge(self.proof)
-        self.conformance = _conformance(results)
-        self.facts = dict(_facts(self))
+
+    @cached_property
+    def claims(self) -> list[Found]:
+        """The judged claims of the proof."""
+        return claims.judge(self.proof)
+
+    @cached_property
+    def conformance(self) -> list[dict[str, str]]:
+        """Results of checks, one for each case."""
+        return _conformance(self.results)
+
+    @cached_property
+    def facts(self) -> dict[str, str]:
+        """Name → LaTeX of all facts."""
+        return dict(_facts(self))
 
     def id_of(self, cell: Cell) -> str:
         """The id of a cell with its guests named."""

@@ -86,7 +86,8 @@ def generate(
         (made / f"{name}.tex").write_text("\n".join([f"% {digest}", *content]) + "\n")
     for other in sorted({str(Path(name).parent) for name in tables_and_figures} - {"."}):
         of = answers.proof if other == "proof" else read(paths.REFERENCE / other)
-        draw.draw(of, made / other, kinds=("pdf",), bare=True)
+        names = {Path(name).name for name in tables_and_figures if Path(name).parent == Path(other)}
+        draw.draw(of, made / other, kinds=("pdf",), bare=True, only=names)
     drawn = draw.draw(campaign, made, kinds=("pdf",), bare=True)
     own = f"-{campaign.campaign.guest}"
     for name in tables_and_figures:  # the text names guests, also where the figure's name does not
