@@ -265,9 +265,10 @@ def _osv(kernel: kernels.OsvKernel | None) -> Finding:
     detail = f"{kernel.version}, {kernel.source}"
     if not kernel.listed:
         detail += " (not listed in osv/kernels.toml: flagged in results)"
-    can = capabilities.cached(kernel.sha256)
-    if can is None and os.geteuid() == 0:
-        can = osv.capabilities(kernel, say=lambda _: None)
+    is_root = os.geteuid() == 0
+    can = (
+        osv.capabilities(kernel, lambda _: None) if is_root else capabilities.cached(kernel.sha256)
+    )
     if can is None:
         return Finding("OSv kernel", State.FINE, detail)
     detail += f"; {can}"

@@ -88,22 +88,19 @@ def attached_tc(netns: str, places: Mapping[tuple[int, int], str]) -> set[tuple[
     def runs(place: tuple[int, int], name: str) -> bool:
         if (FILTER, PRIORITY) in _filters(*place):
             return True
-        if not has_tcx():
-            return False
-        with _running(*place) as programs:
-            return name in programs
+        return has_tcx() and _runs_by_tcx(*place, name)
 
     return namespaces.inside(netns, lambda: {at for at, name in places.items() if runs(at, name)})
 
 
 def runs_by_tcx(netns: str, ifindex: int, hook: int, name: str) -> bool:
     """Whether a link that is there runs a program of this name by tcx."""
+    return namespaces.inside(netns, lambda: _runs_by_tcx(ifindex, hook, name))
 
-    def runs() -> bool:
-        with _running(ifindex, hook) as programs:
-            return name in programs
 
-    return namespaces.inside(netns, runs)
+def _runs_by_tcx(ifindex: int, hook: int, name: str) -> bool:
+    with _running(ifindex, hook) as programs:
+        return name in programs
 
 
 @cache

@@ -31,11 +31,12 @@ def add(commands: Commands) -> None:
         epilog="Exit status: 0 no check failed, 1 some checks failed, 3 could not run.",
     )
     conformance.set_defaults(call=_conformance)
-    if paths.is_bundle():
-        conformance.set_defaults(**NOT_IN_BUNDLES)
-    else:
-        _add_pods(conformance)
-        _add_archive(conformance)
+    # A bundle builds no pods and has no archive: it has these options at their defaults alone.
+    about_pods = argparse.ArgumentParser() if paths.is_bundle() else conformance
+    _add_pods(about_pods)
+    _add_archive(about_pods)
+    if about_pods is not conformance:
+        conformance.set_defaults(**vars(about_pods.parse_args([])))
     conformance.add_argument("--family", nargs="+", type=Family, choices=tuple(Family))
     conformance.add_argument(
         "--check",
@@ -68,19 +69,6 @@ def add(commands: Commands) -> None:
         metavar="PATH",
         help="cgroup (v2) of that pod's processes, to which the natives are to belong",
     )
-
-
-NOT_IN_BUNDLES = {
-    "datapath": None,
-    "guest": "best",
-    "osv_kernel": None,
-    "shim": False,
-    "native": Runtime.PROCESS,
-    "keep": False,
-    "pages": False,
-    "bundle": None,
-}
-"""Options that a bundle does not have, as it builds no pods and has no archive → their values."""
 
 
 def _add_pods(conformance: argparse.ArgumentParser) -> None:

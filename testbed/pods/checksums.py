@@ -57,11 +57,12 @@ class Checksums:
 
         `ip`: a socket in the namespace. `taps`: n → index of its tap.
         """
-        for n in self._guests:
-            existing = netlink.links(self._netns)
-            if out_name(n) not in existing:
+        existing = netlink.links(self._netns)
+        if missing := [n for n in self._guests if out_name(n) not in existing]:
+            for n in missing:
                 self._create(ip, n)
-                existing = netlink.links(self._netns)
+            existing = netlink.links(self._netns)
+        for n in self._guests:
             links = taps[n], existing[out_name(n)], existing[back_name(n)]
             if self._built.get(n) != links or self._lacks(n):
                 self._attach(n, links)
@@ -72,12 +73,13 @@ class Checksums:
 
     def _create(self, ip: IPRoute, n: int) -> None:
         out, back = out_name(n), back_name(n)
-        netlink.create_link(ip, out, kind="veth", mtu=MTU, peer={"ifname": back, "mtu": MTU})
+        peer = {"ifname": back, "mtu": MTU}
+        created = netlink.create_link(ip, out, kind="veth", mtu=MTU, peer=peer)
         netlink.set_checksum_offload(self._netns, out, on=False)
         off = {f"net/ipv6/conf/{name}/disable_ipv6": 1 for name in (out, back)}
         namespaces.set_sysctls(self._netns, off)
-        for name in (out, back):
-            ip.link("set", index=netlink.links(self._netns)[name], state="up")
+        for index in (created, netlink.links(self._netns)[back]):
+            ip.link("set", index=index, state="up")
 
     def _attach(self, n: int, links: tuple[int, int, int]) -> None:
         tap, out, back = links

@@ -28,7 +28,7 @@ from rich.text import Text
 from testbed.model.cells import Cell
 from testbed.plan import Claim, Estimator, claims_of, preregistration_of
 from testbed.reports.words import interval, names, plain, size_of
-from testbed.results.analysis import controls, quantities, reference_cell
+from testbed.results.analysis import controls, marked, quantities, reference_cell
 from testbed.results.order import grouped
 from testbed.results.results import Results
 from testbed.results.statistics import Estimate, estimate, pseudomedian
@@ -103,10 +103,9 @@ def judge(results: Results, of: Campaign | None = None) -> list[Found]:
             if not fnmatchcase(cell.id, claim.cells):
                 continue
             ratios = results.ratios(cell, to, claim.quantity)
-            disturbed = len(ratios.keys() & results.disturbed(cell, to))
+            disturbed = results.disturbed(cell, to)
             ratio, other = (
-                replace(FUNCTIONS[each](ratios.values()), disturbed=disturbed)
-                for each in (decides, decides.other)
+                marked(ratios, disturbed, FUNCTIONS[each]) for each in (decides, decides.other)
             )
             verdict = verdict_of(claim, ratio)
             if claim.bounded and not passed:
@@ -123,7 +122,7 @@ def estimator_of(campaign: Campaign) -> Estimator:
 
 def departures(results: Results) -> list[str]:
     """In what a campaign is not what its plan laid down: a text for each."""
-    campaign, measured = results.campaign, {trial.block for trial in results.trials}
+    campaign, measured = results.campaign, results.blocks
     laid_down = preregistration_of(campaign.plan)
     found: list[str] = []
     if laid_down is None:
@@ -231,8 +230,8 @@ def table(found: Sequence[Found], claimant: Results) -> Group:
     counted = [f"{n} {v}" for v in Verdict if (n := sum(row.verdict is v for row in found))]
     legend = f"Ratios within a block, and the number of blocks; {WORDS[decides]} (95 %) decide."
     lines = [f"{', '.join(counted)}. {legend}", *preregistration_lines(claimant)]
-    if shaken := sum(bool(row.ratio.disturbed) for row in found):
-        lines.append(f"{shaken} of {len(found)} ratios have blocks that were disturbed.")
+    if disturbed := sum(bool(row.ratio.disturbed) for row in found):
+        lines.append(f"{disturbed} of {len(found)} ratios have blocks that were disturbed.")
     return Group(*tables, *(Text(line) for line in lines))
 
 

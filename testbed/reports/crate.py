@@ -130,7 +130,7 @@ def _files(path: Path) -> list[tuple[str, dict[str, str]]]:
 
 def _blocks(results: Results) -> str:
     """Number of blocks that were measured: `3 blocks`."""
-    blocks = len({trial.block for trial in results.trials})
+    blocks = len(results.blocks)
     return f"{blocks} block{'' if blocks == 1 else 's'}"
 
 

@@ -1,4 +1,4 @@
-"""Holds what a campaign stored of its plan to the git history of this clone.
+"""Compares what a campaign stored of its plan with the git history of this clone.
 
 The plan's file is looked for among all versions that were committed, by the SHA-256 that the
 campaign stored before its first trial. So it is seen whether claims were laid down before the data,
@@ -23,14 +23,16 @@ def verified(campaign: Campaign) -> str:
         return ""
     file = f"{paths.EXPERIMENTS.name}/{campaign.name}.toml"
     try:
-        versions = _git("log", "--reverse", "--format=%h %cI", "--", file).decode().splitlines()
-        texts = {version: _git("show", f"{version.split()[0]}:{file}") for version in versions}
+        log = _git("log", "--reverse", "--diff-filter=AM", "--format=%h %cI", "--", file)
+        for line in log.decode().splitlines():
+            commit, date = line.split()
+            text = _git("show", f"{commit}:{file}")
+            if sha256(text).hexdigest() == campaign.plan["sha256"]:
+                break
+        else:
+            return f"Could not be verified: no {file} in the git history here has that SHA-256."
     except (OSError, subprocess.CalledProcessError):
         return "Could not be verified: no git history here."
-    same = [v for v in versions if sha256(texts[v]).hexdigest() == campaign.plan["sha256"]]
-    if not same:
-        return f"Could not be verified: no {file} in the git history here has that SHA-256."
-    (commit, date), text = same[0].split(), texts[same[0]]
     try:
         found = plan.parse(text.decode(), f"{file} of {commit}")
     except Error as e:

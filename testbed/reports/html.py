@@ -25,6 +25,7 @@ from testbed.model.trials import Status
 from testbed.reports import claims
 from testbed.reports.figures import draw
 from testbed.reports.words import (
+    UNSHAKEN,
     blocks_of,
     conclusive,
     controls_of,
@@ -144,8 +145,8 @@ def _legend(campaign: Campaign) -> str:
     interval = "95 % t-interval on logarithms" if campaign.blocks > 1 else "no interval from one"
     return (
         f"Geometric means over blocks ({interval}). A ratio is to the reference datapath within a "
-        "block; bold where its interval excludes 1, no guest is emulated and no block was "
-        "disturbed. A click on a heading sorts; the box filters by words."
+        f"block; bold where its interval excludes 1, no guest is emulated and {UNSHAKEN}. A click "
+        "on a heading sorts; the box filters by words."
     )
 
 
@@ -201,8 +202,8 @@ def _results(rows: Sequence[Summary], campaign: Campaign) -> str:
 
 def _result(row: Summary, campaign: Campaign, titles: Mapping[Any, str]) -> list[Entry]:
     cell, unit = row.cell, unit_of(row.cell.metric)
-    shaken = max((row.estimate, row.ratio), key=lambda of: of.disturbed)
-    note = "; ".join(filter(None, (row.reason, row.limited, row.no_ratio, disturbed_of(shaken))))
+    most = max((row.estimate, row.ratio), key=lambda of: of.disturbed)
+    note = "; ".join(filter(None, (row.reason, row.limited, row.no_ratio, disturbed_of(most))))
     own = row.reference == cell.datapath
     bold = conclusive(row, campaign) and not own
     return [

@@ -10,9 +10,9 @@ from testbed.model.cells import SLOW_US, UDP_LOSS, Cell
 from testbed.model.metrics import TAIL, Metric
 from testbed.model.terms import UNPACED, Transport
 from testbed.model.trials import Limit, Status
-from testbed.results.analysis import EXCEEDANCES, Summary, controls
+from testbed.results.analysis import EXCEEDANCES, Ratio, Summary, controls
 from testbed.results.results import Results
-from testbed.results.statistics import Estimate
+from testbed.results.statistics import SHAKEN_SHARE, Estimate
 from testbed.results.store import Campaign
 
 UDP_RATE = (Metric.THROUGHPUT, Transport.UDP)
@@ -58,13 +58,6 @@ class Row(Protocol):
     def quantity(self) -> str: ...
 
 
-class Ratio(Row, Protocol):
-    """A row with a ratio: a summary, or a comparison of two campaigns."""
-
-    @property
-    def ratio(self) -> Estimate: ...
-
-
 def columns_of(rows: Iterable[Row]) -> list[tuple[Metric, str, str]]:
     """Those of `shown_columns` that some of the rows have."""
     found = {(row.cell.metric, row.quantity) for row in rows}
@@ -83,14 +76,17 @@ def interval(of: Estimate, scale: float, wide: bool) -> str:
     return f"{mean} ±{side:.0f}%" if side < 999.5 else f"{mean} >±999%"
 
 
+UNSHAKEN = f"at most {SHAKEN_SHARE:.0%} of the blocks were disturbed"
+"""What holds of a ratio that is shown as sound, for legends (`Estimate.shaken`)."""
+
+
 def conclusive(row: Ratio, campaign: Campaign) -> bool:
     """Whether a ratio is shown as sound, bold or filled.
 
     Its interval excludes 1, its guests are not emulated, and few blocks of it were disturbed.
     """
-    of = row.ratio
-    sound = not of.shaken and not campaign.is_functional(row.cell)
-    return sound and (of.low > 1 or of.high < 1)
+    sound = not row.ratio.shaken and not campaign.is_functional(row.cell)
+    return sound and row.ratio.excludes_1
 
 
 def disturbed_of(of: Estimate) -> str:

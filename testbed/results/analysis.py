@@ -14,7 +14,7 @@ may be judged by ranks (`pseudomedian`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import inf, nan
 from typing import Any, Protocol
@@ -96,15 +96,15 @@ def summarise(trials: pd.DataFrame, references: Mapping[str, str]) -> list[Summa
             if quantity == P99 and not _has_p99(table) and (table.status == "ok").any():
                 continue
             values = block_values(table, quantity)
-            shaken = disturbed_blocks(table)
-            ratio, no_ratio = _ratio(values, shaken, divisor, other, quantity)
+            disturbed = disturbed_blocks(table)
+            ratio, no_ratio = _ratio(values, disturbed, divisor, other, quantity)
             summaries.append(
                 Summary(
                     cell=cell,
                     quantity=quantity,
                     status=_status(table, values),
                     reason=_reason(table, values),
-                    estimate=marked(values, shaken),
+                    estimate=marked(values, disturbed),
                     reference=divisor,
                     ratio=ratio,
                     no_ratio=no_ratio,
@@ -283,9 +283,13 @@ def disturbed_blocks(table: pd.DataFrame) -> set[int]:
     return set(table.block[table.disturbed.notna()])
 
 
-def marked(values: Mapping[int, float], disturbed: set[int]) -> Estimate:
+def marked(
+    values: Mapping[int, float],
+    disturbed: set[int],
+    by: Callable[[Iterable[float]], Estimate] = estimate,
+) -> Estimate:
     """Estimate of block values, which says how many blocks were disturbed."""
-    return replace(estimate(values.values()), disturbed=len(values.keys() & disturbed))
+    return replace(by(values.values()), disturbed=len(values.keys() & disturbed))
 
 
 def _has_p99(table: pd.DataFrame) -> bool:

@@ -114,6 +114,11 @@ class Results:
             return analysis.cost_values(table)
         return analysis.block_values(table, quantity)
 
+    @property
+    def blocks(self) -> set[int]:
+        """Numbers of the blocks of which there are trials."""
+        return {trial.block for trial in self.trials}
+
     def disturbed(self, *cells: Cell) -> set[int]:
         """Blocks in which the trial of one of the cells was disturbed."""
         tables = (self.tables[cell.id] for cell in cells if cell.id in self.tables)

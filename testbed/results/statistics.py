@@ -33,6 +33,11 @@ class Estimate:
         """Whether so many blocks were disturbed that it is not shown as sound."""
         return self.disturbed > SHAKEN_SHARE * self.blocks
 
+    @property
+    def excludes_1(self) -> bool:
+        """Whether the whole interval is on one side of 1."""
+        return self.low > 1 or self.high < 1
+
     def __str__(self) -> str:
         return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}] of {self.blocks} blocks"
 

@@ -24,11 +24,11 @@ from testbed.reports.figures.style import (
     disturbances,
     functional,
 )
-from testbed.reports.words import Ratio, columns_of, conclusive, names, size_of
-from testbed.results.analysis import Summary
+from testbed.reports.words import UNSHAKEN, columns_of, conclusive, names, size_of
+from testbed.results.analysis import Ratio, Summary
 from testbed.results.order import grouped
 from testbed.results.results import Results
-from testbed.results.statistics import SHAKEN_SHARE, Estimate
+from testbed.results.statistics import Estimate
 
 
 def figures(results: Results) -> Iterator[tuple[str, Drawing]]:
@@ -77,9 +77,8 @@ def meaning_of_marks(
         return NO_INTERVAL
     if all(results.campaign.is_functional(row.cell) for row in rows):
         return intervals
-    shaken = any(row.ratio.disturbed for row in rows)
-    few = f", and at most {SHAKEN_SHARE:.0%} of the blocks were disturbed" if shaken else ""
-    return f"{intervals}; filled: the interval excludes 1{few}"
+    disturbed = any(row.ratio.disturbed for row in rows)
+    return f"{intervals}; filled: the interval excludes 1{f', and {UNSHAKEN}' if disturbed else ''}"
 
 
 def _without(rows: Sequence[Summary], results: Results) -> list[str]:

@@ -83,8 +83,8 @@ def spent_figure(rows: Sequence[Breakdown], results: Results) -> Drawing:
     cell = rows[0].cell
     per = _UNITS.get(cell.metric, "million transactions")
     how = (
-        "Bars, and numbers above them: geometric means over blocks of all that the host's CPUs did "
-        f"during traffic, by the traffic; {whiskers_of(results)}."
+        "Bars, and numbers above them: geometric means over blocks of the CPU time that the trial "
+        f"took of the host during traffic, by the traffic; {whiskers_of(results)}."
     )
     panels = {
         names(family): [row for row in rows if row.cell.family is family]
@@ -95,7 +95,7 @@ def spent_figure(rows: Sequence[Breakdown], results: Results) -> Drawing:
         figure,
         f"Host CPU time per {per}, {names(cell.transport)}, {size_of(cell)} messages",
         _keys(PARTS, rows),
-        [f"{circumstances(results, cell.guest)} {how}", *_shaken(rows, results)],
+        [f"{circumstances(results, cell.guest)} {how}", *_disturbed(rows, results)],
         functional(results, rows),
     )
 
@@ -130,12 +130,12 @@ def built_figure(rows: Sequence[Breakdown], results: Results) -> Drawing:
         figure,
         title,
         _keys(parts, rows),
-        [f"{circumstances(results)} {how}", *_shaken(rows, results)],
+        [f"{circumstances(results)} {how}", *_disturbed(rows, results)],
         functional(results, rows),
     )
 
 
-def _shaken(rows: Iterable[Breakdown], results: Results) -> list[str]:
+def _disturbed(rows: Iterable[Breakdown], results: Results) -> list[str]:
     return disturbances(((row.cell, row.total) for row in rows), results)
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import datetime
 from fnmatch import fnmatchcase
 from functools import cached_property
+from math import isnan, nan
 from typing import Any
 
 from testbed import paths
@@ -22,9 +23,9 @@ from testbed.plan import Estimator, preregistration_of
 from testbed.reports import claims
 from testbed.reports.claims import Found
 from testbed.reports.words import Unit, number, unit_of
-from testbed.results.analysis import Summary, controls
+from testbed.results.analysis import Summary, controls, marked
 from testbed.results.results import Results
-from testbed.results.statistics import CONFIDENCE, Estimate, estimate
+from testbed.results.statistics import CONFIDENCE, Estimate
 from testbed.results.store import Campaign
 
 
@@ -110,7 +111,7 @@ class Answers:
         """Summary of the host CPU time of a cell's traffic."""
         row = replace(row, quantity=CPU_QUANTITY)
         values = self.results.values(row.cell, CPU_QUANTITY)
-        row = replace(row, estimate=estimate(values.values()))
+        row = replace(row, estimate=marked(values, self.results.disturbed(row.cell)))
         return self._divided(row, replace(row.cell, datapath=row.reference or row.cell.datapath))
 
     def _divided(self, row: Summary, to: Cell) -> Summary:
@@ -118,7 +119,8 @@ class Answers:
         that the campaign's plan laid down, else as all ratios.
         """
         ratios = self.results.ratios(row.cell, to, row.quantity)
-        return replace(row, ratio=self._estimate(ratios.values()))
+        disturbed = self.results.disturbed(row.cell, to)
+        return replace(row, ratio=marked(ratios, disturbed, self._estimate))
 
     def _of_many(self, kind: str, glob: str) -> str:
         """Range of all ratios of cells that match; or how many of them are below and above one."""
@@ -152,7 +154,7 @@ def latex_interval(of: Estimate, unit: Unit) -> str:
     mean, low, high = (
         number(x / unit.scale, of.mean / unit.scale) for x in (of.mean, of.low, of.high)
     )
-    shown = mean if of.blocks < 2 else f"{mean} [{low}, {high}]"
+    shown = mean if isnan(of.low) else f"{mean} [{low}, {high}]"
     return shown + (rf"\,{escape(unit.name)}" if unit.name else "")
 
 
@@ -171,7 +173,7 @@ def _verdict(ratio: Estimate) -> str:
 
 
 _OF_CELL: Mapping[str, Callable[[Summary], str]] = {
-    "mean": lambda row: latex_interval(replace(row.estimate, blocks=1), latex_unit(row)),
+    "mean": lambda row: latex_interval(replace(row.estimate, low=nan), latex_unit(row)),
     "interval": lambda row: latex_interval(row.estimate, latex_unit(row)),
 }
 _OF_RATIO: Mapping[str, Callable[[Estimate], str]] = {
@@ -213,7 +215,7 @@ def _facts(answers: Answers) -> Iterator[tuple[str, str]]:
     if times:
         yield "duration", f"{(times[-1] - times[0]).total_seconds() / 60:.0f}~minutes"
     yield "cells", str(len(campaign.cells))
-    yield "blocks", str(len({trial.block for trial in trials}))
+    yield "blocks", str(len(results.blocks))
     yield "trials", str(len(log))
     yield "trials/disturbed", str(sum(trial.disturbed is not None for trial in log))
     ended = Counter(trial.status for trial in trials)
@@ -239,7 +241,7 @@ def _facts(answers: Answers) -> Iterator[tuple[str, str]]:
             )
     judged = Counter(row.verdict for row in answers.claims)
     yield "claims", str(judged.total())
-    yield "claims/blocks", str(len({trial.block for trial in answers.proof.trials}))
+    yield "claims/blocks", str(len(answers.proof.blocks))
     yield from _proof(answers.proof.campaign)
     for verdict in claims.Verdict:
         yield f"claims/{verdict}", str(judged[verdict])

@@ -95,7 +95,7 @@ def _entry(row: Summary | None, notes: dict[str, str]) -> str:
         return f"{mean} &"
     side = 100 * (row.ratio.high / row.ratio.mean - 1)
     ratio = rf"$\times${number(row.ratio.mean, row.ratio.mean)}"
-    if not row.ratio.shaken and (row.ratio.low > 1 or row.ratio.high < 1):
+    if row.ratio.excludes_1 and not row.ratio.shaken:
         ratio = rf"\textbf{{{ratio}}}"
     if row.ratio.blocks > 1:
         ratio += (
