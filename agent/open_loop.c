@@ -166,6 +166,10 @@ static int take_tcp(struct loop *l, ssize_t got, uint64_t now)
 	}
 	s->is.corrupt += !is_intact(l, s->buffer, got, l->received, now);
 	l->received += got;
+	if (l->received > l->sent) {
+		errno = EPROTO; /* a response to what was not asked */
+		return -1;
+	}
 	while (l->answered < l->received / s->order.size)
 		answer(l, l->answered, now);
 	return got == CHUNK;
@@ -178,7 +182,7 @@ static int take_udp(struct loop *l, ssize_t got, uint64_t now)
 	uint32_t size = l->s->order.size;
 
 	if (datagram_type(head, got) != RESPONSE || ntohl(head->flow) != l->s->flow ||
-	    got != (ssize_t)size || number >= l->entered || l->entered - number > MAX_PENDING ||
+	    got != (ssize_t)size || number >= l->sent || l->entered - number > MAX_PENDING ||
 	    !*entry(l, number))
 		return 1;
 	l->s->is.corrupt += !is_intact(l, head + 1, size - sizeof(*head), number * size, now);

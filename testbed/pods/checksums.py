@@ -58,11 +58,16 @@ class Checksums:
         `ip`: a socket in the namespace. `taps`: n → index of its tap.
         """
         existing = netlink.links(self._netns)
-        if missing := [n for n in self._guests if out_name(n) not in existing]:
-            for n in missing:
-                self._create(ip, n)
-            existing = netlink.links(self._netns)
         for n in self._guests:
+            out, back = out_name(n), back_name(n)
+            if not {out, back} <= existing.keys():
+                for end in {out, back} & existing.keys():  # somebody took the other one away
+                    netlink.remove_link(self._netns, end)
+                peer = {"ifname": back, "mtu": MTU}
+                netlink.create_link(ip, out, kind="veth", mtu=MTU, peer=peer)
+        existing = netlink.links(self._netns)
+        for n in self._guests:
+            self._set_up(ip, n, existing)
             links = taps[n], existing[out_name(n)], existing[back_name(n)]
             if self._built.get(n) != links or self._lacks(n):
                 self._attach(n, links)
@@ -71,15 +76,14 @@ class Checksums:
         """Names of programs that somebody else removed."""
         return {name for n in self._built for name in self._lacks(n)}
 
-    def _create(self, ip: IPRoute, n: int) -> None:
+    def _set_up(self, ip: IPRoute, n: int, existing: Mapping[str, int]) -> None:
+        """Make what a pair is to be, whoever made its links and was interrupted then."""
         out, back = out_name(n), back_name(n)
-        peer = {"ifname": back, "mtu": MTU}
-        created = netlink.create_link(ip, out, kind="veth", mtu=MTU, peer=peer)
         netlink.set_checksum_offload(self._netns, out, on=False)
         off = {f"net/ipv6/conf/{name}/disable_ipv6": 1 for name in (out, back)}
         namespaces.set_sysctls(self._netns, off)
-        for index in (created, netlink.links(self._netns)[back]):
-            ip.link("set", index=index, state="up")
+        for name in (out, back):
+            ip.link("set", index=existing[name], state="up")
 
     def _attach(self, n: int, links: tuple[int, int, int]) -> None:
         tap, out, back = links

@@ -19,7 +19,14 @@ from testbed.host.ledger import Scope
 from testbed.model.errors import Error
 from testbed.model.terms import Runtime
 from testbed.runtimes.interface import Description, Options, Placement
-from testbed.runtimes.oci import Bundles, cgroup_of, limits_of, namespaces_of, program_of
+from testbed.runtimes.oci import (
+    Bundles,
+    cgroup_of,
+    limits_of,
+    monitor_of,
+    namespaces_of,
+    program_of,
+)
 
 FORBIDDEN = [
     "acct",
@@ -108,11 +115,9 @@ class Container(Bundles):
         if (_state(place.scratch) / id).exists():
             _runc(place.scratch, "delete", "--force", id)
         bundle, seeing = self._make_bundle(place)
-        monitor = place.cgroup / "monitor"
-        monitor.mkdir(exist_ok=True)
         return process.spawn(
             [*seeing, *_command(place.scratch), "run", "--bundle", str(bundle), id],
-            cgroup=monitor,
+            cgroup=monitor_of(place),
             cpus=place.workload.cpus,
             output=place.console,
         )

@@ -19,7 +19,14 @@ from testbed.model.errors import Error
 from testbed.model.manifest import Workload
 from testbed.model.terms import Runtime
 from testbed.runtimes.interface import Absent, Description, Options, Placement
-from testbed.runtimes.oci import Bundles, cgroup_of, limits_of, namespaces_of, program_of
+from testbed.runtimes.oci import (
+    Bundles,
+    cgroup_of,
+    limits_of,
+    monitor_of,
+    namespaces_of,
+    program_of,
+)
 from testbed.runtimes.program import join
 
 # runsc refuses to run in the host's network namespace, which it recognizes by rmem_default in this
@@ -65,7 +72,7 @@ class Gvisor(Bundles):
         run = [*_runsc(place), "--network=sandbox", "run", "--bundle", str(bundle)]
         return process.spawn(
             [*seeing, "sh", "-c", _HIDE, "sh", *run, place.workload.name],
-            cgroup=place.cgroup,
+            cgroup=monitor_of(place),
             netns=place.netns,
             cpus=place.workload.cpus,
             output=place.console,
@@ -84,7 +91,7 @@ class Gvisor(Bundles):
         options = ["-user", f"{described.uid}:{described.gid}"]
         for group in described.groups:
             options += ["-additional-gids", str(group)]
-        inside = join(place.cgroup, place.netns)
+        inside = join(monitor_of(place), place.netns)
         return [*inside, *_runsc(place), "exec", *options, place.workload.name]
 
     def _etc(self, place: Placement) -> dict[Path, str]:

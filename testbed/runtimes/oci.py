@@ -150,6 +150,15 @@ def program_of(workload: Workload) -> Program:
     return workload.program or Program(rootfs.AGENT, args=("--control-port", port))
 
 
+def monitor_of(place: Placement) -> Path:
+    """The cgroup of the runtime's own processes, beside `cgroup_of`: with cgroups of version 2 a
+    group that has limited groups below has no processes itself.
+    """
+    group = place.cgroup / "monitor"
+    group.mkdir(exist_ok=True)
+    return group
+
+
 def cgroup_of(place: Placement) -> str:
     """Path of the cgroup that a runtime makes for a workload with its limits."""
     return f"/{place.cgroup.relative_to(cgroups.mount_point())}/container"

@@ -222,6 +222,25 @@ class Silent:
                 waiting = []
 
 
+def test_responses_to_what_was_not_asked_are_an_error(client: Agent) -> None:
+    """Else they would count as answers before their requests left."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def flood() -> None:
+            connection, _ = listener.accept()
+            with connection, suppress(ConnectionError):
+                while connection.recv(1 << 16):
+                    connection.sendall(bytes(1 << 16))
+
+        thread = threading.Thread(target=flood)
+        thread.start()
+        port = listener.getsockname()[1]
+        where = (Transport.TCP, Family.IPV4, "127.0.0.1", port)
+        with pytest.raises(Error, match="Protocol error"):
+            client.run(*where, "rr", 64, duration_s=0.5, rate_per_s=1000)
+        thread.join()
+
+
 ORDER_BYTES, REQUEST, RESPONSE = 40, 8, 9
 """Of agent.h: what a TCP connection begins with, types of datagrams."""
 

@@ -83,13 +83,22 @@ class Guest:
                 yield HEADER.unpack_from(data), frame
 
 
-@pytest.fixture
-def guest(owner: Owner) -> Iterator[Guest]:
-    """Its driver takes partial checksums, and segments of IPv4, as OSv's does."""
+@pytest.fixture(params=["new", "half-made", "one-ended"])
+def guest(owner: Owner, request: pytest.FixtureRequest) -> Iterator[Guest]:
+    """Its driver takes partial checksums, and segments of IPv4, as OSv's does.
+
+    Its pair is new, or somebody was interrupted while making it, or took one end away.
+    """
     netns = f"tb-{owner.id}-checksums"
     with owner.part() as part:
         ip = namespaces.create(part, netns)
         tap = netlink.create_link(ip, "g1", kind="tuntap", mode="tap")
+        if request.param != "new":
+            netlink.create_link(ip, "c1", kind="veth", peer={"ifname": "c1-back"})
+        if request.param == "one-ended":
+            namespaces.create(part, f"{netns}-2").close()
+            back = netlink.links(netns)["c1-back"]
+            ip.link("set", index=back, net_ns_fd=f"{netns}-2")
         Checksums(part, netns, {1}).build(ip, {1: tap})
         ip.link("set", index=tap, state="up")
         for family in Family:
@@ -97,8 +106,8 @@ def guest(owner: Owner) -> Iterator[Guest]:
             netlink.add_route(ip, tap, guest_link(family, 1))
             netlink.add_neighbor(ip, tap, guest_link(family, 1), guest_mac(1))
         file = namespaces.inside(netns, lambda: os.open("/dev/net/tun", os.O_RDWR))
-        request = struct.pack("16sH22x", b"g1", IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
-        fcntl.ioctl(file, TUNSETIFF, request)
+        wanted = struct.pack("16sH22x", b"g1", IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
+        fcntl.ioctl(file, TUNSETIFF, wanted)
         fcntl.ioctl(file, TUNSETOFFLOAD, TUN_F_CSUM | TUN_F_TSO4)
         yield Guest(netns, file)
         os.close(file)

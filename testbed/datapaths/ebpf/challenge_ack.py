@@ -51,7 +51,7 @@ class Challenges:
     def send(self, netns: str, to: Sequence[tuple[GuestConnection, str]]) -> None:
         """Send a segment for each connection by the link of that name, in a namespace."""
         packet_socket = namespaces.inside(netns, _open_socket)
-        thread = threading.Thread(target=self._send, args=(packet_socket, to), name="challenges")
+        thread = threading.Thread(target=self._send, args=(packet_socket, to), daemon=True)
         self._threads = [each for each in self._threads if each.is_alive()] + [thread]
         thread.start()
 

@@ -79,15 +79,10 @@ def join(owner: Scope, pod: str, netns: str, ports: Collection[HostPort]) -> int
         owner.defer(leave, n=n, id=owner.id)
         with namespaces.make(NETNS) as node:
             (_folder() / f"{n}-{owner.id}").write_text(json.dumps(leases[n]))
-            if not is_there:
-                refuse()
-                namespaces.set_sysctls(
-                    NETNS,
-                    {
-                        "net/ipv4/conf/all/forwarding": 1,
-                        "net/ipv6/conf/all/forwarding": 1,
-                    },
-                )
+            # Each time: whoever made the namespace may have been killed then.
+            refuse()
+            forwarding = {f"net/{ip}/conf/all/forwarding": 1 for ip in ("ipv4", "ipv6")}
+            namespaces.set_sysctls(NETNS, forwarding)
             _load(leases)
             _connect(node, netns, n, links.get(_link(n)))
     return n

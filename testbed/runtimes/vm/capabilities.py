@@ -95,7 +95,7 @@ ALL = Capabilities(frozenset(Family), frozenset(Family), multiqueue=True, smp=Tr
 
 def cached(sha256: str) -> Capabilities | None:
     """What a kernel can do, if it was found out before."""
-    with suppress(OSError, ValueError, KeyError):
+    with suppress(OSError, ValueError, KeyError, TypeError):
         return Capabilities.of(json.loads(_file(sha256).read_text()))
     return None
 
@@ -111,6 +111,8 @@ def probe(sha256: str, boot: Boot, accelerator: str) -> Capabilities:
     except _Silent:
         with _booted(boot, accelerator, 1) as guest:
             found = guest.capabilities(smp=False)
+        with suppress(_Silent), _booted(boot, accelerator, SEVERAL) as guest:  # was it chance?
+            found = guest.capabilities(smp=True)
     if facts.families() == ALL.families:  # else there was no way to try all of it
         data = json.dumps(found.plain(), indent=1)
         cache.made(_file(sha256), lambda new: new.write_text(data), anew=True)
@@ -150,6 +152,9 @@ class _Guest:
             return frozenset(family for family in families if self._answers(family, limit_s))
 
         families = answered(spoken, partial=False)
+        if families != spoken:
+            silent = ", ".join(sorted(spoken - families))
+            raise Error(f"the guest has {silent}, but did not answer in it: {self._said()}")
         partial = answered(families, partial=True)
         refused = families - partial
         if answered(refused, partial=False) != refused:
