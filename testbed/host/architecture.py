@@ -28,8 +28,8 @@ class Architecture:
     """QEMU's machine type with its options."""
     emulated_cpu: str
     """QEMU's CPU model under TCG; under KVM it is the host's."""
-    console: str
-    """The first serial port, as Linux calls it."""
+    linux_options: str
+    """Of Linux's command line: the first serial port as console, and what an emulator needs."""
     sys_bpf: int
     """Number of bpf(2), for which the C library has no function."""
 
@@ -44,7 +44,9 @@ X86_64 = Architecture(
     # now and then, OSv always.) Without its unused devices it starts fast.
     machine="q35,sata=off,smbus=off,usb=off,vmport=off",
     emulated_cpu="qemu64",
-    console="ttyS0",
+    # Without the latter, Linux counts timer ticks while it boots, and panics where the host has had
+    # no time for the emulator just then.
+    linux_options="console=ttyS0 no_timer_check",
     sys_bpf=321,
 )
 AARCH64 = Architecture(
@@ -57,7 +59,7 @@ AARCH64 = Architecture(
     # QEMU's default is a 32-bit CPU. Emulating pointer authentication with the architecture's own
     # algorithm would take half of the time, so QEMU's own is used.
     emulated_cpu="max,pauth-impdef=on",
-    console="ttyAMA0",
+    linux_options="console=ttyAMA0",
     sys_bpf=280,
 )
 

@@ -84,7 +84,7 @@ def boot_line(machine: Vm, words: Sequence[str]) -> str:
     """
     return " ".join(
         (
-            f"console={architecture.native().console} quiet panic=-1 rdinit=/.guest/init",
+            f"{architecture.native().linux_options} quiet panic=-1 rdinit=/.guest/init",
             f'"guest_addresses={" ".join(map(str, machine.addresses))}"',
             f'"guest_gateways={" ".join(map(str, machine.gateways))}"',
             *(() if machine.loopback else ("guest_loopback=none",)),

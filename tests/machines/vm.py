@@ -259,7 +259,7 @@ def _command(machine: Machine, initramfs: Path, console: Path) -> list[str]:
     native = arch == architecture.native()
     kvm = native and accelerator.accelerator(machine.kernel.path).name == "kvm"
     emulated = _EMULATED_X86 if arch == architecture.X86_64 else arch.emulated_cpu
-    append = f"console={arch.console} panic=-1 nokaslr mitigations=off {machine.append}"
+    append = f"{arch.linux_options} panic=-1 nokaslr mitigations=off {machine.append}"
     return [
         arch.qemu,
         "-nodefaults",

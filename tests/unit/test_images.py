@@ -603,7 +603,7 @@ def test_a_line_that_osv_does_not_take_is_refused(machine: Vm) -> None:
 
 def test_linux_is_told_addresses_and_words(machine: Vm) -> None:
     assert linux.boot_line(machine, ["/a", "b c"]) == (
-        f"console={architecture.native().console} quiet panic=-1 rdinit=/.guest/init "
+        f"{architecture.native().linux_options} quiet panic=-1 rdinit=/.guest/init "
         '"guest_addresses=169.254.78.1/20 fd77::78:1/64" '
         '"guest_gateways=169.254.77.3 fd77::3" -- "/a" "b c"'
     )

@@ -114,7 +114,7 @@ def probe(kernel: Path, accelerator: str) -> list[str]:
         "-kernel",
         str(kernel),
         "-append",
-        f"--nomount console={native.console} quiet panic=-1",  # OSv wants its own option first
+        f"--nomount {native.linux_options} quiet panic=-1",  # OSv wants its own option first
     ]
 
 
