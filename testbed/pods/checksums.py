@@ -82,7 +82,7 @@ class Checksums:
         netlink.set_checksum_offload(self._netns, out, on=False)
         off = {f"net/ipv6/conf/{name}/disable_ipv6": 1 for name in (out, back)}
         namespaces.set_sysctls(self._netns, off)
-        for name in (out, back):
+        for name in (back, out):  # the latter, where packets leave, sends as soon as it is up then
             ip.link("set", index=existing[name], state="up")
 
     def _attach(self, n: int, links: tuple[int, int, int]) -> None:

@@ -100,15 +100,15 @@ def guest(owner: Owner, request: pytest.FixtureRequest) -> Iterator[Guest]:
             back = netlink.links(netns)["c1-back"]
             ip.link("set", index=back, net_ns_fd=f"{netns}-2")
         Checksums(part, netns, {1}).build(ip, {1: tap})
-        ip.link("set", index=tap, state="up")
-        for family in Family:
-            netlink.add_address(ip, tap, pod_link(family), pod_link(family).max_prefixlen)
-            netlink.add_route(ip, tap, guest_link(family, 1))
-            netlink.add_neighbor(ip, tap, guest_link(family, 1), guest_mac(1))
         file = namespaces.inside(netns, lambda: os.open("/dev/net/tun", os.O_RDWR))
         wanted = struct.pack("16sH22x", b"g1", IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
         fcntl.ioctl(file, TUNSETIFF, wanted)
         fcntl.ioctl(file, TUNSETOFFLOAD, TUN_F_CSUM | TUN_F_TSO4)
+        ip.link("set", index=tap, state="up")  # after it is opened: else it sends later
+        for family in Family:
+            netlink.add_address(ip, tap, pod_link(family), pod_link(family).max_prefixlen)
+            netlink.add_route(ip, tap, guest_link(family, 1))
+            netlink.add_neighbor(ip, tap, guest_link(family, 1), guest_mac(1))
         yield Guest(netns, file)
         os.close(file)
         ip.close()
