@@ -10,6 +10,7 @@
  *   open_loop.c  requests at a given rate
  *   net.c        sockets, time, the pattern of the payload
  *   sockets.c    single socket calls, one per order
+ *   http.c       a client of web servers
  *   histogram.c  latencies                  json.c       flat JSON
  *
  * It needs libc alone: plain sockets, poll, pthreads and clock_gettime, which OSv has, too. Where
@@ -198,7 +199,8 @@ struct histogram {
 };
 
 void histogram_add(struct histogram *h, uint64_t ns);
-uint64_t histogram_upper_ns(unsigned bucket); /* highest value of the bucket */
+uint64_t histogram_upper_ns(unsigned bucket);		    /* highest value of the bucket */
+void histogram_print(const struct histogram *h, FILE *out); /* [upper bound in us,count],... */
 void histogram_merge(struct histogram *into, const struct histogram *from);
 
 /* --- json.c --- */
@@ -298,11 +300,23 @@ struct stream {
 /* Carries out a run, and writes one line of JSON: the result, or what failed. */
 void run(const struct run *r, FILE *out);
 void fail(struct stream *s, const char *what, const char *why);
+int resolve(const struct run *r, union address *to, const char **why); /* 0, or why not */
 uint64_t wait_until(uint64_t due_ns); /* sleeps, then spins, as sleep alone is too coarse */
 
 /* --- open_loop.c --- */
 
 /* Sends requests when they are due, whether those before are answered or not. */
 void open_loop(struct stream *s);
+
+/* --- http.c --- */
+
+struct web {
+	struct run run; /* endpoint, host, port, connections (`streams`), duration */
+	const char *path;
+	double rate_per_s; /* of all connections together; 0: each asks when it was answered */
+};
+
+/* Asks a web server, and writes one line of JSON: the result, or what failed. */
+void ask_web(const struct web *order, FILE *out);
 
 #endif

@@ -339,7 +339,7 @@ static void *drive(void *argument)
 	return NULL;
 }
 
-static int resolve(const struct run *r, union address *to, const char **why)
+int resolve(const struct run *r, union address *to, const char **why)
 {
 	struct addrinfo hints = {.ai_family = r->endpoint.family, .ai_socktype = SOCK_STREAM};
 	struct addrinfo *found = NULL;
@@ -410,7 +410,6 @@ static void print_result(FILE *out, const union address *to, const struct stream
 {
 	const struct report *is = &total->is;
 	char address[INET6_ADDRSTRLEN];
-	const char *separator = "";
 
 	address_text(to, address);
 	fprintf(out,
@@ -423,13 +422,7 @@ static void print_result(FILE *out, const union address *to, const struct stream
 		(unsigned long long)total->errors, (unsigned long long)is->lost,
 		(unsigned long long)total->unanswered, (unsigned long long)total->unsent,
 		(unsigned long long)is->reordered, (unsigned long long)is->corrupt);
-	for (unsigned i = 0; i < HISTOGRAM_BUCKETS; i++) {
-		if (!total->latency->count[i])
-			continue;
-		fprintf(out, "%s[%.3f,%llu]", separator, histogram_upper_ns(i) / 1e3,
-			(unsigned long long)total->latency->count[i]);
-		separator = ",";
-	}
+	histogram_print(total->latency, out);
 	fprintf(out, "]}\n");
 }
 

@@ -26,6 +26,19 @@ uint64_t histogram_upper_ns(unsigned bucket)
 	return ((mantissa + 1) << shift) - 1;
 }
 
+void histogram_print(const struct histogram *h, FILE *out)
+{
+	const char *separator = "";
+
+	for (unsigned i = 0; i < HISTOGRAM_BUCKETS; i++) {
+		if (!h->count[i])
+			continue;
+		fprintf(out, "%s[%.3f,%llu]", separator, histogram_upper_ns(i) / 1e3,
+			(unsigned long long)h->count[i]);
+		separator = ",";
+	}
+}
+
 void histogram_merge(struct histogram *into, const struct histogram *from)
 {
 	for (unsigned i = 0; i < HISTOGRAM_BUCKETS; i++)

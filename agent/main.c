@@ -147,16 +147,39 @@ static bool order_run(struct session *s)
 	return true;
 }
 
+static bool order_http(struct session *s)
+{
+	double port = 0, connections = 1, duration = 0, rate = 0;
+	struct web w = {.run.host = json_text(&s->order, "host")};
+
+	w.path = json_text(&s->order, "path");
+	if (!w.run.host || !*w.run.host)
+		return refuse(s, "host", "must be a name or an address");
+	if (!w.path || *w.path != '/')
+		return refuse(s, "path", "must begin with /");
+	if (!take_endpoint(s, &w.run.endpoint) || !take_number(s, "port", 1, 65535, &port) ||
+	    !take_number(s, "connections", 1, MAX_STREAMS, &connections) ||
+	    !take_number(s, "duration_s", 0.001, 3600, &duration) ||
+	    !take_number(s, "rate_per_s", 0, 1e6, &rate) || !taken_all(s))
+		return false;
+	if (w.run.endpoint.udp)
+		return refuse(s, "transport", "must be tcp");
+	w.run.port = port;
+	w.run.streams = connections;
+	w.run.duration_ns = duration * SECOND_NS;
+	w.rate_per_s = rate;
+	ask_web(&w, s->out);
+	return true;
+}
+
 static bool obey(struct session *s, char *line)
 {
 	static const struct {
 		const char *name;
 		bool (*carry_out)(struct session *);
 	} orders[] = {
-		{"hello", hello},
-		{"serve", serve},
-		{"stop", stop},
-		{"run", order_run},
+		{"hello", hello},   {"serve", serve},	  {"stop", stop},
+		{"run", order_run}, {"http", order_http},
 	};
 	const char *op;
 
@@ -171,6 +194,15 @@ static bool obey(struct session *s, char *line)
 	return socket_order(s, op);
 }
 
+static void write_answer(struct session *s, char *line)
+{
+	if (obey(s, line))
+		return;
+	fprintf(s->out, "{\"ok\":false,\"error\":");
+	json_quote(s->out, s->fault);
+	fprintf(s->out, "}\n");
+}
+
 /* Sends the answer in one piece, so nothing is on the wire while the order is carried out. */
 static bool answer(struct session *s, char *line)
 {
@@ -181,11 +213,7 @@ static bool answer(struct session *s, char *line)
 	s->out = open_memstream(&text, &length);
 	if (!s->out)
 		return false;
-	if (!obey(s, line)) {
-		fprintf(s->out, "{\"ok\":false,\"error\":");
-		json_quote(s->out, s->fault);
-		fprintf(s->out, "}\n");
-	}
+	write_answer(s, line);
 	error = fclose(s->out) || send_all(s->fd, text, length, NULL);
 	free(text);
 	return !error;
@@ -301,6 +329,7 @@ static int usage(FILE *out, int status)
 {
 	fprintf(out,
 		"usage: agent [--control-port PORT]   (default %d; 0: any free one)\n"
+		"       agent --order ORDER\n"
 		"       agent --version | --help\n"
 		"Takes orders over TCP, one JSON object a line; see README.md.\n",
 		CONTROL_PORT);
@@ -309,8 +338,9 @@ static int usage(FILE *out, int status)
 
 int main(int argc, char **argv)
 {
+	static struct session alone = {.fd = -1};
 	long port = CONTROL_PORT;
-	char *rest;
+	char *rest, *order = NULL;
 
 	if (argc == 2 && !strcmp(argv[1], "--version")) {
 		printf("agent %s\n", AGENT_VERSION);
@@ -318,7 +348,9 @@ int main(int argc, char **argv)
 	}
 	if (argc == 2 && !strcmp(argv[1], "--help"))
 		return usage(stdout, 0);
-	if (argc == 3 && !strcmp(argv[1], "--control-port")) {
+	if (argc == 3 && !strcmp(argv[1], "--order")) {
+		order = argv[2];
+	} else if (argc == 3 && !strcmp(argv[1], "--control-port")) {
 		port = strtol(argv[2], &rest, 10);
 		if (*rest || rest == argv[2] || port < 0 || port > 65535)
 			return usage(stderr, 2);
@@ -331,5 +363,9 @@ int main(int argc, char **argv)
 	signal(SIGINT, end);
 	be_woken();
 	pattern_init();
-	return listen_for_control(port);
+	if (!order)
+		return listen_for_control(port);
+	alone.out = stdout;
+	write_answer(&alone, order);
+	return 0;
 }

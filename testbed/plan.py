@@ -20,7 +20,8 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from testbed import paths, schema
+from testbed import application, paths, schema
+from testbed.application import Application
 from testbed.model.addresses import MAX_GUESTS
 from testbed.model.cells import AGAIN, SLOW_US, Cell, Pair
 from testbed.model.errors import Error
@@ -33,7 +34,7 @@ MAX_PODS = 200
 cells need some of them."""
 MAX_UDP_BYTES = 65507
 """Largest UDP payload in an IPv4 packet: 65535 - 20 (RFC 791) - 8 (RFC 768)."""
-QUANTITIES = ("value", "p50_us", "p99_us", CPU_QUANTITY)
+QUANTITIES = ("value", "p50_us", "p99_us", "memory_bytes", CPU_QUANTITY)
 """Quantities that a claim can be about: columns of the tidy table, and the host's CPU time."""
 
 
@@ -105,6 +106,8 @@ class Plan:
     """Claims about cells; those that are not in `cells` are ignored."""
     preregistration: Preregistration | None = None
     """None: no claim has a bound."""
+    applications: Mapping[str, Application] = field(default_factory=dict)
+    """Applications by the names that cells have for them."""
     sha256: str = ""
     """Digest of the plan's file."""
 
@@ -174,12 +177,17 @@ class _Cell(Table):
     family: Family = schema.one_of(Family)
     transport: Transport = schema.one_of(Transport)
     metric: Metric = schema.one_of(Metric)
-    size_bytes: int = schema.integer(1)
+    size_bytes: int = schema.integer(1, default=0)
     streams: int = schema.integer(1, default=1)
     rate_per_s: int = schema.integer(0, default=0)
     guest: str = Field("", description=f"one of {', '.join(r for r in Runtime if r.boots)}")
     guests: int = schema.integer(1, MAX_GUESTS, 1)
     pods: int = schema.integer(1, MAX_PODS, 1)
+    application: str = Field(
+        "",
+        pattern="^([a-z0-9_-]+([.][a-z0-9_-]+)?)?$",
+        description="the name of an application, and of its case after a dot",
+    )
 
     @field_validator("guest")
     @classmethod
@@ -196,18 +204,33 @@ def load(name: str) -> Plan:
     path = Path(name) if name.endswith(".toml") else paths.EXPERIMENTS / f"{name}.toml"
     stems = sorted(file.stem for file in paths.EXPERIMENTS.glob("*.toml"))
     known = ", ".join(stem for stem in stems if "." not in stem)  # hosts.example.toml is none
-    return parse(schema.text(path, "plan", f"plans here: {known}"), str(path))
+    return parse(schema.text(path, "plan", f"plans here: {known}"), str(path), path.parent)
 
 
-def parse(text: str, where: str) -> Plan:
-    """Parse the TOML text of a plan. Errors call the plan `where`."""
+def parse(text: str, where: str, folder: Path = paths.EXPERIMENTS) -> Plan:
+    """Parse the TOML text of a plan. Errors call the plan `where`.
+
+    Its applications are looked for in `folder`, then in this clone's `experiments/`.
+    """
     plan = _plan(schema.parse(text, f"plan {where}"), f"plan {where}")
-    return replace(plan, sha256=sha256(text.encode()).hexdigest())
+    named = dict.fromkeys(cell.application for cell in plan.cells if cell.application)
+    applications = {name: application.load(name, (folder, paths.EXPERIMENTS)) for name in named}
+    for cell in plan.cells:
+        if cell.application:
+            _check_told(cell, applications[cell.application], f"plan {where}: cell {cell.id}")
+    digest = sha256(text.encode()).hexdigest()
+    return replace(plan, sha256=digest, applications=applications)
 
 
 def claims_of(stored: Mapping[str, Any]) -> tuple[Claim, ...]:
     """Claims that a campaign stored of its plan (`Campaign.plan`)."""
     return tuple(Claim(**claim) for claim in stored.get("claims", ()))
+
+
+def applications_of(stored: Mapping[str, Any]) -> dict[str, Application]:
+    """Applications that a campaign stored of its plan."""
+    found = stored.get("applications", {})
+    return {name: Application.model_validate(data) for name, data in found.items()}
 
 
 def preregistration_of(stored: Mapping[str, Any]) -> Preregistration | None:
@@ -280,11 +303,45 @@ def _multiply(group: Mapping[str, Any], where: str) -> Iterable[Cell]:
         if cell.guests > 1 and cell.pair not in (Pair.NATIVE_GUEST, Pair.GUEST_NATIVE):
             expected = "native-guest or guest-native with guests"
             raise schema.wrong(where, "pair", str(cell.pair), expected)
-        if cell.rate_per_s and cell.metric is not Metric.LATENCY:
-            raise schema.wrong(where, "metric", str(cell.metric), "latency with a rate_per_s")
+        _check_application(cell, where)
+        if cell.rate_per_s and cell.metric not in (Metric.LATENCY, Metric.REQUESTS):
+            expected = "latency or requests with a rate_per_s"
+            raise schema.wrong(where, "metric", str(cell.metric), expected)
         if cell.transport is Transport.UDP and cell.size_bytes > MAX_UDP_BYTES:
             expected = f"at most {MAX_UDP_BYTES} with udp"
             raise schema.wrong(where, "size_bytes", cell.size_bytes, expected)
         if cell.transport is Transport.UDP and cell.metric is Metric.CONNECTIONS:
             raise schema.wrong(where, "transport", "udp", "tcp with metric connections")
         yield cell
+
+
+def _check_application(cell: Cell, where: str) -> None:
+    """Raises `Error` for what only cells with an application can be, or cannot be."""
+    if cell.metric is not Metric.REQUESTS:
+        if cell.application:
+            raise schema.wrong(where, "metric", str(cell.metric), "requests with an application")
+        if not cell.size_bytes:
+            raise schema.wrong(where, "size_bytes", None, "an integer of at least 1")
+        return
+    if not cell.application:
+        raise schema.wrong(where, "application", None, "an application with metric requests")
+    if cell.transport is not Transport.TCP:
+        raise schema.wrong(where, "transport", str(cell.transport), "tcp with an application")
+    if cell.guests > 1 or cell.pods > 1:
+        raise Error(f"{where}: an application runs in one pod with one guest", "leave out the rest")
+    if cell.variant in SLOW_US:
+        raise schema.wrong(where, "datapath", cell.datapath, f"~{AGAIN} at most: no server waits")
+
+
+def _check_told(cell: Cell, told: Application, where: str) -> None:
+    """Raises `Error` for a parameter of the cell that its client is not told, or has to be."""
+    given = {
+        "size_bytes": cell.size_bytes > 0,
+        "streams": cell.streams > 1,
+        "rate_per_s": cell.rate_per_s > 0,
+    }
+    for name, is_given in given.items():
+        if is_given and name not in application.takes(told):
+            raise Error(f"{where}: {told.name} takes no {name}", "leave it out")
+        if name in application.takes(told) and not is_given and name != "streams":
+            raise Error(f"{where}: {told.name} needs a {name}", "give the cell one")

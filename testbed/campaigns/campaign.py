@@ -15,6 +15,7 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from testbed import datapaths, paths
 from testbed.campaigns import noise
@@ -27,7 +28,7 @@ from testbed.model.cells import Cell
 from testbed.model.errors import Error
 from testbed.model.progress import Progress
 from testbed.model.trials import Status, Trial
-from testbed.plan import Plan, claims_of, preregistration_of
+from testbed.plan import Plan, applications_of, claims_of, preregistration_of
 from testbed.reports.words import pacing_warning
 from testbed.results import store
 from testbed.results.analysis import summarise, widest
@@ -101,6 +102,7 @@ def resume(path: Path, keep: bool, report: Report, places: Sequence[Place] = HER
         **{
             **campaign.plan,
             "claims": claims_of(campaign.plan),
+            "applications": applications_of(campaign.plan),
             "preregistration": preregistration_of(campaign.plan),
         },
         cells=tuple(map(Cell.parse, campaign.cells)),
@@ -128,7 +130,21 @@ def resume(path: Path, keep: bool, report: Report, places: Sequence[Place] = HER
 def _job(plan: Plan, path: Path, guest: str, osv_kernel: str | None, keep: bool) -> Job:
     """The job of a campaign's workers, without blocks."""
     directory = str(path.absolute())
-    return Job((), plan.warmup_s, plan.duration_s, guest, directory, osv_kernel, keep=keep)
+    return Job(
+        (),
+        plan.warmup_s,
+        plan.duration_s,
+        guest,
+        directory,
+        osv_kernel,
+        keep=keep,
+        applications=_stored(plan),
+    )
+
+
+def _stored(plan: Plan) -> dict[str, dict[str, Any]]:
+    """The plan's applications as plain data."""
+    return {name: found.model_dump() for name, found in plan.applications.items()}
 
 
 def _refine(
@@ -314,6 +330,7 @@ def _describe(plan: Plan, seed: int, job: Job, ready: Event, places: Sequence[Pl
             "claims": [asdict(claim) for claim in plan.claims],
             "preregistration": asdict(plan.preregistration) if plan.preregistration else None,
             "sha256": plan.sha256,
+            "applications": _stored(plan),
         },
         cells=tuple(cell.id for cell in plan.cells),
         blocks=plan.blocks,

@@ -11,7 +11,7 @@ import select
 import signal
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from testbed.datapaths.between_hosts import Side
@@ -43,6 +43,8 @@ class Job:
     """Duration of the A/A by which the worker finds out how quiet its host is; 0: none."""
     side: Side | None = None
     """The clients' end of cells between this host and another. None: no such cells."""
+    applications: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Name → application of cells, as plain data (`testbed.application.Application`)."""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Job:

@@ -23,6 +23,8 @@ from testbed.pods.pod import Pod
 from testbed.runtimes.interface import Prepared
 
 POLL_S = 0.001
+READY_S = 30.0
+"""Time in which a server of an application has to answer: it may have to make its data first."""
 SETTLE_S, SETTLE_LIMIT_S, SETTLED_BYTES = 0.1, 3.0, 64 << 10
 """Memory has settled when it shrinks by less than `SETTLED_BYTES` in `SETTLE_S`."""
 
@@ -39,13 +41,28 @@ class Deployment:
     """Names of the workloads that are no plain processes (`roles.heavy`)."""
     pair: Pair | None
     """The pair, if the pods stand alone. None: any pair with these workloads."""
+    application: str = ""
+    """The application whose programs are the workloads. Empty: they are traffic agents."""
+    family: Family | None = None
+    """The family that an application's programs are told."""
 
     @classmethod
     def of(cls, cell: Cell) -> Deployment:
         """The deployment that a cell is measured in."""
         ordinary = cell.guests == cell.pods == 1 and not cell.metric.of_building
+        ordinary = ordinary and not cell.application
         pair, heavy = None if ordinary else cell.pair, roles.heavy(cell.pair)
-        return cls(cell.datapath, cell.guest, cell.guests, cell.pods, heavy, pair)
+        family = cell.family if cell.application else None
+        return cls(
+            cell.datapath,
+            cell.guest,
+            cell.guests,
+            cell.pods,
+            heavy,
+            pair,
+            cell.application,
+            family,
+        )
 
     @property
     def alone(self) -> bool:
@@ -56,6 +73,7 @@ class Deployment:
     def name(self) -> str:
         """Name of its pods. Deployments that differ in `heavy` alone have the same."""
         parts = [self.datapath, self.guest]
+        parts += [self.application] if self.application else []
         parts += [f"{self.pair}-{self.guests}x{self.pods}"] if self.pair else []
         return "-".join(part for part in parts if part)
 
@@ -87,6 +105,8 @@ class Built:
         building, `image` is called first, to prepare images anew. Raises the `Error` of a pod that
         fails. The caller closes the pods in `self.pods`, also after an error.
         """
+        of_applications = {cell.family for cell in cells if cell.application}
+        families, least_s = of_applications or set(Family), READY_S if of_applications else 0
         cells = [cell for cell in cells if cell.metric.of_building]
         self.started = datetime.now(UTC).isoformat(timespec="milliseconds")
         kernel_bytes, began = _settled_kernel_bytes(), time.monotonic()
@@ -106,18 +126,18 @@ class Built:
         for pod in self.pods:
             pod.launch()
         for pod in self.pods:
-            while not all(map(process.launched, pod.processes.values())):
+            while cells and not all(map(process.launched, pod.processes.values())):
                 time.sleep(POLL_S)
         self.took_ms["launch"] = passed_ms()
         for pod in self.pods:
-            pod.wait({cell.family for cell in cells} or set(Family))
+            pod.wait({cell.family for cell in cells} or families, least_s)
         self.took_ms["boot"] = passed_ms()
         for cell in cells:
             with trial.flows(cell, self.pods, guest) as flows:
                 trial.at_once(flows, cell, bytes=cell.size_bytes)
                 self.answered_ms[cell] = passed_ms()
         for pod in self.pods:
-            pod.wait()
+            pod.wait(families)
         processes = sum(cgroups.resident_bytes(pod.cgroup.parent) for pod in self.pods)
         kernel = facts.kernel_bytes() - kernel_bytes
         self.memory_bytes = {

@@ -48,6 +48,8 @@ ROLES = {
     Pair.WASM_GUEST: ("wasm1", "guest1"),
     Pair.GUEST_WASM: ("guest1", "wasm1"),
     Pair.WASM_CONTAINER: ("wasm1", "container1"),
+    Pair.CONTAINER_GUEST: ("container1", "guest1"),
+    Pair.GUEST_CONTAINER: ("guest1", "container1"),
 }
 """Pair → names of its client and its server."""
 
@@ -99,7 +101,7 @@ def manifest(pairs: Iterable[Pair], guest: Runtime, guests: int = 1) -> Manifest
         sorted(names, key=port),
         guest,
         ports=lambda name: [port(name)],
-        cpus=lambda name: (_cpu(name, alone=guests > 1),),
+        cpus=lambda name: (cpu(name, alone=guests > 1),),
     )
 
 
@@ -124,7 +126,7 @@ def manifest_of(
     )
 
 
-def _cpu(name: str, alone: bool) -> int:
+def cpu(name: str, alone: bool) -> int:
     """CPU of a workload: natives count from the first CPU up, guests from the last CPU down.
 
     Containers come one CPU after natives. With `alone`, no guest is on the first CPU.

@@ -7,9 +7,8 @@ different rates (`testbed.campaigns.rate_search`), and then measured at the rate
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -19,7 +18,8 @@ from typing import Any
 
 from testbed.agent import Agent, Result, Server
 from testbed.campaigns import rate_search
-from testbed.campaigns.isolation import Reading, disturbance
+from testbed.campaigns.isolation import disturbance
+from testbed.campaigns.observation import observing
 from testbed.campaigns.roles import ends, port
 from testbed.datapaths.interface import Count
 from testbed.host import facts
@@ -196,24 +196,16 @@ class _Measurement:
         pods = {flow.pod.name: flow.pod for flow in flows}.values()
         longer = max(1.0, len(flows) / FEW)
         warmup_s, duration_s = self.warmup_s * longer, self.duration_s * longer
-        carried, counters = [flow.carried() for flow in flows], _counters(pods)
-        own = [pod.cgroup.parent for pod in pods]
-        others, busy, began = Reading.now(own), facts.busy(self.cgroups), time.monotonic()
-        results = self._send(warmup_s, duration_s, rate_bps)
-        elapsed_s = time.monotonic() - began
-        spent = {key: value - busy[key] for key, value in facts.busy(self.cgroups).items()}
-        spent["others_s"] = Reading.now(own).since(others)
-        carried = [flow.carried() - before for flow, before in zip(flows, carried, strict=True)]
-        moved = _counters(pods) - counters
+        with observing([flow.carried for flow in flows], pods, self.cgroups) as seen:
+            results = self._send(warmup_s, duration_s, rate_bps)
         whole = _together(results)
         active_s = warmup_s + whole.duration_s
-        spent |= {"load1": facts.load1(), "elapsed_s": elapsed_s, "active_s": active_s}
-        if frequency := facts.frequency_mhz():
-            spent["frequency_mhz"] = frequency
-        fault = _first_fault(cell, results, carried)
-        clock = None if fault else _clock(whole, elapsed_s - active_s)
+        spent = seen.machine | {"active_s": active_s}
+        fault = _first_fault(cell, results, seen.carried)
+        late_s = spent["elapsed_s"] - active_s
+        clock = None if fault else clock_fault(whole.duration_s, late_s)
         fault = fault or clock
-        total = sum(carried, Count())
+        total = sum(seen.carried, Count())
         return replace(
             self.trial,
             status=Status.FAILED if fault else Status.OK,
@@ -228,7 +220,7 @@ class _Measurement:
             limited=None if fault else _saturation(cell, whole),
             histogram_us=whole.histogram_us,
             carried={"packets": total.packets, "bytes": total.bytes},
-            counters=dict(moved),
+            counters=dict(seen.counters),
             machine=spent,
             disturbed=clock or disturbance(spent),
         )
@@ -244,14 +236,6 @@ class _Measurement:
             rate_per_s=self.cell.rate_per_s / len(self.flows),
             rate_bps=rate_bps / len(self.flows),
         )
-
-
-def _counters(pods: Iterable[Pod]) -> Counter[str]:
-    """Packets per reason, summed over all pods."""
-    total = Counter[str]()
-    for pod in pods:
-        total.update({why: count.packets for why, count in pod.attachment.counters().items()})
-    return total
 
 
 def _together(results: Sequence[Result]) -> Result:
@@ -273,12 +257,12 @@ def _together(results: Sequence[Result]) -> Result:
     )
 
 
-def _clock(result: Result, late_s: float) -> str | None:
+def clock_fault(duration_s: float, late_s: float) -> str | None:
     """A fault if the receiver's clock differs too much from the host's, else None."""
     slack_s = CLOCK_SLACK_S * facts.slowness()
-    if -0.05 * result.duration_s < late_s < slack_s + 0.05 * result.duration_s:
+    if -0.05 * duration_s < late_s < slack_s + 0.05 * duration_s:
         return None
-    return f"the receiver's {result.duration_s:.2f} s were {late_s:.2f} s more by the host's clock"
+    return f"the receiver's {duration_s:.2f} s were {late_s:.2f} s more by the host's clock"
 
 
 def _first_fault(cell: Cell, results: Sequence[Result], carried: Sequence[Count]) -> str | None:

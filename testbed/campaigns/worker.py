@@ -22,7 +22,8 @@ from itertools import chain
 from pathlib import Path
 
 from testbed import datapaths, runtimes
-from testbed.campaigns import noise, roles, schedule, trial
+from testbed.application import Application
+from testbed.campaigns import applications, noise, roles, schedule, trial
 from testbed.campaigns.protocol import Event, Job, end_when_nobody_listens
 from testbed.campaigns.provisioning import Built, Deployment
 from testbed.campaigns.roles import unsupported
@@ -31,6 +32,7 @@ from testbed.host import facts, interrupts
 from testbed.host.ledger import Owner, Scope
 from testbed.model.cells import Cell, Pair
 from testbed.model.errors import Error
+from testbed.model.manifest import Manifest
 from testbed.model.terms import Runtime
 from testbed.model.trials import Status, Trial
 from testbed.pods.pod import Pod
@@ -117,6 +119,9 @@ class _Bench:
 
     def __init__(self, job: Job, owner: Scope, guests: Guests, options: interface.Options) -> None:
         self.job, self.owner, self.guests, self.options = job, owner, guests, options
+        self.applications = {
+            name: Application.model_validate(data) for name, data in job.applications.items()
+        }
         self.natives: dict[Runtime, interface.Prepared | Error] = {}
         self.failed: list[Pod] = []
         self.names = Counter[str]()
@@ -168,7 +173,12 @@ class _Bench:
         missing = [e.message for e in self._natives([cell]).values() if isinstance(e, Error)]
         if isinstance(guest, Error) or missing:
             return guest.message if isinstance(guest, Error) else missing[0]
-        return unsupported(self._datapath(cell.datapath), cell, guest)
+        datapath = self._datapath(cell.datapath)
+        reason = unsupported(datapath, cell, guest)
+        if cell.application and not reason:
+            told = self.applications[cell.application]
+            reason = applications.unsupported(cell, told, datapath, guest)
+        return reason
 
     def _datapath(self, name: str) -> Datapath:
         """The datapath, set up for this side if it goes between hosts."""
@@ -176,7 +186,9 @@ class _Bench:
 
     def _natives(self, cells: Iterable[Cell]) -> dict[Runtime, interface.Prepared | Error]:
         """Runtimes of the cells' native workloads, prepared when they are first needed."""
+        cells = list(cells)
         kinds = roles.natives(cell.pair for cell in cells)
+        kinds |= {Runtime.PROCESS} if any(cell.application for cell in cells) else set()
         for kind in kinds - self.natives.keys():
             self.natives[kind] = _prepared(kind, self.options)
         return {kind: self.natives[kind] for kind in kinds}
@@ -191,7 +203,7 @@ class _Bench:
         guest, datapath = self.guests[deployment.guest], self._datapath(deployment.datapath)
         assert not isinstance(guest, Error)
         runtime, pairs = guest.description.runtime, {cell.pair for cell in cells}
-        manifest = roles.manifest(pairs, runtime, deployment.guests)
+        manifest = self._manifest(deployment, pairs, datapath, runtime)
         kinds = {runtime: guest} | {
             kind: native
             for kind, native in self._natives(cells).items()
@@ -219,6 +231,22 @@ class _Bench:
             stack.enter_context(Reconciler(pod))
         return built
 
+    def _manifest(
+        self, deployment: Deployment, pairs: set[Pair], datapath: Datapath, guest: Runtime
+    ) -> Manifest:
+        """Manifest of a deployment's pods."""
+        if not deployment.application:
+            return roles.manifest(pairs, guest, deployment.guests)
+        assert deployment.pair
+        assert deployment.family
+        return applications.manifest(
+            self.applications[deployment.application],
+            deployment.pair,
+            deployment.family,
+            datapath,
+            guest,
+        )
+
     def _trials(self, cell: Cell, built: Built | Error) -> Iterator[Trial]:
         """Run a cell's trial, and run it once more if it was disturbed."""
         if isinstance(built, Error):
@@ -229,14 +257,21 @@ class _Bench:
             return
         guest = self.guests[cell.guest]
         assert not isinstance(guest, Error)
-        result = trial.run(cell, built.pods, guest, self.job.warmup_s, self.job.duration_s)
+        result = self._trial(cell, built.pods, guest)
         if result.disturbed:
             yield result
             _say(_step(f"{cell.id} again: {result.disturbed}"))
-            result = trial.run(cell, built.pods, guest, self.job.warmup_s, self.job.duration_s)
+            result = self._trial(cell, built.pods, guest)
         if result.status is Status.FAILED:
             self.failed += built.pods
         yield result
+
+    def _trial(self, cell: Cell, pods: Sequence[Pod], guest: interface.Prepared) -> Trial:
+        times = self.job.warmup_s, self.job.duration_s
+        if not cell.application:
+            return trial.run(cell, pods, guest, *times)
+        [pod] = pods
+        return applications.run(cell, self.applications[cell.application], pod, guest, *times)
 
     def _close(self, built: Built) -> None:
         """Take pods down, except failed ones that are to be left standing."""

@@ -136,10 +136,9 @@ def options(wiring: Wiring, port: Port) -> Iterator[str]:
     yield from ("--mac-addr", ALIAS_MAC, "--netmask", str(LINK_PREFIX[Family.IPV4]))
     for family in Family:
         yield from ("--address", str(guest_link(family, port.n)), "--gateway", str(alias(family)))
-    yield from ("-t", str(port.control_port))
-    for (transport, number), n in wiring.owners.items():
-        if n == port.n:
-            yield from (OPTIONS[transport], str(number))
+    owned = [where for where, n in wiring.owners.items() if n == port.n]
+    for transport, number in dict.fromkeys(((Transport.TCP, port.control_port), *owned)):
+        yield from (OPTIONS[transport], str(number))
 
 
 DATAPATH = Passt()

@@ -28,6 +28,7 @@ def spawn(
     netns: str | None = None,
     cpus: Sequence[int] = (),
     binds: Mapping[Path, str] | None = None,
+    own_tmp: bool = False,
     output: Path | None = None,
     env: Mapping[str, str] | None = None,
     working_dir: str | None = None,
@@ -35,9 +36,9 @@ def spawn(
 ) -> subprocess.Popen[bytes]:
     """Start a program in a cgroup and a network namespace, on some CPUs.
 
-    `binds` maps files of the host to paths at which only this program sees them. `output` receives
-    what it prints. `env` is its environment; None: this process's. `pass_fds` stay open in it.
-    Raises `Error` if there is no such program.
+    `binds` maps files of the host to paths at which only this program sees them. `own_tmp`: see
+    `seeing`. `output` receives what it prints. `env` is its environment; None: this process's.
+    `pass_fds` stay open in it. Raises `Error` if there is no such program.
 
     The command is a shell line that can be pasted (`shlex.join(p.args)`). The shell joins the
     cgroup before it executes the program, so all sockets of the program belong to the cgroup.
@@ -47,7 +48,7 @@ def spawn(
     if cpus:
         enter += ["taskset", "--cpu-list", ",".join(map(str, cpus))]
     if binds:
-        enter += seeing(binds)
+        enter += seeing(binds, own_tmp=own_tmp)
     program = shutil.which(argv[0])
     if program is None:
         raise Error(f"no program {argv[0]}", hint="./bootstrap")
@@ -68,10 +69,21 @@ def spawn(
             sink.close()  # type: ignore[union-attr]
 
 
-def seeing(binds: Mapping[Path, str]) -> list[str]:
-    """Prefix of a command line whose command sees files of the host at other paths."""
-    mounts = " && ".join(shlex.join(["mount", "--bind", str(f), at]) for f, at in binds.items())
-    return ["unshare", "--mount", "sh", "-c", f'{mounts} && exec "$@"', "sh"]
+def seeing(binds: Mapping[Path, str], *, own_tmp: bool = False) -> list[str]:
+    """Prefix of a command line whose command sees files of the host at other paths.
+
+    `own_tmp`: it also has a new, empty /tmp, in memory, which goes with it.
+    """
+    mounts = [["mount", "--bind", str(file), at] for file, at in binds.items()]
+    mounts += [["mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", "/tmp"]] if own_tmp else []
+    return [
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        f'{" && ".join(map(shlex.join, mounts))} && exec "$@"',
+        "sh",
+    ]
 
 
 def run(

@@ -92,6 +92,8 @@ class Definition:
     """Whether an OSv guest gets the shim, by which 127.0.0.1 and ::1 are the pod's."""
     root: Path | None = None
     """Root file system that has the program, all of which an OSv guest gets."""
+    others: tuple[Path, ...] = ()
+    """Further programs of this host. An OSv guest does without, as it runs one."""
 
     @property
     def path(self) -> str:
@@ -150,6 +152,7 @@ def load(path: Path) -> Definition:
         arguments=tuple(given.arguments),
         files=files,
         shim=given.shim,
+        others=tuple(beside / other for other in given.others),
     )
 
 
@@ -188,7 +191,8 @@ def find_definition(image: str) -> Definition | None:
 def root_of_image(image: str) -> Root:
     """Root file system of an image: of `rootfs`, or the program of a definition and its files."""
     if definition := find_definition(image):
-        return rootfs.of_program(definition.program, definition.files, definition.arguments)
+        programs = (definition.program, *definition.others)
+        return rootfs.of_programs(programs, definition.files, definition.arguments)
     return rootfs.unpack(image)
 
 

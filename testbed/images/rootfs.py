@@ -24,7 +24,7 @@ import re
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -118,14 +118,16 @@ def unpack(image: str) -> Root:
     )
 
 
-def of_program(program: Path, extra: Mapping[str, Path], arguments: tuple[str, ...]) -> Root:
-    """Root file system with a program of this host, its libraries, busybox and further files.
+def of_programs(
+    programs: Sequence[Path], extra: Mapping[str, Path], arguments: tuple[str, ...]
+) -> Root:
+    """Root file system with programs of this host, their libraries, busybox and further files.
 
-    `extra`: path inside → file of this host.
+    The first program is run. `extra`: path inside → file of this host.
     """
-    if missing := [path for path in (program, *extra.values()) if not path.is_file()]:
+    if missing := [path for path in (*programs, *extra.values()) if not path.is_file()]:
         raise Error(f"no file {missing[0]}")
-    made = _of_host([program], extra)
+    made = _of_host(programs, extra)
     return replace(made, process=replace(made.process, arguments=arguments))
 
 

@@ -25,6 +25,8 @@ class Pair(StrEnum):
     WASM_GUEST = "wasm-guest"
     GUEST_WASM = "guest-wasm"
     WASM_CONTAINER = "wasm-container"
+    CONTAINER_GUEST = "container-guest"
+    GUEST_CONTAINER = "guest-container"
 
     @property
     def shape(self) -> Pair:
@@ -75,12 +77,21 @@ class Cell:
     """Guests per pod that run at the same time: rates are summed, times are of all guests."""
     pods: int = 1
     """Pods that run at the same time, with the same rule."""
+    application: str = ""
+    """Name of the programs whose requests are measured, in the place of traffic agents
+    (`testbed.application`). Then `size_bytes`, `streams` and `rate_per_s` are what its client is
+    told; a size of 0 is the application's own."""
 
     @property
     def params(self) -> str:
         """Size, streams and rate, then what differs from the default: `64x4@5000,guests=16`."""
         rate = f"@{self.rate_per_s}" if self.rate_per_s else ""
-        more = {"guest": self.guest, "guests": self.guests, "pods": self.pods}
+        more = {
+            "guest": self.guest,
+            "guests": self.guests,
+            "pods": self.pods,
+            "application": self.application,
+        }
         rest = (f",{name}={value}" for name, value in more.items() if value not in ("", 1))
         return f"{self.size_bytes}x{self.streams}{rate}{''.join(rest)}"
 
@@ -120,6 +131,7 @@ class Cell:
                 more.pop("guest", ""),
                 int(more.pop("guests", 1)),
                 int(more.pop("pods", 1)),
+                more.pop("application", ""),
             )
             if more:
                 raise ValueError(f"no parameter {min(more)}")

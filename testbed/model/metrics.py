@@ -40,6 +40,8 @@ class Measure:
     """Divisor that converts a stored value to `shown_unit`."""
     columns: Mapping[str, str]
     """Column of the tidy table (`results.store.frame`), or `TAIL` → its heading in tables."""
+    units: Mapping[str, tuple[float, str]] = field(default_factory=dict)
+    """Column in another unit → the divisor that converts a stored value, and the unit's name."""
     higher_is_better: bool = False
     mode: Literal["stream", "rr", "crr"] = "rr"
     """Mode of the traffic agent: stream, request/response, or connect/request/close."""
@@ -47,6 +49,10 @@ class Measure:
     """Computes the value of a trial, in `unit`. Not used if `of_building`."""
     of_building: bool = False
     """Whether the building of pods is measured, and not the traffic of pods that are built."""
+
+    def is_better_higher(self, quantity: str) -> bool:
+        """Whether higher values of a quantity are better. Of times and memory, lower ones are."""
+        return quantity == "value" and self.higher_is_better
 
 
 class Metric(Open):
@@ -67,6 +73,9 @@ class Metric(Open):
     """Time until every guest of every pod has answered a first request at `localhost`."""
     MEMORY = "memory"
     """Memory of a pod after that first answer."""
+    REQUESTS = "requests"
+    """Requests of an application (`testbed.application`) per second, the time that one takes, and
+    the memory of the pod's processes afterwards."""
 
     @property
     def measure(self) -> Measure:
@@ -111,5 +120,18 @@ MEASURES = {
     ),
     Metric.STARTUP: Measure("ms", "ms", 1, {"value": "first answer"}, of_building=True),
     Metric.MEMORY: Measure("bytes", "MiB", 2**20, {"value": "memory"}, of_building=True),
+    Metric.REQUESTS: Measure(
+        "per_s",
+        "k/s",
+        1e3,
+        {
+            "value": "requests",
+            "p50_us": "request p50",
+            "p99_us": "request p99",
+            "memory_bytes": "memory",
+        },
+        units={"p50_us": (1, "µs"), "p99_us": (1, "µs"), "memory_bytes": (2**20, "MiB")},
+        higher_is_better=True,
+    ),
 }
 """The metrics of the testbed itself, in the order of table columns."""

@@ -38,7 +38,7 @@ class Trial:
 
     `value` is in the unit of the metric (`metrics.Measure`): bits per second of goodput at the
     receiver, microseconds of median round-trip time, connections per second, milliseconds until the
-    first answer, bytes per pod.
+    first answer, bytes per pod, requests per second.
     """
 
     __pydantic_config__: ClassVar[dict[str, bool]] = {"use_attribute_docstrings": True}
@@ -67,6 +67,9 @@ class Trial:
     searched: tuple[tuple[float, float, float], ...] = ()
     """All attempts of a rate search: bits per second sent, bits per second received, share of
     datagrams lost. The last attempt is the trial itself."""
+    quantities: dict[str, float] = field(default_factory=dict)
+    """What the trial of an application has besides: `memory_bytes`, and percentiles `p50_us` and
+    `p99_us` that its client printed."""
     parts: dict[str, float] = field(default_factory=dict)
     """Terms that `value` is the sum of: steps of a start, or owners of memory."""
     dialed: str | None = None

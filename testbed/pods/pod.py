@@ -208,10 +208,13 @@ class Pod:
         with self.lock:
             self.attachment.attach_deferred()
 
-    def wait(self, families: Collection[Family] = tuple(Family)) -> None:
-        """Wait until all workloads answer in those of these families that they have."""
+    def wait(self, families: Collection[Family] = tuple(Family), least_s: float = 0) -> None:
+        """Wait until all workloads answer in those of these families that they have.
+
+        They have the time limit of their runtime, and `least_s` at least.
+        """
         for workload in self._own_workloads:
-            self.wait_ready(workload.name, families)
+            self.wait_ready(workload.name, families, least_s)
 
     def start_workload(self, name: str) -> None:
         """Start one workload, also after its end."""
@@ -304,7 +307,9 @@ class Pod:
         ]
         sockets.kill_connections(self.netns, " or ".join(ends))
 
-    def wait_ready(self, name: str, families: Collection[Family] = tuple(Family)) -> None:
+    def wait_ready(
+        self, name: str, families: Collection[Family] = tuple(Family), least_s: float = 0
+    ) -> None:
         """Wait until the workload's agent answers in all of `families` that its stack has.
 
         (OSv's IPv6 address is usable a second after the others.) Raises `Error` with the last lines
@@ -312,7 +317,7 @@ class Pod:
         """
         _, workload = self._find(name)
         runtime = self._runtimes[workload.runtime]
-        limit_s, timeout_s = runtime.ready_limit_s * facts.slowness(), 0.2
+        limit_s, timeout_s = max(runtime.ready_limit_s, least_s) * facts.slowness(), 0.2
         deadline = time.monotonic() + limit_s
         while True:
             if (code := self.processes[name].poll()) is not None:
@@ -337,13 +342,13 @@ class Pod:
             hint=f"see {self.console(name)}",
         )
 
-    def revive(self) -> None:
+    def revive(self, families: Collection[Family] = tuple(Family)) -> None:
         """Restart workloads that have ended, and wait. Raises `Error` if one does not get ready."""
         dead = [name for name, running in self.processes.items() if running.poll() is not None]
         for name in dead:
             self.start_workload(name)
         for name in dead:
-            self.wait_ready(name)
+            self.wait_ready(name, families)
 
     def number_of(self, name: str) -> int | None:
         """Number of a guest, None for a native workload."""
@@ -355,17 +360,21 @@ class Pod:
         return guest_link(family, n) if n else loopback(family)
 
     def agent(self, name: str, timeout_s: float = 0, family: Family = Family.IPV4) -> Agent:
-        """Open a control connection to the workload's agent, at its own address.
+        """Open a control connection to the workload's agent. Raises `OSError`."""
+        return Agent(self.dial(name, timeout_s, family))
 
-        To an agent in another host's pod, the family is one that the hosts have between them.
-        Raises `OSError`.
+    def dial(self, name: str, timeout_s: float = 0, family: Family = Family.IPV4) -> socket.socket:
+        """Connect to a workload's control port, at its own address.
+
+        If it is in another host's pod, the family is one that the hosts have between them. Raises
+        `OSError`.
         """
         timeout_s = timeout_s or CONNECT_LIMIT_S * facts.slowness()
         _, workload = self._find(name)
         remote = self.elsewhere.get(name)
         address = next(iter(remote.values())) if remote else self.address(name, family)
         to = (str(address), workload.control_port)
-        return Agent(namespaces.inside(self.netns, lambda: socket.create_connection(to, timeout_s)))
+        return namespaces.inside(self.netns, lambda: socket.create_connection(to, timeout_s))
 
     def _find(self, name: str) -> tuple[int, Workload]:
         for n, guest in self.manifest.guests.items():

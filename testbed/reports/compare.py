@@ -108,7 +108,7 @@ def compare(
                 before=earlier,
                 after=later,
                 ratio=replace(change.ratio, disturbed=earlier.disturbed + later.disturbed),
-                verdict=_verdict(key[0], change, is_different, is_equivalent),
+                verdict=_verdict(*key, change, is_different, is_equivalent),
                 reason=reason,
                 lost=bool(a and key in values_after and not b),
             )
@@ -188,10 +188,10 @@ def table(
         label = f"{pair}\n{names(family, transport)}"
         shown.add_row(Text(label, style="bold"))
         for row in place:
-            unit, quantity = unit_of(row.cell.metric), titles[row.cell.metric, row.quantity]
-            of, scale = ([quantity, unit.name], unit.scale)
+            unit = unit_of(row.cell.metric, row.quantity)
+            of, scale = ([titles[row.cell.metric, row.quantity], unit.name], unit.scale)
             if row.to:
-                of, scale = [f"{quantity} : {row.to.datapath}"], 1
+                of, scale = [f"{titles[row.cell.metric, row.quantity]} : {row.to.datapath}"], 1
             of += [size_of(row.cell)] if sized else []
             shown.add_row(
                 row.cell.datapath,
@@ -259,12 +259,14 @@ def _incomparable(
     return f"{which}: {reasons[-1] if reasons else 'not measured'}"
 
 
-def _verdict(cell: Cell, change: Difference, different: bool, equivalent: bool) -> Change:
+def _verdict(
+    cell: Cell, quantity: str, change: Difference, different: bool, equivalent: bool
+) -> Change:
     if equivalent:
         return Change.EQUIVALENT
     if not different:
         return Change.UNCLEAR
-    better = (change.ratio.mean > 1) is cell.metric.measure.higher_is_better
+    better = (change.ratio.mean > 1) is cell.metric.measure.is_better_higher(quantity)
     return Change.FASTER if better else Change.SLOWER
 
 

@@ -201,7 +201,7 @@ def _results(rows: Sequence[Summary], campaign: Campaign) -> str:
 
 
 def _result(row: Summary, campaign: Campaign, titles: Mapping[Any, str]) -> list[Entry]:
-    cell, unit = row.cell, unit_of(row.cell.metric)
+    cell, unit = row.cell, unit_of(row.cell.metric, row.quantity)
     most = max((row.estimate, row.ratio), key=lambda of: of.disturbed)
     note = "; ".join(filter(None, (row.reason, row.limited, row.no_ratio, disturbed_of(most))))
     own = row.reference == cell.datapath

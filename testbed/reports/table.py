@@ -102,7 +102,7 @@ class _Line(NamedTuple):
     """A line of the table: one datapath in one place."""
 
     place: str
-    """Pair, family and transport."""
+    """Pair, family and transport; of an application, also what it is."""
     datapath: str
     entries: Mapping[Column, Text]
 
@@ -111,14 +111,15 @@ def _heads(rows: Sequence[Summary]) -> dict[Column, str]:
     """Column → its heading: name, unit, and the message size if there is only one."""
     heads = {}
     for column in columns_of(rows):
-        metric, _, name = column
-        sizes = _sizes(rows, metric)
-        heads[column] = f"{name}\n{unit_of(metric).name}\n{sizes.pop() if len(sizes) == 1 else ''}"
+        metric, quantity, name = column
+        sizes, unit = _sizes(rows, metric), unit_of(metric, quantity)
+        heads[column] = f"{name}\n{unit.name}\n{sizes.pop() if len(sizes) == 1 else ''}"
     return heads
 
 
 def _sizes(rows: Iterable[Summary], metric: Metric) -> set[str]:
-    return {size_of(row.cell) for row in rows if row.cell.metric is metric}
+    of = (row.cell for row in rows if row.cell.metric is metric)
+    return {size_of(cell) for cell in of if not cell.application}
 
 
 def _lines(
@@ -126,15 +127,20 @@ def _lines(
 ) -> Iterator[_Line]:
     rows, guest = results.summaries, results.campaign.guest
     sized = {metric: len(_sizes(rows, metric)) > 1 for metric in Metric}
-    places = grouped(rows, lambda r: (r.cell.label(guest), r.cell.transport, r.cell.family))
-    for (pair, transport, family), place in places.items():
+
+    def place_of(row: Summary) -> str:
+        cell = row.cell
+        words = size_of(cell).split(", ") if cell.application else []
+        return "\n".join((cell.label(guest), names(cell.family, cell.transport), *words))
+
+    for where, place in grouped(rows, place_of).items():
         for datapath, group in grouped(place, lambda r: r.cell.datapath).items():
             entries = {}
             for column in columns:
                 matching = [r for r in group if (r.cell.metric, r.quantity) == column[:2]]
                 texts = (_entry(r, wide, sized[r.cell.metric], notes) for r in matching)
                 entries[column] = Text("\n").join(texts)
-            yield _Line(f"{pair}\n{names(family, transport)}", datapath, entries)
+            yield _Line(where, datapath, entries)
 
 
 def _fitting(
@@ -184,7 +190,8 @@ def _entry(row: Summary, wide: bool, sized: bool, notes: dict[str, int]) -> Text
     text = Text(f"{size_of(row.cell)}\n" if sized else "")
     if row.status is not Status.OK:
         return text.append(row.status + note(row.reason), style="yellow")
-    value = interval(row.estimate, unit_of(row.cell.metric).scale, wide)
+    scale = unit_of(row.cell.metric, row.quantity).scale
+    value = interval(row.estimate, scale, wide)
     said = (row.reason, row.limited, disturbed_of(row.estimate))
     text.append(value + note("; ".join(filter(None, said))))
     if row.quantity == TAIL:

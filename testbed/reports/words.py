@@ -32,9 +32,10 @@ class Unit(NamedTuple):
     name: str
 
 
-def unit_of(metric: Metric) -> Unit:
-    """The unit that a metric is shown in."""
-    return Unit(metric.measure.scale, metric.measure.shown_unit)
+def unit_of(metric: Metric, quantity: str = "value") -> Unit:
+    """The unit that a quantity of a metric is shown in."""
+    measure = metric.measure
+    return Unit(*measure.units.get(quantity, (measure.scale, measure.shown_unit)))
 
 
 def plain(value: Any) -> Any:
@@ -225,8 +226,10 @@ def blocks_of(campaign: Campaign) -> str:
 def size_of(cell: Cell) -> str:
     """Message size, then parameters that differ from the default: `64 KiB, 4 streams`."""
     kib, rest = divmod(cell.size_bytes, 1024)
-    size = f"{cell.size_bytes} B" if rest else f"{kib} KiB"
-    size += f", {cell.streams} streams" if cell.streams > 1 else ""
-    size += f", {cell.rate_per_s}/s" if cell.rate_per_s else ""
-    size += f", {cell.guests} guests" if cell.guests > 1 else ""
-    return size + (f", {cell.pods} pods" if cell.pods > 1 else "")
+    words = [cell.application] if cell.application else []
+    words += [f"{cell.size_bytes} B" if rest else f"{kib} KiB"] if cell.size_bytes else []
+    words += [f"{cell.streams} streams"] if cell.streams > 1 else []
+    words += [f"{cell.rate_per_s}/s"] if cell.rate_per_s else []
+    words += [f"{cell.guests} guests"] if cell.guests > 1 else []
+    words += [f"{cell.pods} pods"] if cell.pods > 1 else []
+    return ", ".join(words)

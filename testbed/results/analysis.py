@@ -198,7 +198,7 @@ def controls(summaries: Iterable[Ratio]) -> Controls | None:
     within = (n for n in range(len(same) + 1) if bdtr(n, len(same), 1 - CONFIDENCE) >= 0.99)
     found = sum(
         row.ratio.high < 1
-        if row.quantity == "value" and row.cell.metric.measure.higher_is_better
+        if row.cell.metric.measure.is_better_higher(row.quantity)
         else row.ratio.low > 1
         for row in slow
     )

@@ -31,6 +31,7 @@ def reading_order(
         cell.rate_per_s,
         cell.guests,
         cell.pods,
+        cell.application,
         quantity,
     )
 

@@ -290,8 +290,9 @@ def frame(trials: Sequence[Trial]) -> pd.DataFrame:
     """Tidy table of trials: one row per trial.
 
     Columns: the cell's fields; block, order, status, reason; value in the metric's unit; p50_us and
-    p99_us of the trial's histogram (NaN without one); loss, for trials with a rate search; the
-    other fields of the trial. Dictionaries become columns such as `carried.packets`.
+    p99_us of the trial's histogram (NaN without one), or as it has them among its quantities, whose
+    names are columns; loss, for trials with a rate search; the other fields of the trial.
+    Dictionaries become columns such as `carried.packets`.
     """
     rows = []
     for trial in trials:
@@ -299,6 +300,7 @@ def frame(trials: Sequence[Trial]) -> pd.DataFrame:
         histogram, searched = row.pop("histogram_us"), row.pop("searched")
         row["loss"] = searched[-1][2] if searched else nan
         row["p50_us"], row["p99_us"] = percentile(histogram, 50), percentile(histogram, 99)
+        row |= row.pop("quantities")
         for name in ("parts", "carried", "counters", "machine"):
             row.update({f"{name}.{key}": value for key, value in row.pop(name).items()})
         rows.append({k: str(v) if isinstance(v, str) else v for k, v in row.items()})
@@ -319,6 +321,7 @@ _COLUMNS = (
     "guest",
     "guests",
     "pods",
+    "application",
     "cell",
     "block",
     "order",
@@ -327,6 +330,7 @@ _COLUMNS = (
     "value",
     "p50_us",
     "p99_us",
+    "memory_bytes",
     "duration_s",
     "payload_bytes",
     "transactions",

@@ -26,7 +26,7 @@ class Foreign(Prepared):
     families = frozenset(Family)
     uses_tap = True
     kernel_has_sockets = False
-    multiqueue = False
+    multiqueue = has_shell = False
     ready_limit_s = 60.0
     description = Description(Runtime.FOREIGN)
 

@@ -86,13 +86,14 @@ class Placement:
     def etc(self) -> dict[Path, str]:
         """Files of the pod → paths at which the workload sees them.
 
-        A workload with a program gets those of the pod's `Spec`. An agent gets a hosts file only,
-        in which `localhost` is the alias for guests, the loopback address for natives.
+        A workload with a program gets those of the pod's `Spec`. An agent, and a program in a pod
+        without one, get a hosts file only, in which `localhost` is the alias for guests, the
+        loopback address for natives.
         """
-        if not self.workload.program:
-            return {compose.hosts_file(patched=self.n > 0): "/etc/hosts"}
-        kind = "guest" if self.n else "native"
-        return {self.scratch / kind / path.name: str(path) for path in ETC}
+        folder = self.scratch / ("guest" if self.n else "native")
+        if self.workload.program and folder.exists():
+            return {folder / path.name: str(path) for path in ETC}
+        return {compose.hosts_file(patched=self.n > 0 and self.loopback): "/etc/hosts"}
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,8 @@ class Prepared(Protocol):
     """Whether its sockets are of this machine's kernel, which then knows what is served."""
     multiqueue: bool
     """Whether the driver of its network device serves several pairs of queues."""
+    has_shell: bool
+    """Whether a program of a workload can be a shell, which starts others of its image."""
     ready_limit_s: float
     """Time in which a workload has to answer; else it has failed."""
     needs_ipv6_checksums: bool = False

@@ -34,7 +34,7 @@ class Linux(VirtualMachines):
     """A Linux kernel and its initramfs images."""
 
     families = frozenset(Family)
-    multiqueue = smp = True
+    multiqueue = smp = has_shell = True
     ready_limit_s = 30.0
     """An emulated boot takes 2.2 s on an idle machine."""
 

@@ -72,7 +72,7 @@ class Bundles(Prepared):
 
     families = frozenset(Family)
     uses_tap = multiqueue = False
-    kernel_has_sockets = True
+    kernel_has_sockets = has_shell = True
 
     def __init__(self) -> None:
         self._roots: dict[str, Root] = {}

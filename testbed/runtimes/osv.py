@@ -98,6 +98,7 @@ def capabilities(kernel: OsvKernel, say: Callable[[str], None]) -> Capabilities:
 class Osv(VirtualMachines):
     """An OSv kernel and its images."""
 
+    has_shell = False
     ready_limit_s = 15.0
     """A boot takes 0.3 s on an idle machine, and a second more for IPv6's duplicate address
     detection."""

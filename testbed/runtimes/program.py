@@ -10,6 +10,8 @@ from pathlib import Path
 from testbed import agent
 from testbed.host.process import seeing, spawn
 from testbed.images import compose, rootfs
+from testbed.images.compose import Definition
+from testbed.images.rootfs import Process
 from testbed.model.errors import Error
 from testbed.model.manifest import Workload
 from testbed.model.terms import Family, Runtime
@@ -17,6 +19,7 @@ from testbed.runtimes.interface import (
     Description,
     Placement,
     Prepared,
+    process_of,
     refuse_isolation,
     refuse_limits,
 )
@@ -38,12 +41,14 @@ def join(cgroup: Path, netns: str) -> list[str]:
 class PlainProgram(Prepared):
     """Prepared runtime that starts a program of this host in a network namespace.
 
-    Images are `host:PROGRAM`, and run without a root file system of their own.
+    Images are `host:PROGRAM`, or an image definition, whose files the program sees in their places,
+    as far as this host has files there, too. Either runs without a root file system of its own. A
+    program of a definition has a /tmp of its own, as in an image.
     """
 
     families = frozenset(Family)
     uses_tap = multiqueue = False
-    kernel_has_sockets = True
+    kernel_has_sockets = has_shell = True
     ready_limit_s = 5.0
 
     def __init__(self, runtime: Runtime, hosts: Path) -> None:
@@ -63,7 +68,7 @@ class PlainProgram(Prepared):
         return True
 
     def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
-        binds = {**place.etc, **self._files(place.workload)}
+        binds = {**place.etc, **_files(place.workload)}
         return [*join(place.cgroup, place.netns), *seeing(binds)]
 
     def start(self, place: Placement) -> subprocess.Popen[bytes]:
@@ -73,9 +78,10 @@ class PlainProgram(Prepared):
                 cgroup=place.cgroup,
                 netns=place.netns,
                 cpus=place.workload.cpus,
-                binds={**place.etc, **self._files(place.workload)},
+                binds={**place.etc, **_files(place.workload)},
+                own_tmp=_definition(place.workload) is not None,
                 output=place.console,
-                env={"PATH": rootfs.PATH, **dict(program.env)},
+                env={"PATH": _path(place.workload), **dict(program.env)},
                 working_dir=program.working_dir or None,
             )
         hosts = self._hosts if place.loopback else compose.hosts_file(patched=False)
@@ -88,13 +94,15 @@ class PlainProgram(Prepared):
             output=place.console,
         )
 
-    def _files(self, workload: Workload) -> dict[Path, str]:
-        """Extra files that the program needs → paths at which it sees them."""
-        return {}
-
     def _command(self, workload: Workload) -> list[str]:
         program = workload.program
         assert program is not None
+        if defined := _definition(workload):
+            absent = [at for at in _files(workload).values() if not Path(at).exists()]
+            if absent:
+                raise Error(f"{workload.name!r}: this host has no {absent[0]} to show a file at")
+            described = Process((str(defined.program),), defined.arguments)
+            return list(process_of(workload, described).command)
         if not rootfs.is_of_host(program.image):
             raise Error(
                 f"{workload.name!r} has the image {program.image!r}, but is not a container",
@@ -108,3 +116,23 @@ class PlainProgram(Prepared):
                 hint="give an image host:PROGRAM, or a command",
             )
         return command
+
+
+def _definition(workload: Workload) -> Definition | None:
+    assert workload.program is not None
+    return compose.find_definition(workload.program.image)
+
+
+def _files(workload: Workload) -> dict[Path, str]:
+    """Files of the workload's image definition → paths at which its program sees them."""
+    image = _definition(workload) if workload.program else None
+    files = image.files.items() if image else ()
+    return {file: inside for inside, file in files if str(file) != inside}
+
+
+def _path(workload: Workload) -> str:
+    """PATH of a program, with the folders of those that its image definition names."""
+    image = _definition(workload)
+    programs = (image.program, *image.others) if image else ()
+    folders = dict.fromkeys(str(program.parent) for program in programs)
+    return ":".join([*folders, rootfs.PATH])

@@ -103,7 +103,7 @@ class Wasm(Prepared):
     """Prepared runtime of WASI components."""
 
     families = frozenset(Family)
-    uses_tap = multiqueue = False
+    uses_tap = multiqueue = has_shell = False
     kernel_has_sockets = True
     ready_limit_s = 10.0
 

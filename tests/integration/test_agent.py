@@ -5,6 +5,7 @@ Client and server are two processes, as they are two workloads of a pod.
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
@@ -12,10 +13,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import IPv4Address
 from pathlib import Path
 from time import monotonic
-from typing import Self
+from typing import Any, Self
 
 import pytest
 
@@ -597,3 +599,97 @@ def test_a_client_whose_machine_vanishes_is_forgotten(owner: Owner) -> None:
 
             assert not is_forgotten()
             wait_until(is_forgotten, "the server closes the connection", limit_s=15)
+
+
+# --- HTTP -----------------------------------------------------------------------------------
+
+
+class Web(BaseHTTPRequestHandler):
+    """Answers every path with its own text; the server's `hold` is waited for before."""
+
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1  # a response is sent in one piece
+
+    def do_GET(self) -> None:
+        hold: threading.Event = self.server.hold  # type: ignore[attr-defined]
+        hold.wait()
+        body = self.path.encode()
+        self.send_response(404 if "missing" in self.path else 200)
+        if "endless" not in self.path:
+            self.send_header("content-length", str(len(body)))
+        if "close" in self.path:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(body)
+        with suppress(BrokenPipeError):
+            self.wfile.flush()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def web() -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Web)
+    server.hold = threading.Event()  # type: ignore[attr-defined]
+    server.hold.set()  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def get(server: ThreadingHTTPServer, path: str, **order: object) -> dict[str, Any]:
+    """The result of the agent's order `http`, from its command line."""
+    web = {"op": "http", "transport": "tcp", "family": "ipv4", "host": "127.0.0.1", "path": path}
+    order = {**web, "port": server.server_address[1], "duration_s": 0.5, **order}
+    done = subprocess.run(
+        [build(), "--order", json.dumps(order)], capture_output=True, check=True, timeout=20
+    )
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+@pytest.mark.parametrize("path", ["/", "/close", "/" + 400 * "x"])
+def test_a_web_server_is_asked_over_several_connections(
+    web: ThreadingHTTPServer, path: str
+) -> None:
+    found = get(web, path, connections=3)
+    assert found["ok"], found
+    assert found["requests"] > 10
+    assert found["errors"] == 0
+    assert sum(count for _, count in found["histogram_us"]) == found["requests"]
+    assert found["per_s"] == pytest.approx(found["requests"] / found["duration_s"], rel=0.01)
+
+
+def test_a_response_that_says_no_is_an_error(web: ThreadingHTTPServer) -> None:
+    found = get(web, "/missing")
+    assert found["errors"] == found["requests"] > 0
+
+
+def test_a_response_without_an_end_is_refused(web: ThreadingHTTPServer) -> None:
+    assert "no Content-Length" in get(web, "/endless")["error"]
+
+
+def test_requests_at_a_rate_are_timed_from_when_they_are_due(web: ThreadingHTTPServer) -> None:
+    """The server stands still for 0.3 s of 1 s: a third of the requests wait, not one each."""
+    hold: threading.Event = web.hold  # type: ignore[attr-defined]
+    pause = threading.Timer(0.3, hold.clear)
+    resume = threading.Timer(0.6, hold.set)
+    pause.start()
+    resume.start()
+    found = get(web, "/", connections=2, rate_per_s=200, duration_s=1)
+    assert found["requests"] == 200
+    late = sum(count for upper, count in found["histogram_us"] if upper > 50_000)
+    assert 30 < late < 120
+    assert found["histogram_us"][-1][0] > 200_000
+
+
+def test_a_web_server_that_is_silent_ends_the_run(web: ThreadingHTTPServer) -> None:
+    web.hold.clear()  # type: ignore[attr-defined]
+    try:
+        assert "no progress for 5 s" in get(web, "/")["error"]
+    finally:
+        web.hold.set()  # type: ignore[attr-defined]

@@ -69,8 +69,10 @@ def test_a_datapath_a_runtime_a_metric_and_a_figure_of_elsewhere_make_a_campaign
     assert spread["estimate"]["mean"] > 0
     assert spread["reference"] == "direct"
     assert spread["ratio"]["blocks"] == 2
+    asked = rows["steer/native-guest/ipv4/tcp/requests/0x1,application=hello"]
+    assert asked["status"] == "ok", asked
     drawn = {path.name for path in (folder / "out/figures").glob("*.png")}
-    assert {"throughput-tcp.png", "spread-tcp.png", "drift.png"} <= drawn
+    assert {"throughput-tcp.png", "spread-tcp.png", "drift.png", "requests.png"} <= drawn
     shown = command(folder, "table", "out")
     assert "spread" in shown.stdout, shown.stderr
     assert command(folder, "report", "out").returncode == 0

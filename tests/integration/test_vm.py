@@ -181,7 +181,7 @@ def image(tmp_path: Path) -> str:
     found = f"-Wl,-rpath,{tmp_path}"
     program = compiled(SERVER, tmp_path / "server", "-pie", "-fPIE", library, found)
     root = tmp_path / "root"
-    shutil.copytree(rootfs.of_program(program, {}, ()).path, root, symlinks=True)
+    shutil.copytree(rootfs.of_programs([program], {}, ()).path, root, symlinks=True)
     shutil.rmtree(root / "bin")
     (root / "bin").symlink_to("usr/bin")
     folder = root / f"usr/lib/{platform.machine()}-linux-gnu"

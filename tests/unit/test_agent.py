@@ -88,6 +88,13 @@ RUN = {
         (b'{"op":"stop","server":7}', "no such server"),
         (b'{"op":"serve","transport":"sctp","family":"ipv4"}', "transport must be tcp or udp"),
         (b'{"op":"serve","transport":"tcp","family":"ipv5"}', "family must be ipv4 or ipv6"),
+        (b'{"op":"http","path":"/"}', "host: must be a name or an address"),
+        (b'{"op":"http","host":"a","path":"x"}', "path: must begin with /"),
+        (b'{"op":"http","host":"a","path":"/","transport":"x"}', "transport must be tcp or udp"),
+        (
+            b'{"op":"http","transport":"udp","family":"ipv4","host":"a","path":"/","port":1}',
+            "duration_s must be 0.001 to 3600",
+        ),
         (
             b'{"op":"serve","transport":"tcp","family":"ipv4","port":65536}',
             "port must be 0 to 65535",

@@ -67,6 +67,23 @@ PLAN = plan.parse(
     metric = ["throughput", "latency", "startup", "memory"]
     size_bytes = 64
     guests = [4, 16, 64]
+    [[cells]]
+    datapath = {list(NAMES[1:])}
+    pair = ["native-guest", "guest-native"]
+    family = ["ipv4", "ipv6"]
+    transport = "tcp"
+    metric = "requests"
+    application = "redis.set-pipelined"
+    size_bytes = 64
+    streams = 16
+    [[cells]]
+    datapath = {list(NAMES[1:])}
+    pair = ["native-guest", "guest-native"]
+    family = "ipv4"
+    transport = "tcp"
+    metric = "requests"
+    application = "sidecar.rate"
+    rate_per_s = 1500
     [preregistration]
     estimator = "t"
     seed = 1
@@ -110,9 +127,11 @@ def trial(cell: Cell, block: int) -> Trial:
         parts = {part: factor * value for part, value in PARTS[cell.metric].items()}
         return replace(made, value=sum(parts.values()), parts=parts)
     value = test_report.SCALE[cell.metric] * factor
+    times = {"p50_us": 1e7 / value, "p99_us": 1e8 / value, "memory_bytes": 1e6 * factor}
     return replace(
         made,
         value=value,
+        quantities=times if cell.application else {},
         histogram_us=((value, 19_600), (30 * value, 400)) if cell.metric is Metric.LATENCY else (),
         duration_s=1.0,
         payload_bytes=int(value),

@@ -205,7 +205,7 @@ def test_without_the_patch_only_the_hosts_file_differs(program: Path) -> None:
 def test_linux_image_holds_all_libraries_and_modules_in_order(
     program: Path, linux_kernel: LinuxKernel
 ) -> None:
-    root = rootfs.of_program(program, {}, ())
+    root = rootfs.of_programs([program], {}, ())
     image = compose.compose_linux(root, linux_kernel)
     tree = cpio.unpack(image.path.read_bytes())
     libraries = {"/usr/lib/libown.so.1", "/usr/lib/libc.so.6", elf.read(program).interpreter}
@@ -217,7 +217,7 @@ def test_linux_image_holds_all_libraries_and_modules_in_order(
 
 
 def test_compressed_modules_are_unpacked(program: Path, linux_kernel: LinuxKernel) -> None:
-    root = rootfs.of_program(program, {}, ())
+    root = rootfs.of_programs([program], {}, ())
     plain = compose.compose_linux(root, linux_kernel)
     for module in linux_kernel.modules.glob("*.ko"):
         (module.parent / f"{module.name}.xz").write_bytes(lzma.compress(module.read_bytes()))
@@ -419,7 +419,7 @@ def test_inspect_tells_what_is_in_an_image(
     assert data["localhost"] == [str(alias(family)) for family in Family]
     assert data["files"]["/main"]["size_bytes"] == program.stat().st_size
     assert data["files"]["/tmp"] == {"type": "directory"}
-    root = rootfs.of_program(program, {}, ())
+    root = rootfs.of_programs([program], {}, ())
     other = compose.inspect(compose.compose_linux(root, linux_kernel).path)
     assert other["format"] == "cpio"
     assert other["localhost"] == data["localhost"]

@@ -80,7 +80,12 @@ def test_globs_select_cells_and_one_that_matches_nothing_is_refused() -> None:
         ("64", "64\nstreams = 0", "streams", "an integer of at least 1"),
         ("64", "64\nsise = 0", "sise", "no such key"),
         ("64", "64\nrate_per_s = -1", "rate_per_s", "an integer of at least 0"),
-        ('"latency"', '"throughput"\nrate_per_s = 9', "metric", "latency with a rate_per_s"),
+        (
+            '"latency"',
+            '"throughput"\nrate_per_s = 9',
+            "metric",
+            "latency or requests with a rate_per_s",
+        ),
         (
             '"capture"',
             '"capture~twin"',

@@ -66,7 +66,12 @@ CAMPAIGN = store.Campaign(
     revision="0" * 40,
 )
 LEVEL = {"loopback": 10.0, "bridge": 2.0, "capture": 1.0}
-SCALE = {Metric.THROUGHPUT: 1e9, Metric.LATENCY: 100.0, Metric.CONNECTIONS: 1e3}
+SCALE = {
+    Metric.THROUGHPUT: 1e9,
+    Metric.LATENCY: 100.0,
+    Metric.CONNECTIONS: 1e3,
+    Metric.REQUESTS: 1e5,
+}
 
 
 def trial(cell: Cell, block: int) -> Trial:

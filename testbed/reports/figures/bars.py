@@ -59,13 +59,13 @@ def bars_figure(rows: Sequence[Summary], results: Results) -> Drawing:
         for part in parts
     ]
     scale = unit_of(rows[0].cell.metric).scale
-    means = (of.mean / scale for of in _shown(rows))
+    means = (of.mean / scale for of in shown(rows))
     grid = grid_of(groups, len(parts), means, 1.9, results)
     for axes, (_, own), part, slots in zip(
         grid.panels, groups, len(families) * parts, grid.slots, strict=True
     ):
-        set_height(axes, _shown(part), scale)
-        _draw_bars(axes, own, slots, results, grid.upright)
+        set_height(axes, shown(part), scale)
+        draw_bars(axes, own, slots, results, grid.upright)
     metric = rows[0].cell.metric
     named = {Metric.THROUGHPUT: "goodput, Gbit/s", Metric.CONNECTIONS: "connections, 10³/s"}
     for axes in grid.lefts:
@@ -88,26 +88,27 @@ def _parts(rows: Sequence[Summary]) -> list[Sequence[Summary]]:
     """The rows without guests and the others, if their values are far apart; else all together."""
     native = [row for row in rows if row.cell.pair is Pair.NATIVE_NATIVE]
     others = [row for row in rows if row not in native]
-    tops = [max((of.mean for of in _shown(part)), default=0) for part in (native, others)]
+    tops = [max((of.mean for of in shown(part)), default=0) for part in (native, others)]
     return [native, others] if min(tops) > 0 and max(tops) > APART * min(tops) else [rows]
 
 
-def _shown(rows: Sequence[Summary]) -> list[Estimate]:
+def shown(rows: Sequence[Summary]) -> list[Estimate]:
+    """Estimates of the rows that have one."""
     return [row.estimate for row in rows if row.status is Status.OK]
 
 
-def _draw_bars(
+def draw_bars(
     axes: Axes, rows: Sequence[Summary], slots: Slots, results: Results, upright: bool
 ) -> None:
-    """Draw the bars of one family in a panel whose y axis is set."""
+    """Draw bars in a panel whose y axis is set."""
     set_slots(axes, slots, named=False)
-    if not _shown(rows):
+    if not shown(rows):
         axes.set_yticks([])
     for row in rows:
         at = slots.index((row.cell.label(results.campaign.guest), row.cell.datapath))
         look = results.look(row.cell.datapath)
         if row.status is Status.OK:
-            scale = unit_of(row.cell.metric).scale
+            scale = unit_of(row.cell.metric, row.quantity).scale
             mean, low, high = (x / scale for x in astuple(row.estimate)[:3])
             axes.bar(at, mean, 0.86, color=look.color, hatch=look.hatch, edgecolor="black")
             whisker(axes, at, mean, low, high)

@@ -30,9 +30,19 @@ from testbed.reports.figures.style import (
 )
 from testbed.results.results import Results
 
-KINDS = ("claims", "bars", "curves", "stacks", "sweeps", "forest")
+KINDS = ("claims", "bars", "curves", "applications", "stacks", "sweeps", "forest")
 """Modules of this package, whose `figures(results)` yields (name, drawing)."""
-ORDER = ("claims", "throughput", "latency", "connections", "scaling", "startup", "memory", "ratios")
+ORDER = (
+    "claims",
+    "throughput",
+    "latency",
+    "connections",
+    "requests",
+    "scaling",
+    "startup",
+    "memory",
+    "ratios",
+)
 """First words of names, in the order of figures. Figures with other words come after these."""
 
 PR_SET_PDEATHSIG = 1

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from testbed.model.looks import Look
-from testbed.reports.figures.select import is_crowd, kind_of, of_guest
+from testbed.reports.figures.select import is_crowd, of_guest
 from testbed.reports.figures.style import (
     NO_INTERVAL,
     SMALL_PT,
@@ -32,16 +32,24 @@ from testbed.results.statistics import Estimate
 
 
 def figures(results: Results) -> Iterator[tuple[str, Drawing]]:
-    """Figures `ratios-tcp`, …: ratios of all cells to reference datapaths, controls included."""
+    """Figures `ratios-tcp`, …: ratios of all cells to reference datapaths, controls included.
+
+    Those of applications are in `ratios-requests`.
+    """
     divided = [
         row
         for row in results.summaries
         if row.reference != row.cell.datapath
         and not (row.cell.metric.of_building or is_crowd(row.cell))
     ]
-    for (transport, guest), rows in grouped(divided, lambda r: kind_of(r)[1:]).items():
+    for (_, guest), rows in grouped(divided, lambda r: (_subject(r), r.cell.guest)).items():
         if any(row.ratio.blocks for row in rows):
-            yield f"ratios-{transport}{of_guest(guest)}", ratios(rows, results)
+            yield f"ratios-{_subject(rows[0])}{of_guest(guest)}", ratios(rows, results)
+
+
+def _subject(row: Summary) -> str:
+    """What a figure of ratios is about, in its name."""
+    return row.cell.metric if row.cell.application else row.cell.transport
 
 
 def ratios(rows: Sequence[Summary], results: Results) -> Drawing:
@@ -107,6 +115,7 @@ def forest(rows: Sequence[Ratio], results: Results, band: float = 0.0) -> Figure
     """Ratios with intervals, a line per pair, family and datapath, a panel per quantity."""
     columns = columns_of(rows)
     sized = len({size_of(row.cell) for row in rows}) > len({row.cell.metric for row in rows})
+    sized |= any(row.cell.application for row in rows)
 
     def line_of(row: Ratio) -> tuple[str, str]:
         pair = row.cell.label(results.campaign.guest)
@@ -123,7 +132,8 @@ def forest(rows: Sequence[Ratio], results: Results, band: float = 0.0) -> Figure
     gap = "   " if len(columns) < 4 else "\n"
     low, high = _span([row.ratio for row in rows], band)
     for axes, (metric, quantity, name) in zip(panels, columns, strict=True):
-        better = "→ better" if metric.measure.higher_is_better else "better ←"
+        is_higher = metric.measure.is_better_higher(quantity)
+        better = "→ better" if is_higher else "better ←"
         axes.set_title(f"{name}{gap}{better}", loc="left")
         axes.axvspan(1 / (1 + band), 1 + band, color="#dddddd", lw=0)
         axes.axvline(1, color="black", lw=0.6)

@@ -85,6 +85,7 @@ def _kinds(results: Results) -> Iterator[tuple[tuple[Metric, Transport, str], li
         row
         for row in results.summaries
         if not (row.cell.variant or row.cell.metric.of_building or is_crowd(row.cell))
+        and not row.cell.application
     ]
     yield from grouped(rows, kind_of).items()
 

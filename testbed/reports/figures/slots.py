@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from statistics import median
 from typing import NamedTuple
 
@@ -119,21 +120,26 @@ def grid_of(
 ) -> Grid:
     """A panel for each group (title, rows): in one line, or `together` of them if it is crowded.
 
-    `means` are all numbers to be written above bars, `line_in` is the height of a line in inches.
+    It is if there are too many slots, or a title is wider than its panel. `means` are all numbers
+    to be written above bars, `line_in` is the height of a line in inches.
     """
     crowded = sum(len(slots_of(rows, results)) for _, rows in groups) > CROWDED
+    crowded |= len(groups) * max(text_in(title, LABEL_PT) for title, _ in groups) > PANELS_IN
     columns = together if crowded else len(groups)
     slots = [slots_of(rows, results, 1 / columns) for _, rows in groups]
     lines = [slots[n : n + columns] for n in range(0, len(slots), columns)]
     figure = Figure(figsize=(WIDTH_IN, line_in * len(lines)))
-    widths = [max(map(len, column)) + 1 for column in zip(*lines, strict=True)]
+    widths = [max(map(len, column)) + 1 for column in zip_longest(*lines, fillvalue=())]
     grid = figure.subplots(len(lines), columns, squeeze=False, width_ratios=widths)
     number_in = max((text_in(number(mean, mean), SMALL_PT) for mean in means), default=0)
     upright = 1.3 * number_in < PANELS_IN / sum(widths)
-    for axes, (title, _) in zip(grid.flat, groups, strict=True):
+    panels, spare = list(grid.flat)[: len(groups)], list(grid.flat)[len(groups) :]
+    for axes in spare:
+        axes.remove()
+    for axes, (title, _) in zip(panels, groups, strict=True):
         pad_pt = 12 if upright else 6 + 72 * number_in
         axes.set_title(title, loc="left", fontweight="bold", pad=pad_pt)
-    return Grid(figure, list(grid.flat), list(grid[:, 0]), slots, upright)
+    return Grid(figure, panels, list(grid[:, 0]), slots, upright)
 
 
 def write_value(axes: Axes, at: float, text: str, upright: bool) -> None:

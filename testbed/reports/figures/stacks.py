@@ -90,12 +90,12 @@ def spent_figure(rows: Sequence[Breakdown], results: Results) -> Drawing:
         names(family): [row for row in rows if row.cell.family is family]
         for family in present(Family, (row.cell.family for row in rows))
     }
-    figure = _draw_panels(panels, results, PARTS, "CPU seconds", alike=True)
+    figure = draw_panels(panels, results, PARTS, "CPU seconds", alike=True)
     return Drawing(
         figure,
         f"Host CPU time per {per}, {names(cell.transport)}, {size_of(cell)} messages",
-        _keys(PARTS, rows),
-        [f"{circumstances(results, cell.guest)} {how}", *_disturbed(rows, results)],
+        keys_of_parts(PARTS, rows),
+        [f"{circumstances(results, cell.guest)} {how}", *disturbed_rows(rows, results)],
         functional(results, rows),
     )
 
@@ -125,17 +125,18 @@ def built_figure(rows: Sequence[Breakdown], results: Results) -> Drawing:
         for family, virtual in sorted(groups)
     }
     unit = unit_of(rows[0].cell.metric)
-    figure = _draw_panels(panels, results, parts, unit.name, alike=False)
+    figure = draw_panels(panels, results, parts, unit.name, alike=False)
     return Drawing(
         figure,
         title,
-        _keys(parts, rows),
-        [f"{circumstances(results)} {how}", *_disturbed(rows, results)],
+        keys_of_parts(parts, rows),
+        [f"{circumstances(results)} {how}", *disturbed_rows(rows, results)],
         functional(results, rows),
     )
 
 
-def _disturbed(rows: Iterable[Breakdown], results: Results) -> list[str]:
+def disturbed_rows(rows: Iterable[Breakdown], results: Results) -> list[str]:
+    """Which of the rows are of disturbed trials, for a footer."""
     return disturbances(((row.cell, row.total) for row in rows), results)
 
 
@@ -145,7 +146,7 @@ def _has_virtual_machine(row: Breakdown, results: Results) -> bool:
     return row.cell.pair.guests > 0 and guest.is_machine
 
 
-def _keys(parts: Mapping[str, Part], rows: Iterable[Breakdown]) -> list[tuple[Any, str]]:
+def keys_of_parts(parts: Mapping[str, Part], rows: Iterable[Breakdown]) -> list[tuple[Any, str]]:
     """Entries of the key, for the parts that some of the rows have."""
     rows = list(rows)
     return [
@@ -155,17 +156,21 @@ def _keys(parts: Mapping[str, Part], rows: Iterable[Breakdown]) -> list[tuple[An
     ]
 
 
-def _draw_panels(
+def draw_panels(
     panels: Mapping[str, Sequence[Breakdown]],
     results: Results,
     parts: Mapping[str, Part],
     unit: str,
     alike: bool,
+    columns: int = 1,
 ) -> Figure:
-    """Draw a panel for each title; with `alike`, all panels have the same scale."""
+    """Draw a panel for each title; with `alike`, all panels have the same scale.
+
+    They are in one line, or `columns` in each if it is crowded.
+    """
     every = [row for rows in panels.values() for row in rows]
     means = (row.total.mean / _scale(row) for row in every)
-    grid = grid_of(list(panels.items()), 1, means, 2.3, results)
+    grid = grid_of(list(panels.items()), columns, means, 2.3, results)
     for axes, rows, slots in zip(grid.panels, panels.values(), grid.slots, strict=True):
         set_slots(axes, slots, named=True)
         set_height(axes, [row.total for row in (every if alike else rows)], _scale(rows[0]))

@@ -142,7 +142,7 @@ class Answers:
 
 def latex_unit(row: Summary) -> Unit:
     """Unit of a row's values."""
-    return COST if row.quantity == CPU_QUANTITY else unit_of(row.cell.metric)
+    return COST if row.quantity == CPU_QUANTITY else unit_of(row.cell.metric, row.quantity)
 
 
 COST = Unit(1, "CPU s")

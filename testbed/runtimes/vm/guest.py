@@ -72,6 +72,7 @@ class VirtualMachines(Prepared, ABC):
     multiqueue: bool
     smp: bool
     """Whether the kernel boots with several CPUs."""
+    has_shell: bool
     ready_limit_s: float
 
     def __init__(
@@ -159,8 +160,7 @@ class VirtualMachines(Prepared, ABC):
 
     def _key(self, workload: Workload, *, loopback: bool) -> tuple[Program | None, bool]:
         """What images differ by: the program, and whether they have the hosts patch."""
-        patched = self._options.hosts_patch and (loopback or workload.program is not None)
-        return workload.program, patched
+        return workload.program, self._options.hosts_patch and loopback
 
     def _image(self, workload: Workload, *, loopback: bool = True) -> Image:
         """Image of the workload's program, or of the agent, which may lack the hosts patch.
