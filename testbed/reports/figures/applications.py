@@ -9,7 +9,7 @@ from testbed.model.metrics import Metric
 from testbed.reports.figures.bars import draw_bars, shown
 from testbed.reports.figures.select import of_guest
 from testbed.reports.figures.slots import grid_of, set_height
-from testbed.reports.figures.stacks import PARTS, draw_panels, keys_of_parts, shaken
+from testbed.reports.figures.stacks import PARTS, draw_panels, keys_of_parts, disturbed_rows
 from testbed.reports.figures.style import (
     Drawing,
     captioned,
@@ -86,6 +86,6 @@ def cpu_figure(rows: Sequence[Breakdown], results: Results) -> Drawing:
         figure,
         "Host CPU time per million requests of applications",
         keys_of_parts(PARTS, rows),
-        [f"{circumstances(results, rows[0].cell.guest)} {how}", *shaken(rows, results)],
+        [f"{circumstances(results, rows[0].cell.guest)} {how}", *disturbed_rows(rows, results)],
         functional(results, rows),
     )
