@@ -207,6 +207,12 @@ def test_the_paper_asks_nothing_that_its_campaigns_do_not_answer() -> None:
     assert build.numbers(answers.Answers(kept, proof), paths.PAPER)
 
 
+def test_the_kept_pdf_is_of_the_kept_data() -> None:
+    pdf = (paths.REFERENCE / "paper/paper.pdf").read_bytes()
+    for name in ("paper", "proof"):
+        assert results.read(paths.REFERENCE / name).digest.encode() in pdf, "nox -s paper"
+
+
 def test_ratios_that_the_campaign_of_the_claims_has_are_from_there() -> None:
     kept, proof = (results.read(paths.REFERENCE / name) for name in ("paper", "proof"))
     asked = ("ratio", "", f"steer/{WAY},guest=standin")

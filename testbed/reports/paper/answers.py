@@ -206,6 +206,7 @@ def _facts(answers: Answers) -> Iterator[tuple[str, str]]:
     results, campaign = answers.results, answers.results.campaign
     trials, log = results.trials, results.log
     yield "digest", results.digest
+    yield "digests", " ".join(dict.fromkeys((results.digest, answers.proof.digest)))
     yield "digest/short", results.digest[: len("sha256:") + 16]
     for name in ("revision", "kernel", "cpu", "governor", "congestion_control"):
         yield name, escape(str(getattr(campaign, name)))
