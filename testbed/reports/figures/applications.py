@@ -9,7 +9,7 @@ from testbed.model.metrics import Metric
 from testbed.reports.figures.bars import draw_bars, shown
 from testbed.reports.figures.select import of_guest
 from testbed.reports.figures.slots import grid_of, set_height
-from testbed.reports.figures.stacks import PARTS, draw_panels, keys_of_parts, disturbed_rows
+from testbed.reports.figures.stacks import PARTS, disturbed_rows, draw_panels, keys_of_parts
 from testbed.reports.figures.style import (
     Drawing,
     captioned,
