@@ -91,7 +91,7 @@ class Run:
     revision: str = ""
     """Of the clone that was tested; empty, as what follows, if the file is older than this row."""
     programs: str = ""
-    """Digest of what makes `localhost` work in that clone (`programs`)."""
+    """Digest of what makes `localhost` work in that clone, by this datapath (`programs`)."""
     date: str = ""
     """Of the start: UTC, ISO 8601."""
     host_kernel: str = ""
@@ -117,24 +117,30 @@ class Run:
         return sum(outcome.count(status) for outcome in self.checks.values())
 
 
-def programs() -> str:
-    """Digest (SHA-256) of what makes `localhost` work in this clone (`PROGRAMS`), without comments.
+def programs(datapath: str) -> str:
+    """Digest (SHA-256) of what makes `localhost` work by a datapath in this clone (`PROGRAMS`),
+    without comments, and without the files that are another datapath's own.
 
     Results are stale if it has changed since.
     """
+    others = set(datapaths.names()) - {datapath}
     digest = hashlib.sha256()
     for folder in PROGRAMS:
         for file in sorted(each for each in folder.rglob("*.*") if each.suffix in COMMENTS):
+            if file.stem in others:
+                continue
             code = COMMENTS[file.suffix].sub("", file.read_text())
             digest.update(f"{file.relative_to(paths.ROOT)} {' '.join(code.split())}\n".encode())
     return digest.hexdigest()
 
 
 def circumstances() -> dict[str, Any]:
-    """What is the same for all runs from now on: fields of `Run`."""
+    """What is known of all runs from now on: fields of `Run`, of which `programs` is a dictionary
+    by datapath.
+    """
     return {
         "revision": paths.revision(),
-        "programs": programs(),
+        "programs": {name: programs(name) for name in datapaths.names()},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "host_kernel": platform.release(),
         "versions": facts.versions(),
@@ -160,8 +166,13 @@ def runs_of(results: Iterable[Result], guest: Description | None = None, **known
     of_guest: dict[str, Any] = {}
     if guest:
         of_guest = {"accelerator": guest.accelerator, "digests": guest.digests}
+    digests = known.pop("programs", {})
     return [
-        replace(Run(*names, outcomes), **known, **(of_guest if names[1] else {}))
+        replace(
+            Run(*names, outcomes, programs=digests.get(names[0], "")),
+            **known,
+            **(of_guest if names[1] else {}),
+        )
         for names, outcomes in runs.items()
     ]
 

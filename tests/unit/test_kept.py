@@ -73,9 +73,21 @@ def test_the_digest_of_programs_is_of_their_code_and_not_of_comments(
     ):
         (tmp_path / "a.c").write_text(c)
         (tmp_path / "a.py").write_text(python)
-        digests.append(archive.programs())
+        digests.append(archive.programs("steer"))
     assert digests[0] == digests[1]
     assert len(set(digests)) == 3
+
+
+def test_files_of_another_datapath_are_not_in_the_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archive, "PROGRAMS", (tmp_path,))
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    before = archive.programs("steer")
+    (tmp_path / "capture.c").write_text("int one;")
+    assert archive.programs("steer") == before != archive.programs("capture")
+    (tmp_path / "pod.h").write_text("int one;")
+    assert archive.programs("steer") != before
 
 
 def test_guests_with_the_shim_are_a_run_of_their_own(tmp_path: Path) -> None:
@@ -101,6 +113,10 @@ def test_circumstances_are_kept_and_those_of_guests_only_where_there_were_some(
         archive.keep(run, tmp_path)
     loopback, steer = archive.read(tmp_path)
     assert steer.revision == loopback.revision != ""
+    assert (steer.programs, loopback.programs) == (
+        archive.programs("steer"),
+        archive.programs("loopback"),
+    )
     assert steer.host_kernel == platform.release()
     assert steer.versions["python"] == platform.python_version()
     assert (steer.accelerator, steer.digests) == ("tcg", {"kernel": "0" * 64})
@@ -156,3 +172,9 @@ def test_what_is_kept_is_of_checks_that_there_are_and_of_all_of_them() -> None:
     runs = {run.name: run.checks.keys() for run in archive.read()}
     assert all(checked <= names for checked in runs.values())
     assert runs["steer-standin"] == names
+
+
+def test_what_is_kept_is_of_the_programs_that_there_are() -> None:
+    """Else: testbed conformance --keep for these, then --pages."""
+    stale = [run.name for run in archive.read() if run.programs != archive.programs(run.datapath)]
+    assert stale == []
