@@ -82,6 +82,11 @@ GUESTS: dict[str, tuple[Impossible, ...]] = {
             families=(Family.IPV6,),
         ),
         Impossible(
+            frozenset({"reuseport", "datagram-reuseport"}),
+            "OSv counts the sockets that bind with SO_REUSEPORT from memory that it has not set, and "
+            "may stop by an assertion",
+        ),
+        Impossible(
             frozenset({"outside-reaches-the-wildcard-alone"}),
             "OSv takes an IPv6 gateway for ::, and has no route to what is outside the pod",
             families=(Family.IPV6,),

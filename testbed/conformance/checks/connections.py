@@ -340,7 +340,7 @@ def listener_bound_to_lo(bed: Bed) -> None:
     exchange(near, listener.accept()[0])
 
 
-@check("socket(7): SO_REUSEPORT")
+@check("socket(7): SO_REUSEPORT", disruptive=True)
 def reuseport(bed: Bed) -> None:
     """Two servers that share a port by SO_REUSEPORT share its clients."""
     options = {"SO_REUSEPORT": 1}

@@ -381,7 +381,12 @@ def path_mtu(bed: Bed) -> None:
     expect(server.receive().bytes == 1000, "a datagram that fits the link did not arrive after it")
 
 
-@check("socket(7): SO_REUSEPORT", transports=UDP, pairs=NATIVE_SERVER | GUEST_SERVER)
+@check(
+    "socket(7): SO_REUSEPORT",
+    transports=UDP,
+    pairs=NATIVE_SERVER | GUEST_SERVER,
+    disruptive=True,
+)
 def datagram_reuseport(bed: Bed) -> None:
     """Sockets that share a port by SO_REUSEPORT share its clients."""
     options = {"SO_REUSEPORT": 1}
