@@ -83,7 +83,7 @@ GUESTS: dict[str, tuple[Impossible, ...]] = {
         ),
         Impossible(
             frozenset({"reuseport", "datagram-reuseport"}),
-            "OSv counts the sockets that bind with SO_REUSEPORT from memory that it has not set, and "
+            "OSv counts sockets that bind with SO_REUSEPORT from memory that it has not set, and "
             "may stop by an assertion",
         ),
         Impossible(
