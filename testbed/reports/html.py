@@ -1,9 +1,10 @@
 """Report of a campaign as one HTML file, which needs no network, no other files and no server.
 
-It contains tables that sort and filter, the figures, the environment, results of conformance checks
-if the campaign has them (`conformance.json`, the output of `testbed conformance --json`), and the
-command that repeats the campaign. It is made from the campaign's directory alone. This module only
-formats numbers.
+It opens with what was compared, where, and the verdicts. Then come figures (`interactive`; pictures
+of what they do not show), tables that sort and filter, results of conformance checks if the
+campaign has them (`conformance.json`, the output of `testbed conformance --json`), the environment,
+and the command that repeats the campaign. It is made from the campaign's directory alone. This
+module only formats numbers.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from testbed import plan
 from testbed.model.errors import Error
 from testbed.model.metrics import Metric
 from testbed.model.trials import Status
-from testbed.reports import claims
+from testbed.reports import claims, interactive
 from testbed.reports.figures import draw
 from testbed.reports.words import (
     UNSHAKEN,
@@ -59,8 +60,8 @@ class Entry(NamedTuple):
 
 
 def write(results: Results, file: Path) -> None:
-    """Draw the campaign's figures as PNG, and write the HTML report to `file`."""
-    drawn = draw.draw(results, kinds=("png",))
+    """Draw figures that are not interactive as PNG, and write the HTML report to `file`."""
+    drawn = draw.draw(results, kinds=("png",), without=interactive.REPLACES)
     pictures = drawn + sorted((results.path / "figures").glob("against-*.png"))
     try:
         file.write_text(_page(results, pictures), encoding="utf-8")
@@ -96,18 +97,21 @@ def command(campaign: Campaign) -> str:
 
 def _page(results: Results, pictures: Sequence[Path]) -> str:
     campaign, rows = results.campaign, results.summaries
+    of_claims = [path for path in pictures if path.stem.startswith("claims-")]
     parts = [
         f"<h1>{escape(campaign.name)}</h1>",
-        f"<p>{escape(_lead(campaign))}</p>",
+        *(f"<p>{escape(line)}</p>" for line in (_compared(rows, campaign), _where(campaign))),
         *(f'<p class="warning">{escape(warning)}</p>' for warning in warnings_of(results)),
+        *_section("Verdicts", "", _verdicts(results)),
+        *_figures(results),
+        *_claims(results, of_claims),
         *_section(
             "Results",
             _legend(campaign),
-            *(f"<p>{escape(line)}</p>" for line in (*meanings_of(rows), *controls_of(rows))),
+            *(f"<p>{escape(line)}</p>" for line in meanings_of(rows)),
             _results(rows, campaign),
         ),
-        *_claims(results),
-        *_section("Figures", "", *(_picture(path) for path in pictures)),
+        *_pictures([path for path in pictures if path not in of_claims]),
         *_costs(results),
         *_searches(results),
         *_missing(results),
@@ -125,6 +129,7 @@ def _page(results: Results, pictures: Sequence[Path]) -> str:
     title = escape(f"{campaign.name}, {results.path.resolve().name}")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta name="data" content="{results.digest}">\n'
         f"<style>{_STYLE}</style></head>\n<body>\n"
@@ -133,12 +138,67 @@ def _page(results: Results, pictures: Sequence[Path]) -> str:
     )
 
 
-def _lead(campaign: Campaign) -> str:
+_POLICY = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline' 'unsafe-eval'"
+)
+"""The page fetches nothing: all that it shows and runs stands in it (bokeh's callbacks: eval)."""
+
+
+def _compared(rows: Sequence[Summary], campaign: Campaign) -> str:
+    """What was compared with what."""
+    rows = [row for row in rows if not row.cell.variant]  # without controls
+    cells = [row.cell for row in rows]
+    divisors = dict.fromkeys((row.cell.datapath, row.reference) for row in rows)
+    divided = [f"{one} to {other}" for one, other in divisors if other not in (None, one)]
+    kinds: tuple[Iterable[str], ...] = (
+        (cell.metric for cell in cells),
+        (names(cell.family, cell.transport) for cell in cells),
+        (cell.label(campaign.guest) for cell in cells),
+    )
+    said = "; ".join(", ".join(dict.fromkeys(kind)) for kind in kinds)
+    return f"Compared: {', '.join(divided) or 'nothing'}. Measured: {said}."
+
+
+def _where(campaign: Campaign) -> str:
     return (
         f"{blocks_of(campaign).capitalize()} of {len(campaign.cells)} cells, "
         f"{guests_of(campaign)}, started {campaign.started or 'at an unknown time'} on "
-        f"{campaign.host}."
+        f"{campaign.host}: {campaign.cpu}, kernel {campaign.kernel}."
     )
+
+
+def _verdicts(results: Results) -> str:
+    """The verdict on each claim over its cells, and the outcome of the controls, as a list."""
+    lines = []
+    for text, found in grouped(claims.judge(results), lambda row: row.claim.text).items():
+        counts = Counter(row.verdict for row in found)
+        said = ", ".join(f"{verdict} in {counts[verdict]}" for verdict in counts)
+        lines.append(f"{text}: {said} of {len(found)} cells.")
+    if not lines:
+        ratios = [r for r in results.summaries if r.ratio.blocks and r.reference != r.cell.datapath]
+        sound = sum(conclusive(row, results.campaign) for row in ratios)
+        lines.append(f"The plan claims nothing. {sound} of {len(ratios)} ratios differ from 1.")
+    lines += controls_of(results.summaries)
+    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
+
+
+def _figures(results: Results) -> list[str]:
+    """The section of interactive figures."""
+    found = interactive.section(results)
+    lead = (
+        "Means over blocks with 95 % intervals, and ratios to the reference datapath within a "
+        "block. Filled: a mean that nothing but the datapath limits, a ratio whose interval "
+        f"excludes 1; where no guest is emulated and {UNSHAKEN}. Point at a mark for its numbers. "
+        "A click on it shows the blocks and the distribution of its place; a click on a name in "
+        "the key hides a datapath."
+    )
+    return _section("Figures", lead, found) if found else []
+
+
+def _pictures(paths: Sequence[Path]) -> list[str]:
+    """The section of pictures of what interactive figures do not show."""
+    return _section("Parts, sweeps, comparisons", "", *map(_picture, paths)) if paths else []
 
 
 def _legend(campaign: Campaign) -> str:
@@ -267,8 +327,8 @@ def _disturbed(results: Results) -> list[str]:
     )
 
 
-def _claims(results: Results) -> list[str]:
-    """The section of the plan's claims and their verdicts."""
+def _claims(results: Results, pictures: Sequence[Path]) -> list[str]:
+    """The section of the plan's claims and their verdicts, cell by cell."""
     found = claims.judge(results)
     if not found:
         return []
@@ -289,7 +349,7 @@ def _claims(results: Results) -> list[str]:
         "A claim holds if the whole interval keeps to the bound. "
         + " ".join(claims.preregistration_lines(results))
     )
-    return _section("Claims", lead, _table("claims", heads, rows))
+    return _section("Claims", lead, _table("claims", heads, rows), *map(_picture, pictures))
 
 
 _BORNE_OUT = (claims.Verdict.HOLDS, claims.Verdict.STATED)
@@ -412,7 +472,7 @@ def _readable(value: Any) -> str:
 _STYLE = """
 :root { color-scheme: light }
 body { font: 14px/1.45 system-ui, "DejaVu Sans", sans-serif; max-width: 96rem; margin: 2rem auto;
-  padding: 0 1rem; color: #222 }
+  padding: 0 1rem; color: #222; overflow-wrap: anywhere }
 h2 { margin-top: 2.2rem; border-bottom: 1px solid #ccc }
 .warning { font-weight: bold; background: #fff3cd; padding: .4rem .8rem }
 .table { overflow: auto; max-height: 44rem; margin-bottom: 1rem; border-bottom: 1px solid #ccc }
@@ -431,6 +491,10 @@ th[aria-sort=descending] button::after { content: " \\25be" }
 .good { background: #d9f0e6 }
 .bad { background: #f7d4c4; font-weight: bold }
 .facts td { white-space: pre-wrap }
+.panels { display: flex; flex-wrap: wrap; gap: 1rem }
+.panel { flex: 1 1 22rem; min-width: 0; max-height: 40rem; overflow-y: auto }
+.bk-Tooltip { max-width: 20rem; overflow-wrap: normal }
+@media (max-width: 40rem) { .bk-Tooltip { left: 1rem !important; max-width: calc(100% - 3rem) } }
 figure { margin: 1.5rem 0 }
 img { max-width: min(100%, 70rem) }
 figcaption { color: #777 }

@@ -60,16 +60,19 @@ def draw(
     kinds: Collection[str] = ("png", "pdf"),
     bare: bool = False,
     only: Collection[str] | None = None,
+    without: Collection[str] = (),
 ) -> list[Path]:
     """Draw all figures of a campaign into its `figures/`, or into `folder`; returns the files.
 
     `kinds` are file types. With `bare`, figures have no title and footer, for the paper. `only` are
-    the names of figures, if not all are wanted. Guests that cells name have figures of their own,
-    with the guest in the figure's name. Another Python distribution adds figures by an entry point
-    of group `testbed.figures` that names a function like `figures` of the modules in `KINDS`.
+    the names of figures, if not all are wanted; `without` are modules whose figures are not. Guests
+    that cells name have figures of their own, with the guest in the figure's name. Another Python
+    distribution adds figures by an entry point of group `testbed.figures` that names a function
+    like `figures` of the modules in `KINDS`.
     """
+    modules = [name for name in KINDS if name not in without]
     makers: list[Maker] = [
-        *(import_module(f"testbed.reports.figures.{name}").figures for name in KINDS),
+        *(import_module(f"testbed.reports.figures.{name}").figures for name in modules),
         *(entry.load() for entry in metadata.entry_points(group="testbed.figures")),
     ]
     _ = results.summaries  # once, before there are many processes
