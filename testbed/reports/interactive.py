@@ -336,9 +336,9 @@ def distribution(blocks: Sequence[Histogram]) -> tuple[list[float], list[float]]
     """
     buckets = sorted(bucket for block in blocks for bucket in block)
     uppers, counts = np.array(buckets).T
-    last = np.append(uppers[1:] != uppers[:-1], False)
-    times = uppers[last]
-    shares = 1 - (counts.cumsum() / counts.sum())[last]
+    seen = counts.cumsum()
+    last = np.append(uppers[1:] != uppers[:-1], True) & (seen < seen[-1])
+    times, shares = uppers[last], 1 - seen[last] / seen[-1]
     if not len(shares):
         return [], []
     spread = (1 - shares) + np.log(shares) / np.log(shares[-1])

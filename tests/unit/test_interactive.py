@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from testbed import datapaths
 from testbed.model.cells import Cell
 from testbed.model.metrics import Metric
 from testbed.model.trials import Status, Trial
 from testbed.reports import html, interactive
 from testbed.results import store
-from testbed.results.results import Results
+from testbed.results.results import PALETTE, UNKNOWN, Results
 from tests.browser import answered
 
 P50_US = {"direct": 20.0, "steer": 10.0}
@@ -128,6 +129,14 @@ def test_a_long_distribution_is_thinned_and_keeps_its_ends() -> None:
         for upper, _ in histogram
     }
     assert shares == pytest.approx([exact[x] for x in us], rel=0.02)
+
+
+def test_every_marker_of_the_design_has_one_of_its_own() -> None:
+    markers = {datapaths.get(name).look.marker for name in datapaths.names()} | {
+        look.marker for look in (*PALETTE, UNKNOWN)
+    }
+    assert markers <= set(interactive.MARKERS)
+    assert len(set(interactive.MARKERS.values())) == len(interactive.MARKERS)
 
 
 def test_a_campaign_without_values_has_no_figures(tmp_path: Path) -> None:
