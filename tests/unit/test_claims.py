@@ -153,7 +153,7 @@ def test_the_table_says_what_is_divided_by_what(tmp_path: Path) -> None:
     [
         ('text = "fast"\n', "", "text: expected what is claimed"),
         ('"steer/*,guests=2"', '"proxy/*"', "cells: expected a glob of ids that some cell"),
-        ('"cpu"', '"p50"', "quantity: expected one of value, p50_us, p99_us, cpu"),
+        ('"cpu"', '"p50"', "quantity: expected one of value, p50_us, p99_us, memory_bytes, cpu"),
         ("at_least", "atleast", "atleast: no such key"),
         ("0.97", '"0.97"', "at_least: expected a number"),
         ("{ guests = 2 }", "{ guest = 2 }", "to: expected what a cell"),

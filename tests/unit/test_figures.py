@@ -384,7 +384,7 @@ def test_processes_that_draw_end_with_the_main_one(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "testbed.cli", "figures", str(campaign)]
     with ending(subprocess.Popen(command)) as drawing:
         children = Path(f"/proc/{drawing.pid}/task/{drawing.pid}/children")
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while len(found := children.read_text().split()) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.01)
