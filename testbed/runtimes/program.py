@@ -43,7 +43,7 @@ class PlainProgram(Prepared):
 
     Images are `host:PROGRAM`, or an image definition, whose files the program sees in their places,
     as far as this host has files there, too. Either runs without a root file system of its own. A
-    program of a definition has a /tmp of its own, as in an image.
+    program of a definition has a /tmp of its own, as in an image, unless it is in this host's.
     """
 
     families = frozenset(Family)
@@ -79,7 +79,7 @@ class PlainProgram(Prepared):
                 netns=place.netns,
                 cpus=place.workload.cpus,
                 binds={**place.etc, **_files(place.workload)},
-                own_tmp=_definition(place.workload) is not None,
+                own_tmp=_has_own_tmp(place.workload),
                 output=place.console,
                 env={"PATH": _path(place.workload), **dict(program.env)},
                 working_dir=program.working_dir or None,
@@ -121,6 +121,12 @@ class PlainProgram(Prepared):
 def _definition(workload: Workload) -> Definition | None:
     assert workload.program is not None
     return compose.find_definition(workload.program.image)
+
+
+def _has_own_tmp(workload: Workload) -> bool:
+    """Whether the program sees a /tmp of its own: not if the program itself is in this host's."""
+    image = _definition(workload)
+    return image is not None and not image.program.is_relative_to("/tmp")
 
 
 def _files(workload: Workload) -> dict[Path, str]:
