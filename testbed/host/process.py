@@ -47,8 +47,8 @@ def spawn(
     enter = ["nsenter", f"--net=/run/netns/{netns}"] if netns else []
     if cpus:
         enter += ["taskset", "--cpu-list", ",".join(map(str, cpus))]
-    if binds:
-        enter += seeing(binds, own_tmp=own_tmp)
+    if binds or own_tmp:
+        enter += seeing(binds or {}, own_tmp=own_tmp)
     program = shutil.which(argv[0])
     if program is None:
         raise Error(f"no program {argv[0]}", hint="./bootstrap")

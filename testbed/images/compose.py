@@ -96,6 +96,11 @@ class Definition:
     """Further programs of this host. An OSv guest does without, as it runs one."""
 
     @property
+    def programs(self) -> tuple[Path, ...]:
+        """The program, and the others after it."""
+        return (self.program, *self.others)
+
+    @property
     def path(self) -> str:
         """Path of the program's file in an OSv guest."""
         return f"/{self.program.relative_to(self.root) if self.root else self.program.name}"
@@ -191,8 +196,7 @@ def find_definition(image: str) -> Definition | None:
 def root_of_image(image: str) -> Root:
     """Root file system of an image: of `rootfs`, or the program of a definition and its files."""
     if definition := find_definition(image):
-        programs = (definition.program, *definition.others)
-        return rootfs.of_programs(programs, definition.files, definition.arguments)
+        return rootfs.of_programs(definition.programs, definition.files, definition.arguments)
     return rootfs.unpack(image)
 
 

@@ -62,26 +62,27 @@ class PlainProgram(Prepared):
     def compose(self, workload: Workload) -> None:
         refuse_limits(workload)
         refuse_isolation(workload)
-        self._command(workload)
+        self._command(workload, _definition(workload))
 
     def runs(self, place: Placement) -> bool:
         return True
 
     def enter(self, place: Placement, *, terminal: bool = False) -> list[str]:
-        binds = {**place.etc, **_files(place.workload)}
+        binds = {**place.etc, **_files(_definition(place.workload))}
         return [*join(place.cgroup, place.netns), *seeing(binds)]
 
     def start(self, place: Placement) -> subprocess.Popen[bytes]:
         if program := place.workload.program:
+            image = _definition(place.workload)
             return spawn(
-                self._command(place.workload),
+                self._command(place.workload, image),
                 cgroup=place.cgroup,
                 netns=place.netns,
                 cpus=place.workload.cpus,
-                binds={**place.etc, **_files(place.workload)},
-                own_tmp=_has_own_tmp(place.workload),
+                binds={**place.etc, **_files(image)},
+                own_tmp=_has_own_tmp(image),
                 output=place.console,
-                env={"PATH": _path(place.workload), **dict(program.env)},
+                env={"PATH": _path(image), **dict(program.env)},
                 working_dir=program.working_dir or None,
             )
         hosts = self._hosts if place.loopback else compose.hosts_file(patched=False)
@@ -94,22 +95,22 @@ class PlainProgram(Prepared):
             output=place.console,
         )
 
-    def _command(self, workload: Workload) -> list[str]:
+    def _command(self, workload: Workload, image: Definition | None) -> list[str]:
         program = workload.program
         assert program is not None
-        if defined := _definition(workload):
-            absent = [at for at in _files(workload).values() if not Path(at).exists()]
+        if image:
+            absent = [at for at in _files(image).values() if not Path(at).exists()]
             if absent:
                 raise Error(f"{workload.name!r}: this host has no {absent[0]} to show a file at")
-            described = Process((str(defined.program),), defined.arguments)
+            described = Process((str(image.program),), image.arguments)
             return list(process_of(workload, described).command)
         if not rootfs.is_of_host(program.image):
             raise Error(
                 f"{workload.name!r} has the image {program.image!r}, but is not a container",
                 hint=f"the runtime {workload.runtime} takes host:PROGRAM",
             )
-        image = [str(path) for path in rootfs.programs(program.image)][:1]
-        command = [*(program.command or image), *program.args]
+        found = [str(path) for path in rootfs.programs(program.image)][:1]
+        command = [*(program.command or found), *program.args]
         if not command or shutil.which(command[0]) is None:
             raise Error(
                 f"{workload.name!r}: this host has no program {' '.join(command[:1])!r}",
@@ -119,26 +120,22 @@ class PlainProgram(Prepared):
 
 
 def _definition(workload: Workload) -> Definition | None:
-    assert workload.program is not None
-    return compose.find_definition(workload.program.image)
+    return compose.find_definition(workload.program.image) if workload.program else None
 
 
-def _has_own_tmp(workload: Workload) -> bool:
-    """Whether the program sees a /tmp of its own: not if the program itself is in this host's."""
-    image = _definition(workload)
-    return image is not None and not image.program.is_relative_to("/tmp")
+def _has_own_tmp(image: Definition | None) -> bool:
+    """Whether a program sees a /tmp of its own: not if it, or another, is in this host's."""
+    return image is not None and not any(p.is_relative_to("/tmp") for p in image.programs)
 
 
-def _files(workload: Workload) -> dict[Path, str]:
-    """Files of the workload's image definition → paths at which its program sees them."""
-    image = _definition(workload) if workload.program else None
+def _files(image: Definition | None) -> dict[Path, str]:
+    """Files of an image definition → paths at which its program sees them."""
     files = image.files.items() if image else ()
     return {file: inside for inside, file in files if str(file) != inside}
 
 
-def _path(workload: Workload) -> str:
+def _path(image: Definition | None) -> str:
     """PATH of a program, with the folders of those that its image definition names."""
-    image = _definition(workload)
-    programs = (image.program, *image.others) if image else ()
+    programs = image.programs if image else ()
     folders = dict.fromkeys(str(program.parent) for program in programs)
     return ":".join([*folders, rootfs.PATH])
