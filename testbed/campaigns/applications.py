@@ -62,9 +62,9 @@ def unsupported(
     if datapath.server_addresses:
         return f"{datapath.name} goes to another host, and an application runs in one pod"
     runtime = guest.description.runtime
-    if _number(client) and not guest.has_shell:
+    if roles.number(client) and not guest.has_shell:
         return f"{runtime} runs one program, and no shell that starts a client"
-    if _number(server) and not guest.has_shell and application.server.script:
+    if roles.number(server) and not guest.has_shell and application.server.script:
         return f"{runtime} runs one program, and a shell starts this server"
     return _lacking(application)
 
@@ -118,7 +118,7 @@ def dialed(client: str, server: str, family: Family, datapath: Datapath) -> dict
     Natives dial a loopback address. Guests dial `localhost`, where servers listen by IPv4 alone; by
     IPv6 they dial the address that it has, as programs choose the family by themselves.
     """
-    ends = [_number(name) for name in (client, server)]
+    ends = [roles.number(name) for name in (client, server)]
     if not any(ends) or (datapath.localhost and not ends[0]):
         host = str(loopback(family))
     elif datapath.localhost and family is Family.IPV4:
@@ -134,14 +134,9 @@ def dialed(client: str, server: str, family: Family, datapath: Datapath) -> dict
 
 def _listening(name: str, family: Family, datapath: Datapath) -> dict[str, object]:
     """What a server is told: `bind`, `port` and both as `listen`."""
-    is_local = datapath.localhost and not _number(name)
+    is_local = datapath.localhost and not roles.number(name)
     bind, port = str(loopback(family)) if is_local else family.wildcard, roles.port(name)
     return {"bind": bind, "port": port, "listen": _joined(bind, port)}
-
-
-def _number(name: str) -> int:
-    """Number of a guest by its name, 0 for a native."""
-    return int(name.removeprefix("guest")) if name.startswith("guest") else 0
 
 
 def _joined(host: str, port: int) -> str:

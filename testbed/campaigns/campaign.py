@@ -15,7 +15,6 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from testbed import datapaths, paths
 from testbed.campaigns import noise
@@ -138,13 +137,8 @@ def _job(plan: Plan, path: Path, guest: str, osv_kernel: str | None, keep: bool)
         directory,
         osv_kernel,
         keep=keep,
-        applications=_stored(plan),
+        applications={name: found.model_dump() for name, found in plan.applications.items()},
     )
-
-
-def _stored(plan: Plan) -> dict[str, dict[str, Any]]:
-    """The plan's applications as plain data."""
-    return {name: found.model_dump() for name, found in plan.applications.items()}
 
 
 def _refine(
@@ -330,7 +324,7 @@ def _describe(plan: Plan, seed: int, job: Job, ready: Event, places: Sequence[Pl
             "claims": [asdict(claim) for claim in plan.claims],
             "preregistration": asdict(plan.preregistration) if plan.preregistration else None,
             "sha256": plan.sha256,
-            "applications": _stored(plan),
+            "applications": job.applications,
         },
         cells=tuple(cell.id for cell in plan.cells),
         blocks=plan.blocks,

@@ -92,6 +92,12 @@ def runtime(name: str, guest: Runtime) -> Runtime:
     return NATIVES.get(_split(name)[0], guest)
 
 
+def number(name: str) -> int:
+    """Number of a guest by its name, 0 for a native."""
+    kind, found = _split(name)
+    return 0 if kind in NATIVES else found
+
+
 def manifest(pairs: Iterable[Pair], guest: Runtime, guests: int = 1) -> Manifest:
     """Manifest of a pod for these pairs. Client and server of a pair are on different CPUs, if
     there are two.
