@@ -30,11 +30,11 @@ from testbed.reports.words import (
     blocks_of,
     conclusive,
     controls_of,
-    disturbed_of,
     end,
     guests_of,
     meanings_of,
     names,
+    notes_of,
     shown_columns,
     size_of,
     unit_of,
@@ -96,15 +96,15 @@ def command(campaign: Campaign) -> str:
 
 
 def _page(results: Results, pictures: Sequence[Path]) -> str:
-    campaign, rows = results.campaign, results.summaries
+    campaign, rows, judged = results.campaign, results.summaries, claims.judge(results)
     of_claims = [path for path in pictures if path.stem.startswith("claims-")]
     parts = [
         f"<h1>{escape(campaign.name)}</h1>",
         *(f"<p>{escape(line)}</p>" for line in (_compared(rows, campaign), _where(campaign))),
         *(f'<p class="warning">{escape(warning)}</p>' for warning in warnings_of(results)),
-        *_section("Verdicts", "", _verdicts(results)),
+        *_section("Verdicts", "", _verdicts(results, judged)),
         *_figures(results),
-        *_claims(results, of_claims),
+        *_claims(results, judged, of_claims),
         *_section(
             "Results",
             _legend(campaign),
@@ -168,10 +168,10 @@ def _where(campaign: Campaign) -> str:
     )
 
 
-def _verdicts(results: Results) -> str:
+def _verdicts(results: Results, judged: Sequence[claims.Found]) -> str:
     """The verdict on each claim over its cells, and the outcome of the controls, as a list."""
     lines = []
-    for text, found in grouped(claims.judge(results), lambda row: row.claim.text).items():
+    for text, found in grouped(judged, lambda row: row.claim.text).items():
         counts = Counter(row.verdict for row in found)
         said = ", ".join(f"{verdict} in {counts[verdict]}" for verdict in counts)
         lines.append(f"{text}: {said} of {len(found)} cells.")
@@ -262,8 +262,6 @@ def _results(rows: Sequence[Summary], campaign: Campaign) -> str:
 
 def _result(row: Summary, campaign: Campaign, titles: Mapping[Any, str]) -> list[Entry]:
     cell, unit = row.cell, unit_of(row.cell.metric, row.quantity)
-    most = max((row.estimate, row.ratio), key=lambda of: of.disturbed)
-    note = "; ".join(filter(None, (row.reason, row.limited, row.no_ratio, disturbed_of(most))))
     own = row.reference == cell.datapath
     bold = conclusive(row, campaign) and not own
     return [
@@ -278,7 +276,7 @@ def _result(row: Summary, campaign: Campaign, titles: Mapping[Any, str]) -> list
         *_estimate(row.ratio, 1, "reference" if own else "", "bold" if bold else ""),
         Entry(row.reference or ""),
         Entry(str(row.estimate.blocks), row.estimate.blocks),
-        Entry(note),
+        Entry(notes_of(row)),
     ]
 
 
@@ -327,9 +325,8 @@ def _disturbed(results: Results) -> list[str]:
     )
 
 
-def _claims(results: Results, pictures: Sequence[Path]) -> list[str]:
+def _claims(results: Results, found: Sequence[claims.Found], pictures: Sequence[Path]) -> list[str]:
     """The section of the plan's claims and their verdicts, cell by cell."""
-    found = claims.judge(results)
     if not found:
         return []
     heads = ("claim", "cell", "bound", "ratio", "low", "high", "verdict")

@@ -41,11 +41,12 @@ from testbed.model.trials import Status
 from testbed.reports.words import (
     FUNCTIONAL,
     absence,
+    better_of,
     columns_of,
     conclusive,
-    disturbed_of,
     interval,
     names,
+    notes_of,
     size_of,
     unit_of,
 )
@@ -144,7 +145,7 @@ class MetricFigures:
         plots, of_place = [], []
         for metric, quantity, name in columns_of(self.measured):
             title = f"{name}, {unit_of(metric, quantity).name}"
-            better = "→ better" if metric.measure.is_better_higher(quantity) else "better ←"
+            better = better_of(metric, quantity)
             rows = [row for row in self.rows if row.quantity == quantity]
             lines = self.lines(rows)
             sources = self.sources(lines)
@@ -185,8 +186,6 @@ class MetricFigures:
         cell, unit = row.cell, unit_of(row.cell.metric, row.quantity)
         functional = self.results.campaign.is_functional(cell)
         color = self.results.look(cell.datapath).color
-        most = max((row.estimate, row.ratio), key=lambda of: of.disturbed)
-        notes = (row.reason, row.limited, row.no_ratio, disturbed_of(most))
         sound = not (functional or row.limited or row.estimate.shaken)
         ratio = row.ratio if is_divided(row) else NOTHING
         divided = f"{interval(ratio, 1, wide=True)} to {row.reference}" if ratio.blocks else ""
@@ -197,7 +196,7 @@ class MetricFigures:
             "value_said": f"{interval(row.estimate, unit.scale, wide=True)} {unit.name}",
             "ratio_said": divided,
             "blocks": row.estimate.blocks,
-            "note": "; ".join(filter(None, (*notes, FUNCTIONAL if functional else ""))),
+            "note": "; ".join(filter(None, (notes_of(row), FUNCTIONAL if functional else ""))),
             "value_fill": color if sound else "white",
             "ratio_fill": color if conclusive(row, self.results.campaign) else "white",
             **_numbers("value", row.estimate, unit.scale),

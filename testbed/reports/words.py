@@ -95,6 +95,17 @@ def disturbed_of(of: Estimate) -> str:
     return f"{of.disturbed} of {of.blocks} blocks disturbed" if of.disturbed else ""
 
 
+def notes_of(row: Summary) -> str:
+    """All that is said beside the value and the ratio of a row; or empty."""
+    most = max((row.estimate, row.ratio), key=lambda of: of.disturbed)
+    return "; ".join(filter(None, (row.reason, row.limited, row.no_ratio, disturbed_of(most))))
+
+
+def better_of(metric: Metric, quantity: str) -> str:
+    """On which side of an axis the better values of a quantity are."""
+    return "→ better" if metric.measure.is_better_higher(quantity) else "better ←"
+
+
 def end(x: float, mean: float, scale: float) -> str:
     """An end of an interval; `no bound` if it is so far from the mean that it bounds nothing."""
     return number(x / scale, mean / scale) if x < UNBOUNDED * mean else "no bound"

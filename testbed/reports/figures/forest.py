@@ -24,7 +24,7 @@ from testbed.reports.figures.style import (
     disturbances,
     functional,
 )
-from testbed.reports.words import UNSHAKEN, columns_of, conclusive, names, size_of
+from testbed.reports.words import UNSHAKEN, better_of, columns_of, conclusive, names, size_of
 from testbed.results.analysis import Ratio, Summary
 from testbed.results.order import grouped
 from testbed.results.results import Results
@@ -132,9 +132,7 @@ def forest(rows: Sequence[Ratio], results: Results, band: float = 0.0) -> Figure
     gap = "   " if len(columns) < 4 else "\n"
     low, high = _span([row.ratio for row in rows], band)
     for axes, (metric, quantity, name) in zip(panels, columns, strict=True):
-        is_higher = metric.measure.is_better_higher(quantity)
-        better = "→ better" if is_higher else "better ←"
-        axes.set_title(f"{name}{gap}{better}", loc="left")
+        axes.set_title(f"{name}{gap}{better_of(metric, quantity)}", loc="left")
         axes.axvspan(1 / (1 + band), 1 + band, color="#dddddd", lw=0)
         axes.axvline(1, color="black", lw=0.6)
         for row in rows:
