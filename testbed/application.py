@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,8 +32,6 @@ PARAMETERS = frozenset({"family", "size_bytes", "streams", "rate_per_s"})
 """Fields of a cell that a client can be told."""
 LENGTHS = frozenset({"duration_s", "requests"})
 """How long a client is to run: in whole seconds, or in requests."""
-CASE = "case"
-"""Words of the client's case."""
 
 UNITS_US = {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}
 """Unit of times that a client prints → its microseconds."""
@@ -168,8 +165,9 @@ def parse(text: str, where: str, case: str = "") -> Application:
         output=schema.read(Output, file.output, f"{where}: [output]"),
         sidecar=sidecar,
     )
+    found = _with_case(found, case, where)
     _check(found, where)
-    return _with_case(found, case, where)
+    return found
 
 
 def names(text: str) -> set[str]:
@@ -194,7 +192,7 @@ def _check(application: Application, where: str) -> None:
     client, output = application.client, application.output
     tables = [
         ("server", application.server.texts(), OF_SERVER),
-        ("client", client.texts(), OF_CLIENT | PARAMETERS | LENGTHS | {CASE}),
+        ("client", client.texts(), OF_CLIENT | PARAMETERS | LENGTHS),
     ]
     if application.sidecar:
         tables.append(("sidecar", application.sidecar.texts(), OF_SIDECAR))
@@ -225,9 +223,8 @@ def _with_case(application: Application, case: str, where: str) -> Application:
         known = ", ".join(client.cases) or "none"
         raise Error(f"{where}: there is no case {case!r}", f"its cases are {known}")
     words = client.cases.get(case, "")
-    told = partial(re.compile(rf"\{{{CASE}\}}").sub, lambda _: words)
-    changed = client.model_copy(update={"run": told(client.run), "prepare": told(client.prepare)})
-    return application.model_copy(update={"client": changed})
+    changed = {name: getattr(client, name).replace("{case}", words) for name in ("run", "prepare")}
+    return application.model_copy(update={"client": client.model_copy(update=changed)})
 
 
 def _groups(pattern: str) -> int:

@@ -335,13 +335,10 @@ def _check_application(cell: Cell, where: str) -> None:
 
 def _check_told(cell: Cell, told: Application, where: str) -> None:
     """Raises `Error` for a parameter of the cell that its client is not told, or has to be."""
-    given = {
-        "size_bytes": cell.size_bytes > 0,
-        "streams": cell.streams > 1,
-        "rate_per_s": cell.rate_per_s > 0,
-    }
-    for name, is_given in given.items():
-        if is_given and name not in application.takes(told):
+    takes = application.takes(told)
+    for name, default in (("size_bytes", 0), ("streams", 1), ("rate_per_s", 0)):
+        is_given = getattr(cell, name) != default
+        if is_given and name not in takes:
             raise Error(f"{where}: {told.name} takes no {name}", "leave it out")
-        if name in application.takes(told) and not is_given and name != "streams":
+        if name in takes and not is_given and not default:
             raise Error(f"{where}: {told.name} needs a {name}", "give the cell one")

@@ -13,12 +13,11 @@ import re
 import time
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 
-from testbed.application import UNITS_US, Application, Client, Output, Server, fill
+from testbed.application import PARAMETERS, UNITS_US, Application, Client, Output, Server, fill
 from testbed.campaigns import roles
 from testbed.campaigns.isolation import disturbance
 from testbed.campaigns.observation import observing
@@ -227,16 +226,14 @@ class _Running:
         """What the client is told."""
         client, server = self.ends
         near = SIDECAR if self.application.sidecar else server
-        fields = ("family", "size_bytes", "streams", "rate_per_s")
         where = dialed(client, near, self.cell.family, self.pod.datapath)
-        return {**where, **{name: getattr(self.cell, name) for name in fields}}
+        return {**where, **{name: getattr(self.cell, name) for name in PARAMETERS}}
 
     def run(self, duration_s: float, requests: int) -> Printed:
         """Run the client once, for a time or a number of requests."""
         length = {"duration_s": math.ceil(duration_s), "requests": requests}
         text = self.shell(fill(self.application.client.run, self.told() | length), duration_s)
-        told = requests if self.application.client.counts else 0
-        return read(self.application.output, text, told)
+        return read(self.application.output, text, requests)
 
     def shell(self, script: str, duration_s: float = 0) -> str:
         """Run a script in the client's place, and return what it prints.
@@ -249,13 +246,17 @@ class _Running:
         with self.pod.dial(self.ends[0], family=self.cell.family) as connection:
             connection.settimeout(limit_s)
             connection.sendall(order.encode())
-            with connection.makefile(errors="replace") as lines, suppress(TimeoutError):
-                for line in lines:
-                    if line.startswith(STATUS):
-                        if line.split()[-1] == "0":
-                            return text
-                        break
-                    text += line
+            try:
+                with connection.makefile(errors="replace") as lines:
+                    for line in lines:
+                        if line.startswith(STATUS):
+                            if line.split()[-1] == "0":
+                                return text
+                            break
+                        text += line
+            except TimeoutError as e:
+                said = f"was silent for {limit_s:g} s: it printed {_end_of(text)}"
+                raise Error(f"the client {said}") from e
         raise Error(f"the client failed: it printed {_end_of(text)}")
 
     def begin(self, warmup_s: float, duration_s: float, limit_s: float) -> int:

@@ -15,7 +15,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from itertools import chain
@@ -184,9 +184,8 @@ class _Bench:
         """The datapath, set up for this side if it goes between hosts."""
         return datapaths.get(name).between(self.job.side)
 
-    def _natives(self, cells: Iterable[Cell]) -> dict[Runtime, interface.Prepared | Error]:
+    def _natives(self, cells: Sequence[Cell]) -> dict[Runtime, interface.Prepared | Error]:
         """Runtimes of the cells' native workloads, prepared when they are first needed."""
-        cells = list(cells)
         kinds = roles.natives(cell.pair for cell in cells)
         kinds |= {Runtime.PROCESS} if any(cell.application for cell in cells) else set()
         for kind in kinds - self.natives.keys():

@@ -40,8 +40,12 @@ def define(program: Program, files: Mapping[str, str]) -> Path:
 
 
 def find(program: Program) -> list[Path]:
-    """The program's programs on this host. Raises `Error` if one is lacking."""
-    return [_find(name, program.package) for name in program.programs]
+    """The program's programs on this host. Raises `Error` if one, or what it copies, is lacking."""
+    found = [_find(name, program.package) for name in program.programs]
+    for pattern in program.copies:
+        if not any(Path("/").glob(pattern.lstrip("/"))):
+            raise _lacking(f"nothing at {pattern}", program.package)
+    return found
 
 
 def _find(name: str, package: str) -> Path:
@@ -50,9 +54,12 @@ def _find(name: str, package: str) -> Path:
         return rootfs.programs(name)[0]
     found = rootfs.on_host(name) if "/" not in name else max(_matching(name), default=None)
     if found is None:
-        hint = f": apt-get install {package}" if package else ""
-        raise Error(f"this host has no program {name}{hint}")
+        raise _lacking(f"no program {name}", package)
     return found
+
+
+def _lacking(what: str, package: str) -> Error:
+    return Error(f"this host has {what}" + (f": apt-get install {package}" if package else ""))
 
 
 def _matching(pattern: str) -> list[Path]:

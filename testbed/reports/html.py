@@ -176,7 +176,7 @@ def _verdicts(results: Results, judged: Sequence[claims.Found]) -> str:
         said = ", ".join(f"{verdict} in {counts[verdict]}" for verdict in counts)
         lines.append(f"{text}: {said} of {len(found)} cells.")
     if not lines:
-        ratios = [r for r in results.summaries if r.ratio.blocks and r.reference != r.cell.datapath]
+        ratios = list(filter(interactive.is_divided, results.summaries))
         sound = sum(conclusive(row, results.campaign) for row in ratios)
         lines.append(f"The plan claims nothing. {sound} of {len(ratios)} ratios differ from 1.")
     lines += controls_of(results.summaries)

@@ -12,6 +12,7 @@ from testbed.application import parse
 from testbed.campaigns import applications, roles
 from testbed.campaigns.provisioning import Deployment
 from testbed.datapaths import get
+from testbed.images import programs
 from testbed.model.cells import Cell, Pair
 from testbed.model.errors import Error
 from testbed.model.metrics import Metric
@@ -96,6 +97,26 @@ def test_a_case_is_put_into_the_scripts_of_the_client() -> None:
     assert parse(text, "toy.toml", "fast").name == "toy.fast"
     with pytest.raises(Error, match="no case 'slow'"):
         parse(text, "toy.toml", "slow")
+    with pytest.raises(Error, match="nothing is put in the place of {stream}"):
+        parse(text.replace("-f {streams}", "-f {stream}"), "toy.toml", "fast")
+
+
+def test_what_is_copied_has_to_be_there() -> None:
+    server = parse(GOOD, "toy.toml").server.model_copy(update={"copies": ["/nowhere/*"]})
+    with pytest.raises(Error, match=r"this host has nothing at /nowhere/\*$"):
+        programs.find(server)
+
+
+def test_nginx_is_the_same_with_and_without_its_sidecar() -> None:
+    """Else the difference would not be the sidecar's."""
+    alone, behind = (
+        application.load(f"{n}.rate", [paths.EXPERIMENTS]) for n in ("nginx", "sidecar")
+    )
+    assert behind.sidecar
+    assert (
+        behind.model_copy(update={"name": alone.name, "about": alone.about, "sidecar": None})
+        == alone
+    )
 
 
 def test_braces_of_a_program_stay() -> None:
