@@ -113,27 +113,23 @@ class Output(Table):
 
 
 class Application(Table):
-    """An application, with the case that a cell names."""
-
-    name: str
-    about: str
-    request_bytes: int
-    server: Server
-    client: Client
-    output: Output
-    sidecar: Server | None = None
-
-
-class _File(Table):
     """Schema of an application's file."""
 
     about: str = Field(min_length=1, description="what it is, in words")
     request_bytes: int = schema.integer(1)
     """Payload that a request and its response have together, at least."""
-    server: dict[str, Any] = Field(description="a table [server]")
-    client: dict[str, Any] = Field(description="a table [client]")
-    sidecar: dict[str, Any] = Field({}, description="a table [sidecar]")
-    output: dict[str, Any] = Field(description="a table [output]")
+    server: Server = Field(description="a table [server]")
+    client: Client = Field(description="a table [client]")
+    output: Output = Field(description="a table [output]")
+    sidecar: Server | None = Field(None, description="a table [sidecar]")
+
+
+_TABLES: dict[str, type[Table]] = {
+    "server": Server,
+    "client": Client,
+    "output": Output,
+    "sidecar": Server,
+}
 
 
 def load(name: str, folders: Sequence[Path]) -> Application:
@@ -150,22 +146,12 @@ def load(name: str, folders: Sequence[Path]) -> Application:
 
 def parse(text: str, where: str, case: str = "") -> Application:
     """Parse the TOML text of an application, for a case of its client."""
-    stem, where = Path(where).stem, f"application {where}"
+    where = f"application {where}"
     table = schema.parse(text, where)
-    file = schema.read(_File, table, where)
-    sidecar = None
-    if file.sidecar:
-        sidecar = schema.read(Server, file.sidecar, f"{where}: [sidecar]")
-    found = Application(
-        name=f"{stem}.{case}" if case else stem,
-        about=file.about,
-        request_bytes=file.request_bytes,
-        server=schema.read(Server, file.server, f"{where}: [server]"),
-        client=schema.read(Client, file.client, f"{where}: [client]"),
-        output=schema.read(Output, file.output, f"{where}: [output]"),
-        sidecar=sidecar,
-    )
-    found = _with_case(found, case, where)
+    for key, model in _TABLES.items():
+        if isinstance(table.get(key), dict):
+            table[key] = schema.read(model, table[key], f"{where}: [{key}]")
+    found = _with_case(schema.read(Application, table, where), case, where)
     _check(found, where)
     return found
 

@@ -339,6 +339,6 @@ def _check_told(cell: Cell, told: Application, where: str) -> None:
     for name, default in (("size_bytes", 0), ("streams", 1), ("rate_per_s", 0)):
         is_given = getattr(cell, name) != default
         if is_given and name not in takes:
-            raise Error(f"{where}: {told.name} takes no {name}", "leave it out")
+            raise Error(f"{where}: {cell.application} takes no {name}", "leave it out")
         if name in takes and not is_given and not default:
-            raise Error(f"{where}: {told.name} needs a {name}", "give the cell one")
+            raise Error(f"{where}: {cell.application} needs a {name}", "give the cell one")

@@ -19,9 +19,8 @@ from functools import partial
 
 from testbed.application import PARAMETERS, UNITS_US, Application, Client, Output, Server, fill
 from testbed.campaigns import roles
-from testbed.campaigns.isolation import disturbance
 from testbed.campaigns.observation import observing
-from testbed.campaigns.trial import ANSWERED, clock_fault
+from testbed.campaigns.trial import ANSWERED, finished
 from testbed.datapaths.interface import Count, Datapath, Layout
 from testbed.host import cgroups, facts
 from testbed.images import programs
@@ -286,10 +285,6 @@ class _Running:
             requests = math.ceil(requests * min(GROWTH, 1.2 * warmup_s / took_s))
         return math.ceil(requests / took_s * duration_s)
 
-    def carried(self) -> Count:
-        """Packets and bytes that the datapath has carried between client and server so far."""
-        return self.pod.attachment.carried(*map(self.pod.number_of, self.ends))
-
 
 def run(
     cell: Cell,
@@ -308,31 +303,26 @@ def run(
         trial = replace(trial, dialed=str(running.told()["host"]))
         requests = running.begin(warmup_s, duration_s, guest.ready_limit_s)
         machines = [pod.guest_cgroup] if guest.description.accelerator else []
-        with observing([running.carried], [pod], machines) as seen:
+        with observing([partial(pod.carried, *running.ends)], [pod], machines) as seen:
             printed = running.run(duration_s, requests)
         memory = cgroups.resident_bytes(pod.cgroup.parent)
     except (Error, OSError) as e:
         return replace(trial, reason=str(e))
-    took_s, count = printed.requests / printed.per_s, seen.carried[0]
-    spent = seen.machine | {"active_s": seen.machine["elapsed_s"]}
-    fault = _fault(cell, application, printed, count)
-    saturated = not fault and printed.per_s < ANSWERED * cell.rate_per_s
-    clock = None if fault else clock_fault(took_s, spent["elapsed_s"] - took_s)
-    return replace(
+    took_s, elapsed_s = printed.requests / printed.per_s, seen.machine["elapsed_s"]
+    is_slow = printed.per_s < ANSWERED * cell.rate_per_s
+    return finished(
         trial,
-        status=Status.FAILED if fault or clock else Status.OK,
-        reason=fault or clock,
-        value=None if fault or clock else printed.per_s,
+        seen,
+        fault=_fault(cell, application, printed, seen.carried[0]),
+        value=printed.per_s,
         duration_s=took_s,
+        active_s=elapsed_s,
+        late_s=elapsed_s - took_s,
         transactions=printed.requests,
         errors=printed.errors,
-        limited=Limit.SATURATED if saturated else None,
+        limited=Limit.SATURATED if is_slow else None,
         histogram_us=printed.histogram_us,
         quantities={**printed.quantities, "memory_bytes": float(memory)},
-        carried={"packets": count.packets, "bytes": count.bytes},
-        counters=dict(seen.counters),
-        machine=spent,
-        disturbed=clock or disturbance(spent),
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from testbed.agent import Agent, Result, Server
 from testbed.campaigns import rate_search
 from testbed.campaigns.isolation import disturbance
-from testbed.campaigns.observation import observing
+from testbed.campaigns.observation import Observation, observing
 from testbed.campaigns.roles import ends, port
 from testbed.datapaths.interface import Count
 from testbed.host import facts
@@ -76,8 +76,7 @@ class Flow:
 
     def carried(self) -> Count:
         """Packets and bytes that the datapath has carried between the two so far."""
-        client, server = (self.pod.number_of(name) for name in (self.client, self.server))
-        return self.pod.attachment.carried(client, server)
+        return self.pod.carried(self.client, self.server)
 
 
 @contextmanager
@@ -200,18 +199,15 @@ class _Measurement:
             results = self._send(warmup_s, duration_s, rate_bps)
         whole = _together(results)
         active_s = warmup_s + whole.duration_s
-        spent = seen.machine | {"active_s": active_s}
         fault = _first_fault(cell, results, seen.carried)
-        late_s = spent["elapsed_s"] - active_s
-        clock = None if fault else clock_fault(whole.duration_s, late_s)
-        fault = fault or clock
-        total = sum(seen.carried, Count())
-        return replace(
+        return finished(
             self.trial,
-            status=Status.FAILED if fault else Status.OK,
-            reason=fault,
+            seen,
+            fault=fault,
             value=None if fault else cell.metric.measure.value(whole),
             duration_s=whole.duration_s,
+            active_s=active_s,
+            late_s=seen.machine["elapsed_s"] - active_s,
             payload_bytes=whole.bytes,
             transactions=whole.transactions,
             errors=whole.errors + whole.lost,
@@ -219,10 +215,6 @@ class _Measurement:
             unsent=whole.unsent,
             limited=None if fault else _saturation(cell, whole),
             histogram_us=whole.histogram_us,
-            carried={"packets": total.packets, "bytes": total.bytes},
-            counters=dict(seen.counters),
-            machine=spent,
-            disturbed=clock or disturbance(spent),
         )
 
     def _send(self, warmup_s: float, duration_s: float, rate_bps: float) -> list[Result]:
@@ -254,6 +246,42 @@ def _together(results: Sequence[Result]) -> Result:
         duration_s=max(result.duration_s for result in results),
         histogram_us=tuple(sorted(histogram.items())),
         **{name: sum(getattr(result, name) for result in results) for name in sums},
+    )
+
+
+def finished(
+    trial: Trial,
+    seen: Observation,
+    *,
+    fault: str | None,
+    value: float | None,
+    duration_s: float,
+    active_s: float,
+    late_s: float,
+    limited: Limit | None,
+    **measured: Any,
+) -> Trial:
+    """The trial with what was measured, and what the host saw meanwhile.
+
+    It failed if there is a `fault`, or if the receiver's clock, by which it took `duration_s`,
+    differs from the host's: `late_s` is by how much its end was late. `active_s` is the time with
+    traffic.
+    """
+    clock = None if fault else clock_fault(duration_s, late_s)
+    fault = fault or clock
+    carried, spent = sum(seen.carried, Count()), seen.machine | {"active_s": active_s}
+    return replace(
+        trial,
+        status=Status.FAILED if fault else Status.OK,
+        reason=fault,
+        value=None if fault else value,
+        duration_s=duration_s,
+        limited=None if fault else limited,
+        carried={"packets": carried.packets, "bytes": carried.bytes},
+        counters=dict(seen.counters),
+        machine=spent,
+        disturbed=clock or disturbance(spent),
+        **measured,
     )
 
 

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from testbed.agent import Agent
-from testbed.datapaths.interface import Attachment, Datapath, Layout, Wiring
+from testbed.datapaths.interface import Attachment, Count, Datapath, Layout, Wiring
 from testbed.host import cgroups, facts, ledger, namespaces, process, sockets
 from testbed.host.ledger import Scope
 from testbed.model.addresses import (
@@ -353,6 +353,10 @@ class Pod:
     def number_of(self, name: str) -> int | None:
         """Number of a guest, None for a native workload."""
         return next((n for n, guest in self.manifest.guests.items() if guest.name == name), None)
+
+    def carried(self, client: str, server: str) -> Count:
+        """Packets and bytes that the datapath has carried between two workloads so far."""
+        return self.attachment.carried(self.number_of(client), self.number_of(server))
 
     def address(self, name: str, family: Family) -> Address:
         """Own address of a workload: that of a guest's link, loopback for a native one."""

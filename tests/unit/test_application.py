@@ -94,7 +94,6 @@ def test_a_case_is_put_into_the_scripts_of_the_client() -> None:
         "[output]", "[client.cases]\nfast = '-f {streams}'\n[output]"
     )
     assert parse(text, "toy.toml", "fast").client.run.startswith("ask -f {streams} ")
-    assert parse(text, "toy.toml", "fast").name == "toy.fast"
     with pytest.raises(Error, match="no case 'slow'"):
         parse(text, "toy.toml", "slow")
     with pytest.raises(Error, match="nothing is put in the place of {stream}"):
@@ -113,10 +112,7 @@ def test_nginx_is_the_same_with_and_without_its_sidecar() -> None:
         application.load(f"{n}.rate", [paths.EXPERIMENTS]) for n in ("nginx", "sidecar")
     )
     assert behind.sidecar
-    assert (
-        behind.model_copy(update={"name": alone.name, "about": alone.about, "sidecar": None})
-        == alone
-    )
+    assert behind.model_copy(update={"about": alone.about, "sidecar": None}) == alone
 
 
 def test_braces_of_a_program_stay() -> None:

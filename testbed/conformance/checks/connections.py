@@ -381,8 +381,9 @@ def syn_cookies(bed: Bed) -> None:
 def full_backlog(bed: Bed) -> None:
     """Where the backlog is full, connections wait: none is refused or reset.
 
-    Clients speak first. Where SYNs come faster than the handshakes end, a kernel answers them with SYN
-    cookies, and forgets connections whose last ACK finds the backlog full: their next bytes bring them back.
+    Clients speak first. Where SYNs come faster than handshakes end, a kernel answers them with SYN
+    cookies, and forgets a connection whose last ACK finds the backlog full: the connection's next
+    bytes bring it back.
     """
     listener = bed.serve(backlog=2)
     nears = []
