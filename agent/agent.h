@@ -21,6 +21,7 @@
 #define AGENT_H
 
 #include <netinet/in.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -47,6 +48,10 @@
 #define SAMPLE_BYTES  64
 
 #define MIN(a, b)     ((a) < (b) ? (a) : (b))
+
+/* Declared by poll.h only with _GNU_SOURCE. */
+extern int ppoll(struct pollfd *fds, nfds_t count, const struct timespec *limit,
+		 const sigset_t *signals);
 
 /* --- format of data connections; integers are big endian --- */
 
@@ -221,6 +226,7 @@ const char *json_text(struct json *j, const char *key);
 const struct member *json_number(struct json *j, const char *key);
 const char *json_unused(const struct json *j);
 void json_quote(FILE *out, const char *text);
+void print_fault(FILE *out, const char *fault); /* the answer to an order that failed */
 
 /* --- order.c --- */
 

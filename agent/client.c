@@ -499,9 +499,7 @@ void run(const struct run *r, FILE *out)
 		fault = named.fault;
 	}
 	if (fault) {
-		fprintf(out, "{\"ok\":false,\"error\":");
-		json_quote(out, fault);
-		fprintf(out, "}\n");
+		print_fault(out, fault);
 	} else {
 		for (unsigned i = 1; i < r->streams; i++)
 			merge(&all[0], &all[i]);

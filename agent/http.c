@@ -9,21 +9,19 @@
  * G. Tene; the method is that of his wrk2). Nothing is sent ahead of its time, and the thread sleeps
  * until then: the CPU time of a run is that of its requests.
  */
+#include <ctype.h>
 #include <errno.h>
 #include <netdb.h>
 #include <netinet/tcp.h>
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
-#include <sys/select.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
 #include "agent.h"
 
-#define HEAD_BYTES	  8192
-#define PR_SET_TIMERSLACK 29 /* linux/prctl.h */
-
-extern int prctl(int option, ...) __attribute__((weak));
+#define HEAD_BYTES 8192
 
 struct connection {
 	int fd;
@@ -42,6 +40,7 @@ struct client {
 	char request[1024];
 	size_t request_bytes;
 	struct connection *all;
+	struct pollfd polled[MAX_STREAMS];
 	uint64_t begin_ns, until_ns, last_ns, progress_ns;
 	uint64_t sent, answered, errors, busy;
 	struct histogram times;
@@ -61,8 +60,6 @@ static bool open_connection(struct client *c, struct connection *k)
 	k->fd = dial(c->order->run.endpoint, &c->to);
 	if (k->fd < 0)
 		return give_up(c, "connect", reason(errno));
-	if (k->fd >= FD_SETSIZE)
-		return give_up(c, "connect", "too many descriptors");
 	set_option(k->fd, IPPROTO_TCP, TCP_NODELAY, 1);
 	return true;
 }
@@ -122,7 +119,7 @@ static bool read_head(struct client *c, struct connection *k, size_t head_bytes)
 	k->head[head_bytes - 2] = 0;
 	size = field(k->head, "Content-Length");
 	connection = field(k->head, "Connection");
-	if (sscanf(k->head, "HTTP/1.%*c %u", &status) != 1 || !size)
+	if (sscanf(k->head, "HTTP/1.%*c %u", &status) != 1 || !size || !isdigit(*size))
 		return give_up(c, "response of", "no status or no Content-Length");
 	c->errors += status < 200 || status > 299;
 	k->last = connection && !strncasecmp(connection, "close", 5);
@@ -181,25 +178,15 @@ static bool wait_and_receive(struct client *c)
 {
 	uint64_t now = now_ns(), due = next_due(c, now), wait_ns = TICK_NS;
 	unsigned streams = c->order->run.streams;
-	struct timeval timeout;
-	fd_set waiting;
-	int highest = -1;
 
-	FD_ZERO(&waiting);
-	for (unsigned i = 0; i < streams; i++) {
-		if (!c->all[i].busy)
-			continue;
-		FD_SET(c->all[i].fd, &waiting);
-		if (c->all[i].fd > highest)
-			highest = c->all[i].fd;
-	}
+	for (unsigned i = 0; i < streams; i++)
+		c->polled[i] = (struct pollfd){c->all[i].busy ? c->all[i].fd : -1, POLLIN, 0};
 	if (c->busy < streams && due < c->until_ns)
 		wait_ns = due > now ? MIN(wait_ns, due - now) : 0;
-	timeout = (struct timeval){0, (wait_ns + 999) / 1000};
-	if (select(highest + 1, &waiting, NULL, NULL, &timeout) < 0)
+	if (ppoll(c->polled, streams, &(struct timespec){0, wait_ns}, NULL) < 0)
 		return errno == EINTR || give_up(c, "wait for", reason(errno));
 	for (unsigned i = 0; i < streams; i++)
-		if (c->all[i].busy && FD_ISSET(c->all[i].fd, &waiting) && !receive(c, &c->all[i]))
+		if (c->polled[i].revents && !receive(c, &c->all[i]))
 			return false;
 	return true;
 }
@@ -253,8 +240,8 @@ void ask_web(const struct web *order, FILE *out)
 			snprintf(c->request, sizeof(c->request),
 				 "GET %.500s HTTP/1.1\r\nHost: %s%.250s%s\r\n\r\n", order->path,
 				 literal ? "[" : "", order->run.host, literal ? "]" : "");
-		if (prctl)
-			prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0); /* of sleeps, in ns */
+		prctl(PR_SET_TIMERSLACK, 1ul, 0ul, 0ul,
+		      0ul); /* else ppoll() may be late by 50 us */
 		while (opened < streams && open_connection(c, &c->all[opened]))
 			opened++;
 		c->begin_ns = c->progress_ns = now_ns();
@@ -262,13 +249,10 @@ void ask_web(const struct web *order, FILE *out)
 		done = opened == streams && drive(c);
 		why = c->fault;
 	}
-	if (done) {
+	if (done)
 		print_result(c, out);
-	} else {
-		fprintf(out, "{\"ok\":false,\"error\":");
-		json_quote(out, why);
-		fprintf(out, "}\n");
-	}
+	else
+		print_fault(out, why);
 	for (unsigned i = 0; i < opened; i++)
 		if (c->all[i].fd >= 0)
 			close(c->all[i].fd);

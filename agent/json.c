@@ -135,3 +135,10 @@ void json_quote(FILE *out, const char *text)
 	}
 	fputc('"', out);
 }
+
+void print_fault(FILE *out, const char *fault)
+{
+	fprintf(out, "{\"ok\":false,\"error\":");
+	json_quote(out, fault);
+	fprintf(out, "}\n");
+}

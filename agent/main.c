@@ -196,11 +196,8 @@ static bool obey(struct session *s, char *line)
 
 static void write_answer(struct session *s, char *line)
 {
-	if (obey(s, line))
-		return;
-	fprintf(s->out, "{\"ok\":false,\"error\":");
-	json_quote(s->out, s->fault);
-	fprintf(s->out, "}\n");
+	if (!obey(s, line))
+		print_fault(s->out, s->fault);
 }
 
 /* Sends the answer in one piece, so nothing is on the wire while the order is carried out. */

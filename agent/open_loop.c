@@ -15,16 +15,11 @@
 #include <arpa/inet.h>
 #include <endian.h>
 #include <errno.h>
-#include <poll.h>
 #include <string.h>
 #include <sys/prctl.h>
 #include <time.h>
 
 #include "agent.h"
-
-/* Declared by poll.h only with _GNU_SOURCE. */
-extern int ppoll(struct pollfd *fds, nfds_t count, const struct timespec *limit,
-		 const sigset_t *signals);
 
 /* Requests are counted from 0. Of those that were due, the ones in the table are `entered`. */
 struct loop {
