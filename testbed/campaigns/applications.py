@@ -24,7 +24,7 @@ from testbed.campaigns.trial import ANSWERED, finished
 from testbed.datapaths.interface import Count, Datapath, Layout
 from testbed.host import cgroups, facts
 from testbed.images import programs
-from testbed.model.addresses import CONTROL_PORT, alias, guest_link, loopback, pod_link
+from testbed.model.addresses import CONTROL_PORT, alias, authority, guest_link, loopback, pod_link
 from testbed.model.cells import Cell, Pair
 from testbed.model.errors import Error
 from testbed.model.manifest import Manifest, Program, Workload
@@ -127,18 +127,14 @@ def dialed(client: str, server: str, family: Family, datapath: Datapath) -> dict
     else:
         host = str(guest_link(family, ends[1]) if ends[1] else pod_link(family))
     port = roles.port(server)
-    return {"host": host, "port": port, "authority": _joined(host, port)}
+    return {"host": host, "port": port, "authority": authority(host, port)}
 
 
 def _listening(name: str, family: Family, datapath: Datapath) -> dict[str, object]:
     """What a server is told: `bind`, `port` and both as `listen`."""
     is_local = datapath.localhost and not roles.number(name)
     bind, port = str(loopback(family)) if is_local else family.wildcard, roles.port(name)
-    return {"bind": bind, "port": port, "listen": _joined(bind, port)}
-
-
-def _joined(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return {"bind": bind, "port": port, "listen": authority(bind, port)}
 
 
 def _server(server: Server, values: Mapping[str, object]) -> Program:

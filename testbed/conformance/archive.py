@@ -89,7 +89,7 @@ class Run:
     """`wasm` if natives were WASI components, else `process`."""
     checks: dict[str, Outcome]
     revision: str = ""
-    """Of the clone that was tested; empty, as what follows, if the file is older than this row."""
+    """Of the clone that was tested."""
     programs: str = ""
     """Digest of what makes `localhost` work in that clone, by this datapath (`programs`)."""
     date: str = ""

@@ -20,7 +20,7 @@ from testbed.datapaths.interface import Attachment, Datapath, Wiring
 from testbed.datapaths.link_counters import ProcessAttachment, add_aliases
 from testbed.host import ledger, process
 from testbed.host.ledger import Scope
-from testbed.model.addresses import Address, alias, guest_link, loopback
+from testbed.model.addresses import alias, authority, guest_link, loopback
 from testbed.model.cells import Cell, Pair
 from testbed.model.errors import Error
 from testbed.model.looks import Look
@@ -102,15 +102,11 @@ def routes(wiring: Wiring, transport: Transport) -> Iterator[Route]:
     natives = [port for t, port in sorted(wiring.native_ports) if t is transport]
     for family in Family:
         for port, n in guests:
-            to = _end(guest_link(family, n), port)
-            yield Route(_end(loopback(family), port), to)
-            yield Route(_end(alias(family), port), to)
+            to = authority(guest_link(family, n), port)
+            yield Route(authority(loopback(family), port), to)
+            yield Route(authority(alias(family), port), to)
         for port in natives:
-            yield Route(_end(alias(family), port), _end(loopback(family), port))
-
-
-def _end(address: Address, port: int) -> str:
-    return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
+            yield Route(authority(alias(family), port), authority(loopback(family), port))
 
 
 def haproxy_conf(wiring: Wiring) -> str:

@@ -41,6 +41,11 @@ LINK_NETS = {
 """Networks with all addresses of the guest link. KubeVirt uses others of 169.254.64.0/20."""
 
 
+def authority(host: Address | str, port: int) -> str:
+    """Host and port together, as in a URL (RFC 3986): 127.0.0.1:80, [::1]:80."""
+    return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+
+
 def loopback(family: Family) -> Address:
     """The loopback address: 127.0.0.1 or ::1."""
     return ip_address(_LOOPBACK[family])

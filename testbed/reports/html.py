@@ -176,7 +176,7 @@ def _verdicts(results: Results, judged: Sequence[claims.Found]) -> str:
         said = ", ".join(f"{verdict} in {counts[verdict]}" for verdict in counts)
         lines.append(f"{text}: {said} of {len(found)} cells.")
     if not lines:
-        ratios = list(filter(interactive.is_divided, results.summaries))
+        ratios = [row for row in results.summaries if row.is_divided]
         sound = sum(conclusive(row, results.campaign) for row in ratios)
         lines.append(f"The plan claims nothing. {sound} of {len(ratios)} ratios differ from 1.")
     lines += controls_of(results.summaries)
@@ -190,7 +190,7 @@ def _figures(results: Results) -> list[str]:
         "Means over blocks with 95 % intervals, and ratios to the reference datapath within a "
         "block. Filled: a mean that nothing but the datapath limits, a ratio whose interval "
         f"excludes 1; where no guest is emulated and {UNSHAKEN}. Point at a mark for its numbers. "
-        "A click on it shows the blocks and the distribution of its place; a click on a name in "
+        "A click on it shows the blocks and the distribution of its cell; a click on a name in "
         "the key hides a datapath."
     )
     return _section("Figures", lead, found) if found else []

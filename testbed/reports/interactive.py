@@ -150,7 +150,7 @@ class MetricFigures:
             lines = self.lines(rows)
             sources = self.sources(lines)
             plots.append(self.intervals("value", f"{title}   {better}", lines, sources))
-            if any(map(is_divided, rows)):
+            if any(row.is_divided for row in rows):
                 plots.append(self.intervals("ratio", f"ratio   {better}", lines, sources))
             if quantity != TAIL:  # which no block has by itself
                 of_place.append(self.blocks(quantity, title))
@@ -187,7 +187,7 @@ class MetricFigures:
         functional = self.results.campaign.is_functional(cell)
         color = self.results.look(cell.datapath).color
         sound = not (functional or row.limited or row.estimate.shaken)
-        ratio = row.ratio if is_divided(row) else NOTHING
+        ratio = row.ratio if row.is_divided else NOTHING
         divided = f"{interval(ratio, 1, wide=True)} to {row.reference}" if ratio.blocks else ""
         return {
             "y": y,
@@ -322,11 +322,6 @@ for (const renderer of others) renderer.visible = !renderer.visible;
 """Hides a datapath in the other figures of the metric, or shows it; the key does so in its own."""
 
 
-def is_divided(row: Summary) -> bool:
-    """Whether the row has a ratio to another datapath."""
-    return row.ratio.blocks > 0 and row.reference != row.cell.datapath
-
-
 def distribution(blocks: Sequence[Histogram]) -> tuple[list[float], list[float]]:
     """Times, and the share of samples above each, of all blocks together.
 
@@ -398,7 +393,7 @@ def _missing(what: str, row: Summary) -> str:
     """What stands in a line without a mark."""
     if row.status is not Status.OK:
         return absence(row.status)
-    if what == "value" or is_divided(row):
+    if what == "value" or row.is_divided:
         return ""
     return "reference" if row.reference == row.cell.datapath else "no ratio"
 

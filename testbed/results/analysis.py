@@ -75,6 +75,11 @@ class Summary:
     limited: str | None = None
     """What limits the values, other than the datapath, and in how many blocks (`Trial.limited`)."""
 
+    @property
+    def is_divided(self) -> bool:
+        """Whether there is a ratio to another datapath."""
+        return self.ratio.blocks > 0 and self.reference != self.cell.datapath
+
 
 def quantities(metric: Metric) -> list[str]:
     """Columns of the tidy table that are summarised over blocks."""

@@ -1,16 +1,18 @@
 """Gate of benchmark sessions: the fixture `ratio`, which every benchmark uses, and the exit status.
 
 A benchmark names an operation and a reference: something simple that runs on the same machine, in
-turn with the operation. Their times go to pytest-benchmark, and their ratio is compared with
-`bands.toml`. A ratio above its band fails. A benchmark that could not be measured is skipped, and
-makes the exit status 3 unless another one fails. A time above its goal is reported but does not
-fail, because machines differ. `verdicts` judges the ratios.
+turn with the operation. Their times go to pytest-benchmark, and their ratio is compared with the
+bands of this CPU in `bands.toml`, or with an earlier run (`--against`). A ratio above its band
+fails. A benchmark that could not be measured is skipped, and makes the exit status 3 unless another
+one fails. A time above its goal is reported but does not fail, because machines differ. `verdicts`
+judges the ratios.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -18,7 +20,22 @@ from typing import Any
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from .verdicts import BANDS, Band, Measured, Verdict, bands, judge, measured
+from testbed.host.facts import facts
+
+from .verdicts import (
+    BANDS,
+    SHARE,
+    Band,
+    Measured,
+    Verdict,
+    bands,
+    bands_of_run,
+    judge,
+    measured,
+)
+
+CPU = facts()["cpu"].partition("x ")[2]
+"""Model of this machine's CPU. Ratios of programs differ by half between models."""
 
 LIMIT_S = 60
 """Time in which a benchmark on a noisy machine doubles its rounds again and again."""
@@ -60,14 +77,25 @@ Call = Callable[[], object]
 Ratio = Callable[..., None]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--against",
+        type=Path,
+        metavar="RUN.json",
+        help="hold benchmarks against an earlier run on this machine (--benchmark-json), "
+        f"in place of {BANDS.name}",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS], config.stash[UNKNOWN] = [], []
 
 
 @pytest.fixture(scope="session")
-def known() -> dict[str, Band]:
-    """What is in bands.toml."""
-    return bands()
+def known(request: pytest.FixtureRequest) -> dict[str, Band]:
+    """What ratios are held against."""
+    run = request.config.getoption("--against")
+    return bands_of_run(run) if run else bands(BANDS, CPU)
 
 
 @pytest.fixture
@@ -216,9 +244,9 @@ def pytest_terminal_summary(
             say.line(f"beyond its goal of {_time(row.goal_s).strip()}: {row.name}")
     changed = [row for row in rows if row.verdict is not Verdict.WITHIN]
     if changed:
-        say.line(f"To accept these as they are now, in {BANDS.name}:")
+        say.line(f'To accept these as they are now, in {BANDS.name} below ["{CPU}"]:')
     for row in changed:
-        share = row.band.share if row.band else 0.25
+        share = row.band.share if row.band else SHARE
         say.line(f'"{row.name}" = {{ ratio = {row.ratio.median:.3g}, band = {share} }}')
 
 

@@ -7,9 +7,11 @@ nothing, and a machine that is too noisy is told apart from code that became slo
 
 from __future__ import annotations
 
+import json
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -17,6 +19,8 @@ from pathlib import Path
 from testbed.model.errors import Error
 
 BANDS = Path(__file__).with_name("bands.toml")
+SHARE = 0.25
+"""Share by which a ratio may be off that has no band yet."""
 
 
 class Verdict(StrEnum):
@@ -68,7 +72,7 @@ def judge(of: Measured, band: Band | None) -> tuple[Verdict, str]:
     without being surely so is within.
     """
     if band is None:
-        return Verdict.UNKNOWN, f"{BANDS.name} has no value for it"
+        return Verdict.UNKNOWN, "there is no band for it"
     if of.low > band.high:
         return Verdict.WORSE, ""
     if of.high < band.low:
@@ -78,12 +82,35 @@ def judge(of: Measured, band: Band | None) -> tuple[Verdict, str]:
     return Verdict.UNKNOWN, f"the machine is too noisy: {of.low:.3g} to {of.high:.3g} by chance"
 
 
-def bands(path: Path = BANDS) -> dict[str, Band]:
-    """The file's bands by benchmark. Raises `Error` if it is not one."""
-    try:
+def bands(path: Path, cpu: str) -> dict[str, Band]:
+    """The bands of a CPU by benchmark, empty for one that the file does not have.
+
+    Raises `Error` if it is not a file of bands.
+    """
+    with _reading(path, "file of bands"):
         return {
             name: Band(float(row["ratio"]), float(row["band"]))
-            for name, row in tomllib.loads(path.read_text()).items()
+            for name, row in tomllib.loads(path.read_text()).get(cpu, {}).items()
         }
-    except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as e:
-        raise Error(f"{path}: not a file of bands ({e})") from e
+
+
+def bands_of_run(path: Path) -> dict[str, Band]:
+    """Bands around the ratios of an earlier run, from its JSON (`--benchmark-json`).
+
+    Raises `Error` if it is not the JSON of a run.
+    """
+    with _reading(path, "run of benchmarks"):
+        found = {}
+        for run in json.loads(path.read_text())["benchmarks"]:
+            if (info := run["extra_info"]).get("ratio"):
+                _, share = info["stored"] or (None, SHARE)
+                found[run["name"]] = Band(float(info["ratio"]), float(share))
+        return found
+
+
+@contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as e:
+        raise Error(f"{path}: not a {what} ({e})") from e

@@ -7,13 +7,26 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from testbed.model.errors import Error
 from tests.bench import history
-from tests.bench.verdicts import BANDS, Band, Measured, Verdict, bands, judge, measured
+from tests.bench.gate import CPU
+from tests.bench.verdicts import (
+    BANDS,
+    Band,
+    Measured,
+    Verdict,
+    bands,
+    bands_of_run,
+    judge,
+    measured,
+)
 
 ROOT = Path(__file__).parents[2]
 TEST = (
@@ -36,7 +49,7 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def bench(project: Path) -> tuple[int, str]:
+def bench(project: Path, *options: str) -> tuple[int, str]:
     """Exit status and output of one benchmark there."""
     command = [
         sys.executable,
@@ -51,6 +64,7 @@ def bench(project: Path) -> tuple[int, str]:
         "run.json",
         "-p",
         "no:cacheprovider",
+        *options,
     ]
     env = os.environ | {"PYTHONPATH": str(project)}
     env.pop("PYTEST_XDIST_WORKER", None)  # it would measure nothing, as if it were one
@@ -63,24 +77,29 @@ def bench(project: Path) -> tuple[int, str]:
 @pytest.mark.alone
 @pytest.mark.root
 def test_a_program_that_was_made_slower_is_found_and_an_unchanged_one_is_not(copy: Path) -> None:
+    bands = copy / "tests/bench/bands.toml"
+    bands.write_text("")
+    status, said = bench(copy)
+    assert (status, "1 could not measure" in said) == (3, True), said
+
+    ratio = json.loads((copy / "run.json").read_text())["benchmarks"][0]["extra_info"]["ratio"]
+    told = said[said.index("To accept") :].splitlines()
+    assert told[1] == f'"{WHAT}" = {{ ratio = {ratio:.3g}, band = 0.25 }}'
+    bands.write_text(f'["{CPU}"]\n{told[1]}\n')
     status, said = bench(copy)
     assert (status, WHAT in said, "1 within" in said) == (0, True, True), said
 
+    bands.write_text("")
+    (copy / "run.json").rename(copy / "before.json")
     program = copy / "bpf/steer.c"
     start = "int port_egress(struct __sk_buff *skb)\n{\n\tstruct port port = port_of(skb);\n"
     text = program.read_text()
     assert start in text
     program.write_text(text.replace(start, start + SLOWER))
-    status, said = bench(copy)
+    status, said = bench(copy, "--against", "before.json")
     assert (status, "1 worse" in said) == (1, True), said
     history.draw(history.runs([copy / "run.json"]), copy / "history.png")
     assert (copy / "history.png").stat().st_size > 10_000
-
-    (copy / "tests/bench/bands.toml").write_text("")
-    status, said = bench(copy)
-    assert (status, "1 could not measure" in said) == (3, True), said
-    [run] = json.loads((copy / "run.json").read_text())["benchmarks"]
-    assert f'"{WHAT}" = {{ ratio = {run["extra_info"]["ratio"]:.3g}, band = ' in said
 
 
 BAND = Band(2.0, 0.25)
@@ -105,16 +124,37 @@ def test_a_verdict_needs_the_whole_interval(
 
 
 def test_without_a_stored_value_nothing_is_said_of_a_ratio() -> None:
-    assert judge(Measured(1, 1, 1), None) == (Verdict.UNKNOWN, "bands.toml has no value for it")
+    assert judge(Measured(1, 1, 1), None) == (Verdict.UNKNOWN, "there is no band for it")
 
 
 def test_a_few_disturbed_rounds_do_not_move_the_ratio() -> None:
     assert measured([1.0] * 12 + [9.0] * 3) == Measured(1.0, 1.0, 1.0)
 
 
-def test_a_broken_file_of_bands_is_refused(tmp_path: Path) -> None:
+def test_bands_are_of_one_cpu(tmp_path: Path) -> None:
     file = tmp_path / "bands.toml"
-    file.write_text('"x" = { ratio = "fast", band = 0.1 }\n')
-    with pytest.raises(Error, match=r"bands.toml: not a file of bands"):
-        bands(file)
-    assert all(band.ratio > 0 < band.share < 1 for band in bands(BANDS).values())
+    file.write_text('["slow"]\n"x" = { ratio = 2.0, band = 0.1 }\n')
+    assert bands(file, "slow") == {"x": Band(2.0, 0.1)}
+    assert not bands(file, "fast")
+    known = tomllib.loads(BANDS.read_text())
+    assert known
+    for cpu in known:
+        assert all(band.ratio > 0 < band.share < 1 for band in bands(BANDS, cpu).values())
+
+
+@pytest.mark.parametrize(
+    ("read", "text"),
+    [
+        (partial(bands, cpu="slow"), '["slow"]\n"x" = { ratio = "fast", band = 0.1 }\n'),
+        (partial(bands, cpu="slow"), 'slow = "x"\n'),
+        (bands_of_run, "{}"),
+        (bands_of_run, "[]"),
+    ],
+)
+def test_a_broken_file_of_bands_is_refused(
+    read: Callable[[Path], object], text: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "bands"
+    file.write_text(text)
+    with pytest.raises(Error, match=r"bands: not a (file of bands|run of benchmarks)"):
+        read(file)

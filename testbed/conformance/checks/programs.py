@@ -22,8 +22,8 @@ from testbed.conformance.bed import Bed
 from testbed.conformance.check import BOTH, EVERY, NATIVE_SERVER, Unsupported, check, expect
 from testbed.host import namespaces, process
 from testbed.images import compose
-from testbed.model.addresses import guest_link
-from testbed.model.terms import Family, Runtime
+from testbed.model.addresses import authority, guest_link
+from testbed.model.terms import Runtime
 
 PACKAGES = {
     "curl": "curl",
@@ -145,8 +145,7 @@ def folder_of(user: str = "root") -> Iterator[Path]:
 
 def url(bed: Bed) -> str:
     """URL of the server. It has an address, because curl maps the name `localhost` by itself."""
-    target = f"[{bed.target}]" if bed.family is Family.IPV6 else f"{bed.target}"
-    return f"http://{target}:{bed.port}/"
+    return f"http://{authority(bed.target, bed.port)}/"
 
 
 @check("HTTP: http.server and curl")
@@ -176,7 +175,7 @@ def nginx_and_wrk(bed: Bed) -> None:
     """nginx serves 20 connections of wrk for a second without one error."""
     nginx, wrk = find("nginx"), find("wrk")
     at = bed.server.bind_address(bed.family)
-    listen = f"[{at}]:{bed.port}" if bed.family is Family.IPV6 else f"{at}:{bed.port}"
+    listen = authority(at, bed.port)
     with folder_of() as folder:
         temporary = "".join(
             f"{kind}_temp_path {folder}/{kind};"
@@ -283,6 +282,7 @@ def iperf3(bed: Bed) -> None:
             with serving(bed, [program, "-s", "-1", "-B", at, "-p", str(bed.port)], folder):
                 argv = [program, "-c", str(bed.target), "-p", str(bed.port), "-t", "1", "-J", *way]
                 out = json.loads(run(bed, argv, folder))
+            expect("error" not in out, f"iperf3 {' '.join(way)}: {out.get('error')}")
             received = out["end"]["sum_received"]["bytes"]
             expect(received > 1_000_000, f"{' '.join(way)} only {received} bytes")
 
