@@ -83,13 +83,14 @@ def serving(
 ) -> Iterator[None]:
     """Run a server program in the server's place. It is ended at the end.
 
-    It is ready when its port is bound and its output contains `says`.
+    It is ready when one more socket is bound to its port, and its output contains `says`.
     """
-    output = folder / "server.log"
+    output, port = folder / "server.log", port or bed.port
+    before = _bound(bed, port)  # the datapath may serve the port at another address
     running = spawn(bed, bed.server_name, argv, output)
     try:
         deadline = time.monotonic() + RUN_S
-        while not (_is_bound(bed, port or bed.port) and says in output.read_text()):
+        while not (_bound(bed, port) > before and says in output.read_text()):
             if running.poll() is not None or time.monotonic() > deadline:
                 raise Unsupported(f"{Path(argv[0]).name} does not serve: {_last(output)}")
             time.sleep(0.02)
@@ -98,8 +99,8 @@ def serving(
         process.end(running)
 
 
-def _is_bound(bed: Bed, port: int) -> bool:
-    """Whether the port is bound, by /proc/net. A test connection would disturb the server."""
+def _bound(bed: Bed, port: int) -> int:
+    """Number of sockets bound to a port, by /proc/net. A connection would disturb the server."""
     is_guest = bed.own_pod.pod.number_of(bed.server_name) is not None
     netns = bed.stage.guest_netns(bed.server_name) if is_guest else bed.stage.netns
     kinds = (f"{bed.transport}", f"{bed.transport}6")
@@ -110,7 +111,8 @@ def _is_bound(bed: Bed, port: int) -> bool:
 
     wanted = (f"{port:04X}", "0A" if bed.transport == "tcp" else "07")
     rows = (line.split() for line in namespaces.inside(netns, read))
-    return wanted in {(local.rpartition(":")[2], state) for _, local, _, state, *_ in rows}
+    bound = [(local.rpartition(":")[2], state) for _, local, _, state, *_ in rows]
+    return bound.count(wanted)
 
 
 def run(bed: Bed, argv: Sequence[str], folder: Path) -> str:
