@@ -42,7 +42,8 @@ class Deployment:
     pair: Pair | None
     """The pair, if the pods stand alone. None: any pair with these workloads."""
     application: str = ""
-    """The application whose programs are the workloads. Empty: they are traffic agents."""
+    """The application whose programs are the workloads, with any case of its client. Empty: they
+    are traffic agents."""
     family: Family | None = None
     """The family that an application's programs are told."""
 
@@ -52,7 +53,8 @@ class Deployment:
         ordinary = cell.guests == cell.pods == 1 and not cell.metric.of_building
         ordinary = ordinary and not cell.application
         pair, heavy = None if ordinary else cell.pair, roles.heavy(cell.pair)
-        family = cell.family if cell.application else None
+        application, _, _ = cell.application.partition(".")
+        family = cell.family if application else None
         return cls(
             cell.datapath,
             cell.guest,
@@ -60,7 +62,7 @@ class Deployment:
             cell.pods,
             heavy,
             pair,
-            cell.application,
+            application,
             family,
         )
 

@@ -202,7 +202,7 @@ class _Bench:
         guest, datapath = self.guests[deployment.guest], self._datapath(deployment.datapath)
         assert not isinstance(guest, Error)
         runtime, pairs = guest.description.runtime, {cell.pair for cell in cells}
-        manifest = self._manifest(deployment, pairs, datapath, runtime)
+        manifest = self._manifest(deployment, cells, datapath, runtime)
         kinds = {runtime: guest} | {
             kind: native
             for kind, native in self._natives(cells).items()
@@ -231,20 +231,14 @@ class _Bench:
         return built
 
     def _manifest(
-        self, deployment: Deployment, pairs: set[Pair], datapath: Datapath, guest: Runtime
+        self, deployment: Deployment, cells: Sequence[Cell], datapath: Datapath, guest: Runtime
     ) -> Manifest:
         """Manifest of a deployment's pods."""
         if not deployment.application:
-            return roles.manifest(pairs, guest, deployment.guests)
-        assert deployment.pair
-        assert deployment.family
-        return applications.manifest(
-            self.applications[deployment.application],
-            deployment.pair,
-            deployment.family,
-            datapath,
-            guest,
-        )
+            return roles.manifest({cell.pair for cell in cells}, guest, deployment.guests)
+        cell = cells[0]
+        found = self.applications[cell.application]
+        return applications.manifest(found, cell.pair, cell.family, datapath, guest)
 
     def _trials(self, cell: Cell, built: Built | Error) -> Iterator[Trial]:
         """Run a cell's trial, and run it once more if it was disturbed."""

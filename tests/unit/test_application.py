@@ -205,7 +205,8 @@ def test_cells_of_an_application_have_pods_of_their_own() -> None:
     one = Deployment.of(cell("redis.get"))
     assert one.alone
     assert one == Deployment.of(cell("redis.get", streams=8))
-    assert one != Deployment.of(cell("redis.set"))
+    assert one == Deployment.of(cell("redis.set"))
+    assert one != Deployment.of(cell("nginx.rate"))
     assert one != Deployment.of(cell("redis.get", Family.IPV6))
 
 
