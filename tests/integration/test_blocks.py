@@ -62,7 +62,7 @@ def blocks(folder: Path, width: float, limit: float, *arguments: str) -> list[Tr
 
 
 def test_blocks_are_added_until_time_is_up(tmp_path: Path) -> None:
-    trials = blocks(tmp_path, width=0.0001, limit=20 * facts.slowness())
+    trials = blocks(tmp_path, width=0.0001, limit=6 * facts.slowness())
     numbers = sorted({trial.block for trial in trials})
     assert len(numbers) > 2
     assert numbers == list(range(len(numbers)))

@@ -81,11 +81,16 @@ def test_words_of_the_glossary_are_there_once_and_in_order() -> None:
 
 @pytest.mark.parametrize(
     ("campaign", "picture"),
-    [("proof", "claims.png"), ("paper", "throughput-all.png"), ("load", "load.png")],
+    [
+        ("proof", "claims.png"),
+        ("applications", "applications.png"),
+        ("paper", "throughput-all.png"),
+        ("load", "load.png"),
+    ],
 )
 def test_pictures_are_of_the_campaigns_that_are_kept(campaign: str, picture: str) -> None:
     """Else: nox -s figures -- results/reference/CAMPAIGN, and copy `claims-steer.png`,
-    `throughput-tcp-standin.png`, `latency-tcp-standin-by-rate.png`.
+    `requests.png`, `throughput-tcp-standin.png`, `latency-tcp-standin-by-rate.png`.
     """
     kept = store.open(paths.REFERENCE / campaign)
     assert archive.stale(kept, [paths.ROOT / "docs" / picture]) == []

@@ -24,7 +24,7 @@ from testbed.reports import claims
 from testbed.reports.claims import Found
 from testbed.reports.words import Unit, number, unit_of
 from testbed.results.analysis import Summary, controls, marked
-from testbed.results.results import Results
+from testbed.results.results import Results, read
 from testbed.results.statistics import CONFIDENCE, Estimate
 from testbed.results.store import Campaign
 
@@ -34,12 +34,14 @@ class Answers:
     is no answer.
 
     Ratios of cells that the campaign of the claims (`proof`) has, too, are from there: it has many
-    blocks.
+    blocks. What begins with the name of another kept campaign, as `applications/claims`, is asked
+    of that.
     """
 
     def __init__(self, results: Results, proof: Results | None = None) -> None:
         self.results, self.proof = results, proof or results
         self._of_proof = Answers(proof) if proof else None
+        self._kept: dict[str, Answers] = {}
         plan = results.campaign.plan
         decides = claims.estimator_of(results.campaign) if preregistration_of(plan) else Estimator.T
         self._estimate = claims.FUNCTIONS[decides]
@@ -69,6 +71,9 @@ class Answers:
         return replace(cell, guest=guest).id
 
     def __call__(self, kind: str, quantity: str, asked: str) -> str:
+        kept, _, rest = asked.partition("/")
+        if (paths.REFERENCE / kept / "campaign.json").exists():
+            return self._of_kept(kept)(kind, quantity, rest)
         if kind == "fact":
             if asked not in self.facts:
                 raise KeyError("no such fact")
@@ -91,6 +96,12 @@ class Answers:
         elif row.reference:
             row = self._divided(row, replace(row.cell, datapath=row.reference))
         return _OF_RATIO[kind](row.ratio)
+
+    def _of_kept(self, name: str) -> Answers:
+        """Answers of another kept campaign."""
+        if name not in self._kept:
+            self._kept[name] = Answers(read(paths.REFERENCE / name))
+        return self._kept[name]
 
     def _known(self, id: str, quantity: str) -> Summary:
         row = self.row(id, quantity)

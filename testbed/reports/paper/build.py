@@ -6,7 +6,7 @@ If the campaign has no answer, that is an error with the line and the cell. Ever
 names the digest of its data. The text always names a cell's guests, as in `…/64x1,guest=osv`, also
 where the campaign's own id leaves them out. Claims, their verdicts and ratios of their cells may
 come from another campaign, the `proof`, with fewer cells and more blocks. Its figures are
-`proof/NAME`, those of other kept campaigns `CAMPAIGN/NAME`.
+`proof/NAME`; figures, cells and facts of other kept campaigns are `CAMPAIGN/NAME`.
 """
 
 from __future__ import annotations
