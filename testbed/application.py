@@ -124,14 +124,6 @@ class Application(Table):
     sidecar: Server | None = Field(None, description="a table [sidecar]")
 
 
-_TABLES: dict[str, type[Table]] = {
-    "server": Server,
-    "client": Client,
-    "output": Output,
-    "sidecar": Server,
-}
-
-
 def load(name: str, folders: Sequence[Path]) -> Application:
     """Read an application by the name that cells have for it, from the first folder that has it.
 
@@ -147,11 +139,8 @@ def load(name: str, folders: Sequence[Path]) -> Application:
 def parse(text: str, where: str, case: str = "") -> Application:
     """Parse the TOML text of an application, for a case of its client."""
     where = f"application {where}"
-    table = schema.parse(text, where)
-    for key, model in _TABLES.items():
-        if isinstance(table.get(key), dict):
-            table[key] = schema.read(model, table[key], f"{where}: [{key}]")
-    found = _with_case(schema.read(Application, table, where), case, where)
+    found = schema.read(Application, schema.parse(text, where), where)
+    found = _with_case(found, case, where)
     _check(found, where)
     return found
 

@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -72,15 +72,29 @@ def parse(text: str, where: str) -> dict[str, Any]:
 
 
 def read(model: type[M], table: Mapping[str, Any], where: str) -> M:
-    """Validate a table as a model. Raises `Error` with a wrong key and what was expected."""
+    """Validate a table as a model, with the tables in it.
+
+    Raises `Error` with the table, the wrong key and what was expected.
+    """
     try:
         return model.model_validate(table)
     except ValidationError as e:
         fault = min(e.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
-    key = str(fault["loc"][0]) if fault["loc"] else ""
+    at: type[Table] = model
+    key, *rest = map(str, fault["loc"])
+    while rest and (inner := _table_of(at, key)):
+        at, table, where = inner, table[key], f"{where}: [{key}]"
+        key, *rest = rest
     if fault["type"] == "extra_forbidden":
-        raise Error(f"{where}: {key}: no such key", f"keys are {', '.join(model.model_fields)}")
-    raise wrong(where, key, table.get(key), model.model_fields[key].description or fault["msg"])
+        raise Error(f"{where}: {key}: no such key", f"keys are {', '.join(at.model_fields)}")
+    raise wrong(where, key, table.get(key), at.model_fields[key].description or fault["msg"])
+
+
+def _table_of(model: type[Table], key: str) -> type[Table] | None:
+    """The model of the table that a field holds, or None."""
+    kind = model.model_fields[key].annotation
+    kinds = (kind, *get_args(kind))
+    return next((k for k in kinds if isinstance(k, type) and issubclass(k, Table)), None)
 
 
 def tables(data: Mapping[str, Any], key: str, where: str) -> list[dict[str, Any]]:
