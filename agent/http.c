@@ -240,8 +240,8 @@ void ask_web(const struct web *order, FILE *out)
 			snprintf(c->request, sizeof(c->request),
 				 "GET %.500s HTTP/1.1\r\nHost: %s%.250s%s\r\n\r\n", order->path,
 				 literal ? "[" : "", order->run.host, literal ? "]" : "");
-		prctl(PR_SET_TIMERSLACK, 1ul, 0ul, 0ul,
-		      0ul); /* else ppoll() may be late by 50 us */
+		/* Else ppoll() may be late by 50 us. */
+		prctl(PR_SET_TIMERSLACK, 1ul, 0ul, 0ul, 0ul);
 		while (opened < streams && open_connection(c, &c->all[opened]))
 			opened++;
 		c->begin_ns = c->progress_ns = now_ns();

@@ -47,20 +47,21 @@ def facts() -> dict[str, str]:
     """Facts that every result states: kernel, CPU, frequency governor, host name, TCP congestion
     control.
     """
-    cpuinfo = Path("/proc/cpuinfo").read_text()
-    models = [
-        line.partition(":")[2].strip()
-        for line in cpuinfo.splitlines()
-        if line.startswith("model name")
-    ]
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     return {
         "kernel": platform.release(),
-        "cpu": f"{os.cpu_count()}x {models[0] if models else platform.machine()}",
+        "cpu": f"{os.cpu_count()}x {cpu_model()}",
         "governor": governor.read_text().strip() if governor.exists() else "unknown",
         "host": platform.node(),
         "congestion_control": congestion_control(),
     }
+
+
+def cpu_model() -> str:
+    """Model of the first CPU, or the machine's architecture where the kernel names no model."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.machine())
 
 
 def congestion_control() -> str:

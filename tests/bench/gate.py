@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from testbed.host.facts import facts
+from testbed.host import facts
 
 from .verdicts import (
     BANDS,
@@ -34,8 +34,8 @@ from .verdicts import (
     measured,
 )
 
-CPU = facts()["cpu"].partition("x ")[2]
-"""Model of this machine's CPU. Ratios of programs differ by half between models."""
+CPU = facts.cpu_model()
+"""Ratios of programs differ by half between models."""
 
 LIMIT_S = 60
 """Time in which a benchmark on a noisy machine doubles its rounds again and again."""

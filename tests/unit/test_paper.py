@@ -210,7 +210,7 @@ def test_the_paper_asks_nothing_that_its_campaigns_do_not_answer() -> None:
 def test_the_kept_pdf_is_of_the_kept_data() -> None:
     """Else: nox -s paper, and copy paper/main.pdf to results/reference/paper/paper.pdf."""
     pdf = (paths.REFERENCE / "paper/paper.pdf").read_bytes()
-    for name in ("paper", "proof"):
+    for name in ("paper", "proof", "load", "applications"):
         assert results.read(paths.REFERENCE / name).digest.encode() in pdf
 
 

@@ -41,7 +41,8 @@ class Answers:
     def __init__(self, results: Results, proof: Results | None = None) -> None:
         self.results, self.proof = results, proof or results
         self._of_proof = Answers(proof) if proof else None
-        self._kept: dict[str, Answers] = {}
+        self.others: dict[str, Answers] = {}
+        """Answers of other kept campaigns that were asked, by name."""
         plan = results.campaign.plan
         decides = claims.estimator_of(results.campaign) if preregistration_of(plan) else Estimator.T
         self._estimate = claims.FUNCTIONS[decides]
@@ -73,7 +74,7 @@ class Answers:
     def __call__(self, kind: str, quantity: str, asked: str) -> str:
         kept, _, rest = asked.partition("/")
         if (paths.REFERENCE / kept / "campaign.json").exists():
-            return self._of_kept(kept)(kind, quantity, rest)
+            return self.kept(kept)(kind, quantity, rest)
         if kind == "fact":
             if asked not in self.facts:
                 raise KeyError("no such fact")
@@ -97,11 +98,11 @@ class Answers:
             row = self._divided(row, replace(row.cell, datapath=row.reference))
         return _OF_RATIO[kind](row.ratio)
 
-    def _of_kept(self, name: str) -> Answers:
+    def kept(self, name: str) -> Answers:
         """Answers of another kept campaign."""
-        if name not in self._kept:
-            self._kept[name] = Answers(read(paths.REFERENCE / name))
-        return self._kept[name]
+        if name not in self.others:
+            self.others[name] = Answers(read(paths.REFERENCE / name))
+        return self.others[name]
 
     def _known(self, id: str, quantity: str) -> Summary:
         row = self.row(id, quantity)
@@ -217,7 +218,9 @@ def _facts(answers: Answers) -> Iterator[tuple[str, str]]:
     results, campaign = answers.results, answers.results.campaign
     trials, log = results.trials, results.log
     yield "digest", results.digest
-    yield "digests", " ".join(dict.fromkeys((results.digest, answers.proof.digest)))
+    others = (kept.results for kept in answers.others.values())
+    cited = (results, answers.proof, *others)
+    yield "digests", " ".join(dict.fromkeys(each.digest for each in cited))
     yield "digest/short", results.digest[: len("sha256:") + 16]
     for name in ("revision", "kernel", "cpu", "governor", "congestion_control"):
         yield name, escape(str(getattr(campaign, name)))

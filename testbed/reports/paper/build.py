@@ -24,7 +24,7 @@ from testbed.model.errors import Error
 from testbed.reports.figures import draw
 from testbed.reports.paper.answers import Answers
 from testbed.reports.paper.tables import TABLES
-from testbed.results.results import Results, read
+from testbed.results.results import Results
 
 CALL = re.compile(
     r"\\(mean|interval|ratio|low|high|verdict|of|ratios|tally|fact)(?:\[(\w+)\])?\{([^{}]+)\}"
@@ -73,6 +73,11 @@ def generate(
     """Rewrite `generated/`: numbers.tex, tables, figures. Returns the files of this campaign."""
     made, digest = folder / "generated", campaign.digest
     answers, tables_and_figures = Answers(campaign, proof), wanted(folder)
+    others = {str(Path(name).parent) for name in tables_and_figures} - {"."}
+    kept = {
+        other: answers.proof if other == "proof" else answers.kept(other).results
+        for other in sorted(others)
+    }
     lines = [
         rf"\answer{{{kind}[{quantity}]}}{{{asked}}}{{{answer}}}"
         for (kind, quantity, asked), answer in numbers(answers, folder).items()
@@ -84,8 +89,7 @@ def generate(
     made.mkdir()
     for name, content in written.items():
         (made / f"{name}.tex").write_text("\n".join([f"% {digest}", *content]) + "\n")
-    for other in sorted({str(Path(name).parent) for name in tables_and_figures} - {"."}):
-        of = answers.proof if other == "proof" else read(paths.REFERENCE / other)
+    for other, of in kept.items():
         names = {Path(name).name for name in tables_and_figures if Path(name).parent == Path(other)}
         draw.draw(of, made / other, kinds=("pdf",), bare=True, only=names)
     drawn = draw.draw(campaign, made, kinds=("pdf",), bare=True)
